@@ -1,0 +1,65 @@
+# Two commands for a fresh clone: `make repro` runs the experiment, `make test` the tests.
+VENV := .venv
+BIN := $(VENV)/bin
+PYTHON ?= python3.11
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+export DVC_NO_ANALYTICS := 1
+UV := $(BIN)/uv
+
+.PHONY: setup data repro test fast smoke parity check format ui lock preflight clean
+
+preflight:
+	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) not found: install Python 3.11 (Debian: apt install python3.11 python3.11-venv)"; exit 2; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || { echo "$(PYTHON) is not Python 3.11: give another by PYTHON=..."; exit 2; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { echo "the venv module is missing: apt install python3.11-venv"; exit 2; }
+	@command -v git >/dev/null || { echo "git not found: apt install git"; exit 2; }
+	@[ -d $(VENV) ] || [ "$$(df -Pk . | awk 'NR==2 {print $$4}')" -gt 10000000 ] || { echo "less than 10 GB free here: the environment takes 7 GB"; exit 2; }
+
+# the environment, from the lock; made again when the lock changes
+$(VENV)/.ready: requirements.lock pyproject.toml
+	@$(MAKE) --no-print-directory preflight
+	[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV)
+	[ -x $(UV) ] || $(BIN)/python -m pip install --quiet --disable-pip-version-check "uv>=0.9"
+	$(UV) pip sync --python $(BIN)/python --quiet requirements.lock
+	$(UV) pip install --python $(BIN)/python --quiet --no-deps --no-build-isolation --editable .
+	touch $@
+
+setup: $(VENV)/.ready
+
+# inputs from the in-repo remote; instant when they are there
+data: setup
+	dvc pull --quiet data.dvc
+
+repro: data
+	dvc repro
+
+test: data
+	pytest
+
+fast: setup
+	pytest -m "not smoke and not services"
+
+smoke: data
+	pytest -m smoke
+
+check: setup
+	ruff format --check .
+	ruff check .
+	mypy
+	lint-imports
+	pytest -m "not smoke and not services"
+
+format: setup
+	ruff format .
+	ruff check --fix .
+
+# MLflow's pages at http://127.0.0.1:5000
+ui: setup
+	mlflow ui --host 127.0.0.1 --port 5000 --backend-store-uri sqlite:///mlflow.db
+
+lock:
+	$(UV) pip compile pyproject.toml --extra dev --generate-hashes --no-emit-index-url --no-header \
+	  --python-version 3.11 --python-platform x86_64-manylinux_2_28 --upgrade -o requirements.lock
+
+clean:
+	rm -rf $(VENV) .spo outputs

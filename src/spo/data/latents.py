@@ -1,0 +1,103 @@
+"""Preference pairs as latents in a memory-mapped file: random access in constant memory."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from spo.types import Backbone, PreferencePair
+
+BATCH = 32  # pairs an encoder forward
+
+
+@dataclass(frozen=True)
+class LatentPairs:
+    """N judged pairs; labels and weights are [N], label_0 + label_1 = 1."""
+
+    latents: np.ndarray  # [N,2,C,h,w], on disk
+    captions: list[str]
+    label_0: Tensor
+    weight: Tensor
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+    @property
+    def label_1(self) -> Tensor:
+        return 1 - self.label_0
+
+    def read(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """The latents of both sides, [B,C,h,w] each."""
+        both = torch.from_numpy(self.latents[indices.numpy()].astype(np.float32))
+        return both[:, 0], both[:, 1]
+
+    def take(self, n: int) -> LatentPairs:
+        """The first n pairs."""
+        return LatentPairs(self.latents[:n], self.captions[:n], self.label_0[:n], self.weight[:n])
+
+
+def encode(
+    pairs: Iterable[PreferencePair],
+    total: int,
+    backbone: Backbone,
+    decode_image: Callable[[bytes], Tensor],
+    folder: Path,
+) -> LatentPairs:
+    """Encode pairs with the backbone's VAE into `folder`, or read what already lies there whole.
+
+    Args:
+        total: number of pairs, known from the summary of the `pairs` stage.
+        decode_image: bytes to an image [3,H,W] in [-1,1].
+        folder: named by what the latents depend on (pairs and VAE).
+    """
+    done = folder / "pairs.json"
+    shape = (total, 2, *backbone.latent_shape)
+    if not done.exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        rows = _write(pairs, backbone, decode_image, np.memmap(folder / "latents.f16", np.float16, "w+", shape=shape))
+        partial = done.with_suffix(".tmp")
+        partial.write_text(json.dumps(rows))
+        partial.rename(done)
+    rows = json.loads(done.read_text())
+    if len(rows["captions"]) != total:
+        raise ValueError(f"{folder}: {len(rows['captions'])} pairs, but the summary says {total}; delete it")
+    latents = np.memmap(folder / "latents.f16", np.float16, "r", shape=shape)
+    return LatentPairs(latents, rows["captions"], torch.tensor(rows["label_0"]), torch.tensor(rows["weight"]))
+
+
+def _write(
+    pairs: Iterable[PreferencePair],
+    backbone: Backbone,
+    decode_image: Callable[[bytes], Tensor],
+    latents: np.ndarray,
+) -> dict[str, list]:
+    rows: dict[str, list] = {"captions": [], "label_0": [], "weight": []}
+    chunk: list[PreferencePair] = []
+
+    def flush() -> None:
+        images = torch.stack([decode_image(b) for p in chunk for b in (p.image_0, p.image_1)])
+        with backbone.inference():
+            encoded = backbone.encode(images.to(backbone.device)).float().cpu()
+        start = len(rows["captions"])
+        latents[start : start + len(chunk)] = encoded.view(len(chunk), 2, *encoded.shape[1:]).numpy()
+        rows["captions"] += [p.caption for p in chunk]
+        rows["label_0"] += [p.label_0 for p in chunk]
+        rows["weight"] += [p.weight for p in chunk]
+        chunk.clear()
+
+    for pair in tqdm(pairs, total=len(latents), desc="encode pairs", unit="pair"):
+        chunk.append(pair)
+        if len(chunk) == BATCH:
+            flush()
+    if chunk:
+        flush()
+    return rows

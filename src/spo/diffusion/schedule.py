@@ -1,0 +1,158 @@
+"""The noise schedule of a diffusion model and the timesteps that a sampler visits.
+
+Arithmetic is at least fp32, whatever the model's dtype: coefficients are fp32 and promote what they
+meet. Keys, defaults and rounding are those of diffusers' DDIMScheduler, so any checkpoint's
+scheduler_config serves; keys of other samplers are not read, as there.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """alpha-bar of the forward process q(x_t | x_0) and the descending timesteps of one sampler run."""
+
+    alphas_cumprod: Tensor  # fp32 [T]
+    final_alpha_cumprod: Tensor  # fp32 [], stands for the timestep before the first
+    timesteps: Tensor  # int64 [N], descending
+    prediction_type: str = "epsilon"  # or v_prediction
+    clip_range: float | None = None  # predicted x_0 is clamped to +-clip_range
+
+    @classmethod
+    def from_config(cls, scheduler_config: Mapping[str, Any], num_inference_steps: int) -> Schedule:
+        """The schedule of a scheduler_config.json for a sampler of `num_inference_steps` steps.
+
+        Raises:
+            ValueError: a setting that is not supported, with its key and the ones that are.
+        """
+        config = scheduler_config
+        prediction_type = config.get("prediction_type", "epsilon")
+        if prediction_type not in ("epsilon", "v_prediction"):
+            raise _unsupported("prediction_type", prediction_type, "epsilon, v_prediction")
+        if config.get("thresholding", False):
+            raise _unsupported("thresholding", True, "false (it is meant for pixels, not for latents)")
+        betas = _betas(config)
+        if config.get("rescale_betas_zero_snr", False):
+            if prediction_type == "epsilon":  # x_T tells nothing of x_0, so no noise gives it back
+                raise _unsupported("prediction_type", prediction_type, "v_prediction with zero terminal SNR")
+            betas = _rescale_zero_terminal_snr(betas)
+        alphas_cumprod = torch.cumprod(1 - betas, dim=0)
+        to_one = config.get("set_alpha_to_one", True)
+        return cls(
+            alphas_cumprod=alphas_cumprod,
+            final_alpha_cumprod=torch.tensor(1.0) if to_one else alphas_cumprod[0],
+            timesteps=_timesteps(config, len(betas), num_inference_steps),
+            prediction_type=prediction_type,
+            clip_range=config.get("clip_sample_range", 1.0) if config.get("clip_sample", True) else None,
+        )
+
+    @property
+    def num_train_timesteps(self) -> int:
+        return len(self.alphas_cumprod)
+
+    def to(self, device: torch.device | str) -> Schedule:
+        """The same schedule with its tensors on `device`."""
+        return replace(
+            self,
+            alphas_cumprod=self.alphas_cumprod.to(device),
+            final_alpha_cumprod=self.final_alpha_cumprod.to(device),
+            timesteps=self.timesteps.to(device),
+        )
+
+    def alpha(self, timesteps: Tensor) -> Tensor:
+        """alpha-bar at `timesteps` int64 [B], any in [0, T), as [B,1,1,1]."""
+        return self.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
+
+    def alpha_previous(self, timesteps: Tensor) -> Tensor:
+        """alpha-bar one sampler step (T // N) before `timesteps` [B], as [B,1,1,1]."""
+        previous = timesteps - self.num_train_timesteps // len(self.timesteps)
+        known = self.alphas_cumprod[previous.clamp(min=0)]
+        return torch.where(previous >= 0, known, self.final_alpha_cumprod).view(-1, 1, 1, 1)
+
+    def add_noise(self, x0: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) eps (DDPM, arXiv 2006.11239, Eq. 4); all [B,C,h,w]."""
+        alpha = self.alpha(timesteps)
+        return alpha.sqrt() * x0 + (1 - alpha).sqrt() * noise
+
+    def training_target(self, x0: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """What the model's output at add_noise(x0, noise, t) should be: eps, or v (arXiv 2202.00512)."""
+        if self.prediction_type == "epsilon":
+            return noise
+        alpha = self.alpha(timesteps)
+        return alpha.sqrt() * noise - (1 - alpha).sqrt() * x0
+
+    def predict(self, model_output: Tensor, timesteps: Tensor, x_t: Tensor) -> tuple[Tensor, Tensor]:
+        """The x_0 (clamped where the config says so) and eps that a model output at x_t stands for."""
+        alpha = self.alpha(timesteps)
+        signal, sigma = alpha.sqrt(), (1 - alpha).sqrt()
+        if self.prediction_type == "epsilon":
+            x0, eps = (x_t - sigma * model_output) / signal, model_output
+        else:
+            x0, eps = signal * x_t - sigma * model_output, signal * model_output + sigma * x_t
+        if self.clip_range is not None:
+            x0 = x0.clamp(-self.clip_range, self.clip_range)
+        return x0, eps
+
+    def predict_x0(self, model_output: Tensor, timesteps: Tensor, x_t: Tensor) -> Tensor:
+        """The x_0 [B,C,h,w] that a model output at x_t stands for; any timesteps in [0, T)."""
+        return self.predict(model_output, timesteps, x_t)[0]
+
+
+def _betas(config: Mapping[str, Any]) -> Tensor:
+    """fp32 [T]."""
+    if config.get("trained_betas") is not None:
+        return torch.tensor(config["trained_betas"], dtype=torch.float32)
+    kind, steps = config.get("beta_schedule", "linear"), config.get("num_train_timesteps", 1000)
+    start, end = config.get("beta_start", 0.0001), config.get("beta_end", 0.02)
+    if kind == "linear":
+        return torch.linspace(start, end, steps, dtype=torch.float32)
+    if kind == "scaled_linear":
+        return torch.linspace(start**0.5, end**0.5, steps, dtype=torch.float32) ** 2
+    if kind == "squaredcos_cap_v2":  # arXiv 2102.09672, Eq. 17
+        bar = [math.cos((i / steps + 0.008) / 1.008 * math.pi / 2) ** 2 for i in range(steps + 1)]
+        return torch.tensor([min(1 - bar[i + 1] / bar[i], 0.999) for i in range(steps)])
+    raise _unsupported("beta_schedule", kind, "linear, scaled_linear, squaredcos_cap_v2")
+
+
+def _rescale_zero_terminal_snr(betas: Tensor) -> Tensor:
+    """The same schedule, stretched so that x_T is pure noise (arXiv 2305.08891, Algorithm 1)."""
+    root = torch.cumprod(1 - betas, dim=0).sqrt()
+    root = (root - root[-1]) * root[0] / (root[0] - root[-1])
+    bar = root**2
+    return 1 - torch.cat([bar[:1], bar[1:] / bar[:-1]])
+
+
+def _timesteps(config: Mapping[str, Any], total: int, count: int) -> Tensor:
+    """int64 [count], descending (arXiv 2305.08891, Table 2)."""
+    if not 1 <= count <= total:
+        raise ValueError(
+            f"num_inference_steps is {count}; the model was trained with {total}: give 1 to {total}"
+        )
+    spacing = config.get("timestep_spacing", "leading")
+    if spacing == "leading":
+        steps = [i * (total // count) + config.get("steps_offset", 0) for i in reversed(range(count))]
+    elif spacing == "trailing":
+        steps = [round(total - i * (total / count)) - 1 for i in range(count)]
+    elif spacing == "linspace":
+        gap = (total - 1) / max(count - 1, 1)
+        steps = [round(i * gap) for i in reversed(range(count))]
+    else:
+        raise _unsupported("timestep_spacing", spacing, "leading, trailing, linspace")
+    if steps[0] >= total:
+        raise ValueError(
+            f"scheduler_config: {count} steps with steps_offset {config['steps_offset']} reach timestep "
+            f"{steps[0]} of {total}; lower num_inference_steps or steps_offset"
+        )
+    return torch.tensor(steps, dtype=torch.int64)
+
+
+def _unsupported(key: str, value: object, known: str) -> ValueError:
+    return ValueError(f"scheduler_config: {key} {value!r} is not supported; use {known}")

@@ -1,0 +1,283 @@
+"""Step-aware Preference Optimization (arXiv 2406.04314, Sec. 4; the loss is Eq. 4).
+
+Departures from the paper (P) or the official code (C):
+1. C runs each UNet twice a pair; win and lose share x_t, so one policy and one reference forward give
+   all four log-probs. Same numbers.
+2. P has no clamp on the log-ratio; C has it, and so have we, written without exp. Same values.
+3. C encodes the preference model's text at every step; here once a prompt.
+4. C decodes and scores in one batch; here at most CHUNK samples at once. Same numbers.
+5. The threshold may change linearly over the diverted steps (`threshold_end`); C keeps it constant.
+6. A step without variance (the last one where set_alpha_to_one) has no density and gives no pair.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from spo import config
+from spo.diffusion import ddim
+from spo.diffusion.guidance import guided
+from spo.diffusion.noise import SampleNoise, generator
+from spo.diffusion.schedule import Schedule
+from spo.methods.order import shuffled
+from spo.types import Backbone, Batch, Conditioning, Judge, StepPair
+
+CHUNK = 64  # samples a UNet, decoder or judge call of the rollout; guidance doubles the UNet's
+
+
+def select_pairs(scores: Tensor, threshold: float | Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Best and worst of K candidates of each sample (Sec. 4.1).
+
+    Args:
+        scores: [K,B], logits of a preference.
+        threshold: one number or [B], in [0,1).
+
+    Returns:
+        win, lose (int64 [B], indices into K) and valid (bool [B]): the softmax over these two scores
+        differs by more than the threshold.
+    """
+    best, win = scores.max(dim=0)
+    worst, lose = scores.min(dim=0)
+    gap = torch.tanh((best.float() - worst.float()) / 2)  # softmax of two, first minus second
+    return win, lose, gap > threshold
+
+
+def spo_loss(
+    policy_win: Tensor,
+    policy_lose: Tensor,
+    reference_win: Tensor,
+    reference_lose: Tensor,
+    *,
+    beta: float,
+    clip: float,
+) -> Tensor:
+    """-log sigmoid(beta (r_win - r_lose)) [B] from four log-probs [B] (Eq. 4).
+
+    r = log(policy / reference), clamped to [log(1 - clip), log(1 + clip)]: outside, the gradient is 0.
+    """
+    low, high = math.log(1 - clip), math.log(1 + clip)
+    ratio_win = (policy_win - reference_win).clamp(low, high)
+    ratio_lose = (policy_lose - reference_lose).clamp(low, high)
+    return -F.logsigmoid(beta * (ratio_win - ratio_lose))
+
+
+def loss(
+    policy_output: Tensor, reference_output: Tensor, batch: Batch, schedule: Schedule, config: config.Spo
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """SPO's loss [P] of two UNet outputs [P,C,h,w] at batch.x_t, and its metrics (weighted means).
+
+    batch.targets: x_win, x_lose [P,C,h,w], two draws of the step from batch.x_t.
+    """
+    policy = ddim.transition(schedule, policy_output, batch.timesteps, batch.x_t, config.eta)
+    reference = ddim.transition(schedule, reference_output, batch.timesteps, batch.x_t, config.eta)
+    sides = [batch.targets["x_win"], batch.targets["x_lose"]]
+    policy_win, policy_lose = (ddim.log_prob(policy, x) for x in sides)
+    reference_win, reference_lose = (ddim.log_prob(reference, x) for x in sides)
+    losses = spo_loss(
+        policy_win, policy_lose, reference_win, reference_lose, beta=config.beta, clip=config.clip
+    )
+    win, lose = (policy_win - reference_win).detach(), (policy_lose - reference_lose).detach()
+    low, high = math.log(1 - config.clip), math.log(1 + config.clip)
+    clipped = torch.stack([(r < low) | (r > high) for r in (win, lose)]).float().mean(0)
+    each = {
+        "loss": losses.detach(),
+        "win_log_ratio": win,
+        "lose_log_ratio": lose,
+        "clipped_fraction": clipped,
+        "implicit_accuracy": (win > lose).float(),
+    }
+    share = batch.weight / batch.weight.sum().clamp(min=1e-12)
+    return losses, {name: (share * value).sum() for name, value in each.items()}
+
+
+@dataclass(frozen=True)
+class _Told:
+    """What UNet and judge are told of B prompts; encoded once a rollout."""
+
+    conditioning: Conditioning
+    unconditional: Conditioning | None  # None: guidance 1
+    text: Tensor  # [B,D], of the judge
+
+    def repeat(self, k: int) -> _Told:
+        """Copies in the order of candidates.flatten(0, 1)."""
+        none = self.unconditional is None
+        return _Told(
+            self.conditioning.repeat(k),
+            None if none else self.unconditional.repeat(k),
+            self.text.repeat(k, 1),
+        )
+
+
+@dataclass(frozen=True)
+class _Judged:
+    """The pairs of all B samples at one diverted step, valid or not."""
+
+    step: int  # index of x_t's timestep in the schedule
+    pair: StepPair
+    valid: Tensor  # bool [B]
+    scores: Tensor  # [K,B]
+
+
+class SpoMethod:
+    """Online batches: a rollout of the current policy, judged at every diverted step."""
+
+    loss = staticmethod(loss)
+
+    def __init__(
+        self, config: config.Spo, schedule: Schedule, judge: Judge, prompts: Sequence[str], seed: int
+    ) -> None:
+        """`schedule` has the sampler's timesteps, on the backbone's device.
+
+        Raises:
+            ValueError: the config has no step to divert at, a clip of 1 or more, or there are no prompts.
+        """
+        deviations = ddim.standard_deviation(schedule, schedule.timesteps, config.eta).flatten()
+        steps = range(config.divert_start_step, len(schedule.timesteps))
+        self.diverted = [i for i in steps if deviations[i] > 0]
+        if not self.diverted:
+            raise ValueError(
+                f"align.spo.divert_start_step: {config.divert_start_step} leaves no step of "
+                f"{len(schedule.timesteps)} to draw candidates at; lower it"
+            )
+        if config.clip >= 1:
+            raise ValueError(f"align.spo.clip: {config.clip} is not below 1; the paper's is 0.1")
+        if not prompts:
+            raise ValueError("align.spo: there are no training prompts; look at the prompts stage")
+        end = config.threshold if config.threshold_end is None else config.threshold_end
+        self._thresholds = torch.linspace(config.threshold, end, len(self.diverted)).tolist()
+        self.config, self.schedule, self.judge = config, schedule, judge
+        self.prompts, self.seed = list(prompts), seed
+        self.iterations, self.guidance = config.iterations, config.guidance
+
+    def collect(self, backbone: Backbone, iteration: int) -> tuple[list[Batch], dict[str, float]]:
+        """The valid pairs of one rollout, shuffled, in batches of at most config.batch_size.
+
+        Without a valid pair: one batch of one pair of weight 0. The metrics by timestep are named by
+        x_t's, as in `valid_fraction/t0701`.
+        """
+        count = self.config.prompts_per_iteration
+        chosen = shuffled(len(self.prompts), iteration * count, count, self.seed)
+        prompts = [self.prompts[i] for _, i in chosen]
+        keys = [f"rollout {iteration} epoch {epoch} prompt {i}" for epoch, i in chosen]
+        with backbone.inference():
+            noise = SampleNoise(self.seed, keys, backbone.latent_shape, backbone.device)
+            told = self._tell(backbone, prompts)
+            judged = list(self._rollout(backbone, noise, told))
+        return self._batches(judged, iteration), self._metrics(judged)
+
+    def _tell(self, backbone: Backbone, prompts: list[str]) -> _Told:
+        empty = None if self.guidance == 1 else backbone.encode_prompts([""] * len(prompts))
+        return _Told(backbone.encode_prompts(prompts), empty, self.judge.encode_text(prompts))
+
+    def _rollout(self, backbone: Backbone, noise: SampleNoise, told: _Told) -> Iterator[_Judged]:
+        """DDIM from x_T; a diverted step yields its pairs and goes on from a random candidate."""
+        k, size = self.config.candidates, len(noise)
+        told_k = told.repeat(k)
+        x_t, output = noise.draw(), None
+        for i in range(self.diverted[-1] + 1):
+            timesteps = self.schedule.timesteps[i].expand(size)
+            if output is None:
+                output = self._predict(backbone, x_t, timesteps, told)
+            step = ddim.transition(self.schedule, output, timesteps, x_t, self.config.eta)
+            if i not in self.diverted:
+                x_t, output = ddim.sample(step, noise.draw()), None
+                continue
+            candidates = ddim.sample(step, noise.draw_many(k))
+            scores, outputs = self._judge(backbone, i, candidates, told_k)
+            win, lose, valid = select_pairs(scores, self._thresholds[self.diverted.index(i)])
+            every = torch.arange(size, device=x_t.device)
+            pair = StepPair(
+                x_t, timesteps, candidates[win, every], candidates[lose, every], told.conditioning
+            )
+            yield _Judged(i, pair, valid, scores)
+            # a random one: going on from the winner or the loser collapses training (Sec. 4.1)
+            following = noise.integers(k), every
+            x_t = candidates[following]
+            output = None if outputs is None else outputs[following]
+
+    def _judge(
+        self, backbone: Backbone, i: int, candidates: Tensor, told: _Told
+    ) -> tuple[Tensor, Tensor | None]:
+        """Scores [K,B] of the candidates [K,B,C,h,w] of step i, and the model's outputs at them.
+
+        Each is judged by the x_0 predicted from it, at its own timestep; final latents as they are, at 0.
+        """
+        flat, outputs = candidates.flatten(0, 1), None
+        if i + 1 < len(self.schedule.timesteps):
+            timesteps = self.schedule.timesteps[i + 1].expand(len(flat))
+            outputs = self._predict(backbone, flat, timesteps, told)
+            x0 = self.schedule.predict_x0(outputs, timesteps, flat)
+        else:
+            timesteps, x0 = torch.zeros(len(flat), dtype=torch.int64, device=flat.device), flat
+        scores = [
+            self.judge.score_images(backbone.decode(x0[part]), told.text[part], timesteps[part])
+            for part in _parts(len(flat))
+        ]
+        scores = torch.cat(scores).view(candidates.shape[:2])
+        if not scores.isfinite().all():
+            raise ValueError(
+                f"preference model: a score at timestep {int(timesteps[0])} is not finite; retrain it"
+            )
+        return scores, None if outputs is None else outputs.view_as(candidates)
+
+    def _predict(self, backbone: Backbone, x_t: Tensor, timesteps: Tensor, told: _Told) -> Tensor:
+        empty = told.unconditional
+        outputs = [
+            guided(
+                backbone,
+                x_t[part],
+                timesteps[part],
+                told.conditioning.select(part),
+                None if empty is None else empty.select(part),
+                self.guidance,
+            )
+            for part in _parts(len(x_t))
+        ]
+        return torch.cat(outputs)
+
+    def _batches(self, judged: list[_Judged], iteration: int) -> list[Batch]:
+        """Indexing copies, so the batches are ordinary tensors, whatever `inference` made."""
+        pairs = [j.pair for j in judged]
+        x_t, timesteps, x_win, x_lose = (
+            torch.cat([getattr(p, name) for p in pairs]) for name in ("x_t", "timesteps", "x_win", "x_lose")
+        )
+        valid = torch.cat([j.valid for j in judged]).nonzero().flatten()
+        order = torch.randperm(len(valid), generator=generator(self.seed, f"pairs {iteration}"))
+        chosen, weight = valid[order.to(valid.device)], 1.0
+        if len(chosen) == 0:
+            chosen, weight = torch.zeros(1, dtype=torch.int64, device=x_t.device), 0.0
+        conditioning, size = pairs[0].conditioning, len(pairs[0].x_t)
+        return [
+            Batch(
+                x_t=x_t[part],
+                timesteps=timesteps[part],
+                conditioning=conditioning.select(part % size),
+                weight=torch.full((len(part),), weight, device=x_t.device),
+                targets={"x_win": x_win[part], "x_lose": x_lose[part]},
+            )
+            for part in chosen.split(self.config.batch_size)
+        ]
+
+    def _metrics(self, judged: list[_Judged]) -> dict[str, float]:
+        valid = torch.stack([j.valid for j in judged]).float().cpu()
+        scores = torch.stack([j.scores.float().mean() for j in judged]).cpu()
+        metrics = {
+            "pairs": float(valid.sum()),
+            "valid_fraction": float(valid.mean()),
+            "score": float(scores.mean()),
+        }
+        for row, j in enumerate(judged):
+            name = f"t{int(self.schedule.timesteps[j.step]):04d}"
+            metrics[f"valid_fraction/{name}"] = float(valid[row].mean())
+            metrics[f"score/{name}"] = float(scores[row])
+        return metrics
+
+
+def _parts(n: int) -> list[slice]:
+    return [slice(start, start + CHUNK) for start in range(0, n, CHUNK)]

@@ -1,0 +1,124 @@
+"""Measures any picture of the world: how good it is, and whether it shows what its caption says.
+
+The oracle is a network that learned from (picture, truth). It judges results and nothing else: no
+model, label or checkpoint is ever chosen by it. The synthetic annotators look through a second
+network of the same class but another size, seed and training set (see `spo.scenes.build`).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from spo.scenes import world
+from spo.scenes.world import ABSENT, CHOICES, QUALITY
+
+CHUNK = 128  # pictures a forward
+
+
+class Perception(nn.Module):
+    """A small convolutional network from a picture to its quality and attributes."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width = width
+        self.features = nn.Sequential(
+            nn.Conv2d(3, width, 5, stride=2, padding=2),
+            _Residual(width),
+            nn.Conv2d(width, 2 * width, 3, stride=2, padding=1),
+            _Residual(2 * width),
+            nn.Conv2d(2 * width, 4 * width, 3, stride=2, padding=1),
+            _Residual(4 * width),
+            nn.Conv2d(4 * width, 32, 1),
+            nn.Flatten(),
+            nn.Linear(32 * 6 * 6, 256),
+            nn.SiLU(),
+        )
+        self.quality = nn.Linear(256, len(QUALITY))
+        self.attributes = nn.ModuleList(nn.Linear(256, len(c) + 1) for c in CHOICES)  # the last: absent
+
+    def forward(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Images [N,3,48,48] in [-1,1] to quality [N,4] and, for each attribute, logits [N,choices+1]."""
+        features = self.features(images)
+        return self.quality(features), [head(features) for head in self.attributes]
+
+    @torch.no_grad()
+    def perceive(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Quality [N,4] in [0,1] and log-probabilities of each attribute."""
+        parts = [self(chunk) for chunk in images.split(CHUNK)]
+        quality = torch.cat([p[0] for p in parts]).clamp(0, 1)
+        logits = [torch.cat(columns) for columns in zip(*(p[1] for p in parts), strict=True)]
+        return quality, [column.log_softmax(-1) for column in logits]
+
+    def save(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(
+            {k: v.half().contiguous() for k, v in self.state_dict().items()}, folder / "model.safetensors"
+        )
+        (folder / "config.json").write_text(json.dumps({"width": self.width}) + "\n")
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Perception:
+        """Raises ValueError naming the folder when it is not there."""
+        folder = Path(folder)
+        if not (folder / "config.json").exists():
+            raise ValueError(f"{folder}: no oracle there; run `make repro` or `dvc pull data.dvc`")
+        model = cls(**json.loads((folder / "config.json").read_text()))
+        model.load_state_dict({k: v.float() for k, v in load_file(folder / "model.safetensors").items()})
+        return model.eval().requires_grad_(False)
+
+
+class _Residual(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        norms = [nn.GroupNorm(8, width) for _ in range(2)]
+        convolutions = [nn.Conv2d(width, width, 3, padding=1) for _ in range(2)]
+        self.body = nn.Sequential(norms[0], nn.SiLU(), convolutions[0], norms[1], nn.SiLU(), convolutions[1])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.body(x)
+
+
+def named_attributes(captions: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """What captions name: attributes int64 [N,8] with absent ones at the last class, and a mask [N,8]."""
+    attributes = torch.stack([world.parse(c) for c in captions])
+    named = attributes != ABSENT
+    last = torch.tensor([len(c) for c in CHOICES])
+    return torch.where(named, attributes, last), named
+
+
+def fidelity(log_probs: Sequence[Tensor], captions: Sequence[str], soft: bool = False) -> Tensor:
+    """Share [N] of the named attributes that the picture shows (soft: their mean probability)."""
+    attributes, named = named_attributes(captions)
+    columns = []
+    for i, column in enumerate(log_probs):
+        truth = attributes[:, i]
+        hit = column.gather(1, truth[:, None])[:, 0].exp() if soft else (column.argmax(1) == truth).float()
+        columns.append(hit)
+    hits = torch.stack(columns, dim=1) * named
+    return hits.sum(1) / named.sum(1)
+
+
+class Oracle:
+    """`oracle_aesthetic`: mean of the four quality factors. `oracle_alignment`: share of what the caption
+    names that the picture shows. Both in [0,1]."""
+
+    metrics = ("oracle_aesthetic", "oracle_alignment")
+
+    def __init__(self, folder: str | Path) -> None:
+        self.model = Perception.load(folder)
+
+    def score(self, images: Tensor, captions: Sequence[str]) -> dict[str, list[float]]:
+        """Images [N,3,48,48] in [-1,1], one caption each."""
+        if len(images) != len(captions):
+            raise ValueError(f"oracle: {len(images)} images but {len(captions)} prompts")
+        quality, log_probs = self.model.perceive(images)
+        return {
+            "oracle_aesthetic": quality.mean(1).tolist(),
+            "oracle_alignment": fidelity(log_probs, captions).tolist(),
+        }

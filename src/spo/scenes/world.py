@@ -1,0 +1,112 @@
+"""What a scene is: its attributes, its captions, and the quality that captions never name.
+
+A batch of N scenes is two tensors:
+
+* attributes int64 [N,8], one column per name in `ATTRIBUTES`. Slot 0 is the upper or left shape of
+  a pair, so "a above b" and "b below a" are the same scene. Scenes of one shape have `ABSENT` in the
+  columns of slot 1.
+* quality [N,4] in [0,1], one column per name in `QUALITY`, independent of each other and of the
+  attributes. Aesthetics is their mean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+SHAPES = ("circle", "square", "triangle", "star", "ring", "cross")
+COLOURS = ("red", "orange", "yellow", "green", "blue", "purple")
+SIZES = ("small", "large")
+BACKGROUNDS = ("sand", "snow", "slate", "sky")
+# five places of a single shape, then the two arrangements of a pair
+LAYOUTS = ("in the middle", "at the top", "at the bottom", "at the left", "at the right", "above", "left of")
+PLACES = LAYOUTS[:5]
+REVERSED = {"above": "below", "left of": "right of"}
+
+ATTRIBUTES = ("layout", "background", "shape_0", "colour_0", "size_0", "shape_1", "colour_1", "size_1")
+CHOICES = (LAYOUTS, BACKGROUNDS, SHAPES, COLOURS, SIZES, SHAPES, COLOURS, SIZES)
+QUALITY = ("sharp", "clean", "saturated", "lit")
+ABSENT = -1
+
+
+def vocabulary() -> list[str]:
+    """Every word that a caption can contain, sorted."""
+    texts = (*SHAPES, *COLOURS, *SIZES, *BACKGROUNDS, *LAYOUTS, *REVERSED.values(), "a", "on")
+    return sorted({word for text in texts for word in text.split()})
+
+
+def random_attributes(n: int, generator: torch.Generator, pair_fraction: float = 0.6) -> Tensor:
+    """Draw attributes int64 [n,8]; `pair_fraction` of the scenes have two shapes."""
+    columns = [torch.randint(len(c), (n,), generator=generator) for c in CHOICES]
+    single = torch.rand(n, generator=generator) >= pair_fraction
+    place = torch.randint(len(PLACES), (n,), generator=generator)
+    relation = torch.randint(len(PLACES), len(LAYOUTS), (n,), generator=generator)
+    columns[0] = torch.where(single, place, relation)
+    attributes = torch.stack(columns, dim=1)
+    attributes[single, 5:] = ABSENT
+    return attributes
+
+
+def random_quality(n: int, generator: torch.Generator) -> Tensor:
+    """Draw quality [n,4], uniform and independent."""
+    return torch.rand(n, len(QUALITY), generator=generator)
+
+
+def caption(attributes: Sequence[int], reverse: bool = False) -> str:
+    """Say a scene (one row of attributes); `reverse` tells a pair from its second shape."""
+    layout, background, *slots = attributes
+    first = _phrase(slots[:3])
+    if layout < len(PLACES):
+        return f"{first} {LAYOUTS[layout]} on {BACKGROUNDS[background]}"
+    second, relation = _phrase(slots[3:]), LAYOUTS[layout]
+    if reverse:
+        first, second, relation = second, first, REVERSED[relation]
+    return f"{first} {relation} {second} on {BACKGROUNDS[background]}"
+
+
+def captions(attributes: Tensor, generator: torch.Generator) -> list[str]:
+    """Say N scenes; about half of the pairs are told from their second shape."""
+    reverse = torch.rand(len(attributes), generator=generator) < 0.5
+    return [caption(a, bool(r)) for a, r in zip(attributes.tolist(), reverse, strict=True)]
+
+
+def parse(text: str) -> Tensor:
+    """The attributes int64 [8] that a caption names; the inverse of `caption`.
+
+    Raises:
+        ValueError: naming the caption, when it is not one of this world's sentences.
+    """
+    try:
+        scene, background = text.split(" on ")
+        for relation in (*LAYOUTS[len(PLACES) :], *REVERSED.values()):
+            first, found, second = scene.partition(f" {relation} a ")
+            if found:
+                return _parse_pair(relation, first, f"a {second}", background)
+        words = scene.split()
+        place = LAYOUTS.index(" ".join(words[4:]) or PLACES[0])
+        row = [place, BACKGROUNDS.index(background), *_parse_phrase(words[:4])]
+        return torch.tensor([*row, ABSENT, ABSENT, ABSENT])
+    except ValueError:
+        raise ValueError(f"not a scene: {text!r}; try {caption([5, 0, 0, 0, 1, 3, 4, 0])!r}") from None
+
+
+def _phrase(slot: Sequence[int]) -> str:
+    shape, colour, size = slot
+    return f"a {SIZES[size]} {COLOURS[colour]} {SHAPES[shape]}"
+
+
+def _parse_phrase(words: Sequence[str]) -> list[int]:
+    article, size, colour, shape = words
+    if article != "a":
+        raise ValueError(article)
+    return [SHAPES.index(shape), COLOURS.index(colour), SIZES.index(size)]
+
+
+def _parse_pair(relation: str, first: str, second: str, background: str) -> Tensor:
+    for forward, backward in REVERSED.items():
+        if relation == backward:
+            relation, first, second = forward, second, first
+    slots = _parse_phrase(first.split()) + _parse_phrase(second.split())
+    return torch.tensor([LAYOUTS.index(relation), BACKGROUNDS.index(background), *slots])

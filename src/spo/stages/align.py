@@ -1,0 +1,80 @@
+"""Stage `align`: fine-tune the base model by one method; joins method, backbone and training loop."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from spo.config import Params
+from spo.stages.common import METRICS, SCRATCH, TRAINING, Curve, fingerprint, require, stage, write_json
+
+if TYPE_CHECKING:
+    from spo.types import Backbone, Method
+
+OUTPUT = Path("outputs/align")
+
+
+def run(params: Params, item: str) -> None:
+    from spo import backbones, train
+    from spo.checkpoint import CheckpointStore
+    from spo.stages.generate import device
+
+    section = getattr(params.align, item)
+    with stage("align", params, item) as tracked:
+        started = time.monotonic()
+        backbone = backbones.load(params.backbone, device())
+        backbone.add_lora(section.lora, params.seed)
+        method = BUILD[item](params, backbone)
+        scratch = _scratch(params, item)
+        curve = Curve(tracked, scratch)
+        summary = train.run(
+            backbone,
+            method,
+            section.optimizer,
+            seed=params.seed,
+            checkpoints=CheckpointStore(scratch / "checkpoints"),
+            checkpoint_every=section.checkpoint_every,
+            on_metrics=curve.log,
+        )
+        curve.write(TRAINING / f"{item}.csv")
+        folder = OUTPUT / item
+        shutil.rmtree(folder, ignore_errors=True)
+        backbone.save_lora(folder)
+        seconds = round(time.monotonic() - started, 1)
+        write_json(METRICS / f"align_{item}.json", {**summary, "seconds": seconds})
+        tracked.log_artifact(folder / "pytorch_lora_weights.safetensors", "adapter")
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _spo(params: Params, backbone: Backbone) -> Method:
+    from spo.diffusion.schedule import Schedule
+    from spo.methods.spo import SpoMethod
+    from spo.preference.model import load_judge
+
+    section = params.align.spo
+    judge = load_judge(require("outputs/preference", "preference model"), backbone.device)
+    prompts = require("outputs/prompts/train.txt", "training prompts").read_text().splitlines()
+    schedule = Schedule.from_config(backbone.scheduler_config, section.num_inference_steps)
+    return SpoMethod(section, schedule, judge, prompts, params.seed)
+
+
+def _diffusion_dpo(params: Params, backbone: Backbone) -> Method:
+    from spo.diffusion.schedule import Schedule
+    from spo.methods.diffusion_dpo import DiffusionDpoMethod
+    from spo.stages.preference import latent_pairs
+
+    schedule = Schedule.from_config(backbone.scheduler_config, 20)  # only its noise levels matter
+    pairs = latent_pairs(params, backbone, "train")
+    return DiffusionDpoMethod(params.align.diffusion_dpo, schedule, pairs, params.seed)
+
+
+BUILD: dict[str, Any] = {"spo": _spo, "diffusion_dpo": _diffusion_dpo}
+
+
+def _scratch(params: Params, item: str) -> Path:
+    reads = {"spo": ["outputs/preference", "outputs/prompts/train.txt"], "diffusion_dpo": ["outputs/pairs"]}
+    inputs = [Path(p) for p in [*reads[item], "outputs/inputs/base.json"]]
+    sections = (item, params.seed, params.backbone, getattr(params.align, item))
+    return SCRATCH / "resume" / f"align-{item}-{fingerprint(sections, inputs)}"

@@ -1,0 +1,30 @@
+"""Stage `inputs`: pin every outside input by content, so that DVC reruns just what a change touches."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from spo.config import Params
+from spo.data.inputs import manifest
+from spo.stages.common import stage, write_json
+
+OUTPUT = Path("outputs/inputs")
+
+
+def run(params: Params, item: str | None = None) -> None:
+    score = params.score
+    named = {
+        "base": [(params.backbone.checkpoint, params.backbone.revision), (params.backbone.vae, None)],
+        "clip": [(params.preference.init, params.preference.revision)],
+        "prompts": [(params.prompts.train, None), (params.prompts.evaluation, None)],
+        "pairs": [(params.pairs.source, None)],
+        "pickscore": [(score.pickscore.model, score.pickscore.revision), (score.pickscore.processor, None)],
+        "hps": [(score.hps.checkpoint, None), (score.hps.tokenizer, None)],
+        "aesthetic": [(score.aesthetic.clip, score.aesthetic.revision), (score.aesthetic.head, None)],
+        "oracle": [(score.oracle, None)],
+    }
+    named["prompts"].append((params.prompts.vocabulary, None))
+    with stage("inputs", params):
+        for role, sources in named.items():
+            found = [manifest(name, revision) for name, revision in sources if name is not None]
+            write_json(OUTPUT / f"{role}.json", found)
