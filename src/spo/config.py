@@ -134,6 +134,7 @@ class Variant(Section):
 
 
 class Generate(Section):
+    split: Literal["test", "validation"] = "test"  # validation: for tuning
     num_inference_steps: Positive = 20
     eta: Annotated[float, Field(ge=0)] = 1.0
     seed: int = 0

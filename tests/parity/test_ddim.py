@@ -38,3 +38,47 @@ def test_ddim_matches_golden(prediction_type: str, steps: int, eta: float) -> No
     noise = (golden["prev_sample"] - step.mean) / step.std
     assert abs(float(noise.mean())) < 0.1 and abs(float(noise.std()) - 1) < 0.1
     assert difference(ddim.sample(step, noise), golden["prev_sample"]) < 1e-4
+
+
+SCHEDULERS = {
+    "defaults": {},
+    "sd15": {
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "beta_schedule": "scaled_linear",
+        "set_alpha_to_one": False,
+        "steps_offset": 1,
+        "clip_sample": False,
+    },
+    "cosine": {"beta_schedule": "squaredcos_cap_v2", "clip_sample_range": 2.0},
+    "trained": {"trained_betas": [0.01, 0.02, 0.04, 0.08] * 25, "num_train_timesteps": 100},
+    "trailing, zero terminal SNR": {
+        "timestep_spacing": "trailing",
+        "rescale_betas_zero_snr": True,
+        "prediction_type": "v_prediction",
+        "clip_sample": False,
+    },
+    "linspace": {"timestep_spacing": "linspace", "prediction_type": "v_prediction"},
+}
+
+
+@pytest.mark.parametrize("steps", [3, 20, 50])
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_ddim_matches_diffusers(name: str, steps: int) -> None:
+    """Every kind of config that is supported, and the defaults of missing keys."""
+    from diffusers import DDIMScheduler
+
+    theirs = DDIMScheduler(**SCHEDULERS[name])
+    theirs.set_timesteps(steps)
+    ours = Schedule.from_config(SCHEDULERS[name], steps)
+    assert torch.equal(ours.timesteps, theirs.timesteps)
+    assert difference(ours.alphas_cumprod, theirs.alphas_cumprod) < 1e-6
+
+    generator = torch.Generator().manual_seed(0)
+    x_t, output, noise = (torch.randn(steps, 2, 3, 3, generator=generator) for _ in range(3))
+    step = ddim.transition(ours, output, ours.timesteps, x_t, eta=0.7)
+    prev = ddim.sample(step, noise)
+    for i, t in enumerate(ours.timesteps):
+        expected = theirs.step(output[i : i + 1], t, x_t[i : i + 1], eta=0.7, variance_noise=noise[i : i + 1])
+        assert difference(step.x0[i : i + 1], expected.pred_original_sample) < 1e-4
+        assert difference(prev[i : i + 1], expected.prev_sample) < 1e-4

@@ -1,0 +1,5 @@
+"""Text-to-image models behind `types.Backbone`; all that knows diffusers and model families."""
+
+from spo.backbones.stable_diffusion import StableDiffusion, load
+
+__all__ = ["StableDiffusion", "load"]

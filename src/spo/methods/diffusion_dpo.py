@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from spo import config
+from spo.config import DiffusionDpo
 from spo.diffusion.noise import SampleNoise
 from spo.diffusion.schedule import Schedule
 from spo.methods.order import shuffled
@@ -61,7 +61,7 @@ def loss(
     reference_output: Tensor,
     batch: Batch,
     schedule: Schedule,
-    config: config.DiffusionDpo,
+    config: DiffusionDpo,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss [P] of two UNet outputs [2P,C,h,w] (winners, then losers), and its metrics (weighted means).
 
@@ -94,9 +94,7 @@ class DiffusionDpoMethod:
     loss = staticmethod(loss)
     guidance = 1.0
 
-    def __init__(
-        self, config: config.DiffusionDpo, schedule: Schedule, pairs: LatentPairs, seed: int
-    ) -> None:
+    def __init__(self, config: DiffusionDpo, schedule: Schedule, pairs: LatentPairs, seed: int) -> None:
         """Ties are left out, as in the official code; `schedule` lies on the backbone's device.
 
         Raises:

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from spo import config
+from spo.config import Spo
 from spo.diffusion import ddim
 from spo.diffusion.guidance import guided
 from spo.diffusion.noise import SampleNoise, generator
@@ -68,7 +68,7 @@ def spo_loss(
 
 
 def loss(
-    policy_output: Tensor, reference_output: Tensor, batch: Batch, schedule: Schedule, config: config.Spo
+    policy_output: Tensor, reference_output: Tensor, batch: Batch, schedule: Schedule, config: Spo
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """SPO's loss [P] of two UNet outputs [P,C,h,w] at batch.x_t, and its metrics (weighted means).
 
@@ -106,12 +106,8 @@ class _Told:
 
     def repeat(self, k: int) -> _Told:
         """Copies in the order of candidates.flatten(0, 1)."""
-        none = self.unconditional is None
-        return _Told(
-            self.conditioning.repeat(k),
-            None if none else self.unconditional.repeat(k),
-            self.text.repeat(k, 1),
-        )
+        empty = None if self.unconditional is None else self.unconditional.repeat(k)
+        return _Told(self.conditioning.repeat(k), empty, self.text.repeat(k, 1))
 
 
 @dataclass(frozen=True)
@@ -130,7 +126,7 @@ class SpoMethod:
     loss = staticmethod(loss)
 
     def __init__(
-        self, config: config.Spo, schedule: Schedule, judge: Judge, prompts: Sequence[str], seed: int
+        self, config: Spo, schedule: Schedule, judge: Judge, prompts: Sequence[str], seed: int
     ) -> None:
         """`schedule` has the sampler's timesteps, on the backbone's device.
 
@@ -215,11 +211,11 @@ class SpoMethod:
             x0 = self.schedule.predict_x0(outputs, timesteps, flat)
         else:
             timesteps, x0 = torch.zeros(len(flat), dtype=torch.int64, device=flat.device), flat
-        scores = [
+        judged = [
             self.judge.score_images(backbone.decode(x0[part]), told.text[part], timesteps[part])
             for part in _parts(len(flat))
         ]
-        scores = torch.cat(scores).view(candidates.shape[:2])
+        scores = torch.cat(judged).view(candidates.shape[:2])
         if not scores.isfinite().all():
             raise ValueError(
                 f"preference model: a score at timestep {int(timesteps[0])} is not finite; retrain it"

@@ -22,7 +22,8 @@ def run(params: Params, item: str) -> None:
     from spo.data import images
 
     variant: Variant = getattr(params.generate, item)
-    prompts = require("outputs/prompts/test.txt", "test prompts").read_text().splitlines()
+    split = params.generate.split
+    prompts = require(f"outputs/prompts/{split}.txt", f"{split} prompts").read_text().splitlines()
     with stage("generate", params, item) as tracked:
         backbone = backbones.load(params.backbone, device())
         if variant.adapter is not None:

@@ -1,4 +1,9 @@
-"""Stage `preference`: train the step-aware preference model (SPM) and measure it by timestep."""
+"""Stage `preference`: train the step-aware preference model (SPM) and measure it by timestep.
+
+Its two baselines (the same CLIP without the step condition; the same SPM trained on clean pictures
+only) are stages of their own, whose accuracies are kept in git: they run again only when their
+inputs or code change.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +12,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spo.config import Params
+from spo.config import Params, Preference
 from spo.stages.common import METRICS, SCRATCH, TRAINING, Curve, fingerprint, require, stage, write_json
 
 if TYPE_CHECKING:
@@ -15,71 +20,69 @@ if TYPE_CHECKING:
     from spo.types import Backbone
 
 OUTPUT = Path("outputs/preference")
-# accuracies of the same CLIP without the step condition, and trained on clean pictures only: made
-# once by `spo scenes build` with this stage's code, so that the default run need not train three models
-BASELINES = Path("data/spm_baselines.json")
+BASELINES: dict[str, dict[str, bool]] = {
+    "unconditioned": {"step_condition": False},
+    "clean_only": {"step_condition": False, "noised": False},
+}
 
 
 def run(params: Params, item: str | None = None) -> None:
+    """Train the SPM, or with `item` one of its BASELINES."""
     from spo import backbones
     from spo.stages.generate import device
 
-    with stage("preference", params) as tracked:
-        backbone = backbones.load(params.backbone, device())
+    settings = params.preference.model_copy(update=BASELINES[item] if item else {})
+    name = f"preference_{item}" if item else "preference"
+    with stage("preference", params, item) as tracked:
         started = time.monotonic()
-        model, tokenizer, accuracy, trained = train_and_measure(params, backbone, tracked)
-        shutil.rmtree(OUTPUT, ignore_errors=True)
-        model.save_pretrained(OUTPUT)
-        tokenizer.save_pretrained(OUTPUT)
-        report: dict[str, Any] = {"accuracy": {"step_aware": accuracy}, "n": trained["n_validation"]}
-        if params.score.oracle is not None and BASELINES.exists():
-            import json
+        backbone = backbones.load(params.backbone, device())
+        scratch = _scratch(params, settings)
+        curve = Curve(tracked, scratch)
+        model, tokenizer, report = _train(params, settings, backbone, scratch, curve)
+        if item is None:
+            curve.write(TRAINING / f"{name}.csv")
+            shutil.rmtree(OUTPUT, ignore_errors=True)
+            model.save_pretrained(OUTPUT)
+            tokenizer.save_pretrained(OUTPUT)
+        write_json(METRICS / f"{name}.json", {**report, "seconds": round(time.monotonic() - started, 1)})
+        tracked.log_metrics({f"accuracy_t{t}": a for t, a in report["accuracy"].items()}, step=0)
+        shutil.rmtree(scratch, ignore_errors=True)
 
-            report["accuracy"] |= json.loads(BASELINES.read_text())
-        seconds = round(time.monotonic() - started, 1)
-        write_json(METRICS / "preference.json", {**report, **trained, "seconds": seconds})
-        tracked.log_metrics({f"accuracy_t{t}": a for t, a in accuracy.items()}, step=0)
-        shutil.rmtree(trained_folder(params), ignore_errors=True)
 
-
-def train_and_measure(
-    params: Params, backbone: Backbone, tracked: Any
-) -> tuple[Any, Any, dict[str, float], dict[str, Any]]:
-    """The SPM, its tokenizer, accuracy by timestep on validation pairs, and what training cost."""
+def _train(
+    params: Params, settings: Preference, backbone: Backbone, scratch: Path, curve: Curve
+) -> tuple[Any, Any, dict[str, Any]]:
+    """The model, its tokenizer, and accuracy by timestep on validation pairs."""
     from spo.checkpoint import CheckpointStore
     from spo.diffusion.schedule import Schedule
     from spo.preference import train as spm
     from spo.preference.model import StepAwarePreferenceModel, load_tokenizer
 
-    settings = params.preference
     schedule = Schedule.from_config(backbone.scheduler_config, settings.num_inference_steps)
     tokenizer = load_tokenizer(settings.init, settings.revision)
     model = StepAwarePreferenceModel.from_clip(settings.init, settings.step_condition, settings.revision)
     model.to(backbone.device)
     pairs = {part: latent_pairs(params, backbone, part) for part in ("train", "validation")}
-    scratch = trained_folder(params)
-    curve = Curve(tracked, scratch)
     common = (model, tokenizer, backbone, schedule)
-    spm.train(
-        *common,
-        pairs["train"],
-        settings,
-        seed=params.seed,
-        checkpoint=CheckpointStore(scratch / "checkpoints"),
-        on_metrics=curve.log,
+    store = CheckpointStore(scratch / "checkpoints")
+    training = {"seed": params.seed, "checkpoint": store, "on_metrics": curve.log}
+    spm.train(*common, pairs["train"], settings, **training)
+    timesteps, guidance = settings.eval_timesteps, settings.guidance
+    measured = spm.evaluate(*common, pairs["validation"], timesteps, guidance, seed=params.seed)
+    return (
+        model,
+        tokenizer,
+        {
+            "accuracy": {str(t): round(m["accuracy"], 4) for t, m in measured.items()},
+            "n": int((pairs["validation"].label_0 != 0.5).sum()),
+            "n_train": len(pairs["train"]),
+            "updates": settings.steps,
+        },
     )
-    curve.write(TRAINING / "preference.csv")
-    measured = spm.evaluate(
-        *common, pairs["validation"], settings.eval_timesteps, settings.guidance, seed=params.seed
-    )
-    accuracy = {str(t): round(m["accuracy"], 4) for t, m in measured.items()}
-    clear = int(len(pairs["validation"].clear()))
-    cost = {"n_validation": clear, "n_train": len(pairs["train"]), "updates": settings.steps}
-    return model, tokenizer, accuracy, cost
 
 
-def trained_folder(params: Params) -> Path:
-    sections = ("preference", params.seed, params.backbone, params.preference)
+def _scratch(params: Params, settings: Preference) -> Path:
+    sections = ("preference", params.seed, params.backbone, settings)
     inputs = [Path(p) for p in ("outputs/pairs", "outputs/inputs/base.json", "outputs/inputs/clip.json")]
     return SCRATCH / "resume" / f"preference-{fingerprint(sections, inputs)}"
 

@@ -29,7 +29,9 @@ def run(params: Params, item: str) -> None:
         tracked.log_metrics(means, step=0)
 
 
-def score_images(params: Params, pictures: list[Any], prompts: list[str], device: str) -> dict[str, list[float]]:
+def score_images(
+    params: Params, pictures: list[Any], prompts: list[str], device: str
+) -> dict[str, list[float]]:
     """Each scorer's numbers, one scorer in memory at a time."""
     from spo.rewards.aesthetic import Aesthetic
     from spo.rewards.hps import Hps

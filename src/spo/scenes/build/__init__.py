@@ -120,8 +120,8 @@ STEPS: dict[str, Callable[[Path, Path, int], None]] = {
     "base": _base,
     "prompts": _prompts,
     "perception": _perception,
-    "pairs": _pairs,
     "clip": _clip,
+    "pairs": _pairs,
     "scorers": _scorers,
     "oracle": _validate,
 }

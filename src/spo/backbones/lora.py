@@ -1,0 +1,91 @@
+"""Low-rank adapters (arXiv 2106.09685) in diffusers' own file format."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from spo import config
+
+FILE = "pytorch_lora_weights.safetensors"
+ADAPTER = "default"
+
+
+def add(unet: Any, lora: config.Lora, seed: int) -> None:
+    """Add a trainable fp32 adapter; A is Gaussian by `seed`, B is zero, so it starts as the base."""
+    from peft import LoraConfig
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        unet.add_adapter(
+            LoraConfig(
+                r=lora.rank,
+                lora_alpha=lora.alpha,
+                target_modules=list(lora.target_modules),
+                init_lora_weights="gaussian",
+            ),
+            adapter_name=ADAPTER,
+        )
+    for parameter in trainable(unet):
+        parameter.data = parameter.data.float()
+
+
+def trainable(unet: Any) -> list[torch.nn.Parameter]:
+    return [p for p in unet.parameters() if p.requires_grad]
+
+
+def save(unet: Any, pipeline_class: Any, folder: Path) -> None:
+    """A folder for `pipe.load_lora_weights(folder)` of diffusers."""
+    from diffusers.utils import convert_state_dict_to_diffusers
+    from peft.utils import get_peft_model_state_dict
+
+    state = convert_state_dict_to_diffusers(get_peft_model_state_dict(unet))
+    folder.mkdir(parents=True, exist_ok=True)
+    adapter = unet.peft_config[ADAPTER]
+    pipeline_class.save_lora_weights(
+        save_directory=folder,
+        unet_lora_layers=state,
+        weight_name=FILE,
+        unet_lora_adapter_metadata={k: _plain(v) for k, v in adapter.to_dict().items()},
+    )
+
+
+def load(unet: Any, pipeline_class: Any, path: Path) -> None:
+    """Load a LoRA file or a folder with one, made here or elsewhere.
+
+    Raises:
+        ValueError: no file there, or weights that do not fit this UNet.
+    """
+    path = Path(path)
+    file = path / FILE if path.is_dir() else path
+    if not file.exists():
+        raise ValueError(f"{file}: no LoRA weights there")
+    state, alphas, *_ = pipeline_class.lora_state_dict(str(file.parent), weight_name=file.name)
+    mine = {k: v for k, v in state.items() if k.startswith("unet.")}
+    if len(mine) < len(state) or not mine:
+        other = next((k for k in state if k not in mine), "nothing at all")
+        raise ValueError(f"{file}: holds weights that are not the UNet's ({other})")
+    try:
+        unet.load_lora_adapter(mine, prefix="unet", network_alphas=alphas, adapter_name=ADAPTER)
+    except Exception as error:  # peft and diffusers raise several kinds
+        raise ValueError(f"{file}: does not fit this UNet: {str(error).splitlines()[0][:200]}") from None
+    _check_all_loaded(unet, mine, file)
+
+
+def _check_all_loaded(unet: Any, state: dict[str, torch.Tensor], file: Path) -> None:
+    """Every tensor of the file has a place: diffusers only warns about those that have none."""
+    here = sum(1 for name, _ in unet.named_parameters() if "lora_" in name)
+    told = sum(1 for name in state if "lora" in name and not name.endswith("alpha"))
+    if here != told:
+        raise ValueError(f"{file}: {told} LoRA tensors in the file, {here} places for them in this UNet")
+
+
+def _plain(value: Any) -> Any:
+    """What JSON can hold."""
+    if isinstance(value, set | frozenset | tuple | list):
+        items: Iterable[Any] = value
+        return sorted(items, key=str)
+    return value if isinstance(value, str | int | float | bool | dict | None) else str(value)

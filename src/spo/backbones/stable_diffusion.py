@@ -1,0 +1,169 @@
+"""Stable Diffusion 1.5 and XL checkpoints of diffusers as one `types.Backbone`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spo import config
+from spo.backbones import lora
+from spo.backbones.text import SdText, SdxlText
+from spo.types import Conditioning
+
+
+class StableDiffusion:
+    """UNet, VAE and text of one checkpoint, frozen but for an adapter.
+
+    Timesteps and latents are the caller's: this class draws no random number. The VAE may have
+    another dtype than the UNet (SDXL's own overflows in fp16); that stays behind encode and decode.
+    """
+
+    def __init__(self, pipeline: Any, text: SdText | SdxlText, channels_last: bool) -> None:
+        self.pipeline_class = type(pipeline)
+        self.unet, self.vae, self._text = pipeline.unet, pipeline.vae, text
+        self.text_encoder = pipeline.text_encoder
+        self.scheduler_config: Mapping[str, Any] = dict(pipeline.scheduler.config)
+        side = self.unet.config.sample_size
+        self.latent_shape = (self.unet.config.in_channels, side, side)
+        self._format = torch.channels_last if channels_last else torch.contiguous_format
+        for module in (self.unet, self.vae):
+            module.to(memory_format=self._format)
+        for module in pipeline.components.values():
+            if isinstance(module, torch.nn.Module):
+                module.eval().requires_grad_(False)
+
+    @property
+    def device(self) -> torch.device:
+        return self.unet.device
+
+    @torch.no_grad()
+    def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
+        return self._text(prompts)
+
+    def predict(
+        self, x_t: Tensor, timesteps: Tensor, conditioning: Conditioning, *, reference: bool = False
+    ) -> Tensor:
+        """fp32 [B,C,h,w]; `reference`: with the adapter switched off, so no second UNet is needed."""
+        adapted = reference and self._has_adapter()
+        if adapted:
+            self.unet.disable_adapters()
+        try:
+            x_t = x_t.to(self.unet.dtype).contiguous(memory_format=self._format)
+            told = self.unet(x_t, timesteps, return_dict=False, **self._text.unet_arguments(conditioning))[0]
+        finally:
+            if adapted:
+                self.unet.enable_adapters()
+        return told.float()
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        images = images.to(self.vae.dtype).contiguous(memory_format=self._format)
+        latents = self.vae.encode(images).latent_dist.mean
+        return ((latents - self._shift) * self.vae.config.scaling_factor).float()
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        latents = latents / self.vae.config.scaling_factor + self._shift
+        latents = latents.to(self.vae.dtype).contiguous(memory_format=self._format)
+        return self.vae.decode(latents, return_dict=False)[0].float().clamp(-1, 1)
+
+    @property
+    def _shift(self) -> float:
+        return getattr(self.vae.config, "shift_factor", None) or 0.0
+
+    @contextmanager
+    def inference(self) -> Iterator[None]:
+        """No gradients. (Not `inference_mode`: what a rollout makes is used in training afterwards.)"""
+        with torch.no_grad():
+            yield
+
+    def add_lora(self, settings: config.Lora, seed: int) -> None:
+        lora.add(self.unet, settings, seed)
+
+    def save_lora(self, folder: Path) -> None:
+        lora.save(self.unet, self.pipeline_class, folder)
+
+    def load_lora(self, path: Path) -> None:
+        lora.load(self.unet, self.pipeline_class, path)
+        self.unet.requires_grad_(False)
+
+    def trainable_parameters(self) -> list[torch.nn.Parameter]:
+        return lora.trainable(self.unet)
+
+    def _has_adapter(self) -> bool:
+        return bool(getattr(self.unet, "peft_config", None))
+
+
+def load(settings: config.Backbone, device: torch.device | str) -> StableDiffusion:
+    """A checkpoint from a diffusers folder, a single .safetensors file or a hub id.
+
+    Raises:
+        ValueError: nothing there, no network, or a checkpoint of the other family.
+    """
+    import diffusers
+
+    sdxl = settings.family == "sdxl"
+    wanted = diffusers.StableDiffusionXLPipeline if sdxl else diffusers.StableDiffusionPipeline
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[settings.dtype]
+    _check_family(settings, wanted.__name__)
+    extra = {} if sdxl else {"safety_checker": None, "requires_safety_checker": False}
+    if settings.vae is not None:
+        extra["vae"] = _reach(
+            settings.vae, lambda: diffusers.AutoencoderKL.from_pretrained(settings.vae, torch_dtype=dtype)
+        )
+    name = settings.checkpoint
+    if name.endswith(".safetensors"):
+        pipeline = _reach(name, lambda: wanted.from_single_file(name, torch_dtype=dtype, **extra))
+    else:
+        more = {"revision": settings.revision, "torch_dtype": dtype, **extra}
+        pipeline = _reach(name, lambda: wanted.from_pretrained(name, **more))
+    pipeline.to(device)
+    if settings.vae is None and sdxl and dtype == torch.float16:
+        pipeline.vae.to(torch.float32)  # its activations overflow in fp16
+    return StableDiffusion(pipeline, _text(pipeline, sdxl), settings.channels_last)
+
+
+def _text(pipeline: Any, sdxl: bool) -> SdText | SdxlText:
+    if not sdxl:
+        return SdText(pipeline.tokenizer, pipeline.text_encoder)
+    side = pipeline.unet.config.sample_size * pipeline.vae_scale_factor
+    encoders = [pipeline.text_encoder, pipeline.text_encoder_2]
+    return SdxlText([pipeline.tokenizer, pipeline.tokenizer_2], encoders, side)
+
+
+def _check_family(settings: config.Backbone, wanted: str) -> None:
+    """A local folder says what it is; better a line here than a traceback from inside a loader."""
+    import json
+
+    path = Path(settings.checkpoint)
+    if not path.exists():
+        if settings.checkpoint.count("/") == 1 and not settings.checkpoint.startswith((".", "data/")):
+            return  # a hub id
+        raise ValueError(
+            f"backbone.checkpoint: no {settings.checkpoint} there; run `make repro` or `dvc pull data.dvc`"
+        )
+    if path.is_file():
+        return
+    index = path / "model_index.json"
+    if not index.exists():
+        raise ValueError(f"backbone.checkpoint: {path} is no diffusers folder (it has no model_index.json)")
+    found = json.loads(index.read_text()).get("_class_name")
+    if found != wanted:
+        raise ValueError(
+            f"backbone.checkpoint: {path} holds a {found}, but backbone.family is {settings.family!r}"
+        )
+
+
+def _reach(name: str, loader: Any) -> Any:
+    try:
+        return loader()
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0][:200]
+        raise ValueError(
+            f"{name}: cannot be loaded ({reason}); without a network, give the folder of a local copy"
+        ) from None

@@ -1,0 +1,31 @@
+import torch
+
+from spo.diffusion.guidance import guided
+
+
+def test_guided_output_in_one_call(backbone) -> None:
+    """The fake is linear in the prompt's length n: c - u = .1 n, so u + g (c - u) = u + .1 g n."""
+    x_t, timesteps = torch.randn(3, 2, 3, 3), torch.tensor([1, 500, 900])
+    conditioning = backbone.encode_prompts(["a", "bb", "ccccc"])
+    empty = backbone.encode_prompts([""] * 3)
+    actual = guided(backbone, x_t, timesteps, conditioning, empty, 2.5)
+    lengths = torch.tensor([1.0, 2.0, 5.0]).view(-1, 1, 1, 1)
+    expected = 0.5 * x_t + timesteps.view(-1, 1, 1, 1) / 1000 + 0.1 * 2.5 * lengths
+    assert torch.allclose(actual, expected, atol=1e-6)
+    assert backbone.calls == [(6, False)]
+
+
+def test_guidance_of_one_is_conditional_alone(backbone) -> None:
+    x_t, timesteps = torch.randn(2, 2, 3, 3), torch.tensor([1, 500])
+    conditioning = backbone.encode_prompts(["a", "bb"])
+    actual = guided(backbone, x_t, timesteps, conditioning, None, 1.0)
+    assert backbone.calls == [(2, False)]
+    assert torch.equal(actual, backbone.predict(x_t, timesteps, conditioning))
+
+
+def test_reference_weights_are_asked_for(backbone) -> None:
+    x_t, timesteps = torch.randn(1, 2, 3, 3), torch.tensor([1])
+    conditioning, empty = backbone.encode_prompts(["a"]), backbone.encode_prompts([""])
+    for guidance in (1.0, 3.0):
+        guided(backbone, x_t, timesteps, conditioning, empty, guidance, reference=True)
+    assert backbone.calls == [(1, True), (2, True)]

@@ -1,0 +1,83 @@
+import pytest
+import torch
+
+from spo.diffusion.schedule import Schedule
+from spo.types import Conditioning
+
+SD = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "set_alpha_to_one": False,
+    "steps_offset": 1,
+    "clip_sample": False,
+}
+
+
+class FakeBackbone:
+    """Linear in x_t, in the sine of the prompt's length and in one trainable number (0 in the reference)."""
+
+    scheduler_config = SD
+    latent_shape = (3, 2, 2)
+    device = torch.device("cpu")
+
+    def __init__(self) -> None:
+        self.shift = torch.nn.Parameter(torch.zeros(()))
+        self.encoded: list[list[str]] = []
+        self.predicted: list[int] = []  # samples of each UNet call
+
+    def encode_prompts(self, prompts):
+        self.encoded.append(list(prompts))
+        return Conditioning({"length": torch.tensor([float(len(p)) for p in prompts])})
+
+    def predict(self, x_t, timesteps, conditioning, *, reference=False):
+        self.predicted.append(len(x_t))
+        assert timesteps.shape == (len(x_t),) and len(conditioning) == len(x_t)
+        length = conditioning.tensors["length"].view(-1, 1, 1, 1)
+        shift = self.shift.detach() * 0 if reference else self.shift
+        return 0.5 * x_t + 0.5 * length.sin() + timesteps.view(-1, 1, 1, 1) / 1000 + shift * x_t.sin()
+
+    def decode(self, latents):
+        return latents
+
+    def inference(self):
+        """The strictest kind: nothing made in it may be used in a backward pass."""
+        return torch.inference_mode()
+
+
+class FakeJudge:
+    """Prefers large pictures; remembers what it was asked."""
+
+    def __init__(self, scale: float = 10.0) -> None:
+        self.scale = scale
+        self.texts: list[list[str]] = []
+        self.timesteps: list[torch.Tensor] = []
+        self.images: list[torch.Tensor] = []
+        self.lengths: list[torch.Tensor] = []
+
+    def encode_text(self, prompts):
+        self.texts.append(list(prompts))
+        return torch.tensor([[float(len(p))] for p in prompts])
+
+    def score_images(self, images, text, timesteps):
+        assert len(images) == len(text) == len(timesteps)
+        self.timesteps.append(timesteps.clone())
+        self.images.append(images.clone())
+        self.lengths.append(text.flatten().clone())
+        return self.scale * images.mean((1, 2, 3)) + 0.01 * text.squeeze(1)
+
+
+@pytest.fixture
+def backbone():
+    return FakeBackbone()
+
+
+@pytest.fixture
+def judge():
+    return FakeJudge()
+
+
+@pytest.fixture
+def schedule():
+    """Five steps: timesteps 801, 601, 401, 201, 1."""
+    return Schedule.from_config(SD, 5)

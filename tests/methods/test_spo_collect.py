@@ -1,0 +1,291 @@
+import pytest
+import torch
+
+from spo.config import Spo
+from spo.diffusion import ddim
+from spo.diffusion.guidance import guided
+from spo.diffusion.schedule import Schedule
+from spo.methods import spo
+from spo.methods.spo import SpoMethod
+
+PROMPTS = ["a", "bb", "ccc", "dddd", "eeeee"]
+
+
+def settings(**changes) -> Spo:
+    fields = {
+        "lora": {"rank": 1, "alpha": 1},
+        "optimizer": {"learning_rate": 1e-3},
+        "iterations": 4,
+        "prompts_per_iteration": 3,
+        "batch_size": 4,
+        "candidates": 4,
+        "num_inference_steps": 5,
+        "guidance": 2.0,
+        "divert_start_step": 2,
+        "threshold": 0.0,
+    }
+    return Spo(**{**fields, **changes})
+
+
+def together(batches) -> dict[str, torch.Tensor]:
+    """All pairs of an iteration."""
+    rows = [
+        {"x_t": b.x_t, "timesteps": b.timesteps, "weight": b.weight, **b.targets, **b.conditioning.tensors}
+        for b in batches
+    ]
+    return {k: torch.cat([r[k] for r in rows]) for k in rows[0]}
+
+
+def same(a, b) -> bool:
+    return len(a) == len(b) and all(
+        torch.equal(x, y)
+        for p, q in zip(a, b, strict=True)
+        for x, y in zip(p.values(), q.values(), strict=True)
+    )
+
+
+def rows(batches):
+    return [together([b]) for b in batches]
+
+
+class StairNoise:
+    """Candidate k lies k standard deviations above the mean; the rollout goes on from number 1."""
+
+    def __init__(self, seed, keys, shape, device) -> None:
+        self.size = (len(keys), *shape)
+
+    def __len__(self) -> int:
+        return self.size[0]
+
+    def draw(self):
+        return torch.zeros(self.size)
+
+    def draw_many(self, k):
+        return torch.arange(float(k)).view(-1, 1, 1, 1, 1).expand(k, *self.size)
+
+    def integers(self, high):
+        return torch.ones(self.size[0], dtype=torch.int64)
+
+
+def test_pairs_are_drawn_from_the_transition_at_x_t(backbone, judge, schedule, monkeypatch) -> None:
+    """With candidates at known places: the best lies K-1 deviations up, the worst at the mean.
+
+    The transition is computed anew here, so a wrongly reused model output would show.
+    """
+    monkeypatch.setattr(spo, "SampleNoise", StairNoise)
+    method = SpoMethod(settings(), schedule, judge, PROMPTS, seed=0)
+    batches, metrics = method.collect(backbone, 0)
+    pairs = together(batches)
+    assert len(pairs["x_t"]) == 3 * 3 and metrics["pairs"] == 9 and metrics["valid_fraction"] == 1
+    by_time = {}
+    for batch in batches:
+        empty = backbone.encode_prompts([""] * len(batch.x_t))
+        output = guided(backbone, batch.x_t, batch.timesteps, batch.conditioning, empty, 2.0).detach()
+        step = ddim.transition(schedule, output, batch.timesteps, batch.x_t, eta=1)
+        up = (batch.targets["x_win"] - step.mean) / step.std
+        assert torch.allclose(up, torch.full_like(up, 3.0), atol=1e-3)
+        assert torch.allclose(batch.targets["x_lose"], step.mean, atol=1e-4)
+        for i, t in enumerate(batch.timesteps.tolist()):
+            length = float(batch.conditioning.tensors["length"][i])
+            by_time[t, length] = batch.x_t[i], (step.mean + step.std)[i]
+    lengths = {length for _, length in by_time}
+    assert len(lengths) == 3 and {t for t, _ in by_time} == {401, 201, 1}
+    for t, following in ((401, 201), (201, 1)):
+        for length in lengths:  # candidate 1 starts the next step
+            assert torch.allclose(by_time[following, length][0], by_time[t, length][1], atol=1e-4)
+
+
+def test_judge_sees_candidates_at_their_own_timestep(backbone, judge, schedule, monkeypatch) -> None:
+    """x_0 predicted from the candidate at the next timestep; at the end the latents themselves, at 0."""
+    monkeypatch.setattr(spo, "SampleNoise", StairNoise)
+    method = SpoMethod(settings(), schedule, judge, PROMPTS, seed=0)
+    batches, _ = method.collect(backbone, 0)
+    assert [t.unique().tolist() for t in judge.timesteps] == [[201], [1], [0]]
+    assert [len(t) for t in judge.timesteps] == [12, 12, 12]
+    assert len(judge.texts) == 1 and len(judge.texts[0]) == 3
+    in_order = [float(len(p)) for p in judge.texts[0]]
+    assert all(asked.tolist() == in_order * 4 for asked in judge.lengths)  # each picture with its own prompt
+
+    pairs = together(batches)
+    last = pairs["timesteps"] == 1
+    for side in ("x_win", "x_lose"):
+        for latents in pairs[side][last]:
+            assert any(torch.equal(latents, image) for image in judge.images[-1])
+    first = pairs["timesteps"] == 401
+    winners, length = pairs["x_win"][first], pairs["length"][first].view(-1, 1, 1, 1)
+    at = torch.full((3,), 201)
+    output = 0.5 * winners + 2.0 * 0.5 * length.sin() + 0.201  # guidance 2, by hand
+    x0 = schedule.predict_x0(output, at, winners)
+    for picture in x0:
+        assert any(torch.allclose(picture, image, atol=1e-4) for image in judge.images[0])
+
+
+def test_unet_work(backbone, judge, schedule) -> None:
+    """Guidance doubles each call; outputs at candidates serve the next step, so none is computed twice."""
+    SpoMethod(settings(), schedule, judge, PROMPTS, seed=0).collect(backbone, 0)
+    assert backbone.predicted == [2 * 3, 2 * 3, 2 * 3, 2 * 12, 2 * 12]
+    assert len(backbone.encoded) == 2  # the prompts and the empty ones, once
+
+
+def test_guidance_of_one_needs_no_empty_prompts(backbone, judge, schedule) -> None:
+    SpoMethod(settings(guidance=1.0), schedule, judge, PROMPTS, seed=0).collect(backbone, 0)
+    assert backbone.predicted == [3, 3, 3, 12, 12]
+    assert len(backbone.encoded) == 1
+
+
+def test_winner_has_the_higher_score(backbone, judge, schedule) -> None:
+    """At the last step the score is the mean of the latents."""
+    batches, _ = SpoMethod(settings(), schedule, judge, PROMPTS, seed=0).collect(backbone, 0)
+    pairs = together(batches)
+    last = pairs["timesteps"] == 1
+    assert int(last.sum()) == 3
+    assert (pairs["x_win"][last].mean((1, 2, 3)) > pairs["x_lose"][last].mean((1, 2, 3))).all()
+
+
+def test_next_step_starts_from_a_uniformly_random_candidate(backbone, judge, schedule) -> None:
+    """With two candidates, x_t of a step is the winner or the loser of the step before."""
+    prompts = [f"prompt {'x' * i}" for i in range(300)]
+    config = settings(candidates=2, prompts_per_iteration=300, batch_size=10_000)
+    pairs = together(SpoMethod(config, schedule, judge, prompts, seed=0).collect(backbone, 0)[0])
+    at = {t: {k: v[pairs["timesteps"] == t] for k, v in pairs.items()} for t in (401, 201)}
+    from_winner = 0
+    for length, x_t in zip(at[201]["length"], at[201]["x_t"], strict=True):
+        i = (at[401]["length"] == length).nonzero().item()
+        won, lost = torch.equal(x_t, at[401]["x_win"][i]), torch.equal(x_t, at[401]["x_lose"][i])
+        assert won != lost
+        from_winner += won
+    assert len(at[201]["x_t"]) == 300
+    assert 120 < from_winner < 180  # 3.5 standard deviations
+
+
+def test_collect_is_a_function_of_seed_and_iteration(backbone, judge, schedule) -> None:
+    method = SpoMethod(settings(), schedule, judge, PROMPTS, seed=0)
+    first, second = (rows(method.collect(backbone, i)[0]) for i in (0, 1))
+    fresh = SpoMethod(settings(), schedule, judge, PROMPTS, seed=0)
+    assert same(rows(fresh.collect(backbone, 1)[0]), second)  # without iteration 0 before it
+    assert same(rows(fresh.collect(backbone, 0)[0]), first)
+    assert not same(first, second)
+    orders = [[t for r in batches for t in r["timesteps"].tolist()] for batches in (first, second)]
+    assert orders[0] != orders[1]  # shuffled anew
+    other = SpoMethod(settings(), schedule, judge, PROMPTS, seed=1)
+    assert not same(rows(other.collect(backbone, 0)[0]), first)
+
+
+@pytest.mark.parametrize("chunk", [1, 5])
+def test_chunks_change_nothing(backbone, judge, schedule, monkeypatch, chunk: int) -> None:
+    whole, metrics = SpoMethod(settings(), schedule, judge, PROMPTS, seed=0).collect(backbone, 0)
+    monkeypatch.setattr(spo, "CHUNK", chunk)
+    backbone.predicted.clear()
+    cut, cut_metrics = SpoMethod(settings(), schedule, judge, PROMPTS, seed=0).collect(backbone, 0)
+    assert max(backbone.predicted) == 2 * min(chunk, 12)
+    assert same(rows(cut), rows(whole)) and cut_metrics == pytest.approx(metrics)
+
+
+def test_noise_of_a_prompt_does_not_depend_on_the_others(backbone, judge, schedule) -> None:
+    config = settings(prompts_per_iteration=5)
+    found = []
+    for prompts in (PROMPTS, ["a", "x" * 9, "y" * 12, "z" * 15, "w" * 18]):
+        pairs = together(SpoMethod(config, schedule, judge, prompts, seed=0).collect(backbone, 0)[0])
+        mine = pairs["length"] == 1
+        found.append(sorted(pairs["x_t"][mine].flatten(1).tolist()))
+    assert len(found[0]) == 3
+    assert torch.allclose(*(torch.tensor(f) for f in found), atol=1e-5)
+
+
+def test_every_prompt_once_an_epoch(backbone, judge, schedule) -> None:
+    method = SpoMethod(settings(prompts_per_iteration=2), schedule, judge, PROMPTS[:4], seed=0)
+    for iteration in range(4):
+        method.collect(backbone, iteration)
+    seen = [judge.texts[0] + judge.texts[1], judge.texts[2] + judge.texts[3]]
+    assert [sorted(epoch) for epoch in seen] == [PROMPTS[:4]] * 2
+
+
+def test_batches(backbone, judge, schedule) -> None:
+    batches, metrics = SpoMethod(settings(), schedule, judge, PROMPTS, seed=0).collect(backbone, 0)
+    assert [len(b.x_t) for b in batches] == [4, 4, 1] and metrics["pairs"] == 9
+    for batch in batches:
+        assert batch.weight.tolist() == [1.0] * len(batch.x_t)
+        assert len(batch.conditioning) == len(batch.timesteps) == len(batch.x_t)
+        assert batch.targets.keys() == {"x_win", "x_lose"}
+    timesteps = together(batches)["timesteps"].tolist()
+    assert timesteps != sorted(timesteps, reverse=True)  # shuffled over the steps
+
+
+def test_only_valid_pairs_are_kept(backbone, judge, schedule) -> None:
+    method = SpoMethod(settings(threshold=0.05), schedule, judge, PROMPTS, seed=0)
+    batches, metrics = method.collect(backbone, 0)
+    pairs = together(batches)
+    assert 0 < metrics["pairs"] < 9 and len(pairs["x_t"]) == metrics["pairs"]
+    assert metrics["valid_fraction"] == pytest.approx(metrics["pairs"] / 9)
+    last = pairs["timesteps"] == 1
+    assert 0 < int(last.sum()) == pytest.approx(3 * metrics["valid_fraction/t0001"])
+    gap = 10 * (pairs["x_win"] - pairs["x_lose"])[last].mean((1, 2, 3))
+    assert (torch.tanh(gap / 2) > 0.05).all()
+
+
+def test_without_a_valid_pair_one_batch_of_weight_zero(backbone, judge, schedule) -> None:
+    method = SpoMethod(settings(threshold=1.0), schedule, judge, PROMPTS, seed=0)
+    (batch,), metrics = method.collect(backbone, 0)
+    assert metrics["pairs"] == 0 and metrics["valid_fraction"] == 0
+    assert batch.weight.tolist() == [0.0] and len(batch.x_t) == 1
+    output = backbone.predict(batch.x_t, batch.timesteps, batch.conditioning)
+    losses, values = method.loss(output, output.detach(), batch, schedule, method.config)
+    assert losses.isfinite().all() and all(float(v) == 0 for v in values.values())
+
+
+class GapJudge:
+    """Scores 0, 1, 0, 1, ...: every gap is tanh(1 / 2) = .462."""
+
+    def encode_text(self, prompts):
+        return torch.zeros(len(prompts), 1)
+
+    def score_images(self, images, text, timesteps):
+        assert len(images) % 2 == 0
+        return torch.arange(len(images)).fmod(2).float()
+
+
+def test_threshold_goes_linearly_to_its_end(backbone, schedule) -> None:
+    """.2, .4, .6 at t = 401, 201, 1, against gaps of .462."""
+    config = settings(prompts_per_iteration=1, threshold=0.2, threshold_end=0.6)
+    _, metrics = SpoMethod(config, schedule, GapJudge(), PROMPTS, seed=0).collect(backbone, 0)
+    valid = {k: v for k, v in metrics.items() if k.startswith("valid_fraction/")}
+    assert valid == {"valid_fraction/t0401": 1, "valid_fraction/t0201": 1, "valid_fraction/t0001": 0}
+    scores = {k: v for k, v in metrics.items() if k.startswith("score")}
+    names = ("score", "score/t0401", "score/t0201", "score/t0001")
+    assert scores == {name: pytest.approx(0.5) for name in names}
+
+
+def test_a_last_step_without_variance_gives_no_pair(backbone, judge) -> None:
+    to_one = Schedule.from_config({**backbone.scheduler_config, "set_alpha_to_one": True}, 5)
+    batches, metrics = SpoMethod(settings(), to_one, judge, PROMPTS, seed=0).collect(backbone, 0)
+    assert [t.unique().tolist() for t in judge.timesteps] == [[201], [1]]
+    assert set(together(batches)["timesteps"].tolist()) == {401, 201} and metrics["pairs"] == 6
+
+
+def test_batches_can_be_trained_on(backbone, judge, schedule) -> None:
+    """They come out of inference mode, yet serve a backward pass; a step along it helps."""
+    method = SpoMethod(settings(batch_size=100), schedule, judge, PROMPTS, seed=0)
+    (batch,), _ = method.collect(backbone, 0)
+    empty = backbone.encode_prompts([""] * len(batch.x_t))
+
+    def mean_loss() -> torch.Tensor:
+        outputs = [
+            guided(
+                backbone, batch.x_t, batch.timesteps, batch.conditioning, empty, method.guidance, reference=r
+            )
+            for r in (False, True)
+        ]
+        return method.loss(outputs[0], outputs[1].detach(), batch, schedule, method.config)[0].mean()
+
+    before = mean_loss()
+    before.backward()
+    assert float(backbone.shift.grad) != 0
+    with torch.no_grad():
+        backbone.shift -= 1e-3 * backbone.shift.grad.sign()
+    assert float(mean_loss().detach()) < float(before.detach())
+
+
+def test_a_score_that_is_not_finite_stops(backbone, judge, schedule) -> None:
+    judge.scale = float("nan")
+    with pytest.raises(ValueError, match="timestep 201"):
+        SpoMethod(settings(), schedule, judge, PROMPTS, seed=0).collect(backbone, 0)

@@ -1,0 +1,115 @@
+"""The whole DAG, with the smoke preset, in a temporary clone: what a newcomer's first command does."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.smoke
+
+
+def run(folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
+    """A command as a user types it, with this environment's programs first on the path."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": path, "PYTHONPATH": str(folder / "src"), "DVC_NO_ANALYTICS": "1"}
+    environment.pop("MLFLOW_TRACKING_URI", None)
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=900)
+
+
+def must(folder: Path, *command: str) -> str:
+    done = run(folder, *command)
+    assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    return done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("clone") / "spo"
+    subprocess.run(["git", "clone", "--quiet", str(ROOT), str(folder)], check=True)
+    must(folder, "spo", "preset", "smoke", "--force")
+    must(folder, "dvc", "pull", "--quiet", "data.dvc")
+    must(folder, "dvc", "repro")
+    return folder
+
+
+def test_every_variant_is_compared_on_every_metric(clone: Path) -> None:
+    rows = json.loads((clone / "reports/comparisons.json").read_text())
+    seen = {(r["method"], r["baseline"], r["metric"]) for r in rows}
+    metrics = {"pickscore", "hps", "aesthetic", "oracle_aesthetic", "oracle_alignment"}
+    assert {("spo", b, m) for b in ("base", "base_high_guidance", "diffusion_dpo") for m in metrics} <= seen
+    assert {("diffusion_dpo", "base", m) for m in metrics} <= seen
+    for row in rows:
+        assert row["n"] == 8
+        assert row["ci_low"] <= row["mean_difference"] <= row["ci_high"]
+        assert row["mean_difference"] == pytest.approx(row["mean_method"] - row["mean_baseline"], abs=1e-6)
+
+
+def test_the_page_stands_alone(clone: Path) -> None:
+    page = (clone / "reports/report.html").read_text()
+    assert "data:image/png;base64" in page
+    assert "<script src" not in page and 'href="http' not in page
+    assert "left of" in page or "above" in page  # a prompt of a grid
+
+
+def test_a_second_repro_does_nothing(clone: Path) -> None:
+    assert "Data and pipelines are up to date" in must(clone, "dvc", "repro")
+
+
+def test_dvc_shows_metrics_and_plots(clone: Path) -> None:
+    assert "oracle_aesthetic" in must(clone, "dvc", "metrics", "show")
+    assert "plots" in must(clone, "dvc", "plots", "show")
+
+
+def test_a_change_of_the_preference_model_does_not_rerun_diffusion_dpo(clone: Path) -> None:
+    text = (clone / "params.yaml").read_text()
+    (clone / "params.yaml").write_text(text.replace("weight_decay: 0.3", "weight_decay: 0.2"))
+    status = json.loads(run(clone, "dvc", "status", "--json").stdout)
+    (clone / "params.yaml").write_text(text)
+    assert "preference" in status
+    assert "align@diffusion_dpo" not in status and "generate@diffusion_dpo" not in status
+
+
+def test_every_stage_is_a_run_under_one_parent(clone: Path) -> None:
+    import mlflow
+
+    client = mlflow.MlflowClient(f"sqlite:///{clone / 'mlflow.db'}")
+    runs = client.search_runs([e.experiment_id for e in client.search_experiments()], max_results=1000)
+    parents = {r.data.tags.get("mlflow.parentRunId") for r in runs} - {None}
+    assert len(parents) == 1
+    names = {r.info.run_name for r in runs if "mlflow.parentRunId" in r.data.tags}
+    for stage in ("prompts", "pairs", "preference", "align-spo", "generate-base", "score-spo", "report"):
+        assert stage in names, f"{stage} is not among {sorted(names)}"
+    assert all(r.info.status == "FINISHED" for r in runs)
+
+
+def test_sample_draws_a_picture_and_refuses_unknown_words(clone: Path) -> None:
+    prompt = "a large red circle above a small blue star on sand"
+    must(clone, "spo", "sample", prompt, "--method", "spo", "--output", "picture.png")
+    assert (clone / "picture.png").stat().st_size > 1000
+    refused = run(clone, "spo", "sample", "a large red giraffe on sand")
+    assert refused.returncode == 2
+    assert "giraffe" in refused.stderr and "Traceback" not in refused.stderr
+
+
+def test_missing_inputs_say_what_to_do(clone: Path, tmp_path: Path) -> None:
+    (tmp_path / "params.yaml").write_text((clone / "params.yaml").read_text())
+    refused = run(tmp_path, "spo", "align", "spo")
+    assert refused.returncode == 2
+    assert "make repro" in refused.stderr and "Traceback" not in refused.stderr
+
+
+def test_a_damaged_seed_remote_is_refused(clone: Path, tmp_path: Path) -> None:
+    other = tmp_path / "damaged"
+    subprocess.run(["git", "clone", "--quiet", str(ROOT), str(other)], check=True)
+    blob = max((p for p in (other / ".dvc-seed").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    content = bytearray(blob.read_bytes())
+    content[len(content) // 2] ^= 1
+    blob.chmod(0o644)
+    blob.write_bytes(content)
+    assert run(other, "dvc", "pull", "--quiet", "data.dvc").returncode != 0
