@@ -44,7 +44,7 @@ class Prompts(Section):
     vocabulary: str | None = None  # a file of allowed words, one a line
     max_tokens: Positive = 77
     n_train: Positive
-    n_validation: Positive
+    n_validation: Count
     n_test: Positive
 
 
@@ -73,6 +73,7 @@ class Preference(Section):
 
     init: str  # a CLIP-format model folder or hub id
     revision: str | None = None
+    tokenizer: str | None = None  # where it lies, if not with `init`
     step_condition: bool = True  # False: the same CLIP without adaLN
     noised: bool = True  # False: trained on clean images only
     optimizer: Optimizer
@@ -227,8 +228,11 @@ def validate(raw: Any, source: str = "params.yaml") -> Params:
 
 
 def preset_names() -> list[str]:
-    return sorted(p.name.removesuffix(".yaml") for p in resources.files("spo.presets").iterdir()
-                  if p.name.endswith(".yaml"))
+    return sorted(
+        p.name.removesuffix(".yaml")
+        for p in resources.files("spo.presets").iterdir()
+        if p.name.endswith(".yaml")
+    )
 
 
 def preset(name: str) -> str:

@@ -65,7 +65,7 @@ def run(
             means = {name: sum(values) / len(values) for name, values in metrics.items()}
             on_metrics({**collected, **means}, state.updates)
             bar.update()
-            bar.set_postfix(loss=f"{means['loss']:.4f}", pairs=state.pairs, refresh=False)
+            bar.set_postfix(loss=f"{means.get('loss', float('nan')):.4f}", pairs=state.pairs, refresh=False)
             seen = iteration + 1
             if checkpoints and (seen % checkpoint_every == 0 or seen == method.iterations or stopped):
                 state.save(checkpoints, seen)
@@ -78,7 +78,10 @@ def run(
 def update(
     backbone: Backbone, method: Method, batch: Batch, state: _State, optimizer: config.Optimizer
 ) -> dict[str, float]:
-    """One optimizer update on one batch; one policy and one reference forward."""
+    """One optimizer update on one batch; one policy and one reference forward. Without a pair, none."""
+    total = _sum_over_processes(batch.weight.sum())
+    if total == 0:  # no valid pair anywhere: AdamW would still decay the weights
+        return {}
     unconditional = None
     if method.guidance != 1:
         unconditional = backbone.encode_prompts([""]).repeat(len(batch.x_t))
@@ -87,8 +90,7 @@ def update(
         reference = guided(*inputs, reference=True)
     policy = guided(*inputs)
     losses, metrics = method.loss(policy, reference, batch, method.schedule, method.config)
-    total = _sum_over_processes(batch.weight.sum())
-    loss = (losses * batch.weight).sum() / total.clamp(min=1e-12)
+    loss = (losses * batch.weight).sum() / total
     state.optimizer.zero_grad(set_to_none=True)
     loss.backward()
     norm = _synchronise(state.parameters)

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -84,6 +83,7 @@ class Backbone(Protocol):
 
     scheduler_config: Mapping[str, Any]
     latent_shape: tuple[int, int, int]
+    image_size: tuple[int, int]  # H, W
     device: torch.device
 
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning: ...
@@ -99,7 +99,7 @@ class Backbone(Protocol):
         ...
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Scaled latents to images, clamped to [-1,1]."""
+        """Scaled latents to images around [-1,1], not clamped: the preference model resizes first."""
         ...
 
     def trainable_parameters(self) -> list[torch.nn.Parameter]: ...
@@ -143,10 +143,3 @@ class Scorer(Protocol):
     def score(self, images: Sequence[Any], prompts: Sequence[str]) -> list[float]:
         """One number for each image and its own prompt; lengths must agree."""
         ...
-
-
-@dataclass(frozen=True)
-class Adapter:
-    """Where a fine-tuned model lies: a LoRA file's folder, or none for the base."""
-
-    path: Path | None = None

@@ -63,7 +63,8 @@ def encode(
     if not done.exists():
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        rows = _write(pairs, backbone, decode_image, np.memmap(folder / "latents.f16", np.float16, "w+", shape=shape))
+        file = np.memmap(folder / "latents.f16", np.float16, "w+", shape=shape)
+        rows = _write(pairs, backbone, decode_image, file)
         partial = done.with_suffix(".tmp")
         partial.write_text(json.dumps(rows))
         partial.rename(done)

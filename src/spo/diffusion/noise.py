@@ -1,4 +1,4 @@
-"""Random numbers that belong to a sample: batch size, order and process never change them."""
+"""Random numbers that belong to a sample or a position: batch size, order and process never change them."""
 
 from __future__ import annotations
 
@@ -46,3 +46,17 @@ def generator(seed: int, key: int | str) -> torch.Generator:
     """A CPU generator of its own for every (seed, key); 1 and "1" are different keys."""
     digest = hashlib.blake2b(f"{seed} {key!r}".encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+
+
+def shuffled(n: int, start: int, count: int, seed: int) -> list[tuple[int, int]]:
+    """Positions start .. start + count - 1 of an endless stream that shuffles n items anew every epoch.
+
+    Returns:
+        (epoch, item) of each position; no item comes twice in an epoch.
+    """
+    items: list[tuple[int, int]] = []
+    for epoch in range(start // n, (start + count - 1) // n + 1):
+        order = torch.randperm(n, generator=generator(seed, f"order {epoch}")).tolist()
+        first, end = max(start - epoch * n, 0), start + count - epoch * n
+        items += [(epoch, item) for item in order[first:end]]
+    return items

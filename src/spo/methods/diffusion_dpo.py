@@ -18,9 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from spo.config import DiffusionDpo
-from spo.diffusion.noise import SampleNoise
+from spo.diffusion.noise import SampleNoise, shuffled
 from spo.diffusion.schedule import Schedule
-from spo.methods.order import shuffled
 from spo.types import Backbone, Batch
 
 

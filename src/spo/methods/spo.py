@@ -23,9 +23,8 @@ from torch import Tensor
 from spo.config import Spo
 from spo.diffusion import ddim
 from spo.diffusion.guidance import guided
-from spo.diffusion.noise import SampleNoise, generator
+from spo.diffusion.noise import SampleNoise, generator, shuffled
 from spo.diffusion.schedule import Schedule
-from spo.methods.order import shuffled
 from spo.types import Backbone, Batch, Conditioning, Judge, StepPair
 
 CHUNK = 64  # samples a UNet, decoder or judge call of the rollout; guidance doubles the UNet's

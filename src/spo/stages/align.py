@@ -56,7 +56,9 @@ def _spo(params: Params, backbone: Backbone) -> Method:
     section = params.align.spo
     judge = load_judge(require("outputs/preference", "preference model"), backbone.device)
     prompts = require("outputs/prompts/train.txt", "training prompts").read_text().splitlines()
-    schedule = Schedule.from_config(backbone.scheduler_config, section.num_inference_steps)
+    schedule = Schedule.from_config(backbone.scheduler_config, section.num_inference_steps).to(
+        backbone.device
+    )
     return SpoMethod(section, schedule, judge, prompts, params.seed)
 
 
@@ -65,7 +67,8 @@ def _diffusion_dpo(params: Params, backbone: Backbone) -> Method:
     from spo.methods.diffusion_dpo import DiffusionDpoMethod
     from spo.stages.preference import latent_pairs
 
-    schedule = Schedule.from_config(backbone.scheduler_config, 20)  # only its noise levels matter
+    # only its noise levels matter here
+    schedule = Schedule.from_config(backbone.scheduler_config, 20).to(backbone.device)
     pairs = latent_pairs(params, backbone, "train")
     return DiffusionDpoMethod(params.align.diffusion_dpo, schedule, pairs, params.seed)
 

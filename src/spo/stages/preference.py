@@ -59,7 +59,8 @@ def _train(
     from spo.preference.model import StepAwarePreferenceModel, load_tokenizer
 
     schedule = Schedule.from_config(backbone.scheduler_config, settings.num_inference_steps)
-    tokenizer = load_tokenizer(settings.init, settings.revision)
+    named = settings.tokenizer is not None
+    tokenizer = load_tokenizer(settings.tokenizer or settings.init, None if named else settings.revision)
     model = StepAwarePreferenceModel.from_clip(settings.init, settings.step_condition, settings.revision)
     model.to(backbone.device)
     pairs = {part: latent_pairs(params, backbone, part) for part in ("train", "validation")}
@@ -90,6 +91,7 @@ def _scratch(params: Params, settings: Preference) -> Path:
 def latent_pairs(params: Params, backbone: Backbone, part: str) -> LatentPairs:
     """The pairs of `part` (train, validation) as latents, encoded once for all stages that read them."""
     import json
+    from functools import partial
 
     from spo.data.images import decode_image
     from spo.data.latents import encode
@@ -98,4 +100,5 @@ def latent_pairs(params: Params, backbone: Backbone, part: str) -> LatentPairs:
     folder = require(Path("outputs/pairs") / part, "preference pairs")
     total = json.loads(Path("outputs/pairs/summary.json").read_text())[part]
     name = fingerprint(("latents", params.backbone), [folder, Path("outputs/inputs/base.json")])
-    return encode(read_pairs(folder), total, backbone, decode_image, SCRATCH / "latents" / f"{part}-{name}")
+    decode = partial(decode_image, size=backbone.image_size)
+    return encode(read_pairs(folder), total, backbone, decode, SCRATCH / "latents" / f"{part}-{name}")

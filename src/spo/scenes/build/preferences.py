@@ -110,7 +110,7 @@ def _draw(backbone: Any, source: Generator, prompts: list[str], keys: Tensor, se
     noise = SampleNoise(seed, keys.tolist(), backbone.latent_shape)
     with backbone.inference():
         x_0 = sample_latents(backbone, schedule, prompts, noise, source.guidance, 1.0)
-        images = backbone.decode(x_0)
+        images = backbone.decode(x_0).clamp(-1, 1)
     return ((images + 1) * 127.5).round().to(torch.uint8).contiguous()
 
 

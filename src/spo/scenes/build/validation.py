@@ -63,7 +63,7 @@ def _redraw(base: Path, images: Tensor, captions: list[str], seed: int) -> Tenso
             output = guided(backbone, x_t, timesteps, conditioning, conditioning, 1.0)
             step = ddim.transition(schedule, output, timesteps, x_t, 1.0)
             x_t = ddim.sample(step, torch.randn(x_t.shape, generator=generator))
-        parts.append(backbone.decode(x_t))
+        parts.append(backbone.decode(x_t).clamp(-1, 1))
     return torch.cat(parts)
 
 

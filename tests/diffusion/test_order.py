@@ -1,4 +1,4 @@
-from spo.methods.order import shuffled
+from spo.diffusion.noise import shuffled
 
 
 def test_every_item_once_an_epoch() -> None:

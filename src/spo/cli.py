@@ -1,0 +1,128 @@
+"""The command line. Imports nothing heavy before a command runs; a user's mistake is one line, exit 2."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from spo import config
+
+# stage: (what it does, its items)
+STAGES: dict[str, tuple[str, tuple[str, ...]]] = {
+    "inputs": ("pin every outside input by its content", ()),
+    "prompts": ("clean and split the prompts", ()),
+    "pairs": ("check, filter and shard the preference pairs", ()),
+    "preference": ("train the step-aware preference model", ("unconditioned", "clean_only")),
+    "align": ("fine-tune the base model by one method", config.METHODS),
+    "generate": ("pictures of the base or an aligned model", config.VARIANTS),
+    "score": ("PickScore, HPS and aesthetic of those pictures", config.VARIANTS),
+    "report": ("statistics, tables and grids on one page", ()),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status."""
+    told = parser().parse_args(arguments)
+    try:
+        told.run(told)
+    except (ValueError, FloatingPointError) as error:
+        print(f"spo: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as stop:
+        print(f"spo: {stop or 'stopped'}", file=sys.stderr)
+        return 130
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(
+        prog="spo",
+        description="Align text-to-image models with human preferences, step by step.",
+        epilog="`make repro` or `dvc repro` runs all stages in order, each only when something changed.",
+    )
+    commands = top.add_subparsers(required=True, metavar="command")
+    for name, (text, items) in STAGES.items():
+        stage = commands.add_parser(name, help=f"stage: {text}", description=text)
+        if items:
+            optional = "?" if name == "preference" else None
+            stage.add_argument("item", choices=items, nargs=optional, help="which one")
+        stage.add_argument("--params", type=Path, default=Path("params.yaml"), metavar="FILE")
+        stage.set_defaults(run=_stage, stage=name, item=None)
+    _sample(commands.add_parser("sample", help="a picture of one prompt by the base or an aligned model"))
+    _preset(commands.add_parser("preset", help="write a ready-made params.yaml"))
+    _scenes(commands.add_parser("scenes", help="make the models and data of the default experiment"))
+    sync = commands.add_parser("sync", help="deliver to MLflow what was logged while its server was away")
+    sync.set_defaults(run=_run_sync)
+    return top
+
+
+def _stage(told: argparse.Namespace) -> None:
+    params = config.load(told.params)
+    importlib.import_module(f"spo.stages.{told.stage}").run(params, told.item)
+
+
+def _sample(command: argparse.ArgumentParser) -> None:
+    command.add_argument("prompt")
+    command.add_argument("--method", default="spo", choices=config.VARIANTS)
+    command.add_argument("--seed", type=int, default=0)
+    command.add_argument("--guidance", type=float, help="default: the variant's own")
+    command.add_argument("--output", type=Path, default=Path("sample.png"), metavar="FILE")
+    command.add_argument("-n", type=int, default=1, help="pictures, side by side (default 1)")
+    command.add_argument("--params", type=Path, default=Path("params.yaml"), metavar="FILE")
+    command.set_defaults(run=_run_sample)
+
+
+def _run_sample(told: argparse.Namespace) -> None:
+    from spo.stages import sample
+
+    params = config.load(told.params)
+    if told.n < 1:
+        raise ValueError(f"-n {told.n}: must be at least 1")
+    path = sample.run(params, told.prompt, told.method, told.seed, told.guidance, told.output, told.n)
+    print(path)
+
+
+def _preset(command: argparse.ArgumentParser) -> None:
+    command.add_argument("name", choices=config.preset_names())
+    command.add_argument("--output", type=Path, default=Path("params.yaml"), metavar="FILE")
+    command.add_argument("--force", action="store_true", help="replace a file that is there")
+    command.set_defaults(run=_run_preset)
+
+
+def _run_preset(told: argparse.Namespace) -> None:
+    text = config.preset(told.name)
+    if told.output.exists() and told.output.read_text() != text and not told.force:
+        raise ValueError(f"{told.output} is there and differs; --force replaces it")
+    told.output.write_text(text)
+    print(f"{told.output}: {told.name}")
+
+
+def _scenes(command: argparse.ArgumentParser) -> None:
+    build = command.add_subparsers(required=True, metavar="command").add_parser(
+        "build", help="about an hour on 2 cores; goes on where it was stopped"
+    )
+    build.add_argument("--output", type=Path, default=Path("data"), metavar="FOLDER")
+    build.add_argument("--work", type=Path, default=Path(".spo/scenes"), metavar="FOLDER")
+    build.add_argument("--until", help="stop after this step")
+    build.add_argument("--seed", type=int, default=0)
+    build.set_defaults(run=_run_scenes)
+
+
+def _run_scenes(told: argparse.Namespace) -> None:
+    from spo.scenes import build
+
+    build.run(told.output, told.work, told.until, told.seed)
+
+
+def _run_sync(told: argparse.Namespace) -> None:
+    from spo import tracking
+
+    delivered, left = tracking.sync()
+    print(f"{delivered} records delivered, {left} left")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

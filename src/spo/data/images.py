@@ -1,0 +1,102 @@
+"""Pictures: to and from tensors, and a run's folder of them as one archive."""
+
+from __future__ import annotations
+
+import csv
+import io
+import zipfile
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+ARCHIVE, INDEX = "images.zip", "index.csv"
+MAX_PIXELS = 64_000_000  # more is no picture of a preference data set, but a bomb
+_EPOCH = (1980, 1, 1, 0, 0, 0)  # of every entry, so that equal pictures give equal archives
+
+
+def to_pil(image: Tensor) -> Image.Image:
+    """An image [3,H,W] around [-1,1], clamped, as 8-bit RGB."""
+    pixels = ((image.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """[3,H,W] in [-1,1]."""
+    pixels = torch.from_numpy(np.array(image.convert("RGB")))
+    return pixels.permute(2, 0, 1).float() / 127.5 - 1
+
+
+def open_image(data: bytes) -> Image.Image:
+    """An encoded picture as RGB.
+
+    Raises:
+        ValueError: not a picture, a torn one, or one of more than MAX_PIXELS.
+    """
+    try:
+        image = Image.open(io.BytesIO(data))
+        if image.width * image.height > MAX_PIXELS:
+            raise ValueError(f"{image.width} x {image.height} pixels are more than {MAX_PIXELS}")
+        return image.convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"not a readable picture ({str(error).splitlines()[0][:120]})") from None
+
+
+def decode_image(data: bytes, size: tuple[int, int] | None = None) -> Tensor:
+    """An encoded picture [3,H,W] in [-1,1]; with `size` (H, W): its shortest side resized, centre-cropped."""
+    image = open_image(data)
+    if size is not None and (image.height, image.width) != size:
+        image = fit(image, size)
+    return to_tensor(image)
+
+
+def fit(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """Resized (bicubic) to cover `size` (H, W), then centre-cropped."""
+    height, width = size
+    factor = max(height / image.height, width / image.width)
+    new = (max(width, round(image.width * factor)), max(height, round(image.height * factor)))
+    image = image.resize(new, Image.Resampling.BICUBIC)
+    left, top = (new[0] - width) // 2, (new[1] - height) // 2
+    return image.crop((left, top, left + width, top + height))
+
+
+def save_images(
+    folder: Path, images: Iterable[Image.Image], prompts: Sequence[str], seeds: Sequence[int]
+) -> None:
+    """Write `folder`/images.zip: 00000.png ... and index.csv (file, prompt, seed), all or nothing."""
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder / f".{ARCHIVE}.partial"
+    rows = []
+    with zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
+        for number, (image, prompt, seed) in enumerate(zip(images, prompts, seeds, strict=True)):
+            buffer = io.BytesIO()
+            image.save(buffer, format="PNG")
+            name = f"{number:05d}.png"
+            archive.writestr(zipfile.ZipInfo(name, _EPOCH), buffer.getvalue())
+            rows.append((name, prompt, seed))
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerows([("file", "prompt", "seed"), *rows])
+        archive.writestr(zipfile.ZipInfo(INDEX, _EPOCH), text.getvalue())
+    partial.rename(folder / ARCHIVE)
+
+
+def load_images(folder: Path) -> Iterator[tuple[Image.Image, str, int]]:
+    """(picture, prompt, seed) in order, one in memory at a time.
+
+    Raises:
+        ValueError: no archive there, or a damaged one.
+    """
+    path = folder / ARCHIVE
+    if not path.exists():
+        raise ValueError(f"{path}: no pictures there; run `make repro` or `spo generate {folder.name}`")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            index = io.StringIO(archive.read(INDEX).decode())
+            for row in csv.DictReader(index):
+                yield open_image(archive.read(row["file"])), row["prompt"], int(row["seed"])
+    except (zipfile.BadZipFile, KeyError) as error:
+        raise ValueError(f"{path}: damaged ({error}); delete it and run `dvc repro`") from None

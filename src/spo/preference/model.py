@@ -1,0 +1,249 @@
+"""The step-aware preference model (SPM; arXiv 2406.04314, Sec. 4.2): a CLIP that is told the timestep.
+
+Every vision layer, and the pooled output, is modulated by adaLN (arXiv 2212.09748) of the timestep;
+modulation starts as the identity, so that training starts from the CLIP it was made of.
+
+Departures from the official code:
+1. Scores are computed row by row; the official scorer does the same, its trainer scores N x N.
+2. Text features are separate from images, so that a rollout computes them once a prompt.
+3. `step_condition=False` is the same CLIP without modulation, to compare with.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoTokenizer, CLIPConfig, CLIPModel
+
+MEAN = (0.48145466, 0.4578275, 0.40821073)
+STD = (0.26862954, 0.26130258, 0.27577711)
+WEIGHTS, CONFIG = "model.safetensors", "config.json"
+FREQUENCIES = 256  # sinusoids of the timestep
+
+
+class StepAwarePreferenceModel(nn.Module):
+    """CLIP's text and vision towers with a timestep-modulated vision tower."""
+
+    def __init__(self, clip: CLIPModel, step_condition: bool = True) -> None:
+        super().__init__()
+        self.model, self.step_condition = clip, step_condition
+        size = clip.config.vision_config.image_size
+        self.image_size = size if isinstance(size, int) else size[0]
+        self.register_buffer("_mean", torch.tensor(MEAN).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("_std", torch.tensor(STD).view(1, 3, 1, 1), persistent=False)
+        if step_condition:
+            _add_modulation(clip)
+
+    @classmethod
+    def from_clip(
+        cls, name: str, step_condition: bool = True, revision: str | None = None
+    ) -> StepAwarePreferenceModel:
+        """From any CLIP-format folder or hub id, with modulation at identity, in fp32."""
+        try:
+            clip, told = CLIPModel.from_pretrained(
+                name, revision=revision, dtype=torch.float32, output_loading_info=True
+            )
+        except (OSError, ValueError) as error:
+            reason = str(error).strip().splitlines()[0][:200]
+            raise ValueError(f"preference.init: {name} cannot be loaded ({reason})") from None
+        if missing := sorted(told["missing_keys"]):
+            raise ValueError(f"preference.init: {name} is no whole CLIP: {missing[0]} is missing")
+        return cls(clip, step_condition)
+
+    @classmethod
+    def from_official_checkpoint(cls, path: str | Path, config: CLIPConfig) -> StepAwarePreferenceModel:
+        """A released `*_step-aware_preference_model.bin`; `config` is that of the CLIP it was made of.
+
+        Raises:
+            ValueError: keys are missing, unknown, or of another shape.
+        """
+        state = _read_tensors(Path(path))
+        state = {k: v.float() for k, v in state.items() if not k.endswith("position_ids")}
+        model = cls(CLIPModel(config))
+        _load_strictly(model, state, path)
+        return model.eval()
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> StepAwarePreferenceModel:
+        """A folder written by `save_pretrained`."""
+        folder = Path(folder)
+        if not (folder / CONFIG).exists() or not (folder / WEIGHTS).exists():
+            raise ValueError(f"{folder}: no preference model there; run `make repro` or `spo preference`")
+        settings = json.loads((folder / CONFIG).read_text())
+        step_condition = settings.pop("step_condition", True)
+        model = cls(CLIPModel(CLIPConfig.from_dict(settings)), step_condition)
+        state = {f"model.{k}": v.float() for k, v in load_file(folder / WEIGHTS).items()}
+        _load_strictly(model, state, folder / WEIGHTS)
+        return model.eval()
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """config.json and model.safetensors: CLIPModel's keys and those of the modulation."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        state = {k: v.detach().cpu().contiguous() for k, v in self.model.state_dict().items()}
+        save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
+        settings = {**self.model.config.to_dict(), "step_condition": self.step_condition}
+        (folder / CONFIG).write_text(json.dumps(settings, indent=1, sort_keys=True) + "\n")
+
+    def save_official_checkpoint(self, path: str | Path) -> None:
+        """The format of the released SPMs: a state dict whose keys start with `model.`."""
+        torch.save({k: v.detach().cpu() for k, v in self.state_dict().items()}, path)
+
+    def score(self, images: Tensor, input_ids: Tensor, timesteps: Tensor) -> Tensor:
+        """exp(logit_scale) * cos [B] of images [B,3,H,W] in [-1,1] and their own texts int64 [B,L]."""
+        return self.score_features(images, self.encode_text(input_ids), timesteps)
+
+    def encode_text(self, input_ids: Tensor) -> Tensor:
+        """Normalised text features [B,D]."""
+        pooled = self.model.text_model(input_ids=input_ids).pooler_output
+        return F.normalize(self.model.text_projection(pooled), dim=-1)
+
+    def score_features(self, images: Tensor, text: Tensor, timesteps: Tensor) -> Tensor:
+        """As `score`, with text features [B,D] of `encode_text`."""
+        image = F.normalize(self.encode_image(images, timesteps), dim=-1)
+        return self.model.logit_scale.exp() * (image * text).sum(-1)
+
+    def encode_image(self, images: Tensor, timesteps: Tensor) -> Tensor:
+        """Projected image features [B,D], not normalised."""
+        vision = self.model.vision_model
+        hidden = vision.pre_layrnorm(vision.embeddings(self._pixels(images)))
+        told = self.model.t_embedder(timesteps) if self.step_condition else None
+        for layer in vision.encoder.layers:
+            hidden = _layer(layer, hidden, told)
+        pooled = vision.post_layernorm(hidden[:, 0])
+        if told is not None:
+            shift, scale = vision.adaLN_modulation(told).chunk(2, dim=-1)
+            pooled = pooled * (1 + scale) + shift
+        return self.model.visual_projection(pooled)
+
+    def _pixels(self, images: Tensor) -> Tensor:
+        """Shortest side to image_size (bicubic, no antialias), centre crop, clamp, normalise."""
+        images = images.to(self._mean)
+        height, width = images.shape[-2:]
+        scale = self.image_size / min(height, width)
+        size = (int(height * scale + 0.5), int(width * scale + 0.5))
+        if size != (height, width):
+            images = F.interpolate(images, size, mode="bicubic", align_corners=False)
+        top, left = (round((side - self.image_size) / 2) for side in size)
+        images = images[..., top : top + self.image_size, left : left + self.image_size]
+        return ((images / 2 + 0.5).clamp(0, 1) - self._mean) / self._std
+
+
+class TimestepEmbedder(nn.Module):
+    """Timesteps int64 [B] to [B,width]: sinusoids and a small MLP."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
+        for i in (0, 2):
+            nn.init.normal_(self.mlp[i].weight, std=0.02)
+
+    def forward(self, timesteps: Tensor) -> Tensor:
+        half = FREQUENCIES // 2
+        index = torch.arange(half, dtype=torch.float32, device=timesteps.device)
+        angles = timesteps[:, None].float() * torch.exp(-math.log(10000) * index / half)
+        waves = torch.cat([angles.cos(), angles.sin()], dim=-1)
+        return self.mlp(waves.to(self.mlp[0].weight.dtype))
+
+
+class ClipJudge:
+    """A trained model and its tokenizer as a `types.Judge`: fp32, no gradients."""
+
+    def __init__(self, model: StepAwarePreferenceModel, tokenizer: Any) -> None:
+        self.model, self.tokenizer = model.eval().requires_grad_(False), tokenizer
+
+    @torch.no_grad()
+    def encode_text(self, prompts: Sequence[str]) -> Tensor:
+        ids = token_ids(self.tokenizer, prompts, self.model)
+        return self.model.encode_text(ids)
+
+    @torch.no_grad()
+    def score_images(self, images: Tensor, text: Tensor, timesteps: Tensor) -> Tensor:
+        return self.model.score_features(images, text, timesteps)
+
+
+def load_judge(folder: str | Path, device: torch.device | str) -> ClipJudge:
+    """What the stage `preference` wrote."""
+    model = StepAwarePreferenceModel.from_pretrained(folder).to(device)
+    return ClipJudge(model, load_tokenizer(str(folder)))
+
+
+def load_tokenizer(name: str, revision: str | None = None) -> Any:
+    """The tokenizer that lies with a CLIP (folder or hub id)."""
+    try:
+        return AutoTokenizer.from_pretrained(name, revision=revision)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0][:200]
+        raise ValueError(f"{name}: no tokenizer can be loaded from there ({reason})") from None
+
+
+def token_ids(tokenizer: Any, prompts: Sequence[str], model: StepAwarePreferenceModel) -> Tensor:
+    """int64 [B,L] on the model's device, padded and cut to the length the text tower takes."""
+    length = model.model.config.text_config.max_position_embeddings
+    told = tokenizer(
+        list(prompts), padding="max_length", truncation=True, max_length=length, return_tensors="pt"
+    )
+    return told.input_ids.to(model.model.logit_scale.device)
+
+
+def _layer(layer: nn.Module, hidden: Tensor, told: Tensor | None) -> Tensor:
+    """A vision layer of CLIP; with `told` [B,d] (the timestep), each half shifted, scaled and gated."""
+    if told is None:
+        attended = layer.self_attn(layer.layer_norm1(hidden), attention_mask=None)[0]
+        hidden = hidden + attended
+        return hidden + layer.mlp(layer.layer_norm2(hidden))
+    modulation = layer.adaLN_modulation(told)[:, None].chunk(6, dim=-1)
+    shift_attention, scale_attention, gate_attention, shift_mlp, scale_mlp, gate_mlp = modulation
+    x = layer.layer_norm1(hidden) * (1 + scale_attention) + shift_attention
+    hidden = hidden + gate_attention * layer.self_attn(x, attention_mask=None)[0]
+    x = layer.layer_norm2(hidden) * (1 + scale_mlp) + shift_mlp
+    return hidden + gate_mlp * layer.mlp(x)
+
+
+def _add_modulation(clip: CLIPModel) -> None:
+    """Modules under the official names; at identity: shift and scale 0, gate 1."""
+    vision, width = clip.vision_model, clip.config.vision_config.hidden_size
+    clip.t_embedder = TimestepEmbedder(width)
+    for layer in vision.encoder.layers:
+        layer.adaLN_modulation = _silent(width, 6)
+        with torch.no_grad():
+            bias = layer.adaLN_modulation[1].bias.view(6, width)
+            bias[2], bias[5] = 1, 1  # the gates
+    vision.adaLN_modulation = _silent(width, 2)
+
+
+def _silent(width: int, parts: int) -> nn.Sequential:
+    linear = nn.Linear(width, parts * width)
+    nn.init.zeros_(linear.weight)
+    nn.init.zeros_(linear.bias)
+    return nn.Sequential(nn.SiLU(), linear)
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    if not path.exists():
+        raise ValueError(f"{path}: no preference model checkpoint there")
+    if path.suffix == ".safetensors":
+        return load_file(path)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises several kinds for files that are no checkpoint
+        raise ValueError(f"{path}: no checkpoint of plain tensors ({type(error).__name__})") from None
+
+
+def _load_strictly(model: nn.Module, state: dict[str, Tensor], source: str | Path) -> None:
+    try:
+        missing, unexpected = model.load_state_dict(state, strict=False)
+    except RuntimeError as error:
+        line = str(error).splitlines()[-1].strip()
+        raise ValueError(f"{source}: does not fit this CLIP config: {line}") from None
+    if missing or unexpected:
+        which = f"{missing[0]} is missing" if missing else f"{unexpected[0]} is unknown"
+        raise ValueError(f"{source}: does not fit this CLIP config: {which}")

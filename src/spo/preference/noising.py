@@ -1,0 +1,53 @@
+"""What the preference model is shown of a noisy latent: the image predicted from it in one step."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from spo.diffusion.guidance import guided
+from spo.diffusion.noise import SampleNoise
+from spo.diffusion.schedule import Schedule
+from spo.types import Backbone, Conditioning
+
+
+def noised_pair(
+    backbone: Backbone,
+    schedule: Schedule,
+    sides: tuple[Tensor, Tensor],
+    timesteps: Tensor,
+    noise: Tensor,
+    captions: Conditioning,
+    guidance: float,
+) -> tuple[Tensor, Tensor]:
+    """Both images [B,3,H,W] in [-1,1] of B pairs of latents, with the same noise at the same t (Sec. 4.2).
+
+    x_t = q(x_t | x_0), then x_0 predicted by the backbone with guidance, then decoded.
+    """
+    count = len(timesteps)
+    with backbone.inference():
+        x_0 = torch.cat(sides).to(backbone.device)
+        t = timesteps.repeat(2)
+        x_t = schedule.add_noise(x_0, noise.repeat(2, 1, 1, 1), t)
+        empty = None if guidance == 1 else backbone.encode_prompts([""] * (2 * count))
+        output = guided(backbone, x_t, t, captions.repeat(2), empty, guidance)
+        images = backbone.decode(schedule.predict_x0(output, t, x_t)).clamp(-1, 1)
+    return images[:count], images[count:]
+
+
+def clean_pair(backbone: Backbone, sides: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Both images of B pairs without noise."""
+    with backbone.inference():
+        images = backbone.decode(torch.cat(sides).to(backbone.device)).clamp(-1, 1)
+    return images[: len(sides[0])], images[len(sides[0]) :]
+
+
+def draw(
+    seed: int, keys: list[str], schedule: Schedule, backbone: Backbone, timestep: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Timesteps int64 [B] (uniform, or all `timestep`) and noise [B,C,h,w] that belong to the keys."""
+    noise = SampleNoise(seed, keys, backbone.latent_shape, backbone.device)
+    timesteps = noise.integers(schedule.num_train_timesteps)
+    if timestep is not None:
+        timesteps = torch.full_like(timesteps, timestep)
+    return timesteps, noise.draw()

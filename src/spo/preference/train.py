@@ -1,0 +1,183 @@
+"""Training and measuring the preference model.
+
+Everything random follows from (seed, step), so weights, optimizer state and the number of the step
+are all a checkpoint needs: a resumed training equals an uninterrupted one bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from spo.checkpoint import CheckpointStore
+from spo.config import Preference
+from spo.diffusion.noise import shuffled
+from spo.diffusion.schedule import Schedule
+from spo.preference.loss import preference_loss
+from spo.preference.model import StepAwarePreferenceModel, token_ids
+from spo.preference.noising import clean_pair, draw, noised_pair
+from spo.types import Backbone
+
+EVALUATION_BATCH = 64  # pairs
+
+
+class LatentPairs(Protocol):
+    """N judged pairs of encoded images, read a few at a time."""
+
+    @property
+    def captions(self) -> Sequence[str]: ...
+
+    @property
+    def label_0(self) -> Tensor: ...
+
+    @property
+    def weight(self) -> Tensor: ...
+
+    def read(self, indices: Tensor) -> tuple[Tensor, Tensor]: ...
+
+
+def train(
+    model: StepAwarePreferenceModel,
+    tokenizer: Any,
+    backbone: Backbone,
+    schedule: Schedule,
+    pairs: LatentPairs,
+    settings: Preference,
+    *,
+    seed: int,
+    checkpoint: CheckpointStore | None = None,
+    on_metrics: Callable[[Mapping[str, float], int], None] = lambda metrics, step: None,
+) -> None:
+    """Train `model` in place for settings.steps updates.
+
+    Raises:
+        ValueError: there are no pairs.
+        FloatingPointError: a loss or gradient is not finite; the weights are those before the update.
+    """
+    if not len(pairs.captions):
+        raise ValueError("preference: there are no training pairs; look at outputs/pairs/summary.json")
+    optimizer = _adamw(model, settings)
+    first = _resume(model, optimizer, checkpoint)
+    schedule = schedule.to(backbone.device)
+    model.train()
+    bar = tqdm(range(first, settings.steps), "preference model", settings.steps, initial=first, unit="step")
+    for step in bar:
+        metrics = _update(model, tokenizer, backbone, schedule, pairs, settings, optimizer, seed, step)
+        on_metrics(metrics, step + 1)
+        bar.set_postfix(loss=f"{metrics['loss']:.3f}", refresh=False)
+        if checkpoint and (step + 1) % settings.checkpoint_every == 0:
+            checkpoint.save(step + 1, {"model": model.state_dict(), "optimizer": optimizer.state_dict()})
+    model.eval()
+
+
+def _update(
+    model: StepAwarePreferenceModel,
+    tokenizer: Any,
+    backbone: Backbone,
+    schedule: Schedule,
+    pairs: LatentPairs,
+    settings: Preference,
+    optimizer: torch.optim.Optimizer,
+    seed: int,
+    step: int,
+) -> dict[str, float]:
+    count = min(settings.batch_size, len(pairs.captions))
+    chosen = shuffled(len(pairs.captions), step * count, count, seed)
+    indices = torch.tensor([i for _, i in chosen])
+    captions = [pairs.captions[i] for i in indices.tolist()]
+    timesteps, noise = draw(seed, [f"spm {e} {i}" for e, i in chosen], schedule, backbone)
+    if settings.noised:
+        told = backbone.encode_prompts(captions)
+        images = noised_pair(
+            backbone, schedule, pairs.read(indices), timesteps, noise, told, settings.guidance
+        )
+    else:
+        images = clean_pair(backbone, pairs.read(indices))
+        timesteps = torch.zeros_like(timesteps)
+    text = model.encode_text(token_ids(tokenizer, captions, model))
+    scores = model.score_features(torch.cat(images), text.repeat(2, 1), timesteps.repeat(2))
+    score_0, score_1 = scores.chunk(2)
+    label_0 = pairs.label_0[indices].to(scores.device)
+    loss = preference_loss(score_0, score_1, label_0, pairs.weight[indices].to(scores.device))
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(
+        list(model.parameters()), settings.optimizer.max_grad_norm or float("inf")
+    )
+    if not (loss.isfinite() and norm.isfinite()):
+        raise FloatingPointError(
+            f"preference: loss {loss.item()}, gradient norm {norm.item()} at step {step}: stopped before "
+            "the update; try a lower preference.optimizer.learning_rate"
+        )
+    warm = min(1.0, (step + 1) / max(settings.optimizer.warmup_steps, 1))
+    for group in optimizer.param_groups:
+        group["lr"] = settings.optimizer.learning_rate * warm
+    optimizer.step()
+    decided = label_0 != 0.5
+    right = ((score_0 > score_1) == (label_0 > 0.5))[decided].float()
+    return {
+        "loss": loss.item(),
+        "accuracy": right.mean().item() if decided.any() else 0.5,
+        "gradient_norm": norm.item(),
+    }
+
+
+@torch.no_grad()
+def evaluate(
+    model: StepAwarePreferenceModel,
+    tokenizer: Any,
+    backbone: Backbone,
+    schedule: Schedule,
+    pairs: LatentPairs,
+    timesteps: Sequence[int],
+    guidance: float,
+    *,
+    seed: int,
+) -> dict[int, dict[str, float]]:
+    """Share of clear labels (no ties) that the model agrees with, at each timestep: {t: {accuracy, n}}.
+
+    The noise belongs to the pair and the timestep, so models are compared on the same pictures.
+    """
+    schedule, model = schedule.to(backbone.device), model.eval()
+    decided = (pairs.label_0 != 0.5).nonzero().flatten()
+    parts = decided.split(EVALUATION_BATCH)
+    report: dict[int, dict[str, float]] = {}
+    with tqdm(total=len(parts) * len(timesteps), desc="preference accuracy", unit="batch") as bar:
+        for t in timesteps:
+            right = 0
+            for indices in parts:
+                captions = [pairs.captions[i] for i in indices.tolist()]
+                keys = [f"evaluation {i}" for i in indices.tolist()]
+                at, noise = draw(seed, keys, schedule, backbone, t)
+                told = backbone.encode_prompts(captions)
+                images = noised_pair(backbone, schedule, pairs.read(indices), at, noise, told, guidance)
+                text = model.encode_text(token_ids(tokenizer, captions, model))
+                scores = [model.score_features(x, text, at) for x in images]
+                first_wins = pairs.label_0[indices].to(scores[0].device) > 0.5
+                right += int(((scores[0] > scores[1]) == first_wins).sum())
+                bar.update()
+            report[t] = {"accuracy": right / max(len(decided), 1), "n": len(decided)}
+    return report
+
+
+def _adamw(model: StepAwarePreferenceModel, settings: Preference) -> torch.optim.AdamW:
+    o = settings.optimizer
+    return torch.optim.AdamW(
+        model.parameters(), o.learning_rate, (o.beta1, o.beta2), o.epsilon, o.weight_decay
+    )
+
+
+def _resume(
+    model: StepAwarePreferenceModel, optimizer: torch.optim.Optimizer, store: CheckpointStore | None
+) -> int:
+    found = store.latest() if store else None
+    if found is None:
+        return 0
+    step, state = found
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    return step
