@@ -36,4 +36,5 @@ def test_ratings_lie_on_the_scale_and_follow_quality() -> None:
 
 
 def test_blend() -> None:
-    assert torch.allclose(blend(torch.tensor([[1.0, 0, 0, 0]]), torch.tensor([0.5])), torch.tensor(0.5 + TASTE / 4))
+    value = blend(torch.tensor([[1.0, 0, 0, 0]]), torch.tensor([0.5]))
+    assert torch.allclose(value, torch.tensor(0.5 + TASTE / 4))

@@ -37,7 +37,9 @@ def test_every_word_of_a_caption_is_in_the_vocabulary_and_quality_is_not() -> No
     assert not {"sharp", "blurry", "clean", "grainy", "saturated", "lit", "dark"} & set(world.vocabulary())
 
 
-@pytest.mark.parametrize("text", ["a giraffe", "", "a large red circle above sand", "large red circle on sand"])
+@pytest.mark.parametrize(
+    "text", ["a giraffe", "", "a large red circle above sand", "large red circle on sand"]
+)
 def test_other_sentences_are_refused_by_name(text: str) -> None:
     with pytest.raises(ValueError, match="not a scene") as error:
         world.parse(text)

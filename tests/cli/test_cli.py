@@ -1,0 +1,69 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from spo import cli, config
+
+
+def run(capsys, *arguments: str) -> tuple[int, str, str]:
+    status = cli.main(arguments)
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = (
+        "import sys; from spo import cli; cli.parser().format_help(); "
+        "print([m for m in ('torch', 'mlflow', 'transformers', 'diffusers', 'prefect') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_help_names_every_stage() -> None:
+    text = cli.parser().format_help()
+    for stage in cli.STAGES:
+        assert stage in text
+        assert (Path(cli.__file__).parent / "stages" / f"{stage}.py").exists()
+
+
+def test_preset_writes_and_does_not_replace_unasked(capsys, tmp_path) -> None:
+    path = tmp_path / "params.yaml"
+    assert run(capsys, "preset", "smoke", "--output", str(path))[0] == 0
+    assert config.load(path).name == "smoke"
+    assert run(capsys, "preset", "smoke", "--output", str(path))[0] == 0
+    status, _, error = run(capsys, "preset", "scenes", "--output", str(path))
+    assert status == 2 and "--force" in error and config.load(path).name == "smoke"
+    assert run(capsys, "preset", "scenes", "--output", str(path), "--force")[0] == 0
+    assert config.load(path).name == "scenes"
+
+
+def test_a_mistyped_key_is_one_line(capsys, tmp_path) -> None:
+    path = tmp_path / "params.yaml"
+    path.write_text(config.preset("smoke").replace("threshold:", "treshold:"))
+    status, _, error = run(capsys, "prompts", "--params", str(path))
+    assert status == 2
+    assert error == f"spo: {path}: unknown key 'align.spo.treshold'; did you mean 'threshold'?\n"
+
+
+@pytest.mark.parametrize("arguments", [["align"], ["align", "ppo"], ["generate", "x"], ["nothing"], []])
+def test_wrong_arguments_exit_2(arguments: list[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(arguments)
+    assert stop.value.code == 2
+
+
+def test_missing_inputs_are_one_line(capsys, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "params.yaml").write_text(config.preset("smoke"))
+    for arguments in (["align", "spo"], ["pairs"], ["score", "base"], ["sample", "a red circle"]):
+        status, _, error = run(capsys, *arguments)
+        assert status == 2 and "make repro" in error and error.count("\n") == 1, arguments
+
+
+def test_an_unknown_build_step_is_named(capsys, tmp_path) -> None:
+    told = ["--output", str(tmp_path / "d"), "--work", str(tmp_path / "w"), "--until", "bass"]
+    status, _, error = run(capsys, "scenes", "build", *told)
+    assert status == 2 and "'bass'" in error and "base" in error

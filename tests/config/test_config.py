@@ -1,0 +1,70 @@
+import pytest
+import yaml
+
+from spo import config
+
+
+@pytest.fixture
+def raw() -> dict:
+    return yaml.safe_load(config.preset("scenes"))
+
+
+@pytest.mark.parametrize("name", config.preset_names())
+def test_every_preset_is_valid(name: str) -> None:
+    params = config.validate(yaml.safe_load(config.preset(name)))
+    assert params.name == name
+
+
+def test_presets_carry_the_published_recipe() -> None:
+    spo = config.validate(yaml.safe_load(config.preset("sd15"))).align.spo
+    assert (spo.lora.rank, spo.candidates, spo.num_inference_steps, spo.eta) == (4, 4, 20, 1.0)
+    assert (spo.divert_start_step, spo.threshold, spo.beta, spo.clip, spo.guidance) == (4, 0.3, 10, 0.1, 5)
+    assert (spo.optimizer.learning_rate, spo.optimizer.weight_decay) == (6e-5, 1e-4)
+    assert spo.iterations * spo.prompts_per_iteration == 10 * 4000
+    xl = config.validate(yaml.safe_load(config.preset("sdxl"))).align.spo
+    assert (xl.lora.rank, xl.candidates, xl.threshold, xl.optimizer.learning_rate) == (64, 2, 0.4, 1e-5)
+    assert xl.iterations * xl.prompts_per_iteration == 10 * 4000
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("align.spo.betta", 3, "unknown key 'align.spo.betta'; did you mean 'beta'"),
+        ("nonsense", 1, "unknown key 'nonsense'"),
+        ("align.spo.beta", "ten", "align.spo.beta"),
+        ("align.spo.beta", -1, "align.spo.beta"),
+        ("align.spo.candidates", 1, "align.spo.candidates"),
+        ("preference.steps", 0, "preference.steps"),
+        ("backbone.family", "sd3", "backbone.family"),
+        ("generate.seed", 1.5, "generate.seed"),
+        ("align.spo.threshold", 2, "align.spo.threshold"),
+    ],
+)
+def test_a_mistake_names_its_key(raw, key, value, message) -> None:
+    *path, last = key.split(".")
+    section = raw
+    for part in path:
+        section = section[part]
+    section[last] = value
+    with pytest.raises(config.ConfigError, match=message) as error:
+        config.validate(raw, "params.yaml")
+    assert str(error.value).startswith("params.yaml: ") and "\n" not in str(error.value)
+
+
+def test_a_missing_key_is_named(raw) -> None:
+    del raw["align"]["spo"]["iterations"]
+    with pytest.raises(config.ConfigError, match="'align.spo.iterations' is missing"):
+        config.validate(raw)
+
+
+@pytest.mark.parametrize("text", ["- a\n- b\n", "a: [", "\x00", ""])
+def test_what_is_no_mapping_is_refused(tmp_path, text: str) -> None:
+    path = tmp_path / "params.yaml"
+    path.write_text(text)
+    with pytest.raises(config.ConfigError, match="params.yaml"):
+        config.load(path)
+
+
+def test_a_file_that_is_not_there_says_what_to_do(tmp_path) -> None:
+    with pytest.raises(config.ConfigError, match="spo preset scenes"):
+        config.load(tmp_path / "params.yaml")

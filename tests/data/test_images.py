@@ -1,0 +1,81 @@
+import io
+import zipfile
+
+import pytest
+import torch
+from PIL import Image
+
+from spo.data import images
+
+
+def picture(width=8, height=6, colour=(10, 200, 30)) -> Image.Image:
+    return Image.new("RGB", (width, height), colour)
+
+
+def png(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def test_to_pil_and_back_keeps_every_grey_level() -> None:
+    levels = torch.arange(256).float().view(1, 16, 16).expand(3, 16, 16) / 127.5 - 1
+    assert torch.equal(images.to_tensor(images.to_pil(levels)), levels)
+    outside = images.to_tensor(images.to_pil(torch.tensor([[[-9.0]], [[9.0]], [[0.0]]])))
+    assert outside[:, 0, 0].tolist() == pytest.approx([-1, 1, 0], abs=0.005)
+
+
+def test_a_folder_of_pictures_comes_back_in_order(tmp_path) -> None:
+    drawn = [picture(colour=(i, 0, 0)) for i in range(3)]
+    images.save_images(tmp_path, drawn, ["a, b", 'say "x"', "c"], [7, 8, 9])
+    loaded = list(images.load_images(tmp_path))
+    assert [(p, s) for _, p, s in loaded] == [("a, b", 7), ('say "x"', 8), ("c", 9)]
+    assert [i.getpixel((0, 0)) for i, _, _ in loaded] == [(0, 0, 0), (1, 0, 0), (2, 0, 0)]
+
+
+def test_equal_pictures_give_equal_archives(tmp_path) -> None:
+    for name in "ab":
+        images.save_images(tmp_path / name, [picture()], ["p"], [1])
+    assert (tmp_path / "a/images.zip").read_bytes() == (tmp_path / "b/images.zip").read_bytes()
+
+
+def test_an_interrupted_write_leaves_no_archive(tmp_path) -> None:
+    def drawing():
+        yield picture()
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        images.save_images(tmp_path, drawing(), ["a", "b"], [1, 2])
+    assert not (tmp_path / "images.zip").exists()
+
+
+def test_a_damaged_archive_says_what_to_do(tmp_path) -> None:
+    with pytest.raises(ValueError, match="spo generate"):
+        list(images.load_images(tmp_path))
+    images.save_images(tmp_path, [picture()], ["p"], [1])
+    path = tmp_path / "images.zip"
+    path.write_bytes(path.read_bytes()[:40])
+    with pytest.raises(ValueError, match="damaged"):
+        list(images.load_images(tmp_path))
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("index.csv", "file,prompt,seed\n00000.png,p,1\n")
+    with pytest.raises(ValueError, match="00000.png"):
+        list(images.load_images(tmp_path))
+
+
+def test_torn_bytes_and_bombs_are_no_pictures(monkeypatch) -> None:
+    with pytest.raises(ValueError, match="not a readable picture"):
+        images.decode_image(b"\x89PNG nothing")
+    with pytest.raises(ValueError, match="not a readable picture"):
+        images.decode_image(png(picture(200, 200))[:60])
+    monkeypatch.setattr(images, "MAX_PIXELS", 40)
+    with pytest.raises(ValueError, match="8 x 6 pixels"):
+        images.decode_image(png(picture()))
+
+
+def test_other_sizes_are_covered_and_cropped() -> None:
+    wide = Image.new("RGB", (90, 30))
+    wide.paste((255, 255, 255), (30, 0, 60, 30))  # the centre is white
+    fitted = images.decode_image(png(wide), (16, 16))
+    assert fitted.shape == (3, 16, 16) and fitted.mean() > 0.9
+    assert images.decode_image(png(picture()), (6, 8)).shape == (3, 6, 8)

@@ -1,0 +1,93 @@
+import io
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from spo.data import pairs
+
+
+def jpg(value: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(np.full((8, 8, 3), value, np.uint8)).save(buffer, format="JPEG")
+    return buffer.getvalue()
+
+
+def row(i: int, **changes) -> dict:
+    return {
+        "caption": f"caption {i}",
+        "jpg_0": jpg(i % 200),
+        "jpg_1": jpg(i % 200 + 50),
+        "label_0": 1.0,
+        "label_1": 0.0,
+        "has_label": True,
+        "num_example_per_prompt": 2,
+        "model_0": "ignored",
+    } | changes
+
+
+def write(folder, rows, name="train-00000.parquet") -> None:
+    pd.DataFrame(rows).to_parquet(folder / name)
+
+
+def test_rows_come_back_as_pairs_with_their_weight(tmp_path) -> None:
+    write(tmp_path, [row(0), row(1, label_0=0.5, label_1=0.5, num_example_per_prompt=4)])
+    read = [p for p, _ in pairs.read_rows(pairs.shards(tmp_path))]
+    assert [(p.caption, p.label_0, p.weight) for p in read] == [
+        ("caption 0", 1, 0.5),
+        ("caption 1", 0.5, 0.25),
+    ]
+    assert read[0].image_0 == jpg(0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"jpg_1": b"torn"}, "jpg_1: not a readable picture"),
+        ({"jpg_0": None}, "jpg_0 is missing"),
+        ({"caption": "  "}, "caption is empty"),
+        ({"label_0": 0.7}, "labels are 0.7"),
+        ({"label_0": float("nan")}, "labels are None"),
+        ({"has_label": False}, "has_label is false"),
+        ({"num_example_per_prompt": 0}, "num_example_per_prompt is 0"),
+    ],
+)
+def test_bad_rows_are_set_aside_with_shard_row_and_reason(tmp_path, changes, reason) -> None:
+    write(tmp_path, [row(0), row(1, **changes), row(2)])
+    told = list(pairs.read_rows(pairs.shards(tmp_path)))
+    assert [p is not None for p, _ in told] == [True, False, True]
+    rejected = told[1][1]
+    assert (rejected.shard, rejected.row) == ("train-00000.parquet", 1) and reason in rejected.reason
+
+
+def test_shards_that_are_none_are_refused(tmp_path) -> None:
+    with pytest.raises(ValueError, match="no .parquet shards"):
+        pairs.shards(tmp_path)
+    (tmp_path / "x.parquet").write_text("hello")
+    with pytest.raises(ValueError, match="x.parquet: not a readable parquet"):
+        list(pairs.read_rows(pairs.shards(tmp_path)))
+    pd.DataFrame({"caption": ["a"]}).to_parquet(tmp_path / "x.parquet")
+    with pytest.raises(ValueError, match="no column jpg_0"):
+        list(pairs.read_rows(pairs.shards(tmp_path)))
+
+
+def test_shards_are_written_in_order_and_none_is_lost(tmp_path) -> None:
+    write(tmp_path, [row(i) for i in range(7)])
+    writer = pairs.ShardWriter(tmp_path / "out", 3)
+    for pair, _ in pairs.read_rows(pairs.shards(tmp_path / "train-00000.parquet")):
+        writer.add(pair)
+    writer.close()
+    assert [p.name for p in pairs.shards(tmp_path / "out")] == [f"{i:05d}.parquet" for i in range(3)]
+    assert [p.caption for p in pairs.read_pairs(tmp_path / "out")] == [f"caption {i}" for i in range(7)]
+    assert writer.count == 7 and writer.labels == {"decided": 7}
+
+
+def test_the_split_is_by_caption_and_stable() -> None:
+    captions = [f"caption {i}" for i in range(4000)]
+    chosen = [pairs.is_validation(c, 0.15, 0) for c in captions]
+    assert abs(sum(chosen) / 4000 - 0.15) < 0.02
+    assert chosen == [pairs.is_validation(c, 0.15, 0) for c in captions]
+    assert chosen != [pairs.is_validation(c, 0.15, 1) for c in captions]
+    assert not any(pairs.is_validation(c, 0.0, 0) for c in captions)
+    assert all(pairs.is_validation(c, 1.0, 0) for c in captions)

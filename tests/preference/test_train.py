@@ -1,0 +1,107 @@
+import copy
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from spo import config
+from spo.checkpoint import CheckpointStore
+from spo.preference import train as spm
+from spo.preference.model import StepAwarePreferenceModel
+
+
+@dataclass
+class GreyPairs:
+    """Pictures of one grey each; the brighter one is preferred."""
+
+    greys: torch.Tensor  # [N,2]
+    captions: list[str]
+    label_0: torch.Tensor
+    weight: torch.Tensor
+
+    def read(self, indices):
+        both = self.greys[indices].view(-1, 2, 1, 1, 1).expand(-1, 2, 3, 16, 16)
+        return both[:, 0].contiguous(), both[:, 1].contiguous()
+
+
+@pytest.fixture
+def pairs() -> GreyPairs:
+    generator = torch.Generator().manual_seed(3)
+    greys = torch.rand(60, 2, generator=generator) * 1.6 - 0.8
+    label = (greys[:, 0] > greys[:, 1]).float()
+    label[:4] = 0.5
+    return GreyPairs(greys, ["a square"] * 60, label, torch.ones(60))
+
+
+def settings(**changes) -> config.Preference:
+    optimizer = config.Optimizer(learning_rate=2e-3, weight_decay=0.0)
+    return config.Preference(
+        **{"init": "x", "optimizer": optimizer, "steps": 60, "batch_size": 16, "guidance": 1.0}
+        | {"checkpoint_every": 5}
+        | changes
+    )
+
+
+def test_it_learns_what_people_prefer(clip, tokenizer, backbone, schedule, pairs) -> None:
+    model = StepAwarePreferenceModel(clip)
+    common = (model, tokenizer, backbone, schedule, pairs)
+    spm.train(*common, settings(), seed=0)
+    report = spm.evaluate(*common, [0, 200], 1.0, seed=0)
+    assert report[0]["n"] == 56  # ties are no clear labels
+    assert report[0]["accuracy"] > 0.9
+    assert not model.training
+
+
+def test_accuracy_is_a_share_of_clear_labels(clip, tokenizer, backbone, schedule, pairs) -> None:
+    class Brightness(StepAwarePreferenceModel):
+        def encode_image(self, images, timesteps):
+            raise AssertionError
+
+        def score_features(self, images, text, timesteps):
+            return images.mean((1, 2, 3))
+
+    model = Brightness(clip)
+    assert spm.evaluate(model, tokenizer, backbone, schedule, pairs, [0], 1.0, seed=0)[0]["accuracy"] > 0.95
+    flipped = GreyPairs(pairs.greys, pairs.captions, 1 - pairs.label_0, pairs.weight)
+    assert spm.evaluate(model, tokenizer, backbone, schedule, flipped, [0], 1.0, seed=0)[0]["accuracy"] < 0.05
+
+
+def test_resumed_is_uninterrupted_bit_for_bit(clip, tokenizer, backbone, schedule, pairs, tmp_path) -> None:
+    whole = StepAwarePreferenceModel(copy.deepcopy(clip))
+    parts = StepAwarePreferenceModel(copy.deepcopy(clip))
+    parts.load_state_dict(whole.state_dict())  # the timestep's embedding is drawn at random
+    start = copy.deepcopy(parts.state_dict())
+    spm.train(whole, tokenizer, backbone, schedule, pairs, settings(steps=12), seed=0)
+
+    store = CheckpointStore(tmp_path)
+
+    def stop(metrics, step):
+        if step == 8:
+            raise KeyboardInterrupt
+
+    told = {"seed": 0, "checkpoint": store}
+    with pytest.raises(KeyboardInterrupt):
+        spm.train(parts, tokenizer, backbone, schedule, pairs, settings(steps=12), on_metrics=stop, **told)
+    assert store.latest()[0] == 5
+    parts.load_state_dict(start)
+    spm.train(parts, tokenizer, backbone, schedule, pairs, settings(steps=12), **told)
+    for name, value in whole.state_dict().items():
+        assert torch.equal(parts.state_dict()[name], value), name
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_update(
+    clip, tokenizer, backbone, schedule, pairs
+) -> None:
+    model = StepAwarePreferenceModel(clip)
+    before = copy.deepcopy(model.state_dict())
+    pairs.greys[:] = float("nan")
+    with pytest.raises(FloatingPointError, match="step 0"):
+        spm.train(model, tokenizer, backbone, schedule, pairs, settings(), seed=0)
+    assert all(torch.equal(model.state_dict()[k], v) for k, v in before.items())
+
+
+def test_no_pairs_is_one_line(clip, tokenizer, backbone, schedule) -> None:
+    empty = GreyPairs(torch.zeros(0, 2), [], torch.zeros(0), torch.zeros(0))
+    with pytest.raises(ValueError, match="no training pairs"):
+        model = StepAwarePreferenceModel(clip)
+        spm.train(model, tokenizer, backbone, schedule, empty, settings(), seed=0)

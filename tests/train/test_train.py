@@ -1,0 +1,155 @@
+"""The training loop on a model of two numbers, where every step can be worked out by hand."""
+
+import copy
+import os
+import signal
+
+import pytest
+import torch
+
+from spo import config, train
+from spo.checkpoint import CheckpointStore
+from spo.types import Batch, Conditioning
+
+
+class Numbers:
+    """Predicts its two numbers, whatever it is shown; the reference predicts zeros."""
+
+    device = torch.device("cpu")
+
+    def __init__(self) -> None:
+        self.values = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
+        self.forwards = {"policy": 0, "reference": 0}
+
+    def encode_prompts(self, prompts):
+        return Conditioning({"text": torch.zeros(len(prompts), 1)})
+
+    def predict(self, x_t, timesteps, conditioning, *, reference=False):
+        self.forwards["reference" if reference else "policy"] += 1
+        values = torch.zeros(2) if reference else self.values
+        return values.view(1, 2, 1, 1).expand_as(x_t)
+
+    def trainable_parameters(self):
+        return [self.values]
+
+
+class Squares:
+    """loss = (policy - target)^2 of each sample; one batch an iteration."""
+
+    schedule = config = None
+    guidance = 1.0
+
+    def __init__(self, iterations: int, weight: float = 1.0, target: float = 3.0) -> None:
+        self.iterations, self.weight, self.target = iterations, weight, target
+
+    def collect(self, backbone, iteration):
+        x_t = torch.full((2, 2, 1, 1), float(iteration))
+        conditioning = backbone.encode_prompts(["", ""])
+        return [Batch(x_t, torch.zeros(2, dtype=torch.int64), conditioning, torch.full((2,), self.weight))], {
+            "collected": float(iteration)
+        }
+
+    def loss(self, policy, reference, batch, schedule, settings):
+        losses = (policy - reference - self.target).square().flatten(1).sum(1)
+        return losses, {"loss": losses.detach().mean()}
+
+
+def settings(**changes) -> config.Optimizer:
+    return config.Optimizer(**{"learning_rate": 0.1, "weight_decay": 0.0, "max_grad_norm": None} | changes)
+
+
+def run(model, method, store=None, on_metrics=lambda m, s: None, every=1, **changes):
+    told = {"seed": 0, "checkpoints": store, "checkpoint_every": every, "on_metrics": on_metrics}
+    return train.run(model, method, settings(**changes), **told)
+
+
+def test_the_first_update_of_adamw_is_the_sign_of_the_gradient() -> None:
+    model = Numbers()
+    summary = run(model, Squares(1))
+    # gradients are 2 (v - 3), both negative: AdamW's first step is +lr each
+    torch.testing.assert_close(model.values.detach(), torch.tensor([1.1, -1.9]), atol=1e-6, rtol=0)
+    assert summary["updates"] == 1 and summary["pairs"] == 2
+    assert model.forwards == {"policy": 1, "reference": 1}
+
+
+def test_weights_of_pairs_do_not_change_a_mean_of_equals() -> None:
+    light, heavy = Numbers(), Numbers()
+    run(light, Squares(3, weight=0.25))
+    run(heavy, Squares(3, weight=4.0))
+    torch.testing.assert_close(light.values, heavy.values)
+
+
+def test_clipping_clips() -> None:
+    norms = []
+
+    class Watch(torch.optim.AdamW):
+        def step(self):
+            norms.append(float(self.param_groups[0]["params"][0].grad.norm()))
+
+    original, train.torch.optim.AdamW = train.torch.optim.AdamW, Watch
+    try:
+        run(Numbers(), Squares(1))
+        run(Numbers(), Squares(1), max_grad_norm=0.5)
+    finally:
+        train.torch.optim.AdamW = original
+    assert norms[0] == pytest.approx((4**2 + 10**2) ** 0.5) and norms[1] == pytest.approx(0.5, rel=1e-4)
+
+
+def test_warm_up_raises_the_rate_linearly() -> None:
+    rates = []
+    run(Numbers(), Squares(4), on_metrics=lambda m, s: rates.append(m["learning_rate"]), warmup_steps=4)
+    assert rates == pytest.approx([0.025, 0.05, 0.075, 0.1])
+
+
+def test_a_batch_without_a_pair_changes_nothing() -> None:
+    model = Numbers()
+    summary = run(model, Squares(3, weight=0.0), weight_decay=0.5)
+    assert model.values.tolist() == [1.0, -2.0]
+    assert summary["updates"] == 0 and model.forwards["policy"] == 0
+
+
+@pytest.mark.parametrize("stop_at", [1, 4, 6])
+def test_resumed_is_uninterrupted_bit_for_bit(tmp_path, stop_at: int) -> None:
+    whole, parts, store = Numbers(), Numbers(), CheckpointStore(tmp_path)
+    run(whole, Squares(9))
+    seen = []
+
+    def stop(metrics, step):
+        seen.append(step)
+        if step == stop_at:
+            raise RuntimeError("power cut")
+
+    with pytest.raises(RuntimeError):
+        run(parts, Squares(9), store, stop, every=2)
+    again = Numbers()
+    summary = run(again, Squares(9), store, every=2)
+    assert torch.equal(again.values, whole.values) and summary["updates"] == 9
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_before_leaving(tmp_path, number) -> None:
+    store, model = CheckpointStore(tmp_path), Numbers()
+
+    def send(metrics, step):
+        if step == 3:
+            os.kill(os.getpid(), number)
+
+    before = signal.getsignal(number)
+    with pytest.raises(KeyboardInterrupt, match="iteration 3"):
+        run(model, Squares(9), store, send, every=100)
+    assert store.latest()[0] == 3
+    assert signal.getsignal(number) is before
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_update() -> None:
+    model = Numbers()
+    with pytest.raises(FloatingPointError, match="lower learning rate"):
+        run(model, Squares(3, target=float("nan")))
+    assert model.values.tolist() == [1.0, -2.0]
+
+
+def test_nothing_to_train_is_one_line() -> None:
+    model = copy.copy(Numbers())
+    model.trainable_parameters = lambda: []
+    with pytest.raises(ValueError, match="add an adapter"):
+        run(model, Squares(1))
