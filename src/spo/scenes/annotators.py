@@ -3,7 +3,7 @@
 Each looks mostly at whether the picture shows what was asked (layout), less at how good it looks
 (taste, with leanings of their own among the four quality factors), is noisy, and calls close pairs
 a tie. The constants were chosen by the statistics of the labels alone: about 12 % ties, 72-76 % of
-the clear labels agreeing with the average blend, about 62 % with aesthetics alone.
+the clear labels agreeing with the average blend, at most 62 % with aesthetics alone.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from torch import Tensor
 
 from spo.scenes.world import QUALITY
 
-TASTE = 0.3  # median weight of aesthetics against a weight of 1 for layout
+TASTE = 0.8  # median weight of aesthetics against a weight of 1 for layout
 TASTE_SPREAD = 0.5  # standard deviation of its logarithm over people
 LEANING = 4.0  # Dirichlet concentration of a person's weights over the quality factors
-TEMPERATURE = 0.1  # of the Bradley-Terry choice
-TIE = 0.014  # differences of the blend below this are ties
+TEMPERATURE = 0.17  # of the Bradley-Terry choice
+TIE = 0.03  # differences of the blend below this are ties
 
 
 @dataclass(frozen=True)
