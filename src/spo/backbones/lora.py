@@ -63,15 +63,22 @@ def load(unet: Any, pipeline_class: Any, path: Path) -> None:
     file = path / FILE if path.is_dir() else path
     if not file.exists():
         raise ValueError(f"{file}: no LoRA weights there")
-    state, alphas, *_ = pipeline_class.lora_state_dict(str(file.parent), weight_name=file.name)
+    try:
+        state, alphas, metadata = pipeline_class.lora_state_dict(
+            str(file.parent), weight_name=file.name, unet_config=unet.config, return_lora_metadata=True
+        )
+    except Exception as error:  # safetensors and diffusers raise several kinds
+        raise ValueError(f"{file}: not a LoRA file: {_first_line(error)}") from None
     mine = {k: v for k, v in state.items() if k.startswith("unet.")}
     if len(mine) < len(state) or not mine:
         other = next((k for k in state if k not in mine), "nothing at all")
         raise ValueError(f"{file}: holds weights that are not the UNet's ({other})")
-    try:
-        unet.load_lora_adapter(mine, prefix="unet", network_alphas=alphas, adapter_name=ADAPTER)
+    try:  # the metadata holds alpha, without which it would be taken for the rank
+        unet.load_lora_adapter(
+            mine, prefix="unet", network_alphas=alphas, metadata=metadata, adapter_name=ADAPTER
+        )
     except Exception as error:  # peft and diffusers raise several kinds
-        raise ValueError(f"{file}: does not fit this UNet: {str(error).splitlines()[0][:200]}") from None
+        raise ValueError(f"{file}: does not fit this UNet: {_first_line(error)}") from None
     _check_all_loaded(unet, mine, file)
 
 
@@ -81,6 +88,10 @@ def _check_all_loaded(unet: Any, state: dict[str, torch.Tensor], file: Path) -> 
     told = sum(1 for name in state if "lora" in name and not name.endswith("alpha"))
     if here != told:
         raise ValueError(f"{file}: {told} LoRA tensors in the file, {here} places for them in this UNet")
+
+
+def _first_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def _plain(value: Any) -> Any:

@@ -27,9 +27,12 @@ class StableDiffusion:
         self.pipeline_class = type(pipeline)
         self.unet, self.vae, self._text = pipeline.unet, pipeline.vae, text
         self.text_encoder = pipeline.text_encoder
-        self.scheduler_config: Mapping[str, Any] = dict(pipeline.scheduler.config)
+        told = pipeline.scheduler.config
+        assumed = told.get("_use_default_values", ())  # by the saved sampler's class: not DDIM's defaults
+        self.scheduler_config: Mapping[str, Any] = {k: v for k, v in told.items() if k not in assumed}
         side = self.unet.config.sample_size
         self.latent_shape = (self.unet.config.in_channels, side, side)
+        self.image_size = (side * pipeline.vae_scale_factor, side * pipeline.vae_scale_factor)
         self._format = torch.channels_last if channels_last else torch.contiguous_format
         for module in (self.unet, self.vae):
             module.to(memory_format=self._format)
@@ -70,7 +73,7 @@ class StableDiffusion:
     def decode(self, latents: Tensor) -> Tensor:
         latents = latents / self.vae.config.scaling_factor + self._shift
         latents = latents.to(self.vae.dtype).contiguous(memory_format=self._format)
-        return self.vae.decode(latents, return_dict=False)[0].float().clamp(-1, 1)
+        return self.vae.decode(latents, return_dict=False)[0].float()
 
     @property
     def _shift(self) -> float:

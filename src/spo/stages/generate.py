@@ -52,9 +52,7 @@ def draw(
             part = slice(start, start + settings.batch_size)
             noise = SampleNoise(0, seeds[part], backbone.latent_shape, backbone.device)
             with backbone.inference():
-                x_0 = sample_latents(
-                    backbone, schedule, prompts[part], noise, variant.guidance, settings.eta
-                )
+                x_0 = sample_latents(backbone, schedule, prompts[part], noise, variant.guidance, settings.eta)
                 decoded = backbone.decode(x_0)
             for image in decoded:
                 yield to_pil(image)

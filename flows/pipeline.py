@@ -1,0 +1,301 @@
+"""The DAG of dvc.yaml as a Prefect flow: one task a stage, retried when that can help, cancelled as a whole.
+
+    python flows/pipeline.py --set align.spo.beta=20           run now, no server needed
+    python flows/pipeline.py --serve --cron "0 3 * * *"        stay, and run every night
+
+DVC still decides what is out of date. `dvc repro` never needs this file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import fcntl
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
+os.environ.setdefault("DO_NOT_TRACK", "1")
+
+from prefect import flow, get_run_logger, task  # noqa: E402
+from prefect.artifacts import create_markdown_artifact  # noqa: E402
+from prefect.cache_policies import NO_CACHE  # noqa: E402
+
+from spo import config, tracking  # noqa: E402
+
+ROOT = Path(__file__).resolve().parents[1]
+DVC = [sys.executable, "-m", "dvc"]
+GRACE = 10.0  # seconds between SIGTERM and SIGKILL of a stage
+# what a later attempt may not meet again: locks of DVC and of a stage, and the network
+PASSING = re.compile(
+    r"Unable to acquire lock|is being blocked by|already runs in this folder|database is locked"
+    r"|Connection (refused|reset|aborted|error)|ConnectionError|ConnectTimeout|Read timed out"
+    r"|Temporary failure in name resolution|Max retries exceeded|\b(429|502|503|504) (Client|Server) Error"
+)
+
+
+class StageError(RuntimeError):
+    """A stage that failed; `passing` if another attempt may do better."""
+
+    def __init__(self, message: str, passing: bool) -> None:
+        super().__init__(message)
+        self.passing = passing
+
+
+@flow(name="spo")
+def pipeline(overrides: dict[str, Any] | None = None, force: bool = False) -> list[dict[str, Any]]:
+    """Run the experiment; what each stage did: {stage, result, seconds}.
+
+    Args:
+        overrides: changes of params.yaml by dotted key, e.g. {"align.spo.beta": 20}; they stay in the file.
+        force: run every stage, changed or not.
+
+    Raises:
+        ConfigError: a wrong override; nothing has been written or started then.
+        StageError: a stage failed.
+    """
+    with contextlib.chdir(ROOT):
+        params = merged(overrides or {})
+        with alone():
+            write(overrides or {})
+            done: list[dict[str, Any]] = []
+            parent = tracking.open_parent(params.model_dump())
+            try:
+                for stage in stages():
+                    named = run_stage.with_options(name=stage)
+                    done.append(named(stage, force, parent.key))
+                status = "FINISHED"
+            except BaseException as error:
+                status = "FAILED" if isinstance(error, Exception) else "KILLED"
+                raise
+            finally:
+                parent.set_tags({f"dvc.{row['stage']}": row["result"] for row in done})
+                parent.end(status)
+                tracking.sync(params.tracking)
+            create_markdown_artifact(summary(done, comparisons()), key="spo-results")
+    return done
+
+
+def can_pass(task: Any, run: Any, state: Any) -> bool:
+    """Prefect asks this before it tries a failed stage again."""
+    try:
+        state.result()
+    except StageError as error:
+        return error.passing
+    except Exception:
+        return False
+    return False
+
+
+@task(retries=2, retry_delay_seconds=[10, 60], retry_condition_fn=can_pass, cache_policy=NO_CACHE)
+def run_stage(stage: str, force: bool = False, parent: str = "") -> dict[str, Any]:
+    """One stage by DVC: {stage, result (ran, restored or unchanged), seconds}.
+
+    Raises:
+        StageError: with the last lines of what it said.
+    """
+    command = [*DVC, "repro", "--single-item", *(["--force"] if force else []), stage]
+    variables = {tracking.PARENT_VARIABLE: parent} if parent else {}
+    started = time.monotonic()
+    code, lines = execute(command, variables, get_run_logger().info)
+    if code != 0:
+        told = [line for line in lines if line.strip() and not line.startswith("tracking:")]
+        passing = any(PASSING.search(line) for line in told)
+        raise StageError(
+            f"stage {stage} failed ({shlex.join(command[2:])}): " + " | ".join(told[-4:]), passing
+        )
+    return {"stage": stage, "result": result(lines), "seconds": round(time.monotonic() - started, 1)}
+
+
+def execute(
+    command: Sequence[str], variables: Mapping[str, str], log: Callable[[str], Any]
+) -> tuple[int, list[str]]:
+    """Run a command in a process group of its own, each line of it to `log`: (exit status, lines).
+
+    Whatever ends this call early (an error, Ctrl-C, a cancelled flow) ends the whole group: DVC alone
+    would leave its stage behind, still writing.
+    """
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    environment = {**os.environ, "PATH": path, "PYTHONUNBUFFERED": "1", "TQDM_MININTERVAL": "30", **variables}
+    lines: list[str] = []
+    process = subprocess.Popen(
+        command,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+    )
+    try:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.strip():
+                lines.append(line.rstrip())
+                log(lines[-1])
+        return process.wait(), lines
+    except BaseException:
+        end_group(process)
+        raise
+
+
+def end_group(process: subprocess.Popen[str]) -> None:
+    """SIGTERM to the group, and SIGKILL to what of it is left after GRACE seconds."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGTERM)
+        end = time.monotonic() + GRACE
+        while time.monotonic() < end:
+            process.poll()
+            os.killpg(process.pid, 0)  # raises when nobody is left
+            time.sleep(0.1)
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def result(lines: Sequence[str]) -> str:
+    """What DVC did, from what it said."""
+    text = "\n".join(lines)
+    if "Running stage" in text:
+        return "ran"
+    return "restored" if "is cached - skipping run" in text else "unchanged"
+
+
+def stages() -> list[str]:
+    """All stages of dvc.yaml in its order, where each comes after those that it needs."""
+    done = subprocess.run([*DVC, "stage", "list", "--name-only"], capture_output=True, text=True)
+    if done.returncode != 0:
+        raise StageError(f"dvc stage list: {done.stderr.strip()}", passing=False)
+    return done.stdout.split()
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """One flow at a time in a folder, so that overrides of one do not get into another.
+
+    Raises:
+        StageError: another flow runs.
+    """
+    lock = Path(".spo/locks/flow")
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with lock.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise StageError(f"another flow runs in {ROOT}; wait for it or cancel it", passing=True) from None
+        yield
+
+
+def merged(overrides: Mapping[str, Any]) -> config.Params:
+    """params.yaml with the overrides, checked.
+
+    Raises:
+        ConfigError: one line; for a mistyped key with the nearest one.
+    """
+    import yaml
+
+    config.load()
+    return config.validate(
+        override(yaml.safe_load(Path("params.yaml").read_text(encoding="utf-8")), overrides),
+        source="params.yaml with overrides",
+    )
+
+
+def override(raw: Any, overrides: Mapping[str, Any]) -> Any:
+    """A copy of nested mappings in which dotted keys have new values."""
+    raw = copy.deepcopy(raw)
+    for key, value in overrides.items():
+        section = raw
+        *parents, last = key.split(".")
+        for part in parents:
+            section = section.setdefault(part, {})
+            if not isinstance(section, dict):
+                raise config.ConfigError(f"override {key!r}: {part!r} is a value, not a section")
+        section[last] = value
+    return raw
+
+
+def write(overrides: Mapping[str, Any]) -> None:
+    """Put the overrides into params.yaml, which keeps its comments."""
+    if not overrides:
+        return
+    from ruamel.yaml import YAML
+
+    yaml = YAML()
+    yaml.preserve_quotes, yaml.width = True, 110
+    path, partial = Path("params.yaml"), Path(".params.yaml.new")
+    content = override(yaml.load(path.read_text(encoding="utf-8")), overrides)
+    with partial.open("w", encoding="utf-8") as file:
+        yaml.dump(content, file)
+    partial.replace(path)
+
+
+def comparisons() -> list[dict[str, Any]]:
+    path = Path("reports/comparisons.json")
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+
+
+def summary(done: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]]) -> str:
+    """The page that Prefect shows: comparisons, and what each stage did in what time."""
+    lines = ["## Comparisons", ""]
+    if rows:
+        lines += ["| method | baseline | metric | difference | 95 % interval | win rate | n |"]
+        lines += ["|---|---|---|---:|---|---:|---:|"]
+    for r in rows:
+        interval = f"[{r['ci_low']:+.3f}, {r['ci_high']:+.3f}]"
+        lines.append(
+            f"| {r['method']} | {r['baseline']} | {r['metric']} | {r['mean_difference']:+.3f} "
+            f"| {interval} | {r['win_rate']:.0%} | {r['n']} |"
+        )
+    lines += ["", "## Stages", "", "| stage | result | seconds |", "|---|---|---:|"]
+    lines += [f"| {d['stage']} | {d['result']} | {d['seconds']:.1f} |" for d in done]
+    return "\n".join(lines) + "\n"
+
+
+def parse(text: str) -> tuple[str, Any]:
+    """`key=value`, the value as YAML 1.2 reads it (1e-4 is a number)."""
+    from ruamel.yaml import YAML
+
+    key, equals, value = text.partition("=")
+    if not key or not equals:
+        raise argparse.ArgumentTypeError(f"{text!r} is not KEY=VALUE")
+    return key, YAML(typ="safe").load(value)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run or serve the flow; returns the exit status."""
+    parser = argparse.ArgumentParser(description="Run the experiment as a Prefect flow.")
+    parser.add_argument(
+        "--set", action="append", type=parse, default=[], metavar="KEY=VALUE", dest="overrides"
+    )
+    parser.add_argument("--force", action="store_true", help="run every stage, changed or not")
+    parser.add_argument("--serve", action="store_true", help="stay, and run when asked or by the clock")
+    parser.add_argument("--cron", help='when, e.g. "0 3 * * *" (with --serve)')
+    told = parser.parse_args(arguments)
+    if told.cron and not told.serve:
+        parser.error("--cron needs --serve")
+    arguments_of_flow = {"overrides": dict(told.overrides), "force": told.force}
+    os.chdir(ROOT)
+    try:
+        merged(arguments_of_flow["overrides"])  # before a server starts
+        if told.serve:
+            pipeline.serve(name="spo", cron=told.cron, parameters=arguments_of_flow)
+        else:
+            pipeline(**arguments_of_flow)
+    except (config.ConfigError, StageError) as error:
+        print(f"pipeline: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,232 @@
+"""From the spool to an MLflow store: records become calls, in a thread of the stage or by `spo sync`.
+
+A record keeps the time at which it was written, and a run is found again by its key, so a record that is
+delivered twice (a stage was killed between the call and its mark) changes nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import logging
+import os
+import sqlite3
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from spo.spool import Spool, digest, locked, one_line, redact, spools, warn
+
+PERIOD, PAUSE = 5.0, 30.0  # seconds between deliveries, and after one that failed
+PATIENCE = {"local": 120.0, "remote": 15.0}  # seconds that the end of a stage waits for the last delivery
+BATCH = 1000  # the most metrics that MLflow takes in one call; params and tags: 100
+
+
+class Refused(ValueError):
+    """A record that can never be delivered."""
+
+
+def is_refusal(error: BaseException) -> bool:
+    """Whether MLflow answered, and will say no again; else it may be away."""
+    codes = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_DOES_NOT_EXIST")
+    return isinstance(error, Refused) or getattr(error, "error_code", None) in codes
+
+
+class Store:
+    """An MLflow store, and how records become calls."""
+
+    def __init__(self, uri: str) -> None:
+        self.uri, self.name = uri, redact(uri)
+        local = uri.startswith("sqlite:///")
+        self._file = Path(uri.removeprefix("sqlite:///").split("?")[0]).absolute() if local else None
+        self._client: Any = None
+        self._experiments: dict[str, str] = {}
+
+    def deliver(self, spool: Spool) -> int:
+        """Send the records that this store has not had; their number.
+
+        Raises:
+            Exception: MLflow cannot be reached. What went before stays delivered.
+        """
+        if not spool.path.exists():
+            return 0
+        with spool.path.open("rb") as file:  # one process at a time delivers it
+            fcntl.flock(file, fcntl.LOCK_EX)
+            known = spool.state().get(self.name, {"run_id": None, "offset": 0})
+            run_id, sent, last = known["run_id"], 0, None
+            for offset, records in _batches(spool.read(known["offset"])):
+                if records[0]["op"] == "create":
+                    run_id = self._create(spool.key, records[0])
+                elif records[0]["op"] == "adopt":
+                    run_id = records[0]["run_id"]
+                else:
+                    self._send(spool, run_id, records)
+                spool.mark(self.name, run_id, offset)
+                sent, last = sent + len(records), records[-1]["op"]
+            if last == "end" and not spool.header().get("shared"):
+                spool.remove()
+        return sent
+
+    def connect(self) -> Any:
+        """The client. A new sqlite file is set up by one process: several at once break its migration."""
+        if self._client is None:
+            mlflow = load_mlflow()
+            if self._file is None:
+                self._client = mlflow.MlflowClient(self.uri)
+                return self._client
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            with locked(self._file.with_name(f"{self._file.name}.lock")):
+                with contextlib.closing(sqlite3.connect(self._file)) as connection:
+                    connection.execute("PRAGMA schema_version")  # MLflow tries a broken file for minutes
+                self._client = mlflow.MlflowClient(self.uri)
+        return self._client
+
+    def _experiment(self, name: str) -> str:
+        """Its id; made if it is new. Artifacts of a sqlite store lie in `mlartifacts` beside it."""
+        if name not in self._experiments:
+            client = self.connect()
+            folder = (self._file.parent / "mlartifacts").as_uri() if self._file else None
+            if client.get_experiment_by_name(name) is None:
+                try:
+                    client.create_experiment(name, artifact_location=folder)
+                except Exception:
+                    if client.get_experiment_by_name(name) is None:  # or another process was faster
+                        raise
+            self._experiments[name] = client.get_experiment_by_name(name).experiment_id
+        return self._experiments[name]
+
+    def _create(self, key: str, record: dict[str, Any]) -> str:
+        experiment = self._experiment(record["experiment"])
+        found = self._find(experiment, key)
+        if found is not None:
+            return found
+        tags = {**record["tags"], "spo.key": key}
+        if record["parent"]:
+            parent = self._parent(experiment, record["parent"])
+            tags |= {"mlflow.parentRunId": parent} if parent else {}
+        run = self.connect().create_run(
+            experiment, start_time=record["time"], run_name=record["name"], tags=tags
+        )
+        return str(run.info.run_id)
+
+    def _parent(self, experiment: str, key: str) -> str | None:
+        spool = Spool.find(key)
+        if spool is None:
+            return self._find(experiment, key)
+        self.deliver(spool)
+        return str(spool.state()[self.name]["run_id"])
+
+    def _find(self, experiment: str, key: str) -> str | None:
+        found = self.connect().search_runs([experiment], f"tags.`spo.key` = '{key}'", max_results=1)
+        return str(found[0].info.run_id) if found else None
+
+    def _send(self, spool: Spool, run_id: str, records: list[dict[str, Any]]) -> None:
+        """What MLflow refuses for good is set aside, so that it does not block the rest."""
+        try:
+            _call(self.connect(), spool, run_id, records)
+        except Exception as error:
+            if not is_refusal(error):
+                raise
+            if len(records) == 1:
+                spool.set_aside(records[0], one_line(error))
+            else:
+                for record in records:
+                    self._send(spool, run_id, [record])
+
+
+def load_mlflow() -> Any:
+    """MLflow, told to give up soon, to be quiet and to tell nobody. Its import takes 3 s."""
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    import mlflow
+
+    for name in ("mlflow", "alembic"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    return mlflow
+
+
+def _batches(
+    records: Iterable[tuple[int, dict[str, Any]]],
+) -> Iterator[tuple[int, list[dict[str, Any]]]]:
+    """Metrics that follow each other go together, up to BATCH points; all else one by one."""
+    batch: list[dict[str, Any]] = []
+    points, end = 0, 0
+    for offset, record in records:
+        size = max(1, len(record["metrics"])) if record["op"] == "metrics" else BATCH
+        if batch and points + size > BATCH:
+            yield end, batch
+            batch, points = [], 0
+        batch.append(record)
+        points, end = points + size, offset
+    if batch:
+        yield end, batch
+
+
+def _call(client: Any, spool: Spool, run_id: str, records: list[dict[str, Any]]) -> None:
+    from mlflow.entities import Metric, Param, RunTag
+
+    record = records[0]
+    match record["op"]:
+        case "metrics":
+            points = [Metric(k, v, r["time"], r["step"]) for r in records for k, v in r["metrics"].items()]
+            client.log_batch(run_id, metrics=points)
+        case "params":
+            params = [Param(k, v) for k, v in record["params"].items()]
+            for start in range(0, len(params), 100):
+                client.log_batch(run_id, params=params[start : start + 100])
+        case "tags":
+            client.log_batch(run_id, tags=[RunTag(k, v) for k, v in record["tags"].items()])
+        case "artifact":
+            if record["sha256"] is None or digest(Path(record["path"])) != record["sha256"]:
+                raise Refused(f"{record['path']}: changed or gone since it was logged")
+            client.log_artifact(run_id, record["path"], record["folder"])
+        case "end":
+            client.set_terminated(run_id, _status(spool, record), end_time=record["time"])
+
+
+def _status(spool: Spool, record: dict[str, Any]) -> str:
+    """Of a run that children share: the worst of what their last attempts came to."""
+    if "child" not in record:
+        return str(record["status"])
+    ends = {r["child"]: r["status"] for _, r in spool.read() if r["op"] == "end" and "child" in r}
+    return max(ends.values(), key=("FINISHED", "KILLED", "FAILED").index)
+
+
+class Delivery:
+    """Delivers spools in a thread, so that a slow or missing server costs the stage nothing."""
+
+    def __init__(self, uri: str, which: list[Spool]) -> None:
+        self._store, self._spools = Store(uri), which
+        self._stop, self._failed_at, self._why = threading.Event(), -PAUSE, ""
+        load_mlflow()  # here: imports of two threads may get into each other's way
+        self._thread = threading.Thread(target=self._work, name="tracking", daemon=True)
+        self._thread.start()
+
+    def finish(self) -> None:
+        """The last delivery, and one line of warning if something could not be delivered."""
+        self._stop.set()
+        self._thread.join(PATIENCE["local" if self._store.uri.startswith("sqlite") else "remote"])
+        left = sum(spool.left() for spool in self._spools)
+        if left:
+            warn(
+                f"{left} records not delivered to {self._store.name} ({self._why or 'no answer yet'}); "
+                "they are kept in .spo/spool, `spo sync` delivers them"
+            )
+
+    def _work(self) -> None:
+        while not self._stop.wait(PERIOD):
+            self._try(self._spools)
+        earlier = [s for s in spools() if s.header().get("uri") == self._store.name]
+        self._try([*self._spools, *earlier])
+
+    def _try(self, which: list[Spool]) -> None:
+        if time.monotonic() - self._failed_at < PAUSE:
+            return
+        try:
+            for spool in which:
+                self._store.deliver(spool)
+        except Exception as error:
+            self._failed_at, self._why = time.monotonic(), one_line(error)

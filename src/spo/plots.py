@@ -1,0 +1,188 @@
+"""The pictures of the report: curves by matplotlib, sheets of generated pictures by PIL. All as PNG bytes."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from pandas import DataFrame, Series
+    from PIL import Image, ImageFont
+
+COLOURS = ("#1f6fd1", "#d1701f", "#5a8f3c", "#8a5ab5", "#7d838c")
+WIDTH = 10.0  # inches, of every figure, so that all have letters of one size
+INK, FAINT = "#30343a", "#dfe3e8"
+SMOOTHING = 15  # windows a curve: the dark line is the mean of a fifteenth of it
+WANTED = ("score", "loss", "accuracy", "implicit_accuracy", "valid_fraction", "gradient_norm")
+
+CELL, GAP, MARGIN = 144, 4, 12  # pixels of the sheet for the README
+TEXT, LINE, HEADER = 14, 19, 26
+BLOCKS = 2  # prompts side by side
+
+
+def accuracy(models: Mapping[str, Mapping[str, float]], n: int) -> bytes:
+    """Accuracy of preference models by timestep, with the 95 % binomial interval of n pairs."""
+    figure, (axes,) = _figure(1, height=3.0)
+    for (name, by_step), colour in zip(models.items(), _colours(), strict=False):
+        steps = sorted(int(t) for t in by_step)
+        values = [100 * by_step[str(t)] for t in steps]
+        margins = [1.96 * math.sqrt(v * (100 - v) / max(n, 1)) for v in values]
+        axes.errorbar(steps, values, margins, color=colour, marker="o", ms=4, capsize=3, lw=1.6, label=name)
+    axes.axhline(50, color=INK, lw=0.8, ls=":")
+    axes.set(xlabel="timestep (0: the finished picture)", ylabel="accuracy, %")
+    axes.legend(frameon=False, fontsize=8)
+    return _png(figure)
+
+
+def differences(rows: Sequence[Mapping[str, Any]], names: Mapping[str, str]) -> bytes:
+    """One panel a metric: each method's mean difference from one baseline, with its interval."""
+    metrics = list(dict.fromkeys(r["metric"] for r in rows))
+    methods = list(dict.fromkeys(r["method"] for r in rows))
+    figure, panels = _figure(len(metrics), height=0.9 + 0.4 * len(methods))
+    for axes, metric in zip(panels, metrics, strict=True):
+        for place, method in enumerate(reversed(methods)):
+            row = next(r for r in rows if r["metric"] == metric and r["method"] == method)
+            middle = row["mean_difference"]
+            margins = [[middle - row["ci_low"]], [row["ci_high"] - middle]]
+            colour = COLOURS[methods.index(method) % len(COLOURS)]
+            axes.errorbar(middle, place, xerr=margins, color=colour, marker="o", ms=5, capsize=3, lw=1.8)
+        axes.axvline(0, color=INK, lw=0.9)
+        axes.set_title(names.get(metric, metric), fontsize=9)
+        axes.set(ylim=(-0.6, len(methods) - 0.4), yticks=range(len(methods)), yticklabels=[])
+        axes.locator_params(axis="x", nbins=4)
+        axes.margins(x=0.15)
+    panels[0].set_yticklabels([names.get(m, m) for m in reversed(methods)])
+    return _png(figure)
+
+
+def curves(table: DataFrame, colour: str = COLOURS[0]) -> bytes:
+    """Training metrics over steps: what was measured, faint, and its running mean."""
+    columns = [c for c in WANTED if c in table.columns] or [c for c in table.columns if c != "step"]
+    columns = [c for c in columns if table[c].notna().any()][:4]
+    if not columns:
+        raise ValueError(f"a training curve without a metric; its columns: {', '.join(table.columns)}")
+    figure, panels = _figure(len(columns), height=2.2)
+    for axes, column in zip(panels, columns, strict=True):
+        known = table[["step", column]].dropna()
+        axes.plot(known["step"], known[column], color=colour, alpha=0.25, lw=0.9)
+        axes.plot(known["step"], _smooth(known[column]), color=colour, lw=1.7)
+        axes.set_title(column.replace("_", " "), fontsize=9)
+        axes.locator_params(nbins=4)
+        axes.set_xlabel("update")
+    return _png(figure)
+
+
+def _smooth(values: Series) -> Series:
+    return values.rolling(max(1, len(values) // SMOOTHING), center=True, min_periods=1).mean()
+
+
+def _colours() -> list[str]:
+    return [COLOURS[i % len(COLOURS)] for i in range(50)]
+
+
+def _figure(panels: int, height: float) -> tuple[Figure, list[Axes]]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(WIDTH, height), layout="constrained", facecolor="white")
+    all_axes = figure.subplots(1, panels, squeeze=False)[0].tolist()
+    for axes in all_axes:
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.spines[["left", "bottom"]].set_color(INK)
+        axes.tick_params(labelsize=8, colors=INK)
+        axes.grid(color=FAINT, lw=0.7)
+        axes.set_axisbelow(True)
+        axes.xaxis.label.set_size(8)
+        axes.yaxis.label.set_size(8)
+    return figure, all_axes
+
+
+def _png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=130)
+    return buffer.getvalue()
+
+
+def enlarged(picture: Image.Image, side: int) -> Image.Image:
+    """RGB, the longer side `side` pixels: small pictures grow (bicubic), large ones shrink (Lanczos)."""
+    from PIL import Image
+
+    factor = side / max(picture.size)
+    size = (max(1, round(picture.width * factor)), max(1, round(picture.height * factor)))
+    kind = Image.Resampling.BICUBIC if factor > 1 else Image.Resampling.LANCZOS
+    return picture.convert("RGB").resize(size, kind)
+
+
+def as_png(picture: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    picture.save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def sheet(prompts: Sequence[str], columns: Mapping[str, Sequence[Image.Image]]) -> bytes:
+    """A grid for the README: two prompts side by side, under each its pictures, one a variant.
+
+    Args:
+        columns: title of a variant to its pictures, one a prompt.
+    """
+    from PIL import Image, ImageDraw
+
+    block = len(columns) * (CELL + GAP) - GAP
+    width = 2 * MARGIN + BLOCKS * block + (BLOCKS - 1) * 2 * MARGIN
+    font, bold = _font("DejaVuSans.ttf"), _font("DejaVuSans-Bold.ttf")
+    texts = [wrap(p, font, block, lines=2) for p in prompts]
+    row_height = max(len(t) for t in texts) * LINE + 6 + CELL + 2 * GAP + MARGIN
+    rows = math.ceil(len(prompts) / BLOCKS)
+    page = Image.new("RGB", (width, HEADER + MARGIN + rows * row_height), "white")
+    draw = ImageDraw.Draw(page)
+    for b in range(min(BLOCKS, len(prompts))):
+        for c, title in enumerate(columns):
+            x = MARGIN + b * (block + 2 * MARGIN) + c * (CELL + GAP) + CELL // 2
+            draw.text((x, MARGIN // 2), title, font=bold, fill=INK, anchor="ma")
+    for i, text in enumerate(texts):
+        x, y = MARGIN + i % BLOCKS * (block + 2 * MARGIN), HEADER + MARGIN // 2 + i // BLOCKS * row_height
+        for number, line in enumerate(text):
+            draw.text((x, y + number * LINE), line, font=font, fill=INK)
+        y += row_height - CELL - 2 * GAP - MARGIN
+        for c, pictures in enumerate(columns.values()):
+            page.paste(enlarged(pictures[i], CELL), (x + c * (CELL + GAP), y))
+    return as_png(page)
+
+
+def wrap(text: str, font: ImageFont.FreeTypeFont, width: int, lines: int) -> list[str]:
+    """Break `text` at spaces into at most `lines` of `width` pixels; what does not fit becomes '…'."""
+    found: list[str] = []
+    line = ""
+    for word in text.split():
+        longer = f"{line} {word}".strip()
+        if font.getlength(longer) <= width:
+            line = longer
+            continue
+        if line:
+            found.append(line)
+        line = word
+    found.append(line)
+    return [
+        _shortened(x, font, width, i == lines - 1 and len(found) > lines) for i, x in enumerate(found[:lines])
+    ]
+
+
+def _shortened(line: str, font: ImageFont.FreeTypeFont, width: int, more: bool) -> str:
+    if font.getlength(line) <= width and not more:
+        return line
+    while line and font.getlength(line + "…") > width:
+        line = line[:-1]
+    return line.rstrip() + "…"
+
+
+def _font(name: str) -> Any:
+    """A font that comes with matplotlib, so that the sheet looks the same on every machine."""
+    from pathlib import Path
+
+    import matplotlib
+    from PIL import ImageFont
+
+    return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts/ttf" / name, TEXT)

@@ -1,0 +1,88 @@
+"""LAION's aesthetic predictor v2: a linear head on CLIP's image embedding; blind to the prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from spo import config
+from spo.rewards import clip
+from spo.rewards.clip import preprocess
+
+__all__ = ["Aesthetic", "AestheticHead", "preprocess"]
+
+
+class AestheticHead(nn.Module):
+    """D-1024-128-64-16-1, linear throughout: the released head has no activations."""
+
+    def __init__(self, dimension: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Linear(dimension, 1024),
+            nn.Dropout(0.2),
+            nn.Linear(1024, 128),
+            nn.Dropout(0.2),
+            nn.Linear(128, 64),
+            nn.Dropout(0.1),
+            nn.Linear(64, 16),
+            nn.Linear(16, 1),
+        )
+
+    def forward(self, embeddings: Tensor) -> Tensor:
+        """Ratings [N], about 1 to 10, of projected CLIP image embeddings [N,D], normalised here."""
+        return self.layers(nn.functional.normalize(embeddings.float(), dim=-1))[:, 0]
+
+    @classmethod
+    def load(cls, path: str | Path) -> AestheticHead:
+        """A head in evaluation mode from a .pth or .safetensors file; D is the file's.
+
+        Raises:
+            ValueError: no file there, or weights of something else.
+        """
+        where = f"aesthetic head {path}"
+        state = clip.load_state(Path(path), where)
+        clip.check_keys({"layers.0.weight"} - state.keys(), (), where)
+        head = cls(state["layers.0.weight"].shape[1])
+        clip.fill(head, state, where)
+        return head.eval().requires_grad_(False)
+
+
+class Aesthetic:
+    """About 1 to 10 with the released weights, on OpenAI's ViT-L/14. The prompt does not matter."""
+
+    name = "aesthetic"
+
+    def __init__(
+        self, settings: config.AestheticConfig, *, device: torch.device | str = "cpu", batch_size: int = 32
+    ) -> None:
+        """
+        Raises:
+            ValueError: a CLIP or a head that is not there, or that do not fit each other.
+        """
+        self.device, self.batch_size, self.size = device, batch_size, settings.image_size
+        self.clip = clip.load_model(
+            settings.clip, settings.revision, settings.image_size, "score.aesthetic.clip", device
+        )
+        self.head = AestheticHead.load(settings.head).to(device)
+        has, needs = self.clip.config.projection_dim, self.head.layers[0].in_features
+        if has != needs:
+            raise ValueError(
+                f"score.aesthetic.head: {settings.head} is for embeddings of {needs} numbers, "
+                f"but {settings.clip} gives {has}; they must belong together"
+            )
+
+    def score(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> list[float]:
+        """One score for each image; the prompts only name it in errors.
+
+        Raises:
+            ValueError: as many prompts as images are needed; a score that is not finite.
+        """
+        return clip.in_batches(self._score, images, prompts, name=self.name, batch_size=self.batch_size)
+
+    def _score(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
+        pixels = torch.stack([preprocess(image, self.size) for image in images]).to(self.device)
+        return self.head(clip.image_features(self.clip, pixels))

@@ -1,0 +1,104 @@
+"""Human Preference Score v2 and v2.1 (arXiv 2306.09341): an open_clip model; 100 * cos."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn.functional import cosine_similarity, interpolate, pad
+
+from spo import config
+from spo.rewards import clip
+
+
+def preprocess(image: Image.Image, size: int = 224) -> Tensor:
+    """Normalised pixels [3,size,size]: longest side to `size`, zero-padded to a square.
+
+    As the released scorer, not as open_clip's transforms: bicubic with antialias on the tensor, without
+    clamping what overshoots [0,1]; padding comes before normalising, so it is black.
+    """
+    pixels = clip.to_unit(image)
+    scale = size / max(image.size)
+    height, width = (round(side * scale) for side in pixels.shape[1:])
+    pixels = interpolate(pixels[None], (height, width), mode="bicubic", antialias=True)[0]
+    left, top = (size - width) // 2, (size - height) // 2
+    return clip.normalise(pad(pixels, (left, size - width - left, top, size - height - top)))
+
+
+class Hps:
+    """About 20 to 35 with the released weights. v2 and v2.1 do not compare with each other."""
+
+    name = "hps"
+
+    def __init__(
+        self, settings: config.HpsConfig, *, device: torch.device | str = "cpu", batch_size: int = 32
+    ) -> None:
+        """
+        Raises:
+            ValueError: an unknown architecture, or weights or a tokenizer that are not there or do not fit.
+        """
+        self.device, self.batch_size, self.size = device, batch_size, settings.image_size
+        model_config = _model_config(settings.architecture)
+        self.model = _model(model_config, settings.architecture)
+        clip.check_image_size(self.model.visual.image_size[0], settings.image_size, "score.hps")
+        where = f"score.hps.checkpoint: {settings.checkpoint}"
+        clip.fill(self.model, clip.load_state(Path(settings.checkpoint), where), where)
+        self.model.eval().requires_grad_(False).to(device)
+        self.tokens = _tokenizer(settings, self.model)
+
+    def score(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> list[float]:
+        """One score for each image and its own prompt.
+
+        Raises:
+            ValueError: as many prompts as images are needed; a score that is not finite.
+        """
+        return clip.in_batches(self._score, images, prompts, name=self.name, batch_size=self.batch_size)
+
+    def _score(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
+        pixels = torch.stack([preprocess(image, self.size) for image in images]).to(self.device)
+        text = self.model.encode_text(self.tokens(prompts).to(self.device))
+        return 100 * cosine_similarity(self.model.encode_image(pixels), text)
+
+
+def _model_config(architecture: str) -> dict[str, Any]:
+    """{embed_dim, vision_cfg, text_cfg} of one of open_clip's names, or from a JSON file."""
+    key = "score.hps.architecture"
+    if not architecture.endswith(".json"):
+        known = open_clip.get_model_config(architecture) if architecture in open_clip.list_models() else None
+        if known is None:
+            raise ValueError(f"{key}: open_clip knows no {architecture!r}; for HPSv2 it is ViT-H-14")
+        return known
+    try:
+        told = json.loads(Path(architecture).read_text(encoding="utf-8"))
+        return told.get("model_cfg", told)  # as open_clip writes it for the hub
+    except FileNotFoundError:
+        raise ValueError(f"{key}: no {architecture} there; run `make repro` or `dvc pull data.dvc`") from None
+    except ValueError as error:
+        raise ValueError(f"{key}: {architecture} is not valid JSON ({error})") from None
+
+
+def _model(model_config: dict[str, Any], architecture: str) -> open_clip.CLIP:
+    try:
+        return open_clip.CLIP(**model_config)
+    except (TypeError, AttributeError) as error:
+        raise ValueError(
+            f"score.hps.architecture: {architecture} is no CLIP config of embed_dim, vision_cfg and text_cfg "
+            f"({error})"
+        ) from None
+
+
+def _tokenizer(settings: config.HpsConfig, model: open_clip.CLIP) -> Callable[[Sequence[str]], Tensor]:
+    if settings.tokenizer is not None:
+        key = "score.hps.tokenizer"
+        tokenizer = clip.load_tokenizer(settings.tokenizer, None, model.vocab_size, key)
+        return lambda prompts: clip.token_ids(tokenizer, prompts, model.context_length)
+    if settings.architecture.endswith(".json"):
+        raise ValueError("score.hps.tokenizer: name its folder; an architecture from a file has no own one")
+    own = open_clip.get_tokenizer(settings.architecture)
+    return lambda prompts: own(list(prompts))

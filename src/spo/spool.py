@@ -1,0 +1,182 @@
+"""What is logged goes to a local file first: one file a run, one JSON record a line."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import platform
+import re
+import sys
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+FOLDER = Path(".spo/spool")
+SECRETS = (  # user:password@ of a URI, and secrets in its query
+    (re.compile(r"(\w[\w+.-]*://)[^/\s]*@"), r"\1***@"),
+    (re.compile(r"(?i)([?&][^=&\s]*(?:password|secret|token|signature|credential|key)=)[^&\s]+"), r"\1***"),
+)
+
+
+def redact(value: Any) -> Any:
+    """The same text, list or mapping without the passwords of its URIs."""
+    if isinstance(value, str):
+        for pattern, replacement in SECRETS:
+            value = pattern.sub(replacement, value)
+        return value
+    if isinstance(value, dict):
+        return {k: redact(v) for k, v in value.items()}
+    return [redact(v) for v in value] if isinstance(value, list | tuple) else value
+
+
+def one_line(error: BaseException) -> str:
+    """What went wrong, for a tag or a warning."""
+    text = " ".join(str(error).split("\n")[0].split())
+    return redact(f"{type(error).__name__}: {text}" if text else type(error).__name__)[:500]
+
+
+def warn(message: str) -> None:
+    print(f"tracking: {redact(message)}", file=sys.stderr)
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """One process at a time."""
+    with path.open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+@dataclass(frozen=True)
+class Spool:
+    """The records of one run in `<key>.jsonl`; `<key>.state` says how much of it each store has.
+
+    The first record is `create` (or `adopt`, for a run that MLflow has already).
+    """
+
+    path: Path
+
+    @property
+    def key(self) -> str:
+        return self.path.stem
+
+    @classmethod
+    def create(cls, **record: Any) -> Spool:
+        """A new spool; `record` has uri, experiment, name, parent (a key or None), shared, tags."""
+        import psutil
+
+        FOLDER.mkdir(parents=True, exist_ok=True)
+        key = f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{uuid.uuid4().hex[:12]}"
+        spool = cls((FOLDER / f"{key}.jsonl").absolute())
+        writer = {"node": platform.node(), "pid": os.getpid(), "started": psutil.Process().create_time()}
+        spool.append("create", writer=writer, **record)
+        return spool
+
+    @classmethod
+    def find(cls, key: str) -> Spool | None:
+        """The spool of a key, or a new one for the id of an MLflow run."""
+        spool = cls((FOLDER / f"{key}.jsonl").absolute())
+        if not spool.path.exists():
+            if not re.fullmatch("[0-9a-f]{32}", key):
+                return None
+            FOLDER.mkdir(parents=True, exist_ok=True)
+            spool.append("adopt", run_id=key, shared=True)
+        return spool
+
+    def append(self, op: str, **fields: Any) -> None:
+        """One record, in one write. It starts on a line of its own, even after a torn one."""
+        record = redact({"op": op, "time": int(time.time() * 1000), **fields})
+        line = f"\n{json.dumps(record)}\n".encode()
+        file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+        try:
+            if os.write(file, line) < len(line):
+                raise OSError(f"{self.path}: disk full")
+        finally:
+            os.close(file)
+
+    def read(self, offset: int = 0) -> Iterator[tuple[int, dict[str, Any]]]:
+        """(where it ends, record) of each whole line from `offset` on; a torn line is passed over."""
+        if not self.path.exists():
+            return
+        with self.path.open("rb") as file:
+            file.seek(offset)
+            for line in file:
+                offset += len(line)
+                try:
+                    record = json.loads(line)
+                except ValueError:
+                    continue
+                if line.endswith(b"\n"):
+                    yield offset, record
+
+    def header(self) -> dict[str, Any]:
+        return next(self.read(), (0, {}))[1]
+
+    def state(self) -> dict[str, dict[str, Any]]:
+        """By store: the run's id there, and up to where the store has the records."""
+        path = self.path.with_suffix(".state")
+        return json.loads(path.read_text()) if path.exists() else {}
+
+    def mark(self, store: str, run_id: str, offset: int) -> None:
+        path = self.path.with_suffix(".state")
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps({**self.state(), store: {"run_id": run_id, "offset": offset}}))
+        partial.replace(path)
+
+    def left(self) -> int:
+        """Records that no store has."""
+        return sum(1 for _ in self.read(max((s["offset"] for s in self.state().values()), default=0)))
+
+    def set_aside(self, record: dict[str, Any], why: str) -> None:
+        path = self.path.with_suffix(".refused")
+        with path.open("a") as file:
+            file.write(json.dumps({**record, "why": why}) + "\n")
+        warn(f"MLflow refused a record, kept in {path}: {why}")
+
+    def remove(self) -> None:
+        self.path.unlink(missing_ok=True)
+        self.path.with_suffix(".state").unlink(missing_ok=True)
+
+
+def spools() -> list[Spool]:
+    """All that are here, oldest first, so a parent comes before its children."""
+    return [Spool(path.absolute()) for path in sorted(FOLDER.glob("*.jsonl"))]
+
+
+def close_dead() -> None:
+    """End the runs whose process is gone without a word (kill -9, power)."""
+    for spool in spools():
+        records = [record for _, record in spool.read()]
+        writer = records[0].get("writer") if records else None
+        if writer is None or records[0]["shared"] or records[-1]["op"] == "end" or _alive(writer):
+            continue
+        spool.append("end", status="KILLED", time=int(spool.path.stat().st_mtime * 1000))
+        parent = Spool.find(records[0]["parent"]) if records[0]["parent"] else None
+        if parent is not None:
+            parent.append("end", status="KILLED", child=records[0]["name"])
+
+
+def _alive(writer: dict[str, Any]) -> bool:
+    """Whether the process lives; of another machine's it is assumed."""
+    import psutil
+
+    if writer["node"] != platform.node():
+        return True
+    try:
+        return abs(psutil.Process(writer["pid"]).create_time() - writer["started"]) < 5
+    except psutil.NoSuchProcess:
+        return False
+
+
+def digest(path: Path) -> str | None:
+    """SHA-256 of a file's content; None if there is no such file."""
+    if not path.is_file():
+        return None
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

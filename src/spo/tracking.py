@@ -1,0 +1,280 @@
+"""MLflow: every stage is a run under one parent a `dvc repro`. A stage never fails or waits for it.
+
+What is logged is written to the spool at once; a thread delivers it every few seconds, and `spo sync`
+delivers what a server that was away did not get.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from spo.delivery import Delivery, Store, is_refusal
+from spo.spool import Spool, close_dead, digest, locked, one_line, redact, spools, warn
+
+PARENTS = Path(".spo/parents")
+PARENT_VARIABLE = "SPO_PARENT_RUN"  # a parent's key, or the id of a run that MLflow has
+
+
+def tracking_uri(configured: str | None = None) -> str:
+    """params.yaml's, else the environment's, else a sqlite file in this folder."""
+    return configured or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path.cwd() / 'mlflow.db'}"
+
+
+class Run:
+    """A run's logging calls. Without a spool (no place to write, or not the first process) it is mute."""
+
+    def __init__(self, spool: Spool | None) -> None:
+        self.spool = spool
+        self._at_zero: dict[str, float] = {}
+        self._curves: set[str] = set()
+
+    @property
+    def key(self) -> str:
+        """What SPO_PARENT_RUN takes."""
+        return self.spool.key if self.spool else ""
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int = 0) -> None:
+        """Numbers at a step; those of a whole run (seconds, accuracy) at step 0."""
+        values = {k: float(v) for k, v in metrics.items()}
+        if step == 0:
+            self._at_zero |= values
+        else:
+            self._curves |= values.keys()
+        self._write("metrics", step=int(step), metrics=values)
+
+    def log_params(self, params: Mapping[str, Any]) -> None:
+        self._write("params", params={k: str(v) for k, v in params.items()})
+
+    def log_artifact(self, path: Path | str, folder: str | None = None) -> None:
+        """A small file, by reference: if it changes before it is delivered, it is not sent."""
+        path = Path(path).absolute()
+        self._write("artifact", path=str(path), folder=folder, sha256=digest(path))
+
+    def set_tags(self, tags: Mapping[str, Any]) -> None:
+        self._write("tags", tags={k: str(v) for k, v in tags.items()})
+
+    def end(self, status: str, child: str | None = None) -> None:
+        """`child`: the run is shared, and this child of it has ended."""
+        self._write("end", status=status, **({"child": child} if child else {}))
+
+    def summary(self) -> dict[str, float]:
+        """The metrics of the whole run: all that were only given at step 0."""
+        return {k: v for k, v in self._at_zero.items() if k not in self._curves}
+
+    def _write(self, op: str, **fields: Any) -> None:
+        if self.spool is None:
+            return
+        try:
+            self.spool.append(op, **fields)
+        except OSError as error:
+            warn(f"{self.spool.path} cannot be written, the run logs nothing more: {one_line(error)}")
+            self.spool = None
+
+
+@contextmanager
+def stage_run(stage: str, params: Mapping[str, Any], name: str | None = None) -> Iterator[Run]:
+    """The MLflow run of a stage, named `stage` or `stage-name`; `params` is the whole params.yaml.
+
+    An exception passes on; the run is FAILED (KILLED if interrupted) with its message as tag `error`.
+    """
+    if os.environ.get("RANK", "0") != "0":  # of the processes of one training, the first logs
+        yield Run(None)
+        return
+    title = f"{stage}-{name}" if name else stage
+    parent = _parent(params)
+    run = _start(params, title, parent)
+    run.log_params(_section(params, stage, name) if parent.spool else flatten(params))
+    delivery = Delivery(tracking_uri(params.get("tracking")), [r.spool for r in (parent, run) if r.spool])
+    status = "FINISHED"
+    try:
+        with _terminable():
+            yield run
+    except BaseException as error:
+        status = "KILLED" if isinstance(error, KeyboardInterrupt | SystemExit) else "FAILED"
+        run.set_tags({"error": one_line(error)})
+        raise
+    finally:
+        if run.summary():
+            parent.log_metrics({f"{title}/{k}": v for k, v in run.summary().items()})
+        run.set_tags(_hardware())
+        run.end(status)
+        parent.end(status, child=title)
+        delivery.finish()
+
+
+def open_parent(params: Mapping[str, Any], name: str | None = None) -> Run:
+    """A run for others to be children of, by its `key` in SPO_PARENT_RUN. Logs all parameters."""
+    run = _create(params, name or f"repro {datetime.now():%Y-%m-%d %H:%M:%S}", None, True, _code_tags())
+    run.log_params(flatten(params))
+    return run
+
+
+def sync(uri: str | None = None) -> tuple[int, int]:
+    """Deliver every spool to `uri`, or to where stages would log: (records delivered, records left)."""
+    close_dead()
+    store, delivered = Store(uri or tracking_uri(_configured_uri())), 0
+    for spool in spools():
+        try:
+            delivered += store.deliver(spool)
+        except Exception as error:
+            warn(f"{store.name}: {one_line(error)}")
+            if not is_refusal(error):
+                break  # it is away
+    return delivered, sum(spool.left() for spool in spools())
+
+
+def flatten(params: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested sections as dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in params.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
+
+
+def dvc_ancestor(processes: Iterable[tuple[int, float, list[str]]]) -> tuple[int, float] | None:
+    """(pid, start time) of the nearest process that is `dvc repro` or `dvc exp`; nearest first."""
+    for pid, started, command in processes:
+        for i, word in enumerate(command):
+            program = word == "dvc" or word.endswith(("/dvc", "/dvc/__main__.py"))
+            if program and {"repro", "exp"} & set(command[i + 1 :]):
+                return pid, started
+    return None
+
+
+def _start(params: Mapping[str, Any], title: str, parent: Run) -> Run:
+    tags = _versions() | ({"dvc.stage": os.environ["DVC_STAGE"]} if "DVC_STAGE" in os.environ else {})
+    if parent.spool is None:
+        tags |= _code_tags()
+    return _create(params, title, parent.key or None, False, tags)
+
+
+def _create(
+    params: Mapping[str, Any], name: str, parent: str | None, shared: bool, tags: dict[str, str]
+) -> Run:
+    uri = redact(tracking_uri(params.get("tracking")))
+    fields = {"uri": uri, "experiment": params["name"], "name": name, "parent": parent}
+    try:
+        return Run(Spool.create(**fields, shared=shared, tags=tags))
+    except OSError as error:
+        warn(f"the run {name} logs nothing: {one_line(error)}")
+        return Run(None)
+
+
+def _parent(params: Mapping[str, Any]) -> Run:
+    """The parent named by the environment, or that of the `dvc repro` above this process; else none."""
+    given = os.environ.get(PARENT_VARIABLE)
+    try:
+        if given:
+            spool = Spool.find(given) if re.fullmatch(r"[\w-]+", given) else None
+            if spool is None:
+                warn(f"{PARENT_VARIABLE} names no run: {given!r}")
+            return Run(spool)
+        repro = dvc_ancestor(_ancestors())
+        return _parent_of(repro, params) if repro else Run(None)
+    except (OSError, ValueError) as error:
+        warn(f"no parent run: {one_line(error)}")
+        return Run(None)
+
+
+def _parent_of(repro: tuple[int, float], params: Mapping[str, Any]) -> Run:
+    """One parent for all stages of a repro: the first makes it, the others find it under the pid."""
+    pid, started = repro
+    PARENTS.mkdir(parents=True, exist_ok=True)
+    record = PARENTS / f"{pid}.json"
+    with locked(PARENTS / "lock"):
+        if record.exists():
+            known = json.loads(record.read_text())
+            spool = Spool.find(known["run"])
+            if spool is not None and abs(known["started"] - started) < 5:  # else the pid was used before
+                return Run(spool)
+        run = open_parent(params)
+        record.write_text(json.dumps({"started": started, "run": run.key}))
+        return run
+
+
+def _ancestors() -> Iterator[tuple[int, float, list[str]]]:
+    import psutil
+
+    for process in psutil.Process().parents():
+        try:
+            yield process.pid, process.create_time(), process.cmdline()
+        except psutil.Error:
+            continue
+
+
+def _section(params: Mapping[str, Any], stage: str, name: str | None) -> dict[str, Any]:
+    """What the stage is about: its section (of an item its own part) and the seed."""
+    section = params.get(stage, {})
+    own = {k: v for k, v in section.items() if not (name in section and k != name and isinstance(v, dict))}
+    return {"seed": params.get("seed"), **flatten({stage: own})}
+
+
+def _versions() -> dict[str, str]:
+    packages = ("spo", "torch", "diffusers", "transformers")
+    return {f"version.{package}": metadata.version(package) for package in packages}
+
+
+def _hardware() -> dict[str, Any]:
+    tags: dict[str, Any] = {"hardware.cpus": os.cpu_count()}
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        tags["hardware.gpu"] = torch.cuda.get_device_name()
+    return tags
+
+
+def _code_tags() -> dict[str, str]:
+    """Which code and which data: the git commit, whether files differ from it, and dvc.lock's hash."""
+    commit, changes = _git("rev-parse", "HEAD"), _git("status", "--porcelain", "--untracked-files=no")
+    tags = (
+        {"dvc.lock": hashlib.sha256(Path("dvc.lock").read_bytes()).hexdigest()}
+        if Path("dvc.lock").exists()
+        else {}
+    )
+    if commit:
+        tags |= {"mlflow.source.git.commit": commit, "git.dirty": str(bool(changes)).lower()}
+    return tags
+
+
+def _git(*arguments: str) -> str:
+    try:
+        done = subprocess.run(["git", *arguments], capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def _configured_uri() -> str | None:
+    from spo import config
+
+    return config.load().tracking if Path("params.yaml").exists() else None
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM (a cancelled flow, a scheduler) ends the stage by an exception, so the run ends too."""
+
+    def stop(number: int, frame: Any) -> None:
+        raise SystemExit(128 + number)
+
+    main = threading.current_thread() is threading.main_thread()
+    if not main or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -1,0 +1,139 @@
+"""Tiny random checkpoints with the classes and config fields of Stable Diffusion 1.5 and XL."""
+
+import json
+
+import pytest
+import torch
+from diffusers import (
+    AutoencoderKL,
+    EulerDiscreteScheduler,
+    PNDMScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+from spo import backbones, config
+from spo.scenes import world
+from spo.scenes.build import tokenizer
+
+WIDTH = 32  # of each text encoder
+SIDE = 16  # of a picture
+BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
+
+
+@pytest.fixture(scope="session")
+def words(tmp_path_factory):
+    return tokenizer.save(world.vocabulary(), tmp_path_factory.mktemp("tokenizer"))
+
+
+def text_encoder(words, kind: type, projection: int) -> torch.nn.Module:
+    return kind(
+        CLIPTextConfig(
+            vocab_size=len(words),
+            hidden_size=WIDTH,
+            intermediate_size=2 * WIDTH,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            max_position_embeddings=words.model_max_length,
+            projection_dim=projection,
+            bos_token_id=words.bos_token_id,
+            eos_token_id=words.eos_token_id,
+            pad_token_id=words.pad_token_id,
+        )
+    )
+
+
+def vae(scaling_factor: float) -> AutoencoderKL:
+    return AutoencoderKL(
+        block_out_channels=(32, 32),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=4,
+        sample_size=SIDE,
+        scaling_factor=scaling_factor,
+    )
+
+
+def unet(cross_attention_dim: int, **more) -> UNet2DConditionModel:
+    return UNet2DConditionModel(
+        sample_size=SIDE // 2,
+        block_out_channels=(32, 64),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        layers_per_block=1,
+        cross_attention_dim=cross_attention_dim,
+        **more,
+    )
+
+
+def sd(words) -> StableDiffusionPipeline:
+    return StableDiffusionPipeline(
+        vae=vae(0.18215),
+        text_encoder=text_encoder(words, CLIPTextModel, WIDTH),
+        tokenizer=words,
+        unet=unet(WIDTH, attention_head_dim=8),
+        scheduler=PNDMScheduler.from_config({**BETAS, "skip_prk_steps": True, "clip_sample": False}),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def sdxl(words) -> StableDiffusionXLPipeline:
+    """The pooled text (24 numbers) and six time ids of 8 numbers each go to the time embedding."""
+    added = {
+        "attention_head_dim": (4, 8),
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 8,
+        "projection_class_embeddings_input_dim": 24 + 6 * 8,
+    }
+    return StableDiffusionXLPipeline(
+        vae=vae(0.13025),
+        text_encoder=text_encoder(words, CLIPTextModel, WIDTH),
+        text_encoder_2=text_encoder(words, CLIPTextModelWithProjection, 24),
+        tokenizer=words,
+        tokenizer_2=words,
+        unet=unet(2 * WIDTH, **added),
+        scheduler=EulerDiscreteScheduler.from_config({**BETAS, "clip_sample": False}),
+    )
+
+
+@pytest.fixture(scope="session")
+def checkpoints(words, tmp_path_factory):
+    """The folder of each family."""
+    folders = {}
+    for family, make in (("sd", sd), ("sdxl", sdxl)):
+        torch.manual_seed(0)
+        folders[family] = tmp_path_factory.mktemp(family)
+        pipeline = make(words)
+        livelier(pipeline)
+        pipeline.save_pretrained(folders[family])
+    # left to the defaults, of which Euler has others than DDIM
+    scheduler = folders["sdxl"] / "scheduler" / "scheduler_config.json"
+    said = json.loads(scheduler.read_text())
+    assert said.pop("timestep_spacing") == "linspace"
+    scheduler.write_text(json.dumps(said))
+    return folders
+
+
+def livelier(pipeline) -> None:
+    """Random layers tell little of prompt and latents; make them say more, so that tests can see it."""
+    with torch.no_grad():
+        for name, parameter in pipeline.unet.named_parameters():
+            if "attn2" in name or "conv_out" in name or "add_embedding" in name:
+                parameter.mul_(3)
+        pipeline.vae.decoder.conv_out.weight.mul_(3)
+
+
+@pytest.fixture
+def load(checkpoints):
+    """load(family, **changed settings): a fresh backbone."""
+
+    def load(family: str, **changes) -> backbones.StableDiffusion:
+        settings = {"family": family, "checkpoint": str(checkpoints[family]), **changes}
+        return backbones.load(config.Backbone(**settings), "cpu")
+
+    return load

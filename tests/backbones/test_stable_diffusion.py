@@ -1,0 +1,247 @@
+import shutil
+
+import diffusers
+import pytest
+import torch
+from diffusers import DDIMScheduler, DiffusionPipeline
+from safetensors.torch import load_file, save_file
+
+from spo import config
+from spo.backbones import lora
+from spo.diffusion.noise import SampleNoise
+from spo.diffusion.rollout import sample_latents
+from spo.diffusion.schedule import Schedule
+
+FAMILIES = ["sd", "sdxl"]
+LORA = config.Lora(rank=2, alpha=6)  # alpha is not the rank, so a lost scale shows
+PROMPTS = ["a red circle", "a large blue square"]
+
+pytestmark = pytest.mark.parametrize("family", FAMILIES)
+
+
+def inputs(backbone, seed: int = 0):
+    """x_t, timesteps and conditioning of two samples."""
+    x_t = torch.randn(2, *backbone.latent_shape, generator=torch.Generator().manual_seed(seed))
+    return x_t, torch.tensor([10, 700]), backbone.encode_prompts(PROMPTS)
+
+
+def predict(backbone, **how) -> torch.Tensor:
+    with backbone.inference():
+        return backbone.predict(*inputs(backbone), **how)
+
+
+def pretend_training(backbone) -> None:
+    generator = torch.Generator().manual_seed(1)
+    for parameter in backbone.trainable_parameters():
+        parameter.data = 0.2 * torch.randn(parameter.shape, generator=generator)
+
+
+def test_reference_is_the_base_whatever_was_trained(load, family) -> None:
+    backbone = load(family)
+    base = predict(backbone)
+    assert base.shape == (2, *backbone.latent_shape) and base.dtype == torch.float32
+    assert torch.equal(predict(backbone, reference=True), base)
+
+    backbone.add_lora(LORA, seed=0)
+    assert torch.equal(predict(backbone), base)  # B is zero
+    pretend_training(backbone)
+    assert (predict(backbone) - base).abs().max() > 0.01
+    assert torch.equal(predict(backbone, reference=True), base)
+    assert (predict(backbone) - base).abs().max() > 0.01  # switched on again
+
+
+def test_only_the_adapter_trains(load, family) -> None:
+    backbone = load(family, dtype="bf16")
+    assert backbone.trainable_parameters() == []
+    backbone.add_lora(LORA, seed=0)
+    trained = {n: p for n, p in backbone.unet.named_parameters() if p.requires_grad}
+    assert len(trained) == len(backbone.trainable_parameters())
+    assert {n.split(".lora_")[0].split(".", 6)[-1].split(".", 1)[-1] for n in trained} >= {"to_q", "to_out.0"}
+    assert all("lora_" in n and p.dtype == torch.float32 for n, p in trained.items())
+
+    told = backbone.predict(*inputs(backbone))
+    assert told.dtype == torch.float32
+    told.square().mean().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in trained.values())
+    frozen = [p for m in (backbone.unet, backbone.vae, backbone.text_encoder) for p in m.parameters()]
+    assert all(p.grad is None for p in frozen if not p.requires_grad)
+
+
+def test_the_seed_alone_decides_the_adapter(load, family) -> None:
+    def weights(seed: int) -> torch.Tensor:
+        backbone = load(family)
+        backbone.add_lora(LORA, seed)
+        return torch.cat([p.flatten() for p in backbone.trainable_parameters()])
+
+    state = torch.random.get_rng_state()
+    first = weights(3)
+    torch.rand(5)
+    assert torch.equal(weights(3), first) and not torch.equal(weights(4), first)
+    torch.random.set_rng_state(state)
+
+
+def test_the_prompt_and_the_timestep_reach_the_unet(load, family) -> None:
+    backbone = load(family)
+    x_t, timesteps, conditioning = inputs(backbone)
+    told = backbone.predict(x_t, timesteps, conditioning)
+    assert not torch.allclose(backbone.predict(x_t, timesteps, conditioning.select([1, 0])), told, atol=1e-4)
+    assert not torch.allclose(backbone.predict(x_t, timesteps.flip(0), conditioning), told, atol=1e-4)
+    alone = backbone.predict(x_t[1:], timesteps[1:], conditioning.select(slice(1, 2)))
+    assert torch.allclose(alone, told[1:], atol=1e-5)
+
+
+def test_saved_adapter_loads_here_and_in_diffusers(load, family, checkpoints, tmp_path) -> None:
+    backbone = load(family)
+    backbone.add_lora(LORA, seed=0)
+    pretend_training(backbone)
+    backbone.save_lora(tmp_path)
+    expected = predict(backbone)
+
+    for path in (tmp_path, tmp_path / lora.FILE):
+        again = load(family)
+        again.load_lora(path)
+        assert torch.allclose(predict(again), expected, atol=1e-5)
+        assert again.trainable_parameters() == []
+
+    pipe = DiffusionPipeline.from_pretrained(checkpoints[family])
+    pipe.load_lora_weights(tmp_path)
+    x_t, timesteps, conditioning = inputs(backbone)
+    arguments = backbone._text.unet_arguments(conditioning)
+    with torch.no_grad():
+        told = pipe.unet(x_t, timesteps, **arguments).sample
+    assert torch.allclose(told, expected, atol=1e-5)
+
+
+def picture_pipeline(folder):
+    """diffusers' own, with the DDIM sampler."""
+    pipe = DiffusionPipeline.from_pretrained(folder)
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_pictures_are_those_of_diffusers(load, family, checkpoints, channels_last) -> None:
+    backbone = load(family, channels_last=channels_last)
+    schedule = Schedule.from_config(backbone.scheduler_config, 6)
+
+    def noise() -> SampleNoise:
+        return SampleNoise(0, [5, 6], backbone.latent_shape)
+
+    latents = sample_latents(backbone, schedule, PROMPTS, noise(), guidance=3.0, eta=0.0)
+    decoded = backbone.decode(latents)
+    assert decoded.shape == (2, 3, *backbone.image_size)
+    pictures = (decoded.clamp(-1, 1).permute(0, 2, 3, 1).numpy() + 1) / 2
+
+    pipe = picture_pipeline(checkpoints[family])
+    how = {"prompt": PROMPTS, "num_inference_steps": 6, "eta": 0.0}
+    expected = pipe(**how, latents=noise().draw(), guidance_scale=3.0, output_type="latent").images
+    assert (latents - expected).abs().max() < 1e-4 * expected.abs().max()
+    theirs = pipe(**how, latents=noise().draw(), guidance_scale=3.0, output_type="np").images
+    assert abs(pictures - theirs).max() * 255 <= 2
+    other = pipe(**how, latents=noise().draw(), guidance_scale=2.0, output_type="np").images
+    assert abs(pictures - other).max() * 255 > 4  # a difference is one that can be seen here
+
+
+def test_encode_is_the_scaled_mean_and_the_inverse_of_decodes_scale(load, family) -> None:
+    backbone = load(family)
+    images = torch.rand(2, 3, *backbone.image_size) * 2 - 1
+    latents = backbone.encode(images)
+    raw = backbone.vae.encode(images).latent_dist.mean
+    assert latents.shape == (2, *backbone.latent_shape)
+    assert torch.allclose(latents, raw * {"sd": 0.18215, "sdxl": 0.13025}[family], atol=1e-6)
+    assert torch.allclose(backbone.decode(latents), backbone.vae.decode(raw).sample, atol=1e-4)
+
+
+def test_the_vae_may_be_another_and_of_another_dtype(load, family, checkpoints, tmp_path) -> None:
+    vae = diffusers.AutoencoderKL.from_pretrained(checkpoints[family], subfolder="vae")
+    vae.decoder.conv_out.bias.data.fill_(9.0)
+    vae.save_pretrained(tmp_path)
+    other = load(family, vae=str(tmp_path))
+    assert other.decode(torch.zeros(1, *other.latent_shape)).mean() > 5
+
+    half = load(family, dtype="fp16")  # SDXL's own VAE overflows in fp16
+    assert half.unet.dtype == torch.float16
+    assert half.vae.dtype == (torch.float32 if family == "sdxl" else torch.float16)
+
+
+def refused(message: str, attempt) -> None:
+    with pytest.raises(ValueError, match=message) as error:
+        attempt()
+    assert "\n" not in str(error.value) and len(str(error.value)) < 500
+
+
+def test_wrong_checkpoints_are_one_line(load, family, checkpoints, tmp_path) -> None:
+    other = {"sd": "sdxl", "sdxl": "sd"}[family]
+    refused(
+        f"holds a StableDiffusion.*Pipeline, but backbone.family is '{family}'",
+        lambda: load(family, checkpoint=str(checkpoints[other])),
+    )
+    refused("backbone.checkpoint: no data/nowhere there", lambda: load(family, checkpoint="data/nowhere"))
+    refused("is no diffusers folder", lambda: load(family, checkpoint=str(tmp_path)))
+    refused("nowhere: cannot be loaded", lambda: load(family, vae=str(tmp_path / "nowhere")))
+
+    spoilt = shutil.copytree(checkpoints[family], tmp_path / "spoilt")
+    (spoilt / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"torn")
+    refused("spoilt: cannot be loaded", lambda: load(family, checkpoint=str(spoilt)))
+
+
+def test_an_adapter_that_does_not_fit_is_refused(load, family, tmp_path) -> None:
+    backbone = load(family)
+    backbone.add_lora(LORA, seed=0)
+    backbone.save_lora(tmp_path)
+    good = load_file(tmp_path / lora.FILE)
+    first = next(k for k in good if k.endswith("lora.down.weight"))
+    elsewhere = first.replace("down_blocks.1", "down_blocks.7")
+    bad = {
+        "wide": {k: torch.cat([v, v], dim=1) if k == first else v for k, v in good.items()},
+        "more": {**good, elsewhere: good[first].clone()},
+        "text": {**good, "text_encoder.layers.0.lora_A.weight": good[first].clone()},
+        "base": {"conv_in.weight": torch.zeros(2, 2)},
+    }
+    for name, state in bad.items():
+        save_file(state, tmp_path / f"{name}.safetensors")
+    (tmp_path / "torn.safetensors").write_bytes(b"torn")
+
+    refused(
+        "wide.safetensors: does not fit this UNet: ",
+        lambda: load(family).load_lora(tmp_path / "wide.safetensors"),
+    )
+    refused(
+        r"more.safetensors: \d+ LoRA tensors in the file, \d+ places",
+        lambda: load(family).load_lora(tmp_path / "more.safetensors"),
+    )
+    for name in ("text", "base"):
+        refused(
+            f"{name}.safetensors: holds weights that are not the UNet's",
+            lambda name=name: load(family).load_lora(tmp_path / f"{name}.safetensors"),
+        )
+    refused(
+        "torn.safetensors: not a LoRA file", lambda: load(family).load_lora(tmp_path / "torn.safetensors")
+    )
+    refused("no LoRA weights there", lambda: load(family).load_lora(tmp_path / "nowhere"))
+
+
+def test_the_adapter_of_the_other_family_is_refused(load, family, tmp_path) -> None:
+    other = load({"sd": "sdxl", "sdxl": "sd"}[family])
+    other.add_lora(LORA, seed=0)
+    other.save_lora(tmp_path)
+    refused("does not fit this UNet|places for them", lambda: load(family).load_lora(tmp_path))
+
+
+def test_an_adapter_in_kohyas_format_loads(load, family, tmp_path) -> None:
+    """The format of most files that are shared; alpha lies in it as a tensor."""
+    backbone = load(family)
+    backbone.add_lora(LORA, seed=0)
+    pretend_training(backbone)
+    backbone.save_lora(tmp_path)
+    kohya = {}
+    for key, value in load_file(tmp_path / lora.FILE).items():
+        module, kind = key.removeprefix("unet.").rsplit(".lora", 1)
+        name = "lora_unet_" + module.replace(".", "_")
+        side = "lora_down" if kind.startswith(".down") else "lora_up"
+        kohya |= {f"{name}.{side}.weight": value, f"{name}.alpha": torch.tensor(float(LORA.alpha))}
+    save_file(kohya, tmp_path / "kohya.safetensors")
+    again = load(family)
+    again.load_lora(tmp_path / "kohya.safetensors")
+    assert torch.allclose(predict(again), predict(backbone), atol=1e-5)

@@ -1,0 +1,196 @@
+"""The Prefect flow: overrides, one stage as a task, cancelling, and the whole on a small project."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import psutil
+import pytest
+import yaml
+from prefect.logging import disable_run_logger
+
+from spo.config import ConfigError
+
+
+def test_overrides_are_checked_before_anything_is_written(pipeline: ModuleType, project: Path) -> None:
+    before = (project / "params.yaml").read_text()
+    for key, told in (("align.spo.beat", "did you mean 'beta'"), ("sead", "did you mean 'seed'")):
+        with pytest.raises(ConfigError, match=told):
+            pipeline.merged({key: 20})
+    with pytest.raises(ConfigError, match="'seed' is a value, not a section"):
+        pipeline.merged({"seed.x": 1})
+    with pytest.raises(ConfigError, match="align.spo.beta"):
+        pipeline.pipeline.fn({"align.spo.beta": "much"})
+    assert (project / "params.yaml").read_text() == before
+    assert not (project / ".spo").exists() and not (project / "dvc.lock").exists()
+
+
+def test_the_command_line_refuses_a_wrong_override_in_one_line(
+    pipeline: ModuleType, project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert pipeline.main(["--set", "align.spo.beat=20"]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("pipeline: ") and told.count("\n") == 1 and "beta" in told
+
+
+def test_overrides_change_their_keys_and_keep_comments(pipeline: ModuleType, project: Path) -> None:
+    before = (project / "params.yaml").read_text()
+    changes = {"align.spo.beta": 20, "align.spo.optimizer.learning_rate": 1e-4, "seed": 7}
+    pipeline.write(changes)
+    after = (project / "params.yaml").read_text()
+    assert yaml.safe_load(after) == pipeline.override(yaml.safe_load(before), changes)
+    assert after.splitlines()[0] == before.splitlines()[0] and after.startswith("#")
+    assert pipeline.merged({}) == pipeline.merged(changes)
+    assert pipeline.merged({}).align.spo.optimizer.learning_rate == 1e-4
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a.b=1e-4", ("a.b", 1e-4)),
+        ("a=null", ("a", None)),
+        ("a=x=y", ("a", "x=y")),
+        ("a=[1, 2]", ("a", [1, 2])),
+    ],
+)
+def test_values_of_the_command_line(pipeline: ModuleType, text: str, expected: Any) -> None:
+    assert pipeline.parse(text) == expected
+
+
+def test_a_value_without_key_is_refused(pipeline: ModuleType) -> None:
+    with pytest.raises(argparse.ArgumentTypeError, match="KEY=VALUE"):
+        pipeline.parse("align.spo.beta")
+
+
+def test_a_stage_runs_is_skipped_is_forced_and_fails(pipeline: ModuleType, project: Path) -> None:
+    assert pipeline.stages() == ["first", "second"]
+    with disable_run_logger():
+        run = pipeline.run_stage.fn
+        first = run("first")
+        assert (first["stage"], first["result"]) == ("first", "ran") and first["seconds"] > 0
+        assert run("first")["result"] == "unchanged"
+        assert run("second", force=True, parent="key-of-parent")["result"] == "ran"
+        assert "SPO_PARENT_RUN=key-of-parent" in (project / "environment").read_text()
+        (project / "second.sh").write_text("echo 'spo: params.yaml: no such thing'; exit 2\n")
+        with pytest.raises(pipeline.StageError, match="second.*no such thing") as failure:
+            run("second")
+        assert not failure.value.passing
+        (project / "second.sh").write_text("echo 'ConnectionError: hub'; exit 1\n")
+        with pytest.raises(pipeline.StageError, match="second") as failure:
+            run("second")
+        assert failure.value.passing
+
+
+class State:
+    def __init__(self, error: BaseException | None) -> None:
+        self.error = error
+
+    def result(self) -> None:
+        if self.error is not None:
+            raise self.error
+
+
+def test_only_failures_that_can_pass_are_tried_again(pipeline: ModuleType) -> None:
+    assert pipeline.can_pass(None, None, State(pipeline.StageError("lock", passing=True)))
+    assert not pipeline.can_pass(None, None, State(pipeline.StageError("typo", passing=False)))
+    assert not pipeline.can_pass(None, None, State(TypeError("bug")))
+    assert pipeline.run_stage.retries == 2
+    for line in (
+        "ERROR: Unable to acquire lock. Most likely another DVC process is running or was terminated",
+        "ERROR: '/x/outputs/pairs' is busy, it is being blocked by:",
+        "spo: stage pairs already runs in this folder; wait for it or stop it",
+        "urllib3: Temporary failure in name resolution",
+    ):
+        assert pipeline.PASSING.search(line), line
+    assert not pipeline.PASSING.search("spo: params.yaml: unknown key 'sead'; did you mean 'seed'?")
+
+
+def test_cancelling_ends_the_whole_group(
+    pipeline: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stage's child that ignores SIGTERM is gone too."""
+    monkeypatch.setattr(pipeline, "GRACE", 0.5)
+    pids: list[int] = []
+    script = "trap '' TERM; sleep 60 & echo $$ $!; wait; wait"
+    previous = signal.signal(signal.SIGUSR1, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+
+    def log(line: str) -> None:
+        pids.extend(int(word) for word in line.split())
+        threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGUSR1)).start()
+
+    started = time.monotonic()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            pipeline.execute(["sh", "-c", script], {}, log)
+    finally:
+        signal.signal(signal.SIGUSR1, previous)
+    assert len(pids) == 2 and time.monotonic() - started < 10
+    assert not [p for p in pids if psutil.pid_exists(p) and psutil.Process(p).status() != "zombie"]
+
+
+def test_a_second_flow_in_the_folder_is_refused(pipeline: ModuleType, project: Path) -> None:
+    with pipeline.alone(), pytest.raises(pipeline.StageError, match="another flow"), pipeline.alone():
+        pass
+
+
+def test_the_summary_is_a_table_of_both(pipeline: ModuleType) -> None:
+    row = {"method": "spo", "baseline": "base", "metric": "hps", "mean_difference": 0.5, "win_rate": 0.75}
+    row |= {"ci_low": 0.25, "ci_high": 0.75, "n": 8}
+    page = pipeline.summary([{"stage": "align@spo", "result": "ran", "seconds": 12.34}], [row])
+    assert "| spo | base | hps | +0.500 | [+0.250, +0.750] | 75% | 8 |" in page
+    assert "| align@spo | ran | 12.3 |" in page
+
+
+@pytest.mark.services
+def test_the_flow_by_a_prefect_server(
+    pipeline: ModuleType, project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All stages under one parent in MLflow; a failure that passes is tried again."""
+    import mlflow
+    from prefect.client.orchestration import get_client
+    from prefect.testing.utilities import prefect_test_harness
+
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    quick = pipeline.run_stage.with_options(retry_delay_seconds=0)
+    monkeypatch.setattr(pipeline, "run_stage", quick)
+    (project / "second.sh").write_text(
+        "[ -e tried ] || { touch tried; echo ConnectionError; exit 1; }\n"
+        f"{sys.executable} - <<'END'\n"
+        "from spo import config, tracking\n"
+        "with tracking.stage_run('second', config.load().model_dump()) as run:\n"
+        "    run.log_metrics({'seconds': 1})\n"
+        "END\n"
+        "cp one.txt two.txt\n"
+    )
+    with prefect_test_harness(server_startup_timeout=120):
+        done = pipeline.pipeline({"seed": 5})
+        with get_client(sync_client=True) as client:
+            tasks = {run.name.rsplit("-", 1)[0]: run for run in client.read_task_runs()}
+            artifacts = client.read_artifacts()
+    assert [row["result"] for row in done] == ["ran", "ran"]
+    assert yaml.safe_load((project / "one.txt").read_text())["seed"] == 5
+    assert set(tasks) == {"first", "second"}
+    assert (tasks["first"].run_count, tasks["second"].run_count) == (1, 2)
+    assert "| second | ran |" in str(artifacts[0].data)
+    client = mlflow.MlflowClient(f"sqlite:///{project / 'mlflow.db'}")
+    runs = client.search_runs([client.get_experiment_by_name("scenes").experiment_id])
+    (parent,) = [r for r in runs if "mlflow.parentRunId" not in r.data.tags]
+    (child,) = [r for r in runs if r is not parent]
+    assert child.data.tags["mlflow.parentRunId"] == parent.info.run_id
+    assert parent.info.status == child.info.status == "FINISHED"
+    assert parent.data.tags["dvc.first"] == "ran" and parent.data.params["seed"] == "5"
+
+
+def test_the_module_runs_as_a_program() -> None:
+    file = Path(__file__).parents[2] / "flows/pipeline.py"
+    done = subprocess.run([sys.executable, str(file), "--cron", "* * * * *"], capture_output=True, text=True)
+    assert done.returncode == 2 and "--cron needs --serve" in done.stderr

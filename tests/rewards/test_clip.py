@@ -1,0 +1,95 @@
+import math
+
+import pytest
+import torch
+from PIL import Image
+
+from spo.rewards import clip
+
+
+def plain(width: int, height: int, colour: tuple[int, int, int] = (255, 0, 0)) -> Image.Image:
+    return Image.new("RGB", (width, height), colour)
+
+
+def test_preprocess_normalises_each_channel() -> None:
+    pixels = clip.preprocess(plain(30, 40, (255, 0, 51)), 24)
+    assert pixels.shape == (3, 24, 24) and pixels.dtype == torch.float32
+    expected = [(1 - 0.48145466) / 0.26862954, -0.4578275 / 0.26130258, (0.2 - 0.40821073) / 0.27577711]
+    assert torch.allclose(pixels, torch.tensor(expected).view(3, 1, 1).expand(3, 24, 24), atol=1e-6)
+
+
+@pytest.mark.parametrize("tall", [False, True])
+def test_preprocess_crops_the_centre_of_the_long_side(tall: bool) -> None:
+    """Thirds of red, green and red: only the green one is left."""
+    image = plain(16, 48) if tall else plain(48, 16)
+    image.paste((0, 255, 0), (0, 16, 16, 32) if tall else (16, 0, 32, 16))
+    assert torch.equal(clip.preprocess(image, 16), clip.preprocess(plain(16, 16, (0, 255, 0)), 16))
+
+
+def test_preprocess_takes_any_mode_of_picture() -> None:
+    grey = clip.preprocess(plain(8, 8, (90, 90, 90)).convert("L"), 8)
+    assert torch.equal(grey, clip.preprocess(plain(8, 8, (90, 90, 90)), 8))
+
+
+def in_batches(score, n_images: int, prompts: list[str], batch_size: int = 2) -> list[float]:
+    images = [plain(i + 1, 1) for i in range(n_images)]
+    return clip.in_batches(score, images, prompts, name="some_scorer", batch_size=batch_size)
+
+
+def width_and_length(images, prompts) -> torch.Tensor:
+    return torch.tensor([100.0 * i.width + len(p) for i, p in zip(images, prompts, strict=True)])
+
+
+def test_each_image_meets_its_own_prompt_and_order_is_kept() -> None:
+    prompts = ["a", "bb", "ccc", "dddd", "eeeee"]
+    assert in_batches(width_and_length, 5, prompts) == [101, 202, 303, 404, 505]
+    assert in_batches(width_and_length, 0, []) == []
+
+
+@pytest.mark.parametrize("n_prompts", [0, 1, 4])
+def test_lengths_must_agree(n_prompts: int) -> None:
+    with pytest.raises(ValueError, match=f"^some_scorer: 3 images, but {n_prompts} prompts") as error:
+        in_batches(width_and_length, 3, ["p"] * n_prompts)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_score_that_is_not_finite_names_its_prompt(bad: float) -> None:
+    def score(images, prompts):
+        return torch.tensor([bad if p == "the bad one" else 1.0 for p in prompts])
+
+    with pytest.raises(ValueError, match="some_scorer: .*'the bad one'"):
+        in_batches(score, 3, ["fine", "fine too", "the bad one"])
+
+
+def test_no_gradients_are_kept() -> None:
+    seen = []
+
+    def score(images, prompts):
+        seen.append(torch.is_grad_enabled())
+        return torch.zeros(len(images))
+
+    in_batches(score, 1, ["p"])
+    assert seen == [False]
+
+
+def test_a_torch_file_without_weights_is_refused(tmp_path) -> None:
+    torch.save([1, 2], tmp_path / "list.pt")
+    (tmp_path / "text.pt").write_text("not a torch file")
+    for name in ("list.pt", "text.pt", "missing.pt"):
+        with pytest.raises(
+            ValueError, match=f"{name} (holds no weights|cannot be read|is not there)"
+        ) as error:
+            clip.load_state(tmp_path / name, name)
+        assert "\n" not in str(error.value)
+
+
+def test_a_pickle_that_runs_code_is_refused(tmp_path) -> None:
+    class Evil:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "made"), "w"))
+
+    torch.save({"state_dict": Evil()}, tmp_path / "evil.pt")
+    with pytest.raises(ValueError, match="cannot be read"):
+        clip.load_state(tmp_path / "evil.pt", "evil.pt")
+    assert not (tmp_path / "made").exists()

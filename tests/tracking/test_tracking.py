@@ -1,0 +1,259 @@
+"""Stages as MLflow runs, with the server there, away or silent."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from spo import delivery, tracking
+from spo.delivery import load_mlflow
+from spo.spool import locked, spools
+from spo.tracking import dvc_ancestor, open_parent, stage_run, sync
+
+AWAY = "http://me:pa55word@127.0.0.1:9"
+PARAMS: dict[str, Any] = {
+    "name": "tiny",
+    "seed": 3,
+    "tracking": None,
+    "align": {"spo": {"beta": 10, "lora": {"rank": 4}}, "diffusion_dpo": {"beta": 2000}},
+    "generate": {"eta": 1.0, "base": {"guidance": 2.0}, "spo": {"guidance": 2.5}},
+}
+
+
+def history(folder: Path, run: Any, key: str) -> list[tuple[int, float]]:
+    client = load_mlflow().MlflowClient(f"sqlite:///{folder / 'mlflow.db'}")
+    return [(m.step, m.value) for m in client.get_metric_history(run.info.run_id, key)]
+
+
+def test_stages_share_the_parent_of_the_environment(
+    folder: Path, runs: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parent = open_parent(PARAMS, "nightly")
+    monkeypatch.setenv("SPO_PARENT_RUN", parent.key)
+    monkeypatch.setenv("DVC_STAGE", "align@spo")
+    (folder / "adapter").write_text("weights")
+    with stage_run("align", PARAMS, "spo") as run:
+        run.log_metrics({"loss": 1.0}, step=0)
+        run.log_metrics({"loss": 0.5}, step=1)
+        run.log_artifact("adapter", "files")
+        run.log_metrics({"seconds": 12.0}, step=0)
+    with stage_run("generate", PARAMS, "base"):
+        pass
+    found = runs()
+    assert set(found) == {"nightly", "align-spo", "generate-base"}
+    assert {r.info.status for r in found.values()} == {"FINISHED"}
+    top, align, generate = found["nightly"], found["align-spo"], found["generate-base"]
+    for child in (align, generate):
+        assert child.data.tags["mlflow.parentRunId"] == top.info.run_id
+        assert child.data.tags["version.torch"] and child.data.tags["hardware.cpus"]
+    assert align.data.tags["dvc.stage"] == "align@spo"
+    assert align.data.params == {"seed": "3", "align.spo.beta": "10", "align.spo.lora.rank": "4"}
+    assert generate.data.params == {"seed": "3", "generate.eta": "1.0", "generate.base.guidance": "2.0"}
+    assert top.data.params["align.diffusion_dpo.beta"] == "2000" and top.data.params["name"] == "tiny"
+    assert history(folder, align, "loss") == [(0, 1.0), (1, 0.5)]
+    assert top.data.metrics == {"align-spo/seconds": 12.0}, "curves stay with the child"
+    stored = Path(align.info.artifact_uri.removeprefix("file://")) / "files/adapter"
+    assert stored.read_text() == "weights" and folder / "mlartifacts" in stored.parents
+
+
+def test_stages_of_one_dvc_repro_share_a_parent(
+    folder: Path, runs: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    repro = (4000, 100.0, ["python", "/bin/dvc", "repro"])
+    for name, above in (("a", repro), ("b", repro), ("c", (4000, 900.0, repro[2]))):
+        monkeypatch.setattr(tracking, "_ancestors", lambda above=above: iter([above]))
+        with stage_run("generate", PARAMS, name):
+            time.sleep(1.1 if name == "b" else 0)  # the next parent's name has another second
+    parents = {n: r.data.tags.get("mlflow.parentRunId") for n, r in runs().items()}
+    assert parents["generate-a"] == parents["generate-b"] != parents["generate-c"]
+    assert sum(n.startswith("repro 2") and p is None for n, p in parents.items()) == 2
+
+
+def test_the_nearest_dvc_is_found_among_real_processes(tmp_path: Path) -> None:
+    ask = "from spo.tracking import _ancestors, dvc_ancestor; print(*dvc_ancestor(_ancestors()))"
+    program = tmp_path / "dvc"
+    program.write_text(
+        "import os, subprocess, sys\n"
+        f"found = subprocess.run([sys.executable, '-c', {ask!r}], capture_output=True, text=True).stdout\n"
+        "assert int(found.split()[0]) == os.getpid(), found"
+    )
+    subprocess.run([sys.executable, str(program), "repro", "-f"], check=True)
+
+
+@pytest.mark.parametrize(
+    ("command", "is_repro"),
+    [
+        (["/venv/bin/python", "/venv/bin/dvc", "repro", "--force"], True),
+        (["python", "-m", "dvc", "exp", "run"], True),
+        (["python", "/lib/dvc/__main__.py", "exp", "exec-run"], True),
+        (["timeout", "60", "dvc", "-v", "repro"], True),
+        (["dvc", "push"], False),
+        (["bash", "-c", "dvc repro"], False),
+        (["vim", "repro", "dvc"], False),
+    ],
+)
+def test_what_counts_as_a_repro(command: list[str], is_repro: bool) -> None:
+    processes = [(30, 1.0, ["sh"]), (20, 2.0, command), (10, 3.0, ["dvc", "repro"])]
+    assert dvc_ancestor(processes) == ((20, 2.0) if is_repro else (10, 3.0))
+    assert dvc_ancestor([]) is None
+
+
+def test_a_stage_by_hand_is_a_run_of_its_own(folder: Path, runs: Any) -> None:
+    with stage_run("align", PARAMS, "spo"):
+        pass
+    (run,) = runs().values()
+    assert "mlflow.parentRunId" not in run.data.tags
+    assert run.data.params["generate.spo.guidance"] == "2.5"
+
+
+def test_failed_interrupted_and_repeated(folder: Path, runs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    parent = open_parent(PARAMS, "parent")
+    monkeypatch.setenv("SPO_PARENT_RUN", parent.key)
+    with pytest.raises(ValueError, match="pa55word"), stage_run("pairs", PARAMS):
+        raise ValueError(f"{AWAY} has no pairs")
+    with pytest.raises(KeyboardInterrupt), stage_run("prompts", PARAMS):
+        raise KeyboardInterrupt
+    with pytest.raises(SystemExit), stage_run("align", PARAMS):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
+    found = runs()
+    assert found["pairs"].info.status == "FAILED"
+    assert found["pairs"].data.tags["error"] == "ValueError: http://***@127.0.0.1:9 has no pairs"
+    assert found["prompts"].info.status == found["align"].info.status == "KILLED"
+    assert found["parent"].info.status == "FAILED"
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+    for stage in ("pairs", "prompts"):
+        monkeypatch.setitem(PARAMS, "name", f"again {stage}")
+        with stage_run(stage, PARAMS):
+            pass
+    client = load_mlflow().MlflowClient(f"sqlite:///{folder / 'mlflow.db'}")
+    status = client.get_run(found["parent"].info.run_id).info.status
+    assert status == "KILLED", "the last attempt of each stage counts: align was killed"
+
+
+def test_a_server_that_is_away_costs_nothing_and_loses_nothing(
+    folder: Path, runs: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(delivery, "PERIOD", 0.05)
+    params = PARAMS | {"tracking": AWAY}
+    parent = open_parent(params, "parent")
+    monkeypatch.setenv("SPO_PARENT_RUN", parent.key)
+    load_mlflow()
+    started = time.monotonic()
+    with stage_run("align", params, "spo") as run:
+        for step in range(300):
+            run.log_metrics({"loss": 1 / (step + 1)}, step=step)
+    assert time.monotonic() - started < 10
+    told = capsys.readouterr().err
+    assert "spo sync" in told and told.count("\n") == 1 and "pa55word" not in told
+
+    uri = f"sqlite:///{folder / 'mlflow.db'}"
+    delivered, left = sync(uri)
+    assert (delivered > 300, left) == (True, 0)
+    assert sync(uri) == (0, 0)
+    found = runs()
+    assert history(folder, found["align-spo"], "loss") == [(s, 1 / (s + 1)) for s in range(300)]
+    assert found["align-spo"].data.tags["mlflow.parentRunId"] == found["parent"].info.run_id
+    assert found["align-spo"].info.status == found["parent"].info.status == "FINISHED"
+    length = found["align-spo"].info.end_time - found["align-spo"].info.start_time
+    assert length < 10_000, "times are those of the stage, not of the delivery"
+    assert [s.key for s in spools()] == [parent.key], "delivered runs leave no spool"
+
+
+def test_the_next_stage_delivers_what_was_left(
+    folder: Path, runs: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(delivery.Store, "deliver", lambda *_: 1 / 0)
+        with stage_run("pairs", PARAMS):
+            pass
+    assert len(spools()) == 1 and runs() == {}
+    with stage_run("prompts", PARAMS):
+        pass
+    assert set(runs()) == {"pairs", "prompts"} and spools() == []
+
+
+def test_a_silent_server_does_not_hold_a_stage_up(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(delivery.PATIENCE, "remote", 0.5)
+    load_mlflow()
+    with socket.create_server(("127.0.0.1", 0)) as server:  # takes connections, never answers
+        params = PARAMS | {"tracking": f"http://127.0.0.1:{server.getsockname()[1]}"}
+        started = time.monotonic()
+        with stage_run("pairs", params) as run:
+            run.log_metrics({"rows": 5})
+        assert time.monotonic() - started < 5
+    assert "no answer yet" in capsys.readouterr().err
+    assert spools()[0].left() == 5  # create, params, metrics, tags, end
+
+
+def test_a_folder_without_a_place_to_write_only_warns(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / ".spo").write_text("not a folder")
+    with stage_run("pairs", PARAMS) as run:
+        run.log_metrics({"rows": 5})
+    assert "logs nothing" in capsys.readouterr().err
+
+
+def test_a_broken_store_only_warns(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "mlflow.db").write_bytes(b"this is no database" * 100)
+    started = time.monotonic()
+    with stage_run("pairs", PARAMS):
+        pass
+    assert time.monotonic() - started < 20
+    assert "not a database" in capsys.readouterr().err
+
+
+def test_no_password_reaches_the_store(folder: Path, runs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    params = PARAMS | {"tracking": f"sqlite:///{folder / 'mlflow.db'}", "data": {"source": AWAY}}
+    with stage_run("data", params) as run:
+        run.set_tags({"from": AWAY})
+        run.log_params({"to": f"{AWAY}/x?token=pa55word"})
+    tags, logged = runs()["data"].data.tags, runs()["data"].data.params
+    assert tags["from"] == logged["data.source"] == "http://***@127.0.0.1:9"
+    kept = b"".join(p.read_bytes() for p in folder.rglob("*") if p.is_file())
+    assert b"pa55word" not in kept
+
+
+def test_one_process_at_a_time_opens_a_sqlite_store(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several at once break MLflow's migration of a new file, which its client does when it is made."""
+    opened: list[str] = []
+    monkeypatch.setattr(delivery, "load_mlflow", lambda: SimpleNamespace(MlflowClient=opened.append))
+    store = delivery.Store(f"sqlite:///{folder / 'mlflow.db'}")
+    with locked(folder / "mlflow.db.lock"):
+        other = threading.Thread(target=store.connect)
+        other.start()
+        other.join(0.3)
+        assert other.is_alive() and opened == []
+    other.join()
+    assert opened == [store.uri]
+
+
+def test_only_the_first_process_of_a_training_logs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    with stage_run("align", PARAMS) as run:
+        run.log_metrics({"loss": 1.0})
+    assert not (folder / ".spo").exists()
+
+
+def test_a_mistyped_parent_is_said_and_ignored(
+    folder: Path, runs: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SPO_PARENT_RUN", "../nobody")
+    with stage_run("pairs", PARAMS):
+        pass
+    assert "SPO_PARENT_RUN names no run" in capsys.readouterr().err
+    assert set(runs()) == {"pairs"}
