@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import os
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -40,6 +39,9 @@ def test_the_command_line_refuses_a_wrong_override_in_one_line(
     assert pipeline.main(["--set", "align.spo.beat=20"]) == 2
     told = capsys.readouterr().err
     assert told.startswith("pipeline: ") and told.count("\n") == 1 and "beta" in told
+    with pytest.raises(SystemExit, match="2"):
+        pipeline.main(["--cron", "0 3 * * *"])
+    assert "--cron needs --serve" in capsys.readouterr().err
 
 
 def test_overrides_change_their_keys_and_keep_comments(pipeline: ModuleType, project: Path) -> None:
@@ -80,14 +82,12 @@ def test_a_stage_runs_is_skipped_is_forced_and_fails(pipeline: ModuleType, proje
         assert run("first")["result"] == "unchanged"
         assert run("second", force=True, parent="key-of-parent")["result"] == "ran"
         assert "SPO_PARENT_RUN=key-of-parent" in (project / "environment").read_text()
-        (project / "second.sh").write_text("echo 'spo: params.yaml: no such thing'; exit 2\n")
+        (project / "second.sh").write_text(
+            "echo 'tracking: Connection refused'; echo 'spo: params.yaml: no such thing'; exit 2\n"
+        )
         with pytest.raises(pipeline.StageError, match="second.*no such thing") as failure:
             run("second")
-        assert not failure.value.passing
-        (project / "second.sh").write_text("echo 'ConnectionError: hub'; exit 1\n")
-        with pytest.raises(pipeline.StageError, match="second") as failure:
-            run("second")
-        assert failure.value.passing
+        assert not failure.value.passing, "a tracking server that is away fails no stage"
 
 
 class State:
@@ -114,6 +114,13 @@ def test_only_failures_that_can_pass_are_tried_again(pipeline: ModuleType) -> No
     assert not pipeline.PASSING.search("spo: params.yaml: unknown key 'sead'; did you mean 'seed'?")
 
 
+def alive(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
 def test_cancelling_ends_the_whole_group(
     pipeline: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -134,7 +141,9 @@ def test_cancelling_ends_the_whole_group(
     finally:
         signal.signal(signal.SIGUSR1, previous)
     assert len(pids) == 2 and time.monotonic() - started < 10
-    assert not [p for p in pids if psutil.pid_exists(p) and psutil.Process(p).status() != "zombie"]
+    while any(alive(pid) for pid in pids):
+        assert time.monotonic() - started < 20, "the stage lives on"
+        time.sleep(0.1)
 
 
 def test_a_second_flow_in_the_folder_is_refused(pipeline: ModuleType, project: Path) -> None:
@@ -188,9 +197,3 @@ def test_the_flow_by_a_prefect_server(
     assert child.data.tags["mlflow.parentRunId"] == parent.info.run_id
     assert parent.info.status == child.info.status == "FINISHED"
     assert parent.data.tags["dvc.first"] == "ran" and parent.data.params["seed"] == "5"
-
-
-def test_the_module_runs_as_a_program() -> None:
-    file = Path(__file__).parents[2] / "flows/pipeline.py"
-    done = subprocess.run([sys.executable, str(file), "--cron", "* * * * *"], capture_output=True, text=True)
-    assert done.returncode == 2 and "--cron needs --serve" in done.stderr

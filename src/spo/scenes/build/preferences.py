@@ -77,7 +77,8 @@ def generate(base: Path, early: Path, captions: list[str], which: Tensor, cache:
     backbone = backbones.load(config.Backbone(family="sd", checkpoint=str(base), channels_last=True), "cpu")
     weights = _weights(backbone, early)
     out = torch.zeros(len(captions), 3, 48, 48, dtype=torch.uint8)
-    batches = [(g, part) for g in range(len(GENERATORS)) for part in _rows(which == g).split(BATCH)]
+    rows = [(g, _rows(which == g)) for g in range(len(GENERATORS))]
+    batches = [(g, part) for g, index in rows if len(index) for part in index.split(BATCH)]
     cache.mkdir(parents=True, exist_ok=True)
     for number, (g, index) in enumerate(tqdm(batches, desc=cache.name, mininterval=5)):
         kept = cache / f"{number:05d}.pt"
