@@ -1,7 +1,7 @@
 """The DAG of dvc.yaml as a Prefect flow: one task a stage, retried when that can help, cancelled as a whole.
 
     python flows/pipeline.py --set align.spo.beta=20           run now, no server needed
-    python flows/pipeline.py --serve --cron "0 3 * * *"        stay, and run every night
+    python flows/pipeline.py --serve --cron "0 3 * * *"        stay, and run every night; needs a server
 
 DVC still decides what is out of date. `dvc repro` never needs this file.
 """
@@ -15,7 +15,6 @@ import fcntl
 import json
 import os
 import re
-import shlex
 import signal
 import subprocess
 import sys
@@ -30,6 +29,7 @@ os.environ.setdefault("DO_NOT_TRACK", "1")
 from prefect import flow, get_run_logger, task  # noqa: E402
 from prefect.artifacts import create_markdown_artifact  # noqa: E402
 from prefect.cache_policies import NO_CACHE  # noqa: E402
+from prefect.settings import PREFECT_API_URL  # noqa: E402
 
 from spo import config, tracking  # noqa: E402
 
@@ -111,9 +111,7 @@ def run_stage(stage: str, force: bool = False, parent: str = "") -> dict[str, An
     if code != 0:
         told = [line for line in lines if line.strip() and not line.startswith("tracking:")]
         passing = any(PASSING.search(line) for line in told)
-        raise StageError(
-            f"stage {stage} failed ({shlex.join(command[2:])}): " + " | ".join(told[-4:]), passing
-        )
+        raise StageError(f"stage {stage} failed: " + " | ".join(told[-4:]), passing)
     return {"stage": stage, "result": result(lines), "seconds": round(time.monotonic() - started, 1)}
 
 
@@ -204,10 +202,8 @@ def merged(overrides: Mapping[str, Any]) -> config.Params:
     import yaml
 
     config.load()
-    return config.validate(
-        override(yaml.safe_load(Path("params.yaml").read_text(encoding="utf-8")), overrides),
-        source="params.yaml with overrides",
-    )
+    raw = yaml.safe_load(Path("params.yaml").read_text(encoding="utf-8"))
+    return config.validate(override(raw, overrides), source="params.yaml with overrides")
 
 
 def override(raw: Any, overrides: Mapping[str, Any]) -> Any:
@@ -274,23 +270,25 @@ def parse(text: str) -> tuple[str, Any]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run or serve the flow; returns the exit status."""
     parser = argparse.ArgumentParser(description="Run the experiment as a Prefect flow.")
-    parser.add_argument(
-        "--set", action="append", type=parse, default=[], metavar="KEY=VALUE", dest="overrides"
-    )
+    parser.add_argument("--set", action="append", type=parse, default=[], metavar="KEY=VALUE")
     parser.add_argument("--force", action="store_true", help="run every stage, changed or not")
     parser.add_argument("--serve", action="store_true", help="stay, and run when asked or by the clock")
     parser.add_argument("--cron", help='when, e.g. "0 3 * * *" (with --serve)')
     told = parser.parse_args(arguments)
     if told.cron and not told.serve:
         parser.error("--cron needs --serve")
-    arguments_of_flow = {"overrides": dict(told.overrides), "force": told.force}
+    if told.serve and PREFECT_API_URL.value() is None:  # a temporary server schedules nothing
+        parser.error("--serve needs `prefect server start --host 127.0.0.1` and PREFECT_API_URL")
+    parameters = {"overrides": dict(told.set), "force": told.force}
     os.chdir(ROOT)
     try:
-        merged(arguments_of_flow["overrides"])  # before a server starts
+        merged(parameters["overrides"])  # before a server starts
         if told.serve:
-            pipeline.serve(name="spo", cron=told.cron, parameters=arguments_of_flow)
+            pipeline.serve(name="spo", cron=told.cron, parameters=parameters)
         else:
-            pipeline(**arguments_of_flow)
+            # by an exit, which ends Prefect's temporary server too
+            signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+            pipeline(**parameters)
     except (config.ConfigError, StageError) as error:
         print(f"pipeline: {error}", file=sys.stderr)
         return 2

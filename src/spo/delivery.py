@@ -212,7 +212,7 @@ class Delivery:
         left = sum(spool.left() for spool in self._spools)
         if left:
             warn(
-                f"{left} records not delivered to {self._store.name} ({self._why or 'no answer yet'}); "
+                f"{left} records not delivered to {self._store.name} ({self._why[:200] or 'no answer yet'}); "
                 "they are kept in .spo/spool, `spo sync` delivers them"
             )
 

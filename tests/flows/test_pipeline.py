@@ -16,6 +16,7 @@ import psutil
 import pytest
 import yaml
 from prefect.logging import disable_run_logger
+from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from spo.config import ConfigError
 
@@ -39,9 +40,15 @@ def test_the_command_line_refuses_a_wrong_override_in_one_line(
     assert pipeline.main(["--set", "align.spo.beat=20"]) == 2
     told = capsys.readouterr().err
     assert told.startswith("pipeline: ") and told.count("\n") == 1 and "beta" in told
-    with pytest.raises(SystemExit, match="2"):
-        pipeline.main(["--cron", "0 3 * * *"])
-    assert "--cron needs --serve" in capsys.readouterr().err
+
+
+def test_a_schedule_needs_to_be_served_by_a_server(
+    pipeline: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for options, told in ((["--cron", "0 3 * * *"], "--serve"), (["--serve"], "prefect server start")):
+        with temporary_settings(restore_defaults={PREFECT_API_URL}), pytest.raises(SystemExit, match="2"):
+            pipeline.main(options)
+        assert told in capsys.readouterr().err
 
 
 def test_overrides_change_their_keys_and_keep_comments(pipeline: ModuleType, project: Path) -> None:
