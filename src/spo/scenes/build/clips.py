@@ -12,17 +12,14 @@ import open_clip
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer, CLIPVisionConfig
 
-from spo.scenes import world
-from spo.scenes.build.base_model import WIDTH, text_config, to_float, tokens
+from spo.scenes.build.base_model import WIDTH, random_scenes, text_config, to_float, tokens
 from spo.scenes.build.fit import fit
-from spo.scenes.render import SIZE, render
-from spo.scenes.world import ABSENT, CHOICES
+from spo.scenes.render import SIZE
 
-CONTRASTIVE_STEPS, CONTRASTIVE_BATCH = 1300, 96
-CONTRASTIVE_GROUPS, GROUP = 5000, 6
+CONTRASTIVE_STEPS, CONTRASTIVE_BATCH = 900, 96
+CONTRASTIVE_SCENES = 24_000
 PREFERENCE_STEPS, PREFERENCE_BATCH = 400, 48
 MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(1, 3, 1, 1)
 STD = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(1, 3, 1, 1)
@@ -70,47 +67,17 @@ def clip_features(model: CLIPModel) -> Features:
 def contrastive(
     name: str, model: nn.Module, features: Features, tokenizer: CLIPTokenizer, work: Path, seed: int
 ) -> None:
-    """CLIP's own training on scenes and captions, in place.
-
-    A batch is made of groups that differ in one attribute each, and the embedding has to tell the
-    attributes as well (by heads that are thrown away): with random batches alone the loss was as low,
-    but the score did not see wrong shapes (correlation with what is wrong in drawn pictures .14).
-    """
-    attributes, pixels, captions = _neighbours(CONTRASTIVE_GROUPS, seed)
-    ids, last = tokens(tokenizer, captions), torch.tensor([len(c) for c in CHOICES])
-    classes = torch.where(attributes == ABSENT, last, attributes)
-    torch.manual_seed(seed)
-    heads = nn.ModuleList(nn.Linear(WIDTH, len(c) + 1) for c in CHOICES)
+    """CLIP's own training on scenes and captions, in place."""
+    _, _, pixels, captions = random_scenes(CONTRASTIVE_SCENES, seed)
+    ids = tokens(tokenizer, captions)
 
     def loss(generator: torch.Generator) -> Tensor:
-        groups = torch.randint(CONTRASTIVE_GROUPS, (CONTRASTIVE_BATCH // GROUP,), generator=generator)
-        index = (groups[:, None] * GROUP + torch.arange(GROUP)).flatten()
+        index = torch.randint(len(pixels), (CONTRASTIVE_BATCH,), generator=generator)
         image, text, scale = features(to_float(pixels[index]), ids[index])
         logits, target = scale * image @ text.T, torch.arange(CONTRASTIVE_BATCH)
-        told = sum(F.cross_entropy(scale * h(image), classes[index, i]) for i, h in enumerate(heads))
-        return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2 + told / len(CHOICES)
+        return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
-    both = nn.ModuleList([model, heads])
-    fit(name, both, loss, steps=CONTRASTIVE_STEPS, lr=1e-3, work=work, seed=seed, ema=0.99)
-
-
-def _neighbours(groups: int, seed: int) -> tuple[Tensor, Tensor, list[str]]:
-    """Attributes, pictures uint8 and captions of groups * GROUP scenes; the first of a group, and others
-    with one attribute changed."""
-    generator = torch.Generator().manual_seed(seed)
-    attributes = world.random_attributes(groups, generator).repeat_interleave(GROUP, dim=0)
-    fresh = world.random_attributes(len(attributes), generator, pair_fraction=1.0)
-    single = attributes[:, 5] == ABSENT
-    fresh[single, 0] = torch.randint(len(world.PLACES), (int(single.sum()),), generator=generator)
-    columns = torch.tensor([0, 1, 2, 2, 3, 4, 5, 5, 6, 7])  # shapes, the hardest to see, twice as often
-    chosen = columns[torch.randint(len(columns), (len(attributes),), generator=generator)]
-    rows = (torch.arange(len(attributes)) % GROUP != 0) & ~(single & (chosen >= 5))
-    attributes[rows, chosen[rows]] = fresh[rows, chosen[rows]]
-    quality = world.random_quality(len(attributes), generator)
-    parts = zip(attributes.split(1000), quality.split(1000), strict=True)
-    bar = tqdm(parts, desc="render", mininterval=5)
-    images = [((render(a, q, generator) + 1) * 127.5).round().to(torch.uint8) for a, q in bar]
-    return attributes, torch.cat(images), world.captions(attributes, generator)
+    fit(name, model, loss, steps=CONTRASTIVE_STEPS, lr=1e-3, work=work, seed=seed, ema=0.99)
 
 
 def prefer(
