@@ -76,6 +76,7 @@ class Preference(Section):
     tokenizer: str | None = None  # where it lies, if not with `init`
     step_condition: bool = True  # False: the same CLIP without adaLN
     noised: bool = True  # False: trained on clean images only
+    logit_scale: Rate | None = None  # at the start of training; None: that of `init`
     optimizer: Optimizer
     steps: Positive
     batch_size: Positive

@@ -97,6 +97,11 @@ class StepAwarePreferenceModel(nn.Module):
         """The format of the released SPMs: a state dict whose keys start with `model.`."""
         torch.save({k: v.detach().cpu() for k, v in self.state_dict().items()}, path)
 
+    def start_at(self, logit_scale: float) -> None:
+        """Set exp(logit_scale). A CLIP is sharper than noisy labels can be; training on few pairs would
+        first flatten its features (in scenes, right colour against wrong colour fell from 100 to 57 %)."""
+        self.model.logit_scale.data.fill_(math.log(logit_scale))
+
     def score(self, images: Tensor, input_ids: Tensor, timesteps: Tensor) -> Tensor:
         """exp(logit_scale) * cos [B] of images [B,3,H,W] in [-1,1] and their own texts int64 [B,L]."""
         return self.score_features(images, self.encode_text(input_ids), timesteps)

@@ -62,6 +62,8 @@ def _train(
     named = settings.tokenizer is not None
     tokenizer = load_tokenizer(settings.tokenizer or settings.init, None if named else settings.revision)
     model = StepAwarePreferenceModel.from_clip(settings.init, settings.step_condition, settings.revision)
+    if settings.logit_scale is not None:
+        model.start_at(settings.logit_scale)
     model.to(backbone.device)
     pairs = {part: latent_pairs(params, backbone, part) for part in ("train", "validation")}
     common = (model, tokenizer, backbone, schedule)
