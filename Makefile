@@ -53,7 +53,7 @@ format: setup
 	ruff format .
 	ruff check --fix .
 
-# MLflow's pages at http://127.0.0.1:5000
+# MLflow's pages at 127.0.0.1, port 5000
 ui: setup
 	mlflow ui --host 127.0.0.1 --port 5000 --backend-store-uri sqlite:///mlflow.db
 
