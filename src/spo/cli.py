@@ -122,6 +122,8 @@ def _run_sync(told: argparse.Namespace) -> None:
 
     delivered, left = tracking.sync()
     print(f"{delivered} records delivered, {left} left")
+    if left:
+        raise ValueError("sync: the server is away or refuses; `spo sync` goes on from there")
 
 
 if __name__ == "__main__":

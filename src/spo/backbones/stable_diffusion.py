@@ -117,13 +117,13 @@ def load(settings: config.Backbone, device: torch.device | str) -> StableDiffusi
     extra = {} if sdxl else {"safety_checker": None, "requires_safety_checker": False}
     if settings.vae is not None:
         extra["vae"] = _reach(
-            settings.vae, lambda: diffusers.AutoencoderKL.from_pretrained(settings.vae, torch_dtype=dtype)
+            settings.vae, lambda: diffusers.AutoencoderKL.from_pretrained(settings.vae, dtype=dtype)
         )
     name = settings.checkpoint
     if name.endswith(".safetensors"):
-        pipeline = _reach(name, lambda: wanted.from_single_file(name, torch_dtype=dtype, **extra))
+        pipeline = _reach(name, lambda: wanted.from_single_file(name, dtype=dtype, **extra))
     else:
-        more = {"revision": settings.revision, "torch_dtype": dtype, **extra}
+        more = {"revision": settings.revision, "dtype": dtype, **extra}
         pipeline = _reach(name, lambda: wanted.from_pretrained(name, **more))
     pipeline.to(device)
     if settings.vae is None and sdxl and dtype == torch.float16:

@@ -35,7 +35,8 @@ def stage(name: str, params: Params, item: str | None = None) -> Iterator[Any]:
     lock.parent.mkdir(parents=True, exist_ok=True)
     with lock.open("w") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.environ.get("RANK", "0") == "0":  # the processes of one training hold it together
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(f"stage {full} already runs in this folder; wait for it or stop it") from None
         started = time.monotonic()
