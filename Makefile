@@ -28,7 +28,7 @@ setup: $(VENV)/.ready
 
 # inputs from the in-repo remote; instant when they are there
 data: setup
-	dvc pull --quiet data.dvc
+	dvc pull --quiet --remote seed data.dvc
 
 repro: data
 	dvc repro
