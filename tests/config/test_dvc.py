@@ -1,0 +1,58 @@
+"""dvc.yaml and params.yaml agree."""
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from spo import cli, config
+
+ROOT = Path(__file__).parents[2]
+DVC = yaml.safe_load((ROOT / "dvc.yaml").read_text())
+SETS = {name: values for entry in DVC["vars"] for name, values in entry.items()}
+
+
+def stages() -> dict[str, dict]:
+    """Every stage of dvc.yaml with its `foreach` written out."""
+    told: dict[str, dict] = {}
+    for name, stage in DVC["stages"].items():
+        if "foreach" not in stage:
+            told[name] = stage
+            continue
+        items = stage["foreach"]
+        items = SETS[items.strip("${}")] if isinstance(items, str) else {item: item for item in items}
+        for key, item in items.items():
+            text = yaml.safe_dump(stage["do"]).replace("${key}", key)
+            text = re.sub(r"\$\{item\.(\w+)\}", lambda m, item=item: item[m[1]], text)
+            told[f"{name}@{key}"] = yaml.safe_load(text.replace("${item}", str(item)))
+    return told
+
+
+@pytest.mark.parametrize("preset", config.preset_names())
+def test_every_preset_has_the_keys_that_stages_depend_on(preset: str) -> None:
+    params = yaml.safe_load(config.preset(preset))
+    for name, stage in stages().items():
+        for key in stage["params"]:
+            section = params
+            for part in key.split("."):
+                assert part in section, f"{name} depends on {key}, which {preset} has not"
+                section = section[part]
+
+
+def test_the_default_experiment_is_the_scenes_preset() -> None:
+    assert (ROOT / "params.yaml").read_text() == config.preset("scenes")
+
+
+def test_stages_run_commands_that_exist_and_name_code_that_exists() -> None:
+    for name, stage in stages().items():
+        told = cli.parser().parse_args(stage["cmd"].split()[1:])
+        assert told.stage == name.split("@")[0].replace("preference_baseline", "preference")
+        for path in stage["deps"]:
+            assert not path.startswith("src/") or (ROOT / path).exists(), f"{name}: {path}"
+
+
+def test_every_method_and_variant_has_its_stages() -> None:
+    names = set(stages())
+    assert {f"align@{m}" for m in config.METHODS} <= names
+    assert {f"{s}@{v}" for s in ("generate", "score") for v in config.VARIANTS} <= names
