@@ -53,6 +53,8 @@ def _train(
     params: Params, settings: Preference, backbone: Backbone, scratch: Path, curve: Curve
 ) -> tuple[Any, Any, dict[str, Any]]:
     """The model, its tokenizer, and accuracy by timestep on validation pairs."""
+    import torch
+
     from spo.checkpoint import CheckpointStore
     from spo.diffusion.schedule import Schedule
     from spo.preference import train as spm
@@ -61,6 +63,7 @@ def _train(
     schedule = Schedule.from_config(backbone.scheduler_config, settings.num_inference_steps)
     named = settings.tokenizer is not None
     tokenizer = load_tokenizer(settings.tokenizer or settings.init, None if named else settings.revision)
+    torch.manual_seed(params.seed)  # the timestep's embedding is drawn
     model = StepAwarePreferenceModel.from_clip(settings.init, settings.step_condition, settings.revision)
     if settings.logit_scale is not None:
         model.start_at(settings.logit_scale)
