@@ -28,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     told = parser().parse_args(arguments)
     try:
         told.run(told)
-    except (ValueError, FloatingPointError) as error:
+    except (ValueError, FloatingPointError, OSError) as error:
         print(f"spo: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:

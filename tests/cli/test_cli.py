@@ -67,3 +67,8 @@ def test_an_unknown_build_step_is_named(capsys, tmp_path) -> None:
     told = ["--output", str(tmp_path / "d"), "--work", str(tmp_path / "w"), "--until", "bass"]
     status, _, error = run(capsys, "scenes", "build", *told)
     assert status == 2 and "'bass'" in error and "base" in error
+
+
+def test_a_folder_that_is_not_there_is_one_line(capsys, tmp_path) -> None:
+    status, _, error = run(capsys, "preset", "smoke", "--output", str(tmp_path / "nowhere/params.yaml"))
+    assert status == 2 and "nowhere/params.yaml" in error and error.count("\n") == 1
