@@ -84,7 +84,9 @@ class Backbone(Protocol):
     scheduler_config: Mapping[str, Any]
     latent_shape: tuple[int, int, int]
     image_size: tuple[int, int]  # H, W
-    device: torch.device
+
+    @property
+    def device(self) -> torch.device: ...
 
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning: ...
 

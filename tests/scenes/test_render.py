@@ -22,7 +22,7 @@ def test_perfect_quality_shows_the_named_colours_at_the_named_place() -> None:
 
 
 def test_above_puts_the_first_shape_on_top() -> None:
-    picture = draw("a large blue square above a small red circle on snow")
+    picture = draw("a large blue triangle above a small red circle on snow")
     assert torch.allclose(picture[:, 12, 24], COLOUR_RGB[4], atol=0.02)
     assert torch.allclose(picture[:, 35, 24], COLOUR_RGB[0], atol=0.02)
 

@@ -31,7 +31,7 @@ def _hub_manifest(name: str, revision: str | None) -> dict[str, Any]:
 
     try:
         info = HfApi().model_info(name, revision=revision, files_metadata=True)
-        files = {s.rfilename: s.lfs.sha256 if s.lfs else s.blob_id for s in info.siblings}
+        files = {s.rfilename: s.lfs.sha256 if s.lfs else s.blob_id for s in info.siblings or ()}
         return {"hub": name, "revision": info.sha, "files": files}
     except Exception as online:  # the hub's client raises a dozen kinds
         try:

@@ -32,10 +32,14 @@ FREQUENCIES = 256  # sinusoids of the timestep
 class StepAwarePreferenceModel(nn.Module):
     """CLIP's text and vision towers with a timestep-modulated vision tower."""
 
-    def __init__(self, clip: CLIPModel, step_condition: bool = True) -> None:
+    model: Any  # a CLIPModel with modules added
+    _mean: Tensor
+    _std: Tensor
+
+    def __init__(self, clip: Any, step_condition: bool = True) -> None:
         super().__init__()
         self.model, self.step_condition = clip, step_condition
-        size = clip.config.vision_config.image_size
+        size: Any = clip.config.vision_config.image_size
         self.image_size = size if isinstance(size, int) else size[0]
         self.register_buffer("_mean", torch.tensor(MEAN).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("_std", torch.tensor(STD).view(1, 3, 1, 1), persistent=False)
@@ -48,12 +52,12 @@ class StepAwarePreferenceModel(nn.Module):
     ) -> StepAwarePreferenceModel:
         """From any CLIP-format folder or hub id, with modulation at identity, in fp32."""
         try:
-            clip, told = CLIPModel.from_pretrained(
-                name, revision=revision, dtype=torch.float32, output_loading_info=True
-            )
+            settings: dict[str, Any] = {"revision": revision, "dtype": torch.float32}
+            loaded: Any = CLIPModel.from_pretrained(name, output_loading_info=True, **settings)
         except (OSError, ValueError) as error:
             reason = str(error).strip().splitlines()[0][:200]
             raise ValueError(f"preference.init: {name} cannot be loaded ({reason})") from None
+        clip, told = loaded
         if missing := sorted(told["missing_keys"]):
             raise ValueError(f"preference.init: {name} is no whole CLIP: {missing[0]} is missing")
         return cls(clip, step_condition)
@@ -147,16 +151,17 @@ class TimestepEmbedder(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
-        for i in (0, 2):
-            nn.init.normal_(self.mlp[i].weight, std=0.02)
+        first, last = nn.Linear(FREQUENCIES, width), nn.Linear(width, width)
+        for linear in (first, last):
+            nn.init.normal_(linear.weight, std=0.02)
+        self.mlp = nn.Sequential(first, nn.SiLU(), last)
 
     def forward(self, timesteps: Tensor) -> Tensor:
         half = FREQUENCIES // 2
         index = torch.arange(half, dtype=torch.float32, device=timesteps.device)
         angles = timesteps[:, None].float() * torch.exp(-math.log(10000) * index / half)
         waves = torch.cat([angles.cos(), angles.sin()], dim=-1)
-        return self.mlp(waves.to(self.mlp[0].weight.dtype))
+        return self.mlp(waves.to(next(self.parameters()).dtype))
 
 
 class ClipJudge:
@@ -199,7 +204,7 @@ def token_ids(tokenizer: Any, prompts: Sequence[str], model: StepAwarePreference
     return told.input_ids.to(model.model.logit_scale.device)
 
 
-def _layer(layer: nn.Module, hidden: Tensor, told: Tensor | None) -> Tensor:
+def _layer(layer: Any, hidden: Tensor, told: Tensor | None) -> Tensor:
     """A vision layer of CLIP; with `told` [B,d] (the timestep), each half shifted, scaled and gated."""
     if told is None:
         attended = layer.self_attn(layer.layer_norm1(hidden), attention_mask=None)[0]
@@ -213,7 +218,7 @@ def _layer(layer: nn.Module, hidden: Tensor, told: Tensor | None) -> Tensor:
     return hidden + gate_mlp * layer.mlp(x)
 
 
-def _add_modulation(clip: CLIPModel) -> None:
+def _add_modulation(clip: Any) -> None:
     """Modules under the official names; at identity: shift and scale 0, gate 1."""
     vision, width = clip.vision_model, clip.config.vision_config.hidden_size
     clip.t_embedder = TimestepEmbedder(width)

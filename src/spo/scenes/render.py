@@ -11,11 +11,11 @@ from torch import Tensor
 from spo.scenes.world import ABSENT, COLOURS, PLACES
 
 SIZE = 48  # pixels a side
-RADIUS = (5.6, 9.6)  # small, large, in pixels
+RADIUS = (6.6, 10.4)  # small, large, in pixels
 PLACE_CENTRES = ((0, 0), (0, -11), (0, 11), (-11, 0), (11, 0))  # of a single shape, from the middle
 PAIR_OFFSET = 11.5
-SOFT_EDGE = (5.0, 0.7)  # edge width in pixels at sharp = 0 and 1
-GRAIN = 0.14  # amplitude at clean = 0
+SOFT_EDGE = (7.0, 0.8)  # edge width in pixels at sharp = 0 and 1
+GRAIN = 0.12  # amplitude at clean = 0
 LEAST_SATURATION = 0.25  # at saturated = 0
 SHADOW = 0.75  # share of light lost on the dark side at lit = 0
 
@@ -40,7 +40,7 @@ def render(attributes: Tensor, quality: Tensor, generator: torch.Generator) -> T
     n = len(attributes)
     sharp, clean, saturated, lit = (quality[:, i].view(n, 1, 1, 1) for i in range(4))
     image = BACKGROUND_RGB[attributes[:, 1]].view(n, 3, 1, 1).expand(n, 3, SIZE, SIZE)
-    width = SOFT_EDGE[0] + (SOFT_EDGE[1] - SOFT_EDGE[0]) * sharp.sqrt().view(n, 1, 1)
+    width = SOFT_EDGE[0] + (SOFT_EDGE[1] - SOFT_EDGE[0]) * sharp.view(n, 1, 1)
     for slot in (0, 1):
         shape, colour, size = (attributes[:, 2 + 3 * slot + i] for i in range(3))
         distance = _distance(shape, _centres(attributes[:, 0], slot), size, generator)
@@ -77,10 +77,6 @@ def _circle(x: Tensor, y: Tensor, r: Tensor) -> Tensor:
     return torch.hypot(x, y) - r
 
 
-def _square(x: Tensor, y: Tensor, r: Tensor) -> Tensor:
-    return torch.maximum(x.abs(), y.abs()) - 0.88 * r
-
-
 def _triangle(x: Tensor, y: Tensor, r: Tensor) -> Tensor:
     side = math.sqrt(3) / 2
     y = y - 0.22 * r  # the centroid lies low: move it to the middle of the box
@@ -92,22 +88,22 @@ def _star(x: Tensor, y: Tensor, r: Tensor) -> Tensor:
     fifth = 2 * math.pi / 5
     angle = torch.atan2(x, -y)
     angle = (angle - fifth * torch.round(angle / fifth)).abs()
-    rho, outer, inner = torch.hypot(x, y), 1.12 * r, 0.5 * r
+    rho, outer, inner = torch.hypot(x, y), 1.15 * r, 0.42 * r
     px, py = rho * angle.sin(), rho * angle.cos()
     ex, ey = inner * math.sin(fifth / 2), inner * math.cos(fifth / 2) - outer
     return (px * -ey + (py - outer) * ex) / torch.hypot(ex, ey)
 
 
 def _ring(x: Tensor, y: Tensor, r: Tensor) -> Tensor:
-    return (torch.hypot(x, y) - 0.78 * r).abs() - 0.27 * r
+    return (torch.hypot(x, y) - 0.76 * r).abs() - 0.25 * r
 
 
 def _cross(x: Tensor, y: Tensor, r: Tensor) -> Tensor:
     long, short = torch.maximum(x.abs(), y.abs()), torch.minimum(x.abs(), y.abs())
-    return torch.maximum(long - r, short - 0.36 * r)
+    return torch.maximum(long - r, short - 0.3 * r)
 
 
-_SHAPES = (_circle, _square, _triangle, _star, _ring, _cross)
+_SHAPES = (_circle, _triangle, _star, _ring, _cross)
 
 
 def _saturate(image: Tensor, saturation: Tensor) -> Tensor:
@@ -125,8 +121,8 @@ def _light(lit: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _grain(n: int, generator: torch.Generator) -> Tensor:
-    """Mottled noise [N,3,48,48]: blotches of three pixels, so that it survives the VAE's f=4."""
-    side = SIZE // 3
+    """Mottled noise [N,3,48,48]: blotches of four pixels, the VAE's f (finer ones cost it the colours)."""
+    side = SIZE // 4
     luma = torch.randn(n, 1, side, side, generator=generator)
     chroma = torch.randn(n, 3, side, side, generator=generator)
     return F.interpolate(luma + 0.3 * chroma, size=(SIZE, SIZE), mode="bilinear", align_corners=False)

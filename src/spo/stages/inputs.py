@@ -13,7 +13,7 @@ OUTPUT = Path("outputs/inputs")
 
 def run(params: Params, item: str | None = None) -> None:
     score = params.score
-    named = {
+    named: dict[str, list[tuple[str | None, str | None]]] = {
         "base": [(params.backbone.checkpoint, params.backbone.revision), (params.backbone.vae, None)],
         "clip": [(params.preference.init, params.preference.revision)],
         "prompts": [(params.prompts.train, None), (params.prompts.evaluation, None)],

@@ -71,8 +71,7 @@ def _train(
     pairs = {part: latent_pairs(params, backbone, part) for part in ("train", "validation")}
     common = (model, tokenizer, backbone, schedule)
     store = CheckpointStore(scratch / "checkpoints")
-    training = {"seed": params.seed, "checkpoint": store, "on_metrics": curve.log}
-    spm.train(*common, pairs["train"], settings, **training)
+    spm.train(*common, pairs["train"], settings, seed=params.seed, checkpoint=store, on_metrics=curve.log)
     timesteps, guidance = settings.eval_timesteps, settings.guidance
     measured = spm.evaluate(*common, pairs["validation"], timesteps, guidance, seed=params.seed)
     return (

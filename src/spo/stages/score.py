@@ -39,7 +39,11 @@ def score_images(
 
     score = params.score
     columns: dict[str, list[float]] = {}
-    kinds = ((PickScore, score.pickscore), (Hps, score.hps), (Aesthetic, score.aesthetic))
+    kinds: tuple[tuple[Any, Any], ...] = (
+        (PickScore, score.pickscore),
+        (Hps, score.hps),
+        (Aesthetic, score.aesthetic),
+    )
     for kind, settings in kinds:
         scorer = kind(settings, device=device, batch_size=score.batch_size)
         columns[scorer.name] = scorer.score(pictures, prompts)

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import open_clip
 import torch
@@ -18,9 +19,9 @@ from spo.scenes.build.base_model import WIDTH, random_scenes, text_config, to_fl
 from spo.scenes.build.fit import fit
 from spo.scenes.render import SIZE
 
-CONTRASTIVE_STEPS, CONTRASTIVE_BATCH = 900, 96
+CONTRASTIVE_STEPS, CONTRASTIVE_BATCH = 1300, 96
 CONTRASTIVE_SCENES = 24_000
-PREFERENCE_STEPS, PREFERENCE_BATCH = 400, 48
+PREFERENCE_STEPS, PREFERENCE_BATCH = 600, 48
 MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(1, 3, 1, 1)
 STD = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(1, 3, 1, 1)
 
@@ -99,7 +100,7 @@ def prefer(
         score_0, score_1 = (scale * (image * text).sum(-1)).chunk(2)
         return F.binary_cross_entropy_with_logits(score_0 - score_1, judged.label_0[index])
 
-    settings = {"steps": PREFERENCE_STEPS, "lr": 3e-4, "weight_decay": 0.1, "ema": 0.98}
+    settings: dict[str, Any] = {"steps": PREFERENCE_STEPS, "lr": 3e-4, "weight_decay": 0.1, "ema": 0.98}
     fit(name, model, loss, work=work, seed=seed, **settings)
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL
 from torch import Tensor
 from tqdm import tqdm
 
@@ -15,11 +15,11 @@ from spo.scenes.build.fit import fit
 from spo.scenes.oracle import Perception
 from spo.scenes.world import ABSENT, ATTRIBUTES, CHOICES, QUALITY
 
-STEPS, BATCH = 1300, 48
+STEPS, BATCH = 1800, 48
 SCENES = 16_000  # half of them are also seen through the VAE, whose pictures the UNet draws
 
 
-def train(name: str, width: int, vae: AutoencoderKL, work: Path, seed: int) -> Perception:
+def train(name: str, width: int, vae: Any, work: Path, seed: int) -> Perception:
     """A network that tells quality and attributes of rendered and of decoded pictures."""
     torch.manual_seed(seed)
     model = Perception(width)
@@ -43,7 +43,7 @@ def train(name: str, width: int, vae: AutoencoderKL, work: Path, seed: int) -> P
 
 
 @torch.no_grad()
-def through_vae(vae: AutoencoderKL, pixels: Tensor) -> Tensor:
+def through_vae(vae: Any, pixels: Tensor) -> Tensor:
     """Pictures uint8 as the VAE gives them back."""
     parts = []
     for chunk in tqdm(pixels.split(100), desc="through the VAE", mininterval=5):

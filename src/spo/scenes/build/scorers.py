@@ -118,7 +118,7 @@ def _altered(attributes: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _aesthetic(
-    clip: clips.CLIPModel, drawn: Pairs, words: object, output: Path, work: Path, seed: int
+    clip: clips.CLIPModel, drawn: Pairs, words: clips.CLIPTokenizer, output: Path, work: Path, seed: int
 ) -> float:
     """The rated CLIP, on generated and rendered pictures; its correlation on new rendered ones."""
     generator = torch.Generator().manual_seed(seed)
