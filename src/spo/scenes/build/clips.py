@@ -15,12 +15,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer, CLIPVisionConfig
 
+from spo.scenes import world
 from spo.scenes.build.base_model import WIDTH, random_scenes, text_config, to_float, tokens
 from spo.scenes.build.fit import fit
 from spo.scenes.render import SIZE
+from spo.scenes.world import ABSENT, ATTRIBUTES, CHOICES
 
 CONTRASTIVE_STEPS, CONTRASTIVE_BATCH = 1300, 96
-CONTRASTIVE_SCENES = 24_000
+CONTRASTIVE_SCENES, TWINS = 24_000, 3
+SHAPE_COLUMNS = (ATTRIBUTES.index("shape_0"), ATTRIBUTES.index("shape_1"))
 PREFERENCE_STEPS, PREFERENCE_BATCH = 600, 48
 MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(1, 3, 1, 1)
 STD = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(1, 3, 1, 1)
@@ -68,17 +71,39 @@ def clip_features(model: CLIPModel) -> Features:
 def contrastive(
     name: str, model: nn.Module, features: Features, tokenizer: CLIPTokenizer, work: Path, seed: int
 ) -> None:
-    """CLIP's own training on scenes and captions, in place."""
-    _, _, pixels, captions = random_scenes(CONTRASTIVE_SCENES, seed)
+    """CLIP's own training on scenes and captions, in place, with hard negatives (as NegCLIP,
+    arXiv 2210.01936): each picture must also tell its caption from TWINS that differ in one word. With random
+    batches alone colours and places suffice, and shapes stay unseen (74 % right against wrong)."""
+    attributes, _, pixels, captions = random_scenes(CONTRASTIVE_SCENES, seed)
+    drawn = torch.Generator().manual_seed(seed)
     ids = tokens(tokenizer, captions)
+    twins = torch.stack([tokens(tokenizer, _twins(attributes, drawn)) for _ in range(TWINS)], dim=1)
 
     def loss(generator: torch.Generator) -> Tensor:
         index = torch.randint(len(pixels), (CONTRASTIVE_BATCH,), generator=generator)
-        image, text, scale = features(to_float(pixels[index]), ids[index])
-        logits, target = scale * image @ text.T, torch.arange(CONTRASTIVE_BATCH)
-        return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+        texts = torch.cat([ids[index], twins[index].flatten(0, 1)])
+        image, text, scale = features(to_float(pixels[index]), texts)
+        right, wrong = text[:CONTRASTIVE_BATCH], text[CONTRASTIVE_BATCH:].view(CONTRASTIVE_BATCH, TWINS, -1)
+        logits, target = scale * image @ right.T, torch.arange(CONTRASTIVE_BATCH)
+        hard = scale * torch.einsum("bd,bkd->bk", image, wrong)
+        of_images = F.cross_entropy(torch.cat([logits, hard], dim=1), target)
+        return (of_images + F.cross_entropy(logits.T, target)) / 2
 
     fit(name, model, loss, steps=CONTRASTIVE_STEPS, lr=1e-3, work=work, seed=seed, ema=0.99)
+
+
+def _twins(attributes: Tensor, generator: torch.Generator) -> list[str]:
+    """Captions of scenes with one attribute changed: half of the time a shape, else any but the layout."""
+    n, rows = len(attributes), torch.arange(len(attributes))
+    column = torch.randint(1, len(CHOICES), (n,), generator=generator)
+    shape = torch.where(torch.rand(n, generator=generator) < 0.5, SHAPE_COLUMNS[0], SHAPE_COLUMNS[1])
+    column = torch.where(torch.rand(n, generator=generator) < 0.5, shape, column)
+    column = torch.where(attributes[rows, column] == ABSENT, SHAPE_COLUMNS[0], column)
+    sizes = torch.tensor([len(c) for c in CHOICES])[column]
+    step = 1 + (torch.rand(n, generator=generator) * (sizes - 1)).long()
+    other = attributes.clone()
+    other[rows, column] = (attributes[rows, column] + step) % sizes
+    return world.captions(other, generator)
 
 
 def prefer(
