@@ -78,6 +78,7 @@ class Preference(Section):
     noised: bool = True  # False: trained on clean images only
     logit_scale: Rate | None = None  # at the start of training; None: that of `init`
     optimizer: Optimizer
+    ema: Annotated[float, Field(ge=0, lt=1)] = 0.0  # decay of an average of the weights, kept at the end
     steps: Positive
     batch_size: Positive
     guidance: float = 5.0

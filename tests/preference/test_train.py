@@ -66,12 +66,15 @@ def test_accuracy_is_a_share_of_clear_labels(clip, tokenizer, backbone, schedule
     assert spm.evaluate(model, tokenizer, backbone, schedule, flipped, [0], 1.0, seed=0)[0]["accuracy"] < 0.05
 
 
-def test_resumed_is_uninterrupted_bit_for_bit(clip, tokenizer, backbone, schedule, pairs, tmp_path) -> None:
+@pytest.mark.parametrize("ema", [0.0, 0.9])
+def test_resumed_is_uninterrupted_bit_for_bit(
+    clip, tokenizer, backbone, schedule, pairs, tmp_path, ema
+) -> None:
     whole = StepAwarePreferenceModel(copy.deepcopy(clip))
     parts = StepAwarePreferenceModel(copy.deepcopy(clip))
     parts.load_state_dict(whole.state_dict())  # the timestep's embedding is drawn at random
     start = copy.deepcopy(parts.state_dict())
-    spm.train(whole, tokenizer, backbone, schedule, pairs, settings(steps=12), seed=0)
+    spm.train(whole, tokenizer, backbone, schedule, pairs, settings(steps=12, ema=ema), seed=0)
 
     store = CheckpointStore(tmp_path)
 
@@ -81,12 +84,30 @@ def test_resumed_is_uninterrupted_bit_for_bit(clip, tokenizer, backbone, schedul
 
     told = {"seed": 0, "checkpoint": store}
     with pytest.raises(KeyboardInterrupt):
-        spm.train(parts, tokenizer, backbone, schedule, pairs, settings(steps=12), on_metrics=stop, **told)
+        spm.train(
+            parts, tokenizer, backbone, schedule, pairs, settings(steps=12, ema=ema), on_metrics=stop, **told
+        )
     assert store.latest()[0] == 5
     parts.load_state_dict(start)
-    spm.train(parts, tokenizer, backbone, schedule, pairs, settings(steps=12), **told)
+    spm.train(parts, tokenizer, backbone, schedule, pairs, settings(steps=12, ema=ema), **told)
     for name, value in whole.state_dict().items():
         assert torch.equal(parts.state_dict()[name], value), name
+
+
+def test_the_kept_weights_are_the_average_of_the_steps(clip, tokenizer, backbone, schedule, pairs) -> None:
+    model, seen = StepAwarePreferenceModel(clip), []
+
+    def keep(metrics, step):
+        seen.append(model.model.logit_scale.item())
+
+    spm.train(
+        model, tokenizer, backbone, schedule, pairs, settings(steps=4, ema=0.1), seed=0, on_metrics=keep
+    )
+    by_hand = seen[0]  # decay 0, then 1/11, then .1
+    for value, decay in zip(seen[1:], (1 / 11, 0.1, 0.1), strict=True):
+        by_hand = decay * by_hand + (1 - decay) * value
+    assert model.model.logit_scale.item() == pytest.approx(by_hand, abs=1e-7)
+    assert by_hand != pytest.approx(seen[-1], abs=1e-7)
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_update(
