@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from spo.checkpoint import CheckpointStore
+from spo.checkpoint import CheckpointStore, stop_on_signal
 from spo.config import Preference
 from spo.diffusion.noise import shuffled
 from spo.diffusion.schedule import Schedule
@@ -57,6 +57,7 @@ def train(
     Raises:
         ValueError: there are no pairs.
         FloatingPointError: a loss or gradient is not finite; the weights are those before the update.
+        KeyboardInterrupt: SIGTERM or Ctrl-C, after the state was saved.
     """
     if not len(pairs.captions):
         raise ValueError("preference: there are no training pairs; look at outputs/pairs/summary.json")
@@ -65,12 +66,15 @@ def train(
     schedule = schedule.to(backbone.device)
     model.train()
     bar = tqdm(range(first, settings.steps), "preference model", settings.steps, initial=first, unit="step")
-    for step in bar:
-        metrics = _update(model, tokenizer, backbone, schedule, pairs, settings, optimizer, seed, step)
-        on_metrics(metrics, step + 1)
-        bar.set_postfix(loss=f"{metrics['loss']:.3f}", refresh=False)
-        if checkpoint and (step + 1) % settings.checkpoint_every == 0:
-            checkpoint.save(step + 1, {"model": model.state_dict(), "optimizer": optimizer.state_dict()})
+    with stop_on_signal() as stopped:
+        for step in bar:
+            metrics = _update(model, tokenizer, backbone, schedule, pairs, settings, optimizer, seed, step)
+            on_metrics(metrics, step + 1)
+            bar.set_postfix(loss=f"{metrics['loss']:.3f}", refresh=False)
+            if checkpoint and ((step + 1) % settings.checkpoint_every == 0 or stopped):
+                checkpoint.save(step + 1, {"model": model.state_dict(), "optimizer": optimizer.state_dict()})
+            if stopped:
+                raise KeyboardInterrupt(f"stopped after step {step + 1}; run it again to go on from there")
     model.eval()
 
 
