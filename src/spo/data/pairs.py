@@ -187,8 +187,8 @@ def _open(path: str | Path) -> Any:
         if is_remote(path):
             import fsspec
 
-            return pq.ParquetFile(fsspec.open(str(path), "rb").open(), buffer_size=BUFFER)
-        return pq.ParquetFile(path, buffer_size=BUFFER)
+            return pq.ParquetFile(fsspec.open(str(path), "rb").open(), buffer_size=BUFFER, pre_buffer=False)
+        return pq.ParquetFile(path, buffer_size=BUFFER, pre_buffer=False)
     except Exception as error:  # pyarrow's kinds, and those of each store
         reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
         raise ValueError(f"{path}: not a readable parquet file ({reason})") from None

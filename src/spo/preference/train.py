@@ -114,8 +114,9 @@ def _update(
     )
     if not (loss.isfinite() and norm.isfinite()):
         raise FloatingPointError(
-            f"preference: loss {loss.item()}, gradient norm {norm.item()} at step {step}: stopped before "
-            "the update; try a lower preference.optimizer.learning_rate"
+            f"preference: loss {loss.item()}, gradient norm {norm.item()} at step {step}"
+            f"{_where(torch.stack([score_0, score_1]), timesteps, captions)}: stopped before the update; "
+            "try a lower preference.optimizer.learning_rate"
         )
     warm = min(1.0, (step + 1) / max(settings.optimizer.warmup_steps, 1))
     for group in optimizer.param_groups:
@@ -128,6 +129,12 @@ def _update(
         "accuracy": right.mean().item() if decided.any() else 0.5,
         "gradient_norm": norm.item(),
     }
+
+
+def _where(scores: Tensor, timesteps: Tensor, captions: Sequence[str]) -> str:
+    """Timestep and prompt of the first pair [2,B] whose scores are not finite; nothing if all are."""
+    bad = (~scores.isfinite()).any(0).nonzero().flatten().tolist()
+    return f", timestep {int(timesteps[bad[0]])}, prompt {captions[bad[0]][:80]!r}" if bad else ""
 
 
 @torch.no_grad()
