@@ -6,7 +6,10 @@ import hashlib
 import io
 import os
 import shutil
-import warnings
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,38 +19,83 @@ import torch
 class CheckpointStore:
     """A folder of numbered states (tensors, numbers, strings and containers of them).
 
-    A file is a SHA-256 of the rest (32 bytes), then torch's own format. It is written beside its
-    final name, flushed to disk and renamed, so that a kill at any moment leaves the older ones whole.
+    A file is a SHA-256 (32 bytes) of its number and the rest, then torch's own format. It is written
+    beside its final name, flushed to disk and renamed, so that a kill at any moment leaves the older
+    ones whole. One process at a time writes to a folder.
     """
 
     def __init__(self, folder: Path, keep: int = 2) -> None:
         self.folder, self.keep = folder, keep
 
     def save(self, step: int, state: dict[str, Any]) -> None:
+        """Write a state; the older ones go only after it is safe on disk.
+
+        Raises:
+            OSError: it cannot be written (disk full, no permission); the older ones are as they were.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
         buffer = io.BytesIO()
         torch.save(state, buffer)
         data = buffer.getvalue()
-        partial = self.folder / f".partial-{os.getpid()}"
-        with partial.open("wb") as file:
-            file.write(hashlib.sha256(data).digest() + data)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.rename(self.folder / f"{step:08d}.ckpt")
+        partial = self.folder / ".partial"
+        try:
+            with partial.open("wb") as file:
+                file.write(_digest(step, data) + data)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.rename(self.folder / f"{step:08d}.ckpt")
+            self._flush_folder()
+        except OSError as error:
+            partial.unlink(missing_ok=True)
+            reason = f"checkpoint not written ({error.strerror}); the one before is whole"
+            raise OSError(error.errno, reason, str(self.folder)) from None
         for old in self._files()[: -self.keep]:
             old.unlink()
 
     def latest(self) -> tuple[int, dict[str, Any]] | None:
         """The newest state that is whole; torn or altered ones are named and passed over."""
         for path in reversed(self._files()):
-            data = path.read_bytes()
-            if hashlib.sha256(data[32:]).digest() == data[:32]:
-                return int(path.stem), torch.load(io.BytesIO(data[32:]), weights_only=True)
-            warnings.warn(f"{path}: damaged checkpoint, using the one before", stacklevel=2)
+            data, step = path.read_bytes(), int(path.stem)
+            if _digest(step, data[32:]) == data[:32]:
+                return step, torch.load(io.BytesIO(data[32:]), weights_only=True)
+            print(f"spo: {path}: damaged checkpoint, using the one before", file=sys.stderr)
         return None
 
     def clear(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _files(self) -> list[Path]:
-        return sorted(self.folder.glob("*.ckpt"))
+        return sorted(p for p in self.folder.glob("*.ckpt") if p.stem.isdecimal())
+
+    def _flush_folder(self) -> None:
+        """The rename itself survives a power cut."""
+        folder = os.open(self.folder, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def _digest(step: int, data: bytes) -> bytes:
+    return hashlib.sha256(b"%08d" % step + data).digest()
+
+
+@contextmanager
+def stop_on_signal() -> Iterator[list[int]]:
+    """A list that is filled when SIGTERM or Ctrl-C arrives, so that the step in hand is finished and saved.
+
+    A second signal stops at once.
+    """
+    stopped: list[int] = []
+
+    def note(number: int, frame: Any) -> None:
+        if stopped:
+            raise KeyboardInterrupt("stopped at once; the last checkpoint is whole")
+        stopped.append(number)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield stopped
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from spo import config
+from spo.spool import redact
 
 # stage: (what it does, its items)
 STAGES: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -29,12 +30,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         told.run(told)
     except (ValueError, FloatingPointError, OSError) as error:
-        print(f"spo: {error}", file=sys.stderr)
+        print(f"spo: {redact(str(error))}", file=sys.stderr)
+        return 2
+    except Exception as error:
+        if (reason := _shortage(error)) is None:
+            raise
+        print(f"spo: {reason}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
         print(f"spo: {stop or 'stopped'}", file=sys.stderr)
         return 130
     return 0
+
+
+def _shortage(error: Exception) -> str | None:
+    """One line for what the machine has too little of; None for a mistake of ours."""
+    text = (str(error).splitlines() or [""])[0]
+    if isinstance(error, MemoryError) or "can't allocate memory" in text or "out of memory" in text:
+        return f"out of memory ({text[:200] or 'this process'}); lower the stage's batch_size in params.yaml"
+    if type(error).__name__ == "SafetensorError":  # its writer has no OSError
+        return f"weights cannot be read or written ({text[:200]})"
+    return None
 
 
 def parser() -> argparse.ArgumentParser:

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 Positive = Annotated[int, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Rate = Annotated[float, Field(gt=0)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
 
 class ConfigError(ValueError):
@@ -21,7 +22,17 @@ class ConfigError(ValueError):
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_silent_conversion(cls, value: Any, told: ValidationInfo) -> Any:
+        """`steps: true` is no 1, and no path or name has characters that a file system refuses."""
+        if isinstance(value, bool) and cls.model_fields[str(told.field_name)].annotation is not bool:
+            raise ValueError("must not be true or false")
+        if isinstance(value, str) and any(c == "\0" or "\ud800" <= c <= "\udfff" for c in value):
+            raise ValueError("has a character that is none")
+        return value
 
 
 class Backbone(Section):
@@ -42,6 +53,7 @@ class Prompts(Section):
     evaluation: str
     pairs: str  # folder of preference shards whose captions must not meet the evaluation prompts
     vocabulary: str | None = None  # a file of allowed words, one a line
+    block_list: str | None = None  # a file of words and phrases that no prompt may have, one a line
     max_tokens: Positive = 77
     n_train: Positive
     n_validation: Count
@@ -140,7 +152,7 @@ class Generate(Section):
     split: Literal["test", "validation"] = "test"  # validation: for tuning
     num_inference_steps: Positive = 20
     eta: Annotated[float, Field(ge=0)] = 1.0
-    seed: int = 0
+    seed: Seed = 0
     batch_size: Positive = 16
     base: Variant
     base_high_guidance: Variant
@@ -187,7 +199,7 @@ class Params(Section):
     """The experiment."""
 
     name: str
-    seed: int = 0
+    seed: Seed = 0
     tracking: str | None = None  # MLflow's URI; None: MLFLOW_TRACKING_URI, else sqlite in the repository
     backbone: Backbone
     prompts: Prompts
@@ -211,12 +223,28 @@ def load(path: str | Path = "params.yaml") -> Params:
     """
     path = Path(path)
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        raw = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except FileNotFoundError:
         raise ConfigError(f"{path}: not found; run in the repository root, or `spo preset scenes`") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    except (yaml.YAMLError, ValueError) as error:
+        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())[:300]}") from None
+    except (RecursionError, TypeError, AttributeError):  # of PyYAML's constructors
+        raise ConfigError(f"{path}: not valid YAML: nested too deeply, or a tag of another kind") from None
     return validate(raw, source=str(path))
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML in which no key comes twice: the last would win without a word."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        seen = set[str]()
+        for name, _ in node.value if isinstance(node, yaml.MappingNode) else ():
+            if str(name.value) in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key {name.value!r} is there twice", name.start_mark
+                )
+            seen.add(str(name.value))
+        return super().construct_mapping(node, deep)
 
 
 def validate(raw: Any, source: str = "params.yaml") -> Params:
@@ -250,10 +278,18 @@ def _line(error: Any, source: str) -> str:
         known = _fields(error["loc"][:-1])
         near = difflib.get_close_matches(str(error["loc"][-1]), known, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
-        return f"{source}: unknown key {key!r}; {hint}"
+        return f"{source}: unknown key {key[:200]!r}; {hint}"
     if error["type"] == "missing":
         return f"{source}: key {key!r} is missing"
-    return f"{source}: {key}: {error['msg']} (got {error['input']!r})"
+    return f"{source}: {key}: {error['msg'].removeprefix('Value error, ')} (got {_short(error['input'])})"
+
+
+def _short(value: Any) -> str:
+    try:
+        text = repr(value)
+    except (RecursionError, ValueError):  # it contains itself, or a number of thousands of digits
+        text = type(value).__name__
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _fields(location: tuple[Any, ...]) -> list[str]:

@@ -110,9 +110,9 @@ class Spool:
                 offset += len(line)
                 try:
                     record = json.loads(line)
-                except ValueError:
+                except (ValueError, RecursionError):
                     continue
-                if line.endswith(b"\n"):
+                if line.endswith(b"\n") and isinstance(record, dict) and isinstance(record.get("op"), str):
                     yield offset, record
 
     def header(self) -> dict[str, Any]:
@@ -121,7 +121,19 @@ class Spool:
     def state(self) -> dict[str, dict[str, Any]]:
         """By store: the run's id there, and up to where the store has the records."""
         path = self.path.with_suffix(".state")
-        return json.loads(path.read_text()) if path.exists() else {}
+        try:
+            told = json.loads(path.read_bytes())
+            return {s: {"run_id": v["run_id"], "offset": max(0, int(v["offset"]))} for s, v in told.items()}
+        except (
+            FileNotFoundError,
+            ValueError,
+            KeyError,
+            TypeError,
+            AttributeError,
+            OverflowError,
+            RecursionError,
+        ):
+            return {}  # what is delivered twice changes nothing
 
     def mark(self, store: str, run_id: str, offset: int) -> None:
         path = self.path.with_suffix(".state")
@@ -154,23 +166,28 @@ def close_dead() -> None:
     for spool in spools():
         records = [record for _, record in spool.read()]
         writer = records[0].get("writer") if records else None
-        if writer is None or records[0]["shared"] or records[-1]["op"] == "end" or _alive(writer):
+        if (
+            not isinstance(writer, dict)
+            or records[0].get("shared")
+            or records[-1]["op"] == "end"
+            or _alive(writer)
+        ):
             continue
         spool.append("end", status="KILLED", time=int(spool.path.stat().st_mtime * 1000))
-        parent = Spool.find(records[0]["parent"]) if records[0]["parent"] else None
+        parent = Spool.find(records[0]["parent"]) if records[0].get("parent") else None
         if parent is not None:
-            parent.append("end", status="KILLED", child=records[0]["name"])
+            parent.append("end", status="KILLED", child=records[0].get("name"))
 
 
 def _alive(writer: dict[str, Any]) -> bool:
     """Whether the process lives; of another machine's it is assumed."""
     import psutil
 
-    if writer["node"] != platform.node():
+    if writer.get("node") != platform.node():
         return True
     try:
         return abs(psutil.Process(writer["pid"]).create_time() - writer["started"]) < 5
-    except psutil.NoSuchProcess:
+    except (psutil.NoSuchProcess, KeyError, TypeError, ValueError, OverflowError):
         return False
 
 

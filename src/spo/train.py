@@ -6,11 +6,9 @@ number of the iteration are the whole state: a resumed run equals an uninterrupt
 
 from __future__ import annotations
 
-import signal
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -21,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from spo import config
-from spo.checkpoint import CheckpointStore
+from spo.checkpoint import CheckpointStore, stop_on_signal
 from spo.diffusion.guidance import guided
 from spo.types import Backbone, Batch, Method
 
@@ -55,7 +53,7 @@ def run(
     state = _State(parameters, _adamw(parameters, optimizer))
     first = state.resume(checkpoints)
     started, seen = time.monotonic(), first
-    with _stop_on_sigterm() as stopped, tqdm(total=method.iterations, initial=first, unit="iteration") as bar:
+    with stop_on_signal() as stopped, tqdm(total=method.iterations, initial=first, unit="iteration") as bar:
         for iteration in range(first, method.iterations):
             batches, collected = method.collect(backbone, iteration)
             metrics = defaultdict[str, list[float]](list)
@@ -186,17 +184,3 @@ def _max_over_processes(value: Tensor) -> Tensor:
     from accelerate.utils import gather
 
     return gather(value.to(PartialState().device).view(1)).max()
-
-
-@contextmanager
-def _stop_on_sigterm() -> Iterator[list[int]]:
-    """A list that is filled when SIGTERM or Ctrl-C arrives: the update in hand is finished first."""
-    stopped: list[int] = []
-    before = {}
-    for number in (signal.SIGTERM, signal.SIGINT):
-        before[number] = signal.signal(number, lambda n, _: stopped.append(n))
-    try:
-        yield stopped
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -17,6 +17,8 @@ def manifest(name: str, revision: str | None = None) -> dict[str, Any]:
     Raises:
         ValueError: neither a path nor a hub id that can be reached.
     """
+    if "://" in name:
+        return _remote_manifest(name)
     path = Path(name)
     if path.exists():
         files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
@@ -24,6 +26,27 @@ def manifest(name: str, revision: str | None = None) -> dict[str, Any]:
     if name.count("/") == 1 and not name.startswith((".", "/", "data/", "outputs/")):
         return _hub_manifest(name, revision)
     raise ValueError(f"{name}: not there; run `make repro` or `dvc pull data.dvc`, or name it in params.yaml")
+
+
+def _remote_manifest(url: str) -> dict[str, Any]:
+    """Files of a URL (hf://datasets/..., s3://...) by the content's hash that their store gives."""
+    from fsspec.core import url_to_fs
+
+    try:
+        files, root = url_to_fs(url)
+        found = files.find(root, detail=True)
+        pins = {
+            p.removeprefix(root).lstrip("/"): info.get("blob_id") or files.ukey(p)
+            for p, info in found.items()
+        }
+    except Exception as error:  # each store has its own kinds
+        raise ValueError(
+            f"{url}: cannot be reached ({type(error).__name__}); download it where there is a network "
+            "and give its folder in params.yaml"
+        ) from None
+    if not pins:
+        raise ValueError(f"{url}: nothing is there; look at pairs.source in params.yaml")
+    return {"url": url, "files": pins}
 
 
 def _hub_manifest(name: str, revision: str | None) -> dict[str, Any]:

@@ -1,14 +1,15 @@
 """Preference pairs in Pick-a-Pic's schema: checked row by row, written as shards, read back one by one.
 
-Memory does not grow with the number of rows: shards are read in small batches.
+Memory does not grow with the number of rows: shards are read in small batches, from a local folder or
+through fsspec from a hub (`hf://datasets/OWNER/NAME@REVISION/data`) or another store, nothing being kept.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ from spo.types import PreferencePair
 
 NEEDED = ("caption", "jpg_0", "jpg_1", "label_0", "label_1")
 OPTIONAL = ("has_label", "num_example_per_prompt")
-READ_BATCH = 64
+READ_BATCH = 64  # rows
+BUFFER = 1 << 20  # bytes of a column that are read ahead; without it, a whole row group's column is
 
 
 @dataclass(frozen=True)
@@ -29,42 +31,84 @@ class Rejected:
     reason: str
 
 
-def shards(source: str | Path) -> list[Path]:
-    """The parquet files of a folder, in order.
+def is_remote(source: str | Path) -> bool:
+    """Whether it is a URL (hf://, s3://, memory://), not a path."""
+    return "://" in str(source)
+
+
+def shards(source: str | Path) -> list[str | Path]:
+    """The parquet files of a folder or of a URL, in order.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is none, or it cannot be reached.
     """
+    if is_remote(source):
+        return list(_remote_shards(str(source)))
     source = Path(source)
     found = sorted(source.rglob("*.parquet")) if source.is_dir() else [source] if source.exists() else []
     if not found:
         raise ValueError(f"{source}: no .parquet shards there; run `make repro` or `dvc pull data.dvc`")
-    return found
+    return list(found)
 
 
-def count_rows(paths: list[Path]) -> int:
+def _remote_shards(source: str) -> list[str]:
+    from fsspec.core import url_to_fs
+
+    try:
+        files, root = url_to_fs(source)
+        found = sorted(p for p in files.find(root) if p.endswith(".parquet"))
+    except Exception as error:  # each store has its own kinds
+        raise ValueError(
+            f"{source}: cannot be reached ({type(error).__name__}); download the shards where there is a "
+            "network and give their folder in params.yaml"
+        ) from None
+    if not found:
+        raise ValueError(f"{source}: no .parquet shards there; look at pairs.source in params.yaml")
+    return [str(files.unstrip_protocol(p)) for p in found]
+
+
+def count_rows(paths: Sequence[str | Path]) -> int:
     return sum(_open(path).metadata.num_rows for path in paths)
 
 
-def read_rows(paths: list[Path]) -> Iterator[tuple[PreferencePair | None, Rejected | None]]:
+def read_rows(paths: Sequence[str | Path]) -> Iterator[tuple[PreferencePair | None, Rejected | None]]:
     """Every row of the shards, as a pair or as a reason why it is none.
 
     Raises:
-        ValueError: a file is no parquet, or lacks a column.
+        ValueError: a file is no parquet, is damaged, or lacks a column.
     """
     for path in paths:
-        file, row = _open(path), 0
-        names = file.schema_arrow.names
+        names = _open(path).schema_arrow.names
         if missing := [c for c in NEEDED if c not in names]:
-            raise ValueError(f"{path}: no column {', '.join(missing)}; it has {', '.join(names)}")
+            told = ", ".join(names)[:300] or "nothing"
+            raise ValueError(f"{path}: no column {', '.join(missing)}; it has {told}")
         columns = [*NEEDED, *(c for c in OPTIONAL if c in names)]
-        for batch in file.iter_batches(batch_size=READ_BATCH, columns=columns):
-            for record in batch.to_pylist():
-                try:
-                    yield check(record), None
-                except ValueError as error:
-                    yield None, Rejected(path.name, row, str(error))
-                row += 1
+        name = str(path).rsplit("/", 1)[-1]
+        for row, record in enumerate(records(path, columns)):
+            try:
+                yield check(record), None
+            except ValueError as error:
+                yield None, Rejected(name, row, str(error))
+
+
+def read_captions(paths: Sequence[str | Path]) -> Iterator[str]:
+    for path in paths:
+        yield from (str(r["caption"] or "") for r in records(path, ["caption"]))
+
+
+def records(path: str | Path, columns: list[str]) -> Iterator[dict[str, Any]]:
+    """The rows of a parquet file, a few in memory at a time."""
+    import pyarrow
+
+    row = 0
+    try:
+        for batch in _open(path).iter_batches(batch_size=READ_BATCH, columns=columns):
+            told = batch.to_pylist()
+            yield from told
+            row += len(told)
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        reason = (str(error).splitlines() or ["torn"])[0][:120]
+        raise ValueError(f"{path}: damaged after row {row} ({reason}); fetch it again") from None
 
 
 def check(record: dict[str, Any]) -> PreferencePair:
@@ -79,7 +123,7 @@ def check(record: dict[str, Any]) -> PreferencePair:
     if not isinstance(caption, str) or not caption.strip():
         raise ValueError("caption is empty")
     labels = (record["label_0"], record["label_1"])
-    if labels not in ((1, 0), (0, 1), (0.5, 0.5)):
+    if any(not isinstance(v, int | float) for v in labels) or labels not in ((1, 0), (0, 1), (0.5, 0.5)):
         raise ValueError(f"labels are {labels[0]} and {labels[1]}; must be 1 and 0, 0 and 1, or .5 each")
     for name in ("jpg_0", "jpg_1"):
         if not isinstance(record[name], bytes):
@@ -90,8 +134,8 @@ def check(record: dict[str, Any]) -> PreferencePair:
             raise ValueError(f"{name}: {error}") from None
     examples = record.get("num_example_per_prompt")
     examples = 1 if examples is None else examples
-    if not examples >= 1:
-        raise ValueError(f"num_example_per_prompt is {examples}; must be at least 1")
+    if not isinstance(examples, int | float) or not 1 <= examples < float("inf"):
+        raise ValueError(f"num_example_per_prompt is {examples!r}; must be a number of at least 1")
     left, right = record["jpg_0"], record["jpg_1"]
     return PreferencePair(caption, left, right, float(labels[0]), float(labels[1]), 1.0 / examples)
 
@@ -131,18 +175,20 @@ class ShardWriter:
 
 def read_pairs(folder: str | Path) -> Iterator[PreferencePair]:
     """The pairs of a folder that ShardWriter wrote, in order."""
+    names = [f.name for f in fields(PreferencePair)]
     for path in shards(folder):
-        for batch in _open(path).iter_batches(batch_size=READ_BATCH):
-            yield from (PreferencePair(**record) for record in batch.to_pylist())
+        yield from (PreferencePair(**record) for record in records(path, names))
 
 
-def _open(path: Path) -> Any:
-    import pyarrow
+def _open(path: str | Path) -> Any:
     import pyarrow.parquet as pq
 
     try:
-        return pq.ParquetFile(path)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(
-            f"{path}: not a readable parquet file ({str(error).splitlines()[0][:120]})"
-        ) from None
+        if is_remote(path):
+            import fsspec
+
+            return pq.ParquetFile(fsspec.open(str(path), "rb").open(), buffer_size=BUFFER, pre_buffer=False)
+        return pq.ParquetFile(path, buffer_size=BUFFER, pre_buffer=False)
+    except Exception as error:  # pyarrow's kinds, and those of each store
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
+        raise ValueError(f"{path}: not a readable parquet file ({reason})") from None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import difflib
 import hashlib
+import io
 import json
 import re
 import unicodedata
@@ -12,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 COLUMNS = ("caption", "prompt", "text")  # looked for in this order, whatever their case
 
@@ -27,7 +28,7 @@ def read_prompts(path: str | Path) -> list[str]:
     if not path.exists():
         raise ValueError(f"{path}: no prompts there; run `make repro` or `dvc pull data.dvc`")
     readers: dict[str, Callable[[Path], list[str]]] = {
-        ".txt": lambda p: p.read_text(encoding="utf-8").splitlines(),
+        ".txt": _lines,
         ".json": _json,
         ".jsonl": _jsonl,
         ".csv": lambda p: _table(p, ","),
@@ -40,6 +41,14 @@ def read_prompts(path: str | Path) -> list[str]:
         return readers[path.suffix](path)
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 text at byte {error.start}") from None
+    except RecursionError:
+        raise ValueError(f"{path}: nested too deeply") from None
+
+
+def _lines(path: Path) -> list[str]:
+    """One prompt a line; U+2028 and the like are within a prompt, not its end."""
+    lines = path.read_text(encoding="utf-8-sig").split("\n")
+    return lines if lines[-1] else lines[:-1]
 
 
 def parquet_captions(path: Path) -> Iterator[str]:
@@ -52,10 +61,9 @@ def parquet_captions(path: Path) -> Iterator[str]:
         name = _column(file.schema_arrow.names, path)
         for batch in file.iter_batches(batch_size=1024, columns=[name]):
             yield from (str(c or "") for c in batch.column(0).to_pylist())
-    except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(
-            f"{path}: not a readable parquet file ({str(error).splitlines()[0][:120]})"
-        ) from None
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        reason = (str(error).splitlines() or ["torn"])[0][:120]
+        raise ValueError(f"{path}: not a readable parquet file ({reason})") from None
 
 
 def clean(prompt: str) -> str:
@@ -77,32 +85,69 @@ class Kept:
 
     prompts: list[str]
     left_out: Counter[str] = field(default_factory=Counter)
+    reasons: list[tuple[int, str]] = field(default_factory=list)  # (number in the list, why)
+
+
+@dataclass(frozen=True)
+class BlockList:
+    """Words and phrases that no prompt may have."""
+
+    pattern: re.Pattern[str]
+
+    @classmethod
+    def load(cls, path: str | Path) -> BlockList:
+        """From a text file: one word or phrase a line; empty lines and those that start with # are skipped.
+
+        Raises:
+            ValueError: no such file, or nothing in it.
+        """
+        if not Path(path).is_file():
+            raise ValueError(f"{path}: no block list there; look at prompts.block_list in params.yaml")
+        phrases = {key(line) for line in read_prompts(path) if not line.startswith("#")} - {""}
+        if not phrases:
+            raise ValueError(f"{path}: the block list is empty; leave prompts.block_list out instead")
+        told = "|".join(map(re.escape, sorted(phrases)))
+        return cls(re.compile(rf"(?:^| )(?:{told})(?:$| )"))
+
+    def __contains__(self, name: str) -> bool:
+        """Whether a prompt's key has one of them as whole words."""
+        return self.pattern.search(name) is not None
 
 
 def select(
-    prompts: Iterable[str], length: Callable[[str], int], max_tokens: int, forbidden: Iterable[str] = ()
+    prompts: Iterable[str],
+    length: Callable[[str], int],
+    max_tokens: int,
+    forbidden: Iterable[str] = (),
+    blocked: BlockList | None = None,
 ) -> Kept:
-    """Clean prompts and leave out empty, too long, repeated and forbidden ones.
+    """Clean prompts and leave out empty, blocked, too long, repeated and forbidden ones.
 
     Args:
         length: tokens of a prompt, with start and end.
         forbidden: keys (see `key`) of prompts that must not be among them.
     """
     kept, seen, never = Kept([]), set[str](), set(forbidden)
-    for raw in prompts:
+    for number, raw in enumerate(prompts):
         prompt = clean(raw)
         name = key(prompt)
+        reason = None
         if not name:
-            kept.left_out["empty"] += 1
+            reason = "empty"
         elif name in never:
-            kept.left_out["elsewhere"] += 1
+            reason = "elsewhere"
         elif name in seen:
-            kept.left_out["duplicate"] += 1
+            reason = "duplicate"
+        elif blocked is not None and name in blocked:
+            reason = "blocked"
         elif length(prompt) > max_tokens:
-            kept.left_out["too_long"] += 1
-        else:
+            reason = "too_long"
+        if reason is None:
             seen.add(name)
             kept.prompts.append(prompt)
+        else:
+            kept.left_out[reason] += 1
+            kept.reasons.append((number, reason))
     return kept
 
 
@@ -140,9 +185,13 @@ def _visible(character: str) -> bool:
 
 def _json(path: Path) -> list[str]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}: not JSON at line {error.lineno} ({error.msg})") from None
+    except UnicodeDecodeError:
+        raise
+    except ValueError as error:  # a number of thousands of digits
+        raise ValueError(f"{path}: {str(error)[:100]}") from None
     if not isinstance(content, list):
         raise ValueError(f"{path}: must be a list of captions, is a {type(content).__name__}")
     return [_caption(item, path, f"item {i}") for i, item in enumerate(content)]
@@ -150,13 +199,16 @@ def _json(path: Path) -> list[str]:
 
 def _jsonl(path: Path) -> list[str]:
     captions = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
         if not line.strip():
             continue
         try:
             captions.append(_caption(json.loads(line), path, f"line {number}"))
         except json.JSONDecodeError as error:
             raise ValueError(f"{path}: line {number} is not JSON ({error.msg})") from None
+        except ValueError as error:
+            told = str(error)[:300]
+            raise ValueError(told if str(path) in told else f"{path}: line {number}: {told}") from None
     return captions
 
 
@@ -171,10 +223,25 @@ def _caption(item: Any, path: Path, where: str) -> str:
 
 
 def _table(path: Path, delimiter: str) -> list[str]:
-    with path.open(encoding="utf-8", newline="") as file:
-        reader = csv.DictReader(file, delimiter=delimiter)
+    text = path.read_text(encoding="utf-8-sig")
+    try:
+        return _cells(text, path, delimiter, csv.QUOTE_MINIMAL)
+    except csv.Error as error:
+        if delimiter != "\t":
+            raise ValueError(f"{path}: {error}") from None
+    try:  # tabs need no quotes: in lists such as PartiPrompts a quote at the start is part of the prompt
+        return _cells(text, path, delimiter, csv.QUOTE_NONE)
+    except csv.Error as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def _cells(text: str, path: Path, delimiter: str, quoting: Literal[0, 3]) -> list[str]:
+    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, quoting=quoting, strict=True)
+    try:
         name = _column(list(reader.fieldnames or []), path)
         return [row[name] or "" for row in reader]
+    except csv.Error as error:
+        raise csv.Error(f"line {reader.line_num}: {error}") from None
 
 
 def _column(names: Sequence[str], path: Path, where: str = "the header") -> str:
@@ -182,5 +249,5 @@ def _column(names: Sequence[str], path: Path, where: str = "the header") -> str:
         for name in names:
             if name.casefold().lstrip("\ufeff") == wanted:
                 return name
-    told = ", ".join(map(str, names)) or "nothing"
+    told = ascii(", ".join(map(str, names)))[1:-1][:300] or "nothing"
     raise ValueError(f"{path}: {where} has no {', '.join(COLUMNS)}; it has {told}")

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from spo.checkpoint import CheckpointStore
+from spo.checkpoint import CheckpointStore, stop_on_signal
 from spo.config import Preference
 from spo.diffusion.noise import shuffled
 from spo.diffusion.schedule import Schedule
@@ -60,6 +60,7 @@ def train(
     Raises:
         ValueError: there are no pairs.
         FloatingPointError: a loss or gradient is not finite; the weights are those before the update.
+        KeyboardInterrupt: SIGTERM or Ctrl-C, after the state was saved.
     """
     if not len(pairs.captions):
         raise ValueError("preference: there are no training pairs; look at outputs/pairs/summary.json")
@@ -68,14 +69,17 @@ def train(
     schedule = schedule.to(backbone.device)
     model.train()
     bar = tqdm(range(first, settings.steps), "preference model", settings.steps, initial=first, unit="step")
-    for step in bar:
-        metrics = _update(model, tokenizer, backbone, schedule, pairs, settings, optimizer, seed, step)
-        _average(averaged, model, min(settings.ema, step / (step + 10)))
-        on_metrics(metrics, step + 1)
-        bar.set_postfix(loss=f"{metrics['loss']:.3f}", refresh=False)
-        if checkpoint and (step + 1) % settings.checkpoint_every == 0:
-            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-            checkpoint.save(step + 1, {**state, "averaged": averaged})
+    with stop_on_signal() as stopped:
+        for step in bar:
+            metrics = _update(model, tokenizer, backbone, schedule, pairs, settings, optimizer, seed, step)
+            _average(averaged, model, min(settings.ema, step / (step + 10)))
+            on_metrics(metrics, step + 1)
+            bar.set_postfix(loss=f"{metrics['loss']:.3f}", refresh=False)
+            if checkpoint and ((step + 1) % settings.checkpoint_every == 0 or stopped):
+                state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+                checkpoint.save(step + 1, {**state, "averaged": averaged})
+            if stopped:
+                raise KeyboardInterrupt(f"stopped after step {step + 1}; run it again to go on from there")
     if settings.ema:
         model.load_state_dict(averaged)
     model.eval()
@@ -117,8 +121,9 @@ def _update(
     )
     if not (loss.isfinite() and norm.isfinite()):
         raise FloatingPointError(
-            f"preference: loss {loss.item()}, gradient norm {norm.item()} at step {step}: stopped before "
-            "the update; try a lower preference.optimizer.learning_rate"
+            f"preference: loss {loss.item()}, gradient norm {norm.item()} at step {step}"
+            f"{_where(torch.stack([score_0, score_1]), timesteps, captions)}: stopped before the update; "
+            "try a lower preference.optimizer.learning_rate"
         )
     warm = min(1.0, (step + 1) / max(settings.optimizer.warmup_steps, 1))
     for group in optimizer.param_groups:
@@ -131,6 +136,12 @@ def _update(
         "accuracy": right.mean().item() if decided.any() else 0.5,
         "gradient_norm": norm.item(),
     }
+
+
+def _where(scores: Tensor, timesteps: Tensor, captions: Sequence[str]) -> str:
+    """Timestep and prompt of the first pair [2,B] whose scores are not finite; nothing if all are."""
+    bad = (~scores.isfinite()).any(0).nonzero().flatten().tolist()
+    return f", timestep {int(timesteps[bad[0]])}, prompt {captions[bad[0]][:80]!r}" if bad else ""
 
 
 @torch.no_grad()

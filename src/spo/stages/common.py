@@ -17,6 +17,7 @@ from pydantic import BaseModel
 
 from spo import tracking
 from spo.config import Params
+from spo.stages.lifeline import tied_to_dvc
 
 SCRATCH = Path(".spo")
 METRICS = Path("reports/metrics")
@@ -40,7 +41,7 @@ def stage(name: str, params: Params, item: str | None = None) -> Iterator[Any]:
         except BlockingIOError:
             raise ValueError(f"stage {full} already runs in this folder; wait for it or stop it") from None
         started = time.monotonic()
-        with tracking.stage_run(name, params.model_dump(), name=item) as run:
+        with tracking.stage_run(name, params.model_dump(), name=item) as run, tied_to_dvc():
             yield run
             run.log_metrics({"seconds": time.monotonic() - started}, step=0)
 

@@ -23,7 +23,7 @@ def run(params: Params, item: str | None = None) -> None:
         "aesthetic": [(score.aesthetic.clip, score.aesthetic.revision), (score.aesthetic.head, None)],
         "oracle": [(score.oracle, None)],
     }
-    named["prompts"].append((params.prompts.vocabulary, None))
+    named["prompts"] += [(params.prompts.vocabulary, None), (params.prompts.block_list, None)]
     with stage("inputs", params):
         for role, sources in named.items():
             found = [manifest(name, revision) for name, revision in sources if name is not None]

@@ -6,59 +6,70 @@ import csv
 import shutil
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
+from spo import config
 from spo.config import Params
-from spo.stages.common import require, stage, write_json
+from spo.stages.common import stage, write_json
 
 OUTPUT = Path("outputs/pairs")
+PARTS = ("train", "validation")
 
 
 def run(params: Params, item: str | None = None) -> None:
+    with stage("pairs", params) as tracked:
+        summary = prepare(params.pairs, params.seed, OUTPUT)
+        tracked.log_metrics({name: float(summary[name]) for name in (*PARTS, "set_aside")}, step=0)
+
+
+def prepare(section: config.Pairs, seed: int, output: Path) -> dict[str, Any]:
+    """Shards of `train` and `validation`, set_aside.csv and summary.json in `output`; the summary.
+
+    Memory does not grow with the number of rows.
+
+    Raises:
+        ValueError: too many bad rows, none left for a part, or a row that went uncounted.
+    """
     from tqdm import tqdm
 
-    from spo.data import pairs
+    from spo.data import pairs, sources
 
-    section = params.pairs
-    with stage("pairs", params) as tracked:
-        paths = pairs.shards(require(section.source, "preference pairs"))
-        total = pairs.count_rows(paths)
-        shutil.rmtree(OUTPUT, ignore_errors=True)
-        parts = {n: pairs.ShardWriter(OUTPUT / n, section.rows_per_shard) for n in ("train", "validation")}
-        rejected: list[pairs.Rejected] = []
-        left_out = Counter[str]()
-        for pair, reason in tqdm(pairs.read_rows(paths), "check pairs", total, unit="pair"):
-            if reason is not None:
-                rejected.append(reason)
+    total = sources.count_rows(section.source)
+    shutil.rmtree(output, ignore_errors=True)
+    parts = {name: pairs.ShardWriter(output / name, section.rows_per_shard) for name in PARTS}
+    left_out, bad = Counter[str](), 0
+    with (output / "set_aside.csv").open("w", newline="", encoding="utf-8", errors="replace") as file:
+        aside = csv.writer(file, lineterminator="\n")
+        aside.writerow(["shard", "row", "reason"])
+        for pair, reason in tqdm(sources.read_rows(section.source), "check pairs", total, unit="pair"):
+            if pair is None:
+                bad += 1
+                aside.writerow([reason.shard, reason.row, reason.reason] if reason else ["", "", ""])
             elif section.drop_ties and pair.label_0 == 0.5:
                 left_out["ties"] += 1
             else:
-                validation = pairs.is_validation(pair.caption, section.validation_fraction, params.seed)
+                validation = pairs.is_validation(pair.caption, section.validation_fraction, seed)
                 parts["validation" if validation else "train"].add(pair)
-        for writer in parts.values():
-            writer.close()
-        _write_rejected(rejected)
-        counts = {name: writer.count for name, writer in parts.items()}
-        labels = {name: dict(writer.labels) for name, writer in parts.items()}
-        summary = {"read": total, **counts, "set_aside": len(rejected), "left_out": dict(left_out)}
-        write_json(OUTPUT / "summary.json", {**summary, "labels": labels})
-        tracked.log_metrics({**counts, "set_aside": float(len(rejected))}, step=0)
-        _check(len(rejected), total, section.max_bad_fraction, counts)
+    for writer in parts.values():
+        writer.close()
+    counts = {name: writer.count for name, writer in parts.items()}
+    summary = {"read": total, **counts, "set_aside": bad, "left_out": dict(left_out)}
+    labels = {name: dict(writer.labels) for name, writer in parts.items()}
+    write_json(output / "summary.json", {**summary, "labels": labels})
+    _check(summary, section.max_bad_fraction, output)
+    return summary
 
 
-def _check(bad: int, total: int, bound: float, counts: dict[str, int]) -> None:
+def _check(summary: dict[str, Any], bound: float, output: Path) -> None:
+    total, bad = summary["read"], summary["set_aside"]
+    found = sum(summary[name] for name in PARTS) + bad + sum(summary["left_out"].values())
+    if found != total:
+        raise ValueError(f"pairs: {total} rows announced, {found} found; is the source being written to?")
     if bad > bound * total:
         raise ValueError(
             f"pairs: {bad} of {total} rows are bad, more than pairs.max_bad_fraction ({bound}); "
-            f"the reasons are in {OUTPUT}/set_aside.csv"
+            f"the reasons are in {output}/set_aside.csv"
         )
-    for name, count in counts.items():
-        if count == 0:
-            raise ValueError(f"pairs: none of {total} rows is left for {name}; see {OUTPUT}/summary.json")
-
-
-def _write_rejected(rejected: list) -> None:
-    """Shard, row and reason of each; nothing is dropped without a word."""
-    with (OUTPUT / "set_aside.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["shard", "row", "reason"])
-        writer.writerows([r.shard, r.row, r.reason] for r in rejected)
+    for name in PARTS:
+        if summary[name] == 0:
+            raise ValueError(f"pairs: none of {total} rows is left for {name}; see {output}/summary.json")

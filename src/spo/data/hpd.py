@@ -1,0 +1,124 @@
+"""Preference pairs in HPDv2's schema: a JSON list beside a folder of pictures, read one entry at a time.
+
+An entry has `prompt`, `file_path` (two pictures) and `human_preference` (1 at the better one, as in
+HPDv2's train.json; https://huggingface.co/datasets/ymhao/HPDv2).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TextIO
+
+from spo.data.pairs import Rejected, check
+from spo.types import PreferencePair
+
+BLOCK = 1 << 16  # characters read at a time
+LONGEST = 1 << 20  # characters of an entry
+PICTURES = (".", "train", "test", "images")  # where pictures lie, seen from the JSON file
+
+
+def count_rows(path: Path) -> int:
+    return sum(1 for _ in entries(path))
+
+
+def read_captions(path: Path) -> Iterator[str]:
+    for entry in entries(path):
+        yield str(entry.get("prompt") or "") if isinstance(entry, dict) else ""
+
+
+def read_rows(path: Path) -> Iterator[tuple[PreferencePair | None, Rejected | None]]:
+    """Every entry as a pair or as a reason why it is none; as `spo.data.pairs.read_rows`."""
+    for row, entry in enumerate(entries(path)):
+        try:
+            yield check(_record(entry, path.parent)), None
+        except ValueError as error:
+            yield None, Rejected(path.name, row, str(error))
+
+
+def entries(path: Path) -> Iterator[Any]:
+    """The items of a JSON list, one in memory at a time.
+
+    Raises:
+        ValueError: not a JSON list, or one that is torn.
+    """
+    number = 0
+    try:
+        with path.open(encoding="utf-8-sig") as file:
+            for entry in _items(file):
+                yield entry
+                number += 1
+    except UnicodeDecodeError:
+        raise ValueError(f"{path}: not UTF-8 text after entry {number}") from None
+    except RecursionError:
+        raise ValueError(f"{path}: entry {number} is nested too deeply") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: entry {number}: {error}") from None
+
+
+def _items(file: TextIO) -> Iterator[Any]:
+    text = file.read(BLOCK).lstrip()
+    if not text.startswith("["):
+        raise ValueError("must be a JSON list of entries")
+    text = text[1:].lstrip()
+    while not text.startswith("]"):
+        item, text = _next(file, text)
+        yield item
+        if not text.startswith((",", "]")):
+            raise ValueError("after it there is neither a comma nor the end")
+        text = text.removeprefix(",").lstrip()
+    _nothing_more(text[1:] + file.read(BLOCK))
+
+
+def _next(file: TextIO, text: str) -> tuple[Any, str]:
+    """The item that the text begins with, and what follows it; reads on as far as is needed."""
+    decoder = json.JSONDecoder()
+    while True:
+        try:
+            item, end = decoder.raw_decode(text)
+            if rest := text[end:].lstrip():
+                return item, rest
+        except json.JSONDecodeError:
+            pass
+        more = file.read(BLOCK) if len(text) < LONGEST else ""
+        if not more:
+            raise ValueError("not JSON, or torn")
+        text = (text + more).lstrip()
+
+
+def _nothing_more(text: str) -> None:
+    if text.strip():
+        raise ValueError("there is more after the end of the list")
+
+
+def _record(entry: Any, folder: Path) -> dict[str, Any]:
+    """An entry in Pick-a-Pic's columns."""
+    if not isinstance(entry, dict):
+        raise ValueError(f"is a {type(entry).__name__}, no object")
+    if missing := [k for k in ("prompt", "file_path", "human_preference") if k not in entry]:
+        raise ValueError(f"no {', '.join(missing)}")
+    files, votes = entry["file_path"], entry["human_preference"]
+    for name, value in (("file_path", files), ("human_preference", votes)):
+        if not isinstance(value, list) or len(value) != 2:
+            raise ValueError(f"{name} must have two items")
+    if votes == [1, 1] or votes == [0, 0]:
+        votes = [0.5, 0.5]
+    pictures = [_read_picture(folder, name) for name in files]
+    labels = {"label_0": votes[0], "label_1": votes[1]}
+    return {"caption": entry["prompt"], "jpg_0": pictures[0], "jpg_1": pictures[1], **labels}
+
+
+def _read_picture(folder: Path, name: Any) -> bytes:
+    if not isinstance(name, str) or "\0" in name or not name:
+        raise ValueError(f"file_path {str(name)[:80]!r} is no name of a file")
+    for part in PICTURES:
+        path = (folder / part / name).resolve()
+        if not path.is_relative_to(folder.resolve()):
+            raise ValueError(f"file_path {name[:80]!r} leads out of the data set")
+        try:
+            if path.is_file():
+                return path.read_bytes()
+        except OSError:
+            break
+    raise ValueError(f"file_path {name[:80]!r}: no such picture")

@@ -1,0 +1,43 @@
+"""Preference data wherever it comes from: parquet shards in Pick-a-Pic's schema, or HPDv2's JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from spo.data import hpd, pairs
+from spo.types import PreferencePair
+
+HPD = "train.json"
+
+
+def count_rows(source: str | Path) -> int:
+    file = _hpd_file(source)
+    return hpd.count_rows(file) if file else pairs.count_rows(pairs.shards(source))
+
+
+def read_rows(source: str | Path) -> Iterator[tuple[PreferencePair | None, pairs.Rejected | None]]:
+    """Every row as a pair or as a reason why it is none.
+
+    Raises:
+        ValueError: nothing is there, or a file is damaged or of another schema.
+    """
+    file = _hpd_file(source)
+    return hpd.read_rows(file) if file else pairs.read_rows(pairs.shards(source))
+
+
+def read_captions(source: str | Path) -> Iterator[str]:
+    file = _hpd_file(source)
+    return hpd.read_captions(file) if file else pairs.read_captions(pairs.shards(source))
+
+
+def _hpd_file(source: str | Path) -> Path | None:
+    """HPDv2's list: the source itself, or `train.json` in a folder without shards."""
+    if pairs.is_remote(source):
+        return None
+    path = Path(source)
+    if path.suffix == ".json" and path.is_file():
+        return path
+    if (path / HPD).is_file() and not any(path.rglob("*.parquet")):
+        return path / HPD
+    return None

@@ -1,0 +1,217 @@
+"""Preference data and prompts as the stages prepare them: every row is used, left out or set aside."""
+
+import csv
+import io
+import json
+import random
+from pathlib import Path
+
+import fsspec
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from spo import config
+from spo.data import hpd, pairs, sources
+from spo.data.inputs import manifest
+from spo.stages import pairs as pairs_stage
+from spo.stages import prompts as prompts_stage
+
+
+def png(value: int = 0) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(np.full((8, 8, 3), value, np.uint8)).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def frame(rows: int, bad: int = 0, ties: int = 0) -> pd.DataFrame:
+    told = pd.DataFrame({"caption": [f"caption {i}" for i in range(rows)], "jpg_0": png(1), "jpg_1": png(9)})
+    told["label_0"], told["label_1"] = 1.0, 0.0
+    told.loc[told.index[:bad], "label_0"] = 0.7
+    told.loc[told.index[bad : bad + ties], ["label_0", "label_1"]] = 0.5
+    return told
+
+
+def section(source, **changes) -> config.Pairs:
+    return config.Pairs(
+        **{"source": str(source), "validation_fraction": 0.3, "max_bad_fraction": 0.2} | changes
+    )
+
+
+def test_rows_in_are_rows_out_and_set_aside(tmp_path) -> None:
+    frame(40, bad=5, ties=7).to_parquet(tmp_path / "a.parquet")
+    frame(48).tail(10).to_parquet(tmp_path / "b.parquet")
+    out = tmp_path / "out"
+    summary = pairs_stage.prepare(section(tmp_path, drop_ties=True), 0, out)
+    assert summary["read"] == 50 and summary["set_aside"] == 5 and summary["left_out"] == {"ties": 7}
+    assert summary["train"] + summary["validation"] + 5 + 7 == 50
+    written = [p for part in ("train", "validation") for p in pairs.read_pairs(out / part)]
+    assert len(written) == 38 and len({p.caption for p in written}) == 38
+    rows = list(csv.DictReader((out / "set_aside.csv").open()))
+    assert [(r["shard"], r["row"]) for r in rows] == [("a.parquet", str(i)) for i in range(5)]
+    assert "0.7" in rows[0]["reason"]
+
+
+def test_a_row_that_goes_uncounted_is_an_error(tmp_path, monkeypatch) -> None:
+    frame(20).to_parquet(tmp_path / "a.parquet")
+    monkeypatch.setattr(sources, "count_rows", lambda source: 21)
+    with pytest.raises(ValueError, match="21 rows announced, 20 found"):
+        pairs_stage.prepare(section(tmp_path), 0, tmp_path / "out")
+
+
+def test_more_bad_rows_than_the_bound_is_an_error(tmp_path) -> None:
+    frame(20, bad=5).to_parquet(tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=r"5 of 20 rows are bad.*set_aside.csv"):
+        pairs_stage.prepare(section(tmp_path), 0, tmp_path / "out")
+    assert len((tmp_path / "out/set_aside.csv").read_text().splitlines()) == 6
+
+
+def hpd_data(folder: Path, n: int = 30) -> None:
+    (folder / "train").mkdir(parents=True)
+    for name in ("a.png", "b.png"):
+        (folder / "train" / name).write_bytes(png())
+    votes = ([1, 0], [0, 1], [1, 1])
+    entries = [
+        {
+            "prompt": f"p {i}, «é»",
+            "human_preference": votes[i % 3],
+            "file_path": ["a.png", "b.png"],
+            "more": {},
+        }
+        for i in range(n)
+    ]
+    (folder / "train.json").write_text(
+        json.dumps(entries, ensure_ascii=False, indent=random.choice((None, 2)))
+    )
+
+
+@pytest.mark.parametrize("block", [7, 1 << 16])
+def test_hpd_comes_back_in_order_with_its_labels(tmp_path, monkeypatch, block: int) -> None:
+    monkeypatch.setattr(hpd, "BLOCK", block)  # entries that span several reads
+    hpd_data(tmp_path / "h")
+    told = [pair for pair, _ in sources.read_rows(tmp_path / "h")]
+    assert [p.label_0 for p in told[:3]] == [1, 0, 0.5] and told[29].caption == "p 29, «é»"
+    assert list(sources.read_captions(tmp_path / "h"))[2] == "p 2, «é»"
+    summary = pairs_stage.prepare(section(tmp_path / "h"), 0, tmp_path / "out")
+    assert summary["read"] == 30 == summary["train"] + summary["validation"]
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"file_path": ["a.png", "../../secret.png"]}, "leads out of the data set"),
+        ({"file_path": ["a.png", "gone.png"]}, "no such picture"),
+        ({"file_path": ["a.png"]}, "file_path must have two"),
+        ({"human_preference": [2, 0]}, "labels are 2 and 0"),
+        ({"prompt": ""}, "caption is empty"),
+    ],
+)
+def test_bad_entries_of_hpd_are_set_aside(tmp_path, change, reason) -> None:
+    hpd_data(tmp_path / "h", 3)
+    (tmp_path / "secret.png").write_bytes(png())
+    entries = json.loads((tmp_path / "h/train.json").read_text())
+    entries[1] |= change
+    (tmp_path / "h/train.json").write_text(json.dumps(entries))
+    told = list(hpd.read_rows(tmp_path / "h/train.json"))
+    assert [p is not None for p, _ in told] == [True, False, True]
+    assert told[1][1].row == 1 and reason in told[1][1].reason
+
+
+def test_shards_stream_from_a_url(tmp_path) -> None:
+    """The same path as hf://datasets/..., whose client is one of fsspec's."""
+    store = fsspec.filesystem("memory")
+    with store.open("/data/train-0.parquet", "wb") as file:
+        frame(20, bad=1).to_parquet(file)
+    url = "memory://data"
+    assert sources.count_rows(url) == 20
+    told = list(sources.read_rows(url))
+    assert told[0][1].shard == "train-0.parquet" and told[5][0].caption == "caption 5"
+    assert list(manifest(url)["files"]) == ["train-0.parquet"]
+
+
+@pytest.mark.parametrize("read", [sources.count_rows, manifest])
+def test_a_hub_without_network_is_one_line(read) -> None:
+    with pytest.raises(ValueError, match="someone/pairs: cannot be reached.*params.yaml") as error:
+        read("hf://datasets/someone/pairs")
+    assert "\n" not in str(error.value)
+
+
+def test_memory_does_not_grow_with_the_rows(tmp_path) -> None:
+    """Arrow's peak; a column of 20,000 pictures in one row group is 20 MB."""
+    import pyarrow
+
+    default, peaks = pyarrow.default_memory_pool(), {}
+    for rows in (1000, 20000):
+        told = frame(rows, bad=rows)
+        told["jpg_1"] = [random.Random(i).randbytes(1000) for i in range(rows)]
+        told.to_parquet(tmp_path / f"{rows}.parquet", row_group_size=rows, compression=None)
+        pool = pyarrow.proxy_memory_pool(pyarrow.system_memory_pool())
+        pyarrow.set_memory_pool(pool)
+        try:
+            assert sum(1 for _ in sources.read_rows(tmp_path / f"{rows}.parquet")) == rows
+        finally:
+            pyarrow.set_memory_pool(default)
+        peaks[rows] = pool.max_memory()
+    assert peaks[20000] < 8e6 and peaks[20000] < 2 * peaks[1000] + 4e6, peaks
+
+
+def prompt_section(folder, **changes) -> config.Prompts:
+    told = {"train": folder / "t.json", "evaluation": folder / "e.tsv", "pairs": folder / "pairs"}
+    numbers = {"n_train": 2, "n_validation": 1, "n_test": 1, "max_tokens": 6}
+    return config.Prompts(**{k: str(v) for k, v in told.items()} | numbers | changes)
+
+
+@pytest.fixture
+def lists(tmp_path):
+    train = [
+        "a cat",
+        "A  Cat!",
+        "a dog",
+        "shown before",
+        "a gory scene",
+        "one two three four five six seven",
+        "",
+    ]
+    rows = [{"caption": c, "trainset_idx": i} for i, c in enumerate(train)]
+    (tmp_path / "t.json").write_text(json.dumps(rows))
+    lines = [
+        "Prompt\tCategory\tChallenge\tNote",
+        "Shown  before\tA\tB\t",
+        "caption 3\tA\tB\t",
+        "x\u0301 y\tA\tB\t",
+    ]
+    (tmp_path / "e.tsv").write_text("\n".join([*lines, "m n\tA\tB\t", "o p\tA\tB\t"]))
+    (tmp_path / "block.txt").write_text("# not in training\nGory\n")
+    (tmp_path / "pairs").mkdir()
+    frame(5).to_parquet(tmp_path / "pairs/a.parquet")
+    return tmp_path
+
+
+def test_prompts_in_are_prompts_out_and_left_out(lists) -> None:
+    told = prompt_section(lists, block_list=str(lists / "block.txt"))
+    summary = prompts_stage.prepare(told, 0, lambda p: len(p.split()), lists / "out")
+    out = {"duplicate": 1, "elsewhere": 1, "blocked": 1, "too_long": 1, "empty": 1}
+    assert summary["left_out"]["train"] == out and summary["left_out"]["evaluation"] == {"elsewhere": 1}
+    for name, used in (("train", ["train"]), ("evaluation", ["test", "validation"])):
+        told = sum(summary[n] for n in used) + sum(summary["left_out"][name].values())
+        assert told + summary["not_needed"][name] == summary["read"][name]
+    rows = list(csv.reader((lists / "out/set_aside.csv").open()))
+    assert ["train", "4", "blocked"] in rows and ["evaluation", "1", "elsewhere"] in rows
+    assert (lists / "out/train.txt").read_text().splitlines() == sorted(
+        ["a cat", "a dog"], key=(lists / "out/train.txt").read_text().index
+    )
+
+
+def test_a_block_list_that_is_missing_or_empty_is_refused(lists) -> None:
+    (lists / "empty.txt").write_text("# nothing\n")
+    for name in ("empty.txt", "gone.txt"):
+        with pytest.raises(ValueError, match=name):
+            prompts_stage.prepare(prompt_section(lists, block_list=str(lists / name)), 0, len, lists / "out")
+
+
+def test_a_blocked_word_is_a_whole_word(lists) -> None:
+    from spo.data.prompts import BlockList, key
+
+    blocked = BlockList.load(lists / "block.txt")
+    assert key("so GORY!") in blocked and key("allegory") not in blocked

@@ -1,0 +1,143 @@
+"""Killed parents, full disks, read-only folders, too little memory: a line, and the last good state."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from spo import cli
+from spo.checkpoint import CheckpointStore
+
+STAGE = """
+import sys, time
+from pathlib import Path
+from spo.stages.lifeline import tied_to_dvc
+with tied_to_dvc():
+    while True:
+        with open(sys.argv[1], "a") as file:
+            file.write("x")
+        time.sleep(0.05)
+"""
+
+
+def until(condition, seconds: float = 30.0) -> bool:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if condition():
+            return True
+        time.sleep(0.05)
+    return False
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_stage_ends_with_the_dvc_that_started_it(tmp_path: Path, number: int) -> None:
+    """A process that looks like `dvc repro`, a shell (which lives on) and a stage under it."""
+    (tmp_path / "dvc").write_text(
+        "import subprocess, sys\nsubprocess.run(['sh', '-c', sys.argv[2] + '; true'])\n"
+    )
+    (tmp_path / "stage.py").write_text(STAGE)
+    command = f"{sys.executable} {tmp_path / 'stage.py'} {tmp_path / 'out'}"
+    dvc = subprocess.Popen([sys.executable, str(tmp_path / "dvc"), "repro", command])
+    assert until((tmp_path / "out").exists)
+    stage = next(
+        p for p in psutil.Process(dvc.pid).children(recursive=True) if "stage.py" in str(p.cmdline()[1:2])
+    )
+    dvc.send_signal(number)
+    assert until(lambda: not stage.is_running() or stage.status() == psutil.STATUS_ZOMBIE)
+    size = (tmp_path / "out").stat().st_size
+    time.sleep(0.3)
+    assert (tmp_path / "out").stat().st_size == size
+    dvc.wait()
+
+
+SAVE = """
+import resource, signal, sys, torch
+from pathlib import Path
+from spo.checkpoint import CheckpointStore
+store = CheckpointStore(Path(sys.argv[1]))
+store.save(1, {"x": torch.ones(100)})
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+store.save(2, {"x": torch.zeros(100_000)})
+"""
+
+
+def test_a_checkpoint_that_does_not_fit_leaves_the_one_before(tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", SAVE, str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode and "checkpoint not written" in done.stderr.splitlines()[-1]
+    assert [p.name for p in tmp_path.iterdir()] == ["00000001.ckpt"]
+    step, state = CheckpointStore(tmp_path).latest()
+    assert step == 1 and state["x"].sum() == 100
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount")
+def test_a_full_disk_leaves_the_checkpoint_before(tmp_path: Path) -> None:
+    options = ["mount", "-t", "tmpfs", "-o", "size=64k", "spo", str(tmp_path)]
+    if subprocess.run(options, capture_output=True).returncode:
+        pytest.skip("no mounts here")
+    try:
+        store = CheckpointStore(tmp_path)
+        store.save(1, {"x": torch.ones(100)})
+        with pytest.raises(OSError, match="No space left.*the one before is whole"):
+            store.save(2, {"x": torch.zeros(100_000)})
+        assert store.latest()[0] == 1 and len(list(tmp_path.iterdir())) == 1
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+def test_a_checkpoint_under_another_number_is_not_used(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path)
+    store.save(1, {"x": torch.ones(1)})
+    store.save(2, {"x": torch.zeros(1)})
+    (tmp_path / "00000002.ckpt").rename(tmp_path / "00000009.ckpt")
+    assert store.latest()[0] == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (MemoryError(), "out of memory"),
+        (
+            RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"),
+            "lower the stage's batch_size",
+        ),
+        (OSError(28, "No space left on device", "outputs/x"), "outputs/x"),
+        (ValueError("http://me:planted-token@host/x?token=planted-token is away"), "***@host"),
+    ],
+)
+def test_what_the_machine_lacks_is_one_line_without_secrets(
+    capsys, monkeypatch, tmp_path, error, told
+) -> None:
+    def fail(arguments) -> None:
+        raise error
+
+    monkeypatch.setattr(cli, "_run_preset", fail)
+    assert cli.main(["preset", "smoke"]) == 2
+    line = capsys.readouterr().err
+    assert told in line and line.count("\n") == 1 and "planted-token" not in line
+
+
+def test_a_mistake_of_ours_is_not_hidden(monkeypatch) -> None:
+    def fail(arguments) -> None:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(cli, "_run_preset", fail)
+    with pytest.raises(RuntimeError, match="a bug"):
+        cli.main(["preset", "smoke"])
+
+
+def test_memory_really_exhausted_is_one_line(tmp_path: Path) -> None:
+    code = (
+        "import resource, sys, torch; from spo import cli\n"
+        "cli._run_preset = lambda told: torch.zeros(2**36)\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (2**35, 2**35))\n"
+        "sys.exit(cli.main(['preset', 'smoke']))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.startswith("spo: out of memory"), done.stderr
+    assert done.stderr.count("\n") == 1

@@ -1,0 +1,92 @@
+"""The training loop killed again and again, also while it writes a checkpoint, ends with the same bits."""
+
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from spo import config, train
+from spo.checkpoint import CheckpointStore
+from spo.types import Batch, Conditioning
+
+ITERATIONS = 30
+pytestmark = pytest.mark.smoke
+
+
+class Line:
+    """A linear model of eight numbers; the reference predicts nothing."""
+
+    device = torch.device("cpu")
+
+    def __init__(self) -> None:
+        self.values = torch.nn.Parameter(torch.linspace(-1, 1, 8))
+
+    def encode_prompts(self, prompts):
+        return Conditioning({"text": torch.zeros(len(prompts), 1)})
+
+    def predict(self, x_t, timesteps, conditioning, *, reference=False):
+        return torch.zeros_like(x_t) if reference else x_t * self.values.view(1, 8, 1, 1)
+
+    def trainable_parameters(self):
+        return [self.values]
+
+
+class Noise:
+    """Fits noise that belongs to the iteration; slow enough to be killed in the middle."""
+
+    schedule = config = None
+    guidance, iterations = 1.0, ITERATIONS
+
+    def collect(self, backbone, iteration):
+        time.sleep(0.003)
+        x_t = torch.randn(4, 8, 2, 2, generator=torch.Generator().manual_seed(iteration))
+        return [
+            Batch(x_t, torch.zeros(4, dtype=torch.int64), backbone.encode_prompts([""] * 4), torch.ones(4))
+        ], {}
+
+    def loss(self, policy, reference, batch, schedule, settings):
+        losses = (policy - batch.x_t.roll(1, 1)).square().flatten(1).sum(1)
+        return losses, {"loss": losses.detach().mean()}
+
+
+def fit(folder: Path, slow_disk: bool = False) -> torch.Tensor:
+    if slow_disk:  # so that kills fall into the writing of a checkpoint
+        fsync = os.fsync
+        os.fsync = lambda number: (time.sleep(0.004), fsync(number))[1]
+    model = Line()
+    settings = config.Optimizer(learning_rate=0.05, weight_decay=0.01)
+    told = {"seed": 0, "checkpoint_every": 2, "on_metrics": lambda m, s: None}
+    train.run(model, Noise(), settings, checkpoints=CheckpointStore(folder), **told)
+    return model.values.detach()
+
+
+def attempt(folder: Path, result: Path, number: int, wait: float) -> int:
+    """One training in a process of its own, killed after `wait` seconds; its wait status."""
+    child = os.fork()
+    if child == 0:
+        try:
+            torch.save(fit(folder, slow_disk=True), result)
+            os._exit(0)
+        except BaseException:
+            os._exit(1)
+    time.sleep(wait)
+    os.kill(child, number)
+    return os.waitpid(child, 0)[1]
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_killed_at_random_is_uninterrupted_bit_for_bit(tmp_path: Path, number: int) -> None:
+    draw, kills = random.Random(int(number)), 0
+    store, result, reached = CheckpointStore(tmp_path / "c"), tmp_path / "result", 0
+    while attempt(tmp_path / "c", result, number, draw.uniform(0.01, 0.12) + 0.01 * kills):
+        kills += 1
+        step = (store.latest() or (0, {}))[0]
+        assert step >= reached, "a checkpoint was lost"
+        reached = step
+        assert kills < 200
+    assert kills >= 1
+    assert torch.equal(torch.load(result), fit(tmp_path / "whole"))
