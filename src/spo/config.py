@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 Positive = Annotated[int, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
@@ -66,6 +66,7 @@ class Optimizer(Section):
     epsilon: Rate = 1e-8
     warmup_steps: Count = 0
     max_grad_norm: Rate | None = 1.0
+    eight_bit: bool = False  # AdamW with 8-bit state, by bitsandbytes
 
 
 class Preference(Section):
@@ -105,11 +106,25 @@ class Spo(Section):
     eta: Annotated[float, Field(gt=0)] = 1.0
     guidance: float = 5.0
     divert_start_step: Count = 4
+    timestep_range: tuple[Count, Count] | None = None  # lowest and highest t of x_t that gives pairs
+    inner_steps: Positive = 1  # denoising steps of the K branches before they are judged (SDXL: 3)
+    pair_choice: Literal["best_worst", "random"] = "best_worst"  # two of the K candidates
+    resampler: Literal["random", "win", "lose"] = "random"  # the candidate that the rollout goes on from
     threshold: Fraction = 0.3  # at the first diverted step
-    threshold_end: Fraction | None = None  # at the last; linear in the step between. None: constant
+    threshold_end: Fraction | None = None  # at the last; linear in `threshold_by` between. None: constant
+    threshold_by: Literal["step", "timestep", "sigma"] = "step"  # sigma: DDIM's at eta (arXiv 2502.01051)
     beta: Rate = 10.0
     clip: Rate = 0.1
+    gradient_accumulation: Positive = 1  # parts in which an update's batch goes through the UNet
+    gradient_checkpointing: bool = False  # less memory, one more forward
     checkpoint_every: Positive = 5
+
+    @field_validator("timestep_range")
+    @classmethod
+    def _ordered(cls, value: tuple[int, int] | None) -> tuple[int, int] | None:
+        if value is not None and value[0] > value[1]:
+            raise ValueError("the lowest timestep comes first, as in [0, 750]")
+        return value
 
 
 class DiffusionDpo(Section):
@@ -120,6 +135,8 @@ class DiffusionDpo(Section):
     iterations: Positive  # optimizer updates
     batch_size: Positive  # pairs an update
     beta: Rate = 2000.0
+    gradient_accumulation: Positive = 1  # parts in which an update's batch goes through the UNet
+    gradient_checkpointing: bool = False  # less memory, one more forward
     checkpoint_every: Positive = 50
 
 

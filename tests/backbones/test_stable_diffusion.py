@@ -68,6 +68,26 @@ def test_only_the_adapter_trains(load, family) -> None:
     assert all(p.grad is None for p in frozen if not p.requires_grad)
 
 
+def test_gradient_checkpointing_computes_the_blocks_again(load, family) -> None:
+    gradients, forwards = [], []
+    for again in (False, True):
+        backbone = load(family)
+        backbone.add_lora(LORA, seed=0)
+        pretend_training(backbone)
+        if again:
+            backbone.checkpoint_gradients()
+        calls: list[None] = []
+        backbone.unet.up_blocks[0].resnets[0].register_forward_hook(
+            lambda *_, calls=calls: calls.append(None)
+        )
+        backbone.predict(*inputs(backbone)).square().mean().backward()
+        gradients.append([p.grad for p in backbone.trainable_parameters()])
+        forwards.append(len(calls))
+    assert forwards == [1, 2]
+    for plain, checkpointed in zip(*gradients, strict=True):
+        assert torch.allclose(plain, checkpointed, atol=1e-7) and plain.abs().max() > 0
+
+
 def test_the_seed_alone_decides_the_adapter(load, family) -> None:
     def weights(seed: int) -> torch.Tensor:
         backbone = load(family)

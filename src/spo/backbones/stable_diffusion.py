@@ -85,6 +85,10 @@ class StableDiffusion:
         with torch.no_grad():
             yield
 
+    def checkpoint_gradients(self) -> None:
+        """Activations inside the UNet's blocks are computed again in the backward pass, not kept."""
+        self.unet.enable_gradient_checkpointing()
+
     def add_lora(self, settings: config.Lora, seed: int) -> None:
         lora.add(self.unet, settings, seed)
 

@@ -17,15 +17,18 @@ OUTPUT = Path("outputs/align")
 
 
 def run(params: Params, item: str) -> None:
-    from spo import backbones, train
+    from spo import backbones, optimizer, train
     from spo.checkpoint import CheckpointStore
     from spo.stages.generate import device
 
     section = getattr(params.align, item)
+    optimizer.check(section.optimizer)
     with stage("align", params, item) as tracked:
         started = time.monotonic()
         backbone = backbones.load(params.backbone, device())
         backbone.add_lora(section.lora, params.seed)
+        if section.gradient_checkpointing:
+            backbone.checkpoint_gradients()
         method = BUILD[item](params, backbone)
         scratch = _scratch(params, item)
         curve = Curve(tracked, scratch)
