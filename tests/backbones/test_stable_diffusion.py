@@ -77,7 +77,7 @@ def test_gradient_checkpointing_computes_the_blocks_again(load, family) -> None:
         if again:
             backbone.checkpoint_gradients()
         calls: list[None] = []
-        backbone.unet.up_blocks[0].resnets[0].register_forward_hook(
+        backbone.unet.up_blocks[0].resnets[0].register_forward_pre_hook(
             lambda *_, calls=calls: calls.append(None)
         )
         backbone.predict(*inputs(backbone)).square().mean().backward()

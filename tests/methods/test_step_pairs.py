@@ -113,7 +113,10 @@ def test_inner_steps_share_one_judgement_and_part_after_the_first(backbone, judg
     lose_row, length = batch.targets["lose_row"], batch.conditioning.tensors["length"]
     assert torch.equal(batch.timesteps[lose_row], batch.timesteps[:pairs])
     assert torch.equal(length[lose_row], length[:pairs])
-    row = {(t, float(n)): i for i, (t, n) in enumerate(zip(batch.timesteps[:pairs].tolist(), length))}
+    row = {
+        (t, float(n)): i
+        for i, (t, n) in enumerate(zip(batch.timesteps[:pairs].tolist(), length[:pairs], strict=True))
+    }
     for (t, n), i in row.items():
         first_of_block = t in (801, 401)
         assert (int(lose_row[i]) == i) == first_of_block
@@ -135,7 +138,7 @@ def test_the_loss_of_parted_branches_is_that_of_two_forwards(backbone, judge, sc
     empty = backbone.encode_prompts([""] * len(batch.x_t))
     inputs = (backbone, batch.x_t, batch.timesteps, batch.conditioning, empty, 2.0)
     losses, _ = method.loss(guided(*inputs), guided(*inputs, reference=True), batch, schedule, config)
-    for p, rows in enumerate(zip(range(len(batch.weight)), batch.targets["lose_row"].tolist())):
+    for p, rows in enumerate(zip(range(len(batch.weight)), batch.targets["lose_row"].tolist(), strict=True)):
         ratios = []
         for i, name in zip(rows, ("x_win", "x_lose"), strict=True):
             one = slice(i, i + 1)
