@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -96,7 +96,7 @@ class Lora(Section):
 class Spo(Section):
     """Step-aware Preference Optimization (arXiv 2406.04314)."""
 
-    lora: Lora
+    lora: Lora | None  # null: full fine-tuning of the UNet
     optimizer: Optimizer
     iterations: Positive  # rollouts
     prompts_per_iteration: Positive
@@ -130,7 +130,7 @@ class Spo(Section):
 class DiffusionDpo(Section):
     """Diffusion-DPO (arXiv 2311.12908)."""
 
-    lora: Lora
+    lora: Lora | None  # null: full fine-tuning of the UNet
     optimizer: Optimizer
     iterations: Positive  # optimizer updates
     batch_size: Positive  # pairs an update
@@ -148,7 +148,7 @@ class Align(Section):
 class Variant(Section):
     """One column of the comparison: an adapter (or none) and a guidance."""
 
-    adapter: str | None = None
+    adapter: str | None = None  # a LoRA, or the diffusers folder of a full fine-tune
     guidance: float
 
 
@@ -275,5 +275,6 @@ def _line(error: Any, source: str) -> str:
 def _fields(location: tuple[Any, ...]) -> list[str]:
     model: Any = Params
     for part in location:
-        model = model.model_fields[part].annotation
+        told = model.model_fields[part].annotation
+        model = next((t for t in get_args(told) if t is not type(None)), told)
     return list(model.model_fields)

@@ -6,7 +6,7 @@ import torch
 from diffusers import DDIMScheduler, DiffusionPipeline
 from safetensors.torch import load_file, save_file
 
-from spo import config
+from spo import backbones, config
 from spo.backbones import lora
 from spo.diffusion.noise import SampleNoise
 from spo.diffusion.rollout import sample_latents
@@ -266,3 +266,42 @@ def test_an_adapter_in_kohyas_format_loads(load, family, tmp_path) -> None:
     again = load(family)
     again.load_lora(tmp_path / "kohya.safetensors")
     assert torch.allclose(predict(again), predict(backbone), atol=1e-5)
+
+
+def test_a_full_fine_tune_keeps_its_reference_and_loads_here_and_in_diffusers(load, family, tmp_path) -> None:
+    backbone = load(family)
+    base = predict(backbone)
+    backbone.train_fully()
+    trained = backbone.trainable_parameters()
+    assert len(trained) == len(list(backbone.unet.parameters()))
+    backbone.predict(*inputs(backbone)).square().mean().backward()
+    assert all(p.grad is not None for p in trained)
+    with torch.no_grad():
+        for parameter in trained:
+            parameter -= 0.05 * parameter.grad.sign()
+    changed = predict(backbone)
+    assert (changed - base).abs().max() > 0.01
+    assert torch.equal(predict(backbone, reference=True), base)
+    backbone.save_pipeline(tmp_path)
+
+    settings = config.Backbone(family=family, checkpoint="nowhere/at-all")
+    again = backbones.load_aligned(settings, tmp_path, "cpu")
+    assert torch.allclose(predict(again), changed, atol=1e-5) and again.trainable_parameters() == []
+    pipe = DiffusionPipeline.from_pretrained(tmp_path)
+    x_t, timesteps, conditioning = inputs(backbone)
+    with torch.no_grad():
+        told = pipe.unet(x_t, timesteps, **backbone._text.unet_arguments(conditioning)).sample
+    assert torch.allclose(told, changed, atol=1e-5)
+
+
+def test_a_full_fine_tune_in_half_precision_has_fp32_weights(load, family, tmp_path) -> None:
+    backbone = load(family, dtype="bf16")
+    base = predict(backbone, reference=True)
+    backbone.train_fully()
+    assert {p.dtype for p in backbone.trainable_parameters()} == {torch.float32}
+    assert torch.allclose(predict(backbone), base, atol=0.1 * float(base.abs().max()))
+    backbone.predict(*inputs(backbone)).square().mean().backward()
+    assert all(p.grad.isfinite().all() for p in backbone.trainable_parameters())
+    backbone.save_pipeline(tmp_path)
+    again = backbones.load(config.Backbone(family=family, checkpoint=str(tmp_path), dtype="bf16"), "cpu")
+    assert again.unet.dtype == torch.bfloat16 and torch.equal(predict(again), base)
