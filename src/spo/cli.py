@@ -7,6 +7,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from spo import config
 from spo.spool import redact
@@ -63,10 +64,15 @@ def parser() -> argparse.ArgumentParser:
     for name, (text, items) in STAGES.items():
         stage = commands.add_parser(name, help=f"stage: {text}", description=text)
         if items:
-            optional = "?" if name == "preference" else None
+            optional = "?" if name in ("preference", *_ELSEWHERE) else None
             stage.add_argument("item", choices=items, nargs=optional, help="which one")
         stage.add_argument("--params", type=Path, default=Path("params.yaml"), metavar="FILE")
+        stage.add_argument(
+            "--dry-run", action="store_true", help="resolve all, tell sizes and steps, run nothing"
+        )
         stage.set_defaults(run=_stage, stage=name, item=None)
+        if name in _ELSEWHERE:
+            _ELSEWHERE[name](stage)
     _sample(commands.add_parser("sample", help="a picture of one prompt by the base or an aligned model"))
     _preset(commands.add_parser("preset", help="write a ready-made params.yaml"))
     _scenes(commands.add_parser("scenes", help="make the models and data of the default experiment"))
@@ -77,7 +83,66 @@ def parser() -> argparse.ArgumentParser:
 
 def _stage(told: argparse.Namespace) -> None:
     params = config.load(told.params)
+    if told.dry_run:
+        from spo.stages import plan
+
+        print("\n".join(plan.lines(params, told.stage, told.item)))
+        return
     importlib.import_module(f"spo.stages.{told.stage}").run(params, told.item)
+
+
+def _generate_elsewhere(command: argparse.ArgumentParser) -> None:
+    told = command.add_argument_group("instead of a variant: what was made elsewhere")
+    told.add_argument(
+        "--lora", "--checkpoint", type=Path, metavar="PATH", help="a LoRA, or a diffusers folder"
+    )
+    told.add_argument("--prompts", type=Path, metavar="FILE", help="default: the experiment's own")
+    told.add_argument("--guidance", type=float, help="default: that of generate.base")
+    told.add_argument("--output", type=Path, metavar="FOLDER", help="default: outputs/judged/NAME")
+    command.set_defaults(run=_run_generate)
+
+
+def _run_generate(told: argparse.Namespace) -> None:
+    if not _elsewhere(told, "lora", ("prompts", "guidance", "output")):
+        return _stage(told)
+    from spo.stages import judge
+
+    print(judge.generate(config.load(told.params), told.lora, told.prompts, told.guidance, told.output))
+
+
+def _score_elsewhere(command: argparse.ArgumentParser) -> None:
+    told = command.add_argument_group("instead of a variant: what was made elsewhere")
+    told.add_argument("--images", type=Path, metavar="FOLDER", help="picture files, or what generate wrote")
+    told.add_argument("--prompts", type=Path, metavar="FILE", help="one for each, in the order of file names")
+    told.add_argument(
+        "--baseline", type=Path, metavar="FOLDER", help="compare with these, for the same prompts"
+    )
+    told.add_argument("--output", type=Path, metavar="FOLDER", help="default: outputs/judged/NAME")
+    command.set_defaults(run=_run_score)
+
+
+def _run_score(told: argparse.Namespace) -> None:
+    if not _elsewhere(told, "images", ("prompts", "baseline", "output")):
+        return _stage(told)
+    from spo.stages import judge
+
+    print(judge.score(config.load(told.params), told.images, told.prompts, told.baseline, told.output))
+
+
+def _elsewhere(told: argparse.Namespace, option: str, others: tuple[str, ...]) -> bool:
+    """Whether `option` stands in for the item; one of them there must be."""
+    given = getattr(told, option) is not None
+    if given == (told.item is not None):
+        raise ValueError(
+            f"{told.stage}: give a variant ({', '.join(config.VARIANTS)}) or --{option}, not both"
+        )
+    stray = [name for name in others if not given and getattr(told, name) is not None]
+    if stray:
+        raise ValueError(f"{told.stage}: --{stray[0]} goes with --{option} only")
+    return given
+
+
+_ELSEWHERE: dict[str, Any] = {"generate": _generate_elsewhere, "score": _score_elsewhere}
 
 
 def _sample(command: argparse.ArgumentParser) -> None:

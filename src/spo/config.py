@@ -5,10 +5,14 @@ from __future__ import annotations
 import difflib
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
+<<<<<<< HEAD
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+=======
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+>>>>>>> h-a
 
 Positive = Annotated[int, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
@@ -78,6 +82,7 @@ class Optimizer(Section):
     epsilon: Rate = 1e-8
     warmup_steps: Count = 0
     max_grad_norm: Rate | None = 1.0
+    eight_bit: bool = False  # AdamW with 8-bit state, by bitsandbytes
 
 
 class Preference(Section):
@@ -108,7 +113,7 @@ class Lora(Section):
 class Spo(Section):
     """Step-aware Preference Optimization (arXiv 2406.04314)."""
 
-    lora: Lora
+    lora: Lora | None  # null: full fine-tuning of the UNet
     optimizer: Optimizer
     iterations: Positive  # rollouts
     prompts_per_iteration: Positive
@@ -118,21 +123,37 @@ class Spo(Section):
     eta: Annotated[float, Field(gt=0)] = 1.0
     guidance: float = 5.0
     divert_start_step: Count = 4
+    timestep_range: tuple[Count, Count] | None = None  # lowest and highest t of x_t that gives pairs
+    inner_steps: Positive = 1  # denoising steps of the K branches before they are judged (SDXL: 3)
+    pair_choice: Literal["best_worst", "random"] = "best_worst"  # two of the K candidates
+    resampler: Literal["random", "win", "lose"] = "random"  # the candidate that the rollout goes on from
     threshold: Fraction = 0.3  # at the first diverted step
-    threshold_end: Fraction | None = None  # at the last; linear in the step between. None: constant
+    threshold_end: Fraction | None = None  # at the last; linear in `threshold_by` between. None: constant
+    threshold_by: Literal["step", "timestep", "sigma"] = "step"  # sigma: DDIM's at eta (arXiv 2502.01051)
     beta: Rate = 10.0
     clip: Rate = 0.1
+    gradient_accumulation: Positive = 1  # parts in which an update's batch goes through the UNet
+    gradient_checkpointing: bool = False  # less memory, one more forward
     checkpoint_every: Positive = 5
+
+    @field_validator("timestep_range")
+    @classmethod
+    def _ordered(cls, value: tuple[int, int] | None) -> tuple[int, int] | None:
+        if value is not None and value[0] > value[1]:
+            raise ValueError("the lowest timestep comes first, as in [0, 750]")
+        return value
 
 
 class DiffusionDpo(Section):
     """Diffusion-DPO (arXiv 2311.12908)."""
 
-    lora: Lora
+    lora: Lora | None  # null: full fine-tuning of the UNet
     optimizer: Optimizer
     iterations: Positive  # optimizer updates
     batch_size: Positive  # pairs an update
     beta: Rate = 2000.0
+    gradient_accumulation: Positive = 1  # parts in which an update's batch goes through the UNet
+    gradient_checkpointing: bool = False  # less memory, one more forward
     checkpoint_every: Positive = 50
 
 
@@ -144,7 +165,7 @@ class Align(Section):
 class Variant(Section):
     """One column of the comparison: an adapter (or none) and a guidance."""
 
-    adapter: str | None = None
+    adapter: str | None = None  # a LoRA, or the diffusers folder of a full fine-tune
     guidance: float
 
 
@@ -295,5 +316,6 @@ def _short(value: Any) -> str:
 def _fields(location: tuple[Any, ...]) -> list[str]:
     model: Any = Params
     for part in location:
-        model = model.model_fields[part].annotation
+        told = model.model_fields[part].annotation
+        model = next((t for t in get_args(told) if t is not type(None)), told)
     return list(model.model_fields)

@@ -61,6 +61,18 @@ def compare(
     return {**{k: round(float(v), DECIMALS) for k, v in result.items()}, "n": len(method)}
 
 
+def mean_interval(scores: NDArray[np.floating], n_bootstrap: int, seed: int) -> tuple[float, float, float]:
+    """The mean of scores [n] and its 95 % bootstrap interval.
+
+    Raises:
+        ValueError: no scores, or one that is not finite.
+    """
+    values = np.asarray(scores, float)
+    if values.ndim != 1 or not len(values) or not np.isfinite(values).all():
+        raise ValueError(f"a mean needs a list of finite scores, not {values.shape}")
+    return float(values.mean()), *_interval(values, n_bootstrap, seed)
+
+
 def _interval(differences: NDArray[np.floating], n_bootstrap: int, seed: int) -> tuple[float, float]:
     """The middle 95 % of the means of `n_bootstrap` resamples of differences [n]."""
     generator = np.random.default_rng(seed)

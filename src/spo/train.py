@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -21,6 +21,7 @@ from tqdm import tqdm
 from spo import config
 from spo.checkpoint import CheckpointStore, stop_on_signal
 from spo.diffusion.guidance import guided
+from spo.optimizer import adamw
 from spo.types import Backbone, Batch, Method
 
 Log = Callable[[Mapping[str, float], int], None]
@@ -50,15 +51,17 @@ def run(
         KeyboardInterrupt: SIGTERM or Ctrl-C, after the state was saved.
     """
     parameters = backbone.trainable_parameters()  # a list: an exhausted iterator would clip nothing
-    state = _State(parameters, _adamw(parameters, optimizer))
+    if not parameters:
+        raise ValueError("nothing to train: the backbone has no trainable parameters; add an adapter first")
+    state = _State(parameters, adamw(parameters, optimizer))
     first = state.resume(checkpoints)
     started, seen = time.monotonic(), first
     with stop_on_signal() as stopped, tqdm(total=method.iterations, initial=first, unit="iteration") as bar:
         for iteration in range(first, method.iterations):
             batches, collected = method.collect(backbone, iteration)
             metrics = defaultdict[str, list[float]](list)
-            for batch in _in_step(batches):
-                for name, value in update(backbone, method, batch, state, optimizer).items():
+            for parts in _in_step(_updates(batches)):
+                for name, value in update(backbone, method, parts, state, optimizer).items():
                     metrics[name].append(value)
             means = {name: sum(values) / len(values) for name, values in metrics.items()}
             on_metrics({**collected, **means}, state.updates)
@@ -74,25 +77,28 @@ def run(
 
 
 def update(
-    backbone: Backbone, method: Method, batch: Batch, state: _State, optimizer: config.Optimizer
+    backbone: Backbone, method: Method, parts: Sequence[Batch], state: _State, optimizer: config.Optimizer
 ) -> dict[str, float]:
-    """One optimizer update on one batch; one policy and one reference forward. Without a pair, none."""
-    total = _sum_over_processes(batch.weight.sum())
+    """One optimizer update on one batch, whole or in parts; one policy and one reference forward a part.
+
+    Without a pair in any process, none.
+    """
+    local = torch.stack([batch.weight.sum() for batch in parts]).sum()
+    total = _sum_over_processes(local)
     if total == 0:  # no valid pair anywhere: AdamW would still decay the weights
         return {}
-    unconditional = None
-    if method.guidance != 1:
-        unconditional = backbone.encode_prompts([""]).repeat(len(batch.x_t))
-    inputs = (backbone, batch.x_t, batch.timesteps, batch.conditioning, unconditional, method.guidance)
-    with torch.no_grad():
-        reference = guided(*inputs, reference=True)
-    policy = guided(*inputs)
-    losses, metrics = method.loss(policy, reference, batch, method.schedule, method.config)
-    loss = (losses * batch.weight).sum() / total
     state.optimizer.zero_grad(set_to_none=True)
-    loss.backward()
+    metrics = defaultdict[str, float](float)
+    for batch in parts:
+        losses, measured = _forward(backbone, method, batch)
+        loss = (losses * batch.weight).sum() / total
+        loss.backward()
+        share = float(batch.weight.sum() / local) if local > 0 else 1 / len(parts)
+        for name, value in measured.items():
+            metrics[name] += share * float(value)
+        _check_finite("loss", loss, [batch])
     norm = _synchronise(state.parameters)
-    _check_finite(loss, norm, batch)
+    _check_finite("gradient norm", norm, parts)
     if optimizer.max_grad_norm is not None:
         torch.nn.utils.clip_grad_norm_(state.parameters, optimizer.max_grad_norm)
     rate = optimizer.learning_rate * min(1.0, (state.updates + 1) / max(optimizer.warmup_steps, 1))
@@ -100,8 +106,18 @@ def update(
         group["lr"] = rate
     state.optimizer.step()
     state.updates += 1
-    state.pairs += int(_sum_over_processes((batch.weight > 0).sum()))
-    return {**{k: float(v) for k, v in metrics.items()}, "gradient_norm": float(norm), "learning_rate": rate}
+    state.pairs += int(_sum_over_processes(torch.stack([(b.weight > 0).sum() for b in parts]).sum()))
+    return {**metrics, "gradient_norm": float(norm), "learning_rate": rate}
+
+
+def _forward(backbone: Backbone, method: Method, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    unconditional = None
+    if method.guidance != 1:
+        unconditional = backbone.encode_prompts([""]).repeat(len(batch.x_t))
+    inputs = (backbone, batch.x_t, batch.timesteps, batch.conditioning, unconditional, method.guidance)
+    with torch.no_grad():
+        reference = guided(*inputs, reference=True)
+    return method.loss(guided(*inputs), reference, batch, method.schedule, method.config)
 
 
 class _State:
@@ -133,23 +149,25 @@ class _State:
         return iteration
 
 
-def _adamw(parameters: list[torch.nn.Parameter], settings: config.Optimizer) -> torch.optim.AdamW:
-    if not parameters:
-        raise ValueError("nothing to train: the backbone has no trainable parameters; add an adapter first")
-    betas = (settings.beta1, settings.beta2)
-    return torch.optim.AdamW(
-        parameters, settings.learning_rate, betas, settings.epsilon, settings.weight_decay
-    )
+def _updates(batches: list[Batch]) -> list[list[Batch]]:
+    """The batches of each optimizer update."""
+    updates: list[list[Batch]] = [[]]
+    for batch in batches:
+        updates[-1].append(batch)
+        if not batch.accumulate:
+            updates.append([])
+    return [parts for parts in updates if parts]
 
 
-def _in_step(batches: list[Batch]) -> Iterator[Batch]:
-    """As many updates in every process: those with fewer batches repeat their last one at weight 0."""
-    count = int(_max_over_processes(torch.tensor(len(batches))))
+def _in_step(updates: list[list[Batch]]) -> Iterator[list[Batch]]:
+    """As many updates in every process: those with fewer of them repeat their last batch at weight 0."""
+    count = int(_max_over_processes(torch.tensor(len(updates))))
     for i in range(count):
-        if i < len(batches):
-            yield batches[i]
+        if i < len(updates):
+            yield updates[i]
         else:
-            yield replace(batches[-1], weight=torch.zeros_like(batches[-1].weight))
+            last = updates[-1][-1]
+            yield [replace(last, weight=torch.zeros_like(last.weight))]
 
 
 def _synchronise(parameters: list[torch.nn.Parameter]) -> Tensor:
@@ -164,13 +182,13 @@ def _synchronise(parameters: list[torch.nn.Parameter]) -> Tensor:
     return torch.nn.utils.get_total_norm(gradients)
 
 
-def _check_finite(loss: Tensor, norm: Tensor, batch: Batch) -> None:
-    if loss.isfinite() and norm.isfinite():
+def _check_finite(name: str, value: Tensor, parts: Sequence[Batch]) -> None:
+    if value.isfinite():
         return
-    timesteps = sorted(set(batch.timesteps.tolist()))
+    timesteps = sorted({t for batch in parts for t in batch.timesteps.tolist()})
     raise FloatingPointError(
-        f"loss {loss.item()}, gradient norm {norm.item()} at timesteps {timesteps[:8]}: "
-        "stopped before the update; try a lower learning rate"
+        f"{name} {value.item()} at timesteps {timesteps[:8]}: stopped before the update; "
+        "try a lower learning rate"
     )
 
 

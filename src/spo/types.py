@@ -43,7 +43,7 @@ class Conditioning:
 
 @dataclass(frozen=True)
 class Batch:
-    """One optimizer update: UNet inputs, and what the method's loss needs beside its two outputs.
+    """One optimizer update, or with `accumulate` a part of it: UNet inputs, and what the loss needs beside.
 
     A method may give the UNet more samples than it has pairs (Diffusion-DPO: winners, then losers).
     """
@@ -53,17 +53,22 @@ class Batch:
     conditioning: Conditioning  # B samples
     weight: Tensor  # [P], 0 for padding
     targets: Mapping[str, Tensor] = field(default_factory=dict)  # each [P,...]
+    accumulate: bool = False  # the next batch belongs to the same update
 
 
 @dataclass(frozen=True)
 class StepPair:
-    """Two candidates for the next latent, drawn from the same x_t (SPO, Sec. 4.1)."""
+    """Two candidates for the next latent, drawn from the same x_t (SPO, Sec. 4.1).
+
+    After the first of several inner steps the two branches have parted: each has an x_t of its own.
+    """
 
     x_t: Tensor  # [B,C,h,w]
     timesteps: Tensor  # int64 [B]
     x_win: Tensor  # [B,C,h,w]
     x_lose: Tensor  # [B,C,h,w]
     conditioning: Conditioning  # B samples
+    x_t_lose: Tensor | None = None  # [B,C,h,w]; None: x_t
 
 
 @dataclass(frozen=True)

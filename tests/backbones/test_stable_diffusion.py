@@ -6,7 +6,7 @@ import torch
 from diffusers import DDIMScheduler, DiffusionPipeline
 from safetensors.torch import load_file, save_file
 
-from spo import config
+from spo import backbones, config
 from spo.backbones import lora
 from spo.diffusion.noise import SampleNoise
 from spo.diffusion.rollout import sample_latents
@@ -66,6 +66,26 @@ def test_only_the_adapter_trains(load, family) -> None:
     assert all(p.grad is not None and p.grad.isfinite().all() for p in trained.values())
     frozen = [p for m in (backbone.unet, backbone.vae, backbone.text_encoder) for p in m.parameters()]
     assert all(p.grad is None for p in frozen if not p.requires_grad)
+
+
+def test_gradient_checkpointing_computes_the_blocks_again(load, family) -> None:
+    gradients, forwards = [], []
+    for again in (False, True):
+        backbone = load(family)
+        backbone.add_lora(LORA, seed=0)
+        pretend_training(backbone)
+        if again:
+            backbone.checkpoint_gradients()
+        calls: list[None] = []
+        backbone.unet.up_blocks[0].resnets[0].register_forward_pre_hook(
+            lambda *_, calls=calls: calls.append(None)
+        )
+        backbone.predict(*inputs(backbone)).square().mean().backward()
+        gradients.append([p.grad for p in backbone.trainable_parameters()])
+        forwards.append(len(calls))
+    assert forwards == [1, 2]
+    for plain, checkpointed in zip(*gradients, strict=True):
+        assert torch.allclose(plain, checkpointed, atol=1e-7) and plain.abs().max() > 0
 
 
 def test_the_seed_alone_decides_the_adapter(load, family) -> None:
@@ -246,3 +266,42 @@ def test_an_adapter_in_kohyas_format_loads(load, family, tmp_path) -> None:
     again = load(family)
     again.load_lora(tmp_path / "kohya.safetensors")
     assert torch.allclose(predict(again), predict(backbone), atol=1e-5)
+
+
+def test_a_full_fine_tune_keeps_its_reference_and_loads_here_and_in_diffusers(load, family, tmp_path) -> None:
+    backbone = load(family)
+    base = predict(backbone)
+    backbone.train_fully()
+    trained = backbone.trainable_parameters()
+    assert len(trained) == len(list(backbone.unet.parameters()))
+    backbone.predict(*inputs(backbone)).square().mean().backward()
+    assert all(p.grad is not None for p in trained)
+    with torch.no_grad():
+        for parameter in trained:
+            parameter -= 0.05 * parameter.grad.sign()
+    changed = predict(backbone)
+    assert (changed - base).abs().max() > 0.01
+    assert torch.equal(predict(backbone, reference=True), base)
+    backbone.save_pipeline(tmp_path)
+
+    settings = config.Backbone(family=family, checkpoint="nowhere/at-all")
+    again = backbones.load_aligned(settings, tmp_path, "cpu")
+    assert torch.allclose(predict(again), changed, atol=1e-5) and again.trainable_parameters() == []
+    pipe = DiffusionPipeline.from_pretrained(tmp_path)
+    x_t, timesteps, conditioning = inputs(backbone)
+    with torch.no_grad():
+        told = pipe.unet(x_t, timesteps, **backbone._text.unet_arguments(conditioning)).sample
+    assert torch.allclose(told, changed, atol=1e-5)
+
+
+def test_a_full_fine_tune_in_half_precision_has_fp32_weights(load, family, tmp_path) -> None:
+    backbone = load(family, dtype="bf16")
+    base = predict(backbone, reference=True)
+    backbone.train_fully()
+    assert {p.dtype for p in backbone.trainable_parameters()} == {torch.float32}
+    assert torch.allclose(predict(backbone), base, atol=0.1 * float(base.abs().max()))
+    backbone.predict(*inputs(backbone)).square().mean().backward()
+    assert all(p.grad.isfinite().all() for p in backbone.trainable_parameters())
+    backbone.save_pipeline(tmp_path)
+    again = backbones.load(config.Backbone(family=family, checkpoint=str(tmp_path), dtype="bf16"), "cpu")
+    assert again.unet.dtype == torch.bfloat16 and torch.equal(predict(again), base)

@@ -24,6 +24,10 @@ def test_presets_carry_the_published_recipe() -> None:
     xl = config.validate(yaml.safe_load(config.preset("sdxl"))).align.spo
     assert (xl.lora.rank, xl.candidates, xl.threshold, xl.optimizer.learning_rate) == (64, 2, 0.4, 1e-5)
     assert xl.iterations * xl.prompts_per_iteration == 10 * 4000
+    assert (xl.inner_steps, xl.batch_size, spo.inner_steps, spo.batch_size) == (3, 16, 1, 40)
+    for told, pairs in ((spo, 10), (xl, 2)):  # at a time on each GPU
+        assert told.batch_size // told.gradient_accumulation == pairs
+        assert (told.resampler, told.pair_choice, told.timestep_range) == ("random", "best_worst", None)
 
 
 @pytest.mark.parametrize(
@@ -38,6 +42,10 @@ def test_presets_carry_the_published_recipe() -> None:
         ("backbone.family", "sd3", "backbone.family"),
         ("generate.seed", 1.5, "generate.seed"),
         ("align.spo.threshold", 2, "align.spo.threshold"),
+        ("align.spo.resampler", "best", "align.spo.resampler"),
+        ("align.spo.inner_steps", 0, "align.spo.inner_steps"),
+        ("align.spo.timestep_range", [750, 0], "align.spo.timestep_range.*lowest timestep comes first"),
+        ("align.spo.lora.rnak", 2, "unknown key 'align.spo.lora.rnak'; did you mean 'rank'"),
     ],
 )
 def test_a_mistake_names_its_key(raw, key, value, message) -> None:
@@ -49,6 +57,14 @@ def test_a_mistake_names_its_key(raw, key, value, message) -> None:
     with pytest.raises(config.ConfigError, match=message) as error:
         config.validate(raw, "params.yaml")
     assert str(error.value).startswith("params.yaml: ") and "\n" not in str(error.value)
+
+
+def test_no_lora_means_full_fine_tuning(raw) -> None:
+    raw["align"]["spo"]["lora"] = None
+    assert config.validate(raw).align.spo.lora is None
+    del raw["align"]["spo"]["lora"]
+    with pytest.raises(config.ConfigError, match="'align.spo.lora' is missing"):
+        config.validate(raw)
 
 
 def test_a_missing_key_is_named(raw) -> None:

@@ -161,3 +161,20 @@ def test_batches_can_be_trained_on(backbone, schedule) -> None:
 def test_pairs_without_a_winner(schedule) -> None:
     with pytest.raises(ValueError, match="none of 2 pairs"):
         DiffusionDpoMethod(settings(), schedule, FakePairs([0.5, 0.5]), seed=0)
+
+
+def test_parts_of_an_update_are_the_whole_one_cut(backbone, schedule) -> None:
+    pairs = FakePairs([1.0, 0.0, 1.0, 0.0, 1.0])
+    (whole,), metrics = DiffusionDpoMethod(settings(), schedule, pairs, seed=0).collect(backbone, 0)
+    cut = DiffusionDpoMethod(settings(gradient_accumulation=3), schedule, pairs, seed=0)
+    parts, cut_metrics = cut.collect(backbone, 0)
+    assert metrics == cut_metrics
+    assert [len(b.weight) for b in parts] == [2, 2] and [b.accumulate for b in parts] == [True, False]
+    rows = torch.tensor([0, 1, 4, 5, 2, 3, 6, 7])  # winners and losers of each part
+    assert torch.equal(torch.cat([b.x_t for b in parts]), whole.x_t[rows])
+    assert torch.equal(torch.cat([b.timesteps for b in parts]), whole.timesteps[rows])
+    lengths = [b.conditioning.tensors["length"] for b in (*parts, whole)]
+    assert torch.equal(torch.cat(lengths[:2]), lengths[2][rows])
+    assert torch.equal(torch.cat([b.weight for b in parts]), whole.weight)
+    for name in ("target_win", "target_lose"):
+        assert torch.equal(torch.cat([b.targets[name] for b in parts]), whole.targets[name])

@@ -3,11 +3,12 @@
 import copy
 import os
 import signal
+import sys
 
 import pytest
 import torch
 
-from spo import config, train
+from spo import config, optimizer, train
 from spo.checkpoint import CheckpointStore
 from spo.types import Batch, Conditioning
 
@@ -153,3 +154,56 @@ def test_nothing_to_train_is_one_line() -> None:
     model.trainable_parameters = lambda: []
     with pytest.raises(ValueError, match="add an adapter"):
         run(model, Squares(1))
+
+
+class Parts(Squares):
+    """One update of four unequal samples, whole or in parts of the given sizes."""
+
+    def __init__(self, sizes: list[int]) -> None:
+        super().__init__(iterations=2)
+        self.sizes = sizes
+
+    def collect(self, backbone, iteration):
+        x_t = torch.arange(8.0).view(4, 2, 1, 1)
+        weight = torch.tensor([1.0, 0.5, 0.0, 2.0])
+        parts, start = [], 0
+        for size in self.sizes:
+            rows = slice(start, start + size)
+            start += size
+            told = backbone.encode_prompts([""] * size)
+            times = torch.zeros(size, dtype=torch.int64)
+            parts.append(Batch(x_t[rows], times, told, weight[rows], accumulate=start < 4))
+        return parts, {}
+
+    def loss(self, policy, reference, batch, schedule, settings):
+        losses = (policy - batch.x_t).square().flatten(1).sum(1)
+        share = batch.weight / batch.weight.sum().clamp(min=1e-12)
+        return losses, {"loss": (share * losses).sum().detach()}
+
+
+@pytest.mark.parametrize("sizes", [[1, 3], [2, 2], [1, 1, 1, 1]])
+def test_an_update_in_parts_is_the_whole_update(sizes) -> None:
+    seen, models = [], []
+    for told in ([4], sizes):
+        model, rows = Numbers(), []
+        summary = run(model, Parts(told), on_metrics=lambda m, s, rows=rows: rows.append(m))
+        assert summary["updates"] == 2 and summary["pairs"] == 2 * 3
+        assert model.forwards["policy"] == 2 * len(told)
+        seen.append(rows)
+        models.append(model)
+    torch.testing.assert_close(models[0].values, models[1].values, rtol=1e-6, atol=0)
+    for whole, parts in zip(*seen, strict=True):
+        assert parts == pytest.approx(whole, rel=1e-5)
+
+
+def test_eight_bit_without_bitsandbytes_is_one_line(monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
+    with pytest.raises(ValueError, match="optimizer.eight_bit: needs bitsandbytes.*set it to false") as error:
+        run(Numbers(), Squares(1), eight_bit=True)
+    assert "\n" not in str(error.value)
+
+
+def test_eight_bit_takes_bitsandbytes_own() -> None:
+    bits = pytest.importorskip("bitsandbytes")
+    parameter = torch.nn.Parameter(torch.zeros(4))
+    assert isinstance(optimizer.adamw([parameter], settings(eight_bit=True)), bits.optim.AdamW8bit)

@@ -1,5 +1,5 @@
 """Text-to-image models behind `types.Backbone`; all that knows diffusers and model families."""
 
-from spo.backbones.stable_diffusion import StableDiffusion, load
+from spo.backbones.stable_diffusion import StableDiffusion, load, load_aligned
 
-__all__ = ["StableDiffusion", "load"]
+__all__ = ["StableDiffusion", "load", "load_aligned"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,14 +18,15 @@ from spo.types import Conditioning
 
 
 class StableDiffusion:
-    """UNet, VAE and text of one checkpoint, frozen but for an adapter.
+    """UNet, VAE and text of one checkpoint, frozen but for an adapter, or for the whole UNet.
 
     Timesteps and latents are the caller's: this class draws no random number. The VAE may have
     another dtype than the UNet (SDXL's own overflows in fp16); that stays behind encode and decode.
     """
 
     def __init__(self, pipeline: Any, text: SdText | SdxlText, channels_last: bool) -> None:
-        self.pipeline_class = type(pipeline)
+        self.pipeline, self.pipeline_class = pipeline, type(pipeline)
+        self._reference: Any = None  # of full fine-tuning; an adapter is switched off instead
         self.unet, self.vae, self._text = pipeline.unet, pipeline.vae, text
         self.text_encoder = pipeline.text_encoder
         told = pipeline.scheduler.config
@@ -33,6 +35,7 @@ class StableDiffusion:
         side = self.unet.config.sample_size
         self.latent_shape = (self.unet.config.in_channels, side, side)
         self.image_size = (side * pipeline.vae_scale_factor, side * pipeline.vae_scale_factor)
+        self._dtype = self.unet.dtype
         self._format = torch.channels_last if channels_last else torch.contiguous_format
         for module in (self.unet, self.vae):
             module.to(memory_format=self._format)
@@ -51,17 +54,26 @@ class StableDiffusion:
     def predict(
         self, x_t: Tensor, timesteps: Tensor, conditioning: Conditioning, *, reference: bool = False
     ) -> Tensor:
-        """fp32 [B,C,h,w]; `reference`: with the adapter switched off, so no second UNet is needed."""
+        """fp32 [B,C,h,w]; `reference`: by the frozen copy, or with the adapter off (then no second UNet)."""
+        if reference and self._reference is not None:
+            return self._run(self._reference, x_t, timesteps, conditioning)
         adapted = reference and self._has_adapter()
         if adapted:
             self.unet.disable_adapters()
         try:
-            x_t = x_t.to(self.unet.dtype).contiguous(memory_format=self._format)
-            told = self.unet(x_t, timesteps, return_dict=False, **self._text.unet_arguments(conditioning))[0]
+            return self._run(self.unet, x_t, timesteps, conditioning)
         finally:
             if adapted:
                 self.unet.enable_adapters()
-        return told.float()
+
+    def _run(self, unet: Any, x_t: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
+        """fp32 weights of a half-precision model, as full fine-tuning keeps them, run in its precision."""
+        x_t = x_t.to(unet.dtype).contiguous(memory_format=self._format)
+        mixed = unet.dtype != self._dtype
+        with torch.autocast(x_t.device.type, self._dtype, enabled=mixed):
+            return unet(x_t, timesteps, return_dict=False, **self._text.unet_arguments(conditioning))[
+                0
+            ].float()
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
@@ -84,6 +96,20 @@ class StableDiffusion:
         """No gradients. (Not `inference_mode`: what a rollout makes is used in training afterwards.)"""
         with torch.no_grad():
             yield
+
+    def checkpoint_gradients(self) -> None:
+        """Activations inside the UNet's blocks are computed again in the backward pass, not kept."""
+        self.unet.enable_gradient_checkpointing()
+
+    def train_fully(self) -> None:
+        """All of the UNet, in fp32; the reference is a frozen copy of it."""
+        self._reference = copy.deepcopy(self.unet)
+        self.unet.to(torch.float32).requires_grad_(True)
+
+    def save_pipeline(self, folder: Path) -> None:
+        """The whole pipeline as a folder for `from_pretrained`, in the precision that it was loaded in."""
+        self.pipeline.unet = self.unet.to(self._dtype)
+        self.pipeline.save_pretrained(folder)
 
     def add_lora(self, settings: config.Lora, seed: int) -> None:
         lora.add(self.unet, settings, seed)
@@ -129,6 +155,22 @@ def load(settings: config.Backbone, device: torch.device | str) -> StableDiffusi
     if settings.vae is None and sdxl and dtype == torch.float16:
         pipeline.vae.to(torch.float32)  # its activations overflow in fp16
     return StableDiffusion(pipeline, _text(pipeline, sdxl), settings.channels_last)
+
+
+def load_aligned(
+    settings: config.Backbone, adapter: str | Path | None, device: torch.device | str
+) -> StableDiffusion:
+    """The base model, with a LoRA on it, or the full fine-tune of it that `adapter` is.
+
+    Raises:
+        ValueError: as `load`, and for a LoRA that does not fit.
+    """
+    if adapter is not None and (Path(adapter) / "model_index.json").exists():
+        return load(settings.model_copy(update={"checkpoint": str(adapter), "revision": None}), device)
+    backbone = load(settings, device)
+    if adapter is not None:
+        backbone.load_lora(Path(adapter))
+    return backbone
 
 
 def _text(pipeline: Any, sdxl: bool) -> SdText | SdxlText:

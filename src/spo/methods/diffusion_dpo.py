@@ -11,6 +11,7 @@ Departures from the paper (P) or the official code (C):
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Protocol
 
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor
 from spo.config import DiffusionDpo
 from spo.diffusion.noise import SampleNoise, shuffled
 from spo.diffusion.schedule import Schedule
-from spo.types import Backbone, Batch
+from spo.types import Backbone, Batch, Conditioning
 
 
 class LatentPairs(Protocol):
@@ -106,7 +107,7 @@ class DiffusionDpoMethod:
             raise ValueError(f"align.diffusion_dpo: none of {len(pairs.label_0)} pairs has a winner")
 
     def collect(self, backbone: Backbone, iteration: int) -> tuple[list[Batch], dict[str, float]]:
-        """One batch of P = config.batch_size pairs, 2P samples: winners, then losers."""
+        """One update of config.batch_size pairs, in config.gradient_accumulation parts."""
         count = self.config.batch_size
         chosen = shuffled(len(self._decided), iteration * count, count, self.seed)
         indices = self._decided[torch.tensor([i for _, i in chosen])]
@@ -117,19 +118,37 @@ class DiffusionDpoMethod:
         noise = randomness.draw()
         with backbone.inference():
             captions = backbone.encode_prompts([self.pairs.captions[i] for i in indices.tolist()])
-        schedule = self.schedule
-        batch = Batch(
+        weight = self.pairs.weight[indices].to(backbone.device)
+        size = -(-count // self.config.gradient_accumulation)
+        parts = torch.arange(count, device=backbone.device).split(size)
+        batches = []
+        for part in parts:
+            batch = self._batch(part, (win, lose), timesteps, noise, captions)
+            batches.append(replace(batch, weight=weight[part], accumulate=part is not parts[-1]))
+        return batches, {"pairs": float(count), "epoch": float(chosen[-1][0])}
+
+    def _batch(
+        self,
+        part: Tensor,
+        sides: tuple[Tensor, Tensor],
+        timesteps: Tensor,
+        noise: Tensor,
+        captions: Conditioning,
+    ) -> Batch:
+        """The pairs at `part` int64 [p]: 2p samples, winners, then losers."""
+        win, lose = (x[part] for x in sides)
+        timesteps, noise, schedule = timesteps[part], noise[part], self.schedule
+        return Batch(
             x_t=torch.cat([schedule.add_noise(x, noise, timesteps) for x in (win, lose)]),
             timesteps=timesteps.repeat(2),
             # selecting copies, so these are ordinary tensors, whatever `inference` made
-            conditioning=captions.select(torch.arange(count, device=backbone.device).repeat(2)),
-            weight=self.pairs.weight[indices].to(backbone.device),
+            conditioning=captions.select(part.repeat(2)),
+            weight=torch.ones(len(part), device=win.device),
             targets={
                 "target_win": schedule.training_target(win, noise, timesteps),
                 "target_lose": schedule.training_target(lose, noise, timesteps),
             },
         )
-        return [batch], {"pairs": float(count), "epoch": float(chosen[-1][0])}
 
     def _sides(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         """Latents of the preferred and of the other image, [P,C,h,w] each."""

@@ -6,8 +6,9 @@ Departures from the paper (P) or the official code (C):
 2. P has no clamp on the log-ratio; C has it, and so have we, written without exp. Same values.
 3. C encodes the preference model's text at every step; here once a prompt.
 4. C decodes and scores in one batch; here at most CHUNK samples at once. Same numbers.
-5. The threshold may change linearly over the diverted steps (`threshold_end`); C keeps it constant.
-6. A step without variance (the last one where set_alpha_to_one) has no density and gives no pair.
+5. The threshold may change over the diverted steps (`threshold_end`); C keeps it constant.
+6. With inner steps the branches part after the first: then winner and loser have an x_t each, as in C.
+7. A step without variance (the last one where set_alpha_to_one) has no density and gives no pair.
 """
 
 from __future__ import annotations
@@ -25,26 +26,11 @@ from spo.diffusion import ddim
 from spo.diffusion.guidance import guided
 from spo.diffusion.noise import SampleNoise, generator, shuffled
 from spo.diffusion.schedule import Schedule
+from spo.methods import step_pairs
+from spo.methods.step_pairs import select_pairs
 from spo.types import Backbone, Batch, Conditioning, Judge, StepPair
 
 CHUNK = 64  # samples a UNet, decoder or judge call of the rollout; guidance doubles the UNet's
-
-
-def select_pairs(scores: Tensor, threshold: float | Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Best and worst of K candidates of each sample (Sec. 4.1).
-
-    Args:
-        scores: [K,B], logits of a preference.
-        threshold: one number or [B], in [0,1).
-
-    Returns:
-        win, lose (int64 [B], indices into K) and valid (bool [B]): the softmax over these two scores
-        differs by more than the threshold.
-    """
-    best, win = scores.max(dim=0)
-    worst, lose = scores.min(dim=0)
-    gap = torch.tanh((best.float() - worst.float()) / 2)  # softmax of two, first minus second
-    return win, lose, gap > threshold
 
 
 def spo_loss(
@@ -69,15 +55,15 @@ def spo_loss(
 def loss(
     policy_output: Tensor, reference_output: Tensor, batch: Batch, schedule: Schedule, config: Spo
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """SPO's loss [P] of two UNet outputs [P,C,h,w] at batch.x_t, and its metrics (weighted means).
+    """SPO's loss [P] of two UNet outputs [B,C,h,w] at batch.x_t, and its metrics (weighted means).
 
-    batch.targets: x_win, x_lose [P,C,h,w], two draws of the step from batch.x_t.
+    batch.targets: x_win, x_lose [P,C,h,w], two draws of the step from batch.x_t. Sample p is pair p's; with
+    lose_row (int64 [P]), x_lose was drawn from sample lose_row[p].
     """
     policy = ddim.transition(schedule, policy_output, batch.timesteps, batch.x_t, config.eta)
     reference = ddim.transition(schedule, reference_output, batch.timesteps, batch.x_t, config.eta)
-    sides = [batch.targets["x_win"], batch.targets["x_lose"]]
-    policy_win, policy_lose = (ddim.log_prob(policy, x) for x in sides)
-    reference_win, reference_lose = (ddim.log_prob(reference, x) for x in sides)
+    policy_win, policy_lose = _log_probs(policy, batch)
+    reference_win, reference_lose = _log_probs(reference, batch)
     losses = spo_loss(
         policy_win, policy_lose, reference_win, reference_lose, beta=config.beta, clip=config.clip
     )
@@ -93,6 +79,18 @@ def loss(
     }
     share = batch.weight / batch.weight.sum().clamp(min=1e-12)
     return losses, {name: (share * value).sum() for name, value in each.items()}
+
+
+def _log_probs(step: ddim.Transition, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Of the winners and of the losers, [P] each."""
+    x_win, x_lose = batch.targets["x_win"], batch.targets["x_lose"]
+    if "lose_row" not in batch.targets:
+        return ddim.log_prob(step, x_win), ddim.log_prob(step, x_lose)
+    rows = batch.targets["lose_row"]
+    win, lose = (
+        ddim.Transition(step.x0[at], step.mean[at], step.std[at]) for at in (slice(len(x_win)), rows)
+    )
+    return ddim.log_prob(win, x_win), ddim.log_prob(lose, x_lose)
 
 
 @dataclass(frozen=True)
@@ -132,20 +130,12 @@ class SpoMethod:
         Raises:
             ValueError: the config has no step to divert at, a clip of 1 or more, or there are no prompts.
         """
-        deviations = ddim.standard_deviation(schedule, schedule.timesteps, config.eta).flatten()
-        steps = range(config.divert_start_step, len(schedule.timesteps))
-        self.diverted = [i for i in steps if deviations[i] > 0]
-        if not self.diverted:
-            raise ValueError(
-                f"align.spo.divert_start_step: {config.divert_start_step} leaves no step of "
-                f"{len(schedule.timesteps)} to draw candidates at; lower it"
-            )
+        self.blocks = step_pairs.blocks(config, schedule)
         if config.clip >= 1:
             raise ValueError(f"align.spo.clip: {config.clip} is not below 1; the paper's is 0.1")
         if not prompts:
             raise ValueError("align.spo: there are no training prompts; look at the prompts stage")
-        end = config.threshold if config.threshold_end is None else config.threshold_end
-        self._thresholds = torch.linspace(config.threshold, end, len(self.diverted)).tolist()
+        self._thresholds = step_pairs.thresholds(config, schedule, self.blocks)
         self.config, self.schedule, self.judge = config, schedule, judge
         self.prompts, self.seed = list(prompts), seed
         self.iterations, self.guidance = config.iterations, config.guidance
@@ -171,30 +161,62 @@ class SpoMethod:
         return _Told(backbone.encode_prompts(prompts), empty, self.judge.encode_text(prompts))
 
     def _rollout(self, backbone: Backbone, noise: SampleNoise, told: _Told) -> Iterator[_Judged]:
-        """DDIM from x_T; a diverted step yields its pairs and goes on from a random candidate."""
-        k, size = self.config.candidates, len(noise)
-        told_k = told.repeat(k)
-        x_t, output = noise.draw(), None
-        for i in range(self.diverted[-1] + 1):
+        """DDIM from x_T; a block yields the pairs of its steps and goes on from one of its branches."""
+        size, told_k = len(noise), told.repeat(self.config.candidates)
+        starts = {block[0]: number for number, block in enumerate(self.blocks)}
+        x_t, output, i = noise.draw(), None, 0
+        while i <= self.blocks[-1][-1]:
             timesteps = self.schedule.timesteps[i].expand(size)
             if output is None:
                 output = self._predict(backbone, x_t, timesteps, told)
             step = ddim.transition(self.schedule, output, timesteps, x_t, self.config.eta)
-            if i not in self.diverted:
-                x_t, output = ddim.sample(step, noise.draw()), None
+            if i not in starts:
+                x_t, output, i = ddim.sample(step, noise.draw()), None, i + 1
                 continue
-            candidates = ddim.sample(step, noise.draw_many(k))
-            scores, outputs = self._judge(backbone, i, candidates, told_k)
-            win, lose, valid = select_pairs(scores, self._thresholds[self.diverted.index(i)])
-            every = torch.arange(size, device=x_t.device)
-            pair = StepPair(
-                x_t, timesteps, candidates[win, every], candidates[lose, every], told.conditioning
-            )
-            yield _Judged(i, pair, valid, scores)
-            # a random one: going on from the winner or the loser collapses training (Sec. 4.1)
-            following = noise.integers(k), every
-            x_t = candidates[following]
+            block, threshold = self.blocks[starts[i]], self._thresholds[starts[i]]
+            branches = self._branch(backbone, block, step, noise, told_k)
+            scores, outputs = self._judge(backbone, block[-1], branches[-1], told_k)
+            if self.config.pair_choice == "random":
+                win, lose, valid = step_pairs.random_pairs(scores, threshold, noise)
+            else:
+                win, lose, valid = select_pairs(scores, threshold)
+            for pair in self._pairs(block, x_t, branches, win, lose, told.conditioning):
+                yield _Judged(pair[0], pair[1], valid, scores)
+            following = step_pairs.go_on(self.config, win, lose, noise), torch.arange(size, device=x_t.device)
+            x_t, i = branches[-1][following], block[-1] + 1
             output = None if outputs is None else outputs[following]
+
+    def _branch(
+        self, backbone: Backbone, block: list[int], step: ddim.Transition, noise: SampleNoise, told: _Told
+    ) -> list[Tensor]:
+        """The latents [K,B,C,h,w] of the branches after each step of the block; `step` is its first."""
+        k = self.config.candidates
+        branches = [ddim.sample(step, noise.draw_many(k))]
+        for i in block[1:]:
+            flat = branches[-1].flatten(0, 1)
+            timesteps = self.schedule.timesteps[i].expand(len(flat))
+            output = self._predict(backbone, flat, timesteps, told)
+            step = ddim.transition(self.schedule, output, timesteps, flat, self.config.eta)
+            branches.append(ddim.sample(step, noise.draw_many(k).flatten(0, 1)).view_as(branches[-1]))
+        return branches
+
+    def _pairs(
+        self,
+        block: list[int],
+        x_t: Tensor,
+        branches: list[Tensor],
+        win: Tensor,
+        lose: Tensor,
+        conditioning: Conditioning,
+    ) -> Iterator[tuple[int, StepPair]]:
+        """Every step of the block and its pair; all have the label of the judgement at the end."""
+        every = torch.arange(len(x_t), device=x_t.device)
+        x_t_lose = None
+        for i, after in zip(block, branches, strict=True):
+            timesteps = self.schedule.timesteps[i].expand(len(x_t))
+            x_win, x_lose = after[win, every], after[lose, every]
+            yield i, StepPair(x_t, timesteps, x_win, x_lose, conditioning, x_t_lose)
+            x_t, x_t_lose = x_win, x_lose
 
     def _judge(
         self, backbone: Backbone, i: int, candidates: Tensor, told: _Told
@@ -238,26 +260,17 @@ class SpoMethod:
 
     def _batches(self, judged: list[_Judged], iteration: int) -> list[Batch]:
         """Indexing copies, so the batches are ordinary tensors, whatever `inference` made."""
-        pairs = [j.pair for j in judged]
-        x_t, timesteps, x_win, x_lose = (
-            torch.cat([getattr(p, name) for p in pairs]) for name in ("x_t", "timesteps", "x_win", "x_lose")
-        )
+        rows = step_pairs.Rows.of([j.pair for j in judged])
         valid = torch.cat([j.valid for j in judged]).nonzero().flatten()
         order = torch.randperm(len(valid), generator=generator(self.seed, f"pairs {iteration}"))
         chosen, weight = valid[order.to(valid.device)], 1.0
         if len(chosen) == 0:
-            chosen, weight = torch.zeros(1, dtype=torch.int64, device=x_t.device), 0.0
-        conditioning, size = pairs[0].conditioning, len(pairs[0].x_t)
-        return [
-            Batch(
-                x_t=x_t[part],
-                timesteps=timesteps[part],
-                conditioning=conditioning.select(part % size),
-                weight=torch.full((len(part),), weight, device=x_t.device),
-                targets={"x_win": x_win[part], "x_lose": x_lose[part]},
-            )
-            for part in chosen.split(self.config.batch_size)
-        ]
+            chosen, weight = torch.zeros(1, dtype=torch.int64, device=rows.x_t.device), 0.0
+        batches = []
+        for update in chosen.split(self.config.batch_size):
+            parts = update.split(-(-self.config.batch_size // self.config.gradient_accumulation))
+            batches += [rows.batch(part, weight, accumulate=part is not parts[-1]) for part in parts]
+        return batches
 
     def _metrics(self, judged: list[_Judged]) -> dict[str, float]:
         valid = torch.stack([j.valid for j in judged]).float().cpu()

@@ -20,6 +20,7 @@ from spo.checkpoint import CheckpointStore, stop_on_signal
 from spo.config import Preference
 from spo.diffusion.noise import shuffled
 from spo.diffusion.schedule import Schedule
+from spo.optimizer import adamw
 from spo.preference.loss import preference_loss
 from spo.preference.model import StepAwarePreferenceModel, token_ids
 from spo.preference.noising import clean_pair, draw, noised_pair
@@ -64,7 +65,7 @@ def train(
     """
     if not len(pairs.captions):
         raise ValueError("preference: there are no training pairs; look at outputs/pairs/summary.json")
-    optimizer = _adamw(model, settings)
+    optimizer = adamw(model.parameters(), settings.optimizer)
     first, averaged = _resume(model, optimizer, checkpoint)
     schedule = schedule.to(backbone.device)
     model.train()
@@ -180,13 +181,6 @@ def evaluate(
                 bar.update()
             report[t] = {"accuracy": right / max(len(decided), 1), "n": len(decided)}
     return report
-
-
-def _adamw(model: StepAwarePreferenceModel, settings: Preference) -> torch.optim.AdamW:
-    o = settings.optimizer
-    return torch.optim.AdamW(
-        model.parameters(), o.learning_rate, (o.beta1, o.beta2), o.epsilon, o.weight_decay
-    )
 
 
 def _resume(

@@ -17,15 +17,21 @@ OUTPUT = Path("outputs/align")
 
 
 def run(params: Params, item: str) -> None:
-    from spo import backbones, train
+    from spo import backbones, optimizer, train
     from spo.checkpoint import CheckpointStore
     from spo.stages.generate import device
 
     section = getattr(params.align, item)
+    optimizer.check(section.optimizer)
     with stage("align", params, item) as tracked:
         started = time.monotonic()
         backbone = backbones.load(params.backbone, device())
-        backbone.add_lora(section.lora, params.seed)
+        if section.lora is None:
+            backbone.train_fully()
+        else:
+            backbone.add_lora(section.lora, params.seed)
+        if section.gradient_checkpointing:
+            backbone.checkpoint_gradients()
         method = BUILD[item](params, backbone)
         scratch = _scratch(params, item)
         curve = Curve(tracked, scratch)
@@ -41,10 +47,16 @@ def run(params: Params, item: str) -> None:
         curve.write(TRAINING / f"{item}.csv")
         folder = OUTPUT / item
         shutil.rmtree(folder, ignore_errors=True)
-        backbone.save_lora(folder)
+        if section.lora is None:
+            backbone.save_pipeline(folder)
+        else:
+            backbone.save_lora(folder)
         seconds = round(time.monotonic() - started, 1)
         write_json(METRICS / f"align_{item}.json", {**summary, "seconds": seconds})
-        tracked.log_artifact(folder / "pytorch_lora_weights.safetensors", "adapter")
+        if section.lora is None:  # too large to be stored twice: DVC has it
+            tracked.set_tags({"model": str(folder)})
+        else:
+            tracked.log_artifact(folder / "pytorch_lora_weights.safetensors", "adapter")
         shutil.rmtree(scratch, ignore_errors=True)
 
 

@@ -63,7 +63,10 @@ def fingerprint(sections: Sequence[BaseModel | str | int], inputs: Iterable[Path
     return digest.hexdigest()[:16]
 
 
-_TRAINING_CODE = ("backbones", "data", "diffusion", "methods", "preference", "stages", "train.py", "types.py")
+_TRAINING_CODE = (
+    *("backbones", "data", "diffusion", "methods", "preference", "stages"),
+    *("optimizer.py", "train.py", "types.py"),
+)
 
 
 def write_json(path: Path, content: Any) -> None:

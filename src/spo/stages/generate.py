@@ -25,9 +25,9 @@ def run(params: Params, item: str) -> None:
     split = params.generate.split
     prompts = require(f"outputs/prompts/{split}.txt", f"{split} prompts").read_text().splitlines()
     with stage("generate", params, item) as tracked:
-        backbone = backbones.load(params.backbone, device())
         if variant.adapter is not None:
-            backbone.load_lora(require(variant.adapter, f"adapter of {item}"))
+            require(variant.adapter, f"adapter of {item}")
+        backbone = backbones.load_aligned(params.backbone, variant.adapter, device())
         seeds = [params.generate.seed + i for i in range(len(prompts))]
         folder = OUTPUT / item
         images.save_images(folder, draw(backbone, params, variant, prompts, seeds), prompts, seeds)

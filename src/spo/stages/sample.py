@@ -33,9 +33,9 @@ def run(
         variant = variant.model_copy(update={"guidance": guidance})
     if params.prompts.vocabulary is not None:
         check_vocabulary([prompt], require(params.prompts.vocabulary, "vocabulary"))
-    backbone = backbones.load(params.backbone, generate.device())
     if variant.adapter is not None:
-        backbone.load_lora(require(variant.adapter, f"adapter of {method}"))
+        require(variant.adapter, f"adapter of {method}")
+    backbone = backbones.load_aligned(params.backbone, variant.adapter, generate.device())
     seeds = [seed + i for i in range(n)]
     pictures = list(generate.draw(backbone, params, variant, [prompt] * n, seeds))
     _side_by_side(pictures, output)

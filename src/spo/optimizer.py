@@ -1,0 +1,37 @@
+"""AdamW (arXiv 1711.05101) as the params say, the same for every training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from spo import config
+
+
+def adamw(parameters: Iterable[torch.nn.Parameter], settings: config.Optimizer) -> torch.optim.Optimizer:
+    """
+    Raises:
+        ValueError: eight_bit is set, and bitsandbytes is not installed.
+    """
+    kind: Any = torch.optim.AdamW if not settings.eight_bit else _eight_bit()
+    betas = (settings.beta1, settings.beta2)
+    return kind(list(parameters), settings.learning_rate, betas, settings.epsilon, settings.weight_decay)
+
+
+def check(settings: config.Optimizer) -> None:
+    """Before any model is loaded: raises what `adamw` would raise."""
+    if settings.eight_bit:
+        _eight_bit()
+
+
+def _eight_bit() -> Any:
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError as error:
+        raise ValueError(
+            f"optimizer.eight_bit: needs bitsandbytes, which cannot be imported ({error}); "
+            "`pip install bitsandbytes` on a machine with a GPU, or set it to false"
+        ) from None
+    return AdamW8bit

@@ -1,0 +1,165 @@
+"""Judge what was made elsewhere, without training: pictures in a folder, a LoRA or a fine-tuned checkpoint.
+
+No stage of the DAG: `spo generate --lora PATH` draws, `spo score --images FOLDER --prompts FILE` scores, with
+the scorers, tables and intervals of the experiment.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from spo.config import Params, Variant
+from spo.stages.common import require, write_json
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+    from PIL import Image
+
+OUTPUT = Path("outputs/judged")
+ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
+
+
+def generate(
+    params: Params,
+    adapter: Path,
+    prompts_file: Path | None = None,
+    guidance: float | None = None,
+    output: Path | None = None,
+) -> Path:
+    """Pictures of `adapter` (a LoRA file or folder, or a diffusers folder) on params.backbone.
+
+    Args:
+        prompts_file: a list of prompts; None: the experiment's own, at its own seeds.
+        guidance: None: that of generate.base.
+
+    Returns:
+        The folder of the pictures.
+
+    Raises:
+        ValueError: nothing there, or weights that do not fit the backbone.
+    """
+    from spo import backbones
+    from spo.data import images
+    from spo.stages.generate import device, draw
+
+    if not adapter.exists():
+        raise ValueError(f"{adapter}: not there; give a LoRA (file or folder) or a diffusers folder")
+    split = params.generate.split
+    file = prompts_file or require(f"outputs/prompts/{split}.txt", f"{split} prompts")
+    prompts = _prompts(file)
+    backbone = backbones.load_aligned(params.backbone, adapter, device())
+    variant = Variant(guidance=params.generate.base.guidance if guidance is None else guidance)
+    seeds = [params.generate.seed + i for i in range(len(prompts))]
+    folder = output or OUTPUT / adapter.stem
+    images.save_images(folder, draw(backbone, params, variant, prompts, seeds), prompts, seeds)
+    return folder
+
+
+def score(
+    params: Params,
+    folder: Path,
+    prompts_file: Path | None = None,
+    baseline: Path | None = None,
+    output: Path | None = None,
+) -> str:
+    """Score the pictures of `folder`, and compare them with those of `baseline` for the same prompts.
+
+    Writes scores.csv and, with a baseline, comparisons.json as reports/comparisons.json.
+
+    Returns:
+        The tables, for a person.
+
+    Raises:
+        ValueError: N prompts with M pictures, an unreadable picture, or no prompts.
+    """
+    from spo import evaluate
+    from spo.stages.generate import device
+
+    names = {"method": folder, **({"baseline": baseline} if baseline else {})}
+    read = {name: _pictures(path, prompts_file) for name, path in names.items()}
+    tables = {name: _table(params, *told, device()) for name, told in read.items()}
+    output = output or OUTPUT / folder.stem
+    output.mkdir(parents=True, exist_ok=True)
+    tables["method"].to_csv(output / "scores.csv", index=False, float_format="%.6f")
+    samples, seed = params.report.bootstrap_samples, params.seed
+    lines = [f"{folder}: {len(tables['method'])} pictures, scores in {output / 'scores.csv'}"]
+    for metric in evaluate.metrics(tables["method"]):
+        mean, low, high = evaluate.mean_interval(tables["method"][metric].to_numpy(), samples, seed)
+        lines.append(f"  {metric:18} {mean:9.4f} [{low:.4f}, {high:.4f}]")
+    if baseline:
+        rows = evaluate.comparisons(tables, ["baseline"], samples, seed)
+        labels = {"method": folder.name, "baseline": baseline.name}
+        rows = [{**r, "method": labels["method"], "baseline": labels["baseline"]} for r in rows]
+        write_json(output / "comparisons.json", rows)
+        lines += [f"over {baseline}, paired:", *(_line(row) for row in rows)]
+    return "\n".join(lines)
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    interval = f"[{row['ci_low']:+.4f}, {row['ci_high']:+.4f}]"
+    better = f"{100 * row['win_rate']:.0f} % better"
+    return f"  {row['metric']:18} {row['mean_difference']:+9.4f} {interval}, {better}"
+
+
+def _table(params: Params, pictures: list[Image.Image], prompts: list[str], device: str) -> DataFrame:
+    import pandas as pd
+
+    from spo.stages.score import score_images
+
+    columns = score_images(params, pictures, prompts, device)
+    rows = range(len(prompts))
+    return pd.DataFrame({"index": rows, "prompt": prompts, "seed": rows, **columns})
+
+
+def _prompts(file: Path) -> list[str]:
+    from spo.data.prompts import read_prompts
+
+    prompts = read_prompts(file)
+    if not prompts:
+        raise ValueError(f"{file}: holds no prompts")
+    for row, prompt in enumerate(prompts, start=1):
+        if not prompt.strip():
+            raise ValueError(f"{file}: prompt {row} is empty; every picture needs its own")
+    return prompts
+
+
+def _pictures(folder: Path, prompts_file: Path | None) -> tuple[list[Image.Image], list[str]]:
+    """The pictures in the order of their names (2 before 10) or of our archive, and their prompts."""
+    from spo.data import images
+
+    if (folder / images.ARCHIVE).exists():
+        pictures, prompts, _ = (list(column) for column in zip(*images.load_images(folder), strict=True))
+        if prompts_file is None:
+            return pictures, prompts
+    else:
+        pictures = [_open(path) for path in _files(folder)]
+        if prompts_file is None:
+            raise ValueError(f"{folder}: give --prompts FILE, a prompt for each of {len(pictures)} pictures")
+    prompts = _prompts(prompts_file)
+    if len(prompts) != len(pictures):
+        raise ValueError(
+            f"{folder}: {len(pictures)} pictures, but {prompts_file} has {len(prompts)} prompts; "
+            "give one prompt for each picture, in the order of the file names"
+        )
+    return pictures, prompts
+
+
+def _files(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no folder there; give one with pictures ({', '.join(ENDINGS)})")
+    found = [p for p in folder.iterdir() if p.suffix.lower() in ENDINGS]
+    if not found:
+        raise ValueError(f"{folder}: no pictures there ({', '.join(ENDINGS)})")
+    return sorted(found, key=lambda p: [int(s) if s.isdigit() else s for s in re.split(r"(\d+)", p.name)])
+
+
+def _open(path: Path) -> Image.Image:
+    from spo.data.images import open_image
+
+    try:
+        return open_image(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None

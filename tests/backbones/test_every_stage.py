@@ -1,0 +1,152 @@
+"""Every stage on small random pipelines of both families: the real classes, folders of save_pretrained."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+import yaml
+from diffusers import DiffusionPipeline
+from PIL import Image
+
+from spo import cli, config
+from spo.scenes import world
+from spo.scenes.build import clips
+
+VARIANTS = ("base", "spo", "diffusion_dpo")
+
+
+def pairs(folder, captions: list[str]) -> None:
+    """Pick-a-Pic's columns; the first picture is preferred in every other row."""
+    generator = torch.Generator().manual_seed(0)
+
+    def picture() -> bytes:
+        pixels = torch.randint(256, (16, 16, 3), generator=generator, dtype=torch.uint8)
+        buffer = io.BytesIO()
+        Image.fromarray(pixels.numpy()).save(buffer, format="PNG")
+        return buffer.getvalue()
+
+    rows = [
+        {
+            "caption": caption,
+            "jpg_0": picture(),
+            "jpg_1": picture(),
+            "label_0": float(i % 2),
+            "label_1": float(1 - i % 2),
+            "has_label": True,
+            "num_example_per_prompt": 1,
+        }
+        for i, caption in enumerate(captions)
+    ]
+    folder.mkdir(parents=True)
+    pq.write_table(pa.Table.from_pylist(rows), folder / "train.parquet")
+
+
+def inputs(folder, words) -> None:
+    generator = torch.Generator().manual_seed(1)
+    captions = sorted(set(world.captions(world.random_attributes(60, generator), generator)))
+    (folder / "prompts").mkdir(parents=True)
+    (folder / "prompts/train.txt").write_text("\n".join(captions[:8]))
+    (folder / "prompts/evaluation.txt").write_text("\n".join(captions[8:12]))
+    pairs(folder / "pairs", captions[12:24])
+    clips.save_pickscore(clips.fresh_clip(words, seed=0), words, folder / "clip")
+    clips.save_pickscore(clips.fresh_clip(words, seed=1), words, folder / "scorers/pickscore")
+    torch.manual_seed(2)
+    model, model_config, _ = clips.new_open_clip(words)
+    clips.save_hps(model, model_config, words, folder / "scorers/hps")
+    clips.save_aesthetic(
+        clips.RatedClip(clips.fresh_clip(words, seed=3)), words, folder / "scorers/aesthetic"
+    )
+
+
+@pytest.fixture(params=["sd", "sdxl"])
+def experiment(request, checkpoints, words, tmp_path, monkeypatch):
+    """A folder with params.yaml and data, as a user has it; the working directory."""
+    monkeypatch.chdir(tmp_path)
+    inputs(tmp_path / "data", words)
+    params = yaml.safe_load(config.preset("smoke"))
+    params["backbone"] = {"family": request.param, "checkpoint": str(checkpoints[request.param])}
+    params["prompts"] |= {"n_train": 4, "n_validation": 1, "n_test": 2, "vocabulary": None}
+    params["prompts"]["max_tokens"] = 40
+    params["pairs"]["validation_fraction"] = 0.3
+    params["align"]["spo"] |= {"inner_steps": 2, "gradient_accumulation": 2, "gradient_checkpointing": True}
+    params["align"]["spo"]["divert_start_step"] = 0
+    params["score"]["oracle"] = None
+    write(params)
+    return params
+
+
+def write(params: dict) -> None:
+    with open("params.yaml", "w") as file:
+        yaml.safe_dump(params, file)
+
+
+def run(*arguments: str) -> None:
+    assert cli.main(arguments) == 0, arguments
+
+
+@pytest.mark.smoke
+def test_every_stage_runs(experiment, tmp_path) -> None:
+    for stage in ("inputs", "prompts", "pairs", "preference"):
+        run(stage)
+    for method in config.METHODS:
+        run("align", method)
+        assert json.loads((tmp_path / f"reports/metrics/align_{method}.json").read_text())[
+            "updates"
+        ] == 2 or (method == "spo")
+    for variant in VARIANTS:
+        run("generate", variant)
+        run("score", variant)
+        rows = list(csv.DictReader((tmp_path / f"outputs/scores/{variant}.csv").open()))
+        assert len(rows) == 2 and {"pickscore", "hps", "aesthetic"} <= rows[0].keys()
+    run("generate", "--lora", "outputs/align/spo", "--output", "elsewhere")
+    run("score", "--images", "elsewhere", "--baseline", "outputs/images/base")
+    assert (tmp_path / "outputs/images/spo/images.zip").read_bytes() == (
+        tmp_path / "elsewhere/images.zip"
+    ).read_bytes()
+    DiffusionPipeline.from_pretrained(experiment["backbone"]["checkpoint"]).load_lora_weights(
+        tmp_path / "outputs/align/spo"
+    )
+
+    for method in config.METHODS:
+        experiment["align"][method]["lora"] = None
+        experiment["align"][method]["optimizer"]["learning_rate"] = 1e-4
+    write(experiment)
+    for method in config.METHODS:
+        run("align", method)
+        DiffusionPipeline.from_pretrained(tmp_path / "outputs/align" / method)
+        before = (tmp_path / f"outputs/images/{method}/images.zip").read_bytes()
+        run("generate", method)
+        assert (tmp_path / f"outputs/images/{method}/images.zip").read_bytes() != before
+
+
+def test_a_dry_run_tells_what_a_stage_does_and_writes_nothing(experiment, tmp_path, capsys) -> None:
+    before = sorted(tmp_path.rglob("*"))
+    told = {}
+    for stage, item in (("inputs", None), ("preference", None), ("align", "spo"), ("generate", "spo")):
+        run(stage, *([item] if item else []), "--dry-run")
+        told[stage] = capsys.readouterr().out
+    assert sorted(tmp_path.rglob("*")) == before
+    assert "preference.init: data/clip" in told["inputs"]
+    assert "2 updates of 4 pairs" in told["preference"]
+    # four steps in two blocks of two, K = 2, two prompts, two iterations
+    assert "4 rollouts in 2 iterations; at most 16 pairs, 4 updates" in told["align"]
+    # a prompt: 1 + 2 * 3 forwards to draw and judge, 2 * 3 samples trained on, each 4 forwards; guided
+    assert "time: 248 UNet samples" in told["align"]
+    assert "2 pictures of 4 steps, guidance 2" in told["generate"]
+    for stage in ("preference", "align", "generate"):
+        assert "memory: " in told[stage] and "GFLOP a UNet sample" in told[stage]
+
+
+def test_a_dry_run_without_network_names_what_cannot_be_reached(experiment, capsys) -> None:
+    experiment["backbone"]["checkpoint"] = "nobody/has-this-model"
+    write(experiment)
+    assert cli.main(["align", "spo", "--dry-run"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "backbone.checkpoint: nobody/has-this-model" in error
+    assert "give its folder in params.yaml" in error
