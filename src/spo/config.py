@@ -8,11 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-<<<<<<< HEAD
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
-=======
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
->>>>>>> h-a
 
 Positive = Annotated[int, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
