@@ -41,7 +41,7 @@ def section(source, **changes) -> config.Pairs:
 
 def test_rows_in_are_rows_out_and_set_aside(tmp_path) -> None:
     frame(40, bad=5, ties=7).to_parquet(tmp_path / "a.parquet")
-    frame(48).tail(10).to_parquet(tmp_path / "b.parquet")
+    frame(50).tail(10).to_parquet(tmp_path / "b.parquet")
     out = tmp_path / "out"
     summary = pairs_stage.prepare(section(tmp_path, drop_ties=True), 0, out)
     assert summary["read"] == 50 and summary["set_aside"] == 5 and summary["left_out"] == {"ties": 7}
