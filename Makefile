@@ -31,7 +31,7 @@ data: setup
 	dvc pull --quiet --remote seed data.dvc
 
 repro: data
-	dvc repro
+	spo repro
 
 test: data
 	pytest

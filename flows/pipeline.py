@@ -80,7 +80,7 @@ def pipeline(overrides: dict[str, Any] | None = None, force: bool = False) -> li
                 raise
             finally:
                 parent.set_tags({f"dvc.{row['stage']}": row["result"] for row in done})
-                parent.end(status)
+                tracking.close_parent(parent, params.model_dump(), status, [row["stage"] for row in done])
                 tracking.sync(params.tracking)
             create_markdown_artifact(summary(done, comparisons()), key="spo-results")
     return done

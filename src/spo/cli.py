@@ -78,6 +78,9 @@ def parser() -> argparse.ArgumentParser:
     _scenes(commands.add_parser("scenes", help="make the models and data of the default experiment"))
     sync = commands.add_parser("sync", help="deliver to MLflow what was logged while its server was away")
     sync.set_defaults(run=_run_sync)
+    repro = commands.add_parser("repro", help="dvc repro, with the stages that it skips in MLflow too")
+    repro.add_argument("arguments", nargs=argparse.REMAINDER, help="of dvc repro")
+    repro.set_defaults(run=_run_repro)
     return top
 
 
@@ -199,12 +202,23 @@ def _run_scenes(told: argparse.Namespace) -> None:
 
 
 def _run_sync(told: argparse.Namespace) -> None:
-    from spo import tracking
+    from spo import repro, tracking
 
-    delivered, left = tracking.sync()
+    uri = None
+    if Path("params.yaml").exists():
+        params = config.load()
+        uri = params.tracking
+        repro.record_if_new(params)
+    delivered, left = tracking.sync(uri)
     print(f"{delivered} records delivered, {left} left")
     if left:
         raise ValueError("sync: the server is away or refuses; `spo sync` goes on from there")
+
+
+def _run_repro(told: argparse.Namespace) -> None:
+    from spo import repro
+
+    sys.exit(repro.run(config.load(), told.arguments))
 
 
 if __name__ == "__main__":

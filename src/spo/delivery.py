@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import json
 import logging
 import os
 import sqlite3
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -55,17 +56,22 @@ class Store:
         with spool.path.open("rb") as file:  # one process at a time delivers it
             fcntl.flock(file, fcntl.LOCK_EX)
             known = spool.state().get(self.name, {"run_id": None, "offset": 0})
-            run_id, sent, last = known["run_id"], 0, None
+            run_id, sent = known["run_id"], 0
             for offset, records in _batches(spool.read(known["offset"])):
                 if records[0]["op"] == "create":
                     run_id = self._create(spool.key, records[0])
                 elif records[0]["op"] == "adopt":
                     run_id = records[0]["run_id"]
+                elif records[0]["op"] == "find":
+                    run_id = self._find(self._experiment(records[0]["experiment"]), records[0]["key"])
+                elif run_id is None:
+                    for record in records:
+                        spool.set_aside(record, "the store has not the run that it belongs to")
                 else:
                     self._send(spool, run_id, records)
                 spool.mark(self.name, run_id, offset)
-                sent, last = sent + len(records), records[-1]["op"]
-            if last == "end" and not spool.header().get("shared"):
+                sent += len(records)
+            if sent and spool.ended():
                 spool.remove()
         return sent
 
@@ -118,6 +124,31 @@ class Store:
         self.deliver(spool)
         return str(spool.state()[self.name]["run_id"])
 
+    def _link(self, run_id: str, record: dict[str, Any]) -> None:
+        """A skipped stage: the run that made what it gave, and its figures, here and in the parent.
+
+        Of the origin only metrics of the whole run count, not curves: those that are at step 0.
+        """
+        from mlflow.entities import Metric, RunTag
+
+        client = self.connect()
+        experiment = client.get_run(run_id).info.experiment_id
+        made = f"tags.`dvc.lock_hash` = '{record['hash']}' and tags.`dvc.cached` = 'false'"
+        found = client.search_runs([experiment], made, order_by=["start_time DESC"], max_results=1)
+        metrics = record["metrics"]
+        if found:
+            metrics = {m.key: m.value for m in found[0].data._metric_objs if m.step == 0} or metrics
+        origin = found[0].info.run_id if found else "not in this store"
+        now, title = record["time"], record["title"]
+        client.log_batch(
+            run_id,
+            metrics=[Metric(k, v, now, 0) for k, v in metrics.items()],
+            tags=[RunTag("origin_run_id", origin)],
+        )
+        parent = self._parent(experiment, record["parent"])
+        if parent:
+            client.log_batch(parent, metrics=[Metric(f"{title}/{k}", v, now, 0) for k, v in metrics.items()])
+
     def _find(self, experiment: str, key: str) -> str | None:
         found = self.connect().search_runs([experiment], f"tags.`spo.key` = '{key}'", max_results=1)
         return str(found[0].info.run_id) if found else None
@@ -125,7 +156,10 @@ class Store:
     def _send(self, spool: Spool, run_id: str, records: list[dict[str, Any]]) -> None:
         """What MLflow refuses for good is set aside, so that it does not block the rest."""
         try:
-            _call(self.connect(), spool, run_id, records)
+            if records[0]["op"] == "origin":
+                self._link(run_id, records[0])
+            else:
+                _call(self.connect(), spool, run_id, records)
         except Exception as error:
             if not is_refusal(error):
                 raise
@@ -179,12 +213,22 @@ def _call(client: Any, spool: Spool, run_id: str, records: list[dict[str, Any]])
                 client.log_batch(run_id, params=params[start : start + 100])
         case "tags":
             client.log_batch(run_id, tags=[RunTag(k, v) for k, v in record["tags"].items()])
+        case "inputs":
+            client.log_inputs(run_id, datasets=[_dataset(**item) for item in record["data"]])
         case "artifact":
             if record["sha256"] is None or digest(Path(record["path"])) != record["sha256"]:
                 raise Refused(f"{record['path']}: changed or gone since it was logged")
             client.log_artifact(run_id, record["path"], record["folder"])
         case "end":
             client.set_terminated(run_id, _status(spool, record), end_time=record["time"])
+
+
+def _dataset(name: str, digest: str) -> Any:
+    """What a stage read, as MLflow's dataset: the path, and DVC's hash, by which `dvc` finds it again."""
+    from mlflow.entities import Dataset, DatasetInput
+
+    source = json.dumps({"path": name, "md5": digest})
+    return DatasetInput(Dataset(name=name, digest=digest[:36], source_type="dvc", source=source))
 
 
 def _status(spool: Spool, record: dict[str, Any]) -> str:
@@ -196,10 +240,13 @@ def _status(spool: Spool, record: dict[str, Any]) -> str:
 
 
 class Delivery:
-    """Delivers spools in a thread, so that a slow or missing server costs the stage nothing."""
+    """Delivers spools in a thread, so that a slow or missing server costs the stage nothing.
 
-    def __init__(self, uri: str, which: list[Spool]) -> None:
-        self._store, self._spools = Store(uri), which
+    `watch` is called every PERIOD seconds, before a delivery.
+    """
+
+    def __init__(self, uri: str, which: list[Spool], watch: Callable[[], None] = lambda: None) -> None:
+        self._store, self._spools, self._watch = Store(uri), which, watch
         self._stop, self._failed_at, self._why = threading.Event(), -PAUSE, ""
         load_mlflow()  # here: imports of two threads may get into each other's way
         self._thread = threading.Thread(target=self._work, name="tracking", daemon=True)
@@ -218,6 +265,7 @@ class Delivery:
 
     def _work(self) -> None:
         while not self._stop.wait(PERIOD):
+            self._watch()
             self._try(self._spools)
         earlier = [s for s in spools() if s.header().get("uri") == self._store.name]
         self._try([*self._spools, *earlier])

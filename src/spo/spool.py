@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-FOLDER = Path(".spo/spool")
+EXPERIMENT = re.compile(r"/\.dvc/tmp/exps/.*")  # where DVC runs experiments, and deletes them
 SECRETS = (  # user:password@ of a URI, and secrets in its query
     (re.compile(r"(\w[\w+.-]*://)[^/\s]*@"), r"\1***@"),
     (re.compile(r"(?i)([?&][^=&\s]*(?:password|secret|token|signature|credential|key)=)[^&\s]+"), r"\1***"),
@@ -45,6 +45,15 @@ def warn(message: str) -> None:
     print(f"tracking: {redact(message)}", file=sys.stderr)
 
 
+def home() -> Path:
+    """The workspace: of an experiment that DVC runs in a temporary folder, the one that started it."""
+    return Path(EXPERIMENT.sub("", str(Path.cwd())))
+
+
+def folder() -> Path:
+    return home() / ".spo/spool"
+
+
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
     """One process at a time."""
@@ -57,7 +66,8 @@ def locked(path: Path) -> Iterator[None]:
 class Spool:
     """The records of one run in `<key>.jsonl`; `<key>.state` says how much of it each store has.
 
-    The first record is `create` (or `adopt`, for a run that MLflow has already).
+    The first record is `create`; or, for a run that MLflow has already, `adopt` (by its id) or `find` (by its
+    key).
     """
 
     path: Path
@@ -71,9 +81,9 @@ class Spool:
         """A new spool; `record` has uri, experiment, name, parent (a key or None), shared, tags."""
         import psutil
 
-        FOLDER.mkdir(parents=True, exist_ok=True)
+        folder().mkdir(parents=True, exist_ok=True)
         key = f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{uuid.uuid4().hex[:12]}"
-        spool = cls((FOLDER / f"{key}.jsonl").absolute())
+        spool = cls(folder() / f"{key}.jsonl")
         writer = {"node": platform.node(), "pid": os.getpid(), "started": psutil.Process().create_time()}
         spool.append("create", writer=writer, **record)
         return spool
@@ -81,12 +91,19 @@ class Spool:
     @classmethod
     def find(cls, key: str) -> Spool | None:
         """The spool of a key, or a new one for the id of an MLflow run."""
-        spool = cls((FOLDER / f"{key}.jsonl").absolute())
+        spool = cls(folder() / f"{key}.jsonl")
         if not spool.path.exists():
             if not re.fullmatch("[0-9a-f]{32}", key):
                 return None
-            FOLDER.mkdir(parents=True, exist_ok=True)
+            folder().mkdir(parents=True, exist_ok=True)
             spool.append("adopt", run_id=key, shared=True)
+        return spool
+
+    @classmethod
+    def after(cls, key: str, **where: Any) -> Spool:
+        """A second spool for a run that has ended, in `where`: uri and experiment."""
+        spool = cls(folder() / f"{key}.sealed.jsonl")  # sorts behind the first
+        spool.append("find", key=key, shared=False, **where)
         return spool
 
     def append(self, op: str, **fields: Any) -> None:
@@ -145,6 +162,12 @@ class Spool:
         """Records that no store has."""
         return sum(1 for _ in self.read(max((s["offset"] for s in self.state().values()), default=0)))
 
+    def ended(self) -> bool:
+        """Whether nothing more comes."""
+        head = self.header()
+        over = head.get("op") == "find" or any(r["op"] == "end" for _, r in self.read())
+        return over and not head.get("shared")
+
     def set_aside(self, record: dict[str, Any], why: str) -> None:
         path = self.path.with_suffix(".refused")
         with path.open("a") as file:
@@ -158,7 +181,7 @@ class Spool:
 
 def spools() -> list[Spool]:
     """All that are here, oldest first, so a parent comes before its children."""
-    return [Spool(path.absolute()) for path in sorted(FOLDER.glob("*.jsonl"))]
+    return [Spool(path) for path in sorted(folder().glob("*.jsonl"))]
 
 
 def close_dead() -> None:
@@ -166,17 +189,15 @@ def close_dead() -> None:
     for spool in spools():
         records = [record for _, record in spool.read()]
         writer = records[0].get("writer") if records else None
-        if (
-            not isinstance(writer, dict)
-            or records[0].get("shared")
-            or records[-1]["op"] == "end"
-            or _alive(writer)
-        ):
+        ended = any(record["op"] == "end" for record in records)
+        if not isinstance(writer, dict) or records[0].get("shared") or ended or _alive(writer):
             continue
         spool.append("end", status="KILLED", time=int(spool.path.stat().st_mtime * 1000))
         parent = Spool.find(records[0]["parent"]) if records[0].get("parent") else None
         if parent is not None:
-            parent.append("end", status="KILLED", child=records[0].get("name"))
+            tags = records[0].get("tags") or {}
+            named = {"child": records[0].get("name"), "stage": tags.get("dvc.stage")}
+            parent.append("end", status="KILLED", **named)
 
 
 def _alive(writer: dict[str, Any]) -> bool:

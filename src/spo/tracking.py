@@ -6,31 +6,29 @@ delivers what a server that was away did not get.
 
 from __future__ import annotations
 
-import hashlib
+import itertools
 import json
 import os
 import re
 import signal
-import subprocess
-import sys
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from spo import lock, skipped, system
 from spo.delivery import Delivery, Store, is_refusal
-from spo.spool import Spool, close_dead, digest, locked, one_line, redact, spools, warn
+from spo.provenance import code, flatten, hardware, section, versions
+from spo.spool import Spool, close_dead, digest, home, locked, one_line, redact, spools, warn
 
-PARENTS = Path(".spo/parents")
 PARENT_VARIABLE = "SPO_PARENT_RUN"  # a parent's key, or the id of a run that MLflow has
 
 
 def tracking_uri(configured: str | None = None) -> str:
     """params.yaml's, else the environment's, else a sqlite file in this folder."""
-    return configured or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path.cwd() / 'mlflow.db'}"
+    return configured or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home() / 'mlflow.db'}"
 
 
 class Run:
@@ -66,9 +64,9 @@ class Run:
     def set_tags(self, tags: Mapping[str, Any]) -> None:
         self._write("tags", tags={k: str(v) for k, v in tags.items()})
 
-    def end(self, status: str, child: str | None = None) -> None:
-        """`child`: the run is shared, and this child of it has ended."""
-        self._write("end", status=status, **({"child": child} if child else {}))
+    def end(self, status: str, **child: str | None) -> None:
+        """`child` (its name), `stage` (of DVC), `key`: the run is shared, and this child has ended."""
+        self._write("end", status=status, **child)
 
     def summary(self) -> dict[str, float]:
         """The metrics of the whole run: all that were only given at step 0."""
@@ -95,9 +93,11 @@ def stage_run(stage: str, params: Mapping[str, Any], name: str | None = None) ->
         return
     title = f"{stage}-{name}" if name else stage
     parent = _parent(params)
+    _record_before(parent, params)
     run = _start(params, title, parent)
-    run.log_params(_section(params, stage, name) if parent.spool else flatten(params))
-    delivery = Delivery(tracking_uri(params.get("tracking")), [r.spool for r in (parent, run) if r.spool])
+    run.log_params(section(params, stage, name) if parent.spool else flatten(params))
+    own = [r.spool for r in (parent, run) if r.spool]
+    delivery = Delivery(tracking_uri(params.get("tracking")), own, _watched(run))
     status = "FINISHED"
     try:
         with _terminable():
@@ -109,23 +109,48 @@ def stage_run(stage: str, params: Mapping[str, Any], name: str | None = None) ->
     finally:
         if run.summary():
             parent.log_metrics({f"{title}/{k}": v for k, v in run.summary().items()})
-        run.set_tags(_hardware())
+        run.set_tags(hardware())
         run.end(status)
-        parent.end(status, child=title)
+        parent.end(status, child=title, stage=os.environ.get("DVC_STAGE"), key=run.key)
         delivery.finish()
+
+
+def _watched(run: Run) -> Callable[[], None]:
+    """Logs the system metrics; their steps count from 1."""
+    steps = itertools.count(1)
+    return lambda: run.log_metrics(system.sample(), step=next(steps))
 
 
 def open_parent(params: Mapping[str, Any], name: str | None = None) -> Run:
     """A run for others to be children of, by its `key` in SPO_PARENT_RUN. Logs all parameters."""
-    run = _create(params, name or f"repro {datetime.now():%Y-%m-%d %H:%M:%S}", None, True, _code_tags())
+    run = _create(params, name or f"repro {datetime.now():%Y-%m-%d %H:%M:%S}", None, True, code())
     run.log_params(flatten(params))
+    try:
+        last_covers()
+        if run.spool:
+            _last().parent.mkdir(parents=True, exist_ok=True)
+            _last().write_text(run.key)
+    except OSError as error:
+        warn(f"the repro before gets no hashes: {one_line(error)}")
     return run
+
+
+def close_parent(run: Run, params: Mapping[str, Any], status: str, stages: Iterable[str]) -> list[str]:
+    """End a parent: those of `stages` that did not run are recorded as cached; their names."""
+    cached: list[str] = []
+    if run.spool:
+        where = _where(params)
+        skipped.seal(run.spool, where)
+        cached = skipped.record(run.spool, params, where, stages)
+    run.set_tags(code() | {"dvc.stages_cached": " ".join(cached)})
+    run.end(status)
+    return cached
 
 
 def sync(uri: str | None = None) -> tuple[int, int]:
     """Deliver every spool to `uri`, or to where stages would log: (records delivered, records left)."""
     close_dead()
-    store, delivered = Store(uri or tracking_uri(_configured_uri())), 0
+    store, delivered = Store(uri or tracking_uri()), 0
     for spool in spools():
         try:
             delivered += store.deliver(spool)
@@ -134,14 +159,6 @@ def sync(uri: str | None = None) -> tuple[int, int]:
             if not is_refusal(error):
                 break  # it is away
     return delivered, sum(spool.left() for spool in spools())
-
-
-def flatten(params: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested sections as dotted keys."""
-    flat: dict[str, Any] = {}
-    for key, value in params.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return flat
 
 
 def dvc_ancestor(processes: Iterable[tuple[int, float, list[str]]]) -> tuple[int, float] | None:
@@ -154,18 +171,54 @@ def dvc_ancestor(processes: Iterable[tuple[int, float, list[str]]]) -> tuple[int
     return None
 
 
+def _where(params: Mapping[str, Any]) -> dict[str, str]:
+    return {"uri": redact(tracking_uri(params.get("tracking"))), "experiment": params["name"]}
+
+
+def _parents() -> Path:
+    return home() / ".spo/parents"
+
+
+def _last() -> Path:
+    """Names the parent that was opened last here."""
+    return Path(".spo/parents/last")
+
+
+def last_covers() -> bool:
+    """Whether the last repro here has a run for every stage; its last stage gets its hashes now."""
+    spool = Spool.find(_last().read_text()) if _last().exists() else None
+    if spool is None:
+        return False
+    head = spool.header()
+    skipped.seal(spool, {"uri": head.get("uri", ""), "experiment": head.get("experiment", "")})
+    return skipped.covers(spool)
+
+
+def _record_before(parent: Run, params: Mapping[str, Any]) -> None:
+    """What this stage is made from and did not run in this repro, DVC has skipped: now is the time to say."""
+    stage = os.environ.get("DVC_STAGE")
+    if parent.spool is None or stage is None:
+        return
+    try:
+        skipped.seal(parent.spool, _where(params))
+        skipped.record(parent.spool, params, _where(params), lock.ancestors(lock.read(), stage))
+    except OSError as error:
+        warn(f"skipped stages are not recorded: {one_line(error)}")
+
+
 def _start(params: Mapping[str, Any], title: str, parent: Run) -> Run:
-    tags = _versions() | ({"dvc.stage": os.environ["DVC_STAGE"]} if "DVC_STAGE" in os.environ else {})
+    tags = versions()
+    if "DVC_STAGE" in os.environ:
+        tags |= {"dvc.stage": os.environ["DVC_STAGE"], "dvc.cached": "false"}
     if parent.spool is None:
-        tags |= _code_tags()
+        tags |= code()
     return _create(params, title, parent.key or None, False, tags)
 
 
 def _create(
     params: Mapping[str, Any], name: str, parent: str | None, shared: bool, tags: dict[str, str]
 ) -> Run:
-    uri = redact(tracking_uri(params.get("tracking")))
-    fields = {"uri": uri, "experiment": params["name"], "name": name, "parent": parent}
+    fields = {"name": name, "parent": parent, **_where(params)}
     try:
         return Run(Spool.create(**fields, shared=shared, tags=tags))
     except OSError as error:
@@ -192,9 +245,9 @@ def _parent(params: Mapping[str, Any]) -> Run:
 def _parent_of(repro: tuple[int, float], params: Mapping[str, Any]) -> Run:
     """One parent for all stages of a repro: the first makes it, the others find it under the pid."""
     pid, started = repro
-    PARENTS.mkdir(parents=True, exist_ok=True)
-    record = PARENTS / f"{pid}.json"
-    with locked(PARENTS / "lock"):
+    _parents().mkdir(parents=True, exist_ok=True)
+    record = _parents() / f"{pid}.json"
+    with locked(_parents() / "lock"):
         if record.exists():
             known = json.loads(record.read_text())
             spool = Spool.find(known["run"])
@@ -213,53 +266,6 @@ def _ancestors() -> Iterator[tuple[int, float, list[str]]]:
             yield process.pid, process.create_time(), process.cmdline()
         except psutil.Error:
             continue
-
-
-def _section(params: Mapping[str, Any], stage: str, name: str | None) -> dict[str, Any]:
-    """What the stage is about: its section (of an item its own part) and the seed."""
-    section = params.get(stage, {})
-    own = {k: v for k, v in section.items() if not (name in section and k != name and isinstance(v, dict))}
-    return {"seed": params.get("seed"), **flatten({stage: own})}
-
-
-def _versions() -> dict[str, str]:
-    packages = ("spo", "torch", "diffusers", "transformers")
-    return {f"version.{package}": metadata.version(package) for package in packages}
-
-
-def _hardware() -> dict[str, Any]:
-    tags: dict[str, Any] = {"hardware.cpus": os.cpu_count()}
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_available():
-        tags["hardware.gpu"] = torch.cuda.get_device_name()
-    return tags
-
-
-def _code_tags() -> dict[str, str]:
-    """Which code and which data: the git commit, whether files differ from it, and dvc.lock's hash."""
-    commit, changes = _git("rev-parse", "HEAD"), _git("status", "--porcelain", "--untracked-files=no")
-    tags = (
-        {"dvc.lock": hashlib.sha256(Path("dvc.lock").read_bytes()).hexdigest()}
-        if Path("dvc.lock").exists()
-        else {}
-    )
-    if commit:
-        tags |= {"mlflow.source.git.commit": commit, "git.dirty": str(bool(changes)).lower()}
-    return tags
-
-
-def _git(*arguments: str) -> str:
-    try:
-        done = subprocess.run(["git", *arguments], capture_output=True, text=True, timeout=20)
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return done.stdout.strip() if done.returncode == 0 else ""
-
-
-def _configured_uri() -> str | None:
-    from spo import config
-
-    return config.load().tracking if Path("params.yaml").exists() else None
 
 
 @contextmanager

@@ -134,10 +134,13 @@ def test_a_dry_run_tells_what_a_stage_does_and_writes_nothing(experiment, tmp_pa
     assert sorted(tmp_path.rglob("*")) == before
     assert "preference.init: data/clip" in told["inputs"]
     assert "2 updates of 4 pairs" in told["preference"]
-    # four steps in two blocks of two, K = 2, two prompts, two iterations
-    assert "4 rollouts in 2 iterations; at most 16 pairs, 4 updates" in told["align"]
-    # a prompt: 1 + 2 * 3 forwards to draw and judge, 2 * 3 samples trained on, each 4 forwards; guided
-    assert "time: 248 UNet samples" in told["align"]
+    # K = 2, two prompts, two iterations. sd: four steps in two blocks of two; a prompt takes 1 + 2 * 3
+    # forwards to draw and judge, 2 * 3 samples trained on, each 4 forwards; guided: 2 * 4 * 31 in all.
+    # sdxl: its scheduler's last step has no variance, so the second block is one step: 1 + 2 * 3 + 4 * 4
+    sd = experiment["backbone"]["family"] == "sd"
+    pairs, samples = (16, 248) if sd else (12, 184)
+    assert f"4 rollouts in 2 iterations; at most {pairs} pairs, 4 updates" in told["align"]
+    assert f"time: {samples} UNet samples" in told["align"]
     assert "2 pictures of 4 steps, guidance 2" in told["generate"]
     for stage in ("preference", "align", "generate"):
         assert "memory: " in told[stage] and "GFLOP a UNet sample" in told[stage]

@@ -131,6 +131,7 @@ def test_a_mistake_of_ours_is_not_hidden(monkeypatch) -> None:
         cli.main(["preset", "smoke"])
 
 
+@pytest.mark.smoke
 def test_memory_really_exhausted_is_one_line(tmp_path: Path) -> None:
     code = (
         "import resource, sys, torch; from spo import cli\n"

@@ -7,7 +7,7 @@ from spo.scenes.world import ABSENT, LAYOUTS, PLACES
 
 def test_the_sentence_of_the_readme() -> None:
     attributes = world.parse("a large red circle above a small blue star on sand")
-    assert attributes.tolist() == [LAYOUTS.index("above"), 0, 0, 0, 1, 3, 4, 0]
+    assert attributes.tolist() == [LAYOUTS.index("above"), 0, 0, 0, 1, 2, 4, 0]
 
 
 def test_below_is_above_with_the_shapes_exchanged() -> None:

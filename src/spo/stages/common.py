@@ -17,6 +17,7 @@ from pydantic import BaseModel
 
 from spo import tracking
 from spo.config import Params
+from spo.lock import read_metrics
 from spo.stages.lifeline import tied_to_dvc
 
 SCRATCH = Path(".spo")
@@ -41,9 +42,20 @@ def stage(name: str, params: Params, item: str | None = None) -> Iterator[Any]:
         except BlockingIOError:
             raise ValueError(f"stage {full} already runs in this folder; wait for it or stop it") from None
         started = time.monotonic()
+        began = time.time()
         with tracking.stage_run(name, params.model_dump(), name=item) as run, tied_to_dvc():
             yield run
+            _log_written(run, full, began)
             run.log_metrics({"seconds": time.monotonic() - started}, step=0)
+
+
+def _log_written(run: tracking.Run, full: str, began: float) -> None:
+    """What the stage wrote for `dvc metrics` goes to MLflow too, unless it was logged."""
+    name = "comparisons" if full == "report" else full.replace("-", "_")
+    path = METRICS / f"{name}.json"
+    if path.exists() and path.stat().st_mtime >= began - 1:
+        known = {"seconds", *run.summary()}
+        run.log_metrics({k: v for k, v in read_metrics(path).items() if k not in known})
 
 
 def fingerprint(sections: Sequence[BaseModel | str | int], inputs: Iterable[Path]) -> str:

@@ -1,0 +1,92 @@
+"""Where a run comes from: its parameters, code, packages and machine."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+PACKAGES = (
+    *("spo", "torch", "torchvision", "diffusers", "transformers", "peft", "accelerate"),
+    *("open_clip_torch", "numpy", "dvc", "mlflow"),
+)
+
+
+def flatten(params: Mapping[str, Any], prefix: str = "", separator: str = ".") -> dict[str, Any]:
+    """Nested sections as dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in params.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}{separator}", separator)
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def section(params: Mapping[str, Any], stage: str, name: str | None) -> dict[str, Any]:
+    """What a stage is about: its section (of an item its own part) and the seed."""
+    found = params.get(stage, {})
+    own = {k: v for k, v in found.items() if not (name in found and k != name and isinstance(v, dict))}
+    return {"seed": params.get("seed"), **flatten({stage: own})}
+
+
+def versions() -> dict[str, str]:
+    """Tags: Python and the packages that figures depend on, as far as installed."""
+    tags = {"version.python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            tags[f"version.{package}"] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return tags
+
+
+def hardware() -> dict[str, Any]:
+    """Tags: processor, memory, accelerator (if torch was loaded), operating system."""
+    import psutil
+
+    tags: dict[str, Any] = {
+        "hardware.cpus": os.cpu_count(),
+        "hardware.cpu": _processor(),
+        "hardware.memory_gb": round(psutil.virtual_memory().total / 2**30, 1),
+        "hardware.system": platform.platform(terse=True),
+    }
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        tags["hardware.gpu"] = torch.cuda.get_device_name()
+        tags["hardware.gpus"] = torch.cuda.device_count()
+    return tags
+
+
+def _processor() -> str:
+    """Its name by Linux, else what Python knows."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def code() -> dict[str, str]:
+    """Tags: the git commit, whether files differ from it, and dvc.lock's SHA-256."""
+    commit, changes = _git("rev-parse", "HEAD"), _git("status", "--porcelain", "--untracked-files=no")
+    lock = Path("dvc.lock")
+    tags = {"dvc.lock": hashlib.sha256(lock.read_bytes()).hexdigest()} if lock.exists() else {}
+    if commit:
+        tags |= {"mlflow.source.git.commit": commit, "git.dirty": str(bool(changes)).lower()}
+    return tags
+
+
+def _git(*arguments: str) -> str:
+    try:
+        done = subprocess.run(["git", *arguments], capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""

@@ -1,0 +1,33 @@
+"""What a stage uses of its machine, under MLflow's names of system metrics."""
+
+from __future__ import annotations
+
+import sys
+
+
+def sample() -> dict[str, float]:
+    """Processor (percent, since the last call), memory of machine and process (MB), free disk (MB), GPUs."""
+    import psutil
+
+    memory = psutil.virtual_memory()
+    found = {
+        "system/cpu_utilization_percentage": psutil.cpu_percent(),
+        "system/system_memory_usage_megabytes": memory.used / 1e6,
+        "system/system_memory_usage_percentage": memory.percent,
+        "system/process_memory_megabytes": psutil.Process().memory_info().rss / 1e6,
+        "system/disk_available_megabytes": psutil.disk_usage(".").free / 1e6,
+    }
+    return found | _gpus()
+
+
+def _gpus() -> dict[str, float]:
+    """Memory in use, as the driver tells, if torch was loaded and started CUDA: never the first to do so."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_initialized():
+        return {}
+    found = {}
+    for i in range(torch.cuda.device_count()):
+        free, total = torch.cuda.mem_get_info(i)
+        found[f"system/gpu_{i}_memory_usage_megabytes"] = (total - free) / 1e6
+        found[f"system/gpu_{i}_memory_usage_percentage"] = 100 * (1 - free / total)
+    return found

@@ -1,0 +1,248 @@
+"""Stages that DVC skipped are runs too, with their figures and a link to the run that made them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from spo import lock, repro, tracking
+from spo.delivery import load_mlflow
+from spo.spool import home, spools
+from spo.tracking import close_parent, open_parent, stage_run, sync
+
+PARAMS: dict[str, Any] = {"name": "tiny", "seed": 3, "tracking": None, "align": {"spo": {"beta": 10}}}
+ENTRIES = {
+    "pairs": {"cmd": "spo pairs", "deps": {"data": "d1.dir"}, "outs": {"outputs/pairs": "p1.dir"}},
+    "align@spo": {
+        "cmd": "spo align spo",
+        "deps": {"outputs/pairs": "p1.dir", "src/spo/train.py": "c1"},
+        "outs": {"outputs/align/spo": "a1.dir", "reports/metrics/align_spo.json": "m1"},
+    },
+    "other": {"cmd": "sh other.sh", "deps": {"data": "d1.dir"}, "outs": {"other": "o1"}},
+    "report": {
+        "cmd": "spo report",
+        "deps": {"outputs/align": "a2.dir"},
+        "outs": {"reports/report.html": "r1"},
+    },
+}
+
+
+def write_lock(folder: Path, **changes: str) -> None:
+    stages = {
+        name: {
+            "cmd": stage["cmd"],
+            **{
+                kind: [{"path": p, "md5": changes.get(h, h)} for p, h in stage[kind].items()]
+                for kind in ("deps", "outs")
+            },
+        }
+        for name, stage in ENTRIES.items()
+    }
+    (folder / "dvc.lock").write_text(yaml.safe_dump({"schema": "2.0", "stages": stages}, sort_keys=False))
+
+
+@pytest.fixture
+def locked_folder(folder: Path) -> Path:
+    write_lock(folder)
+    metrics = folder / "reports/metrics/align_spo.json"
+    metrics.parent.mkdir(parents=True)
+    metrics.write_text(json.dumps({"updates": 7, "by_step": {"1": 0.5}, "note": "text"}))
+    return folder
+
+
+def test_what_a_stage_is_made_from(locked_folder: Path) -> None:
+    entries = lock.read()
+    assert lock.ancestors(entries, "report") == ["pairs", "align@spo"], "other is no part of it"
+    assert lock.ancestors(entries, "pairs") == lock.ancestors(entries, "nothing") == []
+    assert entries["align@spo"].title == "align-spo" and entries["other"].title == "other"
+    assert entries["align@spo"].metrics() == {"updates": 7.0, "by_step/1": 0.5}
+    before = entries["align@spo"].hash
+    write_lock(locked_folder, c1="c2")
+    assert lock.read()["align@spo"].hash != before and lock.read()["pairs"].hash == entries["pairs"].hash
+
+
+@pytest.mark.parametrize("text", ["", "]", "stages: [1]", "stages: {a: {}}"])
+def test_a_lock_file_that_is_none_is_no_stage(folder: Path, text: str) -> None:
+    (folder / "dvc.lock").write_text(text)
+    assert lock.read() == {}
+
+
+def stage(
+    monkeypatch: pytest.MonkeyPatch, dvc: str, name: str, item: str | None, params: Any, **metrics: float
+) -> None:
+    monkeypatch.setenv("DVC_STAGE", dvc)
+    with stage_run(name, params, item) as run:
+        run.log_metrics({"loss": 9.0}, step=3)
+        run.log_metrics(metrics)
+    monkeypatch.delenv("DVC_STAGE")
+    os.utime("dvc.lock")  # DVC writes it when the stage is over
+
+
+def children(folder: Path, parent: str) -> dict[str, Any]:
+    client = load_mlflow().MlflowClient(f"sqlite:///{folder / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name("tiny").experiment_id
+    found = client.search_runs([experiment], f"tags.`mlflow.parentRunId` = '{parent}'")
+    return {r.info.run_name: r for r in found}
+
+
+def find_parent(folder: Path, name: str) -> Any:
+    client = load_mlflow().MlflowClient(f"sqlite:///{folder / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name("tiny").experiment_id
+    (found,) = client.search_runs([experiment], f"attributes.run_name = '{name}'")
+    return found
+
+
+def test_skipped_stages_are_linked_and_the_parents_compare(
+    locked_folder: Path, runs: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = open_parent(PARAMS, "first")
+    monkeypatch.setenv("SPO_PARENT_RUN", first.key)
+    stage(monkeypatch, "pairs", "pairs", None, PARAMS, rows=5)
+    stage(monkeypatch, "align@spo", "align", "spo", PARAMS, accuracy=0.75)
+    stage(monkeypatch, "report", "report", None, PARAMS, win_rate=0.9)
+    close_parent(first, PARAMS, "FINISHED", ())
+    changed = PARAMS | {"report": {"grid": 8}}
+    second = open_parent(changed, "second")
+    monkeypatch.setenv("SPO_PARENT_RUN", second.key)
+    write_lock(locked_folder, r1="r2")
+    stage(monkeypatch, "report", "report", None, changed, win_rate=0.8)
+    close_parent(second, changed, "FINISHED", ())
+    assert sync()[1] == 0
+
+    one, two = find_parent(locked_folder, "first"), find_parent(locked_folder, "second")
+    made, taken = children(locked_folder, one.info.run_id), children(locked_folder, two.info.run_id)
+    assert set(made) == set(taken) == {"pairs", "align-spo", "report"}
+    for name in ("pairs", "align-spo"):
+        run, origin = taken[name], made[name]
+        assert run.data.tags["dvc.cached"] == "true" and origin.data.tags["dvc.cached"] == "false"
+        assert run.data.tags["origin_run_id"] == origin.info.run_id
+        assert run.data.tags["dvc.lock_hash"] == origin.data.tags["dvc.lock_hash"]
+        assert run.data.params == origin.data.params and run.info.status == "FINISHED"
+    assert taken["report"].data.tags["dvc.cached"] == "false"
+    assert taken["align-spo"].data.metrics == {"accuracy": 0.75}, "no curves"
+    assert taken["align-spo"].data.tags["dvc.out.outputs/align/spo"] == "a1.dir"
+    datasets = {i.dataset.name: i.dataset.digest for i in made["align-spo"].inputs.dataset_inputs}
+    assert datasets == {"outputs/pairs": "p1.dir"}, "code is no data"
+    assert one.data.metrics.keys() == two.data.metrics.keys()
+    assert two.data.metrics["align-spo/accuracy"] == 0.75
+    assert (one.data.metrics["report/win_rate"], two.data.metrics["report/win_rate"]) == (0.9, 0.8)
+    differ = {k for k in two.data.params if one.data.params.get(k) != two.data.params[k]}
+    assert differ == {"report.grid"}
+    assert [s.header()["name"] for s in spools()] == ["first", "second"], "delivered, and nothing refused"
+
+
+def test_a_repro_in_which_nothing_ran(locked_folder: Path, runs: Any) -> None:
+    parent = open_parent(PARAMS, "nothing")
+    assert close_parent(parent, PARAMS, "FINISHED", lock.read()) == list(ENTRIES)
+    assert sync()[1] == 0
+    found = find_parent(locked_folder, "nothing")
+    cached = children(locked_folder, found.info.run_id)
+    assert set(cached) == {"pairs", "align-spo", "other", "report"}
+    assert cached["align-spo"].data.tags["origin_run_id"] == "not in this store"
+    assert cached["align-spo"].data.metrics == {"updates": 7.0, "by_step/1": 0.5}, "of the metrics file"
+    assert found.data.metrics == {"align-spo/updates": 7.0, "align-spo/by_step/1": 0.5}
+
+
+def test_an_entry_of_a_later_checkout_is_not_the_runs(
+    locked_folder: Path, runs: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parent = open_parent(PARAMS, "parent")
+    monkeypatch.setenv("SPO_PARENT_RUN", parent.key)
+    stage(monkeypatch, "pairs", "pairs", None, PARAMS)
+    later = (locked_folder / "dvc.lock").stat().st_mtime + 10_000
+    os.utime(locked_folder / "dvc.lock", (later, later))
+    close_parent(parent, PARAMS, "FINISHED", ())
+    sync()
+    assert "dvc.lock_hash" not in runs()["pairs"].data.tags
+
+
+def test_experiments_in_dvcs_temporary_folders_log_to_the_workspace(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for part in (".dvc/tmp/exps/standalone/tmp1", ".dvc/tmp/exps/tmp2"):
+        (tmp_path / part).mkdir(parents=True)
+        monkeypatch.chdir(tmp_path / part)
+        assert home() == tmp_path
+        assert tracking.tracking_uri() == f"sqlite:///{tmp_path / 'mlflow.db'}"
+    monkeypatch.chdir(tmp_path)
+    assert home() == tmp_path
+
+
+DAG = """\
+stages:
+  pairs:
+    cmd: python stage.py pairs
+    params: [seed]
+    deps: [stage.py]
+    outs: [pairs.txt]
+  report:
+    cmd: python stage.py report
+    params: [report]
+    deps: [pairs.txt]
+    outs: [report.txt]
+"""
+STAGE = """\
+import sys
+from spo import config, tracking
+name = sys.argv[1]
+params = config.load().model_dump()
+with tracking.stage_run(name, params) as run:
+    run.log_metrics({"rows": params["seed"]})
+    open(f"{name}.txt", "w").write(name)
+"""
+
+
+@pytest.mark.smoke
+def test_with_dvc_itself(folder: Path, runs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bare repros, a changed key, `spo repro` and `spo sync` with nothing to do, a temporary experiment."""
+    from spo import config
+
+    (folder / "params.yaml").write_text(config.preset("smoke").replace("name: smoke", "name: tiny"))
+    (folder / "dvc.yaml").write_text(DAG)
+    (folder / "stage.py").write_text(STAGE)
+    (folder / ".gitignore").write_text("/.spo\n/mlflow.db*\n/mlartifacts\n/*.txt\n")
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    me = ("-c", "user.name=me", "-c", "user.email=me@here")
+
+    def do(*command: str) -> str:
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    def parents() -> list[Any]:
+        client = load_mlflow().MlflowClient(f"sqlite:///{folder / 'mlflow.db'}")
+        experiment = client.get_experiment_by_name("tiny").experiment_id
+        every = client.search_runs([experiment], order_by=["start_time"], max_results=100)
+        return [r for r in every if "mlflow.parentRunId" not in r.data.tags]
+
+    def cached(parent: Any) -> dict[str, str]:
+        found = children(folder, parent.info.run_id)
+        return {name: r.data.tags["dvc.cached"] for name, r in found.items()}
+
+    do("git", "init", "-q")
+    do("dvc", "init", "-q")
+    do("dvc", "repro", "-q")
+    do("git", "add", "-A")
+    do("git", *me, "commit", "-qm", "one")
+    do("spo", "sync")
+    assert [cached(p) for p in parents()] == [{"pairs": "false", "report": "false"}]
+    do("dvc", "repro", "-q", "-s", "report", "--force")
+    do("spo", "sync")
+    assert cached(parents()[1]) == {"pairs": "true", "report": "false"}
+    do("spo", "repro")
+    assert cached(parents()[2]) == {"pairs": "true", "report": "true"}
+    one = children(folder, parents()[0].info.run_id)
+    three = children(folder, parents()[2].info.run_id)
+    assert three["pairs"].data.tags["origin_run_id"] == one["pairs"].info.run_id
+    assert do("spo", "sync").startswith("0 records")
+    do("git", *me, "commit", "-qam", "two", "--allow-empty")
+    do("dvc", "exp", "run", "-q", "--temp", "-S", "report.grid_prompts=3")
+    assert cached(parents()[3]) == {"pairs": "true", "report": "false"}
+    assert repro.record_if_new(config.load()) is False
