@@ -80,6 +80,8 @@ def attempt(folder: Path, result: Path, number: int, wait: float) -> int:
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_killed_at_random_is_uninterrupted_bit_for_bit(tmp_path: Path, number: int) -> None:
+    torch.set_num_threads(1)  # a thread pool does not live on in a fork
+    whole = fit(tmp_path / "whole")  # first: what is imported on first use takes seconds, in every fork
     draw, kills = random.Random(int(number)), 0
     store, result, reached = CheckpointStore(tmp_path / "c"), tmp_path / "result", 0
     while attempt(tmp_path / "c", result, number, draw.uniform(0.01, 0.12) + 0.01 * kills):
@@ -89,4 +91,4 @@ def test_killed_at_random_is_uninterrupted_bit_for_bit(tmp_path: Path, number: i
         reached = step
         assert kills < 200
     assert kills >= 1
-    assert torch.equal(torch.load(result), fit(tmp_path / "whole"))
+    assert torch.equal(torch.load(result), whole)
