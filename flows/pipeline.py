@@ -80,7 +80,8 @@ def pipeline(overrides: dict[str, Any] | None = None, force: bool = False) -> li
                 raise
             finally:
                 parent.set_tags({f"dvc.{row['stage']}": row["result"] for row in done})
-                tracking.close_parent(parent, params.model_dump(), status, [row["stage"] for row in done])
+                skipped = [row["stage"] for row in done if row["result"] != "ran"]
+                tracking.close_parent(parent, params.model_dump(), status, skipped)
                 tracking.sync(params.tracking)
             create_markdown_artifact(summary(done, comparisons()), key="spo-results")
     return done
