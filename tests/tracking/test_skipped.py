@@ -135,7 +135,8 @@ def test_skipped_stages_are_linked_and_the_parents_compare(
     assert (one.data.metrics["report/win_rate"], two.data.metrics["report/win_rate"]) == (0.9, 0.8)
     differ = {k for k in two.data.params if one.data.params.get(k) != two.data.params[k]}
     assert differ == {"report.grid"}
-    assert [s.header()["name"] for s in spools()] == ["first", "second"], "delivered, and nothing refused"
+    left = {s.header()["name"] for s in spools()}  # the two parents stay open to later stages
+    assert left == {"first", "second"}, "delivered, and nothing refused"
 
 
 def test_a_repro_in_which_nothing_ran(locked_folder: Path, runs: Any) -> None:
