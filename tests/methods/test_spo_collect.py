@@ -1,30 +1,12 @@
 import pytest
 import torch
+from spo_settings import PROMPTS, settings
 
-from spo.config import Spo
 from spo.diffusion import ddim
 from spo.diffusion.guidance import guided
 from spo.diffusion.schedule import Schedule
 from spo.methods import spo
 from spo.methods.spo import SpoMethod
-
-PROMPTS = ["a", "bb", "ccc", "dddd", "eeeee"]
-
-
-def settings(**changes) -> Spo:
-    fields = {
-        "lora": {"rank": 1, "alpha": 1},
-        "optimizer": {"learning_rate": 1e-3},
-        "iterations": 4,
-        "prompts_per_iteration": 3,
-        "batch_size": 4,
-        "candidates": 4,
-        "num_inference_steps": 5,
-        "guidance": 2.0,
-        "divert_start_step": 2,
-        "threshold": 0.0,
-    }
-    return Spo(**{**fields, **changes})
 
 
 def together(batches) -> dict[str, torch.Tensor]:

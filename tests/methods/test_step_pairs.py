@@ -1,9 +1,12 @@
 """Where candidates are drawn, which two make a pair, and where the rollout goes on."""
 
-import pytest
-import torch
+from functools import partial
 
-from spo.config import Spo
+import pytest
+import spo_settings
+import torch
+from spo_settings import PROMPTS
+
 from spo.diffusion import ddim
 from spo.diffusion.guidance import guided
 from spo.diffusion.noise import SampleNoise
@@ -11,22 +14,8 @@ from spo.diffusion.schedule import Schedule
 from spo.methods import step_pairs
 from spo.methods.spo import SpoMethod
 
-PROMPTS = ["a", "bb", "ccc", "dddd", "eeeee"]
-
-
-def settings(**changes) -> Spo:
-    fields = {
-        "lora": {"rank": 1, "alpha": 1},
-        "optimizer": {"learning_rate": 1e-3},
-        "iterations": 4,
-        "prompts_per_iteration": 5,
-        "batch_size": 1000,
-        "num_inference_steps": 5,
-        "guidance": 2.0,
-        "divert_start_step": 0,
-        "threshold": 0.0,
-    }
-    return Spo(**{**fields, **changes})
+# One batch holds all pairs of an iteration over all prompts.
+settings = partial(spo_settings.settings, prompts_per_iteration=5, batch_size=1000, divert_start_step=0)
 
 
 @pytest.mark.parametrize(

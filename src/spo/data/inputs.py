@@ -6,6 +6,8 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
+from spo.data import remote
+
 
 def manifest(name: str, revision: str | None = None) -> dict[str, Any]:
     """One input by content: a local path's SHA-256 of each file, or a hub id's commit and file hashes.
@@ -17,7 +19,7 @@ def manifest(name: str, revision: str | None = None) -> dict[str, Any]:
     Raises:
         ValueError: neither a path nor a hub id that can be reached.
     """
-    if "://" in name:
+    if remote.is_remote(name):
         return _remote_manifest(name)
     path = Path(name)
     if path.exists():
@@ -30,20 +32,8 @@ def manifest(name: str, revision: str | None = None) -> dict[str, Any]:
 
 def _remote_manifest(url: str) -> dict[str, Any]:
     """Files of a URL (hf://datasets/..., s3://...) by the content's hash that their store gives."""
-    from fsspec.core import url_to_fs
-
-    try:
-        files, root = url_to_fs(url)
-        found = files.find(root, detail=True)
-        pins = {
-            p.removeprefix(root).lstrip("/"): info.get("blob_id") or files.ukey(p)
-            for p, info in found.items()
-        }
-    except Exception as error:  # each store has its own kinds
-        raise ValueError(
-            f"{url}: cannot be reached ({type(error).__name__}); download it where there is a network "
-            "and give its folder in params.yaml"
-        ) from None
+    files, root, found = remote.find(url)
+    pins = {p.removeprefix(root).lstrip("/"): i.get("blob_id") or files.ukey(p) for p, i in found.items()}
     if not pins:
         raise ValueError(f"{url}: nothing is there; look at pairs.source in params.yaml")
     return {"url": url, "files": pins}

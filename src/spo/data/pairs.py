@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from spo.data import remote
 from spo.data.images import open_image
 from spo.types import PreferencePair
 
@@ -31,18 +32,13 @@ class Rejected:
     reason: str
 
 
-def is_remote(source: str | Path) -> bool:
-    """Whether it is a URL (hf://, s3://, memory://), not a path."""
-    return "://" in str(source)
-
-
 def shards(source: str | Path) -> list[str | Path]:
     """The parquet files of a folder or of a URL, in order.
 
     Raises:
         ValueError: there is none, or it cannot be reached.
     """
-    if is_remote(source):
+    if remote.is_remote(source):
         return list(_remote_shards(str(source)))
     source = Path(source)
     found = sorted(source.rglob("*.parquet")) if source.is_dir() else [source] if source.exists() else []
@@ -52,16 +48,8 @@ def shards(source: str | Path) -> list[str | Path]:
 
 
 def _remote_shards(source: str) -> list[str]:
-    from fsspec.core import url_to_fs
-
-    try:
-        files, root = url_to_fs(source)
-        found = sorted(p for p in files.find(root) if p.endswith(".parquet"))
-    except Exception as error:  # each store has its own kinds
-        raise ValueError(
-            f"{source}: cannot be reached ({type(error).__name__}); download the shards where there is a "
-            "network and give their folder in params.yaml"
-        ) from None
+    files, _, everything = remote.find(source)
+    found = [p for p in everything if p.endswith(".parquet")]
     if not found:
         raise ValueError(f"{source}: no .parquet shards there; look at pairs.source in params.yaml")
     return [str(files.unstrip_protocol(p)) for p in found]
@@ -184,7 +172,7 @@ def _open(path: str | Path) -> Any:
     import pyarrow.parquet as pq
 
     try:
-        if is_remote(path):
+        if remote.is_remote(path):
             import fsspec
 
             return pq.ParquetFile(fsspec.open(str(path), "rb").open(), buffer_size=BUFFER, pre_buffer=False)

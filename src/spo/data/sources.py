@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from spo.data import hpd, pairs
+from spo.data import hpd, pairs, remote
 from spo.types import PreferencePair
 
 HPD = "train.json"
@@ -33,7 +33,7 @@ def read_captions(source: str | Path) -> Iterator[str]:
 
 def _hpd_file(source: str | Path) -> Path | None:
     """HPDv2's list: the source itself, or `train.json` in a folder without shards."""
-    if pairs.is_remote(source):
+    if remote.is_remote(source):
         return None
     path = Path(source)
     if path.suffix == ".json" and path.is_file():
