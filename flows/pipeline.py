@@ -9,6 +9,7 @@ DVC still decides what is out of date. `dvc repro` never needs this file.
 from __future__ import annotations
 
 import argparse
+import base64
 import contextlib
 import copy
 import fcntl
@@ -27,11 +28,16 @@ os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
 os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "120")  # a busy machine
 
 from prefect import flow, get_run_logger, task  # noqa: E402
-from prefect.artifacts import create_markdown_artifact  # noqa: E402
+from prefect.artifacts import (  # noqa: E402
+    create_image_artifact,
+    create_link_artifact,
+    create_markdown_artifact,
+)
 from prefect.cache_policies import NO_CACHE  # noqa: E402
 from prefect.settings import PREFECT_API_URL  # noqa: E402
 
 from spo import config, tracking  # noqa: E402
+from spo.spool import redact  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 DVC = [sys.executable, "-m", "dvc"]
@@ -53,12 +59,15 @@ class StageError(RuntimeError):
 
 
 @flow(name="spo")
-def pipeline(overrides: dict[str, Any] | None = None, force: bool = False) -> list[dict[str, Any]]:
+def pipeline(
+    overrides: dict[str, Any] | None = None, force: bool = False, wait_minutes: float = 0
+) -> list[dict[str, Any]]:
     """Run the experiment; what each stage did: {stage, result, seconds}.
 
     Args:
         overrides: changes of params.yaml by dotted key, e.g. {"align.spo.beta": 20}; they stay in the file.
         force: run every stage, changed or not.
+        wait_minutes: for another flow in this folder to end; 0: refuse at once.
 
     Raises:
         ConfigError: a wrong override; nothing has been written or started then.
@@ -66,12 +75,14 @@ def pipeline(overrides: dict[str, Any] | None = None, force: bool = False) -> li
     """
     with contextlib.chdir(ROOT):
         params = merged(overrides or {})
-        with alone():
+        with alone(wait_minutes):
             write(overrides or {})
             done: list[dict[str, Any]] = []
             parent = tracking.open_parent(params.model_dump())
             try:
-                for stage in stages():
+                every = stages()
+                for number, stage in enumerate(every, 1):
+                    get_run_logger().info(f"stage {number} of {len(every)}: {stage}")
                     named = run_stage.with_options(name=stage)
                     done.append(named(stage, force, parent.key))
                 status = "FINISHED"
@@ -83,8 +94,20 @@ def pipeline(overrides: dict[str, Any] | None = None, force: bool = False) -> li
                 skipped = [row["stage"] for row in done if row["result"] != "ran"]
                 tracking.close_parent(parent, params.model_dump(), status, skipped)
                 tracking.sync(params.tracking)
-            create_markdown_artifact(summary(done, comparisons()), key="spo-results")
+            publish(done, params.tracking)
     return done
+
+
+def publish(done: Sequence[Mapping[str, Any]], configured: str | None) -> None:
+    """What Prefect's page shows: results and timings, the grid of pictures, where the MLflow runs are."""
+    create_markdown_artifact(summary(done, comparisons()), key="spo-results")
+    uri = redact(tracking.tracking_uri(configured))
+    if uri.startswith("http"):
+        create_link_artifact(uri, key="spo-mlflow", link_text="the runs in MLflow")
+    grid = Path("reports/grid.png")
+    if grid.exists():  # in the page itself: a server elsewhere cannot read this folder
+        picture = base64.b64encode(grid.read_bytes()).decode()
+        create_image_artifact(f"data:image/png;base64,{picture}", key="spo-grid")
 
 
 def can_pass(task: Any, run: Any, state: Any) -> bool:
@@ -178,19 +201,25 @@ def stages() -> list[str]:
 
 
 @contextlib.contextmanager
-def alone() -> Iterator[None]:
+def alone(wait_minutes: float = 0) -> Iterator[None]:
     """One flow at a time in a folder, so that overrides of one do not get into another.
 
     Raises:
-        StageError: another flow runs.
+        StageError: another flow runs, after `wait_minutes` still.
     """
+    end = time.monotonic() + 60 * wait_minutes
     lock = Path(".spo/locks/flow")
     lock.parent.mkdir(parents=True, exist_ok=True)
     with lock.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise StageError(f"another flow runs in {ROOT}; wait for it or cancel it", passing=True) from None
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() >= end:
+                    told = f"another flow runs in {ROOT}; wait for it (wait_minutes) or cancel it"
+                    raise StageError(told, passing=True) from None
+                time.sleep(1)
         yield
 
 
@@ -268,19 +297,33 @@ def parse(text: str) -> tuple[str, Any]:
     return key, YAML(typ="safe").load(value)
 
 
+def valid_cron(text: str) -> bool:
+    """Five fields that Prefect's scheduler understands."""
+    from prefect.client.schemas.schedules import CronSchedule
+
+    try:
+        CronSchedule(cron=text)
+    except ValueError:
+        return False
+    return len(text.split()) == 5
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run or serve the flow; returns the exit status."""
     parser = argparse.ArgumentParser(description="Run the experiment as a Prefect flow.")
     parser.add_argument("--set", action="append", type=parse, default=[], metavar="KEY=VALUE")
     parser.add_argument("--force", action="store_true", help="run every stage, changed or not")
+    parser.add_argument("--wait", type=float, default=0, metavar="MINUTES", help="for another flow to end")
     parser.add_argument("--serve", action="store_true", help="stay, and run when asked or by the clock")
     parser.add_argument("--cron", help='when, e.g. "0 3 * * *" (with --serve)')
     told = parser.parse_args(arguments)
     if told.cron and not told.serve:
         parser.error("--cron needs --serve")
+    if told.cron and not valid_cron(told.cron):
+        parser.error(f'--cron {told.cron!r} is no cron expression, e.g. "0 3 * * *": every day at 3')
     if told.serve and PREFECT_API_URL.value() is None:  # a temporary server schedules nothing
         parser.error("--serve needs `prefect server start --host 127.0.0.1` and PREFECT_API_URL")
-    parameters = {"overrides": dict(told.set), "force": told.force}
+    parameters = {"overrides": dict(told.set), "force": told.force, "wait_minutes": told.wait}
     os.chdir(ROOT)
     try:
         merged(parameters["overrides"])  # before a server starts

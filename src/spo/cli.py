@@ -78,6 +78,10 @@ def parser() -> argparse.ArgumentParser:
     _scenes(commands.add_parser("scenes", help="make the models and data of the default experiment"))
     sync = commands.add_parser("sync", help="deliver to MLflow what was logged while its server was away")
     sync.set_defaults(run=_run_sync)
+    register = commands.add_parser(
+        "register", help="the aligned model to MLflow's registry, through the gate"
+    )
+    register.set_defaults(run=_run_register)
     repro = commands.add_parser("repro", help="dvc repro, with the stages that it skips in MLflow too")
     repro.add_argument("arguments", nargs=argparse.REMAINDER, help="of dvc repro")
     repro.set_defaults(run=_run_repro)
@@ -151,6 +155,7 @@ _ELSEWHERE: dict[str, Any] = {"generate": _generate_elsewhere, "score": _score_e
 def _sample(command: argparse.ArgumentParser) -> None:
     command.add_argument("prompt")
     command.add_argument("--method", default="spo", choices=config.VARIANTS)
+    command.add_argument("--model", metavar="ALIAS", help="from MLflow's registry: champion, or a version")
     command.add_argument("--seed", type=int, default=0)
     command.add_argument("--guidance", type=float, help="default: the variant's own")
     command.add_argument("--output", type=Path, default=Path("sample.png"), metavar="FILE")
@@ -165,7 +170,12 @@ def _run_sample(told: argparse.Namespace) -> None:
     params = config.load(told.params)
     if told.n < 1:
         raise ValueError(f"-n {told.n}: must be at least 1")
-    path = sample.run(params, told.prompt, told.method, told.seed, told.guidance, told.output, told.n)
+    method, adapter = told.method, None
+    if told.model is not None:
+        from spo import registry
+
+        adapter, method = registry.fetch(params, told.model)
+    path = sample.run(params, told.prompt, method, told.seed, told.guidance, told.output, told.n, adapter)
     print(path)
 
 
@@ -213,6 +223,15 @@ def _run_sync(told: argparse.Namespace) -> None:
     print(f"{delivered} records delivered, {left} left")
     if left:
         raise ValueError("sync: the server is away or refuses; `spo sync` goes on from there")
+
+
+def _run_register(told: argparse.Namespace) -> None:
+    from spo import registry
+
+    verdict = registry.register(config.load())
+    print(f"{verdict.name} version {verdict.version}: {verdict.alias}")
+    for reason in verdict.reasons:
+        print(f"  {reason}")
 
 
 def _run_repro(told: argparse.Namespace) -> None:

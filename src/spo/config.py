@@ -212,6 +212,23 @@ class Report(Section):
     grid_prompts: Positive = 8
 
 
+class Registry(Section):
+    """What is registered in MLflow, and the gate to its alias `champion`.
+
+    Bounds are of the 95 % interval of the mean paired difference to the champion (the baseline while there
+    is none), in the units of the score.
+    """
+
+    name: str | None = None  # of the registered model; None: the experiment's
+    method: Literal["spo", "diffusion_dpo"] = "spo"
+    baseline: str = "base"
+    improves: tuple[str, ...] = ("pickscore",)  # the lower bound must exceed 0
+    holds: dict[str, Annotated[float, Field(ge=0)]] = {
+        "hps": 0.5,
+        "aesthetic": 0.05,
+    }  # and must not be below -x
+
+
 class Params(Section):
     """The experiment."""
 
@@ -226,6 +243,7 @@ class Params(Section):
     generate: Generate
     score: Score
     report: Report
+    registry: Registry = Registry()
 
 
 METHODS = tuple(Align.model_fields)

@@ -89,6 +89,17 @@ class Store:
                 self._client = mlflow.MlflowClient(self.uri)
         return self._client
 
+    def start_run(self, experiment: str, name: str, tags: dict[str, str], params: dict[str, str]) -> str:
+        """A run without a spool; its id."""
+        from mlflow.entities import Param
+
+        client = self.connect()
+        run = client.create_run(self._experiment(experiment), run_name=name, tags=tags)
+        pairs = [Param(k, v) for k, v in redact(params).items()]
+        for start in range(0, len(pairs), 100):
+            client.log_batch(run.info.run_id, params=pairs[start : start + 100])
+        return str(run.info.run_id)
+
     def _experiment(self, name: str) -> str:
         """Its id; made if it is new. Artifacts of a sqlite store lie in `mlartifacts` beside it."""
         if name not in self._experiments:
@@ -175,6 +186,7 @@ def load_mlflow() -> Any:
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     import mlflow
 
     for name in ("mlflow", "alembic"):

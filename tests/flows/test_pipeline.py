@@ -51,6 +51,15 @@ def test_a_schedule_needs_to_be_served_by_a_server(
         assert told in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("cron", ["every day", "61 3 * * *", "0 3 * *", "@nonsense"])
+def test_a_cron_that_is_none_is_one_line(
+    pipeline: ModuleType, cron: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        pipeline.main(["--serve", "--cron", cron])
+    assert "is no cron expression" in capsys.readouterr().err.strip().splitlines()[-1]
+
+
 def test_overrides_change_their_keys_and_keep_comments(pipeline: ModuleType, project: Path) -> None:
     before = (project / "params.yaml").read_text()
     changes = {"align.spo.beta": 20, "align.spo.optimizer.learning_rate": 1e-4, "seed": 7}
@@ -156,6 +165,15 @@ def test_cancelling_ends_the_whole_group(
 def test_a_second_flow_in_the_folder_is_refused(pipeline: ModuleType, project: Path) -> None:
     with pipeline.alone(), pytest.raises(pipeline.StageError, match="another flow"), pipeline.alone():
         pass
+
+
+def test_a_second_flow_waits_if_it_was_told_to(pipeline: ModuleType, project: Path) -> None:
+    first = pipeline.alone()
+    first.__enter__()
+    done = threading.Timer(0.3, lambda: first.__exit__(None, None, None))
+    done.start()
+    with pipeline.alone(wait_minutes=1):
+        assert done.finished.is_set()
 
 
 def test_the_summary_is_a_table_of_both(pipeline: ModuleType) -> None:

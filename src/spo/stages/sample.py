@@ -15,8 +15,9 @@ def run(
     guidance: float | None = None,
     output: Path = Path("sample.png"),
     n: int = 1,
+    adapter: Path | None = None,
 ) -> Path:
-    """Write n pictures, side by side, at seeds seed, seed+1, ...
+    """Write n pictures, side by side, at seeds seed, seed+1, ...; `adapter` instead of the method's own.
 
     Raises:
         ValueError: unknown variant, words outside the vocabulary, or nothing trained yet.
@@ -31,6 +32,8 @@ def run(
     variant = getattr(params.generate, method)
     if guidance is not None:
         variant = variant.model_copy(update={"guidance": guidance})
+    if adapter is not None:
+        variant = variant.model_copy(update={"adapter": str(adapter)})
     if params.prompts.vocabulary is not None:
         check_vocabulary([prompt], require(params.prompts.vocabulary, "vocabulary"))
     if variant.adapter is not None:

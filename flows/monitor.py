@@ -1,0 +1,172 @@
+"""Does the champion still do well on new prompts? A Prefect flow for a schedule.
+
+    python flows/monitor.py data/new_prompts.txt --at-least pickscore=0.1          run now
+    python flows/monitor.py new.txt --serve --cron "0 6 * * 1"   every Monday; needs a server
+
+Draws the prompts by the champion of MLflow's registry and by the base model, from the same seeds, and scores
+both. Where the champion's mean gain over the base is below its bound, the flow emits the event
+`spo.champion.dropped`, which an automation can answer, and fails.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
+os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "120")  # a busy machine
+
+from prefect import flow  # noqa: E402
+from prefect.artifacts import create_table_artifact  # noqa: E402
+from prefect.client.schemas.schedules import CronSchedule  # noqa: E402
+from prefect.events import emit_event  # noqa: E402
+from prefect.settings import PREFECT_API_URL  # noqa: E402
+
+from spo import config  # noqa: E402
+
+ROOT = Path(__file__).resolve().parents[1]
+EVENT = "spo.champion.dropped"
+
+
+class QualityDropped(RuntimeError):
+    """The champion is worse than its bounds allow."""
+
+
+@flow(name="spo-monitor")
+def monitor(prompts: str, at_least: dict[str, float] | None = None, seed: int = 0) -> list[dict[str, Any]]:
+    """The champion against the base model on new prompts: rows as in reports/comparisons.json.
+
+    Args:
+        prompts: a file: .txt (one a line), .json, .jsonl, .csv, .tsv or .parquet.
+        at_least: {score: the smallest mean gain over the base}; none: 0 for those of the registry's gate.
+        seed: of the first picture; the next have the next ones.
+
+    Raises:
+        ValueError: no such file, model or score; nothing was drawn then.
+        QualityDropped: after the event.
+    """
+    with contextlib.chdir(ROOT):
+        params = config.load()
+        lines = new_prompts(Path(prompts))
+        bounds = at_least or dict.fromkeys(params.registry.improves, 0.0)
+        rows, version = measure(params, lines, seed)
+        told = dropped(rows, bounds)
+        create_table_artifact(
+            [*rows], key="spo-monitor", description=f"champion: {version}, n = {len(lines)}"
+        )
+        if told:
+            resource = {"prefect.resource.id": f"spo.model.{params.registry.name or params.name}"}
+            emit_event(EVENT, resource=resource, payload={"version": version, "reasons": told})
+            raise QualityDropped("; ".join(told))
+    return rows
+
+
+def new_prompts(path: Path) -> list[str]:
+    """The prompts of a file of any kind that params.yaml may name, those that are not empty.
+
+    Raises:
+        ValueError: no such file, or nothing in it.
+    """
+    from spo.data.prompts import clean, read_prompts
+
+    prompts = [prompt for line in read_prompts(path) if (prompt := clean(line))]
+    if not prompts:
+        raise ValueError(f"{path}: no prompt in it")
+    return prompts
+
+
+def measure(params: config.Params, prompts: list[str], seed: int) -> tuple[list[dict[str, Any]], str]:
+    """(rows of the comparison, the champion's folder name, which holds its version)."""
+    from pandas import DataFrame
+
+    from spo import backbones, evaluate, registry
+    from spo.data.prompts import check_vocabulary
+    from spo.stages import generate
+    from spo.stages.score import score_images
+
+    if params.prompts.vocabulary is not None:
+        check_vocabulary(prompts, Path(params.prompts.vocabulary))
+    adapter, method = registry.fetch(params, registry.CHAMPION)
+    seeds = [seed + i for i in range(len(prompts))]
+    tables = {}
+    for name, variant in (("base", params.generate.base), ("champion", getattr(params.generate, method))):
+        backbone = backbones.load(params.backbone, generate.device())
+        if name == "champion":
+            backbone.load_lora(adapter)
+        pictures = list(generate.draw(backbone, params, variant, prompts, seeds))
+        scores = score_images(params, pictures, prompts, generate.device())
+        tables[name] = DataFrame({"index": range(len(prompts)), "prompt": prompts, "seed": seeds, **scores})
+    rows = evaluate.comparisons(tables, ("base",), params.report.bootstrap_samples, params.seed)
+    return rows, adapter.parents[1].name
+
+
+def dropped(rows: Sequence[Mapping[str, Any]], bounds: Mapping[str, float]) -> list[str]:
+    """What is below its bound, one sentence each.
+
+    Raises:
+        ValueError: a bound for a score that there is not.
+    """
+    gains = {row["metric"]: row["mean_difference"] for row in rows}
+    unknown = [metric for metric in bounds if metric not in gains]
+    if unknown:
+        raise ValueError(f"no score {unknown[0]!r}; there are {', '.join(gains)}")
+    return [
+        f"{metric}: the champion's gain over the base is {gains[metric]:+.4f}, below {bound:g}"
+        for metric, bound in bounds.items()
+        if not gains[metric] >= bound
+    ]
+
+
+def bound(text: str) -> tuple[str, float]:
+    key, equals, value = text.partition("=")
+    try:
+        if key and equals:
+            return key, float(value)
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"{text!r} is not SCORE=NUMBER")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run or serve the flow; returns the exit status: 1 if the quality dropped."""
+    parser = argparse.ArgumentParser(description="The champion on new prompts, as a Prefect flow.")
+    parser.add_argument("prompts", help="a file, e.g. .txt with one a line; relative to the repository")
+    parser.add_argument("--at-least", action="append", type=bound, default=[], metavar="SCORE=GAIN")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--serve", action="store_true", help="stay, and run when asked or by the clock")
+    parser.add_argument("--cron", help='when, e.g. "0 6 * * 1" (with --serve)')
+    told = parser.parse_args(arguments)
+    if told.cron and not told.serve:
+        parser.error("--cron needs --serve")
+    if told.cron:
+        try:
+            CronSchedule(cron=told.cron)
+        except ValueError:
+            parser.error(f'--cron {told.cron!r} is no cron expression, e.g. "0 6 * * 1": Mondays at 6')
+    if told.serve and PREFECT_API_URL.value() is None:
+        parser.error("--serve needs `prefect server start --host 127.0.0.1` and PREFECT_API_URL")
+    os.chdir(ROOT)
+    parameters = {"prompts": told.prompts, "at_least": dict(told.at_least) or None, "seed": told.seed}
+    try:
+        config.load()
+        new_prompts(Path(told.prompts))
+        if told.serve:
+            monitor.serve(name="spo-monitor", cron=told.cron, parameters=parameters)
+        else:
+            monitor(**parameters)
+    except QualityDropped as error:
+        print(f"monitor: {error}", file=sys.stderr)
+        return 1
+    except ValueError as error:
+        print(f"monitor: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
