@@ -23,14 +23,13 @@ os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "120")
 
 from prefect import flow  # noqa: E402
 from prefect.artifacts import create_table_artifact  # noqa: E402
-from prefect.client.schemas.schedules import CronSchedule  # noqa: E402
 from prefect.events import emit_event  # noqa: E402
-from prefect.settings import PREFECT_API_URL  # noqa: E402
 
-from spo import config  # noqa: E402
+from spo import config, serving  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 EVENT = "spo.champion.dropped"
+CRON = "0 6 * * 1"  # Mondays at 6
 
 
 class QualityDropped(RuntimeError):
@@ -138,18 +137,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("prompts", help="a file, e.g. .txt with one a line; relative to the repository")
     parser.add_argument("--at-least", action="append", type=bound, default=[], metavar="SCORE=GAIN")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--serve", action="store_true", help="stay, and run when asked or by the clock")
-    parser.add_argument("--cron", help='when, e.g. "0 6 * * 1" (with --serve)')
+    serving.add_options(parser, CRON)
     told = parser.parse_args(arguments)
-    if told.cron and not told.serve:
-        parser.error("--cron needs --serve")
-    if told.cron:
-        try:
-            CronSchedule(cron=told.cron)
-        except ValueError:
-            parser.error(f'--cron {told.cron!r} is no cron expression, e.g. "0 6 * * 1": Mondays at 6')
-    if told.serve and PREFECT_API_URL.value() is None:
-        parser.error("--serve needs `prefect server start --host 127.0.0.1` and PREFECT_API_URL")
+    serving.check(parser, told, CRON)
     os.chdir(ROOT)
     parameters = {"prompts": told.prompts, "at_least": dict(told.at_least) or None, "seed": told.seed}
     try:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import base64
 import contextlib
-import copy
 import fcntl
 import json
 import os
@@ -20,7 +19,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,14 +33,14 @@ from prefect.artifacts import (  # noqa: E402
     create_markdown_artifact,
 )
 from prefect.cache_policies import NO_CACHE  # noqa: E402
-from prefect.settings import PREFECT_API_URL  # noqa: E402
 
-from spo import config, tracking  # noqa: E402
+from spo import config, processes, serving, tracking  # noqa: E402
+from spo import overrides as changes  # noqa: E402
 from spo.spool import redact  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 DVC = [sys.executable, "-m", "dvc"]
-GRACE = 10.0  # seconds between SIGTERM and SIGKILL of a stage
+CRON = "0 3 * * *"  # every day at 3
 # what a later attempt may not meet again: locks of DVC and of a stage, and the network
 PASSING = re.compile(
     r"Unable to acquire lock|is being blocked by|already runs in this folder|database is locked"
@@ -74,9 +73,9 @@ def pipeline(
         StageError: a stage failed.
     """
     with contextlib.chdir(ROOT):
-        params = merged(overrides or {})
+        params = changes.merged(overrides or {})
         with alone(wait_minutes):
-            write(overrides or {})
+            changes.write(overrides or {})
             done: list[dict[str, Any]] = []
             parent = tracking.open_parent(params.model_dump())
             try:
@@ -131,57 +130,12 @@ def run_stage(stage: str, force: bool = False, parent: str = "") -> dict[str, An
     command = [*DVC, "repro", "--single-item", *(["--force"] if force else []), stage]
     variables = {tracking.PARENT_VARIABLE: parent} if parent else {}
     started = time.monotonic()
-    code, lines = execute(command, variables, get_run_logger().info)
+    code, lines = processes.execute(command, variables, get_run_logger().info)
     if code != 0:
         told = [line for line in lines if line.strip() and not line.startswith("tracking:")]
         passing = any(PASSING.search(line) for line in told)
         raise StageError(f"stage {stage} failed: " + " | ".join(told[-4:]), passing)
     return {"stage": stage, "result": result(lines), "seconds": round(time.monotonic() - started, 1)}
-
-
-def execute(
-    command: Sequence[str], variables: Mapping[str, str], log: Callable[[str], Any]
-) -> tuple[int, list[str]]:
-    """Run a command in a process group of its own, each line of it to `log`: (exit status, lines).
-
-    Whatever ends this call early (an error, Ctrl-C, a cancelled flow) ends the whole group: DVC alone
-    would leave its stage behind, still writing.
-    """
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
-    environment = {**os.environ, "PATH": path, "PYTHONUNBUFFERED": "1", "TQDM_MININTERVAL": "30", **variables}
-    lines: list[str] = []
-    process = subprocess.Popen(
-        command,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        start_new_session=True,
-    )
-    try:
-        assert process.stdout is not None
-        for line in process.stdout:
-            if line.strip():
-                lines.append(line.rstrip())
-                log(lines[-1])
-        return process.wait(), lines
-    except BaseException:
-        end_group(process)
-        raise
-
-
-def end_group(process: subprocess.Popen[str]) -> None:
-    """SIGTERM to the group, and SIGKILL to what of it is left after GRACE seconds."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGTERM)
-        end = time.monotonic() + GRACE
-        while time.monotonic() < end:
-            process.poll()
-            os.killpg(process.pid, 0)  # raises when nobody is left
-            time.sleep(0.1)
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
 
 
 def result(lines: Sequence[str]) -> str:
@@ -223,48 +177,6 @@ def alone(wait_minutes: float = 0) -> Iterator[None]:
         yield
 
 
-def merged(overrides: Mapping[str, Any]) -> config.Params:
-    """params.yaml with the overrides, checked.
-
-    Raises:
-        ConfigError: one line; for a mistyped key with the nearest one.
-    """
-    import yaml
-
-    config.load()
-    raw = yaml.safe_load(Path("params.yaml").read_text(encoding="utf-8"))
-    return config.validate(override(raw, overrides), source="params.yaml with overrides")
-
-
-def override(raw: Any, overrides: Mapping[str, Any]) -> Any:
-    """A copy of nested mappings in which dotted keys have new values."""
-    raw = copy.deepcopy(raw)
-    for key, value in overrides.items():
-        section = raw
-        *parents, last = key.split(".")
-        for part in parents:
-            section = section.setdefault(part, {})
-            if not isinstance(section, dict):
-                raise config.ConfigError(f"override {key!r}: {part!r} is a value, not a section")
-        section[last] = value
-    return raw
-
-
-def write(overrides: Mapping[str, Any]) -> None:
-    """Put the overrides into params.yaml, which keeps its comments."""
-    if not overrides:
-        return
-    from ruamel.yaml import YAML
-
-    yaml = YAML()
-    yaml.preserve_quotes, yaml.width = True, 110
-    path, partial = Path("params.yaml"), Path(".params.yaml.new")
-    content = override(yaml.load(path.read_text(encoding="utf-8")), overrides)
-    with partial.open("w", encoding="utf-8") as file:
-        yaml.dump(content, file)
-    partial.replace(path)
-
-
 def comparisons() -> list[dict[str, Any]]:
     path = Path("reports/comparisons.json")
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
@@ -287,46 +199,19 @@ def summary(done: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]]
     return "\n".join(lines) + "\n"
 
 
-def parse(text: str) -> tuple[str, Any]:
-    """`key=value`, the value as YAML 1.2 reads it (1e-4 is a number)."""
-    from ruamel.yaml import YAML
-
-    key, equals, value = text.partition("=")
-    if not key or not equals:
-        raise argparse.ArgumentTypeError(f"{text!r} is not KEY=VALUE")
-    return key, YAML(typ="safe").load(value)
-
-
-def valid_cron(text: str) -> bool:
-    """Five fields that Prefect's scheduler understands."""
-    from prefect.client.schemas.schedules import CronSchedule
-
-    try:
-        CronSchedule(cron=text)
-    except ValueError:
-        return False
-    return len(text.split()) == 5
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run or serve the flow; returns the exit status."""
     parser = argparse.ArgumentParser(description="Run the experiment as a Prefect flow.")
-    parser.add_argument("--set", action="append", type=parse, default=[], metavar="KEY=VALUE")
+    parser.add_argument("--set", action="append", type=changes.parse, default=[], metavar="KEY=VALUE")
     parser.add_argument("--force", action="store_true", help="run every stage, changed or not")
     parser.add_argument("--wait", type=float, default=0, metavar="MINUTES", help="for another flow to end")
-    parser.add_argument("--serve", action="store_true", help="stay, and run when asked or by the clock")
-    parser.add_argument("--cron", help='when, e.g. "0 3 * * *" (with --serve)')
+    serving.add_options(parser, CRON)
     told = parser.parse_args(arguments)
-    if told.cron and not told.serve:
-        parser.error("--cron needs --serve")
-    if told.cron and not valid_cron(told.cron):
-        parser.error(f'--cron {told.cron!r} is no cron expression, e.g. "0 3 * * *": every day at 3')
-    if told.serve and PREFECT_API_URL.value() is None:  # a temporary server schedules nothing
-        parser.error("--serve needs `prefect server start --host 127.0.0.1` and PREFECT_API_URL")
+    serving.check(parser, told, CRON)
     parameters = {"overrides": dict(told.set), "force": told.force, "wait_minutes": told.wait}
     os.chdir(ROOT)
     try:
-        merged(parameters["overrides"])  # before a server starts
+        changes.merged(parameters["overrides"])  # before a server starts
         if told.serve:
             pipeline.serve(name="spo", cron=told.cron, parameters=parameters)
         else:

@@ -9,6 +9,8 @@ from types import ModuleType
 import pytest
 import yaml
 
+from spo import serving
+
 FLOWS = Path(__file__).parents[2] / "flows"
 
 
@@ -77,4 +79,4 @@ def test_deployments_name_flows_that_exist_with_their_parameters(
         path, _, name = deployment["entrypoint"].partition(":")
         assert (FLOWS.parent / path).exists()
         assert set(deployment["parameters"]) == set(found[name].parameters.properties)
-        assert pipeline.valid_cron(deployment["schedules"][0]["cron"])
+        assert serving.valid_cron(deployment["schedules"][0]["cron"])

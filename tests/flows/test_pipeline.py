@@ -18,6 +18,7 @@ import yaml
 from prefect.logging import disable_run_logger
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
+from spo import overrides, processes
 from spo.config import ConfigError
 
 
@@ -25,9 +26,9 @@ def test_overrides_are_checked_before_anything_is_written(pipeline: ModuleType, 
     before = (project / "params.yaml").read_text()
     for key, told in (("align.spo.beat", "did you mean 'beta'"), ("sead", "did you mean 'seed'")):
         with pytest.raises(ConfigError, match=told):
-            pipeline.merged({key: 20})
+            overrides.merged({key: 20})
     with pytest.raises(ConfigError, match="'seed' is a value, not a section"):
-        pipeline.merged({"seed.x": 1})
+        overrides.merged({"seed.x": 1})
     with pytest.raises(ConfigError, match="align.spo.beta"):
         pipeline.pipeline.fn({"align.spo.beta": "much"})
     assert (project / "params.yaml").read_text() == before
@@ -63,12 +64,12 @@ def test_a_cron_that_is_none_is_one_line(
 def test_overrides_change_their_keys_and_keep_comments(pipeline: ModuleType, project: Path) -> None:
     before = (project / "params.yaml").read_text()
     changes = {"align.spo.beta": 20, "align.spo.optimizer.learning_rate": 1e-4, "seed": 7}
-    pipeline.write(changes)
+    overrides.write(changes)
     after = (project / "params.yaml").read_text()
-    assert yaml.safe_load(after) == pipeline.override(yaml.safe_load(before), changes)
+    assert yaml.safe_load(after) == overrides.override(yaml.safe_load(before), changes)
     assert after.splitlines()[0] == before.splitlines()[0] and after.startswith("#")
-    assert pipeline.merged({}) == pipeline.merged(changes)
-    assert pipeline.merged({}).align.spo.optimizer.learning_rate == 1e-4
+    assert overrides.merged({}) == overrides.merged(changes)
+    assert overrides.merged({}).align.spo.optimizer.learning_rate == 1e-4
 
 
 @pytest.mark.parametrize(
@@ -81,12 +82,12 @@ def test_overrides_change_their_keys_and_keep_comments(pipeline: ModuleType, pro
     ],
 )
 def test_values_of_the_command_line(pipeline: ModuleType, text: str, expected: Any) -> None:
-    assert pipeline.parse(text) == expected
+    assert overrides.parse(text) == expected
 
 
 def test_a_value_without_key_is_refused(pipeline: ModuleType) -> None:
     with pytest.raises(argparse.ArgumentTypeError, match="KEY=VALUE"):
-        pipeline.parse("align.spo.beta")
+        overrides.parse("align.spo.beta")
 
 
 def test_a_stage_runs_is_skipped_is_forced_and_fails(pipeline: ModuleType, project: Path) -> None:
@@ -141,7 +142,7 @@ def test_cancelling_ends_the_whole_group(
     pipeline: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A stage's child that ignores SIGTERM is gone too."""
-    monkeypatch.setattr(pipeline, "GRACE", 0.5)
+    monkeypatch.setattr(processes, "GRACE", 0.5)
     pids: list[int] = []
     script = "trap '' TERM; sleep 60 & echo $$ $!; wait; wait"
     previous = signal.signal(signal.SIGUSR1, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
@@ -153,7 +154,7 @@ def test_cancelling_ends_the_whole_group(
     started = time.monotonic()
     try:
         with pytest.raises(KeyboardInterrupt):
-            pipeline.execute(["sh", "-c", script], {}, log)
+            processes.execute(["sh", "-c", script], {}, log)
     finally:
         signal.signal(signal.SIGUSR1, previous)
     assert len(pids) == 2 and time.monotonic() - started < 10

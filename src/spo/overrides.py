@@ -1,0 +1,73 @@
+"""Changes of params.yaml by dotted key: checked against the whole file before any is written."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from spo import config
+
+FILE = Path("params.yaml")
+
+
+def parse(text: str) -> tuple[str, Any]:
+    """`key=value` of a command line, the value as YAML 1.2 reads it (1e-4 is a number)."""
+    from ruamel.yaml import YAML
+    from ruamel.yaml.error import YAMLError
+
+    key, equals, value = text.partition("=")
+    if not key or not equals:
+        raise argparse.ArgumentTypeError(f"{text!r} is not KEY=VALUE")
+    try:
+        return key, YAML(typ="safe").load(value)
+    except YAMLError:
+        raise argparse.ArgumentTypeError(f"{text!r}: {value!r} is no YAML value") from None
+
+
+def merged(overrides: Mapping[str, Any]) -> config.Params:
+    """params.yaml with the overrides, checked.
+
+    Raises:
+        ConfigError: one line; for a mistyped key with the nearest one.
+    """
+    import yaml
+
+    config.load(FILE)
+    raw = yaml.safe_load(FILE.read_text(encoding="utf-8"))
+    return config.validate(override(raw, overrides), source=f"{FILE} with overrides")
+
+
+def override(raw: Any, overrides: Mapping[str, Any]) -> Any:
+    """A copy of nested mappings in which dotted keys have new values.
+
+    Raises:
+        ConfigError: a key goes through a value.
+    """
+    raw = copy.deepcopy(raw)
+    for key, value in overrides.items():
+        section = raw
+        *parents, last = key.split(".")
+        for part in parents:
+            section = section.setdefault(part, {})
+            if not isinstance(section, dict):
+                raise config.ConfigError(f"override {key!r}: {part!r} is a value, not a section")
+        section[last] = value
+    return raw
+
+
+def write(overrides: Mapping[str, Any]) -> None:
+    """Put the overrides into params.yaml, which keeps its comments."""
+    if not overrides:
+        return
+    from ruamel.yaml import YAML
+
+    yaml = YAML()
+    yaml.preserve_quotes, yaml.width = True, 110
+    content = override(yaml.load(FILE.read_text(encoding="utf-8")), overrides)
+    partial = FILE.with_name(f".{FILE.name}.new")
+    with partial.open("w", encoding="utf-8") as file:
+        yaml.dump(content, file)
+    partial.replace(FILE)
