@@ -40,6 +40,7 @@ def versions(folder: Path) -> dict[str, str]:
     return {alias: str(v) for alias, v in client.get_registered_model("tiny").aliases.items()}
 
 
+@pytest.mark.smoke  # MLflow's flavor saves the pipeline six times: 11 s
 def test_the_champion_is_who_passes_the_gate(folder: Path, runs: Any) -> None:
     Path("reports").mkdir()
     Path("reports/report.html").write_text("page")
