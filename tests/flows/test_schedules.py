@@ -1,0 +1,160 @@
+"""A real Prefect server on the loopback interface: the clock, a work pool's worker, cancelling."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+pytestmark = pytest.mark.services
+FLOWS = Path(__file__).parents[2] / "flows"
+DAG = """\
+stages:
+  first:
+    cmd: cp params.yaml one.txt
+    params: [seed]
+    outs: [one.txt]
+  second:
+    cmd: sh second.sh
+    deps: [one.txt]
+    outs: [two.txt]
+"""
+
+
+def wait_for(told: str, seconds: float, done: Callable[[], Any]) -> Any:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if found := done():
+            return found
+        time.sleep(0.5)
+    pytest.fail(f"{told}: not within {seconds:.0f} s")
+
+
+@contextlib.contextmanager
+def started(
+    command: list[str], folder: Path, environment: dict[str, str]
+) -> Iterator[subprocess.Popen[bytes]]:
+    """A process that is stopped in the end, and its group with it."""
+    with (folder / "log.txt").open("ab") as log:
+        process = subprocess.Popen(
+            command, cwd=folder, env=environment, stdout=log, stderr=log, start_new_session=True
+        )
+    try:
+        yield process
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGTERM)
+        try:
+            process.wait(30)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """Where the server is."""
+    folder = tmp_path_factory.mktemp("prefect")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    told = {"PREFECT_HOME": str(folder), "PREFECT_SERVER_ANALYTICS_ENABLED": "false", "PATH": path}
+    variables = {k: v for k, v in os.environ.items() if not k.startswith("PREFECT_")} | told
+    command = ["prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
+    with started(command, folder, variables):
+        variables["PREFECT_API_URL"] = f"http://127.0.0.1:{port}/api"
+        wait_for("the server", 120, lambda: _answers(variables))
+        yield variables
+
+
+def _answers(variables: dict[str, str]) -> bool:
+    try:
+        urllib.request.urlopen(f"{variables['PREFECT_API_URL']}/health", timeout=5).close()
+    except OSError:
+        return False
+    return True
+
+
+def ask(variables: dict[str, str], path: str, **body: Any) -> Any:
+    request = urllib.request.Request(
+        f"{variables['PREFECT_API_URL']}/{path}",
+        json.dumps(body).encode(),
+        {"Content-Type": "application/json"},
+    )
+    with urllib.request.urlopen(request, timeout=20) as answer:
+        return json.load(answer)
+
+
+def runs(variables: dict[str, str], state: str) -> list[dict[str, Any]]:
+    return ask(variables, "flow_runs/filter", flow_runs={"state": {"type": {"any_": [state]}}})
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """A project of two stages with the flows' files in it."""
+    (tmp_path / ".dvc").mkdir()  # what `dvc init --no-scm` makes
+    (tmp_path / ".dvc/config").write_text("[core]\n    no_scm = True\n")
+    (tmp_path / "params.yaml").write_text((FLOWS.parent / "params.yaml").read_text())
+    (tmp_path / "dvc.yaml").write_text(DAG)
+    (tmp_path / "second.sh").write_text("cp one.txt two.txt\n")
+    shutil.copytree(FLOWS, tmp_path / "flows", ignore=shutil.ignore_patterns("__pycache__"))
+    return tmp_path
+
+
+def test_a_served_flow_runs_by_the_clock(environment: dict[str, str], project: Path) -> None:
+    command = [sys.executable, "flows/pipeline.py", "--serve", "--cron", "* * * * *"]
+    with started(command, project, environment) as server:
+        done = wait_for("a scheduled run", 200, lambda: runs(environment, "COMPLETED"))
+        assert done[0]["auto_scheduled"] and (project / "two.txt").exists()
+        names = {
+            task["name"].rsplit("-", 1)[0]
+            for task in ask(environment, "task_runs/filter", flow_runs={"id": {"any_": [done[0]["id"]]}})
+        }
+        assert names == {"first", "second"}, "tasks have the names of the stages"
+        server.terminate()
+        server.wait(30)
+
+
+def test_a_worker_runs_the_deployment_and_cancelling_ends_every_child(
+    environment: dict[str, str], project: Path
+) -> None:
+    environment = {**environment, "SPO_ROOT": str(project)}
+    (project / "second.sh").write_text("echo $$ > pid; sleep 600; cp one.txt two.txt\n")
+    for command in (
+        ["prefect", "work-pool", "create", "--type", "process", "spo"],
+        ["prefect", "--no-prompt", "deploy", "--prefect-file", "flows/prefect.yaml", "--name", "nightly"],
+    ):
+        done = subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+    start = ["prefect", "deployment", "run", "spo/nightly"]
+    before = {run["id"] for run in runs(environment, "COMPLETED")}
+    with started(["prefect", "worker", "start", "--pool", "spo"], project, environment):
+        subprocess.run(start, cwd=project, env=environment, check=True, capture_output=True)
+        wait_for("the second stage", 90, lambda: (project / "pid").exists() and (project / "pid").read_text())
+        child = psutil.Process(int((project / "pid").read_text()))
+        run = runs(environment, "RUNNING")[0]["id"]
+        state = {"type": "CANCELLING", "name": "Cancelling"}
+        ask(environment, f"flow_runs/{run}/set_state", state=state, force=False)
+        asked = time.monotonic()
+        wait_for("the end of the stage", 60, lambda: not child.is_running())
+        assert time.monotonic() - asked < 45  # the worker looks every few seconds
+        wait_for("the cancelled state", 60, lambda: runs(environment, "CANCELLED"))
+        assert not (project / "two.txt").exists()
+        (project / "second.sh").write_text("cp one.txt two.txt\n")  # the next run goes on
+        subprocess.run(start, cwd=project, env=environment, check=True, capture_output=True)
+        wait_for("the next run", 120, lambda: {run["id"] for run in runs(environment, "COMPLETED")} - before)
+        assert (project / "two.txt").exists()
