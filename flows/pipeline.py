@@ -34,7 +34,7 @@ from prefect.artifacts import (  # noqa: E402
 )
 from prefect.cache_policies import NO_CACHE  # noqa: E402
 
-from spo import config, processes, serving, tracking  # noqa: E402
+from spo import command, config, serving, tracking  # noqa: E402
 from spo import overrides as changes  # noqa: E402
 from spo.spool import redact  # noqa: E402
 
@@ -127,10 +127,10 @@ def run_stage(stage: str, force: bool = False, parent: str = "") -> dict[str, An
     Raises:
         StageError: with the last lines of what it said.
     """
-    command = [*DVC, "repro", "--single-item", *(["--force"] if force else []), stage]
+    line = [*DVC, "repro", "--single-item", *(["--force"] if force else []), stage]
     variables = {tracking.PARENT_VARIABLE: parent} if parent else {}
     started = time.monotonic()
-    code, lines = processes.execute(command, variables, get_run_logger().info)
+    code, lines = command.execute(line, variables, get_run_logger().info)
     if code != 0:
         told = [line for line in lines if line.strip() and not line.startswith("tracking:")]
         passing = any(PASSING.search(line) for line in told)

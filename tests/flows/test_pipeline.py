@@ -18,7 +18,7 @@ import yaml
 from prefect.logging import disable_run_logger
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
-from spo import overrides, processes
+from spo import command, overrides
 from spo.config import ConfigError
 
 
@@ -154,7 +154,7 @@ def test_cancelling_ends_the_whole_group(
     started = time.monotonic()
     try:
         with pytest.raises(KeyboardInterrupt):
-            processes.execute(["sh", "-c", script], {}, log)
+            command.execute(["sh", "-c", script], {}, log)
     finally:
         signal.signal(signal.SIGUSR1, previous)
     assert len(pids) == 2 and time.monotonic() - started < 10
