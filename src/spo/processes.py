@@ -27,8 +27,11 @@ T = TypeVar("T")
 
 def state() -> PartialState:
     from accelerate import PartialState
+    from accelerate.utils import parse_flag_from_env
 
-    return PartialState(timeout=PATIENCE)
+    # without being told so, accelerate joins no processes on the CPU
+    cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    return PartialState(cpu, timeout=PATIENCE)
 
 
 def count() -> int:

@@ -38,6 +38,9 @@ def _fork(rank: int, n: int, port: int, result: Path, function: Callable[[], Any
             told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": n, "LOCAL_WORLD_SIZE": n}
             os.environ |= {k: str(v) for k, v in told.items()} | {"OMP_NUM_THREADS": "1"}
             os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        from spo import processes
+
+        assert processes.count() == n
         torch.save(function(), result)
         os._exit(0)
     except BaseException:

@@ -170,9 +170,7 @@ def _scores(
 
 
 def _not_finite(what: str) -> str:
-    return (
-        f"preference: {what}: stopped before the update; try a lower preference.optimizer.learning_rate"
-    )
+    return f"preference: {what}: stopped before the update; try a lower preference.optimizer.learning_rate"
 
 
 def _where(scores: Tensor, timesteps: Tensor, captions: Sequence[str]) -> str:
