@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from spo import config
+from spo import config, launch
 from spo.spool import redact
 
 # stage: (what it does, its items)
@@ -27,21 +28,51 @@ STAGES: dict[str, tuple[str, tuple[str, ...]]] = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
+    arguments = sys.argv[1:] if arguments is None else arguments
     told = parser().parse_args(arguments)
+    if not _first():
+        os.environ["TQDM_DISABLE"] = "1"
     try:
-        told.run(told)
+        if not _launched(told, arguments):
+            told.run(told)
     except (ValueError, FloatingPointError, OSError) as error:
-        print(f"spo: {redact(str(error))}", file=sys.stderr)
-        return 2
+        return _fail(redact(str(error)))
     except Exception as error:
         if (reason := _shortage(error)) is None:
             raise
-        print(f"spo: {reason}", file=sys.stderr)
-        return 2
+        return _fail(reason)
     except KeyboardInterrupt as stop:
-        print(f"spo: {stop or 'stopped'}", file=sys.stderr)
+        if _first():
+            print(f"spo: {stop or 'stopped'}", file=sys.stderr)
         return 130
     return 0
+
+
+def _launched(told: argparse.Namespace, arguments: Sequence[str]) -> bool:
+    """Whether the command ran in several processes, as params.yaml wants it."""
+    stage = getattr(told, "stage", None)
+    if stage not in launch.STAGES or told.dry_run:
+        return False
+    processes = config.load(told.params).processes
+    if not launch.wanted(stage, processes):
+        return False
+    launch.run(arguments, processes)
+    return True
+
+
+def _first() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _say(result: object) -> None:
+    if _first():
+        print(result)
+
+
+def _fail(reason: str) -> int:
+    if not launch.tell_launcher(reason):
+        print(f"spo: {reason}", file=sys.stderr)
+    return 2
 
 
 def _shortage(error: Exception) -> str | None:
@@ -114,7 +145,7 @@ def _run_generate(told: argparse.Namespace) -> None:
         return _stage(told)
     from spo.stages import judge
 
-    print(judge.generate(config.load(told.params), told.lora, told.prompts, told.guidance, told.output))
+    _say(judge.generate(config.load(told.params), told.lora, told.prompts, told.guidance, told.output))
 
 
 def _score_elsewhere(command: argparse.ArgumentParser) -> None:
@@ -133,7 +164,7 @@ def _run_score(told: argparse.Namespace) -> None:
         return _stage(told)
     from spo.stages import judge
 
-    print(judge.score(config.load(told.params), told.images, told.prompts, told.baseline, told.output))
+    _say(judge.score(config.load(told.params), told.images, told.prompts, told.baseline, told.output))
 
 
 def _elsewhere(told: argparse.Namespace, option: str, others: tuple[str, ...]) -> bool:

@@ -97,6 +97,8 @@ class Preference(Section):
     guidance: float = 5.0
     num_inference_steps: Positive = 20
     eval_timesteps: tuple[Count, ...] = (0, 251, 501, 701, 951)
+    gradient_accumulation: Positive = 1  # parts in which an update's batch goes through the model
+    gradient_checkpointing: bool = False  # less memory, one more forward
     checkpoint_every: Positive = 100
 
 
@@ -234,6 +236,7 @@ class Params(Section):
 
     name: str
     seed: Seed = 0
+    processes: Positive = 1  # that share each training, generating and scoring; one a GPU
     tracking: str | None = None  # MLflow's URI; None: MLFLOW_TRACKING_URI, else sqlite in the repository
     backbone: Backbone
     prompts: Prompts

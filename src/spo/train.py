@@ -13,12 +13,10 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from accelerate import PartialState
-from accelerate.utils import reduce
 from torch import Tensor
 from tqdm import tqdm
 
-from spo import config
+from spo import config, processes
 from spo.checkpoint import CheckpointStore, stop_on_signal
 from spo.diffusion.guidance import guided
 from spo.optimizer import adamw
@@ -67,10 +65,10 @@ def run(
             on_metrics({**collected, **means}, state.updates)
             bar.update()
             bar.set_postfix(loss=f"{means.get('loss', float('nan')):.4f}", pairs=state.pairs, refresh=False)
-            seen = iteration + 1
-            if checkpoints and (seen % checkpoint_every == 0 or seen == method.iterations or stopped):
+            seen, stop = iteration + 1, processes.anywhere(bool(stopped))
+            if checkpoints and (seen % checkpoint_every == 0 or seen == method.iterations or stop):
                 state.save(checkpoints, seen)
-            if stopped:
+            if stop:
                 raise KeyboardInterrupt(f"stopped after iteration {seen}; run it again to go on from there")
     seconds = round(time.monotonic() - started, 1)
     return {"updates": state.updates, "pairs": state.pairs, "iterations": seen, "training_seconds": seconds}
@@ -83,8 +81,7 @@ def update(
 
     Without a pair in any process, none.
     """
-    local = torch.stack([batch.weight.sum() for batch in parts]).sum()
-    total = _sum_over_processes(local)
+    total = processes.total(torch.stack([batch.weight.sum() for batch in parts]).sum().float())
     if total == 0:  # no valid pair anywhere: AdamW would still decay the weights
         return {}
     state.optimizer.zero_grad(set_to_none=True)
@@ -93,11 +90,11 @@ def update(
         losses, measured = _forward(backbone, method, batch)
         loss = (losses * batch.weight).sum() / total
         loss.backward()
-        share = float(batch.weight.sum() / local) if local > 0 else 1 / len(parts)
+        share = float(batch.weight.sum() / total)
         for name, value in measured.items():
             metrics[name] += share * float(value)
         _check_finite("loss", loss, [batch])
-    norm = _synchronise(state.parameters)
+    norm = torch.nn.utils.get_total_norm(processes.sum_gradients(state.parameters))
     _check_finite("gradient norm", norm, parts)
     if optimizer.max_grad_norm is not None:
         torch.nn.utils.clip_grad_norm_(state.parameters, optimizer.max_grad_norm)
@@ -106,8 +103,8 @@ def update(
         group["lr"] = rate
     state.optimizer.step()
     state.updates += 1
-    state.pairs += int(_sum_over_processes(torch.stack([(b.weight > 0).sum() for b in parts]).sum()))
-    return {**metrics, "gradient_norm": float(norm), "learning_rate": rate}
+    state.pairs += int(processes.total(torch.stack([(b.weight > 0).sum() for b in parts]).sum()))
+    return {**_over_processes(metrics), "gradient_norm": float(norm), "learning_rate": rate}
 
 
 def _forward(backbone: Backbone, method: Method, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -128,7 +125,7 @@ class _State:
         self.updates = self.pairs = 0
 
     def save(self, store: CheckpointStore, iteration: int) -> None:
-        if not PartialState().is_main_process:
+        if not processes.is_first():
             return
         weights = [p.detach() for p in self.parameters]
         optimizer = self.optimizer.state_dict()
@@ -161,7 +158,8 @@ def _updates(batches: list[Batch]) -> list[list[Batch]]:
 
 def _in_step(updates: list[list[Batch]]) -> Iterator[list[Batch]]:
     """As many updates in every process: those with fewer of them repeat their last batch at weight 0."""
-    count = int(_max_over_processes(torch.tensor(len(updates))))
+    device = updates[0][0].x_t.device
+    count = int(processes.gather(torch.tensor([len(updates)], device=device)).max())
     for i in range(count):
         if i < len(updates):
             yield updates[i]
@@ -170,16 +168,12 @@ def _in_step(updates: list[list[Batch]]) -> Iterator[list[Batch]]:
             yield [replace(last, weight=torch.zeros_like(last.weight))]
 
 
-def _synchronise(parameters: list[torch.nn.Parameter]) -> Tensor:
-    """Sum gradients over processes, in one flat tensor; returns the norm of the sum."""
-    gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
-    if PartialState().num_processes > 1:
-        flat = reduce(torch.cat([g.flatten() for g in gradients]), "sum")
-        sizes = [g.numel() for g in gradients]
-        for parameter, part in zip(parameters, flat.split(sizes), strict=True):
-            parameter.grad = part.view_as(parameter)
-        gradients = [p.grad for p in parameters if p.grad is not None]
-    return torch.nn.utils.get_total_norm(gradients)
+def _over_processes(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Each process has its pairs' part of the weighted means; all have the same metrics in the same order."""
+    if processes.count() == 1:
+        return dict(metrics)
+    values = torch.tensor(list(metrics.values()), device=processes.state().device)
+    return dict(zip(metrics, processes.total(values).tolist(), strict=True))
 
 
 def _check_finite(name: str, value: Tensor, parts: Sequence[Batch]) -> None:
@@ -190,15 +184,3 @@ def _check_finite(name: str, value: Tensor, parts: Sequence[Batch]) -> None:
         f"{name} {value.item()} at timesteps {timesteps[:8]}: stopped before the update; "
         "try a lower learning rate"
     )
-
-
-def _sum_over_processes(value: Tensor) -> Tensor:
-    return reduce(value.float(), "sum") if PartialState().num_processes > 1 else value.float()
-
-
-def _max_over_processes(value: Tensor) -> Tensor:
-    if PartialState().num_processes == 1:
-        return value
-    from accelerate.utils import gather
-
-    return gather(value.to(PartialState().device).view(1)).max()

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from spo import processes
 from spo.config import DiffusionDpo
 from spo.diffusion.noise import SampleNoise, shuffled
 from spo.diffusion.schedule import Schedule
@@ -107,11 +108,14 @@ class DiffusionDpoMethod:
             raise ValueError(f"align.diffusion_dpo: none of {len(pairs.label_0)} pairs has a winner")
 
     def collect(self, backbone: Backbone, iteration: int) -> tuple[list[Batch], dict[str, float]]:
-        """One update of config.batch_size pairs, in config.gradient_accumulation parts."""
+        """One update of config.batch_size pairs, in config.gradient_accumulation parts; each process's
+        share of them."""
         count = self.config.batch_size
-        chosen = shuffled(len(self._decided), iteration * count, count, self.seed)
+        processes.check_share(count, "align.diffusion_dpo.batch_size")
+        epoch, _ = (order := shuffled(len(self._decided), iteration * count, count, self.seed))[-1]
+        chosen = processes.share(order)
         indices = self._decided[torch.tensor([i for _, i in chosen])]
-        keys = [f"pair {int(i)} epoch {epoch}" for (epoch, _), i in zip(chosen, indices, strict=True)]
+        keys = [f"pair {int(i)} epoch {e}" for (e, _), i in zip(chosen, indices, strict=True)]
         win, lose = (x.to(backbone.device) for x in self._sides(indices))
         randomness = SampleNoise(self.seed, keys, win.shape[1:], backbone.device)
         timesteps = randomness.integers(self.schedule.num_train_timesteps)
@@ -120,12 +124,12 @@ class DiffusionDpoMethod:
             captions = backbone.encode_prompts([self.pairs.captions[i] for i in indices.tolist()])
         weight = self.pairs.weight[indices].to(backbone.device)
         size = -(-count // self.config.gradient_accumulation)
-        parts = torch.arange(count, device=backbone.device).split(size)
+        parts = torch.arange(len(chosen), device=backbone.device).split(size)
         batches = []
         for part in parts:
             batch = self._batch(part, (win, lose), timesteps, noise, captions)
             batches.append(replace(batch, weight=weight[part], accumulate=part is not parts[-1]))
-        return batches, {"pairs": float(count), "epoch": float(chosen[-1][0])}
+        return batches, {"pairs": float(count), "epoch": float(epoch)}
 
     def _batch(
         self,

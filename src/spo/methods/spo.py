@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from spo import processes
 from spo.config import Spo
 from spo.diffusion import ddim
 from spo.diffusion.guidance import guided
@@ -144,16 +145,18 @@ class SpoMethod:
         """The valid pairs of one rollout, shuffled, in batches of at most config.batch_size.
 
         Without a valid pair: one batch of one pair of weight 0. The metrics by timestep are named by
-        x_t's, as in `valid_fraction/t0701`.
+        x_t's, as in `valid_fraction/t0701`. Each process rolls out its share of the prompts; all see all
+        pairs, shuffle them alike and take their share of every batch.
         """
         count = self.config.prompts_per_iteration
-        chosen = shuffled(len(self.prompts), iteration * count, count, self.seed)
+        processes.check_share(count, "align.spo.prompts_per_iteration")
+        chosen = processes.share(shuffled(len(self.prompts), iteration * count, count, self.seed))
         prompts = [self.prompts[i] for _, i in chosen]
         keys = [f"rollout {iteration} epoch {epoch} prompt {i}" for epoch, i in chosen]
         with backbone.inference():
             noise = SampleNoise(self.seed, keys, backbone.latent_shape, backbone.device)
             told = self._tell(backbone, prompts)
-            judged = list(self._rollout(backbone, noise, told))
+            judged = _gathered(list(self._rollout(backbone, noise, told)))
         return self._batches(judged, iteration), self._metrics(judged)
 
     def _tell(self, backbone: Backbone, prompts: list[str]) -> _Told:
@@ -268,8 +271,11 @@ class SpoMethod:
             chosen, weight = torch.zeros(1, dtype=torch.int64, device=rows.x_t.device), 0.0
         batches = []
         for update in chosen.split(self.config.batch_size):
-            parts = update.split(-(-self.config.batch_size // self.config.gradient_accumulation))
-            batches += [rows.batch(part, weight, accumulate=part is not parts[-1]) for part in parts]
+            mine, worth = processes.share(update), weight
+            if len(mine) == 0:
+                mine, worth = update[:1], 0.0  # a process without pairs still takes part in the update
+            parts = mine.split(-(-self.config.batch_size // self.config.gradient_accumulation))
+            batches += [rows.batch(part, worth, accumulate=part is not parts[-1]) for part in parts]
         return batches
 
     def _metrics(self, judged: list[_Judged]) -> dict[str, float]:
@@ -285,6 +291,15 @@ class SpoMethod:
             metrics[f"valid_fraction/{name}"] = float(valid[row].mean())
             metrics[f"score/{name}"] = float(scores[row])
         return metrics
+
+
+def _gathered(judged: list[_Judged]) -> list[_Judged]:
+    """The samples of all processes."""
+    pairs = step_pairs.gathered([j.pair for j in judged])
+    return [
+        _Judged(j.step, pair, processes.gather(j.valid), processes.gather(j.scores.T).T)
+        for j, pair in zip(judged, pairs, strict=True)
+    ]
 
 
 def _parts(n: int) -> list[slice]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from spo import processes
 from spo.config import Spo
 from spo.diffusion import ddim
 from spo.diffusion.noise import SampleNoise
@@ -98,6 +99,21 @@ def go_on(config: Spo, win: Tensor, lose: Tensor, noise: SampleNoise) -> Tensor:
 
 def _gap(better: Tensor, worse: Tensor) -> Tensor:
     return torch.tanh((better.float() - worse.float()) / 2)  # softmax of two, first minus second
+
+
+def gathered(pairs: list[StepPair]) -> list[StepPair]:
+    """Of the samples of all processes, in the order of their ranks."""
+    if processes.count() == 1:
+        return pairs
+    told, all_of = processes.gather_conditioning(pairs[0].conditioning), processes.gather
+    return [
+        StepPair(
+            *(all_of(x) for x in (p.x_t, p.timesteps, p.x_win, p.x_lose)),
+            told,
+            None if p.x_t_lose is None else all_of(p.x_t_lose),
+        )
+        for p in pairs
+    ]
 
 
 @dataclass(frozen=True)

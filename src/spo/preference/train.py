@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from spo import processes
 from spo.checkpoint import CheckpointStore, stop_on_signal
 from spo.config import Preference
 from spo.diffusion.noise import shuffled
@@ -69,6 +70,8 @@ def train(
     first, averaged = _resume(model, optimizer, checkpoint)
     schedule = schedule.to(backbone.device)
     model.train()
+    if settings.gradient_checkpointing:
+        model.checkpoint_gradients()
     bar = tqdm(range(first, settings.steps), "preference model", settings.steps, initial=first, unit="step")
     with stop_on_signal() as stopped:
         for step in bar:
@@ -76,10 +79,12 @@ def train(
             _average(averaged, model, min(settings.ema, step / (step + 10)))
             on_metrics(metrics, step + 1)
             bar.set_postfix(loss=f"{metrics['loss']:.3f}", refresh=False)
-            if checkpoint and ((step + 1) % settings.checkpoint_every == 0 or stopped):
+            stop = processes.anywhere(bool(stopped))
+            save = (step + 1) % settings.checkpoint_every == 0 or stop
+            if checkpoint and save and processes.is_first():
                 state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
                 checkpoint.save(step + 1, {**state, "averaged": averaged})
-            if stopped:
+            if stop:
                 raise KeyboardInterrupt(f"stopped after step {step + 1}; run it again to go on from there")
     if settings.ema:
         model.load_state_dict(averaged)
@@ -97,8 +102,56 @@ def _update(
     seed: int,
     step: int,
 ) -> dict[str, float]:
+    """One optimizer update on the batch of `step`: each process its share, in parts of equal size."""
     count = min(settings.batch_size, len(pairs.captions))
-    chosen = shuffled(len(pairs.captions), step * count, count, seed)
+    processes.check_share(count, "preference.batch_size")
+    chosen = processes.share(shuffled(len(pairs.captions), step * count, count, seed))
+    weight = pairs.weight[torch.tensor([i for _, i in chosen])].to(backbone.device)
+    total = processes.total(weight.sum())
+    optimizer.zero_grad(set_to_none=True)
+    size = -(-count // settings.gradient_accumulation)
+    sums = torch.zeros(3, device=backbone.device)  # the loss, right and clear labels
+    for start in range(0, len(chosen), size):
+        part = chosen[start : start + size]
+        score_0, score_1, label_0, timesteps, captions = _scores(
+            model, tokenizer, backbone, schedule, pairs, settings, seed, part
+        )
+        loss = preference_loss(score_0, score_1, label_0, weight[start : start + size], total)
+        if not loss.isfinite():
+            where = _where(torch.stack([score_0, score_1]), timesteps, captions)
+            raise FloatingPointError(_not_finite(f"loss {loss.item()} at step {step}{where}"))
+        loss.backward()
+        decided = label_0 != 0.5
+        right = ((score_0 > score_1) == (label_0 > 0.5))[decided]
+        sums += torch.stack([loss.detach(), right.sum().float(), decided.sum().float()])
+    parameters = list(model.parameters())
+    processes.sum_gradients(parameters)
+    norm = torch.nn.utils.clip_grad_norm_(parameters, settings.optimizer.max_grad_norm or float("inf"))
+    if not norm.isfinite():
+        raise FloatingPointError(_not_finite(f"gradient norm {norm.item()} at step {step}"))
+    warm = min(1.0, (step + 1) / max(settings.optimizer.warmup_steps, 1))
+    for group in optimizer.param_groups:
+        group["lr"] = settings.optimizer.learning_rate * warm
+    optimizer.step()
+    mean_loss, right, clear = processes.total(sums)
+    return {
+        "loss": mean_loss.item(),
+        "accuracy": (right / clear).item() if clear > 0 else 0.5,
+        "gradient_norm": norm.item(),
+    }
+
+
+def _scores(
+    model: StepAwarePreferenceModel,
+    tokenizer: Any,
+    backbone: Backbone,
+    schedule: Schedule,
+    pairs: LatentPairs,
+    settings: Preference,
+    seed: int,
+    chosen: Sequence[tuple[int, int]],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, list[str]]:
+    """Scores [B] of both images of the pairs `chosen` (epoch, pair), their label_0, timesteps and captions."""
     indices = torch.tensor([i for _, i in chosen])
     captions = [pairs.captions[i] for i in indices.tolist()]
     timesteps, noise = draw(seed, [f"spm {e} {i}" for e, i in chosen], schedule, backbone)
@@ -113,30 +166,11 @@ def _update(
     text = model.encode_text(token_ids(tokenizer, captions, model))
     scores = model.score_features(torch.cat(images), text.repeat(2, 1), timesteps.repeat(2))
     score_0, score_1 = scores.chunk(2)
-    label_0 = pairs.label_0[indices].to(scores.device)
-    loss = preference_loss(score_0, score_1, label_0, pairs.weight[indices].to(scores.device))
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    norm = torch.nn.utils.clip_grad_norm_(
-        list(model.parameters()), settings.optimizer.max_grad_norm or float("inf")
-    )
-    if not (loss.isfinite() and norm.isfinite()):
-        raise FloatingPointError(
-            f"preference: loss {loss.item()}, gradient norm {norm.item()} at step {step}"
-            f"{_where(torch.stack([score_0, score_1]), timesteps, captions)}: stopped before the update; "
-            "try a lower preference.optimizer.learning_rate"
-        )
-    warm = min(1.0, (step + 1) / max(settings.optimizer.warmup_steps, 1))
-    for group in optimizer.param_groups:
-        group["lr"] = settings.optimizer.learning_rate * warm
-    optimizer.step()
-    decided = label_0 != 0.5
-    right = ((score_0 > score_1) == (label_0 > 0.5))[decided].float()
-    return {
-        "loss": loss.item(),
-        "accuracy": right.mean().item() if decided.any() else 0.5,
-        "gradient_norm": norm.item(),
-    }
+    return score_0, score_1, pairs.label_0[indices].to(scores.device), timesteps, captions
+
+
+def _not_finite(what: str) -> str:
+    return f"preference: {what}: stopped before the update; try a lower preference.optimizer.learning_rate"
 
 
 def _where(scores: Tensor, timesteps: Tensor, captions: Sequence[str]) -> str:
@@ -164,11 +198,12 @@ def evaluate(
     schedule, model = schedule.to(backbone.device), model.eval()
     decided = (pairs.label_0 != 0.5).nonzero().flatten()
     parts = decided.split(EVALUATION_BATCH)
+    rank, n = processes.state().process_index, processes.count()
     report: dict[int, dict[str, float]] = {}
     with tqdm(total=len(parts) * len(timesteps), desc="preference accuracy", unit="batch") as bar:
         for t in timesteps:
-            right = 0
-            for indices in parts:
+            right = torch.zeros((), dtype=torch.int64, device=backbone.device)
+            for indices in parts[rank::n]:
                 captions = [pairs.captions[i] for i in indices.tolist()]
                 keys = [f"evaluation {i}" for i in indices.tolist()]
                 at, noise = draw(seed, keys, schedule, backbone, t)
@@ -177,9 +212,10 @@ def evaluate(
                 text = model.encode_text(token_ids(tokenizer, captions, model))
                 scores = [model.score_features(x, text, at) for x in images]
                 first_wins = pairs.label_0[indices].to(scores[0].device) > 0.5
-                right += int(((scores[0] > scores[1]) == first_wins).sum())
-                bar.update()
-            report[t] = {"accuracy": right / max(len(decided), 1), "n": len(decided)}
+                right += ((scores[0] > scores[1]) == first_wins).sum()
+                bar.update(n)
+            accuracy = int(processes.total(right)) / max(len(decided), 1)
+            report[t] = {"accuracy": accuracy, "n": len(decided)}
     return report
 
 

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import CLIPModel, CLIPTokenizer
 
+from spo import processes
+
 MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)
 STD = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
 
@@ -59,10 +61,10 @@ def in_batches(
     if len(images) != len(prompts):
         raise ValueError(f"{name}: {len(images)} images, but {len(prompts)} prompts; give one for each image")
     scores: list[float] = []
+    parts = [slice(start, start + batch_size) for start in range(0, len(images), batch_size)]
     with tqdm(total=len(images), desc=name, unit="image") as bar, torch.no_grad():
-        for start in range(0, len(images), batch_size):
-            part = slice(start, start + batch_size)
-            told = score(images[part], prompts[part]).tolist()
+        found = processes.in_turn(lambda part: score(images[part], prompts[part]).tolist(), parts)
+        for part, told in zip(parts, found, strict=True):
             for value, prompt in zip(told, prompts[part], strict=True):
                 if not math.isfinite(value):
                     raise ValueError(f"{name}: the score of prompt {prompt!r} is {value}; check the weights")

@@ -17,7 +17,7 @@ OUTPUT = Path("outputs/align")
 
 
 def run(params: Params, item: str) -> None:
-    from spo import backbones, optimizer, train
+    from spo import backbones, optimizer, processes, train
     from spo.checkpoint import CheckpointStore
     from spo.stages.generate import device
 
@@ -44,6 +44,8 @@ def run(params: Params, item: str) -> None:
             checkpoint_every=section.checkpoint_every,
             on_metrics=curve.log,
         )
+        if not processes.is_first():
+            return
         curve.write(TRAINING / f"{item}.csv")
         folder = OUTPUT / item
         shutil.rmtree(folder, ignore_errors=True)

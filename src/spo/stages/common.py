@@ -37,7 +37,7 @@ def stage(name: str, params: Params, item: str | None = None) -> Iterator[Any]:
     lock.parent.mkdir(parents=True, exist_ok=True)
     with lock.open("w") as file:
         try:
-            if os.environ.get("RANK", "0") == "0":  # the processes of one training hold it together
+            if first_process():  # the processes of one training hold it together
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(f"stage {full} already runs in this folder; wait for it or stop it") from None
@@ -56,6 +56,11 @@ def _log_written(run: tracking.Run, full: str, began: float) -> None:
     if path.exists() and path.stat().st_mtime >= began - 1:
         known = {"seconds", *run.summary()}
         run.log_metrics({k: v for k, v in read_metrics(path).items() if k not in known})
+
+
+def first_process() -> bool:
+    """Whether this is the only process or the first of several; asked before any of them is connected."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def fingerprint(sections: Sequence[BaseModel | str | int], inputs: Iterable[Path]) -> str:
@@ -77,7 +82,7 @@ def fingerprint(sections: Sequence[BaseModel | str | int], inputs: Iterable[Path
 
 _TRAINING_CODE = (
     *("backbones", "data", "diffusion", "methods", "preference", "stages"),
-    *("optimizer.py", "train.py", "types.py"),
+    *("optimizer.py", "processes.py", "train.py", "types.py"),
 )
 
 
@@ -97,7 +102,7 @@ class Curve:
     """
 
     def __init__(self, run: Any, scratch: Path) -> None:
-        self._run, self._file = run, scratch / "curve.jsonl"
+        self._run, self._file, self._mute = run, scratch / "curve.jsonl", not first_process()
         self.rows: dict[int, dict[str, float]] = {}
         scratch.mkdir(parents=True, exist_ok=True)
         if self._file.exists():
@@ -107,6 +112,8 @@ class Curve:
                     self.rows.setdefault(int(row.pop("step")), {}).update(row)
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
+        if self._mute:
+            return
         self.rows.setdefault(step, {}).update(metrics)
         with self._file.open("a") as file:
             file.write(json.dumps({"step": step, **metrics}) + "\n")

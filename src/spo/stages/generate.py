@@ -19,7 +19,6 @@ OUTPUT = Path("outputs/images")
 
 def run(params: Params, item: str) -> None:
     from spo import backbones
-    from spo.data import images
 
     variant: Variant = getattr(params.generate, item)
     split = params.generate.split
@@ -30,7 +29,7 @@ def run(params: Params, item: str) -> None:
         backbone = backbones.load_aligned(params.backbone, variant.adapter, device())
         seeds = [params.generate.seed + i for i in range(len(prompts))]
         folder = OUTPUT / item
-        images.save_images(folder, draw(backbone, params, variant, prompts, seeds), prompts, seeds)
+        save(folder, draw(backbone, params, variant, prompts, seeds), prompts, seeds)
         tracked.set_tags({"images": str(folder / "images.zip")})
 
 
@@ -40,6 +39,7 @@ def draw(
     """One picture a prompt; its noise belongs to its seed, whatever the batch."""
     from tqdm import tqdm
 
+    from spo import processes
     from spo.data.images import to_pil
     from spo.diffusion.noise import SampleNoise
     from spo.diffusion.rollout import sample_latents
@@ -47,20 +47,35 @@ def draw(
 
     settings = params.generate
     schedule = Schedule.from_config(backbone.scheduler_config, settings.num_inference_steps)
+
+    def batch(part: slice) -> list[Image.Image]:
+        noise = SampleNoise(0, seeds[part], backbone.latent_shape, backbone.device)
+        with backbone.inference():
+            x_0 = sample_latents(backbone, schedule, prompts[part], noise, variant.guidance, settings.eta)
+            return [to_pil(image) for image in backbone.decode(x_0)]
+
+    size = settings.batch_size
+    parts = [slice(start, start + size) for start in range(0, len(prompts), size)]
     with tqdm(total=len(prompts), desc="generate", unit="image") as bar:
-        for start in range(0, len(prompts), settings.batch_size):
-            part = slice(start, start + settings.batch_size)
-            noise = SampleNoise(0, seeds[part], backbone.latent_shape, backbone.device)
-            with backbone.inference():
-                x_0 = sample_latents(backbone, schedule, prompts[part], noise, variant.guidance, settings.eta)
-                decoded = backbone.decode(x_0)
-            for image in decoded:
-                yield to_pil(image)
-            bar.update(len(prompts[part]))
+        for drawn in processes.in_turn(batch, parts):
+            yield from drawn
+            bar.update(len(drawn))
+
+
+def save(folder: Path, pictures: Iterator[Image.Image], prompts: list[str], seeds: list[int]) -> None:
+    """Written by the first process; the others only draw their share."""
+    from spo import processes
+    from spo.data import images
+
+    if processes.is_first():
+        images.save_images(folder, pictures, prompts, seeds)
+    else:
+        for _ in pictures:
+            pass
 
 
 def device() -> str:
     """The accelerator of this process if it has one."""
-    from accelerate import PartialState
+    from spo import processes
 
-    return str(PartialState().device)
+    return str(processes.state().device)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spo.config import Params, Variant
-from spo.stages.common import require, write_json
+from spo.stages.common import first_process, require, write_json
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -42,8 +42,7 @@ def generate(
         ValueError: nothing there, or weights that do not fit the backbone.
     """
     from spo import backbones
-    from spo.data import images
-    from spo.stages.generate import device, draw
+    from spo.stages.generate import device, draw, save
 
     if not adapter.exists():
         raise ValueError(f"{adapter}: not there; give a LoRA (file or folder) or a diffusers folder")
@@ -54,7 +53,7 @@ def generate(
     variant = Variant(guidance=params.generate.base.guidance if guidance is None else guidance)
     seeds = [params.generate.seed + i for i in range(len(prompts))]
     folder = output or OUTPUT / adapter.stem
-    images.save_images(folder, draw(backbone, params, variant, prompts, seeds), prompts, seeds)
+    save(folder, draw(backbone, params, variant, prompts, seeds), prompts, seeds)
     return folder
 
 
@@ -81,6 +80,8 @@ def score(
     names = {"method": folder, **({"baseline": baseline} if baseline else {})}
     read = {name: _pictures(path, prompts_file) for name, path in names.items()}
     tables = {name: _table(params, *told, device()) for name, told in read.items()}
+    if not first_process():
+        return ""
     output = output or OUTPUT / folder.stem
     output.mkdir(parents=True, exist_ok=True)
     tables["method"].to_csv(output / "scores.csv", index=False, float_format="%.6f")

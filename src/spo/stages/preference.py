@@ -28,7 +28,7 @@ BASELINES: dict[str, dict[str, bool]] = {
 
 def run(params: Params, item: str | None = None) -> None:
     """Train the SPM, or with `item` one of its BASELINES."""
-    from spo import backbones
+    from spo import backbones, processes
     from spo.stages.generate import device
 
     settings = params.preference.model_copy(update=BASELINES[item] if item else {})
@@ -39,6 +39,8 @@ def run(params: Params, item: str | None = None) -> None:
         scratch = _scratch(params, settings)
         curve = Curve(tracked, scratch)
         model, tokenizer, report = _train(params, settings, backbone, scratch, curve)
+        if not processes.is_first():
+            return
         if item is None:
             curve.write(TRAINING / f"{name}.csv")
             shutil.rmtree(OUTPUT, ignore_errors=True)
@@ -97,6 +99,7 @@ def latent_pairs(params: Params, backbone: Backbone, part: str) -> LatentPairs:
     import json
     from functools import partial
 
+    from spo import processes
     from spo.data.images import decode_image
     from spo.data.latents import encode
     from spo.data.pairs import read_pairs
@@ -105,4 +108,5 @@ def latent_pairs(params: Params, backbone: Backbone, part: str) -> LatentPairs:
     total = json.loads(Path("outputs/pairs/summary.json").read_text())[part]
     name = fingerprint(("latents", params.backbone), [folder, Path("outputs/inputs/base.json")])
     decode = partial(decode_image, size=backbone.image_size)
-    return encode(read_pairs(folder), total, backbone, decode, SCRATCH / "latents" / f"{part}-{name}")
+    with processes.state().main_process_first():
+        return encode(read_pairs(folder), total, backbone, decode, SCRATCH / "latents" / f"{part}-{name}")

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from spo.config import Params
-from spo.stages.common import METRICS, require, stage, write_json
+from spo.stages.common import METRICS, first_process, require, stage, write_json
 
 OUTPUT = Path("outputs/scores")
 
@@ -21,6 +21,8 @@ def run(params: Params, item: str) -> None:
     with stage("score", params, item) as tracked:
         pictures, prompts, seeds = zip(*images.load_images(folder), strict=True)
         columns = score_images(params, list(pictures), list(prompts), device())
+        if not first_process():
+            return
         frame = pd.DataFrame({"index": range(len(prompts)), "prompt": prompts, "seed": seeds, **columns})
         OUTPUT.mkdir(parents=True, exist_ok=True)
         frame.to_csv(OUTPUT / f"{item}.csv", index=False, float_format="%.6f")

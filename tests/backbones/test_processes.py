@@ -1,0 +1,305 @@
+"""Two processes train, draw and score as one does: a real UNet with a LoRA, a real preference model, gloo."""
+
+from __future__ import annotations
+
+import os
+import signal
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from group import run_in
+
+from spo import config, processes, train
+from spo.checkpoint import CheckpointStore
+from spo.diffusion.noise import SampleNoise
+from spo.diffusion.schedule import Schedule
+from spo.methods.diffusion_dpo import DiffusionDpoMethod
+from spo.methods.spo import SpoMethod
+from spo.preference import train as spm
+from spo.preference.model import ClipJudge, StepAwarePreferenceModel
+from spo.rewards import clip
+from spo.scenes.build import clips
+from spo.types import Batch, StepPair
+
+PROMPTS = ["a circle", "a blue star on sand", "a large red square", "a small star"]
+LORA = {"rank": 2, "alpha": 2}
+OPTIMIZER = {"learning_rate": 1e-3}
+
+
+@dataclass
+class Pairs:
+    """Ten pairs of random latents; one is a tie, and the weights differ."""
+
+    captions: list[str]
+    label_0: torch.Tensor
+    weight: torch.Tensor
+    latents: torch.Tensor  # [N,2,C,h,w]
+
+    def read(self, indices):
+        return self.latents[indices, 0], self.latents[indices, 1]
+
+
+@pytest.fixture
+def pairs() -> Pairs:
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.tensor([1.0, 0, 1, 1, 0, 0.5, 1, 0, 0, 1])
+    weight = 1 / (1 + torch.arange(10.0) % 3)
+    return Pairs((PROMPTS * 3)[:10], labels, weight, torch.randn(10, 2, 4, 8, 8, generator=generator))
+
+
+@pytest.fixture
+def model(words) -> StepAwarePreferenceModel:
+    torch.manual_seed(0)
+    return StepAwarePreferenceModel(clips.fresh_clip(words, seed=0))
+
+
+def spo_method(backbone, model, words, kind=SpoMethod) -> SpoMethod:
+    """Three prompts for two processes: one and two; nine pairs, so the third update has but one."""
+    settings = config.Spo(
+        lora=LORA,
+        optimizer=OPTIMIZER,
+        iterations=3,
+        prompts_per_iteration=3,
+        batch_size=4,
+        gradient_accumulation=2,
+        candidates=2,
+        inner_steps=2,
+        num_inference_steps=4,
+        guidance=2.0,
+        divert_start_step=1,
+        threshold=0.0,
+    )
+    schedule = Schedule.from_config(backbone.scheduler_config, 4)
+    return kind(settings, schedule, ClipJudge(model, words), PROMPTS, seed=0)
+
+
+class Replayed(SpoMethod):
+    """Rollouts drawn before, of all three prompts; each process takes its share of their samples."""
+
+    def record(self, backbone) -> None:
+        self.recorded = []
+        for iteration in range(self.iterations):
+            noise = SampleNoise(iteration, PROMPTS[:3], backbone.latent_shape)
+            with backbone.inference():
+                told = self._tell(backbone, PROMPTS[:3])
+                self.recorded.append(list(super()._rollout(backbone, noise, told)))
+
+    def _rollout(self, backbone, noise, told):
+        mine = processes.share(torch.arange(3))
+        for j in self.recorded.pop(0):
+            parts = (j.pair.x_t, j.pair.timesteps, j.pair.x_win, j.pair.x_lose)
+            lose = None if j.pair.x_t_lose is None else j.pair.x_t_lose[mine]
+            pair = StepPair(*(x[mine] for x in parts), j.pair.conditioning.select(mine), lose)
+            yield replace(j, pair=pair, valid=j.valid[mine], scores=j.scores[:, mine])
+
+
+def dpo_method(backbone, pairs) -> DiffusionDpoMethod:
+    """Two pairs at a time, however many processes: its beta makes what the batch's size does to the last
+    digits of an error a thousand times larger."""
+    settings = config.DiffusionDpo(
+        lora=LORA, optimizer=OPTIMIZER, iterations=3, batch_size=4, gradient_accumulation=2
+    )
+    return DiffusionDpoMethod(settings, Schedule.from_config(backbone.scheduler_config, 4), pairs, seed=0)
+
+
+def fit(backbone, method) -> dict:
+    """Metrics of all iterations, the last gradients and the weights."""
+    seen = []
+    told = {"seed": 0, "checkpoints": None, "checkpoint_every": 9}
+    summary = train.run(
+        backbone, method, method.config.optimizer, on_metrics=lambda m, s: seen.append(m), **told
+    )
+    parameters = backbone.trainable_parameters()
+    return {
+        "metrics": seen,
+        "gradients": torch.cat([p.grad.flatten() for p in parameters]),
+        "weights": torch.cat([p.detach().flatten() for p in parameters]),
+        "counts": (summary["updates"], summary["pairs"]),
+    }
+
+
+def check_alike(one: dict, several: list[dict]) -> None:
+    assert torch.equal(several[0]["weights"], several[1]["weights"])
+    for told in several:
+        assert told["counts"] == one["counts"]
+        for ours, theirs in zip(told["metrics"], one["metrics"], strict=True):
+            close = {name: pytest.approx(theirs[name], rel=1e-5) for name in ("loss", "gradient_norm")}
+            # log-ratios and the like are small differences of large numbers
+            assert ours == {k: pytest.approx(v, rel=1e-5, abs=1e-6) for k, v in theirs.items()} | close
+        error = (told["gradients"] - one["gradients"]).abs().max() / one["gradients"].abs().max()
+        assert error < 1e-5
+
+
+@pytest.mark.parametrize("name", ["spo", "diffusion_dpo"])
+def test_two_processes_train_as_one(name, load, model, words, pairs) -> None:
+    backbone = load("sd")
+    backbone.add_lora(config.Lora(**LORA), 0)
+
+    if name == "spo":
+        method = spo_method(backbone, model, words, Replayed)
+        method.record(backbone)
+    else:
+        method = dpo_method(backbone, pairs)
+
+    (one,), several = (run_in(n, lambda: fit(backbone, method)) for n in (1, 2))
+    assert len(one["metrics"]) == 3 and float(one["gradients"].abs().max()) > 0
+    check_alike(one, several)
+
+
+def test_rollouts_do_not_depend_on_the_number_of_processes(load, model, words) -> None:
+    backbone = load("sd")
+    method = spo_method(backbone, model, words)
+
+    def body() -> list[torch.Tensor]:
+        batches, metrics = method.collect(backbone, 0)
+        rows = torch.cat([torch.cat([b.x_t, b.targets["x_win"], b.targets["x_lose"]]) for b in batches])
+        weights = torch.cat([b.weight for b in batches])
+        return [rows, weights, torch.tensor(list(metrics.values()))]
+
+    ((_, _, metrics),), both = run_in(1, body), run_in(2, body)
+    for _, _, told in both:
+        torch.testing.assert_close(told, metrics, rtol=1e-4, atol=1e-5)
+    assert [int(weights.sum()) for _, weights, _ in both] == [4, 5]  # 2 + 2 + 0 and 2 + 2 + 1 of nine pairs
+
+
+def test_two_processes_train_the_preference_model_as_one(load, model, words, pairs) -> None:
+    settings = config.Preference(
+        init="x",
+        optimizer=config.Optimizer(**OPTIMIZER),
+        steps=3,
+        batch_size=4,
+        gradient_accumulation=2,
+        guidance=2.0,
+    )
+
+    backbone = load("sd")
+
+    def body() -> dict:
+        seen: list[dict] = []
+        common = (model, words, backbone, Schedule.from_config(backbone.scheduler_config, 4), pairs)
+        spm.train(*common, settings, seed=0, on_metrics=lambda m, s: seen.append(m))
+        accuracy = spm.evaluate(*common, [0, 501], 2.0, seed=0)
+        return {
+            "metrics": seen,
+            "gradients": torch.cat([p.grad.flatten() for p in model.parameters()]),
+            "weights": torch.cat([p.detach().flatten() for p in model.parameters()]),
+            "counts": {t: m["accuracy"] for t, m in accuracy.items()},
+        }
+
+    (one,), several = run_in(1, body), run_in(2, body)
+    check_alike(one, several)
+
+
+class Uneven:
+    """Process r has r + 1 updates, the only pairs of the first update being process 1's."""
+
+    schedule = config = None
+    guidance, iterations = 1.0, 2
+
+    def collect(self, backbone, iteration):
+        rank = processes.state().process_index
+        x_t = torch.ones(2, *backbone.latent_shape)
+        told, times = backbone.encode_prompts(["a circle"] * 2), torch.full((2,), 500)
+        weight = torch.full((2,), float(rank))
+        return [Batch(x_t, times, told, weight)] * (rank + 1), {}
+
+    def loss(self, policy, reference, batch, schedule, settings):
+        losses = (policy - batch.x_t).square().flatten(1).mean(1)
+        return losses, {"loss": (losses * batch.weight).sum().detach() / batch.weight.sum().clamp(min=1e-9)}
+
+
+def test_a_process_without_pairs_takes_part_and_counts_for_nothing(load) -> None:
+    class Even(Uneven):
+        def collect(self, backbone, iteration):
+            (batch, *_), _ = super().collect(backbone, iteration)
+            return [Batch(batch.x_t, batch.timesteps, batch.conditioning, torch.ones(2))] * 2, {}
+
+    backbone = load("sd")
+    backbone.add_lora(config.Lora(**LORA), 0)
+
+    def body(method) -> dict:
+        method.config = config.DiffusionDpo(lora=LORA, optimizer=OPTIMIZER, iterations=2, batch_size=2)
+        return fit(backbone, method)
+
+    (one,), several = run_in(1, lambda: body(Even())), run_in(2, lambda: body(Uneven()))
+    check_alike(one, several)
+    assert one["counts"] == (4, 8)
+
+
+def test_both_stop_where_one_is_told_to_and_go_on_from_there(load, model, words, pairs, tmp_path) -> None:
+    """The signal reaches the second process only; the first has saved."""
+    backbone = load("sd")
+    backbone.add_lora(config.Lora(**LORA), 0)
+
+    def body(stop: bool = False) -> dict:
+        method, seen = dpo_method(backbone, pairs), []
+
+        def note(metrics, step) -> None:
+            seen.append(step)
+            if stop and step == 2 and not processes.is_first():
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        told = {"seed": 0, "checkpoints": CheckpointStore(tmp_path), "checkpoint_every": 9}
+        try:
+            train.run(backbone, method, method.config.optimizer, on_metrics=note, **told)
+        except KeyboardInterrupt as stopped:
+            return {"steps": seen, "message": str(stopped)}
+        return {"steps": seen}
+
+    for told in run_in(2, lambda: body(stop=True)):
+        assert told["steps"] == [1, 2] and "after iteration 2" in told["message"]
+    assert [told["steps"] for told in run_in(2, body)] == [[3], [3]]
+
+
+def test_items_in_turn_and_rows_gathered() -> None:
+    def body() -> dict:
+        rank = processes.state().process_index
+        rows = processes.gather(torch.arange(3.0).view(3, 1)[: rank + 1])
+        flags = processes.gather(torch.tensor([True, False])[rank:])
+        mine: list[int] = []
+
+        def square(i: int) -> int:
+            mine.append(i)
+            return i * i
+
+        squares = list(processes.in_turn(square, range(5)))
+        return {"rows": rows.tolist(), "flags": flags.tolist(), "squares": squares, "mine": mine}
+
+    first, second = run_in(2, body)
+    assert first.pop("mine") == [0, 2, 4] and second.pop("mine") == [1, 3]
+    assert first == second
+    assert first == {
+        "rows": [[0.0], [0.0], [1.0]],
+        "flags": [True, False, False],
+        "squares": [0, 1, 4, 9, 16],
+    }
+
+
+def test_scores_do_not_depend_on_the_number_of_processes() -> None:
+    def body() -> list[float]:
+        def score(images, prompts) -> torch.Tensor:
+            return torch.tensor([float(i) + len(p) / 10 for i, p in zip(images, prompts, strict=True)])
+
+        return clip.in_batches(score, list(range(5)), PROMPTS[:1] * 5, name="x", batch_size=2)
+
+    (one,) = run_in(1, body)
+    assert run_in(2, body) == [one, one]
+
+
+def test_fewer_pairs_than_processes_is_one_line(load, pairs) -> None:
+    backbone = load("sd")
+
+    def body() -> str:
+        method = dpo_method(backbone, pairs)
+        method.config = method.config.model_copy(update={"batch_size": 1})
+        try:
+            method.collect(backbone, 0)
+        except ValueError as error:
+            return str(error)
+        return ""
+
+    for told in run_in(2, body):
+        assert (
+            told == "align.diffusion_dpo.batch_size: 1 is less than the 2 processes; raise it, or use fewer"
+        )

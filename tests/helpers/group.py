@@ -1,0 +1,48 @@
+"""Several real processes (forks, joined by gloo), as a launcher would start them."""
+
+from __future__ import annotations
+
+import os
+import socket
+import tempfile
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def run_in(n: int, function: Callable[[], Any]) -> list[Any]:
+    """What `function` returns in each of n processes. All that it imports should be imported before."""
+    torch.set_num_threads(1)  # a thread pool does not live on in a fork
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with tempfile.TemporaryDirectory() as folder:
+        children = [_fork(rank, n, port, Path(folder) / str(rank), function) for rank in range(n)]
+        statuses = [os.waitpid(child, 0)[1] for child in children]
+        assert statuses == [0] * n, f"processes ended with {statuses}"
+        return [torch.load(Path(folder) / str(rank), weights_only=False) for rank in range(n)]
+
+
+def _fork(rank: int, n: int, port: int, result: Path, function: Callable[[], Any]) -> int:
+    child = os.fork()
+    if child:
+        return child
+    try:
+        from accelerate import PartialState
+
+        PartialState._reset_state()
+        if n > 1:
+            told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": n, "LOCAL_WORLD_SIZE": n}
+            os.environ |= {k: str(v) for k, v in told.items()} | {"OMP_NUM_THREADS": "1"}
+            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        from spo import processes
+
+        assert processes.count() == n
+        torch.save(function(), result)
+        os._exit(0)
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
