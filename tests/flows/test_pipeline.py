@@ -142,7 +142,7 @@ def test_cancelling_ends_the_whole_group(
     pipeline: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A stage's child that ignores SIGTERM is gone too."""
-    monkeypatch.setattr(processes, "GRACE", 0.5)
+    monkeypatch.setattr(command, "GRACE", 0.5)
     pids: list[int] = []
     script = "trap '' TERM; sleep 60 & echo $$ $!; wait; wait"
     previous = signal.signal(signal.SIGUSR1, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
