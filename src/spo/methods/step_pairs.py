@@ -108,7 +108,10 @@ def gathered(pairs: list[StepPair]) -> list[StepPair]:
     told, all_of = processes.gather_conditioning(pairs[0].conditioning), processes.gather
     return [
         StepPair(
-            *(all_of(x) for x in (p.x_t, p.timesteps, p.x_win, p.x_lose)),
+            all_of(p.x_t),
+            all_of(p.timesteps),
+            all_of(p.x_win),
+            all_of(p.x_lose),
             told,
             None if p.x_t_lose is None else all_of(p.x_t_lose),
         )

@@ -151,7 +151,7 @@ def _scores(
     seed: int,
     chosen: Sequence[tuple[int, int]],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, list[str]]:
-    """Scores [B] of both images of the pairs `chosen` (epoch, pair), their label_0, timesteps and captions."""
+    """Scores [B] of both images of the pairs `chosen` (epoch, pair); their label_0, timesteps, captions."""
     indices = torch.tensor([i for _, i in chosen])
     captions = [pairs.captions[i] for i in indices.tolist()]
     timesteps, noise = draw(seed, [f"spm {e} {i}" for e, i in chosen], schedule, backbone)
