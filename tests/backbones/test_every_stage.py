@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import zipfile
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -123,6 +124,37 @@ def test_every_stage_runs(experiment, tmp_path) -> None:
         before = (tmp_path / f"outputs/images/{method}/images.zip").read_bytes()
         run("generate", method)
         assert (tmp_path / f"outputs/images/{method}/images.zip").read_bytes() != before
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("experiment", ["sd"], indirect=True)
+def test_stages_start_themselves_in_two_processes(experiment, tmp_path, capfd) -> None:
+    for stage in (("inputs",), ("prompts",), ("pairs",), ("generate", "base"), ("score", "base")):
+        run(*stage)
+    pictures, scores = tmp_path / "outputs/images/base/images.zip", tmp_path / "outputs/scores/base.csv"
+    before = pictures.read_bytes(), list(csv.DictReader(scores.open()))
+    pictures.unlink(), scores.unlink()
+    write(experiment | {"processes": 2, "generate": experiment["generate"] | {"batch_size": 1}})
+    for stage in (("generate", "base"), ("score", "base"), ("preference",), ("align", "spo")):
+        run(*stage)
+    for ours, theirs in zip(pixels(pictures), pixels(io.BytesIO(before[0])), strict=True):
+        assert (ours - theirs).abs().max() <= 1
+    for ours, theirs in zip(csv.DictReader(scores.open()), before[1], strict=True):
+        for name in ("pickscore", "hps", "aesthetic"):
+            assert float(ours[name]) == pytest.approx(float(theirs[name]), abs=1e-4, rel=1e-4)
+    assert (tmp_path / "outputs/align/spo/pytorch_lora_weights.safetensors").exists()
+    assert (tmp_path / "outputs/preference/model.safetensors").exists()
+    capfd.readouterr()
+    (tmp_path / "outputs/prompts/train.txt").unlink()
+    assert cli.main(["align", "spo"]) == 2
+    told = [line for line in capfd.readouterr().err.splitlines() if line.startswith("spo: ")]
+    assert len(told) == 1 and "no training prompts there" in told[0]
+
+
+def pixels(archive) -> list[torch.Tensor]:
+    with zipfile.ZipFile(archive) as found:
+        pictures = [Image.open(io.BytesIO(found.read(n))) for n in found.namelist() if n.endswith(".png")]
+    return [torch.frombuffer(bytearray(p.tobytes()), dtype=torch.uint8).int() for p in pictures]
 
 
 def test_a_dry_run_tells_what_a_stage_does_and_writes_nothing(experiment, tmp_path, capsys) -> None:

@@ -110,6 +110,22 @@ def test_the_kept_weights_are_the_average_of_the_steps(clip, tokenizer, backbone
     assert by_hand != pytest.approx(seen[-1], abs=1e-7)
 
 
+@pytest.mark.parametrize("changes", [{"gradient_accumulation": 3}, {"gradient_checkpointing": True}])
+def test_in_parts_or_computed_again_the_gradients_are_the_same(
+    clip, tokenizer, backbone, schedule, pairs, changes
+) -> None:
+    """Sixteen pairs in parts of 6, 6 and 4, with unequal weights and ties."""
+    pairs.weight[::3] = 0.25
+    whole = StepAwarePreferenceModel(clip)
+    other, seen, again = copy.deepcopy(whole), [], []
+    common = (tokenizer, backbone, schedule, pairs)
+    spm.train(whole, *common, settings(steps=1), seed=0, on_metrics=lambda m, s: seen.append(m))
+    spm.train(other, *common, settings(steps=1, **changes), seed=0, on_metrics=lambda m, s: again.append(m))
+    assert again == [pytest.approx(seen[0], rel=1e-5)]
+    gradients = [torch.cat([p.grad.flatten() for p in m.parameters()]) for m in (whole, other)]
+    assert float((gradients[0] - gradients[1]).abs().max() / gradients[0].abs().max()) < 1e-5
+
+
 def test_a_loss_that_is_not_finite_stops_before_the_update(
     clip, tokenizer, backbone, schedule, pairs
 ) -> None:
