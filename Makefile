@@ -33,8 +33,9 @@ data: setup
 repro: data
 	spo repro
 
+# two processes, a file at a time
 test: data
-	pytest
+	pytest -n 2 --dist loadfile
 
 fast: setup
 	pytest -m "not smoke and not services"

@@ -7,3 +7,12 @@ os.environ.setdefault("DVC_NO_ANALYTICS", "1")
 os.environ.setdefault("DO_NOT_TRACK", "1")
 os.environ.pop("MLFLOW_TRACKING_URI", None)
 os.environ.pop("SPO_PARENT_RUN", None)
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # two processes on two cores: one thread each
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+FIRST = ("tests/smoke/test_dag.py",)  # the longest file, so that no process waits for it in the end
+
+
+def pytest_collection_modifyitems(items: list) -> None:
+    items.sort(key=lambda item: not item.nodeid.startswith(FIRST))

@@ -6,6 +6,7 @@ import os
 import shutil
 import socket
 import subprocess
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +22,7 @@ PARAMS: dict[str, Any] = {"name": "tiny", "seed": 3, "tracking": None, "align": 
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[list[str], list[str], str]]:
+def server() -> Iterator[tuple[list[str], list[str], str]]:
     """(command to start it, command to stop it, its URI); started."""
     pytest.importorskip(
         "psycopg2", reason="PostgreSQL's driver is not installed: pip install psycopg2-binary"
@@ -32,12 +33,9 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[list[str]
     binaries, user = found[-1].parent, None
     if os.geteuid() == 0:  # it does not run as root
         user = "postgres"
-    folder = Path(tmp_path_factory.mktemp("postgres"))
+    folder = Path(tempfile.mkdtemp(prefix="spo-postgres-"))  # pytest keeps its own folders to their owner
     if user:
         shutil.chown(folder, user)
-        for parent in folder.parents[:3]:  # pytest keeps its folders to their owner
-            if parent.name.startswith("pytest-"):
-                parent.chmod(0o755)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -55,6 +53,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[list[str]
     uri = f"postgresql+psycopg2://spo@127.0.0.1:{port}/postgres"
     yield [user or "", *start], [user or "", *stop], uri
     subprocess.run(stop, user=user, cwd="/", capture_output=True)
+    shutil.rmtree(folder)
 
 
 def control(command: list[str]) -> None:
