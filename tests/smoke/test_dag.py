@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-pytestmark = pytest.mark.smoke
+pytestmark = [pytest.mark.smoke, pytest.mark.timeout(1500)]  # the first test waits for the DAG
 
 
 def run(folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
