@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -72,6 +72,7 @@ def loss(
     clipped = torch.stack([(r < low) | (r > high) for r in (win, lose)]).float().mean(0)
     each = {
         "loss": losses.detach(),
+        "kl": ddim.divergence(policy, reference)[: len(losses)].detach(),
         "win_log_ratio": win,
         "lose_log_ratio": lose,
         "clipped_fraction": clipped,
@@ -100,11 +101,12 @@ class _Told:
     conditioning: Conditioning
     unconditional: Conditioning | None  # None: guidance 1
     text: Tensor  # [B,D], of the judge
+    prompts: list[str]
 
     def repeat(self, k: int) -> _Told:
         """Copies in the order of candidates.flatten(0, 1)."""
         empty = None if self.unconditional is None else self.unconditional.repeat(k)
-        return _Told(self.conditioning.repeat(k), empty, self.text.repeat(k, 1))
+        return _Told(self.conditioning.repeat(k), empty, self.text.repeat(k, 1), self.prompts * k)
 
 
 @dataclass(frozen=True)
@@ -154,11 +156,11 @@ class SpoMethod:
             noise = SampleNoise(self.seed, keys, backbone.latent_shape, backbone.device)
             told = self._tell(backbone, prompts)
             judged = list(self._rollout(backbone, noise, told))
-        return self._batches(judged, iteration), self._metrics(judged)
+        return self._batches(judged, prompts, iteration), self._metrics(judged)
 
     def _tell(self, backbone: Backbone, prompts: list[str]) -> _Told:
         empty = None if self.guidance == 1 else backbone.encode_prompts([""] * len(prompts))
-        return _Told(backbone.encode_prompts(prompts), empty, self.judge.encode_text(prompts))
+        return _Told(backbone.encode_prompts(prompts), empty, self.judge.encode_text(prompts), prompts)
 
     def _rollout(self, backbone: Backbone, noise: SampleNoise, told: _Told) -> Iterator[_Judged]:
         """DDIM from x_T; a block yields the pairs of its steps and goes on from one of its branches."""
@@ -236,11 +238,14 @@ class SpoMethod:
             self.judge.score_images(backbone.decode(x0[part]), told.text[part], timesteps[part])
             for part in _parts(len(flat))
         ]
-        scores = torch.cat(judged).view(candidates.shape[:2])
-        if not scores.isfinite().all():
+        scores = torch.cat(judged)
+        bad = (~scores.isfinite()).nonzero().flatten().tolist()
+        if bad:
             raise ValueError(
-                f"preference model: a score at timestep {int(timesteps[0])} is not finite; retrain it"
+                f"preference model: a score at timestep {int(timesteps[0])} of prompt "
+                f"{told.prompts[bad[0]][:80]!r} is not finite; retrain it"
             )
+        scores = scores.view(candidates.shape[:2])
         return scores, None if outputs is None else outputs.view_as(candidates)
 
     def _predict(self, backbone: Backbone, x_t: Tensor, timesteps: Tensor, told: _Told) -> Tensor:
@@ -258,7 +263,7 @@ class SpoMethod:
         ]
         return torch.cat(outputs)
 
-    def _batches(self, judged: list[_Judged], iteration: int) -> list[Batch]:
+    def _batches(self, judged: list[_Judged], prompts: list[str], iteration: int) -> list[Batch]:
         """Indexing copies, so the batches are ordinary tensors, whatever `inference` made."""
         rows = step_pairs.Rows.of([j.pair for j in judged])
         valid = torch.cat([j.valid for j in judged]).nonzero().flatten()
@@ -269,7 +274,9 @@ class SpoMethod:
         batches = []
         for update in chosen.split(self.config.batch_size):
             parts = update.split(-(-self.config.batch_size // self.config.gradient_accumulation))
-            batches += [rows.batch(part, weight, accumulate=part is not parts[-1]) for part in parts]
+            for part in parts:
+                batch = rows.batch(part, weight, accumulate=part is not parts[-1])
+                batches.append(replace(batch, prompts=[prompts[r % len(prompts)] for r in part.tolist()]))
         return batches
 
     def _metrics(self, judged: list[_Judged]) -> dict[str, float]:
