@@ -31,7 +31,12 @@ NAMES = {
     "preference_unconditioned": "Same, not told the step",
     "preference_clean_only": "Same, clean pictures only",
 }
-PROSE = {"hps": "HPS", "aesthetic": "the aesthetic score", "oracle_aesthetic": "the oracle's aesthetics"}
+PROSE = {
+    "hps": "HPS",
+    "aesthetic": "the aesthetic score",
+    "oracle_aesthetic": "the oracle's aesthetics",
+    "oracle_alignment": "the oracle's alignment",
+}
 ALIGNMENT = "oracle_alignment"  # does the picture show its caption? All other metrics measure quality
 PICTURE = 192  # pixels a side on the page
 
@@ -81,6 +86,7 @@ def render(run: Run) -> str:
         n=len(next(iter(run.scores.values()))),
         headline=headline(run.comparisons),
         details=details(run.comparisons),
+        contradictions=contradictions(run.comparisons),
         grid=_grid(run),
         means=means(run),
         pairs=_pairs(run.comparisons),
@@ -135,6 +141,25 @@ def headline(rows: Sequence[Mapping[str, Any]]) -> str:
     own = [r for r in rows if r["method"] == method]
     baselines = list(dict.fromkeys(r["baseline"] for r in own))
     return " ".join(_sentence(method, b, own) for b in dict.fromkeys((baselines[0], baselines[-1])))
+
+
+def contradictions(rows: Sequence[Mapping[str, Any]]) -> str:
+    """A sentence for each method some of whose scores clearly rise and others fall; or nothing."""
+    sentences = []
+    for method in dict.fromkeys(r["method"] for r in rows if not r["method"].startswith("base")):
+        own = [r for r in rows if r["method"] == method]
+        own = [r for r in own if r["baseline"] == own[0]["baseline"]]
+        up, down = (
+            listed([PROSE.get(r["metric"], name(r["metric"])) for r in own if outcome(r) == kind])
+            for kind in ("better", "worse")
+        )
+        if up and down:
+            rival = name(own[0]["baseline"])
+            sentences.append(
+                f"Beware: with {name(method)}, {up} rose while {down} fell (against {rival}): "
+                "what rose may have been won at the cost of what fell."
+            )
+    return " ".join(sentences)
 
 
 def _sentence(method: str, baseline: str, rows: Sequence[Mapping[str, Any]]) -> str:

@@ -43,16 +43,14 @@ def run(params: Params, item: str) -> None:
             checkpoints=CheckpointStore(scratch / "checkpoints"),
             checkpoint_every=section.checkpoint_every,
             on_metrics=curve.log,
+            watch=_watch(params, item, backbone, curve, scratch),
         )
         if not processes.is_first():
             return
         curve.write(TRAINING / f"{item}.csv")
         folder = OUTPUT / item
         shutil.rmtree(folder, ignore_errors=True)
-        if section.lora is None:
-            backbone.save_pipeline(folder)
-        else:
-            backbone.save_lora(folder)
+        _save(backbone, section.lora is None, folder)
         seconds = round(time.monotonic() - started, 1)
         write_json(METRICS / f"align_{item}.json", {**summary, "seconds": seconds})
         if section.lora is None:  # too large to be stored twice: DVC has it
@@ -60,6 +58,31 @@ def run(params: Params, item: str) -> None:
         else:
             tracked.log_artifact(folder / "pytorch_lora_weights.safetensors", "adapter")
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _save(backbone: Any, whole: bool, folder: Path) -> None:
+    if whole:
+        backbone.save_pipeline(folder)
+    else:
+        backbone.save_lora(folder)
+
+
+def _watch(params: Params, item: str, backbone: Backbone, curve: Curve, scratch: Path) -> Any:
+    from spo.stages import validation
+    from spo.stages.generate import device
+
+    section, guidance = getattr(params.align, item), getattr(params.generate, item).guidance
+    settings = section.validation
+    if settings is None:
+        return None
+    return validation.Watch(
+        settings,
+        judge=lambda: validation.judged(backbone, params, settings, guidance, device()),
+        keep=lambda folder: _save(backbone, section.lora is None, folder),
+        curve=curve,
+        scratch=scratch,
+        name=f"align.{item}",
+    )
 
 
 def _spo(params: Params, backbone: Backbone) -> Method:
@@ -93,5 +116,9 @@ BUILD: dict[str, Any] = {"spo": _spo, "diffusion_dpo": _diffusion_dpo}
 def _scratch(params: Params, item: str) -> Path:
     reads = {"spo": ["outputs/preference", "outputs/prompts/train.txt"], "diffusion_dpo": ["outputs/pairs"]}
     inputs = [Path(p) for p in [*reads[item], "outputs/inputs/base.json"]]
-    sections = (item, params.seed, params.backbone, getattr(params.align, item))
+    section = getattr(params.align, item)
+    sections = [item, params.seed, params.backbone, section]
+    if section.validation is not None:  # what was at the start is kept there
+        inputs.append(Path("outputs/prompts/validation.txt"))
+        sections += [params.score, params.generate]
     return SCRATCH / "resume" / f"align-{item}-{fingerprint(sections, inputs)}"
