@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 
 def sample() -> dict[str, float]:
@@ -22,7 +23,7 @@ def sample() -> dict[str, float]:
 
 def _gpus() -> dict[str, float]:
     """Memory in use, as the driver tells, if torch was loaded and started CUDA: never the first to do so."""
-    cuda = sys.modules.get("torch.cuda")
+    cuda: Any = sys.modules.get("torch.cuda")
     if not hasattr(cuda, "mem_get_info") or not cuda.is_initialized():  # the stage may be importing torch now
         return {}
     found = {}

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spo.config import Params
+from spo.stages import validation
 from spo.stages.common import METRICS, SCRATCH, TRAINING, Curve, fingerprint, require, stage, write_json
 
 if TYPE_CHECKING:
@@ -35,22 +36,29 @@ def run(params: Params, item: str) -> None:
         method = BUILD[item](params, backbone)
         scratch = _scratch(params, item)
         curve = Curve(tracked, scratch)
-        summary = train.run(
-            backbone,
-            method,
-            section.optimizer,
-            seed=params.seed,
-            checkpoints=CheckpointStore(scratch / "checkpoints"),
-            checkpoint_every=section.checkpoint_every,
-            on_metrics=curve.log,
-            watch=_watch(params, item, backbone, curve, scratch),
-        )
+        try:
+            summary = train.run(
+                backbone,
+                method,
+                section.optimizer,
+                seed=params.seed,
+                checkpoints=CheckpointStore(scratch / "checkpoints"),
+                checkpoint_every=section.checkpoint_every,
+                on_metrics=curve.log,
+                watch=_watch(params, item, backbone, method, curve, scratch),
+            )
+        except validation.Collapse:
+            _show(tracked, scratch / "samples")
+            raise
         if not processes.is_first():
             return
         curve.write(TRAINING / f"{item}.csv")
         folder = OUTPUT / item
         shutil.rmtree(folder, ignore_errors=True)
         _save(backbone, section.lora is None, folder)
+        if (scratch / "samples").exists():
+            shutil.copytree(scratch / "samples", folder / "samples")
+            _show(tracked, folder / "samples")
         seconds = round(time.monotonic() - started, 1)
         write_json(METRICS / f"align_{item}.json", {**summary, "seconds": seconds})
         if section.lora is None:  # too large to be stored twice: DVC has it
@@ -67,21 +75,27 @@ def _save(backbone: Any, whole: bool, folder: Path) -> None:
         backbone.save_lora(folder)
 
 
-def _watch(params: Params, item: str, backbone: Backbone, curve: Curve, scratch: Path) -> Any:
-    from spo.stages import validation
-    from spo.stages.generate import device
+def _show(tracked: Any, samples: Path) -> None:
+    """The validation pictures before, during and after training, as artifacts named by the update."""
+    for picture in sorted(samples.glob("*.png")):
+        tracked.log_artifact(picture, "samples")
 
-    section, guidance = getattr(params.align, item), getattr(params.generate, item).guidance
+
+def _watch(
+    params: Params, item: str, backbone: Backbone, method: Method, curve: Curve, scratch: Path
+) -> validation.Watch | None:
+    section = getattr(params.align, item)
     settings = section.validation
     if settings is None:
         return None
     return validation.Watch(
         settings,
-        judge=lambda: validation.judged(backbone, params, settings, guidance, device()),
+        judge=lambda: validation.judged(backbone, params, settings, item),
         keep=lambda folder: _save(backbone, section.lora is None, folder),
         curve=curve,
         scratch=scratch,
         name=f"align.{item}",
+        iterations=method.iterations,
     )
 
 
@@ -119,6 +133,6 @@ def _scratch(params: Params, item: str) -> Path:
     section = getattr(params.align, item)
     sections = [item, params.seed, params.backbone, section]
     if section.validation is not None:  # what was at the start is kept there
-        inputs.append(Path("outputs/prompts/validation.txt"))
-        sections += [params.score, params.generate]
+        inputs.append(validation.PROMPTS)
+        sections += validation.sections(params)
     return SCRATCH / "resume" / f"align-{item}-{fingerprint(sections, inputs)}"

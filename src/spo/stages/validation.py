@@ -1,8 +1,9 @@
 """Watching a training: pictures of a few validation prompts at intervals, and the rule that stops it.
 
 They are judged by the scorers of `score`, from which no method learns; never by the preference model or
-the oracle. Nothing here changes what is trained: the noise of the pictures has seeds of its own.
-Scorers, validation prompts and sampler are no dependencies of the stage: they decide whether it stops.
+the oracle. Nothing here changes what is trained: the noise of the pictures has seeds of its own. So scorers
+and sampler are no dependencies of the stage in dvc.yaml: they say whether it stops, and another scorer is no
+reason to train again.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
 
+from spo import plots
 from spo.config import Params, Validation, Variant
-from spo.stages.common import Curve, require, write_json
+from spo.stages.common import Curve, first_process, require, write_json
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -39,22 +41,26 @@ class Watch:
     def __init__(
         self,
         settings: Validation,
-        judge: Callable[[], tuple[dict[str, list[float]], float]],
+        judge: Callable[[], tuple[dict[str, list[float]], float, Image.Image]],
         keep: Callable[[Path], None],
         curve: Curve,
         scratch: Path,
         name: str,
+        iterations: int,
     ) -> None:
         """
         Args:
-            judge: scores by scorer of today's pictures, and their diversity.
+            judge: scores by scorer of today's pictures, their diversity, and a row of them.
             keep: writes the model to a folder.
-            scratch: lives as long as the stage's checkpoints do: what was at the start, and the last good
-                model in `good`.
+            scratch: lives as long as the stage's checkpoints do: what was at the start, the pictures by
+                update in `samples`, and the last good model in `good`.
             name: of the params section.
+            iterations: the last is looked at too.
         """
         self.settings, self.judge, self.keep, self.curve = settings, judge, keep, curve
-        self.name, self.good, self._start = name, scratch / "good", scratch / "validation.json"
+        self.name, self.good, self._last = name, scratch / "good", iterations
+        self.samples, self._start = scratch / "samples", scratch / "validation.json"
+        self._begun = json.loads(self._start.read_text()) if self._start.exists() else None
 
     def __call__(self, iteration: int, metrics: Mapping[str, float], updates: int) -> None:
         """
@@ -62,18 +68,26 @@ class Watch:
             Collapse: a limit is passed; the line names it and the last good model.
         """
         self._stop(iteration, divergence_passed(metrics, self.settings.max_divergence))
-        if iteration % self.settings.every:
+        if iteration % self.settings.every and iteration != self._last:
             return
-        scores, diversity = self.judge()
-        if iteration == 0:
-            write_json(self._start, {"scores": scores, "diversity": diversity})
-        start = json.loads(self._start.read_text())
+        scores, diversity, row = self.judge()
+        self._show(row, updates)
+        if iteration == 0 or self._begun is None:
+            self._begun = {"scores": scores, "diversity": diversity}
+            if first_process():
+                write_json(self._start, self._begun)
+        start = self._begun
         means = {f"validation/{name}": fmean(values) for name, values in scores.items()}
         self.curve.log({**means, "validation/diversity": diversity}, updates)
         self._stop(iteration, scorers_passed(start["scores"], scores, self.settings.max_fall))
         self._stop(iteration, diversity_passed(start["diversity"], diversity, self.settings.min_diversity))
-        if iteration:
+        if iteration and iteration != self._last and first_process():
             self._keep(iteration)
+
+    def _show(self, row: Image.Image, updates: int) -> None:
+        if first_process():
+            self.samples.mkdir(parents=True, exist_ok=True)
+            row.save(self.samples / f"{updates:06d}.png")
 
     def _keep(self, iteration: int) -> None:
         """The folder is whole at every moment, but for one between two renames."""
@@ -148,18 +162,26 @@ def pictures(backbone: Backbone, params: Params, settings: Validation, guidance:
     return found, prompts
 
 
+def sections(params: Params) -> list[Any]:
+    """What the pictures and their scores depend on."""
+    return [params.score, params.generate]
+
+
 def judged(
-    backbone: Backbone, params: Params, settings: Validation, guidance: float, device: str
-) -> tuple[dict[str, list[float]], float]:
-    """Scores of each prompt (means over its pictures) by scorer, and the diversity of its pictures."""
+    backbone: Backbone, params: Params, settings: Validation, item: str
+) -> tuple[dict[str, list[float]], float, Image.Image]:
+    """Scores of each prompt (means over its pictures) by scorer, the diversity of its pictures, and the first
+    picture of each prompt in a row."""
     from spo.rewards.aesthetic import Aesthetic
+    from spo.stages.generate import device
     from spo.stages.score import held_apart
 
+    guidance = getattr(params.generate, item).guidance
     found, prompts = pictures(backbone, params, settings, guidance)
     n = settings.images
     scores = {
         name: [fmean(values[i : i + n]) for i in range(0, len(values), n)]
-        for name, values in held_apart(params, found, prompts, device).items()
+        for name, values in held_apart(params, found, prompts, device()).items()
     }
-    scorer = Aesthetic(params.score.aesthetic, device=device, batch_size=params.score.batch_size)
-    return scores, diversity(scorer.embed(found).unflatten(0, (-1, n)))
+    scorer = Aesthetic(params.score.aesthetic, device=device(), batch_size=params.score.batch_size)
+    return scores, diversity(scorer.embed(found).unflatten(0, (-1, n))), plots.row(found[::n])
