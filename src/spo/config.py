@@ -108,6 +108,20 @@ class Lora(Section):
     target_modules: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
 
 
+class Validation(Section):
+    """Pictures of validation prompts while a method trains, judged by the scorers of `score`; when to stop.
+
+    A limit that is left out is not applied.
+    """
+
+    every: Positive  # iterations
+    prompts: Annotated[int, Field(ge=2)] = 8
+    images: Annotated[int, Field(ge=2)] = 2  # of a prompt, for diversity
+    max_fall: Rate | None = None  # of a scorer, in standard errors of its mean paired difference to the start
+    max_divergence: Rate | None = None  # of `kl` (SPO, nats a step) or `output_distance` (Diffusion-DPO)
+    min_diversity: Fraction | None = None  # as a share of that at the start
+
+
 class Spo(Section):
     """Step-aware Preference Optimization (arXiv 2406.04314)."""
 
@@ -133,6 +147,7 @@ class Spo(Section):
     gradient_accumulation: Positive = 1  # parts in which an update's batch goes through the UNet
     gradient_checkpointing: bool = False  # less memory, one more forward
     checkpoint_every: Positive = 5
+    validation: Validation | None = None
 
     @field_validator("timestep_range")
     @classmethod
@@ -153,6 +168,7 @@ class DiffusionDpo(Section):
     gradient_accumulation: Positive = 1  # parts in which an update's batch goes through the UNet
     gradient_checkpointing: bool = False  # less memory, one more forward
     checkpoint_every: Positive = 50
+    validation: Validation | None = None
 
 
 class Align(Section):

@@ -277,7 +277,8 @@ class Delivery:
 
     def _work(self) -> None:
         while not self._stop.wait(PERIOD):
-            self._watch()
+            with contextlib.suppress(Exception):  # a measurement that fails costs no delivery
+                self._watch()
             self._try(self._spools)
         earlier = [s for s in spools() if s.header().get("uri") == self._store.name]
         self._try([*self._spools, *earlier])

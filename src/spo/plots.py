@@ -76,6 +76,21 @@ def curves(table: DataFrame, colour: str = COLOURS[0]) -> bytes:
     return _png(figure)
 
 
+def validation(table: DataFrame, colour: str = COLOURS[1]) -> bytes | None:
+    """Scores and diversity of the validation pictures over updates; None where none were drawn."""
+    columns = [c for c in table.columns if c.startswith("validation/") and table[c].notna().any()]
+    if not columns:
+        return None
+    figure, panels = _figure(len(columns), height=2.0)
+    for axes, column in zip(panels, columns, strict=True):
+        known = table[["step", column]].dropna()
+        axes.plot(known["step"], known[column], color=colour, marker="o", ms=4, lw=1.4)
+        axes.set_title(column.removeprefix("validation/"), fontsize=9)
+        axes.locator_params(nbins=4)
+        axes.set_xlabel("update")
+    return _png(figure)
+
+
 def _smooth(values: Series) -> Series:
     return values.rolling(max(1, len(values) // SMOOTHING), center=True, min_periods=1).mean()
 
@@ -104,6 +119,16 @@ def _png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=130)
     return buffer.getvalue()
+
+
+def row(pictures: Sequence[Image.Image]) -> Image.Image:
+    """Side by side, CELL pixels each."""
+    from PIL import Image
+
+    sheet = Image.new("RGB", (len(pictures) * (CELL + GAP) - GAP, CELL), "white")
+    for i, picture in enumerate(pictures):
+        sheet.paste(enlarged(picture, CELL), (i * (CELL + GAP), 0))
+    return sheet
 
 
 def enlarged(picture: Image.Image, side: int) -> Image.Image:

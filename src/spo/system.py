@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 
 def sample() -> dict[str, float]:
@@ -22,12 +23,12 @@ def sample() -> dict[str, float]:
 
 def _gpus() -> dict[str, float]:
     """Memory in use, as the driver tells, if torch was loaded and started CUDA: never the first to do so."""
-    torch = sys.modules.get("torch")
-    if torch is None or not torch.cuda.is_initialized():
+    cuda: Any = sys.modules.get("torch.cuda")
+    if not hasattr(cuda, "mem_get_info") or not cuda.is_initialized():  # the stage may be importing torch now
         return {}
     found = {}
-    for i in range(torch.cuda.device_count()):
-        free, total = torch.cuda.mem_get_info(i)
+    for i in range(cuda.device_count()):
+        free, total = cuda.mem_get_info(i)
         found[f"system/gpu_{i}_memory_usage_megabytes"] = (total - free) / 1e6
         found[f"system/gpu_{i}_memory_usage_percentage"] = 100 * (1 - free / total)
     return found

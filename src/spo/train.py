@@ -34,12 +34,15 @@ def run(
     checkpoints: CheckpointStore | None,
     checkpoint_every: int,
     on_metrics: Log,
+    watch: Callable[[int, Mapping[str, float], int], None] | None = None,
 ) -> dict[str, Any]:
     """Train `backbone.trainable_parameters()` in place for `method.iterations` iterations.
 
     Args:
         checkpoints: where to resume from and save to, every `checkpoint_every` iterations.
         on_metrics: called once an iteration with mean metrics and the number of updates so far.
+        watch: called before training and after each iteration, before its weights are kept, with the
+            number of iterations, mean metrics and updates; an error of it ends training.
 
     Returns:
         updates, pairs and UNet samples trained on, and seconds of this process.
@@ -55,6 +58,8 @@ def run(
     first = state.resume(checkpoints)
     started, seen = time.monotonic(), first
     with stop_on_signal() as stopped, tqdm(total=method.iterations, initial=first, unit="iteration") as bar:
+        if watch and first == 0:
+            watch(0, {}, 0)
         for iteration in range(first, method.iterations):
             batches, collected = method.collect(backbone, iteration)
             metrics = defaultdict[str, list[float]](list)
@@ -65,7 +70,10 @@ def run(
             on_metrics({**collected, **means}, state.updates)
             bar.update()
             bar.set_postfix(loss=f"{means.get('loss', float('nan')):.4f}", pairs=state.pairs, refresh=False)
-            seen, stop = iteration + 1, processes.anywhere(bool(stopped))
+            seen = iteration + 1
+            if watch:
+                watch(seen, {**collected, **means}, state.updates)
+            stop = processes.anywhere(bool(stopped))
             if checkpoints and (seen % checkpoint_every == 0 or seen == method.iterations or stop):
                 state.save(checkpoints, seen)
             if stop:
@@ -93,9 +101,9 @@ def update(
         share = float(batch.weight.sum() / total)
         for name, value in measured.items():
             metrics[name] += share * float(value)
-        _check_finite("loss", loss, [batch])
+        _check_finite("loss", losses.detach() * batch.weight, [batch], state.updates)
     norm = torch.nn.utils.get_total_norm(processes.sum_gradients(state.parameters))
-    _check_finite("gradient norm", norm, parts)
+    _check_finite("gradient norm", norm, parts, state.updates)
     if optimizer.max_grad_norm is not None:
         torch.nn.utils.clip_grad_norm_(state.parameters, optimizer.max_grad_norm)
     rate = optimizer.learning_rate * min(1.0, (state.updates + 1) / max(optimizer.warmup_steps, 1))
@@ -176,11 +184,19 @@ def _over_processes(metrics: Mapping[str, float]) -> dict[str, float]:
     return dict(zip(metrics, processes.total(values).tolist(), strict=True))
 
 
-def _check_finite(name: str, value: Tensor, parts: Sequence[Batch]) -> None:
-    if value.isfinite():
+def _check_finite(name: str, value: Tensor, parts: Sequence[Batch], updates: int) -> None:
+    """`value` is one number, or one for each pair of a batch: then the first bad one is named."""
+    bad = (~value.isfinite()).flatten().nonzero().flatten().tolist()
+    if not bad:
         return
-    timesteps = sorted({t for batch in parts for t in batch.timesteps.tolist()})
+    timesteps = [t for batch in parts for t in batch.timesteps.tolist()]
+    prompts = [p for batch in parts for p in batch.prompts]
+    if value.ndim and len(prompts) == len(value):
+        where = f"timestep {timesteps[bad[0]]}, prompt {prompts[bad[0]][:80]!r}"
+    else:
+        several = [prompt[:80] for prompt in dict.fromkeys(prompts)][:4]
+        where = f"timesteps {sorted(set(timesteps))[:8]}, prompts {several}"
     raise FloatingPointError(
-        f"{name} {value.item()} at timesteps {timesteps[:8]}: stopped before the update; "
-        "try a lower learning rate"
+        f"{name} {value.flatten()[bad[0]].item()} at update {updates + 1}, {where}: "
+        "stopped before the update; try a lower learning rate"
     )

@@ -54,6 +54,7 @@ class Batch:
     weight: Tensor  # [P], 0 for padding
     targets: Mapping[str, Tensor] = field(default_factory=dict)  # each [P,...]
     accumulate: bool = False  # the next batch belongs to the same update
+    prompts: Sequence[str] = ()  # of the P pairs, for messages
 
 
 @dataclass(frozen=True)

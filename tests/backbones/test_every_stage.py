@@ -14,6 +14,7 @@ import torch
 import yaml
 from diffusers import DiffusionPipeline
 from PIL import Image
+from safetensors.torch import load_file
 
 from spo import cli, config
 from spo.scenes import world
@@ -72,7 +73,7 @@ def experiment(request, checkpoints, words, tmp_path, monkeypatch):
     inputs(tmp_path / "data", words)
     params = yaml.safe_load(config.preset("smoke"))
     params["backbone"] = {"family": request.param, "checkpoint": str(checkpoints[request.param])}
-    params["prompts"] |= {"n_train": 4, "n_validation": 1, "n_test": 2, "vocabulary": None}
+    params["prompts"] |= {"n_train": 4, "n_validation": 2, "n_test": 2, "vocabulary": None}
     params["prompts"]["max_tokens"] = 40
     params["pairs"]["validation_fraction"] = 0.3
     params["align"]["spo"] |= {"inner_steps": 2, "gradient_accumulation": 2, "gradient_checkpointing": True}
@@ -105,6 +106,14 @@ def test_every_stage_runs(experiment, tmp_path) -> None:
         run("score", variant)
         rows = list(csv.DictReader((tmp_path / f"outputs/scores/{variant}.csv").open()))
         assert len(rows) == 2 and {"pickscore", "hps", "aesthetic"} <= rows[0].keys()
+    samples = sorted((tmp_path / "outputs/align/spo/samples").glob("*.png"))
+    assert (
+        samples[0].stem == "000000"
+        and len(samples) == 2
+        and samples[0].read_bytes() != samples[1].read_bytes()
+    )
+    curve = list(csv.DictReader((tmp_path / "reports/training/spo.csv").open()))
+    assert {"validation/hps", "validation/diversity", "kl"} <= curve[0].keys() and curve[0]["validation/hps"]
     run("generate", "--lora", "outputs/align/spo", "--output", "elsewhere")
     run("score", "--images", "elsewhere", "--baseline", "outputs/images/base")
     assert (tmp_path / "outputs/images/spo/images.zip").read_bytes() == (
@@ -113,6 +122,16 @@ def test_every_stage_runs(experiment, tmp_path) -> None:
     DiffusionPipeline.from_pretrained(experiment["backbone"]["checkpoint"]).load_lora_weights(
         tmp_path / "outputs/align/spo"
     )
+
+    watched = weights(tmp_path)
+    for method in config.METHODS:
+        experiment["align"][method]["validation"] = None
+    write(experiment)
+    for method in config.METHODS:
+        run("align", method)
+        assert not (tmp_path / "outputs/align" / method / "samples").exists()
+    for name, value in weights(tmp_path).items():
+        assert torch.equal(value, watched[name]), "looking at pictures changed what was trained"
 
     for method in config.METHODS:
         experiment["align"][method]["lora"] = None
@@ -124,6 +143,16 @@ def test_every_stage_runs(experiment, tmp_path) -> None:
         before = (tmp_path / f"outputs/images/{method}/images.zip").read_bytes()
         run("generate", method)
         assert (tmp_path / f"outputs/images/{method}/images.zip").read_bytes() != before
+
+
+def weights(folder) -> dict[str, torch.Tensor]:
+    return {
+        f"{method} {name}": value
+        for method in config.METHODS
+        for name, value in load_file(
+            folder / "outputs/align" / method / "pytorch_lora_weights.safetensors"
+        ).items()
+    }
 
 
 @pytest.mark.smoke
@@ -143,6 +172,7 @@ def test_stages_start_themselves_in_two_processes(experiment, tmp_path, capfd) -
         for name in ("pickscore", "hps", "aesthetic"):
             assert float(ours[name]) == pytest.approx(float(theirs[name]), abs=1e-4, rel=1e-4)
     assert (tmp_path / "outputs/align/spo/pytorch_lora_weights.safetensors").exists()
+    assert len(list((tmp_path / "outputs/align/spo/samples").glob("*.png"))) == 2
     assert (tmp_path / "outputs/preference/model.safetensors").exists()
     capfd.readouterr()
     (tmp_path / "outputs/prompts/train.txt").unlink()

@@ -89,6 +89,20 @@ def test_mixed_timesteps_equal_one_at_a_time() -> None:
         assert torch.equal(ddim.log_prob(alone, x_prev[one]), ddim.log_prob(together, x_prev)[one])
 
 
+def test_divergence_of_two_gaussians_of_one_width() -> None:
+    """Dimension by dimension KL(N(a, s^2) || N(b, s^2)) = (a - b)^2 / (2 s^2); torch knows it as well."""
+    mean, other = torch.tensor([[[[1.0, 2.0]]], [[[0.0, 4.0]]]]), torch.zeros(2, 1, 1, 2)
+    std = torch.tensor([0.5, 2.0]).view(2, 1, 1, 1)
+    one, two = (ddim.Transition(x0=other, mean=m, std=std) for m in (mean, other))
+    found = ddim.divergence(one, two)
+    assert found.tolist() == pytest.approx([(1 + 4) / 0.5, 16 / 8])
+    normal = torch.distributions.Normal
+    wide = std.expand_as(mean)
+    assert torch.allclose(
+        found, torch.distributions.kl_divergence(normal(mean, wide), normal(other, wide)).sum((1, 2, 3))
+    )
+
+
 def test_many_candidates_of_one_transition() -> None:
     schedule = Schedule.from_config(SD, 20)
     x_t, output, _ = inputs(2)

@@ -18,7 +18,7 @@ import pytest
 import yaml
 from PIL import Image, ImageFont
 
-from spo import config, plots, report
+from spo import config, plots, report, verdict
 from spo.stages import report as stage
 
 N = 12
@@ -80,8 +80,11 @@ def write_run(root: Path) -> None:
     }.items():
         write_json(root / f"reports/metrics/{name}.json", content)
     (root / "reports/training").mkdir()
-    lines = ["step,loss,score,learning_rate", "1,.7,,1e-3", "2,.6,17.5,1e-3"]
+    lines = ["step,validation/hps,loss,score,learning_rate", "0,20,,,", "1,,.7,,1e-3", "2,21,.6,17.5,1e-3"]
     (root / "reports/training/spo.csv").write_text("\n".join(lines) + "\n")
+    (root / "outputs/align/spo/samples").mkdir(parents=True)
+    for update in (0, 58):
+        Image.new("RGB", (40, 20), (update, 0, 0)).save(root / f"outputs/align/spo/samples/{update:06d}.png")
     write_json(root / "outputs/prompts/summary.json", {"train": 1200, "removed": {"duplicate": 3}})
     write_json(root / "data/world.json", {"labels": {"ties": 0.0903}, "oracle": {"rendered": {"n": 1000}}})
     out = {"path": "outputs/images/spo", "md5": "0123456789abcdef.dir"}
@@ -130,6 +133,9 @@ def test_the_page_tells_the_figures(tracked: Tracked) -> None:
         "share a renderer",
         "0.0903",
         "iterations: 31",  # of params.yaml
+        "Before training",
+        "After 58 updates",
+        "Scores of validation pictures of spo",
     ):
         assert text in page, text
     assert page.count('<tr class="') == 6 * (1 + 3)  # pairs of variants: a heading and three metrics
@@ -212,13 +218,13 @@ def row(metric: str, low: float, high: float, baseline: str = "base") -> dict[st
 
 def test_the_verdict_follows_the_intervals() -> None:
     better, worse, unclear = (0.1, 0.3), (-0.3, -0.1), (-0.1, 0.2)
-    assert report.headline([row("hps", *worse), row("oracle_alignment", *unclear)]) == (
+    assert verdict.headline([row("hps", *worse), row("oracle_alignment", *unclear)]) == (
         "SPO beats the base model by no measure of quality and is worse by HPS; "
         "alignment with the prompt does not clearly change (+0.050, −0.100 to +0.200)."
     )
     rows = [row("hps", *better), row("aesthetic", *unclear), row("pickscore", *worse)]
     rows += [row("oracle_alignment", *better), row("hps", *better, "base_high_guidance")]
-    assert report.headline([*rows, row("hps", *unclear, "diffusion_dpo")]) == (
+    assert verdict.headline([*rows, row("hps", *unclear, "diffusion_dpo")]) == (
         "SPO beats the base model by HPS, is worse by PickScore and does not clearly differ by the aesthetic "
         "score; alignment with the prompt rises (+0.200, +0.100 to +0.300). SPO beats Diffusion-DPO by no "
         "measure of quality and does not clearly differ by HPS; "
@@ -226,16 +232,34 @@ def test_the_verdict_follows_the_intervals() -> None:
     )
 
 
+def test_a_score_that_rises_while_another_falls_is_told() -> None:
+    better, worse, unclear = (0.1, 0.3), (-0.3, -0.1), (-0.1, 0.2)
+    rising = pd.DataFrame({"step": range(8), "score": [1.0, 1, 2, 2, 3, 3, 4, 4]})
+    falls = [row("oracle_alignment", *worse)]
+    told = verdict.contradictions([row("hps", *better), *falls], {})
+    assert told == (
+        "Beware: with SPO, HPS (+0.200, +0.100 to +0.300) rose while the oracle's alignment "
+        "(−0.200, −0.300 to −0.100) fell (against Base): what rose may have been won at the cost "
+        "of what fell."
+    )
+    told = verdict.contradictions([row("hps", *unclear), *falls], {"spo": rising})
+    assert "the preference model's own score (1 to 4) rose while the oracle's alignment" in told
+    assert not verdict.contradictions([row("hps", *unclear), *falls], {"spo": rising[::-1]})
+    assert not verdict.contradictions([row("hps", *better), row("aesthetic", *unclear)], {"spo": rising})
+    # the first method's baseline alone: what is worse against another method is not said twice
+    assert not verdict.contradictions([row("hps", *better), row("hps", *worse, "diffusion_dpo")], {})
+
+
 @pytest.mark.parametrize(("low", "high", "shown"), [(0.0, 0.2, "unclear"), (1e-9, 0.2, "better")])
 def test_zero_inside_the_interval_decides_nothing(low: float, high: float, shown: str) -> None:
-    assert report.outcome(row("hps", low, high)) == shown
+    assert verdict.outcome(row("hps", low, high)) == shown
 
 
 def test_small_differences_keep_their_digits_and_zero_has_no_sign() -> None:
     narrow = row("hps", 0.0001, 0.0003)
-    assert report.signed(0.0002, narrow) == "+0.00020"
-    assert report.signed(-0.0000001, narrow) == "0.00000"
-    assert report.signed(-0.0123, row("hps", -1, 1)) == "−0.012"
+    assert verdict.signed(0.0002, narrow) == "+0.00020"
+    assert verdict.signed(-0.0000001, narrow) == "0.00000"
+    assert verdict.signed(-0.0123, row("hps", -1, 1)) == "−0.012"
 
 
 def test_nested_facts_become_tables() -> None:

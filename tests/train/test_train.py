@@ -1,6 +1,7 @@
 """The training loop on a model of two numbers, where every step can be worked out by hand."""
 
 import copy
+import dataclasses
 import os
 import signal
 import sys
@@ -147,6 +148,44 @@ def test_a_loss_that_is_not_finite_stops_before_the_update() -> None:
     with pytest.raises(FloatingPointError, match="lower learning rate"):
         run(model, Squares(3, target=float("nan")))
     assert model.values.tolist() == [1.0, -2.0]
+
+
+class OneBad(Squares):
+    """The second of two samples, of timestep 7, has no finite loss in iteration 1."""
+
+    def collect(self, backbone, iteration):
+        (batch,), collected = super().collect(backbone, iteration)
+        told = {"timesteps": torch.tensor([3, 7]), "prompts": ["a ring", "a star"]}
+        return [dataclasses.replace(batch, **told)], collected
+
+    def loss(self, policy, reference, batch, schedule, settings):
+        losses, metrics = super().loss(policy, reference, batch, schedule, settings)
+        return losses / (1 - batch.x_t[:, 0, 0, 0] * torch.tensor([0.0, 1.0])), metrics
+
+
+def test_it_names_update_timestep_and_prompt_and_keeps_the_last_checkpoint(tmp_path) -> None:
+    model, store = Numbers(), CheckpointStore(tmp_path)
+    with pytest.raises(FloatingPointError, match="loss inf at update 2, timestep 7, prompt 'a star'"):
+        run(model, OneBad(3), store, every=1)
+    assert store.latest()[0] == 1
+    assert torch.equal(model.values.detach(), store.latest()[1]["weights"][0])
+
+
+def test_a_watch_is_called_at_the_start_and_after_each_iteration_and_can_stop() -> None:
+    seen = []
+
+    def watch(iteration, metrics, updates) -> None:
+        seen.append((iteration, updates, "loss" in metrics))
+        if iteration == 2:
+            raise ValueError("enough")
+
+    model = Numbers()
+    with pytest.raises(ValueError, match="enough"):
+        train.run(
+            model, Squares(5), settings(), seed=0, checkpoints=None, checkpoint_every=1,
+            on_metrics=lambda metrics, step: None, watch=watch,
+        )  # fmt: skip
+    assert seen == [(0, 0, False), (1, 1, True), (2, 2, True)]
 
 
 def test_nothing_to_train_is_one_line() -> None:

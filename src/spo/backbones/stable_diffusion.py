@@ -108,8 +108,10 @@ class StableDiffusion:
 
     def save_pipeline(self, folder: Path) -> None:
         """The whole pipeline as a folder for `from_pretrained`, in the precision that it was loaded in."""
-        self.pipeline.unet = self.unet.to(self._dtype)
+        same = self.unet.dtype == self._dtype  # a copy otherwise: training may go on
+        self.pipeline.unet = self.unet if same else copy.deepcopy(self.unet).to(self._dtype)
         self.pipeline.save_pretrained(folder)
+        self.pipeline.unet = self.unet
 
     def add_lora(self, settings: config.Lora, seed: int) -> None:
         lora.add(self.unet, settings, seed)

@@ -48,6 +48,11 @@ def sample(transition: Transition, noise: Tensor) -> Tensor:
     return transition.mean + transition.std * noise
 
 
+def divergence(one: Transition, other: Transition) -> Tensor:
+    """KL(one || other) [B] in nats of two steps with the same std > 0: |mean - mean'|^2 / (2 std^2)."""
+    return ((one.mean - other.mean) / one.std).square().flatten(1).sum(1) / 2
+
+
 def log_prob(transition: Transition, x_prev: Tensor) -> Tensor:
     """log p(x_prev | x_t) [B] in nats, as the mean over latent dimensions; needs std > 0.
 

@@ -73,10 +73,12 @@ def loss(
     reference_win, reference_lose = _errors(reference_output, targets)
     losses = diffusion_dpo_loss(policy_win, policy_lose, reference_win, reference_lose, beta=config.beta)
     win, lose = (policy_win - reference_win).detach(), (policy_lose - reference_lose).detach()
+    distance = _errors(policy_output, reference_output.float())
     each = {
         "loss": losses.detach(),
         "win_error_change": win,
         "lose_error_change": lose,
+        "output_distance": torch.stack(distance).mean(0).detach(),
         "implicit_accuracy": (win < lose).float(),
     }
     share = batch.weight / batch.weight.sum().clamp(min=1e-12)
@@ -128,7 +130,9 @@ class DiffusionDpoMethod:
         batches = []
         for part in parts:
             batch = self._batch(part, (win, lose), timesteps, noise, captions)
-            batches.append(replace(batch, weight=weight[part], accumulate=part is not parts[-1]))
+            told = [self.pairs.captions[i] for i in indices[part.cpu()].tolist()]
+            last = part is parts[-1]
+            batches.append(replace(batch, weight=weight[part], accumulate=not last, prompts=told))
         return batches, {"pairs": float(count), "epoch": float(epoch)}
 
     def _batch(

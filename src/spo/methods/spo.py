@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -73,6 +73,7 @@ def loss(
     clipped = torch.stack([(r < low) | (r > high) for r in (win, lose)]).float().mean(0)
     each = {
         "loss": losses.detach(),
+        "kl": ddim.divergence(policy, reference)[: len(losses)].detach(),
         "win_log_ratio": win,
         "lose_log_ratio": lose,
         "clipped_fraction": clipped,
@@ -101,11 +102,12 @@ class _Told:
     conditioning: Conditioning
     unconditional: Conditioning | None  # None: guidance 1
     text: Tensor  # [B,D], of the judge
+    prompts: list[str]
 
     def repeat(self, k: int) -> _Told:
         """Copies in the order of candidates.flatten(0, 1)."""
         empty = None if self.unconditional is None else self.unconditional.repeat(k)
-        return _Told(self.conditioning.repeat(k), empty, self.text.repeat(k, 1))
+        return _Told(self.conditioning.repeat(k), empty, self.text.repeat(k, 1), self.prompts * k)
 
 
 @dataclass(frozen=True)
@@ -150,18 +152,20 @@ class SpoMethod:
         """
         count = self.config.prompts_per_iteration
         processes.check_share(count, "align.spo.prompts_per_iteration")
-        chosen = processes.share(shuffled(len(self.prompts), iteration * count, count, self.seed))
+        order = shuffled(len(self.prompts), iteration * count, count, self.seed)
+        chosen = processes.share(order)
         prompts = [self.prompts[i] for _, i in chosen]
         keys = [f"rollout {iteration} epoch {epoch} prompt {i}" for epoch, i in chosen]
         with backbone.inference():
             noise = SampleNoise(self.seed, keys, backbone.latent_shape, backbone.device)
             told = self._tell(backbone, prompts)
             judged = _gathered(list(self._rollout(backbone, noise, told)))
-        return self._batches(judged, iteration), self._metrics(judged)
+        everyone = [self.prompts[i] for _, i in order]  # in the order of the gathered samples
+        return self._batches(judged, everyone, iteration), self._metrics(judged)
 
     def _tell(self, backbone: Backbone, prompts: list[str]) -> _Told:
         empty = None if self.guidance == 1 else backbone.encode_prompts([""] * len(prompts))
-        return _Told(backbone.encode_prompts(prompts), empty, self.judge.encode_text(prompts))
+        return _Told(backbone.encode_prompts(prompts), empty, self.judge.encode_text(prompts), prompts)
 
     def _rollout(self, backbone: Backbone, noise: SampleNoise, told: _Told) -> Iterator[_Judged]:
         """DDIM from x_T; a block yields the pairs of its steps and goes on from one of its branches."""
@@ -239,11 +243,14 @@ class SpoMethod:
             self.judge.score_images(backbone.decode(x0[part]), told.text[part], timesteps[part])
             for part in _parts(len(flat))
         ]
-        scores = torch.cat(judged).view(candidates.shape[:2])
-        if not scores.isfinite().all():
+        scores = torch.cat(judged)
+        bad = (~scores.isfinite()).nonzero().flatten().tolist()
+        if bad:
             raise ValueError(
-                f"preference model: a score at timestep {int(timesteps[0])} is not finite; retrain it"
+                f"preference model: a score at timestep {int(timesteps[0])} of prompt "
+                f"{told.prompts[bad[0]][:80]!r} is not finite; retrain it"
             )
+        scores = scores.view(candidates.shape[:2])
         return scores, None if outputs is None else outputs.view_as(candidates)
 
     def _predict(self, backbone: Backbone, x_t: Tensor, timesteps: Tensor, told: _Told) -> Tensor:
@@ -261,7 +268,7 @@ class SpoMethod:
         ]
         return torch.cat(outputs)
 
-    def _batches(self, judged: list[_Judged], iteration: int) -> list[Batch]:
+    def _batches(self, judged: list[_Judged], prompts: list[str], iteration: int) -> list[Batch]:
         """Indexing copies, so the batches are ordinary tensors, whatever `inference` made."""
         rows = step_pairs.Rows.of([j.pair for j in judged])
         valid = torch.cat([j.valid for j in judged]).nonzero().flatten()
@@ -275,7 +282,9 @@ class SpoMethod:
             if len(mine) == 0:
                 mine, worth = update[:1], 0.0  # a process without pairs still takes part in the update
             parts = mine.split(-(-self.config.batch_size // self.config.gradient_accumulation))
-            batches += [rows.batch(part, worth, accumulate=part is not parts[-1]) for part in parts]
+            for part in parts:
+                batch = rows.batch(part, worth, accumulate=part is not parts[-1])
+                batches.append(replace(batch, prompts=[prompts[r % len(prompts)] for r in part.tolist()]))
         return batches
 
     def _metrics(self, judged: list[_Judged]) -> dict[str, float]:

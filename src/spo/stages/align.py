@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spo.config import Params
+from spo.stages import validation
 from spo.stages.common import METRICS, SCRATCH, TRAINING, Curve, fingerprint, require, stage, write_json
 
 if TYPE_CHECKING:
@@ -35,24 +36,29 @@ def run(params: Params, item: str) -> None:
         method = BUILD[item](params, backbone)
         scratch = _scratch(params, item)
         curve = Curve(tracked, scratch)
-        summary = train.run(
-            backbone,
-            method,
-            section.optimizer,
-            seed=params.seed,
-            checkpoints=CheckpointStore(scratch / "checkpoints"),
-            checkpoint_every=section.checkpoint_every,
-            on_metrics=curve.log,
-        )
+        try:
+            summary = train.run(
+                backbone,
+                method,
+                section.optimizer,
+                seed=params.seed,
+                checkpoints=CheckpointStore(scratch / "checkpoints"),
+                checkpoint_every=section.checkpoint_every,
+                on_metrics=curve.log,
+                watch=_watch(params, item, backbone, method, curve, scratch),
+            )
+        except validation.Collapse:
+            _show(tracked, scratch / "samples")
+            raise
         if not processes.is_first():
             return
         curve.write(TRAINING / f"{item}.csv")
         folder = OUTPUT / item
         shutil.rmtree(folder, ignore_errors=True)
-        if section.lora is None:
-            backbone.save_pipeline(folder)
-        else:
-            backbone.save_lora(folder)
+        _save(backbone, section.lora is None, folder)
+        if (scratch / "samples").exists():
+            shutil.copytree(scratch / "samples", folder / "samples")
+            _show(tracked, folder / "samples")
         seconds = round(time.monotonic() - started, 1)
         write_json(METRICS / f"align_{item}.json", {**summary, "seconds": seconds})
         if section.lora is None:  # too large to be stored twice: DVC has it
@@ -60,6 +66,37 @@ def run(params: Params, item: str) -> None:
         else:
             tracked.log_artifact(folder / "pytorch_lora_weights.safetensors", "adapter")
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _save(backbone: Any, whole: bool, folder: Path) -> None:
+    if whole:
+        backbone.save_pipeline(folder)
+    else:
+        backbone.save_lora(folder)
+
+
+def _show(tracked: Any, samples: Path) -> None:
+    """The validation pictures before, during and after training, as artifacts named by the update."""
+    for picture in sorted(samples.glob("*.png")):
+        tracked.log_artifact(picture, "samples")
+
+
+def _watch(
+    params: Params, item: str, backbone: Backbone, method: Method, curve: Curve, scratch: Path
+) -> validation.Watch | None:
+    section = getattr(params.align, item)
+    settings = section.validation
+    if settings is None:
+        return None
+    return validation.Watch(
+        settings,
+        judge=lambda: validation.judged(backbone, params, settings, item),
+        keep=lambda folder: _save(backbone, section.lora is None, folder),
+        curve=curve,
+        scratch=scratch,
+        name=f"align.{item}",
+        iterations=method.iterations,
+    )
 
 
 def _spo(params: Params, backbone: Backbone) -> Method:
@@ -93,5 +130,9 @@ BUILD: dict[str, Any] = {"spo": _spo, "diffusion_dpo": _diffusion_dpo}
 def _scratch(params: Params, item: str) -> Path:
     reads = {"spo": ["outputs/preference", "outputs/prompts/train.txt"], "diffusion_dpo": ["outputs/pairs"]}
     inputs = [Path(p) for p in [*reads[item], "outputs/inputs/base.json"]]
-    sections = (item, params.seed, params.backbone, getattr(params.align, item))
+    section = getattr(params.align, item)
+    sections = [item, params.seed, params.backbone, section]
+    if section.validation is not None:  # what was at the start is kept there
+        inputs.append(validation.PROMPTS)
+        sections += validation.sections(params)
     return SCRATCH / "resume" / f"align-{item}-{fingerprint(sections, inputs)}"

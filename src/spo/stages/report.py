@@ -120,14 +120,23 @@ def _measured() -> dict[str, Any]:
     curves = _in_order(TRAINING.glob("*.csv"), ["preference", *METHODS])
     summaries = {k: Path(f"outputs/{k}/summary.json") for k in ("prompts", "pairs")}
     world, lock = Path("data/world.json"), Path("dvc.lock")
+    samples = {m: sorted(Path(f"outputs/align/{m}/samples").glob("*.png")) for m in METHODS}
     return {
         "preference": {p.stem: json.loads(p.read_text()) for p in preference},
         "alignment": {p.stem.removeprefix("align_"): json.loads(p.read_text()) for p in align},
         "curves": {p.stem: pd.read_csv(p) for p in curves},
         "summaries": {k: json.loads(p.read_text()) for k, p in summaries.items() if p.exists()},
+        "samples": {m: [(int(p.stem), _picture(p)) for p in rows] for m, rows in samples.items()},
         "world": json.loads(world.read_text()) if world.exists() else None,
         "lock": yaml.safe_load(lock.read_text()) if lock.exists() else None,
     }
+
+
+def _picture(path: Path) -> Image.Image:
+    from PIL import Image
+
+    with Image.open(path) as picture:
+        return picture.convert("RGB")
 
 
 def _in_order(files: Iterable[Path], first: list[str]) -> list[Path]:

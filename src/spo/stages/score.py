@@ -34,7 +34,22 @@ def run(params: Params, item: str) -> None:
 def score_images(
     params: Params, pictures: list[Any], prompts: list[str], device: str
 ) -> dict[str, list[float]]:
-    """Each scorer's numbers, one scorer in memory at a time."""
+    """Each scorer's numbers and, where there is one, the oracle's."""
+    columns = held_apart(params, pictures, prompts, device)
+    if params.score.oracle is not None:
+        import torch
+
+        from spo.data.images import to_tensor
+        from spo.scenes.oracle import Oracle
+
+        columns |= Oracle(params.score.oracle).score(torch.stack([to_tensor(p) for p in pictures]), prompts)
+    return columns
+
+
+def held_apart(
+    params: Params, pictures: list[Any], prompts: list[str], device: str
+) -> dict[str, list[float]]:
+    """The numbers of the scorers that no method learns from, one scorer in memory at a time."""
     from spo.rewards.aesthetic import Aesthetic
     from spo.rewards.hps import Hps
     from spo.rewards.pickscore import PickScore
@@ -49,11 +64,4 @@ def score_images(
     for kind, settings in kinds:
         scorer = kind(settings, device=device, batch_size=score.batch_size)
         columns[scorer.name] = scorer.score(pictures, prompts)
-    if score.oracle is not None:
-        import torch
-
-        from spo.data.images import to_tensor
-        from spo.scenes.oracle import Oracle
-
-        columns |= Oracle(score.oracle).score(torch.stack([to_tensor(p) for p in pictures]), prompts)
     return columns
