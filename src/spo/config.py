@@ -8,7 +8,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 Positive = Annotated[int, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
@@ -35,15 +43,31 @@ class Section(BaseModel):
         return value
 
 
+# what single-file checkpoints of the families are built like, unless backbone.config says otherwise
+SINGLE_FILE_CONFIG = {
+    "sd": "stable-diffusion-v1-5/stable-diffusion-v1-5",
+    "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
+}
+
+
 class Backbone(Section):
     """The model to be aligned."""
 
     family: Literal["sd", "sdxl"]
-    checkpoint: str  # a diffusers folder or a hub id
+    checkpoint: str  # a diffusers folder, a single .safetensors file or a hub id
     revision: str | None = None  # of a hub id: a commit hash
+    config: str | None = None  # of a single file: the diffusers folder or hub id that says how it is built
+    license: str | None = None  # of the model, for the card of what is made of it
     vae: str | None = None  # another VAE's folder or hub id (SDXL: the fp16-safe one)
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
     channels_last: bool = False
+
+    @property
+    def described_by(self) -> str:
+        """Where config files and tokenizers lie."""
+        if self.checkpoint.endswith(".safetensors"):
+            return self.config or SINGLE_FILE_CONFIG[self.family]
+        return self.checkpoint
 
 
 class Prompts(Section):
@@ -81,6 +105,44 @@ class Optimizer(Section):
     eight_bit: bool = False  # AdamW with 8-bit state, by bitsandbytes
 
 
+class PickScoreConfig(Section):
+    model: str
+    processor: str | None = None  # where the tokenizer lies, if not with the model
+    revision: str | None = None
+    image_size: Positive = 224
+
+
+class HpsConfig(Section):
+    architecture: str  # an open_clip name, or the file of a model config
+    checkpoint: str
+    tokenizer: str | None = None  # a folder; None: open_clip's own for the architecture
+    image_size: Positive = 224
+
+
+class AestheticConfig(Section):
+    clip: str
+    head: str
+    revision: str | None = None
+    image_size: Positive = 224
+
+
+class PseudoLabels(Section):
+    """Labels of the training pairs by a scorer in the place of people's; exactly one is given."""
+
+    pickscore: PickScoreConfig | None = None
+    hps: HpsConfig | None = None
+    aesthetic: AestheticConfig | None = None
+    gap: Rate = 0.1  # in the scorer's units; pictures that differ by less are a tie
+    batch_size: Positive = 16
+
+    @model_validator(mode="after")
+    def _one(self) -> PseudoLabels:
+        given = [n for n in ("pickscore", "hps", "aesthetic") if getattr(self, n) is not None]
+        if len(given) != 1:
+            raise ValueError(f"name one scorer of pickscore, hps and aesthetic, not {len(given)}")
+        return self
+
+
 class Preference(Section):
     """The step-aware preference model (SPM) and its training."""
 
@@ -89,6 +151,7 @@ class Preference(Section):
     tokenizer: str | None = None  # where it lies, if not with `init`
     step_condition: bool = True  # False: the same CLIP without adaLN
     noised: bool = True  # False: trained on clean images only
+    labels: PseudoLabels | None = None  # None: people's
     logit_scale: Rate | None = None  # at the start of training; None: that of `init`
     optimizer: Optimizer
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.0  # decay of an average of the weights, kept at the end
@@ -193,27 +256,6 @@ class Generate(Section):
     base_high_guidance: Variant
     spo: Variant
     diffusion_dpo: Variant
-
-
-class PickScoreConfig(Section):
-    model: str
-    processor: str | None = None  # where the tokenizer lies, if not with the model
-    revision: str | None = None
-    image_size: Positive = 224
-
-
-class HpsConfig(Section):
-    architecture: str  # an open_clip name, or the file of a model config
-    checkpoint: str
-    tokenizer: str | None = None  # a folder; None: open_clip's own for the architecture
-    image_size: Positive = 224
-
-
-class AestheticConfig(Section):
-    clip: str
-    head: str
-    revision: str | None = None
-    image_size: Positive = 224
 
 
 class Score(Section):

@@ -7,6 +7,7 @@ champion, or against the baseline while there is none; else the version is `chal
 from __future__ import annotations
 
 import hashlib
+import json
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spo import lock
+from spo import card, lock
 from spo.config import Params
 from spo.delivery import Store, load_mlflow
 from spo.provenance import code, flatten
@@ -153,6 +154,8 @@ def _create(store: Store, params: Params, adapter: Path, tags: dict[str, str]) -
     for file in (p for p in map(Path("reports").joinpath, REPORT) if p.exists()):
         client.log_artifact(run_id, str(file), "report")
     client.log_artifact(run_id, f"outputs/scores/{tags['method']}.csv", "scores")
+    if told_of := _card(adapter, tags["method"]):
+        client.log_text(run_id, told_of, "model/README.md")
     client.set_terminated(run_id)
     try:
         client.create_registered_model(name)
@@ -161,6 +164,14 @@ def _create(store: Store, params: Params, adapter: Path, tags: dict[str, str]) -
             raise
     artifacts = client.get_run(run_id).info.artifact_uri
     return client.create_model_version(name, f"{artifacts}/model", run_id, tags={**tags, **source})
+
+
+def _card(adapter: Path, method: str) -> str | None:
+    """The model card that `align` wrote, with its scores."""
+    written, compared = adapter / "README.md", Path("reports/comparisons.json")
+    if not written.exists() or not compared.exists():
+        return None
+    return f"{written.read_text()}\n{card.scores(json.loads(compared.read_text()), method)}"
 
 
 def _place(client: Any, name: str, version: Any, found: Mapping[str, str], new: bool) -> Verdict:

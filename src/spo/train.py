@@ -22,6 +22,8 @@ from spo.diffusion.guidance import guided
 from spo.optimizer import adamw
 from spo.types import Backbone, Batch, Method
 
+LEAST_SCALE = 2.0**-10  # of the loss; gradients that overflow below it are infinite
+
 Log = Callable[[Mapping[str, float], int], None]
 
 
@@ -35,6 +37,7 @@ def run(
     checkpoint_every: int,
     on_metrics: Log,
     watch: Callable[[int, Mapping[str, float], int], None] | None = None,
+    scale_loss: bool = False,
 ) -> dict[str, Any]:
     """Train `backbone.trainable_parameters()` in place for `method.iterations` iterations.
 
@@ -43,9 +46,11 @@ def run(
         on_metrics: called once an iteration with mean metrics and the number of updates so far.
         watch: called before training and after each iteration, before its weights are kept, with the
             number of iterations, mean metrics and updates; an error of it ends training.
+        scale_loss: for fp16, whose gradients would underflow: the loss is scaled up, the gradients down
+            again; an update whose gradients overflow is left out and the scale halved.
 
     Returns:
-        updates, pairs and UNet samples trained on, and seconds of this process.
+        updates, pairs trained on, iterations, and seconds of this process; with scale_loss, skipped_updates.
 
     Raises:
         FloatingPointError: a loss or gradient is not finite; the weights are those before the update.
@@ -54,7 +59,8 @@ def run(
     parameters = backbone.trainable_parameters()  # a list: an exhausted iterator would clip nothing
     if not parameters:
         raise ValueError("nothing to train: the backbone has no trainable parameters; add an adapter first")
-    state = _State(parameters, adamw(parameters, optimizer))
+    scaler = torch.amp.GradScaler(backbone.device.type, enabled=scale_loss)
+    state = _State(parameters, adamw(parameters, optimizer), scaler)
     first = state.resume(checkpoints)
     started, seen = time.monotonic(), first
     with stop_on_signal() as stopped, tqdm(total=method.iterations, initial=first, unit="iteration") as bar:
@@ -79,7 +85,14 @@ def run(
             if stop:
                 raise KeyboardInterrupt(f"stopped after iteration {seen}; run it again to go on from there")
     seconds = round(time.monotonic() - started, 1)
-    return {"updates": state.updates, "pairs": state.pairs, "iterations": seen, "training_seconds": seconds}
+    counts = {"skipped_updates": state.skipped} if scale_loss else {}
+    return {
+        "updates": state.updates,
+        "pairs": state.pairs,
+        "iterations": seen,
+        **counts,
+        "training_seconds": seconds,
+    }
 
 
 def update(
@@ -97,19 +110,23 @@ def update(
     for batch in parts:
         losses, measured = _forward(backbone, method, batch)
         loss = (losses * batch.weight).sum() / total
-        loss.backward()
+        state.scaler.scale(loss).backward()
         share = float(batch.weight.sum() / total)
         for name, value in measured.items():
             metrics[name] += share * float(value)
         _check_finite("loss", losses.detach() * batch.weight, [batch], state.updates)
-    norm = torch.nn.utils.get_total_norm(processes.sum_gradients(state.parameters))
+    gradients = processes.sum_gradients(state.parameters)
+    if state.overflow():
+        return {}
+    norm = torch.nn.utils.get_total_norm(gradients)
     _check_finite("gradient norm", norm, parts, state.updates)
     if optimizer.max_grad_norm is not None:
         torch.nn.utils.clip_grad_norm_(state.parameters, optimizer.max_grad_norm)
     rate = optimizer.learning_rate * min(1.0, (state.updates + 1) / max(optimizer.warmup_steps, 1))
     for group in state.optimizer.param_groups:
         group["lr"] = rate
-    state.optimizer.step()
+    state.scaler.step(state.optimizer)
+    state.scaler.update()
     state.updates += 1
     state.pairs += int(processes.total(torch.stack([(b.weight > 0).sum() for b in parts]).sum()))
     return {**_over_processes(metrics), "gradient_norm": float(norm), "learning_rate": rate}
@@ -128,16 +145,45 @@ def _forward(backbone: Backbone, method: Method, batch: Batch) -> tuple[Tensor, 
 class _State:
     """What a checkpoint holds."""
 
-    def __init__(self, parameters: list[torch.nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
-        self.parameters, self.optimizer = parameters, optimizer
-        self.updates = self.pairs = 0
+    def __init__(
+        self,
+        parameters: list[torch.nn.Parameter],
+        optimizer: torch.optim.Optimizer,
+        scaler: torch.amp.GradScaler,
+    ) -> None:
+        self.parameters, self.optimizer, self.scaler = parameters, optimizer, scaler
+        self.updates = self.pairs = self.skipped = 0
+
+    def overflow(self) -> bool:
+        """Unscale the gradients, which are the same in all processes; whether that left some not finite. Then
+        the update is left out and the scale halved.
+
+        Raises:
+            FloatingPointError: no scale helps.
+        """
+        if not self.scaler.is_enabled():
+            return False
+        self.scaler.unscale_(self.optimizer)
+        if all(p.grad is None or bool(p.grad.isfinite().all()) for p in self.parameters):
+            return False
+        self.scaler.step(self.optimizer)  # does nothing but note it
+        self.scaler.update()
+        self.skipped += 1
+        if self.scaler.get_scale() < LEAST_SCALE:
+            raise FloatingPointError(
+                f"gradients are not finite at update {self.updates + 1}, whatever the loss is scaled by: "
+                "stopped before the update; try backbone.dtype bf16 or fp32"
+            )
+        return True
 
     def save(self, store: CheckpointStore, iteration: int) -> None:
         if not processes.is_first():
             return
         weights = [p.detach() for p in self.parameters]
         optimizer = self.optimizer.state_dict()
-        counts = {"updates": self.updates, "pairs": self.pairs}
+        counts: dict[str, Any] = {"updates": self.updates, "pairs": self.pairs}
+        if self.scaler.is_enabled():
+            counts |= {"scaler": self.scaler.state_dict(), "skipped": self.skipped}
         store.save(iteration, {"weights": weights, "optimizer": optimizer, **counts})
 
     def resume(self, store: CheckpointStore | None) -> int:
@@ -151,6 +197,9 @@ class _State:
                 parameter.copy_(value)
         self.optimizer.load_state_dict(state["optimizer"])
         self.updates, self.pairs = state["updates"], state["pairs"]
+        if self.scaler.is_enabled():
+            self.scaler.load_state_dict(state["scaler"])
+            self.skipped = state["skipped"]
         return iteration
 
 

@@ -17,6 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from spo import cli, config
+from spo.rewards.pickscore import PickScore
 from spo.scenes import world
 from spo.scenes.build import clips
 
@@ -119,6 +120,9 @@ def test_every_stage_runs(experiment, tmp_path) -> None:
     assert (tmp_path / "outputs/images/spo/images.zip").read_bytes() == (
         tmp_path / "elsewhere/images.zip"
     ).read_bytes()
+    card = (tmp_path / "outputs/align/spo/README.md").read_text()
+    assert "# smoke: LoRA by Step-aware Preference Optimization" in card and "- updates: " in card
+    assert "seconds" not in card and "inner_steps: 2" in card
     DiffusionPipeline.from_pretrained(experiment["backbone"]["checkpoint"]).load_lora_weights(
         tmp_path / "outputs/align/spo"
     )
@@ -143,6 +147,46 @@ def test_every_stage_runs(experiment, tmp_path) -> None:
         before = (tmp_path / f"outputs/images/{method}/images.zip").read_bytes()
         run("generate", method)
         assert (tmp_path / f"outputs/images/{method}/images.zip").read_bytes() != before
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("experiment", ["sd"], indirect=True)
+def test_a_scorer_labels_in_the_place_of_people(experiment, tmp_path, capsys) -> None:
+    scorer = experiment["score"]["pickscore"]
+    for stage in ("inputs", "prompts", "pairs"):
+        run(stage)
+    rows = [
+        r
+        for shard in sorted((tmp_path / "outputs/pairs/train").glob("*"))
+        for r in pq.read_table(shard).to_pylist()
+    ]
+    judge = PickScore(config.PickScoreConfig(**scorer), device="cpu", batch_size=4)
+    first, second = (
+        judge.score([Image.open(io.BytesIO(r[f"image_{side}"])) for r in rows], [r["caption"] for r in rows])
+        for side in (0, 1)
+    )
+    apart = [abs(a - b) for a, b in zip(first, second, strict=True)]
+    gap = sorted(apart)[len(apart) // 2]  # about half are ties
+    experiment["preference"]["labels"] = {"pickscore": scorer, "gap": gap}
+    write(experiment)
+    run("inputs")
+    run("preference")
+    told = json.loads((tmp_path / "reports/metrics/preference.json").read_text())["pseudo_labels"]
+    decided = [
+        (a > b, r["label_0"] == 1) for a, b, r in zip(first, second, rows, strict=True) if abs(a - b) >= gap
+    ]
+    assert told["decided"] == len(decided) and told["ties"] == len(rows) - len(decided)
+    assert told["agree_with_people"] == pytest.approx(
+        sum(a == b for a, b in decided) / len(decided), abs=1e-4
+    )
+    experiment["preference"]["labels"]["gap"] = 1e6
+    write(experiment)
+    assert cli.main(["preference"]) == 2
+    assert "preference.labels.gap: no pair's scores differ by" in capsys.readouterr().err
+    experiment["preference"]["labels"]["hps"] = experiment["score"]["hps"]
+    write(experiment)
+    assert cli.main(["preference"]) == 2
+    assert "name one scorer of pickscore, hps and aesthetic, not 2" in capsys.readouterr().err
 
 
 def weights(folder) -> dict[str, torch.Tensor]:

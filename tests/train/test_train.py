@@ -60,8 +60,9 @@ def settings(**changes) -> config.Optimizer:
     return config.Optimizer(**{"learning_rate": 0.1, "weight_decay": 0.0, "max_grad_norm": None} | changes)
 
 
-def run(model, method, store=None, on_metrics=lambda m, s: None, every=1, **changes):
+def run(model, method, store=None, on_metrics=lambda m, s: None, every=1, scale_loss=False, **changes):
     told = {"seed": 0, "checkpoints": store, "checkpoint_every": every, "on_metrics": on_metrics}
+    told["scale_loss"] = scale_loss
     return train.run(model, method, settings(**changes), **told)
 
 
@@ -246,3 +247,46 @@ def test_eight_bit_takes_bitsandbytes_own() -> None:
     bits = pytest.importorskip("bitsandbytes")
     parameter = torch.nn.Parameter(torch.zeros(4))
     assert isinstance(optimizer.adamw([parameter], settings(eight_bit=True)), bits.optim.AdamW8bit)
+
+
+class InHalf(Squares):
+    """Computed in fp16. The larger number's gradient is 2 * 5 * scale / 2: above 65,504 for 2^14."""
+
+    def loss(self, policy, reference, batch, schedule, settings):
+        _, metrics = super().loss(policy, reference, batch, schedule, settings)
+        losses = (policy.half() - reference.half() - self.target).square().flatten(1).sum(1)
+        return losses.float(), metrics
+
+
+def test_half_precision_scales_the_loss_and_leaves_out_what_overflows(tmp_path) -> None:
+    """From 2^16 on: three updates are left out; the scale of the others cancels out."""
+    scaled, plain, store = Numbers(), Numbers(), CheckpointStore(tmp_path)
+    run(plain, Squares(4))
+    told = run(Numbers(), InHalf(5), store, scale_loss=True)
+    assert told["skipped_updates"] == 3 and told["updates"] == 2
+    told = run(scaled, InHalf(7), store, scale_loss=True)  # goes on, with its scale
+    assert told["skipped_updates"] == 3 and told["updates"] == 4
+    torch.testing.assert_close(scaled.values, plain.values, atol=2e-3, rtol=0)
+
+
+def test_gradients_that_no_scale_makes_finite_stop() -> None:
+    class Infinite(Squares):
+        def loss(self, policy, reference, batch, schedule, settings):
+            losses, metrics = super().loss(policy, reference, batch, schedule, settings)
+            return losses.detach() * 0 + Steep.apply(policy).flatten(1).sum(1), metrics
+
+    class Steep(torch.autograd.Function):
+        """0 with an infinite slope."""
+
+        @staticmethod
+        def forward(ctx, x):
+            return x * 0
+
+        @staticmethod
+        def backward(ctx, slope):
+            return slope * float("inf")
+
+    model = Numbers()
+    with pytest.raises(FloatingPointError, match="whatever the loss is scaled by"):
+        run(model, Infinite(40), scale_loss=True)
+    assert model.values.tolist() == [1.0, -2.0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,17 @@ def save(unet: Any, pipeline_class: Any, folder: Path) -> None:
         weight_name=FILE,
         unet_lora_adapter_metadata={k: _plain(v) for k, v in adapter.to_dict().items()},
     )
+    _sort_header(folder / FILE)
+
+
+def _sort_header(file: Path) -> None:
+    """safetensors writes metadata in the random order of a hash table: equal adapters would differ as files,
+    and in their DVC hashes. Offsets of tensors count from the header's end, so the header can be replaced."""
+    content = file.read_bytes()
+    size = int.from_bytes(content[:8], "little")
+    header = json.dumps(json.loads(content[8 : 8 + size]), sort_keys=True, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    file.write_bytes(len(header).to_bytes(8, "little") + header + content[8 + size :])
 
 
 def load(unet: Any, pipeline_class: Any, path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,15 +24,11 @@ class Sizes:
 def measure(settings: config.Backbone) -> Sizes:
     """
     Raises:
-        ValueError: a checkpoint that cannot be reached, or a single file, which has no config files.
+        ValueError: a checkpoint, or what describes a single file, that cannot be reached.
     """
     from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 
-    name, how = settings.checkpoint, {"revision": settings.revision}
-    if Path(name).is_file():
-        raise ValueError(
-            f"backbone.checkpoint: {name} is a single file; --dry-run needs a folder or a hub id"
-        )
+    name, how = settings.described_by, {"revision": settings.revision}
     try:
         told = UNet2DConditionModel.load_config(name, subfolder="unet", **how)
         vae = AutoencoderKL.load_config(
@@ -44,7 +39,7 @@ def measure(settings: config.Backbone) -> Sizes:
         reason = str(error).strip().splitlines()[0][:160]
         raise ValueError(
             f"backbone: {name} cannot be reached ({reason}); give the folder of a local copy in "
-            "backbone.checkpoint (and backbone.vae)"
+            f"backbone.{'checkpoint' if name == settings.checkpoint else 'config'} (and backbone.vae)"
         ) from None
     with torch.device("meta"):
         unet, decoder = UNet2DConditionModel.from_config(told), AutoencoderKL.from_config(vae)
@@ -58,7 +53,9 @@ def lora_parameters(settings: config.Backbone, lora: config.Lora) -> int:
     """Numbers in an adapter: rank * (inputs + outputs) of every target layer."""
     from diffusers import UNet2DConditionModel
 
-    told = UNet2DConditionModel.load_config(settings.checkpoint, subfolder="unet", revision=settings.revision)
+    told = UNet2DConditionModel.load_config(
+        settings.described_by, subfolder="unet", revision=settings.revision
+    )
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(told)
     return sum(

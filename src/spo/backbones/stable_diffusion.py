@@ -149,7 +149,8 @@ def load(settings: config.Backbone, device: torch.device | str) -> StableDiffusi
         )
     name = settings.checkpoint
     if name.endswith(".safetensors"):
-        pipeline = _reach(name, lambda: wanted.from_single_file(name, dtype=dtype, **extra))
+        described = {"config": settings.described_by, **extra}
+        pipeline = _reach(name, lambda: wanted.from_single_file(name, torch_dtype=dtype, **described))
     else:
         more = {"revision": settings.revision, "dtype": dtype, **extra}
         pipeline = _reach(name, lambda: wanted.from_pretrained(name, **more))

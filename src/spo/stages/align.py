@@ -18,7 +18,7 @@ OUTPUT = Path("outputs/align")
 
 
 def run(params: Params, item: str) -> None:
-    from spo import backbones, optimizer, processes, train
+    from spo import backbones, card, optimizer, processes, train
     from spo.checkpoint import CheckpointStore
     from spo.stages.generate import device
 
@@ -46,6 +46,7 @@ def run(params: Params, item: str) -> None:
                 checkpoint_every=section.checkpoint_every,
                 on_metrics=curve.log,
                 watch=_watch(params, item, backbone, method, curve, scratch),
+                scale_loss=params.backbone.dtype == "fp16",
             )
         except validation.Collapse:
             _show(tracked, scratch / "samples")
@@ -56,6 +57,7 @@ def run(params: Params, item: str) -> None:
         folder = OUTPUT / item
         shutil.rmtree(folder, ignore_errors=True)
         _save(backbone, section.lora is None, folder)
+        card.write(folder, params, item, summary)
         if (scratch / "samples").exists():
             shutil.copytree(scratch / "samples", folder / "samples")
             _show(tracked, folder / "samples")

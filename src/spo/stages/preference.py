@@ -71,6 +71,11 @@ def _train(
         model.start_at(settings.logit_scale)
     model.to(backbone.device)
     pairs = {part: latent_pairs(params, backbone, part) for part in ("train", "validation")}
+    told: dict[str, Any] = {}
+    if settings.labels is not None:
+        from spo.stages.pseudo_labels import relabelled
+
+        pairs["train"], told["pseudo_labels"] = relabelled(pairs["train"], settings, str(backbone.device))
     common = (model, tokenizer, backbone, schedule)
     store = CheckpointStore(scratch / "checkpoints")
     spm.train(*common, pairs["train"], settings, seed=params.seed, checkpoint=store, on_metrics=curve.log)
@@ -84,6 +89,7 @@ def _train(
             "n": int((pairs["validation"].label_0 != 0.5).sum()),
             "n_train": len(pairs["train"]),
             "updates": settings.steps,
+            **told,
         },
     )
 

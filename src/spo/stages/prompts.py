@@ -77,7 +77,7 @@ def _token_counter(params: Params) -> Callable[[str], int]:
     """Length in the base model's own tokens, with start and end."""
     from transformers import AutoTokenizer
 
-    name = params.backbone.checkpoint
+    name = params.backbone.described_by
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             name, subfolder="tokenizer", revision=params.backbone.revision

@@ -1,0 +1,48 @@
+"""Checkpoints of one .safetensors file, with the names of the original release of Stable Diffusion 1.5."""
+
+import pytest
+import single_file
+import torch
+import yaml
+
+from spo import backbones, config
+from spo.backbones import sizes
+from spo.stages import prompts
+from spo.stages.plan import lines
+
+
+@pytest.fixture(scope="module")
+def one(checkpoints, tmp_path_factory) -> config.Backbone:
+    file = tmp_path_factory.mktemp("single") / "model.safetensors"
+    single_file.write(checkpoints["sd"], file, layers=1, vae_blocks=2)
+    return config.Backbone(family="sd", checkpoint=str(file), config=str(checkpoints["sd"]))
+
+
+def test_it_is_the_model_of_the_folder(one, load) -> None:
+    ours, theirs = backbones.load(one, "cpu"), load("sd")
+    told = [b.encode_prompts(["a large red circle on sand"]) for b in (ours, theirs)]
+    x_t, t = torch.randn(1, *theirs.latent_shape), torch.tensor([501])
+    for part in ("unet", "vae", "text_encoder"):
+        weights = [getattr(b, part).state_dict() for b in (ours, theirs)]
+        assert weights[0].keys() == weights[1].keys()
+        assert all(torch.equal(weights[0][name], value) for name, value in weights[1].items()), part
+    assert torch.allclose(ours.predict(x_t, t, told[0]), theirs.predict(x_t, t, told[1]), atol=1e-5)
+    assert torch.allclose(ours.decode(x_t), theirs.decode(x_t), atol=1e-5)
+    assert ours.scheduler_config["beta_schedule"] == theirs.scheduler_config["beta_schedule"]
+
+
+def test_prompts_and_the_dry_run_read_its_description(one, checkpoints) -> None:
+    params = config.validate({**yaml.safe_load(config.preset("smoke")), "backbone": one.model_dump()})
+    assert prompts._token_counter(params)("a red ring") == 5  # start, three words, end
+    size = sizes.measure(one)
+    folder = one.model_copy(update={"checkpoint": str(checkpoints["sd"]), "config": None})
+    assert size == sizes.measure(folder)
+    assert any("UNet" in line for line in lines(params, "generate", "base"))
+
+
+def test_without_a_network_it_says_what_is_missing(one) -> None:
+    alone = one.model_copy(update={"config": None})
+    with pytest.raises(ValueError, match="backbone.config"):
+        sizes.measure(alone)
+    with pytest.raises(ValueError, match="cannot be loaded"):
+        backbones.load(alone, "cpu")
