@@ -10,7 +10,7 @@ import shutil
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,8 @@ class CheckpointStore:
             partial.rename(self._path(step))
             self._flush_folder()
         except OSError as error:
-            partial.unlink(missing_ok=True)
+            with suppress(OSError):  # a read-only folder does not let it go either
+                partial.unlink()
             reason = f"checkpoint not written ({error.strerror}); the one before is whole"
             raise OSError(error.errno, reason, str(self.folder)) from None
         for old in self._files()[: -self.keep] if self.keep else ():

@@ -1,4 +1,4 @@
-"""Temporary clones with the smoke preset: commands as a user types them, copies, and what two runs differ in."""
+"""Temporary clones with the smoke preset: commands as a user types them, copies, what two runs differ in."""
 
 from __future__ import annotations
 

@@ -3,8 +3,9 @@
     python tests/helpers/kills.py                                   # about 20 minutes on 2 cores
     python tests/helpers/kills.py --processes 2 --stages preference align@spo generate@spo score@spo
 
-The smoke preset with longer trainings; 27 kills: each signal, to the stage, to dvc alone or to the whole group,
-at any time, while a checkpoint is written, or just after one was. All outputs must be the same, bit for bit.
+The smoke preset with longer trainings; 27 kills: each signal, to the stage, to dvc alone or to the whole
+group, at any time, while a checkpoint is written, or just after one was. All outputs must be the same, bit
+for bit.
 """
 
 from __future__ import annotations

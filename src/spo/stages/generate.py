@@ -29,6 +29,8 @@ def run(params: Params, item: str) -> None:
     variant: Variant = getattr(params.generate, item)
     split = params.generate.split
     prompts = require(f"outputs/prompts/{split}.txt", f"{split} prompts").read_text().splitlines()
+    if not prompts:
+        raise ValueError(f"outputs/prompts/{split}.txt: holds no prompts; run `dvc repro prompts`")
     with stage("generate", params, item) as tracked:
         if variant.adapter is not None:
             require(variant.adapter, f"adapter of {item}")

@@ -1,4 +1,4 @@
-"""A stage ends when the `dvc repro` (or the launcher of its processes) that started it is gone, however it went.
+"""A stage ends when what started it (`dvc repro`, the launcher of its processes) is gone, however it went.
 
 DVC killed by SIGKILL or SIGTERM leaves its stages alive and writing. The kernel's own signal at a
 parent's death would not do: between DVC and the stage there is a shell, which lives on, and the signal
@@ -38,7 +38,9 @@ def tied_to_starter() -> Iterator[None]:
 
     parents = psutil.Process().parents()
     found = dvc_ancestor((p.pid, p.create_time(), _command(p)) for p in parents)
-    above = {"`dvc repro`": p for p in parents if found and p.pid == found[0]}
+    above: dict[str, psutil.Process] = {}
+    if found:
+        above["`dvc repro`"] = next(p for p in parents if p.pid == found[0])
     if STAGE in os.environ and not above:  # it took seconds to get here
         raise ValueError("the `dvc repro` that started this stage is gone: stopped before it wrote anything")
     if LAUNCHED in os.environ and parents:
