@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import io
+import itertools
 import os
 import shutil
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,8 @@ class CheckpointStore:
     ones whole. One process at a time writes to a folder.
     """
 
-    def __init__(self, folder: Path, keep: int = 2) -> None:
+    def __init__(self, folder: Path, keep: int | None = 2) -> None:
+        """`keep`: how many of the newest stay; None: all."""
         self.folder, self.keep = folder, keep
 
     def save(self, step: int, state: dict[str, Any]) -> None:
@@ -43,26 +45,39 @@ class CheckpointStore:
                 file.write(_digest(step, data) + data)
                 file.flush()
                 os.fsync(file.fileno())
-            partial.rename(self.folder / f"{step:08d}.ckpt")
+            partial.rename(self._path(step))
             self._flush_folder()
         except OSError as error:
-            partial.unlink(missing_ok=True)
+            with suppress(OSError):  # a read-only folder does not let it go either
+                partial.unlink()
             reason = f"checkpoint not written ({error.strerror}); the one before is whole"
             raise OSError(error.errno, reason, str(self.folder)) from None
-        for old in self._files()[: -self.keep]:
+        for old in self._files()[: -self.keep] if self.keep else ():
             old.unlink()
 
     def latest(self) -> tuple[int, dict[str, Any]] | None:
         """The newest state that is whole; torn or altered ones are named and passed over."""
         for path in reversed(self._files()):
-            data, step = path.read_bytes(), int(path.stem)
-            if _digest(step, data[32:]) == data[:32]:
-                return step, torch.load(io.BytesIO(data[32:]), weights_only=True)
+            state = _read(path)
+            if state is not None:
+                return int(path.stem), state
             print(f"spo: {path}: damaged checkpoint, using the one before", file=sys.stderr)
         return None
 
+    def whole(self) -> Iterator[dict[str, Any]]:
+        """The states 0, 1, 2, ... as far as they are there and whole."""
+        for step in itertools.count():
+            path = self._path(step)
+            state = _read(path) if path.exists() else None
+            if state is None:
+                return
+            yield state
+
     def clear(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _path(self, step: int) -> Path:
+        return self.folder / f"{step:08d}.ckpt"
 
     def _files(self) -> list[Path]:
         return sorted(p for p in self.folder.glob("*.ckpt") if p.stem.isdecimal())
@@ -74,6 +89,15 @@ class CheckpointStore:
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    """The state of a file; None if it is torn, altered or under another number."""
+    data = path.read_bytes()
+    if _digest(int(path.stem), data[32:]) != data[:32]:
+        return None
+    state: dict[str, Any] = torch.load(io.BytesIO(data[32:]), weights_only=True)
+    return state
 
 
 def _digest(step: int, data: bytes) -> bytes:

@@ -72,6 +72,13 @@ def anywhere(flag: bool) -> bool:
     return flag if count() == 1 else bool(total(torch.tensor(int(flag), device=state().device)))
 
 
+def of_first(number: int) -> int:
+    """The number that the first process has."""
+    if count() == 1:
+        return number
+    return int(total(torch.tensor(number if is_first() else 0, device=state().device)))
+
+
 def gather(rows: Tensor) -> Tensor:
     """The rows [n,...] of all processes in the order of their ranks; n may differ."""
     if count() == 1:

@@ -17,8 +17,8 @@ from spo.checkpoint import CheckpointStore
 STAGE = """
 import sys, time
 from pathlib import Path
-from spo.stages.lifeline import tied_to_dvc
-with tied_to_dvc():
+from spo.stages.lifeline import tied_to_starter
+with tied_to_starter():
     while True:
         with open(sys.argv[1], "a") as file:
             file.write("x")

@@ -3,39 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from clones import ROOT, must, run
 
-ROOT = Path(__file__).parents[2]
 pytestmark = [pytest.mark.smoke, pytest.mark.timeout(1500)]  # the first test waits for the DAG
-
-
-def run(folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
-    """A command as a user types it, with this environment's programs first on the path."""
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    environment = {**os.environ, "PATH": path, "PYTHONPATH": str(folder / "src"), "DVC_NO_ANALYTICS": "1"}
-    environment.pop("MLFLOW_TRACKING_URI", None)
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=900)
-
-
-def must(folder: Path, *command: str) -> str:
-    done = run(folder, *command)
-    assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
-    return done.stdout + done.stderr
-
-
-@pytest.fixture(scope="module")
-def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("clone") / "spo"
-    subprocess.run(["git", "clone", "--quiet", str(ROOT), str(folder)], check=True)
-    must(folder, "spo", "preset", "smoke", "--force")
-    must(folder, "dvc", "pull", "--quiet", "data.dvc")
-    must(folder, "dvc", "repro")
-    return folder
 
 
 def test_every_variant_is_compared_on_every_metric(clone: Path) -> None:

@@ -32,6 +32,16 @@ def to_tensor(image: Image.Image) -> Tensor:
     return pixels.permute(2, 0, 1).float() / 127.5 - 1
 
 
+def pack(images: Sequence[Image.Image]) -> Tensor:
+    """Pictures of one size as uint8 [N,H,W,3]."""
+    return torch.stack([torch.from_numpy(np.array(image.convert("RGB"))) for image in images])
+
+
+def unpack(pixels: Tensor) -> list[Image.Image]:
+    """What `pack` packed."""
+    return [Image.fromarray(image) for image in pixels.numpy()]
+
+
 def open_image(data: bytes) -> Image.Image:
     """An encoded picture as RGB.
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -63,7 +65,7 @@ def encode(
     if not done.exists():
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        file = np.memmap(folder / "latents.f16", np.float16, "w+", shape=shape)
+        file = _allocate(folder / "latents.f16", shape)
         rows = _write(pairs, backbone, decode_image, file)
         partial = done.with_suffix(".tmp")
         partial.write_text(json.dumps(rows))
@@ -73,6 +75,22 @@ def encode(
         raise ValueError(f"{folder}: {len(rows['captions'])} pairs, but the summary says {total}; delete it")
     latents = np.memmap(folder / "latents.f16", np.float16, "r", shape=shape)
     return LatentPairs(latents, rows["captions"], torch.tensor(rows["label_0"]), torch.tensor(rows["weight"]))
+
+
+def _allocate(path: Path, shape: tuple[int, ...]) -> np.ndarray:
+    """A float16 array in a file, whose room is taken at once: a page that finds no room kills the process.
+
+    Raises:
+        OSError: the disk is too full for it.
+    """
+    size = math.prod(shape) * np.dtype(np.float16).itemsize
+    with path.open("wb") as file:
+        try:
+            os.posix_fallocate(file.fileno(), 0, max(size, 1))
+        except OSError as error:
+            told = f"{error.strerror}: the pairs' latents take {size / 1e6:.1f} MB"
+            raise OSError(error.errno, told, str(path)) from None
+    return np.memmap(path, np.float16, "r+", shape=shape)
 
 
 def _write(

@@ -18,7 +18,7 @@ from pydantic import BaseModel
 from spo import tracking
 from spo.config import Params
 from spo.lock import read_metrics
-from spo.stages.lifeline import tied_to_dvc
+from spo.stages.lifeline import tied_to_starter
 
 SCRATCH = Path(".spo")
 METRICS = Path("reports/metrics")
@@ -43,7 +43,7 @@ def stage(name: str, params: Params, item: str | None = None) -> Iterator[Any]:
             raise ValueError(f"stage {full} already runs in this folder; wait for it or stop it") from None
         started = time.monotonic()
         began = time.time()
-        with tracking.stage_run(name, params.model_dump(), name=item) as run, tied_to_dvc():
+        with tracking.stage_run(name, params.model_dump(), name=item) as run, tied_to_starter():
             yield run
             _log_written(run, full, began)
             run.log_metrics({"seconds": time.monotonic() - started}, step=0)
@@ -73,15 +73,15 @@ def fingerprint(sections: Sequence[BaseModel | str | int], inputs: Iterable[Path
         text = section.model_dump_json() if isinstance(section, BaseModel) else str(section)
         digest.update(text.encode() + b"\0")
     code = Path(__file__).parents[1]
-    for root in (*inputs, *(code / part for part in _TRAINING_CODE)):
+    for root in (*inputs, *(code / part for part in _CODE)):
         for path in sorted(root.rglob("*")) if root.is_dir() else [root]:
             if path.is_file() and "__pycache__" not in path.parts:
                 digest.update(path.name.encode() + hashlib.sha256(path.read_bytes()).digest())
     return digest.hexdigest()[:16]
 
 
-_TRAINING_CODE = (
-    *("backbones", "data", "diffusion", "methods", "preference", "stages"),
+_CODE = (
+    *("backbones", "data", "diffusion", "methods", "preference", "rewards", "scenes/oracle.py", "stages"),
     *("optimizer.py", "processes.py", "train.py", "types.py"),
 )
 

@@ -1,0 +1,77 @@
+"""Whole stages under the real `dvc repro`, killed and started again; the long version is in kills.py."""
+
+import os
+import signal
+import subprocess
+from pathlib import Path
+
+import clones
+import kills
+import psutil
+import pytest
+from kills import Kill
+
+STAGES = ["align@spo", "generate@spo", "score@spo"]
+pytestmark = pytest.mark.smoke
+
+
+def test_killed_and_started_again_is_undisturbed_bit_for_bit(clone: Path, copy: Path) -> None:
+    clones.forget(copy, STAGES)
+    told = [
+        Kill(signal.SIGKILL, "dvc", "after a write"),
+        Kill(signal.SIGTERM, "stage", "in a write"),
+        Kill(signal.SIGINT, "group", "any time"),
+    ]
+    outcomes = kills.series(copy, told, seed=0)
+    assert [o.kill for o in outcomes] == [*told, None]
+    assert clones.differences(clone, copy) == []
+
+
+def test_a_second_run_meanwhile_is_refused_in_one_line(copy: Path) -> None:
+    clones.forget(copy, STAGES)
+    with kills.repro(copy) as (dvc, _):
+        assert kills.until(lambda: bool(kills.checkpoints(copy)), 120)
+        stage = kills.stage_of(dvc.pid)
+        assert stage is not None
+        stage.suspend()
+        try:
+            by_hand = clones.run(copy, "spo", "align", "spo")
+            by_dvc = clones.run(copy, "dvc", "repro")
+        finally:
+            stage.resume()
+        assert dvc.wait(timeout=300) == 0
+    told = [line for line in by_hand.stderr.splitlines() if line.startswith("spo: ")]
+    assert by_hand.returncode == 2 and told == [
+        "spo: stage align-spo already runs in this folder; wait for it or stop it"
+    ]
+    assert by_dvc.returncode != 0 and "Traceback" not in by_dvc.stderr
+    assert f"(PID {dvc.pid}): dvc repro" in by_dvc.stderr or "already runs" in by_dvc.stderr, by_dvc.stderr
+
+
+def test_a_stage_whose_dvc_is_gone_before_it_begins_writes_nothing(copy: Path) -> None:
+    clones.forget(copy, STAGES)
+    with kills.repro(copy) as (dvc, log):
+        assert kills.until(lambda: kills.stage_of(dvc.pid) is not None, 120)
+        os.kill(dvc.pid, signal.SIGKILL)
+        assert kills.until(lambda: not kills.workers(copy), 60, 0.1)
+        assert "is gone" in log.read_text(errors="replace")
+    assert not kills.checkpoints(copy) and not (copy / "outputs/align/spo").exists()
+
+
+def test_processes_end_with_a_launcher_that_is_killed(copy: Path) -> None:
+    """No dvc above: two processes started by one `spo`, which goes without a word."""
+    params = (copy / "params.yaml").read_text().replace("iterations: 2", "iterations: 500")
+    (copy / "params.yaml").write_text(f"{params}processes: 2\n")
+    with (copy.parent / "log").open("wb") as log:
+        told = {"env": clones.environment(copy), "stdout": log, "stderr": log}
+        launcher = subprocess.Popen(["spo", "align", "spo"], cwd=copy, start_new_session=True, **told)
+    try:
+        assert kills.until(lambda: bool(kills.checkpoints(copy)), 240)
+        children = psutil.Process(launcher.pid).children(recursive=True)
+        assert len(children) >= 2
+        launcher.kill()
+        assert kills.until(lambda: not any(c.is_running() for c in children), 30, 0.1)
+    finally:
+        launcher.kill()
+        launcher.wait()
+    assert "the launcher above" in (copy.parent / "log").read_text(errors="replace")
