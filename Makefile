@@ -35,7 +35,7 @@ repro: data
 
 # two processes, a file at a time
 test: data
-	pytest -n 2 --dist loadfile
+	pytest -n 2 --dist loadgroup
 
 fast: setup
 	pytest -m "not smoke and not services"

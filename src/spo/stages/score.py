@@ -82,8 +82,9 @@ def held_apart(
     params: Params, pictures: list[Any], prompts: list[str], device: str
 ) -> dict[str, list[float]]:
     """The numbers of the scorers alone, without the oracle's."""
-    score = params.score.model_copy(update={"oracle": None})
-    return score_images(params.model_copy(update={"score": score}), pictures, prompts, device)
+    score = params.score
+    alone = score.model_copy(update={"oracle": None})
+    return score_images(params.model_copy(update={"score": alone}), pictures, prompts, device)
 
 
 def _scorers(params: Params, device: str) -> list[Callable[[list[Any], list[str]], dict[str, list[float]]]]:
