@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from spo.config import Params
+from spo.spool import redact
 
 NAMES = {
     "spo": "Step-aware Preference Optimization (arXiv 2406.04314)",
@@ -27,6 +28,11 @@ def write(folder: Path, params: Params, method: str, trained: Mapping[str, Any])
 
 
 def text(params: Params, method: str, trained: Mapping[str, Any]) -> str:
+    """Without the passwords of URLs."""
+    return redact(_text(params, method, trained))
+
+
+def _text(params: Params, method: str, trained: Mapping[str, Any]) -> str:
     section, base = getattr(params.align, method), params.backbone
     kind = "LoRA" if section.lora is not None else "full fine-tune of the UNet"
     known = licence(base.checkpoint) or base.license

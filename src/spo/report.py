@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from spo import plots
+from spo.spool import redact
 from spo.verdict import NAMES, contradictions, details, headline, name, number, outcome, signed
 
 if TYPE_CHECKING:
@@ -81,7 +82,7 @@ def render(run: Run) -> str:
         times=times(run),
         compute=equal_compute(run),
         outs=_outs(run.lock),
-        params_yaml=yaml.safe_dump(shown, sort_keys=False, allow_unicode=True),
+        params_yaml=yaml.safe_dump(redact(shown), sort_keys=False, allow_unicode=True),
         summaries=[t for k, v in run.summaries.items() for t in tables(k, v)],
         world={k: list(tables("", v)) for k, v in (run.world or {}).items()},
         has_oracle=any(r["metric"].startswith("oracle_") for r in run.comparisons),

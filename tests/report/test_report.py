@@ -6,6 +6,8 @@ import csv
 import io
 import json
 import re
+import shutil
+import subprocess
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -150,6 +152,43 @@ def test_the_page_stands_alone_and_escapes_prompts(tracked: Tracked) -> None:
     assert "http" not in page and "secret" not in page
     sources = re.findall(r'(?:src|href)="([^"]{0,30})', page)
     assert sources and all(s.startswith("data:image/png;base64,") for s in sources)
+
+
+JAVASCRIPT = "<script>document.title = 'stolen'</script><img src=x onerror=\"document.title = 'stolen'\">"
+
+
+@pytest.mark.services
+def test_a_browser_runs_nothing_of_a_prompt(
+    tracked: Tracked, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if browser is None:
+        pytest.skip("no Chromium here (Debian: apt-get install chromium)")
+    monkeypatch.setitem(globals(), "PROMPTS", ["plain", JAVASCRIPT, *PROMPTS[2:]])
+    (tmp_path / "again").mkdir()
+    monkeypatch.chdir(tmp_path / "again")
+    write_run(tmp_path / "again")
+    stage.run(params(name=JAVASCRIPT))
+    ours = Path("reports/report.html").read_text()
+    seen = {}
+    for name, text in (
+        ("ours", ours),
+        ("unescaped", f"<html><title>ours</title><body>{JAVASCRIPT}</body></html>"),
+    ):
+        (tmp_path / f"{name}.html").write_text(text)
+        options = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'browser'}"]
+        done = subprocess.run(
+            [browser, *options, "--virtual-time-budget=5000", "--dump-dom", f"file://{tmp_path}/{name}.html"],
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        seen[name] = done.stdout
+    assert "<title>stolen</title>" in seen["unescaped"], "the browser would have run it"
+    assert "<title>stolen</title>" not in seen["ours"] and "</html>" in seen["ours"]
+    assert (
+        seen["ours"].count("&lt;script&gt;document.title = 'stolen'&lt;/script&gt;") >= 2
+    )  # name and prompt
 
 
 def test_the_files_beside_the_page(tracked: Tracked) -> None:

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
+import time
+import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+SECRET = "planted-aws-secret"
 pytestmark = pytest.mark.smoke  # some thirty commands of a second or two
 ROOT = Path(__file__).parents[2]
 DAG = """\
@@ -129,3 +135,48 @@ def test_a_remote_that_refuses_is_said_and_nothing_is_lost(team: tuple[Clone, Cl
     told = first("dvc", "push", fails=True)
     assert "ERROR" in told and "Traceback" not in told
     assert (first.folder / "adapter.txt").read_text() == "2\n"
+
+
+@pytest.fixture
+def store() -> Iterator[str]:
+    """The address of an S3-compatible server with the bucket `team`."""
+    pytest.importorskip("dvc_s3", reason="DVC's S3 remote is not installed: pip install dvc-s3")
+    pytest.importorskip("moto", reason="the S3-compatible server is not installed: pip install 'moto[s3]'")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    url = f"http://127.0.0.1:{port}"
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
+        try:
+            deadline = time.monotonic() + 60
+            while True:
+                with contextlib.suppress(OSError):
+                    urllib.request.urlopen(urllib.request.Request(f"{url}/team", method="PUT"))
+                    break
+                assert time.monotonic() < deadline and server.poll() is None, "the server does not start"
+                time.sleep(0.2)
+            yield url
+        finally:
+            server.terminate()
+
+
+@pytest.mark.services
+def test_an_s3_store_is_a_remote_too(team: tuple[Clone, Clone, Path], store: str) -> None:
+    told = ""
+    for clone in team[:2]:
+        clone.environment |= {"AWS_ACCESS_KEY_ID": "somebody", "AWS_SECRET_ACCESS_KEY": SECRET}
+        clone("dvc", "remote", "add", "--local", "s3", "s3://team/spo")
+        clone("dvc", "remote", "modify", "--local", "s3", "endpointurl", store)
+    first, second, seed = team
+    told += first("dvc", "push", "-r", "s3")
+    told += second("dvc", "pull", "-r", "s3")
+    assert (second.folder / "adapter.txt").read_text() == "2\n"
+    assert "Running stage" not in second("dvc", "repro")
+    told += second("dvc", "remote", "modify", "--local", "s3", "endpointurl", "http://127.0.0.1:9")
+    told += second("dvc", "push", "-r", "s3", fails=True)
+    assert SECRET not in told
+    assert not list(seed.rglob("*")), "a push never writes the seed remote"
+    for folder in (first.folder, second.folder):
+        for path in (p for p in folder.rglob("*") if p.is_file()):
+            assert SECRET.encode() not in path.read_bytes(), path

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from spo.data import remote
+from spo.spool import redact
 
 
 def manifest(name: str, revision: str | None = None) -> dict[str, Any]:
@@ -35,8 +36,8 @@ def _remote_manifest(url: str) -> dict[str, Any]:
     files, root, found = remote.find(url)
     pins = {p.removeprefix(root).lstrip("/"): i.get("blob_id") or files.ukey(p) for p, i in found.items()}
     if not pins:
-        raise ValueError(f"{url}: nothing is there; look at pairs.source in params.yaml")
-    return {"url": url, "files": pins}
+        raise ValueError(f"{redact(url)}: nothing is there; look at pairs.source in params.yaml")
+    return {"url": redact(url), "files": pins}
 
 
 def _hub_manifest(name: str, revision: str | None) -> dict[str, Any]:
