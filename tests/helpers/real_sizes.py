@@ -1,0 +1,210 @@
+"""Stable Diffusion 1.5, SDXL and the preference model at their real sizes, with random weights.
+
+Nothing is downloaded: the configs are those of the released checkpoints, written by hand; the words are the
+small world's. For memory and time, not for pictures.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import UNet2DConditionModel as UNet
+from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPVisionConfig,
+)
+
+from spo import config, train
+from spo.backbones.stable_diffusion import StableDiffusion, _text
+from spo.data.latents import LatentPairs
+from spo.diffusion.schedule import Schedule
+from spo.methods.diffusion_dpo import DiffusionDpoMethod
+from spo.methods.spo import SpoMethod
+from spo.preference import train as spm
+from spo.preference.model import ClipJudge, StepAwarePreferenceModel
+
+PROMPTS = ["a large red circle above a small blue star on sand", "a small green ring on slate"]
+DDIM = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False}
+
+
+def text(words: Any, width: int, layers: int, heads: int, projection: int, kind: type, act: str) -> Any:
+    settings = CLIPTextConfig(
+        vocab_size=49408,
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        max_position_embeddings=words.model_max_length,
+        projection_dim=projection,
+        hidden_act=act,
+        bos_token_id=words.bos_token_id,
+        eos_token_id=words.eos_token_id,
+        pad_token_id=words.pad_token_id,
+    )
+    return kind(settings)
+
+
+def vae(scaling_factor: float, side: int) -> AutoencoderKL:
+    return AutoencoderKL(
+        block_out_channels=(128, 256, 512, 512),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=2,
+        latent_channels=4,
+        sample_size=side,
+        scaling_factor=scaling_factor,
+    )
+
+
+def sd15(words: Any) -> StableDiffusionPipeline:
+    unet = UNet(sample_size=64, cross_attention_dim=768, attention_head_dim=8)
+    encoder = text(words, 768, 12, 12, 768, CLIPTextModel, "quick_gelu")
+    return StableDiffusionPipeline(
+        vae=vae(0.18215, 512),
+        text_encoder=encoder,
+        tokenizer=words,
+        unet=unet,
+        scheduler=DDIMScheduler(**DDIM, steps_offset=1),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def sdxl(words: Any) -> StableDiffusionXLPipeline:
+    unet = UNet(
+        sample_size=128,
+        block_out_channels=(320, 640, 1280),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        transformer_layers_per_block=(1, 2, 10),
+        cross_attention_dim=2048,
+        attention_head_dim=(5, 10, 20),
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=256,
+        projection_class_embeddings_input_dim=2816,
+    )
+    return StableDiffusionXLPipeline(
+        vae=vae(0.13025, 1024),
+        text_encoder=text(words, 768, 12, 12, 768, CLIPTextModel, "quick_gelu"),
+        text_encoder_2=text(words, 1280, 32, 20, 1280, CLIPTextModelWithProjection, "gelu"),
+        tokenizer=words,
+        tokenizer_2=words,
+        unet=unet,
+        scheduler=DDIMScheduler(**DDIM, steps_offset=1),
+    )
+
+
+def clip_h(words: Any) -> StepAwarePreferenceModel:
+    """PickScore_v1's architecture."""
+    vision = CLIPVisionConfig(
+        hidden_size=1280,
+        intermediate_size=5120,
+        num_hidden_layers=32,
+        num_attention_heads=16,
+        patch_size=14,
+        image_size=224,
+        hidden_act="gelu",
+    )
+    told = CLIPTextConfig(
+        vocab_size=49408,
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_hidden_layers=24,
+        num_attention_heads=16,
+        max_position_embeddings=words.model_max_length,
+        hidden_act="gelu",
+        bos_token_id=words.bos_token_id,
+        eos_token_id=words.eos_token_id,
+        pad_token_id=words.pad_token_id,
+    )
+    return StepAwarePreferenceModel(
+        CLIPModel(CLIPConfig(text_config=told, vision_config=vision, projection_dim=1024))
+    )
+
+
+def backbone(pipeline: Any, family: str, device: str, dtype: torch.dtype) -> StableDiffusion:
+    pipeline.to(device=device, dtype=dtype)
+    return StableDiffusion(pipeline, _text(pipeline, family == "sdxl"), channels_last=False)
+
+
+def measure(
+    family: str, model: StableDiffusion, judge: StepAwarePreferenceModel, words: Any, n: int = 2
+) -> dict[str, dict[str, float]]:
+    """Seconds (of the second of two rounds) and peak memory of an update of SPM, Diffusion-DPO and SPO.
+
+    n pairs, or prompts, an update; the recipe is that of the family's preset where it decides the cost.
+    """
+    preset = config.validate(yaml.safe_load(config.preset({"sd": "sd15"}.get(family, family))))
+    schedule = Schedule.from_config(model.scheduler_config, 20).to(model.device)
+    drawn = np.random.default_rng(0).normal(size=(2 * n, 2, *model.latent_shape)).astype(np.float16)
+    labels = torch.tensor([1.0, 0.0] * n)
+    pairs = LatentPairs(drawn, (PROMPTS * n)[: 2 * n], labels, torch.ones(2 * n))
+    judge.to(model.device)
+    told: dict[str, dict[str, float]] = {}
+
+    settings = preset.preference.model_copy(update={"batch_size": n, "steps": 1, "labels": None})
+    told["spm"] = _timed(
+        model.device,
+        lambda seed: spm.train(judge, words, model, schedule, pairs, settings, seed=seed),
+    )
+    judge.eval()
+    model.add_lora(preset.align.spo.lora or config.Lora(rank=4, alpha=4), 0)
+    change: dict[str, Any] = {"batch_size": n, "iterations": 1}
+    dpo = preset.align.diffusion_dpo.model_copy(update=change)
+    told["diffusion_dpo"] = _timed(
+        model.device, lambda seed: _run(model, DiffusionDpoMethod(dpo, schedule, pairs, seed), dpo.optimizer)
+    )
+    change |= {"prompts_per_iteration": n, "threshold": 0.0, "gradient_accumulation": 1}
+    spo = preset.align.spo.model_copy(update=change)
+    judging = ClipJudge(judge, words)
+    told["spo"] = _timed(
+        model.device,
+        lambda seed: _run(model, SpoMethod(spo, schedule, judging, PROMPTS, seed), spo.optimizer),
+    )
+    return told
+
+
+def _run(model: StableDiffusion, method: Any, optimizer: config.Optimizer) -> dict[str, Any]:
+    losses: list[float] = []
+    told = train.run(
+        model,
+        method,
+        optimizer,
+        seed=0,
+        checkpoints=None,
+        checkpoint_every=1,
+        on_metrics=lambda metrics, step: losses.append(metrics.get("loss", float("nan"))),
+    )
+    assert told["updates"] > 0 and all(np.isfinite(losses)), (told, losses)
+    return told
+
+
+def _timed(device: torch.device, step: Any) -> dict[str, float]:
+    seconds, told = 0.0, None
+    cuda = device.type == "cuda"
+    for seed in range(2):
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
+            torch.cuda.synchronize()
+        began = time.monotonic()
+        told = step(seed)
+        if cuda:
+            torch.cuda.synchronize()
+        seconds = time.monotonic() - began
+    found = {"seconds": round(seconds, 3)}
+    if isinstance(told, dict):
+        found["updates"] = told["updates"]
+    if cuda:
+        found["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+    return found
