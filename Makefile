@@ -6,7 +6,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export DVC_NO_ANALYTICS := 1
 UV := $(BIN)/uv
 
-.PHONY: setup data repro test fast smoke parity check format ui lock preflight clean
+.PHONY: setup data repro test fast smoke parity check audit format ui lock preflight clean
 
 preflight:
 	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) not found: install Python 3.11 (Debian: apt install python3.11 python3.11-venv)"; exit 2; }
@@ -49,6 +49,17 @@ check: setup
 	mypy
 	lint-imports
 	pytest -m "not smoke and not services"
+	@$(MAKE) --no-print-directory audit
+
+# known holes in the locked dependencies, where pip-audit can reach its data
+audit: setup
+	@mkdir -p .spo
+	@$(UV) tool run --quiet pip-audit -r requirements.lock --disable-pip --require-hashes > .spo/audit.txt 2>&1; code=$$?; \
+	unknown=$$(grep -c "could not be audited" .spo/audit.txt); \
+	if [ $$code -ne 0 ] && grep -q "^Found .*vulnerabilit" .spo/audit.txt; then cat .spo/audit.txt; exit 1; \
+	elif [ $$code -ne 0 ] || [ $$unknown -gt 0 ]; then \
+	  echo "audit: $$unknown of $$(grep -c '^[a-z0-9].*==' requirements.lock) dependencies were not audited, pip-audit cannot reach its data; see .spo/audit.txt"; \
+	else echo "audit: no known vulnerability"; fi
 
 format: setup
 	ruff format .
