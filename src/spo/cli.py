@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +13,8 @@ from typing import Any
 
 from spo import config, launch
 from spo.spool import redact
+
+PATIENCE = 20  # seconds after Ctrl-C until the process is ended
 
 # stage: (what it does, its items)
 STAGES: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -24,6 +27,20 @@ STAGES: dict[str, tuple[str, tuple[str, ...]]] = {
     "score": ("PickScore, HPS and aesthetic of those pictures", config.VARIANTS),
     "report": ("statistics, tables and grids on one page", ()),
 }
+
+
+def entry() -> int:
+    """What `spo` on the command line runs: `main`, and the certainty that Ctrl-C ends a stage."""
+    if sys.argv[1:2] and sys.argv[1] in STAGES:
+        signal.signal(signal.SIGINT, _interrupted)
+    return main()
+
+
+def _interrupted(number: int, frame: Any) -> None:
+    """Python's own KeyboardInterrupt is lost where it meets a finaliser, and an import that it breaks off in
+    one thread can leave another waiting for ever (seen in `generate`). The kernel's clock ends what stays."""
+    signal.alarm(PATIENCE)
+    raise KeyboardInterrupt
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -56,6 +73,7 @@ def _launched(told: argparse.Namespace, arguments: Sequence[str]) -> bool:
     processes = config.load(told.params).processes
     if not launch.wanted(stage, processes):
         return False
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # the processes may take their time to save
     launch.run(arguments, processes)
     return True
 
@@ -272,4 +290,4 @@ def _run_repro(told: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(entry())

@@ -40,14 +40,26 @@ def workspace(clone: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return clones.copy(clone, tmp_path_factory.mktemp("vanished") / "spo")
 
 
-@pytest.mark.parametrize("harm", ["deleted", "torn", "emptied"])
-@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[0]}-{case[2].rpartition('/')[2]}-{case[3]}")
+# a shorter list is a list, and one shard or table of several that is gone makes another experiment: that is
+# for DVC to see, which runs the stages before again
+WHOLE = {
+    *{("data/prompts", "torn"), ("outputs/prompts", "torn")},
+    *{("data/pairs", "deleted"), ("outputs/scores", "deleted")},
+}
+HARMS = [
+    (case, harm) for case in CASES for harm in ("deleted", "torn", "emptied") if (case[2], harm) not in WHOLE
+]
+
+
+def named(value) -> str:
+    return value if isinstance(value, str) else f"{value[0]}-{value[2].rpartition('/')[2]}-{value[3]}"
+
+
+@pytest.mark.parametrize(("case", "harm"), HARMS, ids=named)
 def test_an_input_that_is_harmed_is_one_line(workspace: Path, monkeypatch, capfd, case, harm: str) -> None:
     stage, item, where, pattern = case
     monkeypatch.chdir(workspace)
     file = max((p for p in (workspace / where).glob(pattern) if p.is_file()), key=lambda p: p.stat().st_size)
-    if harm == "torn" and file.suffix == ".txt":
-        pytest.skip("a list of prompts that is shorter is a list of prompts")
     content, before = file.read_bytes(), made(workspace)
     file.unlink()  # the cache of DVC may hold the same file
     if harm != "deleted":
@@ -59,7 +71,8 @@ def test_an_input_that_is_harmed_is_one_line(workspace: Path, monkeypatch, capfd
         file.write_bytes(content)
     told = [line for line in capfd.readouterr().err.splitlines() if line.startswith("spo: ")]
     assert len(told) == 1, told
-    assert file.name in told[0] or file.parent.name in told[0] or where in told[0], told
+    # a table that is shorter is told by its variant: "spo has 6 rows, base 8"
+    assert any(name in told[0] for name in (file.name, file.parent.name, where, f"{file.stem} has")), told
     assert {p: c for p, c in made(workspace).items() if not p.startswith("outputs/pairs")} == {
         p: c for p, c in before.items() if not p.startswith("outputs/pairs")
     }, "the last good state"

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -56,7 +57,7 @@ class StepAwarePreferenceModel(nn.Module):
         try:
             settings: dict[str, Any] = {"revision": revision, "dtype": torch.float32}
             loaded: Any = CLIPModel.from_pretrained(name, output_loading_info=True, **settings)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, SafetensorError) as error:
             reason = str(error).strip().splitlines()[0][:200]
             raise ValueError(f"preference.init: {name} cannot be loaded ({reason})") from None
         clip, told = loaded
@@ -86,7 +87,7 @@ class StepAwarePreferenceModel(nn.Module):
         settings = json.loads((folder / CONFIG).read_text())
         step_condition = settings.pop("step_condition", True)
         model = cls(CLIPModel(CLIPConfig.from_dict(settings)), step_condition)
-        state = {f"model.{k}": v.float() for k, v in load_file(folder / WEIGHTS).items()}
+        state = {f"model.{k}": v.float() for k, v in _read_tensors(folder / WEIGHTS).items()}
         _load_strictly(model, state, folder / WEIGHTS)
         return model.eval()
 
@@ -251,9 +252,9 @@ def _silent(width: int, parts: int) -> nn.Sequential:
 def _read_tensors(path: Path) -> dict[str, Tensor]:
     if not path.exists():
         raise ValueError(f"{path}: no preference model checkpoint there")
-    if path.suffix == ".safetensors":
-        return load_file(path)
     try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises several kinds for files that are no checkpoint
         raise ValueError(f"{path}: no checkpoint of plain tensors ({type(error).__name__})") from None

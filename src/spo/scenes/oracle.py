@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -68,8 +69,13 @@ class Perception(nn.Module):
         folder = Path(folder)
         if not (folder / "config.json").exists():
             raise ValueError(f"{folder}: no oracle there; run `make repro` or `dvc pull data.dvc`")
-        model = cls(**json.loads((folder / "config.json").read_text()))
-        model.load_state_dict({k: v.float() for k, v in load_file(folder / "model.safetensors").items()})
+        try:
+            model = cls(**json.loads((folder / "config.json").read_text()))
+            weights = load_file(folder / "model.safetensors")
+            model.load_state_dict({k: v.float() for k, v in weights.items()})
+        except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
+            raise ValueError(f"{folder}: no whole oracle ({reason}); run `dvc pull data.dvc`") from None
         return model.eval().requires_grad_(False)
 
 

@@ -94,6 +94,17 @@ def write_json(path: Path, content: Any) -> None:
     partial.rename(path)
 
 
+def read_json(path: str | Path, what: str) -> Any:
+    """
+    Raises:
+        ValueError: it is not there or not whole; with the command that makes it.
+    """
+    try:
+        return json.loads(require(path, what).read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: not whole ({error}); run `make repro`") from None
+
+
 class Curve:
     """Step metrics: to MLflow at once, to a CSV for DVC's plots at the end.
 

@@ -54,6 +54,9 @@ def prepare(section: config.Pairs, seed: int, output: Path) -> dict[str, Any]:
         writer.close()
     counts = {name: writer.count for name, writer in parts.items()}
     summary = {"read": total, **counts, "set_aside": bad, "left_out": dict(left_out)}
+    found = sum(counts.values()) + bad + left_out.total()
+    if found != total:
+        raise ValueError(f"pairs: {total} rows announced, {found} found; is the source being written to?")
     labels = {name: dict(writer.labels) for name, writer in parts.items()}
     write_json(output / "summary.json", {**summary, "labels": labels})
     _check(summary, section.max_bad_fraction, output)
@@ -62,9 +65,6 @@ def prepare(section: config.Pairs, seed: int, output: Path) -> dict[str, Any]:
 
 def _check(summary: dict[str, Any], bound: float, output: Path) -> None:
     total, bad = summary["read"], summary["set_aside"]
-    found = sum(summary[name] for name in PARTS) + bad + sum(summary["left_out"].values())
-    if found != total:
-        raise ValueError(f"pairs: {total} rows announced, {found} found; is the source being written to?")
     if bad > bound * total:
         raise ValueError(
             f"pairs: {bad} of {total} rows are bad, more than pairs.max_bad_fraction ({bound}); "

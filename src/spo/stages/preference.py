@@ -13,7 +13,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spo.config import Params, Preference
-from spo.stages.common import METRICS, SCRATCH, TRAINING, Curve, fingerprint, require, stage, write_json
+from spo.stages.common import (
+    METRICS,
+    SCRATCH,
+    TRAINING,
+    Curve,
+    fingerprint,
+    read_json,
+    require,
+    stage,
+    write_json,
+)
 
 if TYPE_CHECKING:
     from spo.data.latents import LatentPairs
@@ -102,7 +112,6 @@ def _scratch(params: Params, settings: Preference) -> Path:
 
 def latent_pairs(params: Params, backbone: Backbone, part: str) -> LatentPairs:
     """The pairs of `part` (train, validation) as latents, encoded once for all stages that read them."""
-    import json
     from functools import partial
 
     from spo import processes
@@ -111,7 +120,7 @@ def latent_pairs(params: Params, backbone: Backbone, part: str) -> LatentPairs:
     from spo.data.pairs import read_pairs
 
     folder = require(Path("outputs/pairs") / part, "preference pairs")
-    total = json.loads(Path("outputs/pairs/summary.json").read_text())[part]
+    total = read_json("outputs/pairs/summary.json", "summary of the pairs")[part]
     name = fingerprint(("latents", params.backbone), [folder, Path("outputs/inputs/base.json")])
     decode = partial(decode_image, size=backbone.image_size)
     with processes.state().main_process_first():

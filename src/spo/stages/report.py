@@ -78,9 +78,10 @@ def read_scores(baselines: tuple[str, ...]) -> dict[str, DataFrame]:
         raise ValueError(f"{SCORES}: no scores there; run `make repro`")
     tables = {}
     for name in dict.fromkeys(n for n in (*baselines, *VARIANTS, *files) if n in files):
-        tables[name] = read_csv(
-            files[name], keep_default_na=False, dtype={"prompt": str}
-        )  # a prompt may be "NA"
+        try:  # a prompt may be "NA"
+            tables[name] = read_csv(files[name], keep_default_na=False, dtype={"prompt": str})
+        except ValueError as error:  # pandas's own are ValueErrors
+            raise ValueError(f"{files[name]}: not a whole table ({error}); run `spo score {name}`") from None
         missing = {"prompt", "seed"} - set(tables[name].columns)
         if missing:
             raise ValueError(f"{files[name]}: no column {min(missing)!r}; run `spo score {name}` again")
