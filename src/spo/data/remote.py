@@ -13,6 +13,8 @@ def is_remote(source: object) -> bool:
 def find(url: str) -> tuple[Any, str, dict[str, dict[str, Any]]]:
     """The store, the root of `url` in it, and what the store tells of each file below, by path in order.
 
+    A `*` in the last part of the URL chooses files: `hf://datasets/OWNER/NAME/data/validation_unique-*.parquet`.
+
     Raises:
         ValueError: the store cannot be reached.
     """
@@ -20,6 +22,8 @@ def find(url: str) -> tuple[Any, str, dict[str, dict[str, Any]]]:
 
     try:
         files, root = url_to_fs(url)
+        if "*" in root:
+            return files, root.rpartition("/")[0], dict(sorted(files.glob(root, detail=True).items()))
         return files, root, dict(sorted(files.find(root, detail=True).items()))
     except Exception as error:  # each store has its own kinds
         raise ValueError(

@@ -76,7 +76,8 @@ def _reach(key: str, name: str, revision: str | None) -> str:
     if name.startswith("outputs/"):
         return f"{key}: {name} (an earlier stage makes it)"
     try:
-        return f"{key}: {name} at {manifest(name, revision)['revision']}"
+        found = manifest(name, revision)
+        return f"{key}: {name} at {found['revision']}" if "revision" in found else f"{key}: {name}"
     except ValueError as error:
         raise ValueError(f"{key}: {error}") from None
 

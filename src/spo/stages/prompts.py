@@ -29,8 +29,7 @@ def prepare(section: config.Prompts, seed: int, length: Callable[[str], int], ou
     """
     from spo.data import prompts, sources
 
-    evaluation = prompts.read_prompts(section.evaluation)
-    train = prompts.read_prompts(section.train)
+    evaluation, train = _captions(section.evaluation), _captions(section.train)
     if section.vocabulary is not None:
         prompts.check_vocabulary(map(prompts.clean, evaluation + train), section.vocabulary)
     blocked = prompts.BlockList.load(section.block_list) if section.block_list else None
@@ -57,6 +56,15 @@ def prepare(section: config.Prompts, seed: int, length: Callable[[str], int], ou
     _write_set_aside(output / "set_aside.csv", {name: told for name, (_, told) in lists.items()})
     write_json(output / "summary.json", summary)
     return summary
+
+
+def _captions(source: str) -> list[str]:
+    """Of a list of prompts, or of the shards of a preference data set in a folder or behind a URL."""
+    from spo.data import prompts, remote, sources
+
+    if remote.is_remote(source) or Path(source).is_dir():
+        return list(sources.read_captions(source))
+    return prompts.read_prompts(source)
 
 
 def _take(prompts: list[str], n: int, name: str) -> list[str]:

@@ -1,0 +1,56 @@
+"""Prompts straight from a preference data set."""
+
+import fsspec
+import pandas as pd
+import pytest
+import yaml
+
+from spo import config
+from spo.stages import plan, prompts
+
+DATA = "memory://pickapic/data"
+
+
+@pytest.fixture
+def data_set():
+    """Two splits of Pick-a-Pic's kind in a store; prompts repeat, also across splits."""
+    splits = {
+        "train": [f"prompt of training {i % 8}" for i in range(12)] + ["seen"],
+        "validation_unique": ["seen"],
+    }
+    splits["validation_unique"] += [f"prompt of evaluation {i}" for i in range(5)]
+    store = fsspec.filesystem("memory")
+    for split, captions in splits.items():
+        with store.open(f"/pickapic/data/{split}-00000-of-00001.parquet", "wb") as file:
+            pd.DataFrame({"caption": captions, "jpg_0": [b""] * len(captions)}).to_parquet(file)
+    yield splits
+    store.rm("/pickapic", recursive=True)
+
+
+def section(folder, **changes) -> config.Prompts:
+    empty = folder / "pairs"
+    empty.mkdir(exist_ok=True)
+    pd.DataFrame({"caption": ["another"]}).to_parquet(empty / "0.parquet")
+    told = {"train": f"{DATA}/train-*.parquet", "evaluation": f"{DATA}/validation_unique-*.parquet"}
+    return config.Prompts(**told, pairs=str(empty), n_train=8, n_validation=0, n_test=6, **changes)
+
+
+def test_lists_are_made_of_a_data_set_s_splits(data_set, tmp_path) -> None:
+    summary = prompts.prepare(section(tmp_path), 0, lambda prompt: len(prompt.split()), tmp_path / "out")
+    made = {name: (tmp_path / f"out/{name}.txt").read_text().splitlines() for name in ("train", "test")}
+    assert sorted(made["train"]) == [f"prompt of training {i}" for i in range(8)]
+    assert sorted(made["test"]) == sorted(data_set["validation_unique"])
+    assert summary["read"] == {"train": 13, "evaluation": 6}
+
+
+def test_the_dry_run_names_a_data_set_by_its_address(data_set, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    raw = yaml.safe_load(config.preset("smoke"))
+    raw["pairs"]["source"] = DATA
+    assert f"pairs.source: {DATA}" in plan.lines(config.validate(raw), "pairs", None)
+
+
+def test_a_split_that_is_not_there_is_one_line(data_set, tmp_path) -> None:
+    wrong = section(tmp_path).model_copy(update={"train": f"{DATA}/tain-*.parquet"})
+    with pytest.raises(ValueError, match=r"tain-\*.parquet: no .parquet shards there"):
+        prompts.prepare(wrong, 0, len, tmp_path / "out")
