@@ -107,9 +107,9 @@ def repro(folder: Path) -> Iterator[tuple[subprocess.Popen[bytes], Path]]:
 
 
 def stage_of(dvc: int) -> psutil.Process | None:
-    """The `spo STAGE` that this dvc has started."""
+    """The `spo STAGE` that this dvc has started, below its shell where that stays (dash)."""
     with contextlib.suppress(psutil.Error):
-        for child in psutil.Process(dvc).children():
+        for child in psutil.Process(dvc).children(recursive=True):
             if any(word.endswith("/spo") for word in child.cmdline()[:3]):
                 return child
     return None
