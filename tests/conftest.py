@@ -16,6 +16,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # two processes on two cores: one threa
 FIRST = "tests/smoke/"  # the longest, and they share a run of the DAG
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """A file is one process's, the smoke folder too; it begins."""
     items.sort(key=lambda item: not item.nodeid.startswith(FIRST))
