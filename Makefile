@@ -35,10 +35,10 @@ repro: data
 
 # two processes, a file at a time
 test: data
-	pytest -n 2 --dist loadgroup
+	pytest -n 2
 
 fast: setup
-	pytest -n 2 --dist loadgroup -m "not smoke and not services"
+	pytest -n 2 -m "not smoke and not services"
 
 smoke: data
 	pytest -m smoke
@@ -48,7 +48,7 @@ check: setup
 	ruff check .
 	mypy
 	lint-imports
-	pytest -n 2 --dist loadgroup -m "not smoke and not services"
+	pytest -n 2 -m "not smoke and not services"
 	@$(MAKE) --no-print-directory audit
 
 # known holes in the locked dependencies, where pip-audit can reach its data

@@ -1,6 +1,7 @@
 """For all tests: no network, no state of the person who runs them, few threads."""
 
 import os
+from typing import Any
 
 import pytest
 
@@ -13,13 +14,25 @@ os.environ.pop("SPO_PARENT_RUN", None)
 if "PYTEST_XDIST_WORKER" in os.environ:  # two processes on two cores: one thread each
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-FIRST = "tests/smoke/"  # the longest, and they share a run of the DAG
+SHARED = "tests/smoke"  # the longest, and its files share a run of the DAG: one process has them, and first
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A file is one process's, the smoke folder too; it begins."""
-    items.sort(key=lambda item: not item.nodeid.startswith(FIRST))
-    for item in items:
-        place = item.nodeid.split("::")[0]
-        item.add_marker(pytest.mark.xdist_group(FIRST if place.startswith(FIRST) else place))
+    items.sort(key=lambda item: _unit(item.nodeid) != SHARED)
+
+
+@pytest.hookimpl(optionalhook=True)  # of xdist, whose own groups pytest 9.2 passes over without a word
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByUnit(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return _unit(nodeid)
+
+    config.option.loadscopereorder = False
+    return ByUnit(config, log)
+
+
+def _unit(nodeid: str) -> str:
+    """What stays in one process: a file, or the folder that shares."""
+    return SHARED if nodeid.startswith(f"{SHARED}/") else nodeid.split("::")[0]
