@@ -4,6 +4,19 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+import yaml
+from diffusers import DDIMScheduler
+
+from spo import config, registry
+from spo.delivery import load_mlflow
+from spo.diffusion.noise import SampleNoise
+from spo.diffusion.rollout import sample_latents
+from spo.diffusion.schedule import Schedule
 
 SAVE = """
 import sys
@@ -31,3 +44,53 @@ def test_equal_adapters_are_equal_files(checkpoints, tmp_path) -> None:
     assert found[0] == found[1] == found[2]
     header = json.loads(found[0][8 : 8 + int.from_bytes(found[0][:8], "little")])
     assert header["__metadata__"] and list(header) == sorted(header)
+
+
+def test_mlflows_flavor_gives_the_champion_back(load, checkpoints, tmp_path, monkeypatch) -> None:
+    """The pipeline that MLflow's diffusers flavor loads from the registry draws our picture."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    backbone = load("sd")
+    backbone.add_lora(config.Lora(rank=2, alpha=6), seed=0)
+    generator = torch.Generator().manual_seed(1)
+    for parameter in backbone.trainable_parameters():
+        parameter.data = 0.2 * torch.randn(parameter.shape, generator=generator)
+    backbone.save_lora(Path("outputs/align/spo"))
+    Path("outputs/scores").mkdir()
+    for name, score in (("base", 20.0), ("spo", 21.0)):
+        table = {
+            "index": [0, 1],
+            "prompt": ["a circle"] * 2,
+            "seed": [0, 1],
+            "pickscore": [score, score + 0.1],
+        }
+        pd.DataFrame(table).to_csv(f"outputs/scores/{name}.csv", index=False)
+    raw = yaml.safe_load(config.preset("smoke")) | {
+        "name": "tiny",
+        "registry": {"improves": ["pickscore"], "holds": {}},
+    }
+    raw["backbone"] = {"family": "sd", "checkpoint": str(checkpoints["sd"])}
+    assert registry.register(config.validate(raw)).alias == "champion"
+
+    mlflow = load_mlflow()
+    mlflow.set_tracking_uri(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    try:
+        pipe = mlflow.diffusers.load_model("models:/tiny@champion").load_pipeline(device="cpu")
+    finally:
+        mlflow.set_tracking_uri(None)
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+    schedule = Schedule.from_config(backbone.scheduler_config, 6)
+
+    def noise() -> SampleNoise:
+        return SampleNoise(0, [5], backbone.latent_shape)
+
+    def ours() -> np.ndarray:
+        with backbone.inference():
+            latents = sample_latents(backbone, schedule, ["a red circle"], noise(), guidance=3.0, eta=0.0)
+            return (backbone.decode(latents).clamp(-1, 1).permute(0, 2, 3, 1).numpy() + 1) * 127.5
+
+    how = {"num_inference_steps": 6, "eta": 0.0, "guidance_scale": 3.0, "output_type": "np"}
+    theirs = pipe("a red circle", latents=noise().draw(), **how).images * 255
+    assert abs(ours() - theirs).max() <= 2
+    backbone = load("sd")
+    assert abs(ours() - theirs).max() > 8, "the adapter is in it"

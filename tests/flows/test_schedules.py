@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
-import os
 import shutil
-import signal
-import socket
 import subprocess
 import sys
 import time
-import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+from prefect_server import ask, server, started, wait_for
 
 pytestmark = pytest.mark.services
 FLOWS = Path(__file__).parents[2] / "flows"
@@ -34,69 +29,11 @@ stages:
 """
 
 
-def wait_for(told: str, seconds: float, done: Callable[[], Any]) -> Any:
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if found := done():
-            return found
-        time.sleep(0.5)
-    pytest.fail(f"{told}: not within {seconds:.0f} s")
-
-
-@contextlib.contextmanager
-def started(
-    command: list[str], folder: Path, environment: dict[str, str]
-) -> Iterator[subprocess.Popen[bytes]]:
-    """A process that is stopped in the end, and its group with it."""
-    with (folder / "log.txt").open("ab") as log:
-        process = subprocess.Popen(
-            command, cwd=folder, env=environment, stdout=log, stderr=log, start_new_session=True
-        )
-    try:
-        yield process
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGTERM)
-        try:
-            process.wait(30)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-
-
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     """Where the server is."""
-    folder = tmp_path_factory.mktemp("prefect")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    told = {"PREFECT_HOME": str(folder), "PREFECT_SERVER_ANALYTICS_ENABLED": "false", "PATH": path}
-    variables = {k: v for k, v in os.environ.items() if not k.startswith("PREFECT_")} | told
-    command = ["prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
-    with started(command, folder, variables):
-        variables["PREFECT_API_URL"] = f"http://127.0.0.1:{port}/api"
-        wait_for("the server", 120, lambda: _answers(variables))
+    with server(tmp_path_factory.mktemp("prefect")) as variables:
         yield variables
-
-
-def _answers(variables: dict[str, str]) -> bool:
-    try:
-        urllib.request.urlopen(f"{variables['PREFECT_API_URL']}/health", timeout=5).close()
-    except OSError:
-        return False
-    return True
-
-
-def ask(variables: dict[str, str], path: str, **body: Any) -> Any:
-    request = urllib.request.Request(
-        f"{variables['PREFECT_API_URL']}/{path}",
-        json.dumps(body).encode(),
-        {"Content-Type": "application/json"},
-    )
-    with urllib.request.urlopen(request, timeout=20) as answer:
-        return json.load(answer)
 
 
 def runs(variables: dict[str, str], state: str) -> list[dict[str, Any]]:
@@ -117,7 +54,7 @@ def project(tmp_path: Path) -> Path:
 
 def test_a_served_flow_runs_by_the_clock(environment: dict[str, str], project: Path) -> None:
     command = [sys.executable, "flows/pipeline.py", "--serve", "--cron", "* * * * *"]
-    with started(command, project, environment) as server:
+    with started(command, project, environment) as serving:
         done = wait_for("a scheduled run", 200, lambda: runs(environment, "COMPLETED"))
         assert done[0]["auto_scheduled"] and (project / "two.txt").exists()
         names = {
@@ -125,8 +62,8 @@ def test_a_served_flow_runs_by_the_clock(environment: dict[str, str], project: P
             for task in ask(environment, "task_runs/filter", flow_runs={"id": {"any_": [done[0]["id"]]}})
         }
         assert names == {"first", "second"}, "tasks have the names of the stages"
-        server.terminate()
-        server.wait(30)
+        serving.terminate()
+        serving.wait(30)
 
 
 def test_a_worker_runs_the_deployment_and_cancelling_ends_every_child(

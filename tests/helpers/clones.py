@@ -26,8 +26,15 @@ def environment(folder: Path, *first: Path) -> dict[str, str]:
     return {k: v for k, v in told.items() if k not in ("MLFLOW_TRACKING_URI", "SPO_PARENT_RUN", "DVC_STAGE")}
 
 
-def run(folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
-    told = {"cwd": folder, "env": environment(folder), "capture_output": True, "text": True}
+def run(
+    folder: Path, *command: str, variables: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    told = {
+        "cwd": folder,
+        "env": environment(folder) | (variables or {}),
+        "capture_output": True,
+        "text": True,
+    }
     return subprocess.run(command, timeout=900, **told)
 
 

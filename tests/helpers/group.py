@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import socket
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +16,33 @@ import torch
 
 
 def run_in(n: int, function: Callable[[], Any]) -> list[Any]:
-    """What `function` returns in each of n processes. All that it imports should be imported before."""
+    """What `function` returns in each of n processes. All that it imports should be imported before.
+
+    As with a launcher, those that are left are ended when one fails: they could wait for it for half an hour.
+    """
     torch.set_num_threads(1)  # a thread pool does not live on in a fork
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     with tempfile.TemporaryDirectory() as folder:
         children = [_fork(rank, n, port, Path(folder) / str(rank), function) for rank in range(n)]
-        statuses = [os.waitpid(child, 0)[1] for child in children]
-        assert statuses == [0] * n, f"processes ended with {statuses}"
+        failed = _wait_for(children)
+        assert not failed, f"processes ended with {failed}"
         return [torch.load(Path(folder) / str(rank), weights_only=False) for rank in range(n)]
+
+
+def _wait_for(children: Iterable[int]) -> list[int]:
+    """The statuses of those that failed, the first first."""
+    left, failed = set(children), list[int]()
+    while left:
+        child, status = os.wait()
+        left.discard(child)
+        if status:
+            failed.append(status)
+            for other in left:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(other, signal.SIGKILL)
+    return failed
 
 
 def _fork(rank: int, n: int, port: int, result: Path, function: Callable[[], Any]) -> int:

@@ -1,6 +1,8 @@
 """All stages again and again in one process: memory, open files and temporary files must not grow.
 
-python tests/helpers/soak.py FOLDER --rounds 3      # FOLDER: a clone with data and a params.yaml
+    python tests/helpers/soak.py FOLDER --rounds 3      # FOLDER: a clone with data and a params.yaml
+
+Says what part of each round tracking took, too.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import psutil
+import tracking_cost
 
 from spo import cli, config
 
@@ -34,6 +37,7 @@ class Use:
     """What the process holds after a round."""
 
     seconds: float
+    tracking: float  # percent of them
     megabytes: float  # resident
     open_files: int
     threads: int
@@ -42,11 +46,12 @@ class Use:
     state: int  # files under .spo
 
 
-def use(began: float) -> Use:
+def use(seconds: float, tracking: float) -> Use:
     gc.collect()
     process, scratch = psutil.Process(), Path(".spo")
     return Use(
-        seconds=round(time.monotonic() - began, 1),
+        seconds=round(seconds, 1),
+        tracking=round(100 * tracking / seconds, 2),
         megabytes=round(process.memory_info().rss / 1e6, 1),
         open_files=process.num_fds(),
         threads=process.num_threads(),
@@ -63,10 +68,11 @@ def rounds(
     uses = []
     for number in range(1, n + 1):
         began = time.monotonic()
-        for stage in stages:
-            if status := cli.main(stage):
-                raise RuntimeError(f"spo {' '.join(stage)} ended with {status}")
-        uses.append(use(began))
+        with tracking_cost.measured() as cost:
+            for stage in stages:
+                if status := cli.main(stage):
+                    raise RuntimeError(f"spo {' '.join(stage)} ended with {status}")
+        uses.append(use(time.monotonic() - began, cost.seconds))
         say(f"round {number}: {', '.join(f'{k} {v}' for k, v in asdict(uses[-1]).items())}")
     return uses
 
@@ -91,12 +97,15 @@ def main() -> None:
     )
     parser.add_argument("folder", type=Path)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--stages", nargs="*", metavar="STAGE", help="some only, as align@spo; default: all")
     parser.add_argument("--megabytes", type=float, default=50, help="growth that is none")
     told = parser.parse_args()
     os.chdir(told.folder)
     with tempfile.TemporaryDirectory() as own:
         tempfile.tempdir = own
-        found = growth(rounds(told.rounds, say=lambda line: print(line, file=sys.stderr)), told.megabytes)
+        stages = [tuple(name.split("@")) for name in told.stages] if told.stages else STAGES
+        uses = rounds(told.rounds, stages, lambda line: print(line, file=sys.stderr))
+        found = growth(uses, told.megabytes)
     print(f"grew: {', '.join(found) or 'nothing'}")
     sys.exit(bool(found))
 

@@ -1,13 +1,17 @@
 """The training loop killed again and again, also while it writes a checkpoint, ends with the same bits."""
 
+import contextlib
 import os
 import random
 import signal
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
+from group import run_in
 
 from spo import config, train
 from spo.checkpoint import CheckpointStore
@@ -92,3 +96,46 @@ def test_killed_at_random_is_uninterrupted_bit_for_bit(tmp_path: Path, number: i
         assert kills < 200
     assert kills >= 1
     assert torch.equal(torch.load(result), whole)
+
+
+def both(folder: Path) -> list[torch.Tensor]:
+    """The same training in two processes joined by gloo; the weights of each."""
+    return run_in(2, lambda: fit(folder, slow_disk=True))
+
+
+def attempt_both(folder: Path, result: Path, number: int, wait: float, victims: Sequence[int]) -> int:
+    """Two processes, of which `victims` get the signal after `wait` seconds; their parent's wait status."""
+    child = os.fork()
+    if child == 0:
+        try:
+            torch.save(both(folder), result)
+            os._exit(0)
+        except BaseException:
+            os._exit(1)
+    time.sleep(wait)
+    with contextlib.suppress(psutil.Error):
+        workers = sorted(psutil.Process(child).children(), key=lambda p: p.pid)
+        for worker in [workers[v] for v in victims if v < len(workers)]:
+            worker.send_signal(number)
+    return os.waitpid(child, 0)[1]
+
+
+@pytest.mark.parametrize(
+    ("number", "victims"), [(signal.SIGKILL, [0]), (signal.SIGKILL, [1]), (signal.SIGTERM, [0, 1])]
+)
+def test_two_processes_killed_at_random_are_uninterrupted_bit_for_bit(
+    tmp_path: Path, number: int, victims: list[int]
+) -> None:
+    whole = both(tmp_path / "whole")
+    assert torch.equal(whole[0], whole[1])
+    draw, kills = random.Random(10 * int(number) + victims[0]), 0
+    store, result, reached = CheckpointStore(tmp_path / "c"), tmp_path / "result", 0
+    while attempt_both(tmp_path / "c", result, number, draw.uniform(0.2, 0.6) + 0.05 * kills, victims):
+        kills += 1
+        step = (store.latest() or (0, {}))[0]
+        assert step >= reached, "a checkpoint was lost"
+        reached = step
+        assert kills < 60
+    assert kills >= 1
+    for weights in torch.load(result):
+        assert torch.equal(weights, whole[0])

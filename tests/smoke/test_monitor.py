@@ -1,0 +1,42 @@
+"""The champion's watch on a schedule: its event, read back from a real Prefect server."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import clones
+import pytest
+import yaml
+from prefect_server import ask, server, wait_for
+
+EVENT = "spo.champion.dropped"
+pytestmark = [pytest.mark.smoke, pytest.mark.services]
+
+
+def test_a_drop_is_an_event_and_a_failed_run(copy: Path, tmp_path: Path) -> None:
+    params = yaml.safe_load((copy / "params.yaml").read_text())
+    params["registry"] = {"improves": [], "holds": {"pickscore": 1e6}}  # whatever two updates made of it
+    (copy / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
+    assert "champion" in clones.must(copy, "spo", "register")
+    (copy / "new.txt").write_text("a red circle on a blue background\n")
+    (tmp_path / "prefect").mkdir()
+    with server(tmp_path / "prefect") as variables:
+        prefect = {k: v for k, v in variables.items() if k.startswith("PREFECT_")}
+
+        def watch(bound: str) -> subprocess.CompletedProcess[str]:
+            command = (sys.executable, "flows/monitor.py", "new.txt", "--at-least", bound)
+            return clones.run(copy, *command, variables=prefect)
+
+        def events() -> list[dict[str, Any]]:
+            return ask(variables, "events/filter", filter={"event": {"name": [EVENT]}})["events"]
+
+        assert watch("pickscore=-1e6").returncode == 0
+        dropped = watch("pickscore=1e6")
+        assert dropped.returncode == 1 and "below 1e+06" in dropped.stderr
+        (event,) = wait_for("the event", 30, events)
+        states = [run["state_type"] for run in ask(variables, "flow_runs/filter", sort="START_TIME_ASC")]
+    assert states == ["COMPLETED", "FAILED"]
+    assert event["resource"]["prefect.resource.id"] == "spo.model.smoke"
+    (reason,) = event["payload"]["reasons"]
+    assert event["payload"]["version"].startswith("smoke-1-") and "below 1e+06" in reason
