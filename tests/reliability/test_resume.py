@@ -126,11 +126,17 @@ def attempt_both(folder: Path, result: Path, number: int, wait: float, victims: 
 def test_two_processes_killed_at_random_are_uninterrupted_bit_for_bit(
     tmp_path: Path, number: int, victims: list[int]
 ) -> None:
+    began = time.monotonic()
     whole = both(tmp_path / "whole")
+    took = time.monotonic() - began
     assert torch.equal(whole[0], whole[1])
     draw, kills = random.Random(10 * int(number) + victims[0]), 0
     store, result, reached = CheckpointStore(tmp_path / "c"), tmp_path / "result", 0
-    while attempt_both(tmp_path / "c", result, number, draw.uniform(0.2, 0.6) + 0.05 * kills, victims):
+
+    def moment() -> float:
+        return took * (draw.uniform(0.2, 0.7) + 0.05 * kills)
+
+    while attempt_both(tmp_path / "c", result, number, moment(), victims):
         kills += 1
         step = (store.latest() or (0, {}))[0]
         assert step >= reached, "a checkpoint was lost"
