@@ -47,7 +47,7 @@ def test_equal_adapters_are_equal_files(checkpoints, tmp_path) -> None:
 
 
 def test_mlflows_flavor_gives_the_champion_back(load, checkpoints, tmp_path, monkeypatch) -> None:
-    """The pipeline that MLflow's diffusers flavor loads from the registry draws our picture."""
+    """Loaded from the registry it draws our picture, and none of the files there is a pickle."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     backbone = load("sd")
@@ -78,6 +78,17 @@ def test_mlflows_flavor_gives_the_champion_back(load, checkpoints, tmp_path, mon
         pipe = mlflow.diffusers.load_model("models:/tiny@champion").load_pipeline(device="cpu")
     finally:
         mlflow.set_tracking_uri(None)
+    stored = {p.suffix for p in (tmp_path / "mlartifacts").rglob("*") if p.is_file()}
+    assert ".safetensors" in stored and stored <= {
+        ".safetensors",
+        ".json",
+        ".yaml",
+        ".txt",
+        ".csv",
+        ".md",
+        "",
+    }
+
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
     schedule = Schedule.from_config(backbone.scheduler_config, 6)
 

@@ -145,6 +145,8 @@ def attempt(folder: Path, kill: Kill | None, draw: random.Random) -> Outcome:
             os.kill(dvc.pid, signal.SIGTERM)  # dvc leaves Ctrl-C to its stage, and waits for it
         torn = bool(partials(folder)) if kill.signal == signal.SIGKILL else False
         began = time.monotonic()
+        if kill.target == "stage" and _too_late(dvc, stage):
+            os.killpg(dvc.pid, signal.SIGKILL)
         if not until(lambda: ended() and not workers(folder), PATIENCE, 0.02):
             left = [" ".join(p.cmdline()) for p in workers(folder)]
             raise AssertionError(f"{kill}: still working after {PATIENCE} s: {left}")
@@ -168,6 +170,24 @@ def _wait_for(moment: str, folder: Path, dvc: subprocess.Popen[bytes], draw: ran
         until(lambda: ended() or any((p, _time(p)) not in before for p in checkpoints(folder)), 900)
         until(ended, draw.uniform(0, 0.5))
     return not ended()
+
+
+def _too_late(dvc: subprocess.Popen[bytes], stage: psutil.Process) -> bool:
+    """Whether the stage had done its work when the signal came (Python drops one that meets its exit), and dvc
+    has begun the next."""
+
+    def after() -> psutil.Process | None:
+        return None if _lives(stage) else stage_of(dvc.pid)
+
+    until(lambda: after() is not None or dvc.poll() is not None, PATIENCE, 0.02)
+    return after() is not None
+
+
+def _lives(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
 
 
 def _time(path: Path) -> int:
