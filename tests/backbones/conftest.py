@@ -18,7 +18,7 @@ from spo import backbones, config
 from spo.scenes import world
 from spo.scenes.build import tokenizer
 
-WIDTH = 32  # of each text encoder
+WIDTH, SECOND_WIDTH = 32, 48  # of the text encoders
 SIDE = 16  # of a picture
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
 
@@ -28,12 +28,12 @@ def words(tmp_path_factory):
     return tokenizer.save(world.vocabulary(), tmp_path_factory.mktemp("tokenizer"))
 
 
-def text_encoder(words, kind: type, projection: int) -> torch.nn.Module:
+def text_encoder(words, kind: type, projection: int, width: int = WIDTH) -> torch.nn.Module:
     return kind(
         CLIPTextConfig(
             vocab_size=len(words),
-            hidden_size=WIDTH,
-            intermediate_size=2 * WIDTH,
+            hidden_size=width,
+            intermediate_size=2 * width,
             num_hidden_layers=3,
             num_attention_heads=4,
             max_position_embeddings=words.model_max_length,
@@ -93,10 +93,10 @@ def sdxl(words) -> StableDiffusionXLPipeline:
     return StableDiffusionXLPipeline(
         vae=vae(0.13025),
         text_encoder=text_encoder(words, CLIPTextModel, WIDTH),
-        text_encoder_2=text_encoder(words, CLIPTextModelWithProjection, 24),
+        text_encoder_2=text_encoder(words, CLIPTextModelWithProjection, 24, SECOND_WIDTH),
         tokenizer=words,
         tokenizer_2=words,
-        unet=unet(2 * WIDTH, **added),
+        unet=unet(WIDTH + SECOND_WIDTH, **added),
         scheduler=EulerDiscreteScheduler.from_config({**BETAS, "clip_sample": False}),
     )
 

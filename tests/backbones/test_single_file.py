@@ -1,4 +1,4 @@
-"""Checkpoints of one .safetensors file, with the names of the original release of Stable Diffusion 1.5."""
+"""Checkpoints of one .safetensors file, with the names of the original releases."""
 
 import pytest
 import single_file
@@ -11,19 +11,20 @@ from spo.stages import prompts
 from spo.stages.plan import lines
 
 
-@pytest.fixture(scope="module")
-def one(checkpoints, tmp_path_factory) -> config.Backbone:
+@pytest.fixture(scope="module", params=["sd", "sdxl"])
+def one(request, checkpoints, tmp_path_factory) -> config.Backbone:
+    family = request.param
     file = tmp_path_factory.mktemp("single") / "model.safetensors"
-    single_file.write(checkpoints["sd"], file, layers=1, vae_blocks=2)
-    return config.Backbone(family="sd", checkpoint=str(file), config=str(checkpoints["sd"]))
+    single_file.write(checkpoints[family], file, layers=1, vae_blocks=2)
+    return config.Backbone(family=family, checkpoint=str(file), config=str(checkpoints[family]))
 
 
 def test_it_is_the_model_of_the_folder(one, load) -> None:
-    ours, theirs = backbones.load(one, "cpu"), load("sd")
+    ours, theirs = backbones.load(one, "cpu"), load(one.family)
     told = [b.encode_prompts(["a large red circle on sand"]) for b in (ours, theirs)]
     x_t, t = torch.randn(1, *theirs.latent_shape), torch.tensor([501])
-    for part in ("unet", "vae", "text_encoder"):
-        weights = [getattr(b, part).state_dict() for b in (ours, theirs)]
+    for part in (n for n, m in theirs.pipeline.components.items() if isinstance(m, torch.nn.Module)):
+        weights = [getattr(b.pipeline, part).state_dict() for b in (ours, theirs)]
         assert weights[0].keys() == weights[1].keys()
         assert all(torch.equal(weights[0][name], value) for name, value in weights[1].items()), part
     assert torch.allclose(ours.predict(x_t, t, told[0]), theirs.predict(x_t, t, told[1]), atol=1e-5)
@@ -35,7 +36,7 @@ def test_prompts_and_the_dry_run_read_its_description(one, checkpoints) -> None:
     params = config.validate({**yaml.safe_load(config.preset("smoke")), "backbone": one.model_dump()})
     assert prompts._token_counter(params)("a red ring") == 5  # start, three words, end
     size = sizes.measure(one)
-    folder = one.model_copy(update={"checkpoint": str(checkpoints["sd"]), "config": None})
+    folder = one.model_copy(update={"checkpoint": str(checkpoints[one.family]), "config": None})
     assert size == sizes.measure(folder)
     assert any("UNet" in line for line in lines(params, "generate", "base"))
 

@@ -116,11 +116,19 @@ def stage_of(dvc: int) -> psutil.Process | None:
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    return list((folder / ".spo/resume").rglob("*.ckpt"))
+    return _found(folder, "*.ckpt")
 
 
 def partials(folder: Path) -> list[Path]:
-    return list((folder / ".spo/resume").rglob(".partial"))
+    return _found(folder, ".partial")
+
+
+def _found(folder: Path, name: str) -> list[Path]:
+    while True:
+        try:
+            return list((folder / ".spo/resume").rglob(name))
+        except FileNotFoundError:  # a folder was renamed meanwhile
+            continue
 
 
 def attempt(folder: Path, kill: Kill | None, draw: random.Random) -> Outcome:
@@ -166,15 +174,15 @@ def _wait_for(moment: str, folder: Path, dvc: subprocess.Popen[bytes], draw: ran
     elif moment == "in a write":
         until(lambda: ended() or bool(partials(folder)), 900)
     else:
-        before = {(p, p.stat().st_mtime_ns) for p in checkpoints(folder)}
+        before = {(p, _time(p)) for p in checkpoints(folder)}
         until(lambda: ended() or any((p, _time(p)) not in before for p in checkpoints(folder)), 900)
         until(ended, draw.uniform(0, 0.5))
     return not ended()
 
 
 def _too_late(dvc: subprocess.Popen[bytes], stage: psutil.Process) -> bool:
-    """Whether the stage had done its work when the signal came (Python drops one that meets its exit), and dvc
-    has begun the next."""
+    """Whether the stage had done its work when the signal came (Python drops one that meets its exit),
+    and dvc has begun the next."""
 
     def after() -> psutil.Process | None:
         return None if _lives(stage) else stage_of(dvc.pid)

@@ -1,8 +1,9 @@
-"""A diffusers folder of Stable Diffusion 1.5's kind as one file with the names of the original release."""
+"""A diffusers folder of either family as one file with the names of the original release."""
 
 import re
 from pathlib import Path
 
+import torch
 from safetensors.torch import load_file, save_file
 
 RESNET = {
@@ -16,6 +17,8 @@ RESNET = {
 TOP = {
     "time_embedding.linear_1": "time_embed.0",
     "time_embedding.linear_2": "time_embed.2",
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
     "conv_in": "input_blocks.0.0",
     "conv_norm_out": "out.0",
     "conv_out": "out.2",
@@ -23,15 +26,27 @@ TOP = {
     "mid_block.attentions.0": "middle_block.1",
     "mid_block.resnets.1": "middle_block.2",
 }
+OPEN_CLIP = {
+    "final_layer_norm": "ln_final",
+    "encoder.layers.": "transformer.resblocks.",
+    "self_attn": "attn",
+    "layer_norm": "ln_",
+    "fc1": "c_fc",
+    "fc2": "c_proj",
+    "embeddings.token_embedding": "token_embedding",
+    "embeddings.position_embedding.weight": "positional_embedding",
+}
 VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
 
 
 def write(folder: Path, file: Path, layers: int, vae_blocks: int) -> None:
     """`layers` a UNet block; `vae_blocks` of the VAE's encoder."""
+    two = (folder / "text_encoder_2").exists()
+    text = "conditioner.embedders.0.transformer." if two else "cond_stage_model.transformer."
     parts = {
         "model.diffusion_model.": (folder / "unet/diffusion_pytorch_model.safetensors", unet_name(layers)),
         "first_stage_model.": (folder / "vae/diffusion_pytorch_model.safetensors", vae_name(vae_blocks)),
-        "cond_stage_model.transformer.": (folder / "text_encoder/model.safetensors", text_name),
+        text: (folder / "text_encoder/model.safetensors", text_name),
     }
     state = {}
     for prefix, (source, name) in parts.items():
@@ -39,7 +54,26 @@ def write(folder: Path, file: Path, layers: int, vae_blocks: int) -> None:
             new = name(key)
             linear = prefix == "first_stage_model." and ".attn_1." in new and value.ndim == 2
             state[prefix + new] = (value[:, :, None, None] if linear else value).contiguous()
+    if two:
+        second = open_clip(load_file(folder / "text_encoder_2/model.safetensors"))
+        state |= {f"conditioner.embedders.1.model.{key}": value for key, value in second.items()}
     save_file(state, file)
+
+
+def open_clip(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A text encoder with projection under open_clip's names: q, k and v are one matrix there."""
+    told = {"text_projection": state["text_projection.weight"].T.contiguous()}
+    for key in (k for k in state if k.startswith("text_model.")):
+        if ".k_proj." in key or ".v_proj." in key:
+            continue
+        name, value = key.removeprefix("text_model."), state[key]
+        if ".q_proj." in key:
+            value = torch.cat([state[key.replace(".q_proj.", f".{part}_proj.")] for part in "qkv"])
+            name = name.replace(".q_proj.", ".in_proj_")
+        for ours, theirs in OPEN_CLIP.items():
+            name = name.replace(ours, theirs)
+        told[name] = value
+    return told
 
 
 def text_name(key: str) -> str:
