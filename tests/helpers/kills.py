@@ -153,7 +153,7 @@ def attempt(folder: Path, kill: Kill | None, draw: random.Random) -> Outcome:
             os.kill(dvc.pid, signal.SIGTERM)  # dvc leaves Ctrl-C to its stage, and waits for it
         torn = bool(partials(folder)) if kill.signal == signal.SIGKILL else False
         began = time.monotonic()
-        if kill.target == "stage" and _too_late(dvc, stage):
+        if (kill.target == "stage" or kill.signal == signal.SIGINT) and _too_late(dvc, stage):
             os.killpg(dvc.pid, signal.SIGKILL)
         if not until(lambda: ended() and not workers(folder), PATIENCE, 0.02):
             left = [" ".join(p.cmdline()) for p in workers(folder)]
