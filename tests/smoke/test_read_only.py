@@ -39,9 +39,7 @@ def content(folder: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize(
     ("stage", "folder"),
     [
-        (("prompts",), "outputs/prompts"),
         (("align", "spo"), "outputs/align"),
-        (("score", "spo"), "outputs/scores"),
         (("report",), "reports"),
     ],
 )
