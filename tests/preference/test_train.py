@@ -142,3 +142,15 @@ def test_no_pairs_is_one_line(clip, tokenizer, backbone, schedule) -> None:
     with pytest.raises(ValueError, match="no training pairs"):
         model = StepAwarePreferenceModel(clip)
         spm.train(model, tokenizer, backbone, schedule, empty, settings(), seed=0)
+
+
+def test_heads_alone_leave_the_towers_as_they_are(clip, tokenizer, backbone, schedule, pairs) -> None:
+    model = StepAwarePreferenceModel(clip)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    only = settings(trained="heads", steps=3)
+    spm.train(model, tokenizer, backbone, schedule, pairs, only, seed=0)
+    moved = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
+    assert {"model.visual_projection.weight", "model.text_projection.weight", "model.logit_scale"} <= moved
+    assert any("adaLN" in n for n in moved)
+    towers = ("self_attn", ".mlp.fc", "embeddings", "layer_norm1", "pre_layrnorm")
+    assert not [n for n in moved if any(part in n for part in towers)]

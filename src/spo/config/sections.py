@@ -127,6 +127,16 @@ class PseudoLabels(Section):
         return self
 
 
+class Degradations(Section):
+    """Before the labels: the CLIP learns to tell harmed copies of unlabelled pictures apart."""
+
+    steps: Positive
+    batch_size: Positive
+    optimizer: Optimizer  # its learning rate falls to 0 by a cosine
+    pictures: Positive = 8000  # at most so many of the training pairs' are decoded, and kept in memory
+    checkpoint_every: Positive = 100
+
+
 class Preference(Section):
     """The step-aware preference model (SPM) and its training."""
 
@@ -135,6 +145,8 @@ class Preference(Section):
     tokenizer: str | None = None  # where it lies, if not with `init`
     step_condition: bool = True  # False: the same CLIP without adaLN
     noised: bool = True  # False: trained on clean images only
+    degradations: Degradations | None = None  # None: labels alone teach, as published
+    trained: Literal["all", "heads"] = "all"  # by labels; heads: projections, last norms, step condition
     labels: PseudoLabels | None = None  # None: people's
     logit_scale: Rate | None = None  # at the start of training; None: that of `init`
     optimizer: Optimizer

@@ -29,6 +29,9 @@ MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 FREQUENCIES = 256  # sinusoids of the timestep
+# what `preference.trained: heads` trains
+HEADS = ("visual_projection", "text_projection", "final_layer_norm", "post_layernorm", "logit_scale")
+STEP_CONDITION = ("adaLN_modulation", "t_embedder")
 
 
 class StepAwarePreferenceModel(nn.Module):
@@ -108,6 +111,12 @@ class StepAwarePreferenceModel(nn.Module):
         """Set exp(logit_scale). A CLIP is sharper than noisy labels can be; training on few pairs would
         first flatten its features (in scenes, right colour against wrong colour fell from 100 to 57 %)."""
         self.model.logit_scale.data.fill_(math.log(logit_scale))
+
+    def train_heads(self) -> None:
+        """Only projections, last norms, scale and step condition learn from now on. Few labels teach a whole
+        CLIP their pairs by heart (log loss on held-out pairs of scenes .672, with heads alone .660)."""
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(any(part in name for part in (*HEADS, *STEP_CONDITION)))
 
     def checkpoint_gradients(self) -> None:
         """In training, activations inside the layers are computed again in the backward pass, not kept."""

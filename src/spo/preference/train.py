@@ -5,6 +5,7 @@ are all a checkpoint needs: a resumed training equals an uninterrupted one bit f
 
 Departures from the official code:
 1. `preference.ema` averages the weights over training (0, as published, does not).
+2. `preference.trained: heads` leaves the towers as they are (all, as published, trains every weight).
 """
 
 from __future__ import annotations
@@ -66,7 +67,9 @@ def train(
     """
     if not len(pairs.captions):
         raise ValueError("preference: there are no training pairs; look at outputs/pairs/summary.json")
-    optimizer = adamw(model.parameters(), settings.optimizer)
+    if settings.trained == "heads":
+        model.train_heads()
+    optimizer = adamw(_trained(model), settings.optimizer)
     first, averaged = _resume(model, optimizer, checkpoint)
     schedule = schedule.to(backbone.device)
     model.train()
@@ -124,7 +127,7 @@ def _update(
         decided = label_0 != 0.5
         right = ((score_0 > score_1) == (label_0 > 0.5))[decided]
         sums += torch.stack([loss.detach(), right.sum().float(), decided.sum().float()])
-    parameters = list(model.parameters())
+    parameters = _trained(model)
     processes.sum_gradients(parameters)
     norm = torch.nn.utils.clip_grad_norm_(parameters, settings.optimizer.max_grad_norm or float("inf"))
     if not norm.isfinite():
@@ -139,6 +142,10 @@ def _update(
         "accuracy": (right / clear).item() if clear > 0 else 0.5,
         "gradient_norm": norm.item(),
     }
+
+
+def _trained(model: StepAwarePreferenceModel) -> list[torch.nn.Parameter]:
+    return [p for p in model.parameters() if p.requires_grad]
 
 
 def _scores(

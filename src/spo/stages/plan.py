@@ -93,7 +93,8 @@ def _work(params: Params, stage: str, item: str | None, size: Sizes) -> tuple[in
     if stage == "preference":
         p = params.preference
         doubled = 1 + (p.guidance != 1)
-        return 2 * p.steps * p.batch_size * doubled, f"{p.steps} updates of {p.batch_size} pairs"
+        before = f"{p.degradations.steps} updates on degradations, then " if p.degradations else ""
+        return 2 * p.steps * p.batch_size * doubled, f"{before}{p.steps} updates of {p.batch_size} pairs"
     if item == "spo":
         return _spo_work(params.align.spo, size)
     dpo = params.align.diffusion_dpo

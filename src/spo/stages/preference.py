@@ -48,7 +48,7 @@ def run(params: Params, item: str | None = None) -> None:
         backbone = backbones.load(params.backbone, device())
         scratch = _scratch(params, settings)
         curve = Curve(tracked, scratch)
-        model, tokenizer, report = _train(params, settings, backbone, scratch, curve)
+        model, tokenizer, report = _train(params, settings, backbone, scratch, curve, tracked)
         if not processes.is_first():
             return
         if item is None:
@@ -62,7 +62,7 @@ def run(params: Params, item: str | None = None) -> None:
 
 
 def _train(
-    params: Params, settings: Preference, backbone: Backbone, scratch: Path, curve: Curve
+    params: Params, settings: Preference, backbone: Backbone, scratch: Path, curve: Curve, tracked: Any
 ) -> tuple[Any, Any, dict[str, Any]]:
     """The model, its tokenizer, and accuracy by timestep on validation pairs."""
     import torch
@@ -70,6 +70,7 @@ def _train(
     from spo.checkpoint import CheckpointStore
     from spo.diffusion.schedule import Schedule
     from spo.preference import train as spm
+    from spo.preference import warmup
     from spo.preference.model import StepAwarePreferenceModel, load_tokenizer
 
     schedule = Schedule.from_config(backbone.scheduler_config, settings.num_inference_steps)
@@ -87,6 +88,19 @@ def _train(
 
         pairs["train"], told["pseudo_labels"] = relabelled(pairs["train"], settings, str(backbone.device))
     common = (model, tokenizer, backbone, schedule)
+    if settings.degradations is not None:
+        warmup.warm_up(
+            model,
+            tokenizer,
+            backbone,
+            pairs["train"],
+            settings.degradations,
+            seed=params.seed,
+            checkpoint=CheckpointStore(scratch / "warmup"),
+            on_metrics=lambda m, s: tracked.log_metrics(
+                {f"degradations/{k}": v for k, v in m.items()}, step=s
+            ),
+        )
     store = CheckpointStore(scratch / "checkpoints")
     spm.train(*common, pairs["train"], settings, seed=params.seed, checkpoint=store, on_metrics=curve.log)
     timesteps, guidance = settings.eval_timesteps, settings.guidance

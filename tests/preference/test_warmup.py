@@ -1,0 +1,122 @@
+import copy
+import math
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from spo import config
+from spo.checkpoint import CheckpointStore
+from spo.preference import warmup
+from spo.preference.degradations import Draws, degrade
+from spo.preference.model import StepAwarePreferenceModel
+
+
+@dataclass
+class PatternPairs:
+    """Coloured pictures with an edge. Labels and weights that would break any use of them."""
+
+    greys: torch.Tensor  # [N,2]
+    captions: list[str]
+    label_0: torch.Tensor
+    weight: torch.Tensor
+
+    def read(self, indices):
+        edge = torch.where(torch.arange(16) < 8, 0.4, -0.4)
+        tint = torch.tensor([0.3, 0.0, -0.3]).view(3, 1, 1)
+        both = self.greys[indices].view(-1, 2, 1, 1, 1) + edge + tint
+        return both.expand(-1, 2, 3, 16, 16).unbind(1)
+
+
+@pytest.fixture
+def pairs() -> PatternPairs:
+    greys = torch.rand(40, 2, generator=torch.Generator().manual_seed(3)) * 0.4 - 0.2
+    captions = ["a dark square" if i % 2 else "a bright square" for i in range(40)]
+    nothing = torch.full((40,), float("nan"))
+    return PatternPairs(greys, captions, nothing, nothing)
+
+
+def settings(steps: int, **changes) -> config.Degradations:
+    optimizer = config.Optimizer(learning_rate=3e-3, weight_decay=0.0)
+    told = {"steps": steps, "batch_size": 16, "optimizer": optimizer, "checkpoint_every": 4}
+    return config.Degradations(**told | changes)
+
+
+def order_accuracy(model, head, pairs, backbone) -> float:
+    """Of harmed copies that training did not see."""
+    pictures = torch.cat(pairs.read(torch.arange(40)))
+    copies = []
+    for start in (0, 1000):
+        drawn = Draws.of([torch.Generator().manual_seed(start + i) for i in range(80)], 16)
+        embedded = model.encode_image(degrade(pictures, drawn), torch.zeros(80, dtype=torch.int64))
+        copies.append((torch.nn.functional.normalize(embedded, dim=-1), drawn.strengths))
+    logits, difference = head(copies[0][0] - copies[1][0]), copies[0][1] - copies[1][1]
+    there = difference != 0
+    return ((logits > 0) == (difference > 0))[there].float().mean().item()
+
+
+def test_it_learns_to_see_what_harms_a_picture_without_labels(
+    clip, tokenizer, backbone, pairs, monkeypatch
+) -> None:
+    torch.manual_seed(0)
+    model, heads = StepAwarePreferenceModel(clip), []
+    make = warmup._head
+    monkeypatch.setattr(warmup, "_head", lambda *a: heads.append(make(*a)) or heads[0])
+    before = order_accuracy(model, make(model, 0), pairs, backbone)
+    told = {n: p.clone() for n, p in model.named_parameters() if "adaLN" in n or "t_embedder" in n}
+    seen: list[float] = []
+    warmup.warm_up(
+        model,
+        tokenizer,
+        backbone,
+        pairs,
+        settings(120),
+        seed=0,
+        on_metrics=lambda m, s: seen.append(m["order"]),
+    )
+    after = order_accuracy(model, heads[0], pairs, backbone)
+    assert before < 0.65 and after > 0.75, (before, after)
+    assert sum(seen[-10:]) < 0.8 * sum(seen[:10])
+    assert all(torch.equal(dict(model.named_parameters())[n], p) for n, p in told.items())
+    assert not model.training
+
+
+def test_resumed_is_uninterrupted_bit_for_bit(clip, tokenizer, backbone, pairs, tmp_path) -> None:
+    whole = StepAwarePreferenceModel(copy.deepcopy(clip))
+    parts = StepAwarePreferenceModel(copy.deepcopy(clip))
+    parts.load_state_dict(whole.state_dict())
+    start = copy.deepcopy(parts.state_dict())
+    common = (tokenizer, backbone, pairs, settings(9))
+    warmup.warm_up(whole, *common, seed=0)
+
+    def stop(metrics, step):
+        if step == 6:
+            raise KeyboardInterrupt
+
+    store = CheckpointStore(tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        warmup.warm_up(parts, *common, seed=0, checkpoint=store, on_metrics=stop)
+    assert store.latest()[0] == 4
+    for _ in range(2):  # the second time nothing is left to do
+        parts.load_state_dict(start)
+        warmup.warm_up(parts, *common, seed=0, checkpoint=store)
+        for name, value in whole.state_dict().items():
+            assert torch.equal(parts.state_dict()[name], value), name
+
+
+def test_the_loss_of_an_order_by_hand() -> None:
+    logits = torch.tensor([[2.0, -1.0, 5.0, 0.0]])
+    difference = torch.tensor([[0.3, 0.2, 0.0, -0.1]])
+    by_hand = math.log1p(math.exp(-2)) + math.log1p(math.exp(1)) + 0 + math.log(2)
+    assert warmup.order_loss(logits, difference).tolist() == pytest.approx([by_hand])
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_update(clip, tokenizer, backbone, pairs) -> None:
+    model = StepAwarePreferenceModel(clip)
+    with torch.no_grad():
+        model.model.visual_projection.weight[0, 0] = float("nan")
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(FloatingPointError, match=r"preference\.degradations: loss .* at step 0"):
+        warmup.warm_up(model, tokenizer, backbone, pairs, settings(2), seed=0)
+    for name, value in model.state_dict().items():
+        assert torch.equal(before[name].nan_to_num(7), value.nan_to_num(7)), name
