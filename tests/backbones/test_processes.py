@@ -18,6 +18,7 @@ from spo.methods.diffusion_dpo import DiffusionDpoMethod
 from spo.methods.spo import SpoMethod
 from spo.preference import train as spm
 from spo.preference.model import ClipJudge, StepAwarePreferenceModel
+from spo.preference.warmup import warm_up
 from spo.rewards import clip
 from spo.scenes.build import clips
 from spo.types import Batch, StepPair
@@ -189,6 +190,29 @@ def test_two_processes_train_the_preference_model_as_one(load, model, words, pai
 
     (one,), several = run_in(1, body), run_in(2, body)
     check_alike(one, several)
+
+
+def test_two_processes_learn_degradations_as_one(load, model, words, pairs) -> None:
+    """Five pictures an update: two and three."""
+    settings = config.Degradations(steps=3, batch_size=5, optimizer=OPTIMIZER)
+    backbone = load("sd")
+
+    def body() -> dict:
+        seen: list[dict] = []
+        warm_up(model, words, backbone, pairs, settings, seed=0, on_metrics=lambda m, s: seen.append(m))
+        learned = [p for p in model.parameters() if p.grad is not None]
+        return {
+            "metrics": seen,
+            "gradients": torch.cat([p.grad.flatten() for p in learned]),
+            "weights": torch.cat([p.detach().flatten() for p in model.parameters()]),
+        }
+
+    (one,), several = run_in(1, body), run_in(2, body)
+    assert torch.equal(several[0]["weights"], several[1]["weights"])
+    for told in several:
+        assert told["metrics"] == [pytest.approx(m, rel=1e-5) for m in one["metrics"]]
+        error = (told["gradients"] - one["gradients"]).abs().max() / one["gradients"].abs().max()
+        assert error < 1e-5
 
 
 class Uneven:
