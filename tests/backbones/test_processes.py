@@ -200,7 +200,8 @@ def test_two_processes_learn_degradations_as_one(load, model, words, pairs) -> N
     def body() -> dict:
         seen: list[dict] = []
         warm_up(model, words, backbone, pairs, settings, seed=0, on_metrics=lambda m, s: seen.append(m))
-        learned = [p for p in model.parameters() if p.grad is not None]
+        told = ("adaLN", "t_embedder", "logit_scale")  # not trained here: no sum over processes
+        learned = [p for n, p in model.named_parameters() if not any(part in n for part in told)]
         return {
             "metrics": seen,
             "gradients": torch.cat([p.grad.flatten() for p in learned]),
@@ -212,7 +213,7 @@ def test_two_processes_learn_degradations_as_one(load, model, words, pairs) -> N
     for told in several:
         assert told["metrics"] == [pytest.approx(m, rel=1e-5) for m in one["metrics"]]
         error = (told["gradients"] - one["gradients"]).abs().max() / one["gradients"].abs().max()
-        assert error < 1e-5
+        assert error < 5e-5  # 1.1e-5: logits are 40 times a small difference; a wrong share gives .1 and more
 
 
 class Uneven:

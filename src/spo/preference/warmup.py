@@ -55,7 +55,8 @@ def warm_up(
         KeyboardInterrupt: SIGTERM or Ctrl-C, after the state was saved.
     """
     head = _head(model, seed)
-    trained = [p for n, p in model.named_parameters() if "adaLN" not in n and "t_embedder" not in n]
+    left = ("adaLN", "t_embedder", "logit_scale")  # no gradient reaches them
+    trained = [p for n, p in model.named_parameters() if not any(part in n for part in left)]
     optimizer = adamw([*trained, *head.parameters()], settings.optimizer)
     first = 0
     if checkpoint and (found := checkpoint.latest()):
