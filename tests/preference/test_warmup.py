@@ -116,7 +116,21 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(clip, tokenizer, back
     with torch.no_grad():
         model.model.visual_projection.weight[0, 0] = float("nan")
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(FloatingPointError, match=r"preference\.degradations: loss .* at step 0"):
+    with pytest.raises(FloatingPointError, match=r"preference\.degradations: gradient norm nan at step 0"):
         warmup.warm_up(model, tokenizer, backbone, pairs, settings(2), seed=0)
     for name, value in model.state_dict().items():
         assert torch.equal(before[name].nan_to_num(7), value.nan_to_num(7)), name
+
+
+def test_no_pairs_is_one_line(clip, tokenizer, backbone) -> None:
+    nothing = torch.zeros(0)
+    empty = PatternPairs(torch.zeros(0, 2), [], nothing, nothing)
+    with pytest.raises(ValueError, match="no training pairs"):
+        warmup.warm_up(StepAwarePreferenceModel(clip), tokenizer, backbone, empty, settings(2), seed=0)
+
+
+def test_pictures_are_kept_at_the_size_that_the_model_sees(clip, backbone, pairs, monkeypatch) -> None:
+    monkeypatch.setattr(backbone, "decode", lambda x: x.repeat_interleave(4, -1).repeat_interleave(3, -2))
+    pictures, captions = warmup._pictures(StepAwarePreferenceModel(clip), backbone, pairs, 7, seed=0)
+    assert pictures.shape == (7, 3, 16, 16) and pictures.dtype == torch.uint8 and len(captions) == 7
+    assert (pictures[..., 2].float() - pictures[..., -3].float()).abs().min() > 50  # the edge is still there

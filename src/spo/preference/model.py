@@ -114,7 +114,7 @@ class StepAwarePreferenceModel(nn.Module):
 
     def train_heads(self) -> None:
         """Only projections, last norms, scale and step condition learn from now on. Few labels teach a whole
-        CLIP their pairs by heart (log loss on held-out pairs of scenes .672, with heads alone .660)."""
+        CLIP their pairs by heart (log loss on held-out pairs of scenes .667, with heads alone .661)."""
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(any(part in name for part in (*HEADS, *STEP_CONDITION)))
 
@@ -155,7 +155,11 @@ class StepAwarePreferenceModel(nn.Module):
         return self.model.visual_projection(pooled)
 
     def _pixels(self, images: Tensor) -> Tensor:
-        """Shortest side to image_size (bicubic, no antialias), centre crop, clamp, normalise."""
+        """Fitted, clamped, normalised."""
+        return ((self.fitted(images) / 2 + 0.5).clamp(0, 1) - self._mean) / self._std
+
+    def fitted(self, images: Tensor) -> Tensor:
+        """Shortest side to image_size (bicubic, no antialias), centre crop: [B,3,image_size,image_size]."""
         images = images.to(self._mean)
         height, width = images.shape[-2:]
         scale = self.image_size / min(height, width)
@@ -163,8 +167,7 @@ class StepAwarePreferenceModel(nn.Module):
         if size != (height, width):
             images = F.interpolate(images, size, mode="bicubic", align_corners=False)
         top, left = (round((side - self.image_size) / 2) for side in size)
-        images = images[..., top : top + self.image_size, left : left + self.image_size]
-        return ((images / 2 + 0.5).clamp(0, 1) - self._mean) / self._std
+        return images[..., top : top + self.image_size, left : left + self.image_size]
 
 
 class TimestepEmbedder(nn.Module):

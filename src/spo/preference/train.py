@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from spo import processes
 from spo.checkpoint import CheckpointStore, stop_on_signal
-from spo.config import Preference
+from spo.config import Optimizer, Preference
 from spo.diffusion.noise import shuffled
 from spo.diffusion.schedule import Schedule
 from spo.optimizer import adamw
@@ -65,11 +65,10 @@ def train(
         FloatingPointError: a loss or gradient is not finite; the weights are those before the update.
         KeyboardInterrupt: SIGTERM or Ctrl-C, after the state was saved.
     """
-    if not len(pairs.captions):
-        raise ValueError("preference: there are no training pairs; look at outputs/pairs/summary.json")
+    check_pairs(pairs)
     if settings.trained == "heads":
         model.train_heads()
-    optimizer = adamw(_trained(model), settings.optimizer)
+    optimizer = adamw([p for p in model.parameters() if p.requires_grad], settings.optimizer)
     first, averaged = _resume(model, optimizer, checkpoint)
     schedule = schedule.to(backbone.device)
     model.train()
@@ -127,15 +126,7 @@ def _update(
         decided = label_0 != 0.5
         right = ((score_0 > score_1) == (label_0 > 0.5))[decided]
         sums += torch.stack([loss.detach(), right.sum().float(), decided.sum().float()])
-    parameters = _trained(model)
-    processes.sum_gradients(parameters)
-    norm = torch.nn.utils.clip_grad_norm_(parameters, settings.optimizer.max_grad_norm or float("inf"))
-    if not norm.isfinite():
-        raise FloatingPointError(_not_finite(f"gradient norm {norm.item()} at step {step}"))
-    warm = min(1.0, (step + 1) / max(settings.optimizer.warmup_steps, 1))
-    for group in optimizer.param_groups:
-        group["lr"] = settings.optimizer.learning_rate * warm
-    optimizer.step()
+    norm = take_step(optimizer, settings.optimizer, step, key="preference")
     mean_loss, right, clear = processes.total(sums)
     return {
         "loss": mean_loss.item(),
@@ -144,8 +135,36 @@ def _update(
     }
 
 
-def _trained(model: StepAwarePreferenceModel) -> list[torch.nn.Parameter]:
-    return [p for p in model.parameters() if p.requires_grad]
+def take_step(
+    optimizer: torch.optim.Optimizer, settings: Optimizer, step: int, *, key: str, share: float = 1.0
+) -> Tensor:
+    """Update by the gradients of all processes, clipped, at `share` of the learning rate after its warm-up.
+
+    Returns:
+        The norm of the gradients before they were clipped.
+
+    Raises:
+        FloatingPointError: it is not finite; nothing was updated. `key` names the section of params.yaml.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    processes.sum_gradients(parameters)
+    norm = torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm or float("inf"))
+    if not norm.isfinite():
+        raise FloatingPointError(_not_finite(f"gradient norm {norm.item()} at step {step}", key))
+    warm = min(1.0, (step + 1) / max(settings.warmup_steps, 1))
+    for group in optimizer.param_groups:
+        group["lr"] = settings.learning_rate * warm * share
+    optimizer.step()
+    return norm
+
+
+def check_pairs(pairs: LatentPairs) -> None:
+    """
+    Raises:
+        ValueError: there are none.
+    """
+    if not len(pairs.captions):
+        raise ValueError("preference: there are no training pairs; look at outputs/pairs/summary.json")
 
 
 def _scores(
@@ -176,8 +195,8 @@ def _scores(
     return score_0, score_1, pairs.label_0[indices].to(scores.device), timesteps, captions
 
 
-def _not_finite(what: str) -> str:
-    return f"preference: {what}: stopped before the update; try a lower preference.optimizer.learning_rate"
+def _not_finite(what: str, key: str = "preference") -> str:
+    return f"{key}: {what}: stopped before the update; try a lower {key}.optimizer.learning_rate"
 
 
 def _where(scores: Tensor, timesteps: Tensor, captions: Sequence[str]) -> str:

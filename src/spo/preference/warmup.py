@@ -5,8 +5,8 @@ head tells which of them is more blurred, grainier, paler and darker. Beside it 
 which caption a harmed picture has. The head is dropped; labels then decide what of it people care for.
 
 Not in the paper, whose preference model starts from PickScore, a CLIP that was taught quality by 580,000
-labels. In scenes, against the same CLIP without it: within the candidates of one step, the correlation of
-scores with the annotators' view of quality rose from .18 to .34.
+labels. In scenes, within the candidates of one step, the correlation of scores with the annotators' view of
+quality rose from .18 to .25 (other trainings: .34, .27); SPO gained no more at equal layout (docs/log.md).
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from spo.config import Degradations
 from spo.diffusion.noise import generator, shuffled
 from spo.optimizer import adamw
 from spo.preference.degradations import DEGRADATIONS, Draws, degrade
-from spo.preference.model import StepAwarePreferenceModel, token_ids
+from spo.preference.model import STEP_CONDITION, StepAwarePreferenceModel, token_ids
+from spo.preference.train import LatentPairs, check_pairs, take_step
 from spo.types import Backbone
 
 GAIN = 40.0  # logits a unit of the head: embeddings of copies of one picture differ by little
@@ -38,7 +39,7 @@ def warm_up(
     model: StepAwarePreferenceModel,
     tokenizer: Any,
     backbone: Backbone,
-    pairs: Any,
+    pairs: LatentPairs,
     settings: Degradations,
     *,
     seed: int,
@@ -51,11 +52,13 @@ def warm_up(
     step), so a resumed training equals an uninterrupted one bit for bit, and n processes equal one.
 
     Raises:
-        FloatingPointError: a loss or gradient is not finite; the weights are those before the update.
+        ValueError: there are no pairs.
+        FloatingPointError: a gradient is not finite; the weights are those before the update.
         KeyboardInterrupt: SIGTERM or Ctrl-C, after the state was saved.
     """
+    check_pairs(pairs)
     head = _head(model, seed)
-    left = ("adaLN", "t_embedder", "logit_scale")  # no gradient reaches them
+    left = (*STEP_CONDITION, "logit_scale")
     trained = [p for n, p in model.named_parameters() if not any(part in n for part in left)]
     optimizer = adamw([*trained, *head.parameters()], settings.optimizer)
     first = 0
@@ -66,7 +69,7 @@ def warm_up(
         optimizer.load_state_dict(state["optimizer"])
     if first >= settings.steps:
         return
-    pictures, captions = _pictures(backbone, pairs, settings.pictures, seed)
+    pictures, captions = _pictures(model, backbone, pairs, settings.pictures, seed)
     ids = token_ids(tokenizer, captions, model)
     model.train()
     bar = tqdm(range(first, settings.steps), "degradations", settings.steps, initial=first, unit="step")
@@ -94,8 +97,13 @@ def _head(model: StepAwarePreferenceModel, seed: int) -> nn.Linear:
     return head.to(model.model.logit_scale.device)
 
 
-def _pictures(backbone: Backbone, pairs: Any, most: int, seed: int) -> tuple[Tensor, list[str]]:
-    """At most `most` pictures of pairs, uint8 [N,3,H,W], and their captions; decoded once, kept in memory."""
+def _pictures(
+    model: StepAwarePreferenceModel, backbone: Backbone, pairs: LatentPairs, most: int, seed: int
+) -> tuple[Tensor, list[str]]:
+    """At most `most` pictures of pairs, uint8 [N,3,size,size] as the model sees them, and their captions.
+
+    Decoded once and kept in memory: 8,000 of 224 pixels a side are 1.2 GB.
+    """
     chosen = shuffled(2 * len(pairs.captions), 0, min(most, 2 * len(pairs.captions)), seed)
     sides = torch.tensor([i for _, i in chosen])
     parts = []
@@ -103,8 +111,8 @@ def _pictures(backbone: Backbone, pairs: Any, most: int, seed: int) -> tuple[Ten
         both = torch.stack(pairs.read(part // 2))
         latents = both[part % 2, torch.arange(len(part))]
         with backbone.inference():
-            images = backbone.decode(latents.to(backbone.device)).clamp(-1, 1)
-        parts.append(((images.float() + 1) * 127.5).round().to(torch.uint8).cpu())
+            images = model.fitted(backbone.decode(latents.to(backbone.device))).clamp(-1, 1)
+        parts.append(((images + 1) * 127.5).round().to(torch.uint8).cpu())
     return torch.cat(parts), [pairs.captions[i] for i in (sides // 2).tolist()]
 
 
@@ -128,31 +136,26 @@ def _update(
     images = pictures[torch.tensor([i for _, i in chosen])].to(device).float() / 127.5 - 1
     copies = []
     for copy in ("first", "second"):
-        drawn = Draws.of([generator(seed, f"{copy} copy {e} {i}") for e, i in chosen], side)
-        copies.append((degrade(images, drawn.to(device)), drawn.strengths.to(device)))
+        drawn = Draws.of([generator(seed, f"{copy} copy {e} {i}") for e, i in chosen], side).to(device)
+        copies.append((degrade(images, drawn), drawn.strengths))
     embedded = model.encode_image(torch.cat([c[0] for c in copies]), ids.new_zeros(2 * len(chosen)))
     one, other = F.normalize(embedded, dim=-1).chunk(2)
     order = order_loss(head(GAIN * (one - other)), copies[0][1] - copies[1][1])
     captions = _caption_losses(model, one, ids, [i for _, i in everyone], [i for _, i in chosen])
     losses = torch.stack([order.sum(), captions.sum()]) / count
     loss = losses[0] + CAPTION_WEIGHT * losses[1]
-    optimizer.zero_grad(set_to_none=True)
+    model.zero_grad(set_to_none=True)  # of the step condition too, which is not trained here
+    head.zero_grad(set_to_none=True)
     loss.backward()
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    processes.sum_gradients(parameters)
-    norm = torch.nn.utils.clip_grad_norm_(parameters, settings.optimizer.max_grad_norm or float("inf"))
-    order_mean, caption_mean = processes.total(losses.detach()).tolist()
-    if not (math.isfinite(order_mean + caption_mean) and norm.isfinite()):
-        raise FloatingPointError(
-            f"preference.degradations: loss {order_mean} and {caption_mean}, gradient norm {norm.item()} at "
-            f"step {step}: stopped before the update; try a lower learning rate of its optimizer"
-        )
-    warm = min(1.0, (step + 1) / max(settings.optimizer.warmup_steps, 1))
     cosine = 0.5 + 0.5 * math.cos(math.pi * step / settings.steps)
-    for group in optimizer.param_groups:
-        group["lr"] = settings.optimizer.learning_rate * warm * cosine
-    optimizer.step()
-    return {"loss": order_mean + CAPTION_WEIGHT * caption_mean, "order": order_mean, "caption": caption_mean}
+    norm = take_step(optimizer, settings.optimizer, step, key="preference.degradations", share=cosine)
+    order_mean, caption_mean = processes.total(losses.detach()).tolist()
+    return {
+        "loss": order_mean + CAPTION_WEIGHT * caption_mean,
+        "order": order_mean,
+        "caption": caption_mean,
+        "gradient_norm": norm.item(),
+    }
 
 
 def order_loss(logits: Tensor, difference: Tensor) -> Tensor:

@@ -88,6 +88,8 @@ def _train(
 
         pairs["train"], told["pseudo_labels"] = relabelled(pairs["train"], settings, str(backbone.device))
     common = (model, tokenizer, backbone, schedule)
+    if settings.gradient_checkpointing:
+        model.checkpoint_gradients()
     if settings.degradations is not None:
         warmup.warm_up(
             model,
