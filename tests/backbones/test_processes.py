@@ -211,9 +211,10 @@ def test_two_processes_learn_degradations_as_one(load, model, words, pairs) -> N
     (one,), several = run_in(1, body), run_in(2, body)
     assert torch.equal(several[0]["weights"], several[1]["weights"])
     for told in several:
-        assert told["metrics"] == [pytest.approx(m, rel=1e-5) for m in one["metrics"]]
+        # logits are 40 times a small difference: 1e-5 off after an update; a wrong share gives .1 and more
+        assert told["metrics"] == [pytest.approx(m, rel=5e-5) for m in one["metrics"]]
         error = (told["gradients"] - one["gradients"]).abs().max() / one["gradients"].abs().max()
-        assert error < 5e-5  # 1.1e-5: logits are 40 times a small difference; a wrong share gives .1 and more
+        assert error < 5e-5
 
 
 class Uneven:

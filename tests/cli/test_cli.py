@@ -98,3 +98,33 @@ def test_a_ctrl_c_that_is_lost_ends_the_process_all_the_same() -> None:
         assert process.stdout is not None and process.stdout.readline() == "ready\n"
         process.send_signal(signal.SIGINT)
         assert process.wait(timeout=30) == -signal.SIGALRM
+
+
+FINALISER = """
+import sys
+import time
+from spo import cli
+sys.argv = ["spo", "pairs"]
+class Slow:
+    def __del__(self):
+        print("ready", flush=True)
+        time.sleep(0.5)
+def work():
+    Slow()
+    try:
+        time.sleep(60)
+    except KeyboardInterrupt:
+        return 130
+cli.main = work
+sys.exit(cli.entry())
+"""
+
+
+def test_a_ctrl_c_within_a_finaliser_comes_after_it() -> None:
+    """Python drops an exception there, and prints that it did."""
+    pipe = subprocess.PIPE
+    with subprocess.Popen([sys.executable, "-c", FINALISER], stdout=pipe, stderr=pipe, text=True) as process:
+        assert process.stdout is not None and process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=30) == 130
+        assert process.stderr is not None and process.stderr.read() == ""

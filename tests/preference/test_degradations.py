@@ -64,3 +64,14 @@ def test_draws_belong_to_the_sample() -> None:
     many = Draws.of(generators(*range(400)), 2).strengths
     assert many.min() == 0 and many.max() < 1
     assert (many > 0).float().mean().item() == pytest.approx(0.6, abs=0.05)
+
+
+def test_but_one_differs_in_one_degradation_and_in_the_noise() -> None:
+    first = Draws.of([torch.Generator().manual_seed(s) for s in range(300)], 3)
+    second = first.but_one([torch.Generator().manual_seed(1000 + s) for s in range(300)])
+    changed = first.strengths != second.strengths
+    assert (changed.sum(1) == 1).all() and changed.float().mean(0).tolist() == pytest.approx(
+        [0.25] * 4, abs=0.07
+    )
+    assert second.strengths.min() >= 0 and second.strengths.max() < 1
+    assert torch.equal(first.angle, second.angle) and not (first.noise == second.noise).any()

@@ -7,6 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import yaml
 from clones import ROOT, must, run
 
 pytestmark = [pytest.mark.smoke, pytest.mark.timeout(1500)]  # the first test waits for the DAG
@@ -42,7 +43,9 @@ def test_dvc_shows_metrics_and_plots(clone: Path) -> None:
 
 def test_a_change_of_the_preference_model_does_not_rerun_diffusion_dpo(clone: Path) -> None:
     text = (clone / "params.yaml").read_text()
-    (clone / "params.yaml").write_text(text.replace("weight_decay: 0.3", "weight_decay: 0.2"))
+    params = yaml.safe_load(text)
+    params["preference"]["optimizer"]["weight_decay"] += 0.1
+    (clone / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
     status = json.loads(run(clone, "dvc", "status", "--json").stdout)
     (clone / "params.yaml").write_text(text)
     assert "preference" in status

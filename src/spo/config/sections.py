@@ -151,6 +151,7 @@ class Preference(Section):
     logit_scale: Rate | None = None  # at the start of training; None: that of `init`
     optimizer: Optimizer
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.0  # decay of an average of the weights, kept at the end
+    kept: Annotated[float, Field(ge=0, lt=1)] = 0.0  # share in the result of the weights before the labels
     steps: Positive
     batch_size: Positive
     guidance: float = 5.0
@@ -201,6 +202,9 @@ class Spo(Section):
     threshold: Fraction = 0.3  # at the first diverted step
     threshold_end: Fraction | None = None  # at the last; linear in `threshold_by` between. None: constant
     threshold_by: Literal["step", "timestep", "sigma"] = "step"  # sigma: DDIM's at eta (arXiv 2502.01051)
+    views: Annotated[int, Field(ge=1, le=8)] = (
+        1  # a side: the judge's score is the mean over views^2 moved copies
+    )
     beta: Rate = 10.0
     clip: Rate = 0.1
     gradient_accumulation: Positive = 1  # parts in which an update's batch goes through the UNet

@@ -43,6 +43,16 @@ class Draws:
             rows.append((strength, torch.randn(4, side, side, generator=g), angle))
         return cls(*(torch.stack(column) for column in zip(*rows, strict=True)))
 
+    def but_one(self, generators: list[torch.Generator]) -> Draws:
+        """The same harms but for one degradation of each picture, whose strength is another; other noise."""
+        strengths, noise = [], []
+        for before, g in zip(self.strengths, generators, strict=True):
+            changed = before.clone()
+            changed[int(torch.randint(4, (), generator=g))] = torch.rand((), generator=g)
+            strengths.append(changed)
+            noise.append(torch.randn(self.noise.shape[1:], generator=g))
+        return Draws(torch.stack(strengths), torch.stack(noise), self.angle)
+
     def to(self, device: torch.device | str) -> Draws:
         return Draws(self.strengths.to(device), self.noise.to(device), self.angle.to(device))
 

@@ -6,6 +6,8 @@ are all a checkpoint needs: a resumed training equals an uninterrupted one bit f
 Departures from the official code:
 1. `preference.ema` averages the weights over training (0, as published, does not).
 2. `preference.trained: heads` leaves the towers as they are (all, as published, trains every weight).
+3. `preference.kept` averages the result with the weights that the labels began with (arXiv 2109.01903; 0, as
+   published, does not): few and noisy labels would undo what the CLIP knew.
 """
 
 from __future__ import annotations
@@ -69,6 +71,7 @@ def train(
     if settings.trained == "heads":
         model.train_heads()
     optimizer = adamw([p for p in model.parameters() if p.requires_grad], settings.optimizer)
+    before = {k: v.detach().clone() for k, v in model.state_dict().items()}
     first, averaged = _resume(model, optimizer, checkpoint)
     schedule = schedule.to(backbone.device)
     model.train()
@@ -90,6 +93,9 @@ def train(
                 raise KeyboardInterrupt(f"stopped after step {step + 1}; run it again to go on from there")
     if settings.ema:
         model.load_state_dict(averaged)
+    if settings.kept:
+        _average(before, model, settings.kept)
+        model.load_state_dict(before)
     model.eval()
 
 

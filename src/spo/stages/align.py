@@ -107,7 +107,8 @@ def _spo(params: Params, backbone: Backbone) -> Method:
     from spo.preference.model import load_judge
 
     section = params.align.spo
-    judge = load_judge(require("outputs/preference", "preference model"), backbone.device)
+    folder = require("outputs/preference", "preference model")
+    judge = load_judge(folder, backbone.device, section.views)
     prompts = require("outputs/prompts/train.txt", "training prompts").read_text().splitlines()
     schedule = Schedule.from_config(backbone.scheduler_config, section.num_inference_steps).to(
         backbone.device
