@@ -199,22 +199,26 @@ def test_two_processes_learn_degradations_as_one(load, model, words, pairs) -> N
 
     def body() -> dict:
         seen: list[dict] = []
-        warm_up(model, words, backbone, pairs, settings, seed=0, on_metrics=lambda m, s: seen.append(m))
         told = ("adaLN", "t_embedder", "logit_scale")  # not trained here: no sum over processes
         learned = [p for n, p in model.named_parameters() if not any(part in n for part in told)]
-        return {
-            "metrics": seen,
-            "gradients": torch.cat([p.grad.flatten() for p in learned]),
-            "weights": torch.cat([p.detach().flatten() for p in model.parameters()]),
-        }
+
+        def note(metrics, step) -> None:
+            gradients = torch.cat([p.grad.flatten().clone() for p in learned])
+            seen.append({"metrics": metrics, "gradients": gradients})
+
+        warm_up(model, words, backbone, pairs, settings, seed=0, on_metrics=note)
+        return {"seen": seen, "weights": torch.cat([p.detach().flatten() for p in model.parameters()])}
 
     (one,), several = run_in(1, body), run_in(2, body)
     assert torch.equal(several[0]["weights"], several[1]["weights"])
     for told in several:
-        # logits are 40 times a small difference: 1e-5 off after an update; a wrong share gives .1 and more
-        assert told["metrics"] == [pytest.approx(m, rel=5e-5) for m in one["metrics"]]
-        error = (told["gradients"] - one["gradients"]).abs().max() / one["gradients"].abs().max()
-        assert error < 5e-5
+        first, alone = told["seen"][0], one["seen"][0]
+        assert first["metrics"] == pytest.approx(alone["metrics"], rel=1e-5)
+        error = (first["gradients"] - alone["gradients"]).abs().max() / alone["gradients"].abs().max()
+        assert error < 1e-5
+        # AdamW makes more of rounding where gradients are small; a wrong share gives .1 and more
+        for later, alone in zip(told["seen"], one["seen"], strict=True):
+            assert later["metrics"] == pytest.approx(alone["metrics"], rel=1e-3)
 
 
 class Uneven:

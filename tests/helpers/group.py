@@ -21,23 +21,14 @@ def run_in(n: int, function: Callable[[], Any]) -> list[Any]:
     As with a launcher, those that are left are ended when one fails: they could wait for it for half an hour.
     """
     torch.set_num_threads(1)  # a thread pool does not live on in a fork
-    port = _port()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
     with tempfile.TemporaryDirectory() as folder:
         children = [_fork(rank, n, port, Path(folder) / str(rank), function) for rank in range(n)]
         failed = _wait_for(children)
         assert not failed, f"processes ended with {failed}"
         return [torch.load(Path(folder) / str(rank), weights_only=False) for rank in range(n)]
-
-
-def _port() -> int:
-    """One that nothing else takes meanwhile: below those that systems give out by themselves (from 32768 on),
-    and each process of tests has a range of its own."""
-    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
-    for port in range(20000 + 500 * worker, 20500 + 500 * worker):
-        with socket.socket() as one, contextlib.suppress(OSError):
-            one.bind(("127.0.0.1", port))
-            return port
-    raise OSError("no free port")
 
 
 def _wait_for(children: Iterable[int]) -> list[int]:
@@ -70,6 +61,7 @@ def _fork(rank: int, n: int, port: int, result: Path, function: Callable[[], Any
 
         assert processes.count() == n
         torch.save(function(), result)
+        processes.state().wait_for_everyone()  # the first holds the store through which the others still join
         os._exit(0)
     except BaseException:
         traceback.print_exc()
