@@ -17,7 +17,8 @@ from spo.diffusion.schedule import Schedule
 from spo.methods.diffusion_dpo import DiffusionDpoMethod
 from spo.methods.spo import SpoMethod
 from spo.preference import train as spm
-from spo.preference.model import ClipJudge, StepAwarePreferenceModel
+from spo.preference.judge import ClipJudge
+from spo.preference.model import StepAwarePreferenceModel
 from spo.preference.warmup import warm_up
 from spo.rewards import clip
 from spo.scenes.build import clips

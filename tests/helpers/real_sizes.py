@@ -30,7 +30,8 @@ from spo.diffusion.schedule import Schedule
 from spo.methods.diffusion_dpo import DiffusionDpoMethod
 from spo.methods.spo import SpoMethod
 from spo.preference import train as spm
-from spo.preference.model import ClipJudge, StepAwarePreferenceModel
+from spo.preference.judge import ClipJudge
+from spo.preference.model import StepAwarePreferenceModel
 
 PROMPTS = ["a large red circle above a small blue star on sand", "a small green ring on slate"]
 DDIM = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False}

@@ -104,7 +104,7 @@ def _watch(
 def _spo(params: Params, backbone: Backbone) -> Method:
     from spo.diffusion.schedule import Schedule
     from spo.methods.spo import SpoMethod
-    from spo.preference.model import load_judge
+    from spo.preference.judge import load_judge
 
     section = params.align.spo
     folder = require("outputs/preference", "preference model")
