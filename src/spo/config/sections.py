@@ -128,7 +128,7 @@ class PseudoLabels(Section):
 
 
 class Degradations(Section):
-    """Before the labels: the CLIP learns to tell harmed copies of unlabelled pictures apart."""
+    """Before the labels: the score learns which of two copies of an unlabelled picture is harmed less."""
 
     steps: Positive
     batch_size: Positive

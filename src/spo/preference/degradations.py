@@ -1,7 +1,7 @@
 """Four ways to harm a picture, each by a strength from 0 to 1: what a judge of quality has to see.
 
-Captions never name blur or grain, so a CLIP hardly sees them. Telling harmed copies of one picture apart
-teaches it to, without a label (arXiv 1707.08347 and 2310.14918 learn image quality so).
+Captions never name blur or grain, so a CLIP hardly sees them. Which of two copies of a picture is harmed
+less teaches it to, without a label (arXiv 1707.08347 and 2310.14918 learn image quality so).
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Draws:
         strengths, noise = [], []
         for before, g in zip(self.strengths, generators, strict=True):
             changed = before.clone()
-            changed[int(torch.randint(4, (), generator=g))] = torch.rand((), generator=g)
+            changed[int(torch.randint(len(DEGRADATIONS), (), generator=g))] = torch.rand((), generator=g)
             strengths.append(changed)
             noise.append(torch.randn(self.noise.shape[1:], generator=g))
         return Draws(torch.stack(strengths), torch.stack(noise), self.angle)

@@ -71,7 +71,7 @@ def train(
     if settings.trained == "heads":
         model.train_heads()
     optimizer = adamw([p for p in model.parameters() if p.requires_grad], settings.optimizer)
-    before = {k: v.detach().clone() for k, v in model.state_dict().items()}
+    before = {k: v.detach().clone() for k, v in model.state_dict().items()} if settings.kept else {}
     first, averaged = _resume(model, optimizer, checkpoint)
     schedule = schedule.to(backbone.device)
     model.train()
