@@ -4,20 +4,15 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import itertools
 import os
 import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
-from spo import config, launch
+from spo import config, interrupt, launch
 from spo.spool import redact
-
-PATIENCE = 20  # seconds after Ctrl-C until the process is ended
-AGAIN = 0.05  # seconds until Ctrl-C is tried again where Python would lose it
 
 # stage: (what it does, its items)
 STAGES: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -35,33 +30,8 @@ STAGES: dict[str, tuple[str, tuple[str, ...]]] = {
 def entry() -> int:
     """What `spo` on the command line runs: `main`, and the certainty that Ctrl-C ends a stage."""
     if sys.argv[1:2] and sys.argv[1] in STAGES:
-        signal.signal(signal.SIGINT, _interrupted)
+        interrupt.install()
     return main()
-
-
-def _interrupted(number: int, frame: FrameType | None) -> None:
-    """KeyboardInterrupt, but not where Python would lose it: then a little later. The kernel's clock ends
-    what stays all the same."""
-    if _deaf(frame) and next(_postponed) < PATIENCE / AGAIN:
-        signal.signal(signal.SIGALRM, _interrupted)
-        signal.setitimer(signal.ITIMER_REAL, AGAIN)
-        return
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    signal.alarm(PATIENCE)
-    raise KeyboardInterrupt
-
-
-_postponed = itertools.count()
-
-
-def _deaf(frame: FrameType | None) -> bool:
-    """Whether an exception raised here is dropped (in a finaliser), or breaks off the import system's own
-    work, which can leave another thread waiting for ever (both seen in `generate`)."""
-    if frame is not None and frame.f_code.co_filename == "<frozen importlib._bootstrap>":
-        return True
-    while frame is not None and frame.f_code.co_name != "__del__":
-        frame = frame.f_back
-    return frame is not None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

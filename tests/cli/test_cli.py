@@ -1,4 +1,3 @@
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -73,58 +72,3 @@ def test_an_unknown_build_step_is_named(capsys, tmp_path) -> None:
 def test_a_folder_that_is_not_there_is_one_line(capsys, tmp_path) -> None:
     status, _, error = run(capsys, "preset", "smoke", "--output", str(tmp_path / "nowhere/params.yaml"))
     assert status == 2 and "nowhere/params.yaml" in error and error.count("\n") == 1
-
-
-STUBBORN = """
-import sys
-import time
-from spo import cli
-sys.argv = ["spo", "pairs"]
-cli.PATIENCE = 1
-def lost():
-    while True:
-        try:
-            print("ready", flush=True)
-            time.sleep(60)
-        except KeyboardInterrupt:  # as a finaliser does
-            pass
-cli.main = lost
-cli.entry()
-"""
-
-
-def test_a_ctrl_c_that_is_lost_ends_the_process_all_the_same() -> None:
-    with subprocess.Popen([sys.executable, "-c", STUBBORN], stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None and process.stdout.readline() == "ready\n"
-        process.send_signal(signal.SIGINT)
-        assert process.wait(timeout=30) == -signal.SIGALRM
-
-
-FINALISER = """
-import sys
-import time
-from spo import cli
-sys.argv = ["spo", "pairs"]
-class Slow:
-    def __del__(self):
-        print("ready", flush=True)
-        time.sleep(0.5)
-def work():
-    Slow()
-    try:
-        time.sleep(60)
-    except KeyboardInterrupt:
-        return 130
-cli.main = work
-sys.exit(cli.entry())
-"""
-
-
-def test_a_ctrl_c_within_a_finaliser_comes_after_it() -> None:
-    """Python drops an exception there, and prints that it did."""
-    pipe = subprocess.PIPE
-    with subprocess.Popen([sys.executable, "-c", FINALISER], stdout=pipe, stderr=pipe, text=True) as process:
-        assert process.stdout is not None and process.stdout.readline() == "ready\n"
-        process.send_signal(signal.SIGINT)
-        assert process.wait(timeout=30) == 130
-        assert process.stderr is not None and process.stderr.read() == ""
