@@ -204,8 +204,8 @@ def test_two_processes_learn_degradations_as_one(load, model, words, pairs) -> N
         learned = [p for n, p in model.named_parameters() if not any(part in n for part in told)]
 
         def note(metrics, step) -> None:
-            gradients = torch.cat([p.grad.flatten().clone() for p in learned])
-            seen.append({"metrics": metrics, "gradients": gradients})
+            gradients = [p.grad.flatten().clone() for p in learned] if step == 1 else []
+            seen.append({"metrics": metrics, "gradients": torch.cat(gradients) if gradients else None})
 
         warm_up(model, words, backbone, pairs, settings, seed=0, on_metrics=note)
         return {"seen": seen, "weights": torch.cat([p.detach().flatten() for p in model.parameters()])}

@@ -164,7 +164,7 @@ def test_a_share_of_the_weights_before_the_labels_is_kept(
     def trained(kept: float, store: CheckpointStore | None = None) -> dict[str, torch.Tensor]:
         model = StepAwarePreferenceModel(clip)
         model.load_state_dict(start)
-        told = settings(steps=3, kept=kept, checkpoint_every=3)
+        told = settings(steps=3, kept=kept, ema=0.5, checkpoint_every=3)
         spm.train(model, tokenizer, backbone, schedule, pairs, told, seed=0, checkpoint=store)
         return copy.deepcopy(model.state_dict())
 
