@@ -134,7 +134,7 @@ def test_the_page_tells_the_figures(tracked: Tracked) -> None:
         "0123456789ab",
         "share a renderer",
         "0.0903",
-        "iterations: 30",  # of params.yaml
+        "iterations: 36",  # of params.yaml
         "Before training",
         "After 58 updates",
         "Scores of validation pictures of spo",
