@@ -1,6 +1,7 @@
 """Tiny random checkpoints with the classes and config fields of Stable Diffusion 1.5 and XL."""
 
 import json
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -15,8 +16,9 @@ from diffusers import (
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from spo import backbones, config
+from spo.preference.model import StepAwarePreferenceModel
 from spo.scenes import world
-from spo.scenes.build import tokenizer
+from spo.scenes.build import clips, tokenizer
 
 WIDTH, SECOND_WIDTH = 32, 48  # of the text encoders
 SIDE = 16  # of a picture
@@ -137,3 +139,33 @@ def load(checkpoints):
         return backbones.load(config.Backbone(**settings), "cpu")
 
     return load
+
+
+CAPTIONS = ["a circle", "a blue star on sand", "a large red square", "a small star"]
+
+
+@dataclass
+class Pairs:
+    """Ten pairs of random latents; one is a tie, and the weights differ."""
+
+    captions: list[str]
+    label_0: torch.Tensor
+    weight: torch.Tensor
+    latents: torch.Tensor  # [N,2,C,h,w]
+
+    def read(self, indices):
+        return self.latents[indices, 0], self.latents[indices, 1]
+
+
+@pytest.fixture
+def pairs() -> Pairs:
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.tensor([1.0, 0, 1, 1, 0, 0.5, 1, 0, 0, 1])
+    weight = 1 / (1 + torch.arange(10.0) % 3)
+    return Pairs((CAPTIONS * 3)[:10], labels, weight, torch.randn(10, 2, 4, 8, 8, generator=generator))
+
+
+@pytest.fixture
+def model(words) -> StepAwarePreferenceModel:
+    torch.manual_seed(0)
+    return StepAwarePreferenceModel(clips.fresh_clip(words, seed=0))

@@ -1,14 +1,14 @@
-"""Two processes train, draw and score as one does: a real UNet with a LoRA, a real preference model, gloo."""
+"""Two processes train, draw and score as one does: a real UNet with a LoRA, a real judge, gloo."""
 
 from __future__ import annotations
 
 import os
 import signal
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import pytest
 import torch
-from group import run_in
+from group import check_alike, run_in
 
 from spo import config, processes, train
 from spo.checkpoint import CheckpointStore
@@ -16,44 +16,13 @@ from spo.diffusion.noise import SampleNoise
 from spo.diffusion.schedule import Schedule
 from spo.methods.diffusion_dpo import DiffusionDpoMethod
 from spo.methods.spo import SpoMethod
-from spo.preference import train as spm
 from spo.preference.judge import ClipJudge
-from spo.preference.model import StepAwarePreferenceModel
-from spo.preference.warmup import warm_up
 from spo.rewards import clip
-from spo.scenes.build import clips
 from spo.types import Batch, StepPair
 
 PROMPTS = ["a circle", "a blue star on sand", "a large red square", "a small star"]
 LORA = {"rank": 2, "alpha": 2}
 OPTIMIZER = {"learning_rate": 1e-3}
-
-
-@dataclass
-class Pairs:
-    """Ten pairs of random latents; one is a tie, and the weights differ."""
-
-    captions: list[str]
-    label_0: torch.Tensor
-    weight: torch.Tensor
-    latents: torch.Tensor  # [N,2,C,h,w]
-
-    def read(self, indices):
-        return self.latents[indices, 0], self.latents[indices, 1]
-
-
-@pytest.fixture
-def pairs() -> Pairs:
-    generator = torch.Generator().manual_seed(0)
-    labels = torch.tensor([1.0, 0, 1, 1, 0, 0.5, 1, 0, 0, 1])
-    weight = 1 / (1 + torch.arange(10.0) % 3)
-    return Pairs((PROMPTS * 3)[:10], labels, weight, torch.randn(10, 2, 4, 8, 8, generator=generator))
-
-
-@pytest.fixture
-def model(words) -> StepAwarePreferenceModel:
-    torch.manual_seed(0)
-    return StepAwarePreferenceModel(clips.fresh_clip(words, seed=0))
 
 
 def spo_method(backbone, model, words, kind=SpoMethod) -> SpoMethod:
@@ -121,18 +90,6 @@ def fit(backbone, method) -> dict:
     }
 
 
-def check_alike(one: dict, several: list[dict]) -> None:
-    assert torch.equal(several[0]["weights"], several[1]["weights"])
-    for told in several:
-        assert told["counts"] == one["counts"]
-        for ours, theirs in zip(told["metrics"], one["metrics"], strict=True):
-            close = {name: pytest.approx(theirs[name], rel=1e-5) for name in ("loss", "gradient_norm")}
-            # log-ratios and the like are small differences of large numbers
-            assert ours == {k: pytest.approx(v, rel=1e-5, abs=1e-6) for k, v in theirs.items()} | close
-        error = (told["gradients"] - one["gradients"]).abs().max() / one["gradients"].abs().max()
-        assert error < 1e-5
-
-
 @pytest.mark.parametrize("name", ["spo", "diffusion_dpo"])
 def test_two_processes_train_as_one(name, load, model, words, pairs) -> None:
     backbone = load("sd")
@@ -163,63 +120,6 @@ def test_rollouts_do_not_depend_on_the_number_of_processes(load, model, words) -
     for _, _, told in both:
         torch.testing.assert_close(told, metrics, rtol=1e-4, atol=1e-5)
     assert [int(weights.sum()) for _, weights, _ in both] == [4, 5]  # 2 + 2 + 0 and 2 + 2 + 1 of nine pairs
-
-
-def test_two_processes_train_the_preference_model_as_one(load, model, words, pairs) -> None:
-    settings = config.Preference(
-        init="x",
-        optimizer=config.Optimizer(**OPTIMIZER),
-        steps=3,
-        batch_size=4,
-        gradient_accumulation=2,
-        guidance=2.0,
-    )
-
-    backbone = load("sd")
-
-    def body() -> dict:
-        seen: list[dict] = []
-        common = (model, words, backbone, Schedule.from_config(backbone.scheduler_config, 4), pairs)
-        spm.train(*common, settings, seed=0, on_metrics=lambda m, s: seen.append(m))
-        accuracy = spm.evaluate(*common, [0, 501], 2.0, seed=0)
-        return {
-            "metrics": seen,
-            "gradients": torch.cat([p.grad.flatten() for p in model.parameters()]),
-            "weights": torch.cat([p.detach().flatten() for p in model.parameters()]),
-            "counts": {t: m["accuracy"] for t, m in accuracy.items()},
-        }
-
-    (one,), several = run_in(1, body), run_in(2, body)
-    check_alike(one, several)
-
-
-def test_two_processes_learn_degradations_as_one(load, model, words, pairs) -> None:
-    """Five pictures an update: two and three."""
-    settings = config.Degradations(steps=3, batch_size=5, optimizer=OPTIMIZER)
-    backbone = load("sd")
-
-    def body() -> dict:
-        seen: list[dict] = []
-        told = ("adaLN", "t_embedder", "logit_scale")  # not trained here: no sum over processes
-        learned = [p for n, p in model.named_parameters() if not any(part in n for part in told)]
-
-        def note(metrics, step) -> None:
-            gradients = [p.grad.flatten().clone() for p in learned] if step == 1 else []
-            seen.append({"metrics": metrics, "gradients": torch.cat(gradients) if gradients else None})
-
-        warm_up(model, words, backbone, pairs, settings, seed=0, on_metrics=note)
-        return {"seen": seen, "weights": torch.cat([p.detach().flatten() for p in model.parameters()])}
-
-    (one,), several = run_in(1, body), run_in(2, body)
-    assert torch.equal(several[0]["weights"], several[1]["weights"])
-    for told in several:
-        first, alone = told["seen"][0], one["seen"][0]
-        assert first["metrics"] == pytest.approx(alone["metrics"], rel=1e-5)
-        error = (first["gradients"] - alone["gradients"]).abs().max() / alone["gradients"].abs().max()
-        assert error < 1e-5
-        # AdamW makes more of rounding where gradients are small; a wrong share gives .1 and more
-        for later, alone in zip(told["seen"], one["seen"], strict=True):
-            assert later["metrics"] == pytest.approx(alone["metrics"], rel=1e-3)
 
 
 class Uneven:

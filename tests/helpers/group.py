@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 
@@ -29,6 +30,19 @@ def run_in(n: int, function: Callable[[], Any]) -> list[Any]:
         failed = _wait_for(children)
         assert not failed, f"processes ended with {failed}"
         return [torch.load(Path(folder) / str(rank), weights_only=False) for rank in range(n)]
+
+
+def check_alike(one: dict, several: list[dict]) -> None:
+    """Two processes have the metrics, counts and last gradients of one, and the same weights as each other."""
+    assert torch.equal(several[0]["weights"], several[1]["weights"])
+    for told in several:
+        assert told["counts"] == one["counts"]
+        for ours, theirs in zip(told["metrics"], one["metrics"], strict=True):
+            close = {name: pytest.approx(theirs[name], rel=1e-5) for name in ("loss", "gradient_norm")}
+            # log-ratios and the like are small differences of large numbers
+            assert ours == {k: pytest.approx(v, rel=1e-5, abs=1e-6) for k, v in theirs.items()} | close
+        error = (told["gradients"] - one["gradients"]).abs().max() / one["gradients"].abs().max()
+        assert error < 1e-5
 
 
 def _wait_for(children: Iterable[int]) -> list[int]:
