@@ -33,7 +33,7 @@ def run_in(n: int, function: Callable[[], Any]) -> list[Any]:
 
 
 def check_alike(one: dict, several: list[dict]) -> None:
-    """Two processes have the metrics, counts and last gradients of one, and the same weights as each other."""
+    """Two processes have the metrics, counts and last gradients of one, and equal weights."""
     assert torch.equal(several[0]["weights"], several[1]["weights"])
     for told in several:
         assert told["counts"] == one["counts"]
