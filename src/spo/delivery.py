@@ -71,7 +71,8 @@ class Store:
                     self._send(spool, run_id, records)
                 spool.mark(self.name, run_id, offset)
                 sent += len(records)
-            if sent and spool.ended():
+            # in this order: what is written while it is sent is not sent; after the end nothing is written
+            if sent and spool.ended() and not spool.left(self.name):
                 spool.remove()
         return sent
 

@@ -41,9 +41,8 @@ def seal(parent: Spool, where: Where) -> None:
         ran = end["status"] == "FINISHED" and not end.get("cached") and end["key"] not in done
         if entry is None or not ran or not -1 < late < LATE:
             continue
-        spool = Spool.after(end["key"], **where)
-        spool.append("tags", tags=entry.tags())
-        spool.append("inputs", data=entry.data())
+        tags, inputs = {"op": "tags", "tags": entry.tags()}, {"op": "inputs", "data": entry.data()}
+        Spool.after(end["key"], where, tags, inputs)
         parent.append("sealed", key=end["key"])
 
 

@@ -11,7 +11,7 @@ import re
 import sys
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,16 +100,19 @@ class Spool:
         return spool
 
     @classmethod
-    def after(cls, key: str, **where: Any) -> Spool:
-        """A second spool for a run that has ended, in `where`: uri and experiment."""
+    def after(cls, key: str, where: Mapping[str, str], *records: dict[str, Any]) -> Spool:
+        """A second spool, for a run that has ended, in `where` (uri, experiment): all it will ever hold."""
         spool = cls(folder() / f"{key}.sealed.jsonl")  # sorts behind the first
-        spool.append("find", key=key, shared=False, **where)
+        spool._write({"op": "find", "key": key, "shared": False, **where}, *records)
         return spool
 
     def append(self, op: str, **fields: Any) -> None:
-        """One record, in one write. It starts on a line of its own, even after a torn one."""
-        record = redact({"op": op, "time": int(time.time() * 1000), **fields})
-        line = f"\n{json.dumps(record)}\n".encode()
+        self._write({"op": op, **fields})
+
+    def _write(self, *records: dict[str, Any]) -> None:
+        """All in one write. A record starts on a line of its own, even after a torn one."""
+        now = int(time.time() * 1000)
+        line = "".join(f"\n{json.dumps(redact({'time': now, **record}))}\n" for record in records).encode()
         file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
         try:
             if os.write(file, line) < len(line):
@@ -158,9 +161,10 @@ class Spool:
         partial.write_text(json.dumps({**self.state(), store: {"run_id": run_id, "offset": offset}}))
         partial.replace(path)
 
-    def left(self) -> int:
-        """Records that no store has."""
-        return sum(1 for _ in self.read(max((s["offset"] for s in self.state().values()), default=0)))
+    def left(self, store: str | None = None) -> int:
+        """Records that this store has not; None: that no store has."""
+        had = [state["offset"] for name, state in self.state().items() if store in (None, name)]
+        return sum(1 for _ in self.read(max(had, default=0)))
 
     def ended(self) -> bool:
         """Whether nothing more comes."""

@@ -106,6 +106,27 @@ def test_a_lost_mark_delivers_again_without_a_trace(folder: Path, runs: Any) -> 
     assert len(store.connect().get_metric_history(run.info.run_id, "loss")) == 1
 
 
+def test_an_end_that_is_written_while_the_rest_is_sent_arrives(
+    folder: Path, runs: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store(f"sqlite:///{folder / 'mlflow.db'}")
+    one = new(store.name)
+    one.append("tags", tags={"system.cpu": "2"})
+    send = Store._send
+
+    def ends_meanwhile(self: Store, spool: Spool, run_id: str, records: list[dict[str, Any]]) -> None:
+        send(self, spool, run_id, records)
+        if records[0]["op"] == "tags":
+            one.append("end", status="FINISHED")
+
+    monkeypatch.setattr(Store, "_send", ends_meanwhile)
+    store.deliver(one)
+    assert one.left() == 1
+    store.deliver(one)
+    assert runs()["align-spo"].info.status == "FINISHED"
+    assert not one.path.exists()
+
+
 def test_what_mlflow_refuses_is_set_aside_and_the_rest_arrives(
     folder: Path, runs: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
