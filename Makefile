@@ -15,12 +15,13 @@ preflight:
 	@command -v git >/dev/null || { echo "git not found: apt install git"; exit 2; }
 	@[ -d $(VENV) ] || [ "$$(df -Pk . | awk 'NR==2 {print $$4}')" -gt 10000000 ] || { echo "less than 10 GB free here: the environment takes 7 GB"; exit 2; }
 
-# the environment, from the lock; made again when the lock changes
+# the environment, from the lock; made again when the lock changes. Compiled at once (33 s on 2 cores): where
+# Python may not write bytecode, every stage would compile its imports anew (scoring began after 18 s, not 7)
 $(VENV)/.ready: requirements.lock pyproject.toml
 	@$(MAKE) --no-print-directory preflight
 	[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV)
 	[ -x $(UV) ] || $(BIN)/python -m pip install --quiet --disable-pip-version-check "uv>=0.9"
-	$(UV) pip sync --python $(BIN)/python --quiet requirements.lock
+	$(UV) pip sync --python $(BIN)/python --quiet --compile-bytecode requirements.lock
 	$(UV) pip install --python $(BIN)/python --quiet --no-deps --no-build-isolation --editable .
 	touch $@
 

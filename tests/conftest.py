@@ -14,25 +14,20 @@ os.environ.pop("SPO_PARENT_RUN", None)
 if "PYTEST_XDIST_WORKER" in os.environ:  # two processes on two cores: one thread each
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-SHARED = "tests/smoke"  # the longest, and its files share a run of the DAG: one process has them, and first
+FIRST = "tests/smoke/test_dag.py"  # it makes the DAG's run that all of tests/smoke share
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: _unit(item.nodeid) != SHARED)
+    items.sort(key=lambda item: not item.nodeid.startswith(FIRST))
 
 
 @pytest.hookimpl(optionalhook=True)  # of xdist, whose own groups pytest 9.2 passes over without a word
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     from xdist.scheduler import LoadScopeScheduling
 
-    class ByUnit(LoadScopeScheduling):
+    class ByFile(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            return _unit(nodeid)
+            return nodeid.split("::")[0]
 
     config.option.loadscopereorder = False
-    return ByUnit(config, log)
-
-
-def _unit(nodeid: str) -> str:
-    """What stays in one process: a file, or the folder that shares."""
-    return SHARED if nodeid.startswith(f"{SHARED}/") else nodeid.split("::")[0]
+    return ByFile(config, log)

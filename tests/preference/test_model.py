@@ -74,6 +74,8 @@ def test_views_are_the_mean_over_moved_pictures(clip, tokenizer) -> None:
                 expected.append(model.score_features(IMAGES[..., rows, :][..., columns], text, timesteps))
     torch.testing.assert_close(told, sum(expected) / 4)
     assert (expected[0] - expected[3]).abs().max() > 1e-4
+    with pytest.raises(ValueError, match=f"align.spo.views: {patch + 1} is more than {patch}"):
+        ClipJudge(model, tokenizer, views=patch + 1)
 
 
 def test_broken_folders_are_refused_in_one_line(clip, tmp_path) -> None:

@@ -134,7 +134,7 @@ def test_the_page_tells_the_figures(tracked: Tracked) -> None:
         "0123456789ab",
         "share a renderer",
         "0.0903",
-        "iterations: 36",  # of params.yaml
+        f"iterations: {params().align.spo.iterations}",
         "Before training",
         "After 58 updates",
         "Scores of validation pictures of spo",

@@ -1,4 +1,4 @@
-"""The smoke preset's DAG, run once for all tests; who changes it works on a copy."""
+"""The smoke preset's DAG, run once for all processes of tests; who changes it works on a copy."""
 
 import os
 from pathlib import Path
@@ -6,12 +6,26 @@ from pathlib import Path
 import clones
 import pytest
 
+from spo.spool import locked
+
 
 @pytest.fixture(scope="session")
 def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        (tmp_path_factory.getbasetemp().parent / "clone").mkdir()  # fails if a second process made one too
-    folder = clones.fresh(tmp_path_factory.mktemp("clone") / "spo")
+    """Each process has its own copy: dvc locks its folder, even to look at it."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        return _made(tmp_path_factory.mktemp("clone") / "spo")
+    shared = tmp_path_factory.getbasetemp().parent / "clone"
+    shared.mkdir(exist_ok=True)
+    with locked(shared / "lock"):
+        if not (shared / "made").exists():
+            (shared / "begun").touch(exist_ok=False)  # fails in the others when it failed in the first
+            _made(shared / "spo")
+            (shared / "made").touch()
+    return clones.copy(shared / "spo", tmp_path_factory.mktemp("clone") / "spo")
+
+
+def _made(folder: Path) -> Path:
+    clones.fresh(folder)
     clones.must(folder, "dvc", "repro")
     return folder
 

@@ -202,9 +202,7 @@ class Spo(Section):
     threshold: Fraction = 0.3  # at the first diverted step
     threshold_end: Fraction | None = None  # at the last; linear in `threshold_by` between. None: constant
     threshold_by: Literal["step", "timestep", "sigma"] = "step"  # sigma: DDIM's at eta (arXiv 2502.01051)
-    views: Annotated[int, Field(ge=1, le=8)] = (
-        1  # a side: the judge's score is the mean over views^2 moved copies
-    )
+    views: Positive = 1  # a side: the judge's score is the mean over views^2 moved copies of a picture
     beta: Rate = 10.0
     clip: Rate = 0.1
     gradient_accumulation: Positive = 1  # parts in which an update's batch goes through the UNet

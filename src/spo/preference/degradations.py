@@ -37,8 +37,8 @@ class Draws:
         """One picture a generator, with noise of `side` points a side."""
         rows = []
         for g in generators:
-            present = torch.rand(4, generator=g) < PRESENT
-            strength = torch.rand(4, generator=g) * present
+            present = torch.rand(len(DEGRADATIONS), generator=g) < PRESENT
+            strength = torch.rand(len(DEGRADATIONS), generator=g) * present
             angle = torch.rand((), generator=g) * 2 * math.pi
             rows.append((strength, torch.randn(4, side, side, generator=g), angle))
         return cls(*(torch.stack(column) for column in zip(*rows, strict=True)))

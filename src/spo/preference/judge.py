@@ -27,8 +27,16 @@ class ClipJudge:
     """
 
     def __init__(self, model: StepAwarePreferenceModel, tokenizer: Any, views: int = 1) -> None:
+        """
+        Raises:
+            ValueError: `views` is more than a patch has pixels a side; then copies would repeat.
+        """
         self.model, self.tokenizer = model.eval().requires_grad_(False), tokenizer
         patch = model.model.config.vision_config.patch_size
+        if views > patch:
+            raise ValueError(
+                f"align.spo.views: {views} is more than {patch}, the pixels a side of a patch of the preference model"
+            )
         moves = [round((i + 0.5) * patch / views - patch / 2) for i in range(views)]
         self._moves = [(x, y) for x in moves for y in moves]
 
