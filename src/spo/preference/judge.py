@@ -9,6 +9,7 @@ Departure from the official code:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -34,10 +35,8 @@ class ClipJudge:
         self.model, self.tokenizer = model.eval().requires_grad_(False), tokenizer
         patch = model.model.config.vision_config.patch_size
         if views > patch:
-            raise ValueError(
-                f"align.spo.views: {views} is more than {patch}, the pixels a side of a patch of the preference model"
-            )
-        moves = [round((i + 0.5) * patch / views - patch / 2) for i in range(views)]
+            raise ValueError(f"align.spo.views: {views} is more than {patch}, the side of its patches")
+        moves = [math.floor((i + 0.5) * patch / views - patch / 2 + 0.5) for i in range(views)]  # all differ
         self._moves = [(x, y) for x in moves for y in moves]
 
     @torch.no_grad()
