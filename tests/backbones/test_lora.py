@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pytest
 import torch
 import yaml
 from diffusers import DDIMScheduler
@@ -28,6 +29,7 @@ backbone.save_lora(Path(sys.argv[2]))
 """
 
 
+@pytest.mark.smoke  # three processes that load diffusers
 def test_equal_adapters_are_equal_files(checkpoints, tmp_path) -> None:
     """Whatever the order of hash tables in a process is: DVC names files by their bytes."""
     found = []

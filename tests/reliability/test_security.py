@@ -72,6 +72,7 @@ def leaks(folder: Path, done: subprocess.CompletedProcess[str]) -> list[str]:
     )
 
 
+@pytest.mark.smoke
 def test_a_stage_that_works_keeps_none(folder: Path) -> None:
     """With MLflow's store, its params, tags and artifacts, and a URL with a password in another section."""
     write(folder, backbone__checkpoint=f"https://me:{SECRET}@example.org/model?token={SECRET}")
@@ -92,6 +93,7 @@ def test_a_tracking_server_that_is_away_is_named_without_it(
     assert leaks(folder, done) == []
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize(
     ("changes", "command"),
     [
