@@ -75,7 +75,7 @@ def test_views_are_the_mean_over_moved_pictures(clip, tokenizer) -> None:
     torch.testing.assert_close(told, sum(expected) / 4)
     assert (expected[0] - expected[3]).abs().max() > 1e-4
     assert all(len(set(ClipJudge(model, tokenizer, n)._moves)) == n * n for n in range(1, patch + 1))
-    with pytest.raises(ValueError, match=f"align.spo.views: {patch + 1} is more than {patch}"):
+    with pytest.raises(ValueError, match=f"align.spo.views: {patch + 1} is more than .* {patch} or less"):
         ClipJudge(model, tokenizer, views=patch + 1)
 
 

@@ -35,7 +35,8 @@ class ClipJudge:
         self.model, self.tokenizer = model.eval().requires_grad_(False), tokenizer
         patch = model.model.config.vision_config.patch_size
         if views > patch:
-            raise ValueError(f"align.spo.views: {views} is more than {patch}, the side of its patches")
+            reason = f"{views} is more than a patch of the judge has pixels a side; give {patch} or less"
+            raise ValueError(f"align.spo.views: {reason}")
         moves = [math.floor((i + 0.5) * patch / views - patch / 2 + 0.5) for i in range(views)]  # all differ
         self._moves = [(x, y) for x in moves for y in moves]
 
