@@ -1,6 +1,8 @@
 """For all tests: no network, no state of the person who runs them, few threads."""
 
 import os
+import signal
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -13,6 +15,17 @@ os.environ.pop("SPO_PARENT_RUN", None)
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # two processes on two cores: one thread each
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture(autouse=True)
+def handlers() -> Iterator[None]:
+    """Signals are handled after a test as before it: torch's launcher takes SIGTERM and keeps it."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)}
+    yield
+    for number, handler in before.items():
+        if handler is not None:  # else it is not Python's
+            signal.signal(number, handler)
+
 
 FIRST = "tests/smoke/test_dag.py"  # it makes the DAG's run that all of tests/smoke share
 
