@@ -28,7 +28,7 @@ STAGES: dict[str, tuple[str, tuple[str, ...]]] = {
 
 
 def entry() -> int:
-    """What `spo` on the command line runs: `main`, and the certainty that Ctrl-C ends a stage."""
+    """`main`, and the certainty that Ctrl-C ends a stage."""
     if sys.argv[1:2] and sys.argv[1] in STAGES:
         interrupt.install()
     return main()
@@ -278,7 +278,3 @@ def _run_repro(told: argparse.Namespace) -> None:
     from spo import repro
 
     sys.exit(repro.run(config.load(), told.arguments))
-
-
-if __name__ == "__main__":
-    sys.exit(entry())

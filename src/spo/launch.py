@@ -46,7 +46,7 @@ def run(arguments: Sequence[str], processes: int) -> None:
         shutdown_timeout=GRACE,
     )
     try:
-        elastic_launch(settings, sys.executable)("-m", "spo.cli", *arguments)
+        elastic_launch(settings, sys.executable)("-m", "spo", *arguments)
     except ChildFailedError as failed:
         rank, failure = failed.get_first_failure()
         if failure.exitcode == 130:

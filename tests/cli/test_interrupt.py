@@ -64,3 +64,21 @@ def test_the_import_system_is_not_broken_off() -> None:
         exec(compile(told, name, "exec"), names)
         seen[name] = interrupt.deaf(names["frame"])
     assert seen == {"<frozen importlib._bootstrap>": True, "/lib/weakref.py": True, "somewhere.py": False}
+
+
+EARLY = """
+import os, runpy, signal, sys
+class Interrupted:
+    def find_spec(self, name, path=None, target=None):
+        if name == "spo.config.sections":
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Interrupted())
+sys.argv = ["spo", "pairs"]
+runpy.run_module("spo", run_name="__main__")
+"""
+
+
+def test_a_ctrl_c_while_spo_is_imported_is_one_line() -> None:
+    """A Ctrl-C in the first 0.2 s had been answered by a traceback."""
+    done = subprocess.run([sys.executable, "-c", EARLY], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr, done.stdout) == (130, "spo: stopped\n", "")

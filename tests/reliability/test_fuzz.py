@@ -239,7 +239,7 @@ def test_mutations_through_the_command_line(tmp_path: Path) -> None:
     for _ in range(max(2, MUTATIONS // 50)):
         path.write_bytes(scramble(original, draw))
         done = subprocess.run(
-            [sys.executable, "-m", "spo.cli", "pairs"],
+            [sys.executable, "-m", "spo", "pairs"],
             cwd=tmp_path,
             capture_output=True,
             text=True,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import re
 import shlex
@@ -60,7 +61,7 @@ def write(folder: Path, **changes: Any) -> None:
 
 
 def spo(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "spo.cli", *arguments]
+    command = [sys.executable, "-m", "spo", *arguments]
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120)
 
 
@@ -153,15 +154,14 @@ def test_make_ui_listens_on_the_loopback_interface_only(tmp_path: Path) -> None:
             assert {address for address, _ in found} == {"127.0.0.1"}
         finally:
             for process in [*psutil.Process(server.pid).children(recursive=True), psutil.Process(server.pid)]:
-                process.kill()
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
 
 
 def listening(pid: int) -> set[tuple[str, int]]:
     """Addresses at which a process and its children accept connections."""
-    family = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
-    return {
-        (c.laddr.ip, c.laddr.port)
-        for process in family
-        for c in process.net_connections("inet")
-        if c.status == psutil.CONN_LISTEN
-    }
+    found = set()
+    for process in [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]:
+        with contextlib.suppress(psutil.NoSuchProcess):  # a child that ended since
+            found |= {c.laddr for c in process.net_connections("inet") if c.status == psutil.CONN_LISTEN}
+    return {(address.ip, address.port) for address in found}

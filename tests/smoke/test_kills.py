@@ -28,6 +28,19 @@ def test_killed_and_started_again_is_undisturbed_bit_for_bit(clone: Path, copy: 
     assert clones.differences(clone, copy) == []
 
 
+def test_only_what_python_says_before_our_code_runs_is_forgiven() -> None:
+    start = "Traceback (most recent call last):\n"
+    script = '  File "/clone/.venv/bin/spo", line 4, in <module>\n    from spo.__main__ import entry\n'
+    ours = '  File "/clone/src/spo/cli.py", line 9, in <module>\n    import argparse\n'
+    frozen = '  File "<frozen importlib._bootstrap>", line 980, in exec_module\n'
+    fatal = "Fatal Python error: init_sys_streams: can't initialize\nPython runtime state: core initialized\n"
+    end = "KeyboardInterrupt\n"
+    for said in (fatal + start + frozen + end, start + script + frozen + end):
+        assert kills.PYTHONS_OWN_START.sub("", f"before\n{said}after\n") == "before\nafter\n"
+    for said in (start + script + ours + end, start + script + ours + frozen + end, start + frozen + end):
+        assert kills.PYTHONS_OWN_START.sub("", said) == said
+
+
 def test_a_second_run_meanwhile_is_refused_in_one_line(copy: Path) -> None:
     clones.forget(copy, STAGES)
     with kills.repro(copy) as (dvc, _):
