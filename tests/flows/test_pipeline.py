@@ -144,7 +144,7 @@ def test_cancelling_ends_the_whole_group(
     """A stage's child that ignores SIGTERM is gone too."""
     monkeypatch.setattr(command, "GRACE", 0.5)
     pids: list[int] = []
-    script = "trap '' TERM; sleep 60 & echo $$ $!; wait; wait"
+    script = "trap '' TERM; sleep 300 & echo $$ $!; wait; wait"
     previous = signal.signal(signal.SIGUSR1, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
 
     def log(line: str) -> None:
@@ -157,9 +157,9 @@ def test_cancelling_ends_the_whole_group(
             command.execute(["sh", "-c", script], {}, log)
     finally:
         signal.signal(signal.SIGUSR1, previous)
-    assert len(pids) == 2 and time.monotonic() - started < 10
+    assert len(pids) == 2 and time.monotonic() - started < 60
     while any(alive(pid) for pid in pids):
-        assert time.monotonic() - started < 20, "the stage lives on"
+        assert time.monotonic() - started < 120, "the stage lives on"
         time.sleep(0.1)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -81,17 +80,17 @@ def test_a_worker_runs_the_deployment_and_cancelling_ends_every_child(
     before = {run["id"] for run in runs(environment, "COMPLETED")}
     with started(["prefect", "worker", "start", "--pool", "spo"], project, environment):
         subprocess.run(start, cwd=project, env=environment, check=True, capture_output=True)
-        wait_for("the second stage", 90, lambda: (project / "pid").exists() and (project / "pid").read_text())
+        wait_for(
+            "the second stage", 150, lambda: (project / "pid").exists() and (project / "pid").read_text()
+        )
         child = psutil.Process(int((project / "pid").read_text()))
         run = runs(environment, "RUNNING")[0]["id"]
         state = {"type": "CANCELLING", "name": "Cancelling"}
         ask(environment, f"flow_runs/{run}/set_state", state=state, force=False)
-        asked = time.monotonic()
-        wait_for("the end of the stage", 60, lambda: not child.is_running())
-        assert time.monotonic() - asked < 45  # the worker looks every few seconds
-        wait_for("the cancelled state", 60, lambda: runs(environment, "CANCELLED"))
+        wait_for("the end of the stage", 100, lambda: not child.is_running())  # of 600 s
+        wait_for("the cancelled state", 100, lambda: runs(environment, "CANCELLED"))
         assert not (project / "two.txt").exists()
         (project / "second.sh").write_text("cp one.txt two.txt\n")  # the next run goes on
         subprocess.run(start, cwd=project, env=environment, check=True, capture_output=True)
-        wait_for("the next run", 120, lambda: {run["id"] for run in runs(environment, "COMPLETED")} - before)
+        wait_for("the next run", 150, lambda: {run["id"] for run in runs(environment, "COMPLETED")} - before)
         assert (project / "two.txt").exists()

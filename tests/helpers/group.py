@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import tempfile
+import time
 import traceback
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -49,8 +50,11 @@ def _wait_for(children: Iterable[int]) -> list[int]:
     """The statuses of those that failed, the first first."""
     left, failed = set(children), list[int]()
     while left:
-        child, status = os.wait()
+        ended = ((c, status) for c in left for pid, status in [os.waitpid(c, os.WNOHANG)] if pid)
+        child, status = next(ended, (0, 0))  # not os.wait: it would take other tests' children too
         left.discard(child)
+        if not child:
+            time.sleep(0.005)
         if status:
             failed.append(status)
             for other in left:

@@ -87,7 +87,7 @@ def test_processes_end_with_a_launcher_that_is_killed(copy: Path) -> None:
         children = psutil.Process(launcher.pid).children(recursive=True)
         assert len(children) >= 2
         launcher.kill()
-        assert kills.until(lambda: not any(c.is_running() for c in children), 30, 0.1)
+        assert kills.until(lambda: not any(c.is_running() for c in children), 60, 0.1)
     finally:
         launcher.kill()
         launcher.wait()

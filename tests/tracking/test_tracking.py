@@ -154,7 +154,7 @@ def test_a_server_that_is_away_costs_nothing_and_loses_nothing(
     with stage_run("align", params, "spo") as run:
         for step in range(300):
             run.log_metrics({"loss": 1 / (step + 1)}, step=step)
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < 30  # 300 records, each of which waits 2 s or more, would take minutes
     told = capsys.readouterr().err
     assert "spo sync" in told and told.count("\n") == 1 and "pa55word" not in told
 
@@ -194,7 +194,7 @@ def test_a_silent_server_does_not_hold_a_stage_up(
         started = time.monotonic()
         with stage_run("pairs", params) as run:
             run.log_metrics({"rows": 5})
-        assert time.monotonic() - started < 5
+        assert time.monotonic() - started < 12  # well under what is given without the patch, 15 s
     assert "no answer yet" in capsys.readouterr().err
     assert spools()[0].left() == 5  # create, params, metrics, tags, end
 
@@ -213,7 +213,7 @@ def test_a_broken_store_only_warns(folder: Path, capsys: pytest.CaptureFixture[s
     started = time.monotonic()
     with stage_run("pairs", PARAMS):
         pass
-    assert time.monotonic() - started < 20
+    assert time.monotonic() - started < 60
     assert "not a database" in capsys.readouterr().err
 
 
