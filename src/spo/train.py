@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from spo import config, processes
 from spo.checkpoint import CheckpointStore, stop_on_signal
-from spo.diffusion.guidance import guided
+from spo.diffusion.guidance import guided, is_guided
 from spo.optimizer import adamw
 from spo.types import Backbone, Batch, Method
 
@@ -134,7 +134,7 @@ def update(
 
 def _forward(backbone: Backbone, method: Method, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
     unconditional = None
-    if method.guidance != 1:
+    if is_guided(method.guidance):
         unconditional = backbone.encode_prompts([""]).repeat(len(batch.x_t))
     inputs = (backbone, batch.x_t, batch.timesteps, batch.conditioning, unconditional, method.guidance)
     with torch.no_grad():

@@ -204,7 +204,7 @@ def test_wrong_checkpoints_are_one_line(load, family, checkpoints, tmp_path) -> 
 
     spoilt = shutil.copytree(checkpoints[family], tmp_path / "spoilt")
     (spoilt / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"torn")
-    refused("spoilt: cannot be loaded", lambda: load(family, checkpoint=str(spoilt)))
+    refused("spoilt: unet: cannot be loaded", lambda: load(family, checkpoint=str(spoilt)))
 
 
 def test_an_adapter_that_does_not_fit_is_refused(load, family, tmp_path) -> None:

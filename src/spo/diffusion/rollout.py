@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from torch import Tensor
 
 from spo.diffusion import ddim
-from spo.diffusion.guidance import guided
+from spo.diffusion.guidance import guided, is_guided
 from spo.diffusion.noise import SampleNoise
 from spo.diffusion.schedule import Schedule
 from spo.types import Backbone
@@ -32,7 +32,7 @@ def sample_latents(
     schedule = schedule.to(backbone.device)
     with backbone.inference():
         conditioning = backbone.encode_prompts(prompts)
-        unconditional = None if guidance == 1 else backbone.encode_prompts([""] * len(prompts))
+        unconditional = None if not is_guided(guidance) else backbone.encode_prompts([""] * len(prompts))
         x_t = noise.draw()
         for i, t in enumerate(schedule.timesteps):
             timesteps = t.expand(len(prompts))

@@ -24,7 +24,7 @@ from torch import Tensor
 from spo import processes
 from spo.config import Spo
 from spo.diffusion import ddim
-from spo.diffusion.guidance import guided
+from spo.diffusion.guidance import guided, is_guided
 from spo.diffusion.noise import SampleNoise, generator, shuffled
 from spo.diffusion.schedule import Schedule
 from spo.methods import step_pairs
@@ -100,7 +100,7 @@ class _Told:
     """What UNet and judge are told of B prompts; encoded once a rollout."""
 
     conditioning: Conditioning
-    unconditional: Conditioning | None  # None: guidance 1
+    unconditional: Conditioning | None  # None: no guidance
     text: Tensor  # [B,D], of the judge
     prompts: list[str]
 
@@ -164,7 +164,7 @@ class SpoMethod:
         return self._batches(judged, everyone, iteration), self._metrics(judged)
 
     def _tell(self, backbone: Backbone, prompts: list[str]) -> _Told:
-        empty = None if self.guidance == 1 else backbone.encode_prompts([""] * len(prompts))
+        empty = None if not is_guided(self.guidance) else backbone.encode_prompts([""] * len(prompts))
         return _Told(backbone.encode_prompts(prompts), empty, self.judge.encode_text(prompts), prompts)
 
     def _rollout(self, backbone: Backbone, noise: SampleNoise, told: _Told) -> Iterator[_Judged]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from spo.diffusion.guidance import guided
+from spo.diffusion.guidance import guided, is_guided
 from spo.diffusion.noise import SampleNoise
 from spo.diffusion.schedule import Schedule
 from spo.types import Backbone, Conditioning
@@ -29,7 +29,7 @@ def noised_pair(
         x_0 = torch.cat(sides).to(backbone.device)
         t = timesteps.repeat(2)
         x_t = schedule.add_noise(x_0, noise.repeat(2, 1, 1, 1), t)
-        empty = None if guidance == 1 else backbone.encode_prompts([""] * (2 * count))
+        empty = None if not is_guided(guidance) else backbone.encode_prompts([""] * (2 * count))
         output = guided(backbone, x_t, t, captions.repeat(2), empty, guidance)
         images = backbone.decode(schedule.predict_x0(output, t, x_t)).clamp(-1, 1)
     return images[:count], images[count:]
