@@ -132,7 +132,7 @@ def test_overflow_in_half_precision_says_so(checkpoints, tmp_path, experiment, c
     assert ("backbone.vae" in told) == (part == "vae")
 
 
-def test_validation_stops_the_training_before_an_update(checkpoints, tmp_path, load) -> None:
+def test_validation_images_are_refused(checkpoints, tmp_path, load) -> None:
     from spo.stages import validation
 
     backbone = load("sd", checkpoint=str(poisoned(checkpoints, tmp_path, *DECODER, NAN)))
