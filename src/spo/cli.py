@@ -262,7 +262,9 @@ def _run_sync(told: argparse.Namespace) -> None:
     delivered, left = tracking.sync(uri)
     print(f"{delivered} records delivered, {left} left")
     if left:
-        raise ValueError("sync: the server is away or refuses; `spo sync` goes on from there")
+        raise ValueError(
+            f"sync: {left} records are left, for the reasons above; `spo sync` goes on from there"
+        )
 
 
 def _run_register(told: argparse.Namespace) -> None:

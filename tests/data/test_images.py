@@ -25,6 +25,14 @@ def test_to_pil_and_back_keeps_every_grey_level() -> None:
     assert outside[:, 0, 0].tolist() == pytest.approx([-1, 1, 0], abs=0.005)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_pixels_that_are_not_finite_make_no_image(value) -> None:
+    pixels = torch.zeros(3, 4, 4)
+    pixels[1, 2, 3] = value
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        images.to_pil(pixels)
+
+
 def test_a_folder_of_pictures_comes_back_in_order(tmp_path) -> None:
     drawn = [picture(colour=(i, 0, 0)) for i in range(3)]
     images.save_images(tmp_path, drawn, ["a, b", 'say "x"', "c"], [7, 8, 9])

@@ -1,10 +1,11 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from spo.rewards import clip
+from spo.rewards import clip, hps
 
 
 def plain(width: int, height: int, colour: tuple[int, int, int] = (255, 0, 0)) -> Image.Image:
@@ -29,6 +30,14 @@ def test_preprocess_crops_the_centre_of_the_long_side(tall: bool) -> None:
 def test_preprocess_takes_any_mode_of_picture() -> None:
     grey = clip.preprocess(plain(8, 8, (90, 90, 90)).convert("L"), 8)
     assert torch.equal(grey, clip.preprocess(plain(8, 8, (90, 90, 90)), 8))
+
+
+def test_preprocess_refuses_floating_point_pixels() -> None:
+    """Pillow makes black of NaN, and of [0, 1] too."""
+    pixels = np.full((8, 8), np.nan, np.float32)
+    for prepare in (clip.preprocess, hps.preprocess):
+        with pytest.raises(ValueError, match="floating-point pixels; give 8-bit RGB"):
+            prepare(Image.fromarray(pixels), 8)
 
 
 def in_batches(score, n_images: int, prompts: list[str], batch_size: int = 2) -> list[float]:

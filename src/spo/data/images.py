@@ -21,7 +21,13 @@ _EPOCH = (1980, 1, 1, 0, 0, 0)  # of every entry, so that equal pictures give eq
 
 
 def to_pil(image: Tensor) -> Image.Image:
-    """An image [3,H,W] around [-1,1], clamped, as 8-bit RGB."""
+    """An image [3,H,W] around [-1,1], clamped, as 8-bit RGB.
+
+    Raises:
+        ValueError: a pixel is NaN or infinite, which would become black or white.
+    """
+    if not image.isfinite().all():
+        raise ValueError("an image has pixels that are NaN or infinite; check the model that it comes from")
     pixels = ((image.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
     return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
 

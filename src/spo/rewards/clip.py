@@ -26,7 +26,7 @@ def preprocess(image: Image.Image, size: int = 224) -> Tensor:
     Rounds as transformers' CLIPImageProcessor on PIL images does; OpenAI's own crop lies one pixel further
     when it cuts off 4n + 3 pixels.
     """
-    image = image.convert("RGB")
+    image = rgb(image)
     short = min(image.size)
     width, height = (size * side // short for side in image.size)
     image = image.resize((width, height), Image.Resampling.BICUBIC)
@@ -34,9 +34,20 @@ def preprocess(image: Image.Image, size: int = 224) -> Tensor:
     return normalise(to_unit(image.crop((left, top, left + size, top + size))))
 
 
+def rgb(image: Image.Image) -> Image.Image:
+    """As 8-bit RGB.
+
+    Raises:
+        ValueError: pixels are floating-point numbers, of which Pillow makes black, NaN or not.
+    """
+    if image.mode == "F":
+        raise ValueError("a scorer was given an image of floating-point pixels; give 8-bit RGB")
+    return image.convert("RGB")
+
+
 def to_unit(image: Image.Image) -> Tensor:
     """RGB pixels [3,h,w] in [0,1]."""
-    flat = torch.frombuffer(bytearray(image.convert("RGB").tobytes()), dtype=torch.uint8)
+    flat = torch.frombuffer(bytearray(rgb(image).tobytes()), dtype=torch.uint8)
     return flat.view(image.height, image.width, 3).permute(2, 0, 1).float() / 255
 
 
@@ -67,7 +78,9 @@ def in_batches(
         for part, told in zip(parts, found, strict=True):
             for value, prompt in zip(told, prompts[part], strict=True):
                 if not math.isfinite(value):
-                    raise ValueError(f"{name}: the score of prompt {prompt!r} is {value}; check the weights")
+                    raise ValueError(
+                        f"{name}: the score of prompt {prompt[:100]!r} is {value}; check the weights"
+                    )
             scores += told
             bar.update(len(told))
     return scores
