@@ -100,7 +100,7 @@ def _unet_folder(path: Path) -> Source | None:
     if others:
         raise ValueError(
             f"{path}: holds {', '.join(others)} beside the UNet, and no model_index.json that says what "
-            f"belongs together; give the one that is meant ({inner} for the UNet alone, in a folder of its own)"
+            f"belongs together; give the one that is meant (for the UNet alone, in a folder of its own)"
         )
     config = inner / "config.json"
     return Source("unet", _unet_files(inner), config if config.exists() else None)

@@ -62,8 +62,8 @@ class Strengths:
         beside = file.parent / PEFT_CONFIG
         if not self._settings and beside.exists() and (peft or not has_alphas):
             self._source = str(beside)
-            settings = _json(self._source, beside.read_text(encoding="utf-8"))
-            self._settings = dict.fromkeys(COMPONENTS, settings)
+            beside_settings = _json(self._source, beside.read_text(encoding="utf-8"))
+            self._settings = {component: beside_settings for component in COMPONENTS}
         if peft and not self._settings and not has_alphas:
             raise ValueError(
                 f"{file}: peft writes lora_alpha to {PEFT_CONFIG}; put that file beside this one"

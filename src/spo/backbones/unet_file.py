@@ -27,7 +27,7 @@ def load(unet: Any, files: Iterable[Path], config: Path | None) -> tuple[int, in
         How many tensors differ from the base's, and of how many.
 
     Raises:
-        ValueError: another architecture, or a tensor that is missing, unknown, of another shape or not finite.
+        ValueError: another architecture; a tensor that is missing, unknown, of another shape or not finite.
     """
     files = tuple(files)
     if config is not None:
