@@ -75,7 +75,9 @@ def original_name(name: str) -> str:
 
 def write(file: Path, state: dict[str, torch.Tensor], **metadata: str) -> Path:
     file.parent.mkdir(parents=True, exist_ok=True)
-    save_file({key: value.contiguous() for key, value in state.items()}, file, metadata=metadata or None)
+    save_file(
+        {key: value.clone().contiguous() for key, value in state.items()}, file, metadata=metadata or None
+    )
     return file
 
 

@@ -20,11 +20,11 @@ TAKEN = "a LoRA (file or folder), a UNet (file or folder) or a whole model (diff
 # what trainers write into the header, and the family (of backbone.family) that it means
 _FAMILIES = (
     (r"refiner", "the SDXL refiner"),
-    (r"sdxl|stable-diffusion-xl|sd_xl", "sdxl"),
-    (r"stable-diffusion-v[12]|stable-diffusion-2|sd_?v?[12]([._]|$)", "sd"),
-    (r"stable-diffusion-3|sd_?v?3", "Stable Diffusion 3"),
+    (r"sd[ _-]?xl|stable[ _-]diffusion[ _-]xl", "sdxl"),
+    (r"stable[ _-]diffusion[ _-]v?[12]|sd[ _-]?v?[12]([ ._-]|\d?$)", "sd"),
+    (r"stable[ _-]diffusion[ _-]v?3|sd[ _-]?v?3", "Stable Diffusion 3"),
     (
-        r"flux|cascade|pixart|hunyuan|lumina|auraflow|chroma|kolors|qwen|wan2|ltx|anima",
+        r"flux|cascade|pixart|hunyuan|lumina|auraflow|chroma|kolors|qwen|wan2|ltx",
         "another architecture",
     ),
 )
