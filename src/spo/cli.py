@@ -141,7 +141,10 @@ def _stage(told: argparse.Namespace) -> None:
 def _generate_elsewhere(command: argparse.ArgumentParser) -> None:
     told = command.add_argument_group("instead of a variant: what was made elsewhere")
     told.add_argument(
-        "--lora", "--checkpoint", type=Path, metavar="PATH", help="a LoRA, or a diffusers folder"
+        *("--lora", "--unet", "--checkpoint"),
+        type=Path,
+        metavar="PATH",
+        help="a LoRA or UNet (file or folder) on the base, or a whole model (diffusers folder, .safetensors)",
     )
     told.add_argument("--prompts", type=Path, metavar="FILE", help="default: the experiment's own")
     told.add_argument("--guidance", type=float, help="default: that of generate.base")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spo import config
-from spo.backbones import checks, lora, parts, scheduler, single_file
+from spo import config, processes
+from spo.backbones import checks, external, lora, parts, scheduler, single_file, unet_file
 from spo.backbones.checks import latent_side
+from spo.backbones.layer_names import COMPONENTS
 from spo.backbones.text import SdText, SdxlText
 from spo.types import Conditioning
 
@@ -137,9 +139,27 @@ class StableDiffusion:
     def save_lora(self, folder: Path) -> None:
         lora.save(self.unet, self.pipeline_class, folder)
 
-    def load_lora(self, path: Path) -> None:
-        lora.load(self.unet, self.pipeline_class, path)
-        self.unet.requires_grad_(False)
+    def load_lora(self, path: Path) -> str:
+        """A LoRA (file or folder) on UNet and text encoders; returns what it changes, for a person."""
+        file = external.lora_file_of(path)
+        external.check_prediction(file, self._prediction)
+        names = [name for name in COMPONENTS if getattr(self.pipeline, name, None) is not None]
+        models = {name: getattr(self.pipeline, name) for name in names}
+        changed = lora.load(models, file)
+        for model in models.values():
+            model.eval().requires_grad_(False)
+        return f"{file}: LoRA, changes " + ", ".join(
+            f"{n} layers of the {name}" for name, n in changed.items()
+        )
+
+    def load_unet(self, files: Sequence[Path], described_by: Path | None) -> str:
+        """Another UNet of the same architecture; returns what it changes, for a person."""
+        changed, total = unet_file.load(self.unet, files, described_by)
+        return f"{files[0]}: UNet, {changed} of {total} tensors are not the base's"
+
+    @property
+    def _prediction(self) -> str:
+        return self.scheduler_config.get("prediction_type", "epsilon")
 
     def trainable_parameters(self) -> list[torch.nn.Parameter]:
         return lora.trainable(self.unet)
@@ -197,16 +217,29 @@ def _pipeline(settings: config.Backbone, dtype: torch.dtype, where: str) -> Any:
 def load_aligned(
     settings: config.Backbone, adapter: str | Path | None, device: torch.device | str
 ) -> StableDiffusion:
-    """The base model, with a LoRA on it, or the full fine-tune of it that `adapter` is.
+    """The base model with what `adapter` holds on it: a LoRA, a UNet, or a whole model in its place.
 
     Raises:
-        ValueError: as `load`, and for a LoRA that does not fit.
+        ValueError: as `load`, and for what does not fit, or cannot be told from its files.
     """
-    if adapter is not None and (Path(adapter) / "model_index.json").exists():
-        return load(settings.model_copy(update={"checkpoint": str(adapter), "revision": None}), device)
+    if adapter is None:
+        return load(settings, device)
+    source = external.find(Path(adapter))
+    if source.files[0].is_file():
+        external.check_family(source.files[0], settings.family)
+    if source.kind == "pipeline":
+        whole = {"checkpoint": str(source.files[0]), "revision": None, "config": settings.described_by}
+        backbone = load(settings.model_copy(update=whole), device)
+        if source.files[0].is_file():
+            external.check_prediction(source.files[0], backbone._prediction)
+        return backbone
     backbone = load(settings, device)
-    if adapter is not None:
-        backbone.load_lora(Path(adapter))
+    if source.kind == "unet":
+        changes = backbone.load_unet(source.files, source.config)
+    else:
+        changes = backbone.load_lora(source.files[0])
+    if processes.is_first():
+        print(f"spo: {changes}", file=sys.stderr)
     return backbone
 
 

@@ -256,7 +256,7 @@ class Align(Section):
 class Variant(Section):
     """One column of the comparison: an adapter (or none) and a guidance."""
 
-    adapter: str | None = None  # a LoRA, or the diffusers folder of a full fine-tune
+    adapter: str | None = None  # a LoRA, a UNet alone, or a whole model
     guidance: Guidance
 
 

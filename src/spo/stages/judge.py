@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 OUTPUT = Path("outputs/judged")
+_USUAL = ("unet", "pytorch_lora_weights", "adapter_model", "diffusion_pytorch_model")
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
 
 
@@ -29,7 +30,7 @@ def generate(
     guidance: float | None = None,
     output: Path | None = None,
 ) -> Path:
-    """Pictures of `adapter` (a LoRA file or folder, or a diffusers folder) on params.backbone.
+    """Pictures of `adapter` on params.backbone: a LoRA or a UNet (file or folder), or a whole model.
 
     Args:
         prompts_file: a list of prompts; None: the experiment's own, at its own seeds.
@@ -42,19 +43,27 @@ def generate(
         ValueError: nothing there, or weights that do not fit the backbone.
     """
     from spo import backbones
+    from spo.backbones.external import TAKEN
     from spo.stages.generate import device, draw, save
 
     if not adapter.exists():
-        raise ValueError(f"{adapter}: not there; give a LoRA (file or folder) or a diffusers folder")
+        raise ValueError(f"{adapter}: not there; give {TAKEN}")
     split = params.generate.split
     file = prompts_file or require(f"outputs/prompts/{split}.txt", f"{split} prompts")
     prompts = _prompts(file)
     backbone = backbones.load_aligned(params.backbone, adapter, device())
     variant = Variant(guidance=params.generate.base.guidance if guidance is None else guidance)
     seeds = [params.generate.seed + i for i in range(len(prompts))]
-    folder = output or OUTPUT / adapter.stem
+    folder = output or OUTPUT / _name(adapter)
     save(folder, draw(backbone, params, variant, prompts, seeds), prompts, seeds)
     return folder
+
+
+def _name(adapter: Path) -> str:
+    """Of the file or folder; of the folder around it where all releases call it the same."""
+    path = adapter.resolve()
+    name = path.stem if path.is_file() else path.name
+    return path.parent.name if name.split(".")[0] in _USUAL else name
 
 
 def score(
