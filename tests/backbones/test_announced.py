@@ -263,14 +263,14 @@ def test_missing_unknown_and_infinite_tensors_are_refused(copy, family: str, par
     refused(folder, family, part, "unknown tensors", "foreign")
     file.write_bytes(whole)
     edit_weights(file, lambda state: state[name].view(-1)[:1].fill_(float("nan")))
-    refused(folder, family, part, "not finite")
+    refused(folder, family, part, "NaN or infinite")
     file.write_bytes(whole)
     edit_weights(file, lambda state: state.update({name: state[name][..., None].repeat_interleave(2, -1)}))
     refused(folder, family, part)
 
 
 @pytest.mark.parametrize(
-    ("file", "changes", "words"),
+    ("file", "changes", "said"),
     [
         ("unet/config.json", {"time_cond_proj_dim": 16}, ("time_cond_proj_dim", "LCM")),
         ("unet/config.json", {"num_class_embeds": 10}, ("num_class_embeds",)),
@@ -285,11 +285,11 @@ def test_missing_unknown_and_infinite_tensors_are_refused(copy, family: str, par
         ("model_index.json", {"_class_name": "StableDiffusionInpaintPipeline"}, ("Inpaint", "family")),
     ],
 )
-def test_announcements_that_are_not_supported_are_refused(copy, file: str, changes: dict, words) -> None:
+def test_announcements_that_are_not_supported_are_refused(copy, file: str, changes: dict, said) -> None:
     for family in ("sd", "sdxl"):
         folder = copy(family)
         edit(folder / file, **changes)
-        refused(folder, family, *words)
+        refused(folder, family, *said)
 
 
 def test_an_inpainting_unet_is_refused_by_its_channels(copy) -> None:

@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from spo.backbones.finite import check_finite_weights
+
 # UNet config: (key, values that are supported, what another value announces)
 UNET = (
     (
@@ -114,8 +116,6 @@ def _check_text(pipeline: Any, sdxl: bool, where: str) -> None:
 
 
 def _check_weights(part: torch.nn.Module, place: str) -> None:
-    for name, parameter in part.named_parameters():
-        if parameter.is_meta:
-            raise ValueError(f"{place} misses tensors: {name}; fetch it again, or it is of another model")
-        if not torch.isfinite(parameter).all():
-            raise ValueError(f"{place}: {name} is not finite; fetch it again (an overflow in fp16?)")
+    if missing := [name for name, parameter in part.named_parameters() if parameter.is_meta]:
+        raise ValueError(f"{place} misses tensors: {missing[0]}; fetch it again, or it is of another model")
+    check_finite_weights(part, place)
