@@ -29,6 +29,12 @@ LORA = {"rank": 2, "alpha": 2}
 NAN, INF = float("nan"), float("inf")
 
 
+@pytest.fixture(autouse=True)
+def loaded_unseen(monkeypatch) -> None:
+    """Weights are refused when they are loaded; here they stand for what goes wrong later."""
+    monkeypatch.setattr("spo.backbones.checks.check_finite_weights", lambda module, where: None)
+
+
 def file_of(folder: Path, part: str) -> Path:
     name = "model" if "text" in part else "diffusion_pytorch_model"
     return folder / part / f"{name}.safetensors"
@@ -114,7 +120,7 @@ def test_generate_stops_at_a_poisoned_lora(load, checkpoints, tmp_path, experime
     backbone.save_lora(tmp_path / "lora")
     experiment(checkpoints["sd"])
     told = refusal(capsys, "generate", "--lora", "lora", "--output", "elsewhere")
-    assert "UNet output at step 1 of 3" in told and "prompt 'a circle'" in told and "adapter" in told
+    assert "lora/pytorch_lora_weights.safetensors" in told and "holds NaN or infinity" in told
 
 
 @pytest.mark.parametrize("part", ["unet", "vae"])

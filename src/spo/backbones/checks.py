@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -28,7 +29,6 @@ def check(pipeline: Any, sdxl: bool, where: str) -> None:
     Raises:
         ValueError: one line with the part, the key and what would serve.
     """
-    _check_unet(pipeline.unet.config, sdxl, where)
     _check_latents(pipeline.unet.config, pipeline.vae, where)
     _check_text(pipeline, sdxl, where)
     for name, part in pipeline.components.items():
@@ -51,26 +51,32 @@ def latent_side(sample_size: Any, where: str) -> int:
     return sides[0]
 
 
-def _check_unet(unet: Any, sdxl: bool, where: str) -> None:
+def check_unet(unet: Mapping[str, Any], sdxl: bool, where: str) -> None:
+    """Refuse a UNet whose config announces more inputs or outputs than text-to-image has.
+
+    Args:
+        unet: its config.json, read before its weights are.
+
+    Raises:
+        ValueError: with the key and what its value means.
+    """
     place = f"{where}: unet/config.json"
     for key, known, meaning in UNET:
         if unet.get(key) not in known:
             raise ValueError(f"{place}: {key} {unet[key]!r} announces {meaning}; that is not supported")
     wanted = "text_time" if sdxl else None
     if unet.get("addition_embed_type") != wanted:
-        raise ValueError(
-            f"{place}: addition_embed_type is {unet.get('addition_embed_type')!r}, must be {wanted!r}"
-        )
+        found = unet.get("addition_embed_type")
+        raise ValueError(f"{place}: addition_embed_type is {found!r}, must be {wanted!r} for the family")
     if unet.get("quantization_config"):
+        raise ValueError(f"{place}: quantization_config announces quantized weights; give the full ones")
+    channels = unet.get("in_channels", 4), unet.get("out_channels", 4)
+    if channels[0] != channels[1]:
         raise ValueError(
-            f"{place}: quantization_config: quantized weights are not supported; give the full ones"
+            f"{place}: in_channels {channels[0]}, out_channels {channels[1]}: a UNet for inpainting or "
+            "editing, or one that predicts variances; give a text-to-image one"
         )
-    if unet.in_channels != unet.out_channels:
-        raise ValueError(
-            f"{place}: in_channels {unet.in_channels}, out_channels {unet.out_channels}: a UNet for "
-            "inpainting or editing, or one that predicts variances; give a text-to-image one"
-        )
-    latent_side(unet.sample_size, where)
+    latent_side(unet.get("sample_size"), where)
 
 
 def _check_latents(unet: Any, vae: Any, where: str) -> None:

@@ -30,13 +30,9 @@ def load(settings: config.Backbone, dtype: torch.dtype, where: str) -> dict[str,
     """UNet, VAE and text encoders of a folder or hub id.
 
     Raises:
-        ValueError: nothing there, no network, another pipeline, or tensors missing, unknown or misshapen.
+        ValueError: nothing there, no network, or tensors missing, unknown or misshapen.
     """
-    import diffusers
-
-    kind = getattr(diffusers, PIPELINES[settings.family])
     name, revision = settings.checkpoint, settings.revision
-    check_index(reach(where, name, lambda: kind.load_config(name, revision=revision)), settings.family, where)
     wanted = [part for part in PARTS[settings.family] if part != "vae" or settings.vae is None]
     files = reach(where, name, lambda: weight_files(name, revision))
     variants = choose_variants({part: files.get(part, []) for part in wanted}, settings.variant, where)
@@ -101,6 +97,18 @@ def load_vae(name: str, dtype: torch.dtype) -> Any:
     files = reach(where, name, lambda: weight_files(name, None)).get(subfolder or "", [])
     variant = choose_variants({"vae": files}, None, where)["vae"]
     return load_part("AutoencoderKL", name, subfolder, None, variant, dtype, where)
+
+
+def index_of(settings: config.Backbone, where: str) -> Mapping[str, Any]:
+    """The content of model_index.json.
+
+    Raises:
+        ValueError: it cannot be reached.
+    """
+    import diffusers
+
+    kind, name = getattr(diffusers, PIPELINES[settings.family]), settings.checkpoint
+    return reach(where, name, lambda: kind.load_config(name, revision=settings.revision))
 
 
 def check_index(index: Mapping[str, Any], family: str, where: str) -> None:

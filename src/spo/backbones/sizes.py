@@ -48,14 +48,24 @@ def empty_models(settings: config.Backbone) -> tuple[Any, Any]:
     from diffusers import AutoencoderKL, UNet2DConditionModel
 
     how = {"revision": settings.revision}
-    unet = _config(
-        settings, lambda: UNet2DConditionModel.load_config(settings.described_by, subfolder="unet", **how)
-    )
+    unet = unet_config(settings)
     place = {"subfolder": "vae", **how} if settings.vae is None else {}
     name = settings.vae or settings.described_by
     vae = _config(settings, lambda: AutoencoderKL.load_config(name, **place))
     with torch.device("meta"):
         return UNet2DConditionModel.from_config(unet), AutoencoderKL.from_config(vae)
+
+
+def unet_config(settings: config.Backbone) -> dict[str, Any]:
+    """The content of the UNet's config.json.
+
+    Raises:
+        ValueError: it cannot be reached.
+    """
+    from diffusers import UNet2DConditionModel
+
+    place = {"subfolder": "unet", "revision": settings.revision}
+    return _config(settings, lambda: UNet2DConditionModel.load_config(settings.described_by, **place))
 
 
 def _config(settings: config.Backbone, load: Callable[[], Any]) -> Any:

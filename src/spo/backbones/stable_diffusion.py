@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from spo import config, processes
-from spo.backbones import checks, external, lora, parts, scheduler, single_file, unet_file
+from spo.backbones import checks, external, lora, parts, scheduler, single_file, sizes, unet_file
 from spo.backbones.checks import latent_side
 from spo.backbones.layer_names import COMPONENTS
 from spo.backbones.text import SdText, SdxlText
@@ -185,6 +185,7 @@ def load(settings: config.Backbone, device: torch.device | str) -> StableDiffusi
         marks = single_file.marks(header, settings.scheduler)
     else:
         _check_folder(settings)
+        parts.check_index(parts.index_of(settings, where), settings.family, where)
     pipeline = _pipeline(settings, dtype, where)
     checks.check(pipeline, sdxl, where)
     used = scheduler.effective(pipeline.scheduler, settings.family, marks, settings.scheduler, where)
@@ -201,6 +202,7 @@ def _pipeline(settings: config.Backbone, dtype: torch.dtype, where: str) -> Any:
     import diffusers
 
     kind = getattr(diffusers, parts.PIPELINES[settings.family])
+    checks.check_unet(sizes.unet_config(settings), settings.family == "sdxl", where)
     given: dict[str, Any] = {"scheduler": scheduler.load(settings.described_by, settings.revision, where)}
     if settings.vae is not None:
         given["vae"] = parts.load_vae(settings.vae, dtype)
