@@ -78,9 +78,9 @@ def test_a_folder_is_scored_and_compared(capsys, tmp_path, experiment, pictures)
 
 
 def test_pictures_come_in_the_order_of_their_numbers(pictures) -> None:
-    from spo.stages.judge import _files
+    from spo.data.folders import list_images
 
-    assert [p.name for p in _files(pictures("mine", 0))] == [f"picture{n}.png" for n in (2, 10, 11)]
+    assert [p.name for p in list_images(pictures("mine", 0))] == [f"picture{n}.png" for n in (2, 10, 11)]
 
 
 def test_mistakes_are_one_line(capsys, tmp_path, experiment, pictures) -> None:
@@ -91,12 +91,12 @@ def test_mistakes_are_one_line(capsys, tmp_path, experiment, pictures) -> None:
     (torn / "picture11.png").write_bytes(b"torn")
     (tmp_path / "empty").mkdir()
     cases = [
-        (["--images", mine, "--prompts", tmp_path / "two.txt"], "3 pictures, but .*two.txt has 2 prompts"),
+        (["--images", mine, "--prompts", tmp_path / "two.txt"], "3 images, but .*two.txt has 2 prompts"),
         (["--images", mine, "--prompts", tmp_path / "gap.txt"], "gap.txt: prompt 2 is empty"),
         (["--images", mine, "--prompts", tmp_path / "none.txt"], "holds no prompts"),
         (["--images", mine], "give --prompts FILE"),
-        (["--images", torn, "--prompts", tmp_path / "three.txt"], "picture11.png: not a readable picture"),
-        (["--images", tmp_path / "empty", "--prompts", tmp_path / "three.txt"], "no pictures there"),
+        (["--images", torn, "--prompts", tmp_path / "three.txt"], "picture11.png: not a readable image"),
+        (["--images", tmp_path / "empty", "--prompts", tmp_path / "three.txt"], "no images there"),
         (["--images", tmp_path / "nowhere", "--prompts", tmp_path / "three.txt"], "no folder there"),
         (["base", "--images", mine], "not both"),
         ([], "give a variant .* or --images"),

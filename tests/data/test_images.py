@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from spo.data import images
+from spo.data import decoding, images
 
 
 def picture(width=8, height=6, colour=(10, 200, 30)) -> Image.Image:
@@ -64,11 +64,11 @@ def test_a_damaged_archive_says_what_to_do(tmp_path) -> None:
 
 
 def test_torn_bytes_and_bombs_are_no_pictures(monkeypatch) -> None:
-    with pytest.raises(ValueError, match="not a readable picture"):
+    with pytest.raises(ValueError, match="not a readable image"):
         images.decode_image(b"\x89PNG nothing")
-    with pytest.raises(ValueError, match="not a readable picture"):
+    with pytest.raises(ValueError, match="not a readable image"):
         images.decode_image(png(picture(200, 200))[:60])
-    monkeypatch.setattr(images, "MAX_PIXELS", 40)
+    monkeypatch.setattr(decoding, "MAX_PIXELS", 40)
     with pytest.raises(ValueError, match="8 x 6 pixels"):
         images.decode_image(png(picture()))
 
