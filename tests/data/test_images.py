@@ -79,3 +79,13 @@ def test_other_sizes_are_covered_and_cropped() -> None:
     fitted = images.decode_image(png(wide), (16, 16))
     assert fitted.shape == (3, 16, 16) and fitted.mean() > 0.9
     assert images.decode_image(png(picture()), (6, 8)).shape == (3, 6, 8)
+
+
+@pytest.mark.parametrize("shape", [(60000, 1), (1, 60000), (700, 30), (30, 700)])
+def test_a_very_long_image_is_its_centre(shape) -> None:
+    image = Image.new("RGB", shape)
+    width, height = shape
+    box = (width // 4, 0, 3 * width // 4, 1000) if width > height else (0, height // 4, 1000, 3 * height // 4)
+    image.paste((255, 255, 255), box)
+    fitted = images.fit(image, (16, 24))
+    assert fitted.size == (24, 16) and fitted.getcolors() == [(16 * 24, (255, 255, 255))]

@@ -8,6 +8,7 @@ profile of another kind of colours than the image's, is ignored. PNG's cHRM and 
 from __future__ import annotations
 
 import io
+import warnings
 from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
@@ -55,7 +56,8 @@ def open_image(data: bytes) -> Image.Image:
         ValueError: another format, an animation, a truncated or damaged file, or one of more than MAX_PIXELS.
     """
     try:
-        return _decode(data)
+        with warnings.catch_warnings(action="ignore"):  # Pillow's, of damaged EXIF blocks and the like
+            return _decode(data)
     except MemoryError:
         raise
     except UnidentifiedImageError:
