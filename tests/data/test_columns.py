@@ -191,6 +191,11 @@ def test_a_column_of_another_type_is_refused_once(tmp_path, columns, message: st
     assert "\n" not in str(error.value)
 
 
+def test_an_empty_shard_has_no_rows_whatever_its_types(tmp_path) -> None:
+    pq.write_table(table(0, caption=pa.nulls(0), jpg_0=pa.nulls(0)), tmp_path / "a.parquet")
+    assert list(pairs.read_rows([tmp_path / "a.parquet"])) == []
+
+
 def test_a_doubled_column_is_refused(tmp_path) -> None:
     pq.write_table(table().append_column("caption", pa.array(["x", "y"])), tmp_path / "a.parquet")
     with pytest.raises(ValueError, match="a.parquet: 2 columns are named caption"):

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import pyarrow as pa
+    import pyarrow.parquet as pq
 
 IMAGE = "encoded images: binary, a struct of bytes and path, lists of bytes, or text in base64"
 WANTED = {
@@ -19,7 +20,7 @@ WANTED = {
 OPTIONAL = ("has_label", "num_example_per_prompt")
 
 
-def check_columns(schema: pa.Schema, needed: Sequence[str], where: str) -> None:
+def check_columns(file: pq.ParquetFile, needed: Sequence[str], where: str) -> None:
     """Check that a shard has its columns, each once and of a type that is read.
 
     Raises:
@@ -27,6 +28,7 @@ def check_columns(schema: pa.Schema, needed: Sequence[str], where: str) -> None:
     """
     import pyarrow as pa
 
+    schema, empty = file.schema_arrow, file.metadata.num_rows == 0
     names = schema.names
     if missing := [c for c in needed if c not in names]:
         raise ValueError(
@@ -36,7 +38,7 @@ def check_columns(schema: pa.Schema, needed: Sequence[str], where: str) -> None:
         if names.count(name) > 1:
             raise ValueError(f"{where}: {names.count(name)} columns are named {name}; keep one")
         kind = _plain(schema.field(name).type)
-        if pa.types.is_null(kind) and name not in OPTIONAL:
+        if pa.types.is_null(kind) and name not in OPTIONAL and not empty:
             raise ValueError(f"{where}: column {name} is null in every row; it must hold {WANTED[name]}")
         if not pa.types.is_null(kind) and not _serves(name, kind):
             raise ValueError(f"{where}: column {name} is {str(kind)[:80]}; it must hold {WANTED[name]}")

@@ -65,9 +65,9 @@ def read_rows(paths: Sequence[str | Path]) -> Iterator[tuple[PreferencePair | No
         ValueError: a file is no parquet, is damaged, or lacks a column of a type that is read.
     """
     for path in paths:
-        schema = _open(path).schema_arrow
-        columns.check_columns(schema, NEEDED, str(path))
-        wanted = [*NEEDED, *(c for c in columns.OPTIONAL if c in schema.names)]
+        file = _open(path)
+        columns.check_columns(file, NEEDED, str(path))
+        wanted = [*NEEDED, *(c for c in columns.OPTIONAL if c in file.schema_arrow.names)]
         name = str(path).rsplit("/", 1)[-1]
         folder = None if remote.is_remote(path) else Path(path).parent
         for row, record in enumerate(records(path, wanted)):
@@ -84,7 +84,7 @@ def read_captions(paths: Sequence[str | Path]) -> Iterator[str]:
         ValueError: as `read_rows`, of the column of captions.
     """
     for path in paths:
-        columns.check_columns(_open(path).schema_arrow, ["caption"], str(path))
+        columns.check_columns(_open(path), ["caption"], str(path))
         for record in records(path, ["caption"]):
             try:
                 yield values.read_caption("caption", record["caption"])
