@@ -88,10 +88,10 @@ def read_flag(name: str, value: Any) -> bool:
     Raises:
         ValueError: it is neither.
     """
-    told = _FLAGS.get(str(value).strip().lower())
-    if told is None:
+    flag = _FLAGS.get(str(value).strip().lower())
+    if flag is None:
         raise ValueError(f"{name} is {_shown(value)}; must be true or false")
-    return told
+    return flag
 
 
 def read_image(name: str, value: Any, folder: Path | None) -> bytes:
@@ -142,8 +142,8 @@ def read_file(folder: Path, name: Any, places: Sequence[str] = (".",)) -> bytes:
                         raise ValueError(f"{shown} has more than {MAX_FILE} bytes")
                     return path.read_bytes()
     except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle
-        told = getattr(error, "strerror", None) or "links in a circle"
-        raise ValueError(f"{shown} cannot be read ({told})") from None
+        reason = getattr(error, "strerror", None) or "links in a circle"
+        raise ValueError(f"{shown} cannot be read ({reason})") from None
     raise ValueError(f"{shown}: no such image")
 
 
