@@ -101,10 +101,10 @@ def test_hpd_comes_back_in_order_with_its_labels(tmp_path, monkeypatch, block: i
     ("change", "reason"),
     [
         ({"file_path": ["a.png", "../../secret.png"]}, "leads out of the data set"),
-        ({"file_path": ["a.png", "gone.png"]}, "no such picture"),
-        ({"file_path": ["a.png"]}, "file_path must have two"),
+        ({"file_path": ["a.png", "gone.png"]}, "no such image"),
+        ({"file_path": ["a.png"]}, "file_path is ['a.png']; must be a list of two"),
         ({"human_preference": [2, 0]}, "labels are 2 and 0"),
-        ({"prompt": ""}, "caption is empty"),
+        ({"prompt": ""}, "prompt is empty"),
     ],
 )
 def test_bad_entries_of_hpd_are_set_aside(tmp_path, change, reason) -> None:

@@ -40,6 +40,23 @@ def test_preprocess_refuses_floating_point_pixels() -> None:
             prepare(Image.fromarray(pixels), 8)
 
 
+@pytest.mark.parametrize("shape", [(900, 40), (40, 900)])
+def test_a_very_long_image_is_cropped_as_any_other(monkeypatch, shape: tuple[int, int]) -> None:
+    """Within a grey level of resizing the whole image, as shorter ones are."""
+    levels = torch.randint(256, (shape[1], shape[0], 3), generator=torch.Generator().manual_seed(0))
+    image = Image.fromarray(levels.to(torch.uint8).numpy())
+    cropped = clip.preprocess(image, 24)
+    monkeypatch.setattr(clip, "LONG", 1000)
+    torch.testing.assert_close(cropped, clip.preprocess(image, 24), atol=1.01 / 255 / 0.26, rtol=0)
+
+
+@pytest.mark.parametrize("shape", [(60000, 1), (1, 60000)])
+def test_a_line_of_pixels_takes_little_memory_and_is_its_centre(shape: tuple[int, int]) -> None:
+    image = plain(*shape)
+    image.paste((0, 255, 0), (29000, 0, 31000, 1) if shape[1] == 1 else (0, 29000, 1, 31000))
+    assert torch.equal(clip.preprocess(image, 16), clip.preprocess(plain(16, 16, (0, 255, 0)), 16))
+
+
 def in_batches(score, n_images: int, prompts: list[str], batch_size: int = 2) -> list[float]:
     images = [plain(i + 1, 1) for i in range(n_images)]
     return clip.in_batches(score, images, prompts, name="some_scorer", batch_size=batch_size)

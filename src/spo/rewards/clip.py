@@ -18,6 +18,7 @@ from spo import processes
 
 MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)
 STD = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
+LONG = 16  # times as long as wide: such an image is cropped while it is resized, not after
 
 
 def preprocess(image: Image.Image, size: int = 224) -> Tensor:
@@ -29,8 +30,12 @@ def preprocess(image: Image.Image, size: int = 224) -> Tensor:
     image = rgb(image)
     short = min(image.size)
     width, height = (size * side // short for side in image.size)
-    image = image.resize((width, height), Image.Resampling.BICUBIC)
     left, top = (width - size) // 2, (height - size) // 2
+    if max(image.size) > LONG * short:  # resized whole, 4000 x 1 pixels would take a gigabyte
+        x, y = image.width / width, image.height / height
+        box = (left * x, top * y, min(image.width, (left + size) * x), min(image.height, (top + size) * y))
+        return normalise(to_unit(image.resize((size, size), Image.Resampling.BICUBIC, box)))
+    image = image.resize((width, height), Image.Resampling.BICUBIC)
     return normalise(to_unit(image.crop((left, top, left + size, top + size))))
 
 

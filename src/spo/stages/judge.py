@@ -6,7 +6,6 @@ the scorers, tables and intervals of the experiment.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +19,6 @@ if TYPE_CHECKING:
 
 OUTPUT = Path("outputs/judged")
 _USUAL = ("unet", "pytorch_lora_weights", "adapter_model", "diffusion_pytorch_model")
-ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
 
 
 def generate(
@@ -137,38 +135,45 @@ def _prompts(file: Path) -> list[str]:
 
 
 def _pictures(folder: Path, prompts_file: Path | None) -> tuple[list[Image.Image], list[str]]:
-    """The pictures in the order of their names (2 before 10) or of our archive, and their prompts."""
-    from spo.data import images
+    """The images in the order of their names (2 before 10) or of our archive, and their prompts."""
+    from spo.data.folders import list_images
+    from spo.data.images import ARCHIVE
 
-    if (folder / images.ARCHIVE).exists():
-        pictures, prompts, _ = (list(column) for column in zip(*images.load_images(folder), strict=True))
+    if (folder / ARCHIVE).exists():
+        images, prompts = _archive(folder)
         if prompts_file is None:
-            return pictures, prompts
+            return images, prompts
     else:
-        pictures = [_open(path) for path in _files(folder)]
+        images = [_open(path) for path in list_images(folder)]
         if prompts_file is None:
-            raise ValueError(f"{folder}: give --prompts FILE, a prompt for each of {len(pictures)} pictures")
+            raise ValueError(f"{folder}: give --prompts FILE, a prompt for each of {len(images)} images")
     prompts = _prompts(prompts_file)
-    if len(prompts) != len(pictures):
+    if len(prompts) != len(images):
         raise ValueError(
-            f"{folder}: {len(pictures)} pictures, but {prompts_file} has {len(prompts)} prompts; "
-            "give one prompt for each picture, in the order of the file names"
+            f"{folder}: {len(images)} images, but {prompts_file} has {len(prompts)} prompts; "
+            "give one prompt for each image, in the order of the file names"
         )
-    return pictures, prompts
+    return images, prompts
 
 
-def _files(folder: Path) -> list[Path]:
-    if not folder.is_dir():
-        raise ValueError(f"{folder}: no folder there; give one with pictures ({', '.join(ENDINGS)})")
-    found = [p for p in folder.iterdir() if p.suffix.lower() in ENDINGS]
-    if not found:
-        raise ValueError(f"{folder}: no pictures there ({', '.join(ENDINGS)})")
-    return sorted(found, key=lambda p: [int(s) if s.isdigit() else s for s in re.split(r"(\d+)", p.name)])
+def _archive(folder: Path) -> tuple[list[Image.Image], list[str]]:
+    """The images and prompts that `spo generate` wrote to `folder`, which holds no other images."""
+    from spo.data.folders import find_images
+    from spo.data.images import ARCHIVE, load_images
+
+    if others := find_images(folder):
+        raise ValueError(f"{folder}: holds {ARCHIVE} and {others[0].name}; give a folder with one of the two")
+    rows = list(load_images(folder))
+    if not rows:
+        raise ValueError(f"{folder / ARCHIVE}: no images there")
+    return [image for image, _, _ in rows], [prompt for _, prompt, _ in rows]
 
 
 def _open(path: Path) -> Image.Image:
-    from spo.data.images import open_image
+    from spo.data.decoding import open_image
 
+    if path.exists() and not path.is_file():  # a pipe or a device would be read without end
+        raise ValueError(f"{path}: no regular file")
     try:
         return open_image(path.read_bytes())
     except ValueError as error:
