@@ -278,3 +278,33 @@ def test_a_uniform_adapter_is_that_of_diffusers_pipeline(load, family, checkpoin
     with torch.no_grad():
         theirs = pipe.unet(x_t, torch.tensor([21, 801]), **arguments).sample
     assert torch.allclose(predict(backbone), theirs, atol=1e-4)
+
+
+def test_the_original_names_at_the_real_sizes(words) -> None:
+    """As kohya's files of SD 1.5 and SDXL have them; the first block up of SD 1.5 has no attention."""
+    import real_sizes
+
+    from spo.backbones.layer_names import LayerNames, original_names
+
+    with torch.device("meta"):
+        small, large = real_sizes.sd15(words).unet, real_sizes.sdxl(words).unet
+    assert original_names(small)["up_blocks.0.upsamplers.0.conv"] == "output_blocks.2.1.conv"
+    names = LayerNames("unet", large)
+    expected = {
+        "input_blocks_4_1_transformer_blocks_0_attn1_to_q": (
+            "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
+        ),
+        "input_blocks_8_1_transformer_blocks_9_ff_net_0_proj": (
+            "down_blocks.2.attentions.1.transformer_blocks.9.ff.net.0.proj"
+        ),
+        "input_blocks_3_0_op": "down_blocks.0.downsamplers.0.conv",
+        "middle_block_1_proj_in": "mid_block.attentions.0.proj_in",
+        "middle_block_2_in_layers_2": "mid_block.resnets.1.conv1",
+        "output_blocks_2_2_conv": "up_blocks.0.upsamplers.0.conv",
+        "output_blocks_5_1_transformer_blocks_1_attn2_to_out_0": (
+            "up_blocks.1.attentions.2.transformer_blocks.1.attn2.to_out.0"
+        ),
+        "label_emb_0_2": "add_embedding.linear_2",
+    }
+    assert {alias: names.find(alias) for alias in expected} == expected
+    assert len(set(original_names(large)) & set(names.modules)) == len(names.modules) == 794
