@@ -51,6 +51,14 @@ def rows(batch: pa.RecordBatch) -> Iterator[dict[str, Any]]:
     return (dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True))
 
 
+def holds_text(kind: pa.DataType) -> bool:
+    """Whether a column's values are text, or its UTF-8 bytes, however encoded."""
+    import pyarrow as pa
+
+    kind = _plain(kind)
+    return _is_text(kind) or _is_bytes(kind) or pa.types.is_null(kind)
+
+
 def _serves(name: str, kind: pa.DataType) -> bool:
     if name == "caption":
         return _is_text(kind) or _is_bytes(kind)

@@ -123,14 +123,17 @@ def _table(params: Params, pictures: list[Image.Image], prompts: list[str], devi
 
 
 def _prompts(file: Path) -> list[str]:
-    from spo.data.prompts import read_prompts
+    from spo.data.prompt_files import read_prompts
+    from spo.data.prompts import flaw
 
     prompts = read_prompts(file)
     if not prompts:
         raise ValueError(f"{file}: holds no prompts")
     for row, prompt in enumerate(prompts, start=1):
         if not prompt.strip():
-            raise ValueError(f"{file}: prompt {row} is empty; every picture needs its own")
+            raise ValueError(f"{file}: prompt {row} is empty; every image needs its own")
+        if reason := flaw(prompt):
+            raise ValueError(f"{file}: prompt {row} has {reason}; it cannot be encoded")
     return prompts
 
 
