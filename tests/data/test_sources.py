@@ -191,7 +191,7 @@ def lists(tmp_path):
 def test_prompts_in_are_prompts_out_and_left_out(lists) -> None:
     told = prompt_section(lists, block_list=str(lists / "block.txt"))
     summary = prompts_stage.prepare(told, 0, lambda p: len(p.split()), lists / "out")
-    out = {"duplicate": 1, "elsewhere": 1, "blocked": 1, "too_long": 1, "empty": 1}
+    out = {"near_duplicate": 1, "elsewhere": 1, "blocked": 1, "too_long": 1, "empty": 1}
     assert summary["left_out"]["train"] == out and summary["left_out"]["evaluation"] == {"elsewhere": 1}
     for name, used in (("train", ["train"]), ("evaluation", ["test", "validation"])):
         told = sum(summary[n] for n in used) + sum(summary["left_out"][name].values())
