@@ -1,7 +1,7 @@
 """Records what a stage of `spo` reads: keys of params.yaml, modules of spo, and files of the experiment.
 
-Python imports a module of this name when it starts, wherever this folder is on PYTHONPATH. A stage then writes
-`.spo/read/STAGE.json` when it ends; what it computes is the same.
+Python imports a module of this name when it starts, wherever this folder is on PYTHONPATH. When a stage ends,
+it then writes `.spo/read/STAGE.json`; what it computes is the same.
 """
 
 import atexit

@@ -1,4 +1,4 @@
-"""The real dvc.yaml and params.yaml in a temporary clone, with stages that take no time: which ones DVC runs."""
+"""The real dvc.yaml and params.yaml in a temporary clone, with stages that take no time."""
 
 from __future__ import annotations
 
