@@ -83,6 +83,70 @@ def test_pictures_come_in_the_order_of_their_numbers(pictures) -> None:
     assert [p.name for p in list_images(pictures("mine", 0))] == [f"picture{n}.png" for n in (2, 10, 11)]
 
 
+def test_files_of_the_system_are_no_images(pictures) -> None:
+    from spo.stages.judge import _files
+
+    folder = pictures("mine", 0)
+    for name in ("._picture2.png", ".DS_Store", ".hidden.png", "Thumbs.db"):
+        (folder / name).write_bytes(b"\0\5\x16\7")
+    for name in ("__MACOSX", ".ipynb_checkpoints", "empty"):
+        (folder / name).mkdir()
+    (folder / "__MACOSX/picture2.png").write_bytes(b"torn")
+    assert [p.name for p in _files(folder)] == [f"picture{n}.png" for n in (2, 10, 11)]
+
+
+@pytest.mark.parametrize("name", ["b.JPG", "b.jpe", "b.jfif", "b.Png", "b.webp", "b.gif"])
+def test_an_image_is_read_by_its_content_whatever_its_ending(tmp_path, name) -> None:
+    from spo.stages.judge import _images
+
+    Image.new("RGB", (8, 8), (0, 99, 0)).save(tmp_path / "picture.png")
+    (tmp_path / "picture.png").rename(tmp_path / name)
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a cat\n")
+    ((image,), _) = _images(tmp_path, prompts)
+    assert image.getpixel((0, 0)) == (0, 99, 0)
+
+
+@pytest.mark.parametrize("kind", ["gif", "bmp", "tiff", "avif"])
+def test_an_image_of_another_format_is_refused_by_name(tmp_path, kind) -> None:
+    from spo.stages.judge import _images
+
+    Image.new("RGB", (8, 8)).save(tmp_path / f"a.{kind}")
+    with pytest.raises(ValueError, match=rf"a.{kind}: not a readable image \(an? {kind.upper()} image"):
+        _images(tmp_path, None)
+
+
+def test_folders_without_one_order_of_images_are_refused(tmp_path, pictures) -> None:
+    from spo.data.images import save_images
+    from spo.stages.judge import _files, _images
+
+    image = Image.new("RGB", (8, 8))
+    for pair in (("1.png", "01.png"), ("1.png", "1.jpg"), ("a²3.png", "a²03.PNG")):
+        folder = tmp_path / pair[1]
+        folder.mkdir()
+        for name in pair:
+            image.save(folder / name)
+        with pytest.raises(ValueError, match=r"png and .* have no order|and 1.png have no order"):
+            _files(folder)
+    below = pictures("below", 0)
+    (below / "more").mkdir()
+    image.save(below / "more/1.JPG", format="JPEG")
+    with pytest.raises(ValueError, match="more/1.JPG: folders below .*below are not read"):
+        _files(below)
+    unnamed = pictures("unnamed", 0)
+    image.save(unnamed / "picture12", format="PNG")
+    with pytest.raises(ValueError, match="picture12: an image, but its name does not say so"):
+        _files(unnamed)
+    broken = pictures("broken", 0)
+    (broken / "picture1.png").symlink_to(broken / "gone.png")
+    with pytest.raises(ValueError, match="picture1.png: no file"):
+        _files(broken)
+    both = pictures("both", 0)
+    save_images(both, [image], ["a cat"], [1])
+    with pytest.raises(ValueError, match="has both images.zip and picture2.png"):
+        _images(both, None)
+
+
 def test_mistakes_are_one_line(capsys, tmp_path, experiment, pictures) -> None:
     lists = {"three": PROMPTS, "two": PROMPTS[:2], "gap": [PROMPTS[0], " ", PROMPTS[1]], "none": []}
     for name, lines in lists.items():

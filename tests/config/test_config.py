@@ -1,3 +1,5 @@
+import json
+
 import pytest
 import yaml
 
@@ -13,6 +15,58 @@ def raw() -> dict:
 def test_every_preset_is_valid(name: str) -> None:
     params = config.validate(yaml.safe_load(config.preset(name)))
     assert params.name == name
+
+
+def leaves(section: dict, prefix: str = "") -> dict:
+    """{dotted key: value}; what is no section, or an empty one, is a leaf."""
+    found = {}
+    for name, value in section.items():
+        found |= (
+            leaves(value, f"{prefix}{name}.") if isinstance(value, dict) and value else {prefix + name: value}
+        )
+    return found
+
+
+@pytest.mark.parametrize("name", config.preset_names())
+def test_every_preset_holds_every_key_in_the_order_of_the_sections(name: str) -> None:
+    """`dvc exp run -S` changes only keys that are there."""
+    written = yaml.safe_load(config.preset(name))
+    resolved = leaves(config.validate(written).model_dump(mode="json"))
+    assert leaves(written) == resolved and list(leaves(written)) == list(resolved)
+    assert len(resolved) >= 140
+    assert config.left_out(config.validate(written)) == {}
+
+
+@pytest.mark.parametrize("name", config.preset_names())
+def test_dvc_can_change_every_key(name: str, tmp_path) -> None:
+    """By DVC's own reading of -S; the file that it writes is read as before."""
+    from dvc.utils.hydra import apply_overrides
+
+    path = tmp_path / "params.yaml"
+    path.write_text(config.preset(name))
+    before = config.load(path)
+    keys = leaves(yaml.safe_load(config.preset(name)))
+    apply_overrides(path, [f"{key}=null" for key in keys])
+    assert set(leaves(yaml.safe_load(path.read_text())).values()) == {None}
+    values = {k: v if isinstance(v, str) else json.dumps(v).replace('"', "") for k, v in keys.items()}
+    apply_overrides(path, [f"{key}={value}" for key, value in values.items()])
+    assert config.load(path) == before
+    apply_overrides(path, ["align.spo.optimizer.learning_rate=1e-6"])
+    assert config.load(path).align.spo.optimizer.learning_rate == 1e-6
+
+
+def test_what_a_file_leaves_out_is_told_with_the_values_of_the_code(raw) -> None:
+    del raw["seed"], raw["align"]["spo"]["beta"], raw["align"]["diffusion_dpo"]["optimizer"]["epsilon"]
+    del raw["backbone"]["vae"], raw["preference"]["eval_timesteps"], raw["score"]["hps"]["image_size"]
+    del raw["tracking"], raw["registry"], raw["processes"]  # where it is logged and how it runs
+    assert config.left_out(config.validate(raw)) == {
+        "seed": 0,
+        "backbone.vae": None,
+        "preference.eval_timesteps": [0, 251, 501, 701, 951],
+        "align.spo.beta": 10.0,
+        "align.diffusion_dpo.optimizer.epsilon": 1e-8,
+        "score.hps.image_size": 224,
+    }
 
 
 def test_presets_carry_the_published_recipe() -> None:

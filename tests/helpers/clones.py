@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 ROOT = Path(__file__).parents[2]
+RECORDER = Path(__file__).with_name("recorder")
 TIMED = ("seconds", "training_seconds")
 UNEQUAL = ("report.html",)  # shows times, the commit and dvc.lock, which holds the hashes of times
 

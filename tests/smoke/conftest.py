@@ -1,4 +1,7 @@
-"""The smoke preset's DAG, run once for all processes of tests; who changes it works on a copy."""
+"""The smoke preset's DAG, run once for all processes of tests; who changes it works on a copy.
+
+Its stages note what they read in `.spo/read` (tests/helpers/recorder).
+"""
 
 import os
 from pathlib import Path
@@ -26,7 +29,9 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _made(folder: Path) -> Path:
     clones.fresh(folder)
-    clones.must(folder, "dvc", "repro")
+    recorded = clones.environment(folder, clones.RECORDER)
+    done = clones.run(folder, "dvc", "repro", variables=recorded)
+    assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
     return folder
 
 

@@ -1,6 +1,6 @@
 """The experiment: params.yaml, its sections and how it is read."""
 
-from spo.config.reading import ConfigError, load, preset, preset_names, validate
+from spo.config.reading import ConfigError, left_out, load, preset, preset_names, validate
 from spo.config.sections import (
     METHODS,
     SINGLE_FILE_CONFIG,
@@ -56,6 +56,7 @@ __all__ = [
     "VARIANTS",
     "Validation",
     "Variant",
+    "left_out",
     "load",
     "preset",
     "preset_names",

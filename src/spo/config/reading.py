@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterable
 from importlib import resources
 from pathlib import Path
 from typing import Any, get_args
 
 import yaml
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from spo.config.sections import Params
 
@@ -57,6 +58,32 @@ def validate(raw: Any, source: str = "params.yaml") -> Params:
         return Params.model_validate(raw)
     except ValidationError as error:
         raise ConfigError("; ".join(_line(e, source) for e in error.errors()[:3])) from None
+
+
+# how it is called, how a stage runs, where it is logged, and the gate after the last stage
+NOT_OF_THE_RESULT = ("name", "processes", "tracking", "registry")
+
+
+def left_out(params: Params) -> dict[str, Any]:
+    """{dotted key: value} of the keys that params.yaml leaves out, with the values that the code gives them.
+
+    DVC sees no change of these; the stage `inputs` writes them to a file that the others depend on.
+    """
+    parts = [name for name in type(params).model_fields if name not in NOT_OF_THE_RESULT]
+    return _unset(params, parts, params.model_dump(mode="json", include=set(parts)))
+
+
+def _unset(
+    section: BaseModel, names: Iterable[str], dumped: dict[str, Any], prefix: str = ""
+) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name in names:
+        value, key = getattr(section, name), f"{prefix}{name}"
+        if isinstance(value, BaseModel):
+            found |= _unset(value, type(value).model_fields, dumped[name], f"{key}.")
+        elif name not in section.model_fields_set:
+            found[key] = dumped[name]
+    return found
 
 
 def preset_names() -> list[str]:

@@ -4,38 +4,58 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from spo.config import Params, PseudoLabels
+from spo import config
+from spo.config import Params
 from spo.data.inputs import manifest
 from spo.stages.common import stage, write_json
 
 OUTPUT = Path("outputs/inputs")
+DEFAULTS = "defaults.json"  # not a source: what params.yaml leaves to the code
+Source = tuple[str | None, str | None]  # a path, hub id or URL, and the revision of a hub id
 
 
 def run(params: Params, item: str | None = None) -> None:
-    score = params.score
-    named: dict[str, list[tuple[str | None, str | None]]] = {
-        "base": [(params.backbone.checkpoint, params.backbone.revision), (params.backbone.vae, None)],
-        "clip": [(params.preference.init, params.preference.revision)],
-        "prompts": [(params.prompts.train, None), (params.prompts.evaluation, None)],
-        "pairs": [(params.pairs.source, None)],
-        "pickscore": [(score.pickscore.model, score.pickscore.revision), (score.pickscore.processor, None)],
-        "hps": [(score.hps.checkpoint, None), (score.hps.tokenizer, None)],
-        "aesthetic": [(score.aesthetic.clip, score.aesthetic.revision), (score.aesthetic.head, None)],
-        "oracle": [(score.oracle, None)],
-    }
-    named["prompts"] += [(params.prompts.vocabulary, None), (params.prompts.block_list, None)]
-    if labels := params.preference.labels:
-        named["clip"] += _of_labels(labels)
     with stage("inputs", params):
-        for role, sources in named.items():
-            found = [manifest(name, revision) for name, revision in sources if name is not None]
-            write_json(OUTPUT / f"{role}.json", found)
+        for role, named in sources(params).items():
+            write_json(OUTPUT / f"{role}.json", [manifest(n, revision) for n, revision in named if n])
+        write_json(OUTPUT / DEFAULTS, config.left_out(params))
 
 
-def _of_labels(labels: PseudoLabels) -> list[tuple[str | None, str | None]]:
-    if labels.pickscore:
-        return [(labels.pickscore.model, labels.pickscore.revision), (labels.pickscore.processor, None)]
-    if labels.hps:
-        return [(labels.hps.checkpoint, None), (labels.hps.tokenizer, None)]
-    assert labels.aesthetic
-    return [(labels.aesthetic.clip, labels.aesthetic.revision), (labels.aesthetic.head, None)]
+def sources(params: Params) -> dict[str, list[Source]]:
+    """What is pinned in `outputs/inputs/ROLE.json`, by role; None where params.yaml names none."""
+    base, preference, prompts = params.backbone, params.preference, params.prompts
+    described = base.described_by if base.described_by != base.checkpoint else None
+    lists = (prompts.train, prompts.evaluation, prompts.vocabulary, prompts.block_list, prompts.pairs)
+    scorers = _of_scorers(params.score)
+    scorers["oracle"] = [(params.score.oracle, None)]
+    return {
+        "base": [(base.checkpoint, base.revision), (base.vae, None), (described, None)],
+        "clip": [
+            (preference.init, preference.revision),
+            (preference.tokenizer, None),
+            *(source for of in _of_scorers(preference.labels).values() for source in of),
+        ],
+        "prompts": [(name, None) for name in lists],
+        "pairs": [(params.pairs.source, None)],
+        "adapters": [(a, None) for a in _adapters(params.generate) if Path(a).parts[:1] != ("outputs",)],
+        **scorers,
+    }
+
+
+def _of_scorers(section: config.Score | config.PseudoLabels | None) -> dict[str, list[Source]]:
+    """The sources of each scorer that the section names."""
+    found: dict[str, list[Source]] = {}
+    if section and (pickscore := section.pickscore):
+        found["pickscore"] = [(pickscore.model, pickscore.revision), (pickscore.processor, None)]
+    if section and (hps := section.hps):
+        own = hps.architecture if hps.architecture.endswith(".json") else None  # else a name of open_clip's
+        found["hps"] = [(hps.checkpoint, None), (hps.tokenizer, None), (own, None)]
+    if section and (aesthetic := section.aesthetic):
+        found["aesthetic"] = [(aesthetic.clip, aesthetic.revision), (aesthetic.head, None)]
+    return found
+
+
+def _adapters(section: config.Generate) -> list[str]:
+    """What the variants load; those of the stage `align` lie in outputs/, and DVC knows them."""
+    named = [getattr(section, variant).adapter for variant in config.VARIANTS]
+    return [adapter for adapter in named if adapter is not None]

@@ -45,7 +45,7 @@ def run(params: Params, item: str | None = None) -> None:
         shown = {v: pictures[v][: settings.grid_prompts] for v in scores}
         page = report.render(
             report.Run(
-                params=params.model_dump(mode="json"),
+                params=params.model_dump(mode="json", exclude={"processes", "tracking", "registry"}),
                 scores=scores,
                 comparisons=rows,
                 prompts=prompts[: settings.grid_prompts],

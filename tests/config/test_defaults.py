@@ -1,0 +1,78 @@
+"""A key that params.yaml leaves out has the code's default, and DVC notices when that changes."""
+
+import json
+from collections.abc import Iterator
+
+import experiments
+import pytest
+
+pytestmark = pytest.mark.smoke  # DVC some twenty times, a second or two each
+DEFAULT = ("src/spo/config/sections.py", "beta: Rate = 10.0", "beta: Rate = 12.0")
+SPO = ["align@spo", "generate@spo", "score@spo"]
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> experiments.Experiment:
+    return experiments.settled(tmp_path_factory.mktemp("clone") / "spo")
+
+
+@pytest.fixture
+def experiment(shared: experiments.Experiment) -> Iterator[experiments.Experiment]:
+    with experiments.restored(shared):
+        yield shared
+
+
+def defaults(experiment: experiments.Experiment) -> dict:
+    return json.loads((experiment.folder / "outputs/inputs/defaults.json").read_text())
+
+
+def test_the_shipped_experiment_rests_on_no_default(experiment) -> None:
+    assert defaults(experiment) == {}
+    assert experiment.stages() == []
+    experiment.edit(*DEFAULT)
+    assert experiment.stages() == ["inputs"]
+
+
+def test_a_changed_default_of_a_key_that_is_left_out_leaves_nothing_up_to_date(experiment) -> None:
+    experiment.edit("params.yaml", "    beta: 10\n", "")
+    assert experiment.stages()[0] == "inputs"
+    assert defaults(experiment) == {"align.spo.beta": 10.0}
+    assert experiment.stages() == []
+    experiment.edit(*DEFAULT)
+    assert set(experiment.stages()) == experiment.names
+    assert defaults(experiment) == {"align.spo.beta": 12.0}
+
+
+def test_where_a_run_is_logged_is_no_reason_to_run_again(experiment) -> None:
+    path = experiment.folder / "params.yaml"
+    lines = path.read_text().splitlines(keepends=True)
+    gate = next(i for i, line in enumerate(lines) if line.startswith("registry:"))
+    path.write_text(
+        "".join(line for line in lines[:gate] if not line.startswith(("tracking:", "processes:")))
+    )
+    assert experiment.stages() == []
+    experiment.edit("params.yaml", "seed: 0\n", "seed: 0\ntracking: http://127.0.0.1:5000\n")
+    assert experiment.stages() == []
+
+
+@pytest.mark.parametrize(
+    ("key", "line"),
+    [
+        ("seed", "seed: 0\n"),
+        ("generate.split", "  split: test # or validation, for tuning\n"),
+        ("generate.seed", "  seed: 1000\n"),
+        ("score.oracle", "  oracle: data/oracle\n"),
+    ],
+)
+def test_a_key_that_dvc_yaml_names_is_missed_before_anything_runs(experiment, key: str, line: str) -> None:
+    experiment.edit("params.yaml", line, "")
+    refused = experiment.run("dvc repro")
+    (reason,) = [line for line in refused.stderr.splitlines() if line.startswith("ERROR")]
+    assert refused.returncode != 0 and key in reason
+    assert "Running stage" not in refused.stdout
+
+
+def test_an_experiment_runs_what_a_key_touches(experiment) -> None:
+    """SPO and what follows from it; no other training, no picture of the base."""
+    assert experiment.stages("dvc exp run -S align.spo.beta=20") == ["inputs", *SPO, "report"]
+    assert "beta: 20" in (experiment.folder / "params.yaml").read_text()

@@ -1,0 +1,67 @@
+"""The real dvc.yaml and params.yaml in a temporary clone, with stages that take no time."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import clones
+import yaml
+
+STAND_IN = Path(__file__).with_name("stand_in")
+
+
+class Experiment:
+    """A clone, and the commands run in it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self._ran = folder, folder.parent / f"{folder.name}.ran"
+
+    def run(self, command: str, answer: str = "") -> subprocess.CompletedProcess[str]:
+        """A line as a user types it."""
+        told = clones.environment(self.folder) | {"SPO_RAN": str(self._ran)}
+        told["PATH"] = f"{STAND_IN}{os.pathsep}{told['PATH']}"
+        for role in ("AUTHOR", "COMMITTER"):
+            told |= {f"GIT_{role}_NAME": "one", f"GIT_{role}_EMAIL": "one@example.org"}
+        options = {"cwd": self.folder, "env": told, "capture_output": True, "text": True, "timeout": 300}
+        return subprocess.run(command, shell=True, input=answer, **options)
+
+    def __call__(self, command: str, answer: str = "") -> str:
+        done = self.run(command, answer)
+        assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+        return done.stdout + done.stderr
+
+    def stages(self, command: str = "dvc repro") -> list[str]:
+        """The stages that a command runs, in their order."""
+        self._ran.write_text("")
+        self(command)
+        return self._ran.read_text().split()
+
+    @property
+    def names(self) -> set[str]:
+        """Of all stages."""
+        return set(yaml.safe_load((self.folder / "dvc.lock").read_text())["stages"])
+
+    def edit(self, file: str, old: str, new: str) -> None:
+        path = self.folder / file
+        text = path.read_text()
+        assert text.count(old) == 1, f"{file}: {old!r} is there {text.count(old)} times"
+        path.write_text(text.replace(old, new))
+
+
+def settled(folder: Path) -> Experiment:
+    """A clone in which every stage has run."""
+    subprocess.run(["git", "clone", "--quiet", str(clones.ROOT), str(folder)], check=True)
+    experiment = Experiment(folder)
+    experiment("dvc pull --quiet data.dvc && dvc repro --quiet && git add -A && git commit --quiet -m run")
+    return experiment
+
+
+@contextmanager
+def restored(experiment: Experiment) -> Iterator[Experiment]:
+    """The experiment, and afterwards its files as they were, without a stage that ran meanwhile."""
+    yield experiment
+    experiment("git checkout --quiet . && dvc checkout --quiet --force")

@@ -1,0 +1,186 @@
+"""What stages read when they run (tests/helpers/recorder) is what dvc.yaml declares for them.
+
+What a stage reads and does not declare would leave stale results; what it declares and never reads runs it
+again for nothing.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+from pathlib import Path
+from typing import Any
+
+import clones
+import pytest
+import yaml
+from dvc.repo import Repo
+
+pytestmark = [pytest.mark.smoke, pytest.mark.timeout(1500)]  # the first test waits for the DAG
+
+# keys that no stage's result depends on: {stage, or "" for every: {key: why}}
+FREE_KEYS = {
+    "": {"processes": "shares the work; the sum is the same (tests/backbones/test_processes.py)"},
+    "generate": {"generate.batch_size": "noise belongs to the picture (tests/backbones/test_drawing.py)"},
+    "score": {"score.batch_size": "each picture has its own score (tests/backbones/test_drawing.py)"},
+    "align": {
+        "generate": "validation changes no weight; another sampler is no reason to train again",
+        "score": "the same of the scorers of these looks",
+        "name": "the model card says what a model was trained from when it was trained",
+        "prompts.train": "as `name`: the stage reads outputs/prompts",
+        "pairs.source": "as `name`: the stage reads outputs/pairs",
+    },
+}
+# modules that no stage's result depends on
+FREE_MODULES = {
+    "": {
+        "src/spo/__main__.py": "starts the command",
+        "src/spo/cli.py": "starts the command",
+        "src/spo/config": "its values are params and outputs/inputs/defaults.json",
+        "src/spo/interrupt.py": "ends a stage by Ctrl-C",
+        "src/spo/launch.py": "starts processes",
+        "src/spo/lock.py": "reads dvc.lock for MLflow",
+        "src/spo/delivery.py": "brings runs to MLflow",
+        "src/spo/provenance.py": "says in MLflow where a run came from",
+        "src/spo/skipped.py": "logs stages that DVC skipped",
+        "src/spo/spool.py": "keeps runs for MLflow; takes passwords out of addresses",
+        "src/spo/stages/lifeline.py": "ends a stage with its dvc",
+        "src/spo/system.py": "logs the machine's load",
+        "src/spo/tracking.py": "logs runs",
+    },
+    "align": {
+        "src/spo/plots.py": "looks at validation prompts: draws them in a row",
+        "src/spo/rewards": "the scorers of these looks, as in dvc.yaml",
+        "src/spo/stages/score.py": "the scorers of these looks",
+    },
+}
+# files that no result depends on, and those that stand for others
+FREE_FILES = {
+    "dvc.lock": "what was made so far, for the page and for MLflow",
+    "params.yaml": "declared by key",
+}
+
+
+def free(table: dict[str, dict[str, str]], stage: str) -> set[str]:
+    return {*table[""], *table.get(stage.split("@")[0], ())}
+
+
+def under(name: str, declared: set[str], separator: str) -> bool:
+    return any(name == d or name.startswith(d + separator) for d in declared)
+
+
+class Declared:
+    """What dvc.yaml says of each stage."""
+
+    def __init__(self, clone: Path) -> None:
+        self.keys: dict[str, set[str]] = {}
+        self.paths: dict[str, set[str]] = {}
+        self.outs: dict[str, set[str]] = {}
+        for stage in Repo(str(clone)).index.stages:
+            if stage.cmd is None:  # data.dvc
+                continue
+            name = stage.addressing.removeprefix("dvc.yaml:")
+            self.keys[name] = {key for dep in stage.deps for key in getattr(dep, "params", None) or ()}
+            self.paths[name] = {d.def_path for d in stage.deps if not getattr(d, "params", None)}
+            self.outs[name] = {out.def_path for out in stage.outs}
+
+
+@pytest.fixture(scope="module")
+def declared(clone: Path) -> Declared:
+    return Declared(clone)
+
+
+def reads(clone: Path) -> dict[str, dict[str, Any]]:
+    return {p.stem: json.loads(p.read_text()) for p in sorted((clone / ".spo/read").glob("*.json"))}
+
+
+def undeclared_keys(read: dict[str, Any], declared: set[str], stage: str) -> list[str]:
+    return [k for k in read["keys"] if not under(k, declared | free(FREE_KEYS, stage), ".")]
+
+
+def undeclared_code(clone: Path, read: dict[str, Any], declared: set[str], stage: str) -> list[str]:
+    known = declared | free(FREE_MODULES, stage)
+    return [m for m in read["modules"] if not under(m, known, "/") and says_something(clone / m)]
+
+
+def says_something(module: Path) -> bool:
+    """Whether a module is more than its docstring."""
+    return any(not isinstance(node, ast.Expr) for node in ast.parse(module.read_text()).body)
+
+
+def pinned(clone: Path, paths: set[str]) -> set[str]:
+    """What the declared files of outputs/inputs stand for."""
+    files = [clone / p for p in paths if p.startswith("outputs/inputs/") and not p.endswith("defaults.json")]
+    return {source["path"] for file in files for source in json.loads(file.read_text()) if "path" in source}
+
+
+def test_every_stage_was_recorded(clone: Path, declared: Declared) -> None:
+    assert set(reads(clone)) == set(declared.keys) and len(declared.keys) == 17
+    for name, read in reads(clone).items():
+        assert read["keys"] and read["modules"] and "params.yaml" in read["files"], name
+
+
+def test_the_record_sees_through_variables(clone: Path) -> None:
+    """`settings = params.generate`, `getattr(params.align, item)`, copies with other values."""
+    read = {name: set(told["keys"]) for name, told in reads(clone).items()}
+    assert {"generate.eta", "generate.seed", "generate.base.guidance"} <= read["generate@base"]
+    assert {"align.spo.beta", "align.spo.optimizer.epsilon", "align.spo.lora.rank"} <= read["align@spo"]
+    assert "align.diffusion_dpo.beta" not in read["align@spo"]
+    assert {"preference.steps", "preference.guidance"} <= read["preference_baseline@clean_only"]
+    assert "generate.spo.guidance" not in read["generate@base"]
+    assert "src/spo/scenes/world.py" in reads(clone)["score@base"]["modules"]
+
+
+def test_every_key_that_a_stage_reads_is_declared(clone: Path, declared: Declared) -> None:
+    found = {n: undeclared_keys(r, declared.keys[n], n) for n, r in reads(clone).items()}
+    assert {name: keys for name, keys in found.items() if keys} == {}
+
+
+def test_every_section_that_a_stage_declares_is_read(clone: Path, declared: Declared) -> None:
+    for name, read in reads(clone).items():
+        for key in declared.keys[name]:
+            assert any(under(r, {key}, ".") for r in read["keys"]), f"{name} declares {key}, never read"
+
+
+def test_every_module_that_a_stage_imports_is_declared(clone: Path, declared: Declared) -> None:
+    found = {n: undeclared_code(clone, r, declared.paths[n], n) for n, r in reads(clone).items()}
+    assert {name: modules for name, modules in found.items() if modules} == {}
+
+
+LABELS = {"src/spo/rewards", "src/spo/stages/pseudo_labels.py"}  # with preference.labels only
+
+
+def test_every_module_that_a_stage_declares_is_used(clone: Path, declared: Declared) -> None:
+    for name, read in reads(clone).items():
+        used = {*read["modules"], *read["files"]}
+        for path in declared.paths[name]:
+            if path.startswith("src/") and not (name.startswith("preference") and path in LABELS):
+                assert any(under(u, {path}, "/") for u in used), f"{name} declares {path}, never used"
+
+
+def test_every_file_that_a_stage_opens_is_declared(clone: Path, declared: Declared) -> None:
+    """Data, too: by path, or by a file of outputs/inputs that pins its content."""
+    for name, read in reads(clone).items():
+        paths = declared.paths[name]
+        known = paths | declared.outs[name] | pinned(clone, paths) | set(FREE_FILES)
+        if name.startswith("align"):  # looks at validation prompts
+            known |= {"data/scorers"}
+        opened = [
+            f for f in read["files"] if f.startswith(("data/", "outputs/", "reports/", "dvc.", "params"))
+        ]
+        assert [f for f in opened if not under(f, known, "/")] == [], name
+
+
+def test_labels_by_a_scorer_need_nothing_else(copy: Path, declared: Declared) -> None:
+    """A branch that the smoke preset does not take."""
+    params = yaml.safe_load((copy / "params.yaml").read_text())
+    params["preference"]["labels"] = {"pickscore": params["score"]["pickscore"], "gap": 0.001}
+    (copy / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
+    recorded = clones.environment(copy, clones.RECORDER)
+    for command in ("inputs", "preference"):
+        done = clones.run(copy, "spo", command, variables=recorded)
+        assert done.returncode == 0, done.stderr[-3000:]
+    read = reads(copy)["preference"]
+    assert "preference.labels.gap" in read["keys"] and "src/spo/rewards/pickscore.py" in read["modules"]
+    assert undeclared_keys(read, declared.keys["preference"], "preference") == []
+    assert undeclared_code(copy, read, declared.paths["preference"], "preference") == []
