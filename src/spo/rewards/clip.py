@@ -20,8 +20,6 @@ MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)
 STD = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
 LONG = 16  # times as long as wide: such an image is cropped while it is resized, not after
 
-EXTREME = 32  # long side to short side
-
 
 def preprocess(image: Image.Image, size: int = 224) -> Tensor:
     """Normalised pixels [3,size,size]: shortest side to `size` (PIL, bicubic), centre crop.
@@ -30,10 +28,6 @@ def preprocess(image: Image.Image, size: int = 224) -> Tensor:
     when it cuts off 4n + 3 pixels.
     """
     image = rgb(image)
-    if max(image.size) > EXTREME * min(image.size):  # resized whole, it would fill the memory
-        side = min(image.size)
-        left, top = (image.width - side) // 2, (image.height - side) // 2
-        image = image.crop((left, top, left + side, top + side))
     short = min(image.size)
     width, height = (size * side // short for side in image.size)
     left, top = (width - size) // 2, (height - size) // 2

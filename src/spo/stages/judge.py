@@ -85,7 +85,7 @@ def score(
     from spo.stages.generate import device
 
     names = {"method": folder, **({"baseline": baseline} if baseline else {})}
-    read = {name: _images(path, prompts_file) for name, path in names.items()}
+    read = {name: _pictures(path, prompts_file) for name, path in names.items()}
     tables = {name: _table(params, *told, device()) for name, told in read.items()}
     if not first_process():
         return ""
@@ -137,47 +137,47 @@ def _prompts(file: Path) -> list[str]:
     return prompts
 
 
-def _images(folder: Path, prompts_file: Path | None) -> tuple[list[Image.Image], list[str]]:
-    """Reads the images of our archive or of a folder's files (2 before 10), and their prompts."""
-    from spo.data import images
-    from spo.data.image_files import image_files
+def _pictures(folder: Path, prompts_file: Path | None) -> tuple[list[Image.Image], list[str]]:
+    """The images in the order of their names (2 before 10) or of our archive, and their prompts."""
+    from spo.data.folders import list_images
+    from spo.data.images import ARCHIVE
 
-    if (folder / images.ARCHIVE).exists():
-        if loose := image_files(folder):
-            raise ValueError(f"{folder}: has both {images.ARCHIVE} and {loose[0].name}; which is meant?")
-        opened, prompts, _ = (list(column) for column in zip(*images.load_images(folder), strict=True))
+    if (folder / ARCHIVE).exists():
+        images, prompts = _archive(folder)
         if prompts_file is None:
-            return opened, prompts
+            return images, prompts
     else:
-        opened = [_open(path) for path in _files(folder)]
+        images = [_open(path) for path in list_images(folder)]
         if prompts_file is None:
-            raise ValueError(f"{folder}: give --prompts FILE, a prompt for each of {len(opened)} images")
+            raise ValueError(f"{folder}: give --prompts FILE, a prompt for each of {len(images)} images")
     prompts = _prompts(prompts_file)
-    if len(prompts) != len(opened):
+    if len(prompts) != len(images):
         raise ValueError(
-            f"{folder}: {len(opened)} images, but {prompts_file} has {len(prompts)} prompts; "
+            f"{folder}: {len(images)} images, but {prompts_file} has {len(prompts)} prompts; "
             "give one prompt for each image, in the order of the file names"
         )
-    return opened, prompts
+    return images, prompts
 
 
-def _files(folder: Path) -> list[Path]:
-    from spo.data.image_files import ENDINGS, image_files
+def _archive(folder: Path) -> tuple[list[Image.Image], list[str]]:
+    """The images and prompts that `spo generate` wrote to `folder`, which holds no other images."""
+    from spo.data.folders import find_images
+    from spo.data.images import ARCHIVE, load_images
 
-    if not folder.is_dir():
-        raise ValueError(f"{folder}: no folder there; give one with images ({', '.join(ENDINGS)})")
-    files = image_files(folder)
-    if not files:
-        raise ValueError(f"{folder}: no images there ({', '.join(ENDINGS)})")
-    return files
+    if others := find_images(folder):
+        raise ValueError(f"{folder}: holds {ARCHIVE} and {others[0].name}; give a folder with one of the two")
+    rows = list(load_images(folder))
+    if not rows:
+        raise ValueError(f"{folder / ARCHIVE}: no images there")
+    return [image for image, _, _ in rows], [prompt for _, prompt, _ in rows]
 
 
 def _open(path: Path) -> Image.Image:
-    from spo.data.images import open_image
+    from spo.data.decoding import open_image
 
+    if path.exists() and not path.is_file():  # a pipe or a device would be read without end
+        raise ValueError(f"{path}: no regular file")
     try:
         return open_image(path.read_bytes())
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
