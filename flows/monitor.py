@@ -21,11 +21,12 @@ from typing import Any
 os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
 os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "120")  # a busy machine
 
+import serving
 from prefect import flow  # noqa: E402
 from prefect.artifacts import create_table_artifact  # noqa: E402
 from prefect.events import emit_event  # noqa: E402
 
-from spo import config, serving  # noqa: E402
+from spo import config
 
 ROOT = Path(__file__).resolve().parents[1]
 EVENT = "spo.champion.dropped"
@@ -84,10 +85,12 @@ def measure(params: config.Params, prompts: list[str], seed: int) -> tuple[list[
     """(rows of the comparison, the champion's folder name, which holds its version)."""
     from pandas import DataFrame
 
-    from spo import backbones, evaluate, registry
+    from spo import backbones
     from spo.data.prompts import check_vocabulary
+    from spo.evaluation import statistics
     from spo.stages import generate
     from spo.stages.score import score_images
+    from spo.tracking import registry
 
     if params.prompts.vocabulary is not None:
         check_vocabulary(prompts, Path(params.prompts.vocabulary))
@@ -101,7 +104,7 @@ def measure(params: config.Params, prompts: list[str], seed: int) -> tuple[list[
         pictures = list(generate.draw(backbone, params, variant, prompts, seeds))
         scores = score_images(params, pictures, prompts, generate.device())
         tables[name] = DataFrame({"index": range(len(prompts)), "prompt": prompts, "seed": seeds, **scores})
-    rows = evaluate.comparisons(tables, ("base",), params.report.bootstrap_samples, params.seed)
+    rows = statistics.comparisons(tables, ("base",), params.report.bootstrap_samples, params.seed)
     return rows, adapter.parents[1].name
 
 

@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from spo import config, interrupt, launch
-from spo.spool import redact
+from spo import config
+from spo.runtime import interrupt, launch
+from spo.tracking.spool import redact
 
 # stage: (what it does, its items)
 STAGES: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -131,9 +132,9 @@ def parser() -> argparse.ArgumentParser:
 def _stage(told: argparse.Namespace) -> None:
     params = config.load(told.params)
     if told.dry_run:
-        from spo.stages import plan
+        from spo.commands import dry_run
 
-        print("\n".join(plan.lines(params, told.stage, told.item)))
+        print("\n".join(dry_run.lines(params, told.stage, told.item)))
         return
     importlib.import_module(f"spo.stages.{told.stage}").run(params, told.item)
 
@@ -155,9 +156,9 @@ def _generate_elsewhere(command: argparse.ArgumentParser) -> None:
 def _run_generate(told: argparse.Namespace) -> None:
     if not _elsewhere(told, "lora", ("prompts", "guidance", "output")):
         return _stage(told)
-    from spo.stages import judge
+    from spo.commands import external
 
-    _say(judge.generate(config.load(told.params), told.lora, told.prompts, told.guidance, told.output))
+    _say(external.generate(config.load(told.params), told.lora, told.prompts, told.guidance, told.output))
 
 
 def _score_elsewhere(command: argparse.ArgumentParser) -> None:
@@ -174,9 +175,9 @@ def _score_elsewhere(command: argparse.ArgumentParser) -> None:
 def _run_score(told: argparse.Namespace) -> None:
     if not _elsewhere(told, "images", ("prompts", "baseline", "output")):
         return _stage(told)
-    from spo.stages import judge
+    from spo.commands import external
 
-    _say(judge.score(config.load(told.params), told.images, told.prompts, told.baseline, told.output))
+    _say(external.score(config.load(told.params), told.images, told.prompts, told.baseline, told.output))
 
 
 def _elsewhere(told: argparse.Namespace, option: str, others: tuple[str, ...]) -> bool:
@@ -208,14 +209,14 @@ def _sample(command: argparse.ArgumentParser) -> None:
 
 
 def _run_sample(told: argparse.Namespace) -> None:
-    from spo.stages import sample
+    from spo.commands import sample
 
     params = config.load(told.params)
     if told.n < 1:
         raise ValueError(f"-n {told.n}: must be at least 1")
     method, adapter = told.method, None
     if told.model is not None:
-        from spo import registry
+        from spo.tracking import registry
 
         adapter, method = registry.fetch(params, told.model)
     path = sample.run(params, told.prompt, method, told.seed, told.guidance, told.output, told.n, adapter)
@@ -241,28 +242,29 @@ def _scenes(command: argparse.ArgumentParser) -> None:
     build = command.add_subparsers(required=True, metavar="command").add_parser(
         "build", help="about an hour on 2 cores; goes on where it was stopped"
     )
-    build.add_argument("--output", type=Path, default=Path("data"), metavar="FOLDER")
-    build.add_argument("--work", type=Path, default=Path(".spo/scenes"), metavar="FOLDER")
-    build.add_argument("--until", help="stop after this step")
-    build.add_argument("--seed", type=int, default=0)
-    build.set_defaults(run=_run_scenes)
+    scenes.add_argument("--output", type=Path, default=Path("data"), metavar="FOLDER")
+    scenes.add_argument("--work", type=Path, default=Path(".spo/scenes"), metavar="FOLDER")
+    scenes.add_argument("--until", help="stop after this step")
+    scenes.add_argument("--seed", type=int, default=0)
+    scenes.set_defaults(run=_run_scenes)
 
 
 def _run_scenes(told: argparse.Namespace) -> None:
-    from spo.scenes import build
+    from tools import scenes
 
-    build.run(told.output, told.work, told.until, told.seed)
+    scenes.run(told.output, told.work, told.until, told.seed)
 
 
 def _run_sync(told: argparse.Namespace) -> None:
-    from spo import repro, tracking
+    from spo.commands import repro
+    from spo.tracking import runs
 
     uri = None
     if Path("params.yaml").exists():
         params = config.load()
         uri = params.tracking
         repro.record_if_new(params)
-    delivered, left = tracking.sync(uri)
+    delivered, left = runs.sync(uri)
     print(f"{delivered} records delivered, {left} left")
     if left:
         raise ValueError(
@@ -271,7 +273,7 @@ def _run_sync(told: argparse.Namespace) -> None:
 
 
 def _run_register(told: argparse.Namespace) -> None:
-    from spo import registry
+    from spo.tracking import registry
 
     verdict = registry.register(config.load())
     print(f"{verdict.name} version {verdict.version}: {verdict.alias}")
@@ -280,6 +282,6 @@ def _run_register(told: argparse.Namespace) -> None:
 
 
 def _run_repro(told: argparse.Namespace) -> None:
-    from spo import repro
+    from spo.commands import repro
 
     sys.exit(repro.run(config.load(), told.arguments))

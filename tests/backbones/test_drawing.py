@@ -9,8 +9,8 @@ import pytest
 import yaml
 
 from spo import config
-from spo.checkpoint import CheckpointStore
 from spo.stages import generate, score
+from spo.training.checkpoint import CheckpointStore
 
 PROMPTS = ["a circle", "a blue star on sand", "a large red square", "a small star", "a green circle"]
 

@@ -9,7 +9,7 @@ from PIL import Image
 
 from spo import cli, config
 from spo.scenes import world
-from spo.scenes.build import clips, tokenizer
+from tools.scenes import clips, tokenizer
 
 PROMPTS = ["a red circle", "a blue square", "a small green triangle"]
 

@@ -12,10 +12,10 @@ import torch
 from PIL import Image
 
 from spo import config
-from spo.checkpoint import CheckpointStore
 from spo.data import latents, sources
 from spo.stages import common
 from spo.stages import pairs as pairs_stage
+from spo.training.checkpoint import CheckpointStore
 
 
 def shard(path: Path, rows: int = 200) -> None:

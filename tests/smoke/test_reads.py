@@ -37,19 +37,19 @@ FREE_MODULES = {
         "src/spo/__main__.py": "starts the command",
         "src/spo/cli.py": "starts the command",
         "src/spo/config": "its values are params and outputs/inputs/defaults.json",
-        "src/spo/interrupt.py": "ends a stage by Ctrl-C",
-        "src/spo/launch.py": "starts processes",
-        "src/spo/lock.py": "reads dvc.lock for MLflow",
-        "src/spo/delivery.py": "brings runs to MLflow",
-        "src/spo/provenance.py": "says in MLflow where a run came from",
-        "src/spo/skipped.py": "logs stages that DVC skipped",
-        "src/spo/spool.py": "keeps runs for MLflow; takes passwords out of addresses",
-        "src/spo/stages/lifeline.py": "ends a stage with its dvc",
-        "src/spo/system.py": "logs the machine's load",
-        "src/spo/tracking.py": "logs runs",
+        "src/spo/runtime/interrupt.py": "ends a stage by Ctrl-C",
+        "src/spo/runtime/launch.py": "starts processes",
+        "src/spo/tracking/dvc_lock.py": "reads dvc.lock for MLflow",
+        "src/spo/tracking/delivery.py": "brings runs to MLflow",
+        "src/spo/tracking/provenance.py": "says in MLflow where a run came from",
+        "src/spo/tracking/cached_stages.py": "logs stages that DVC skipped",
+        "src/spo/tracking/spool.py": "keeps runs for MLflow; takes passwords out of addresses",
+        "src/spo/runtime/watchdog.py": "ends a stage with its dvc",
+        "src/spo/tracking/system.py": "logs the machine's load",
+        "src/spo/tracking/runs.py": "logs runs",
     },
     "align": {
-        "src/spo/plots.py": "looks at validation prompts: draws them in a row",
+        "src/spo/evaluation/plots.py": "looks at validation prompts: draws them in a row",
         "src/spo/rewards": "the scorers of these looks, as in dvc.yaml",
         "src/spo/stages/score.py": "the scorers of these looks",
     },
@@ -147,7 +147,7 @@ def test_every_module_that_a_stage_imports_is_declared(clone: Path, declared: De
     assert {name: modules for name, modules in found.items() if modules} == {}
 
 
-LABELS = {"src/spo/rewards", "src/spo/stages/pseudo_labels.py"}  # with preference.labels only
+LABELS = {"src/spo/rewards", "src/spo/preference/pseudo_labels.py"}  # with preference.labels only
 
 
 def test_every_module_that_a_stage_declares_is_used(clone: Path, declared: Declared) -> None:

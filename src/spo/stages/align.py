@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spo.config import Params
-from spo.stages import validation
+from spo.evaluation import validation
 from spo.stages.common import METRICS, SCRATCH, TRAINING, Curve, fingerprint, require, stage, write_json
 
 if TYPE_CHECKING:
@@ -18,9 +18,11 @@ OUTPUT = Path("outputs/align")
 
 
 def run(params: Params, item: str) -> None:
-    from spo import backbones, card, optimizer, processes, train
-    from spo.checkpoint import CheckpointStore
+    from spo import backbones
+    from spo.evaluation import model_card
     from spo.stages.generate import device
+    from spo.training import distributed, loop, optimizer
+    from spo.training.checkpoint import CheckpointStore
 
     section = getattr(params.align, item)
     optimizer.check(section.optimizer)
@@ -37,7 +39,7 @@ def run(params: Params, item: str) -> None:
         scratch = _scratch(params, item)
         curve = Curve(tracked, scratch)
         try:
-            summary = train.run(
+            summary = loop.run(
                 backbone,
                 method,
                 section.optimizer,
@@ -51,13 +53,13 @@ def run(params: Params, item: str) -> None:
         except validation.Collapse:
             _show(tracked, scratch / "samples")
             raise
-        if not processes.is_first():
+        if not distributed.is_first():
             return
         curve.write(TRAINING / f"{item}.csv")
         folder = OUTPUT / item
         shutil.rmtree(folder, ignore_errors=True)
         _save(backbone, section.lora is None, folder)
-        card.write(folder, params, item, summary)
+        model_card.write(folder, params, item, summary)
         if (scratch / "samples").exists():
             shutil.copytree(scratch / "samples", folder / "samples")
             _show(tracked, folder / "samples")
@@ -104,7 +106,7 @@ def _watch(
 def _spo(params: Params, backbone: Backbone) -> Method:
     from spo.diffusion.schedule import Schedule
     from spo.methods.spo import SpoMethod
-    from spo.preference.judge import load_judge
+    from spo.preference.reward_model import load_judge
 
     section = params.align.spo
     folder = require("outputs/preference", "preference model")

@@ -15,10 +15,10 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from spo import tracking
 from spo.config import Params
-from spo.lock import read_metrics
-from spo.stages.lifeline import tied_to_starter
+from spo.runtime.watchdog import tied_to_starter
+from spo.tracking import runs
+from spo.tracking.dvc_lock import read_metrics
 
 SCRATCH = Path(".spo")
 METRICS = Path("reports/metrics")
@@ -43,13 +43,13 @@ def stage(name: str, params: Params, item: str | None = None) -> Iterator[Any]:
             raise ValueError(f"stage {full} already runs in this folder; wait for it or stop it") from None
         started = time.monotonic()
         began = time.time()
-        with tracking.stage_run(name, params.model_dump(), name=item) as run, tied_to_starter():
+        with runs.stage_run(name, params.model_dump(), name=item) as run, tied_to_starter():
             yield run
             _log_written(run, full, began)
             run.log_metrics({"seconds": time.monotonic() - started}, step=0)
 
 
-def _log_written(run: tracking.Run, full: str, began: float) -> None:
+def _log_written(run: runs.Run, full: str, began: float) -> None:
     """What the stage wrote for `dvc metrics` goes to MLflow too, unless it was logged."""
     name = "comparisons" if full == "report" else full.replace("-", "_")
     path = METRICS / f"{name}.json"

@@ -16,15 +16,16 @@ from spo.stages.common import SCRATCH, fingerprint, require, stage
 if TYPE_CHECKING:
     from PIL import Image
 
-    from spo.checkpoint import CheckpointStore
+    from spo.training.checkpoint import CheckpointStore
     from spo.types import Backbone
 
 OUTPUT = Path("outputs/images")
 
 
 def run(params: Params, item: str) -> None:
-    from spo import backbones, processes
-    from spo.checkpoint import CheckpointStore
+    from spo import backbones
+    from spo.training import distributed
+    from spo.training.checkpoint import CheckpointStore
 
     variant: Variant = getattr(params.generate, item)
     split = params.generate.split
@@ -40,7 +41,7 @@ def run(params: Params, item: str) -> None:
         scratch = _scratch(params, variant)
         kept = CheckpointStore(scratch, keep=None)
         save(folder, draw(backbone, params, variant, prompts, seeds, kept), prompts, seeds)
-        if processes.is_first():
+        if distributed.is_first():
             shutil.rmtree(scratch, ignore_errors=True)
         tracked.set_tags({"images": str(folder / "images.zip")})
 
@@ -73,12 +74,12 @@ def draw(
 
     from tqdm import tqdm
 
-    from spo import processes
     from spo.data.images import pack, to_pil, unpack
     from spo.diffusion import finite
     from spo.diffusion.noise import SampleNoise
     from spo.diffusion.rollout import sample_latents
     from spo.diffusion.schedule import Schedule
+    from spo.training import distributed
 
     settings = params.generate
     schedule = Schedule.from_config(backbone.scheduler_config, settings.num_inference_steps)
@@ -93,13 +94,13 @@ def draw(
 
     size = settings.batch_size
     parts = [slice(start, start + size) for start in range(0, len(prompts), size)]
-    done = processes.of_first(sum(1 for _ in kept.whole()) if kept else 0)
+    done = distributed.of_first(sum(1 for _ in kept.whole()) if kept else 0)
     with tqdm(total=len(prompts), desc="generate", unit="image") as bar:
         for state in islice(kept.whole(), done) if kept and done else ():
             yield from unpack(state["pixels"])
             bar.update(len(state["pixels"]))
-        for number, drawn in enumerate(processes.in_turn(batch, parts[done:]), start=done):
-            if kept and processes.is_first():
+        for number, drawn in enumerate(distributed.in_turn(batch, parts[done:]), start=done):
+            if kept and distributed.is_first():
                 kept.save(number, {"pixels": pack(drawn)})
             yield from drawn
             bar.update(len(drawn))
@@ -107,10 +108,10 @@ def draw(
 
 def save(folder: Path, pictures: Iterator[Image.Image], prompts: list[str], seeds: list[int]) -> None:
     """Written by the first process; the others only draw their share."""
-    from spo import processes
     from spo.data import images
+    from spo.training import distributed
 
-    if processes.is_first():
+    if distributed.is_first():
         images.save_images(folder, pictures, prompts, seeds)
     else:
         for _ in pictures:
@@ -119,6 +120,6 @@ def save(folder: Path, pictures: Iterator[Image.Image], prompts: list[str], seed
 
 def device() -> str:
     """The accelerator of this process if it has one."""
-    from spo import processes
+    from spo.training import distributed
 
-    return str(processes.state().device)
+    return str(distributed.state().device)

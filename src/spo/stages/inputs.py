@@ -6,7 +6,7 @@ from pathlib import Path
 
 from spo import config
 from spo.config import Params
-from spo.data.inputs import manifest
+from spo.data.manifest import manifest
 from spo.stages.common import stage, write_json
 
 OUTPUT = Path("outputs/inputs")

@@ -38,8 +38,9 @@ BASELINES: dict[str, dict[str, bool]] = {
 
 def run(params: Params, item: str | None = None) -> None:
     """Train the SPM, or with `item` one of its BASELINES."""
-    from spo import backbones, processes
+    from spo import backbones
     from spo.stages.generate import device
+    from spo.training import distributed
 
     settings = params.preference.model_copy(update=BASELINES[item] if item else {})
     name = f"preference_{item}" if item else "preference"
@@ -49,7 +50,7 @@ def run(params: Params, item: str | None = None) -> None:
         scratch = _scratch(params, settings)
         curve = Curve(tracked, scratch)
         model, tokenizer, report = _train(params, settings, backbone, scratch, curve, tracked)
-        if not processes.is_first():
+        if not distributed.is_first():
             return
         if item is None:
             curve.write(TRAINING / f"{name}.csv")
@@ -67,11 +68,11 @@ def _train(
     """The model, its tokenizer, and accuracy by timestep on validation pairs."""
     import torch
 
-    from spo.checkpoint import CheckpointStore
     from spo.diffusion.schedule import Schedule
-    from spo.preference import train as spm
-    from spo.preference import warmup
+    from spo.preference import pretraining
+    from spo.preference import trainer as spm
     from spo.preference.model import StepAwarePreferenceModel, load_tokenizer
+    from spo.training.checkpoint import CheckpointStore
 
     schedule = Schedule.from_config(backbone.scheduler_config, settings.num_inference_steps)
     named = settings.tokenizer is not None
@@ -84,14 +85,14 @@ def _train(
     pairs = {part: latent_pairs(params, backbone, part) for part in ("train", "validation")}
     told: dict[str, Any] = {}
     if settings.labels is not None:
-        from spo.stages.pseudo_labels import relabelled
+        from spo.preference.pseudo_labels import relabelled
 
         pairs["train"], told["pseudo_labels"] = relabelled(pairs["train"], settings, str(backbone.device))
     common = (model, tokenizer, backbone, schedule)
     if settings.gradient_checkpointing:
         model.checkpoint_gradients()
     if settings.degradations is not None:
-        warmup.warm_up(
+        pretraining.warm_up(
             model,
             tokenizer,
             backbone,
@@ -130,14 +131,14 @@ def latent_pairs(params: Params, backbone: Backbone, part: str) -> LatentPairs:
     """The pairs of `part` (train, validation) as latents, encoded once for all stages that read them."""
     from functools import partial
 
-    from spo import processes
     from spo.data.images import decode_image
     from spo.data.latents import encode
     from spo.data.pairs import read_pairs
+    from spo.training import distributed
 
     folder = require(Path("outputs/pairs") / part, "preference pairs")
     total = read_json("outputs/pairs/summary.json", "summary of the pairs")[part]
     name = fingerprint(("latents", params.backbone), [folder, Path("outputs/inputs/base.json")])
     decode = partial(decode_image, size=backbone.image_size)
-    with processes.state().main_process_first():
+    with distributed.state().main_process_first():
         return encode(read_pairs(folder), total, backbone, decode, SCRATCH / "latents" / f"{part}-{name}")

@@ -14,7 +14,7 @@ from spo.config import Params
 from spo.stages.common import METRICS, SCRATCH, fingerprint, first_process, require, stage, write_json
 
 if TYPE_CHECKING:
-    from spo.checkpoint import CheckpointStore
+    from spo.training.checkpoint import CheckpointStore
 
 OUTPUT = Path("outputs/scores")
 
@@ -22,9 +22,9 @@ OUTPUT = Path("outputs/scores")
 def run(params: Params, item: str) -> None:
     import pandas as pd
 
-    from spo.checkpoint import CheckpointStore
     from spo.data import images
     from spo.stages.generate import device
+    from spo.training.checkpoint import CheckpointStore
 
     folder = require(Path("outputs/images") / item, f"pictures of {item}")
     with stage("score", params, item) as tracked:
@@ -62,17 +62,17 @@ def score_images(
     Args:
         kept: each scorer's are saved there by the first process, and those that are there are not made again.
     """
-    from spo import processes
+    from spo.training import distributed
 
-    done = processes.of_first(sum(1 for _ in kept.whole()) if kept else 0)
+    done = distributed.of_first(sum(1 for _ in kept.whole()) if kept else 0)
     columns: dict[str, list[float]] = {}
-    for state in kept.whole() if kept and processes.is_first() else ():
+    for state in kept.whole() if kept and distributed.is_first() else ():
         columns |= state
     for number, score in enumerate(_scorers(params, device)):
         if number < done:
             continue
         found = score(pictures, prompts)
-        if kept and processes.is_first():
+        if kept and distributed.is_first():
             kept.save(number, found)
         columns |= found
     return columns
