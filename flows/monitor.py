@@ -86,11 +86,11 @@ def measure(params: config.Params, prompts: list[str], seed: int) -> tuple[list[
     from pandas import DataFrame
 
     from spo import backbones
+    from spo.commands import registry
     from spo.data.prompts import check_vocabulary
-    from spo.evaluation import statistics
-    from spo.stages import generate
-    from spo.stages.score import score_images
-    from spo.tracking import registry
+    from spo.evaluation import generation, statistics
+    from spo.evaluation.scoring import score_images
+    from spo.training import distributed
 
     if params.prompts.vocabulary is not None:
         check_vocabulary(prompts, Path(params.prompts.vocabulary))
@@ -98,11 +98,11 @@ def measure(params: config.Params, prompts: list[str], seed: int) -> tuple[list[
     seeds = [seed + i for i in range(len(prompts))]
     tables = {}
     for name, variant in (("base", params.generate.base), ("champion", getattr(params.generate, method))):
-        backbone = backbones.load(params.backbone, generate.device())
+        backbone = backbones.load(params.backbone, distributed.device())
         if name == "champion":
             backbone.load_lora(adapter)
-        pictures = list(generate.draw(backbone, params, variant, prompts, seeds))
-        scores = score_images(params, pictures, prompts, generate.device())
+        pictures = list(generation.draw(backbone, params, variant, prompts, seeds))
+        scores = score_images(params, pictures, prompts, distributed.device())
         tables[name] = DataFrame({"index": range(len(prompts)), "prompt": prompts, "seed": seeds, **scores})
     rows = statistics.comparisons(tables, ("base",), params.report.bootstrap_samples, params.seed)
     return rows, adapter.parents[1].name

@@ -38,8 +38,8 @@ from prefect.cache_policies import NO_CACHE  # noqa: E402
 
 from spo import config
 from spo.config import overrides as changes
+from spo.runtime.messages import redact
 from spo.tracking import runs
-from spo.tracking.spool import redact  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 DVC = [sys.executable, "-m", "dvc"]

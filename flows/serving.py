@@ -6,7 +6,7 @@ import argparse
 import urllib.error
 import urllib.request
 
-from spo.tracking.spool import redact
+from spo.runtime.messages import redact
 
 
 def add_options(parser: argparse.ArgumentParser, example: str) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 from spo import config
 from spo.runtime import interrupt, launch
-from spo.tracking.spool import redact
+from spo.runtime.messages import redact
 
 # stage: (what it does, its items)
 STAGES: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     arguments = sys.argv[1:] if arguments is None else arguments
     told = parser().parse_args(arguments)
-    if not _first():
+    if not launch.is_main_process():
         os.environ["TQDM_DISABLE"] = "1"
     try:
         if not _launched(told, arguments):
@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         return _fail(reason)
     except KeyboardInterrupt as stop:
-        if _first():
+        if launch.is_main_process():
             print(f"spo: {stop or 'stopped'}", file=sys.stderr)
         return 130
     return 0
@@ -70,12 +70,8 @@ def _launched(told: argparse.Namespace, arguments: Sequence[str]) -> bool:
     return True
 
 
-def _first() -> bool:
-    return os.environ.get("RANK", "0") == "0"
-
-
 def _say(result: object) -> None:
-    if _first():
+    if launch.is_main_process():
         print(result)
 
 
@@ -116,7 +112,6 @@ def parser() -> argparse.ArgumentParser:
             _ELSEWHERE[name](stage)
     _sample(commands.add_parser("sample", help="a picture of one prompt by the base or an aligned model"))
     _preset(commands.add_parser("preset", help="write a ready-made params.yaml"))
-    _scenes(commands.add_parser("scenes", help="make the models and data of the default experiment"))
     sync = commands.add_parser("sync", help="deliver to MLflow what was logged while its server was away")
     sync.set_defaults(run=_run_sync)
     register = commands.add_parser(
@@ -216,7 +211,7 @@ def _run_sample(told: argparse.Namespace) -> None:
         raise ValueError(f"-n {told.n}: must be at least 1")
     method, adapter = told.method, None
     if told.model is not None:
-        from spo.tracking import registry
+        from spo.commands import registry
 
         adapter, method = registry.fetch(params, told.model)
     path = sample.run(params, told.prompt, method, told.seed, told.guidance, told.output, told.n, adapter)
@@ -238,23 +233,6 @@ def _run_preset(told: argparse.Namespace) -> None:
     print(f"{told.output}: {told.name}")
 
 
-def _scenes(command: argparse.ArgumentParser) -> None:
-    build = command.add_subparsers(required=True, metavar="command").add_parser(
-        "build", help="about an hour on 2 cores; goes on where it was stopped"
-    )
-    scenes.add_argument("--output", type=Path, default=Path("data"), metavar="FOLDER")
-    scenes.add_argument("--work", type=Path, default=Path(".spo/scenes"), metavar="FOLDER")
-    scenes.add_argument("--until", help="stop after this step")
-    scenes.add_argument("--seed", type=int, default=0)
-    scenes.set_defaults(run=_run_scenes)
-
-
-def _run_scenes(told: argparse.Namespace) -> None:
-    from tools import scenes
-
-    scenes.run(told.output, told.work, told.until, told.seed)
-
-
 def _run_sync(told: argparse.Namespace) -> None:
     from spo.commands import repro
     from spo.tracking import runs
@@ -273,7 +251,7 @@ def _run_sync(told: argparse.Namespace) -> None:
 
 
 def _run_register(told: argparse.Namespace) -> None:
-    from spo.tracking import registry
+    from spo.commands import registry
 
     verdict = registry.register(config.load())
     print(f"{verdict.name} version {verdict.version}: {verdict.alias}")

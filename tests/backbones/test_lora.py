@@ -14,10 +14,10 @@ import yaml
 from diffusers import DDIMScheduler
 
 from spo import config
+from spo.commands import registry
 from spo.diffusion.noise import SampleNoise
 from spo.diffusion.rollout import sample_latents
 from spo.diffusion.schedule import Schedule
-from spo.tracking import registry
 from spo.tracking.delivery import load_mlflow
 
 SAVE = """

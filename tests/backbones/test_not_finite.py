@@ -251,12 +251,12 @@ def test_weights_that_are_not_finite_are_named(load) -> None:
 def test_a_process_that_meets_it_ends_all_with_one_line(
     checkpoints, tmp_path, experiment, words, capfd
 ) -> None:
-    """Only the second of two processes draws the poisoned word."""
+    """Both processes refuse the weights, and the launcher says it once."""
     experiment(poisoned_word(checkpoints, tmp_path, words))
     params = yaml.safe_load(Path("params.yaml").read_text()) | {"processes": 2}
     Path("params.yaml").write_text(yaml.safe_dump(params))
     assert cli.main(["generate", "base"]) == 2
     error = capfd.readouterr().err
     told = [line for line in error.splitlines() if line.startswith("spo: ")]
-    assert len(told) == 1 and "prompt 'a blue star on sand'" in told[0]
+    assert len(told) == 1 and "text_encoder: weight" in told[0] and "NaN or infinite" in told[0]
     assert "Traceback" not in error and not Path("outputs/images/base/images.zip").exists()

@@ -58,7 +58,7 @@ class Replayed(SpoMethod):
                 self.recorded.append(list(super()._rollout(backbone, noise, told)))
 
     def _rollout(self, backbone, noise, told):
-        mine = distributed.share(torch.arange(3))
+        mine = distributed.shard(torch.arange(3))
         for j in self.recorded.pop(0):
             parts = (j.pair.x_t, j.pair.timesteps, j.pair.x_win, j.pair.x_lose)
             lose = None if j.pair.x_t_lose is None else j.pair.x_t_lose[mine]
@@ -169,7 +169,7 @@ def test_both_stop_where_one_is_told_to_and_go_on_from_there(load, model, words,
 
         def note(metrics, step) -> None:
             seen.append(step)
-            if stop and step == 2 and not distributed.is_first():
+            if stop and step == 2 and not distributed.is_main_process():
                 os.kill(os.getpid(), signal.SIGTERM)
 
         told = {"seed": 0, "checkpoints": CheckpointStore(tmp_path), "checkpoint_every": 9}
@@ -195,7 +195,7 @@ def test_items_in_turn_and_rows_gathered() -> None:
             mine.append(i)
             return i * i
 
-        squares = list(distributed.in_turn(square, range(5)))
+        squares = list(distributed.map_round_robin(square, range(5)))
         return {"rows": rows.tolist(), "flags": flags.tolist(), "squares": squares, "mine": mine}
 
     first, second = run_in(2, body)

@@ -79,7 +79,8 @@ def _fork(rank: int, n: int, port: int, result: Path, function: Callable[[], Any
 
         assert distributed.count() == n
         torch.save(function(), result)
-        distributed.state().wait_for_everyone()  # the first holds the store through which the others still join
+        # the first process holds the store through which the others still join
+        distributed.state().wait_for_everyone()
         os._exit(0)
     except BaseException:
         traceback.print_exc()

@@ -13,10 +13,11 @@ import pytest
 import yaml
 
 from spo.commands import repro
+from spo.runtime.workspace import home
 from spo.tracking import dvc_lock, runs
 from spo.tracking.delivery import load_mlflow
 from spo.tracking.runs import close_parent, open_parent, stage_run, sync
-from spo.tracking.spool import home, spools
+from spo.tracking.spool import spools
 
 PARAMS: dict[str, Any] = {"name": "tiny", "seed": 3, "tracking": None, "align": {"spo": {"beta": 10}}}
 ENTRIES = {

@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 
+from spo.runtime.messages import one_line, redact
 from spo.tracking import spool
 from spo.tracking.delivery import Store
 from spo.tracking.records import BATCH, batches
-from spo.tracking.spool import Spool, close_dead, one_line, redact
+from spo.tracking.spool import Spool, close_dead
 
 
 def new(uri: str = "x", name: str = "align-spo", **changes: Any) -> Spool:

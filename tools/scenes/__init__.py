@@ -1,4 +1,4 @@
-"""`spo scenes build`: makes the default world's models and data, once, from a seed.
+"""`python -m tools.scenes`: makes the default world's models and data, once, from a seed.
 
 Every step keeps what it made in the work folder, so that an interrupted build goes on. The people
 who label the preference pairs, the people who taught the scorers, and the oracle have different
@@ -29,7 +29,7 @@ def run(output: Path, work: Path, until: str | None = None, seed: int = 0) -> No
         ValueError: `until` names no step.
     """
     if until is not None and until not in STEPS:
-        raise ValueError(f"no step {until!r} in `spo scenes build`; there are: {', '.join(STEPS)}")
+        raise ValueError(f"no step {until!r} in `python -m tools.scenes`; there are: {', '.join(STEPS)}")
     work.mkdir(parents=True, exist_ok=True)
     for name, step in STEPS.items():
         mark = work / f"{name}.done"

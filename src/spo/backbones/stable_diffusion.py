@@ -241,7 +241,7 @@ def load_aligned(
         changes = backbone.load_unet(source.files, source.config)
     else:
         changes = backbone.load_lora(source.files[0])
-    if distributed.is_first():
+    if distributed.is_main_process():
         print(f"spo: {changes}", file=sys.stderr)
     return backbone
 

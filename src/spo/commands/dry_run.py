@@ -148,7 +148,7 @@ def _memory(params: Params, stage: str, item: str | None, size: Sizes) -> str:
 def _time(size: Sizes, samples: int, dtype: str) -> str:
     import torch
 
-    from spo.stages.generate import device
+    from spo.training.distributed import device
 
     place, kind = device(), {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
     n = 8192 if place != "cpu" else 512

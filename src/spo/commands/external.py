@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spo.config import Params, Variant
-from spo.stages.common import first_process, require, write_json
+from spo.runtime.files import require, write_json
+from spo.runtime.launch import is_main_process
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -42,7 +43,8 @@ def generate(
     """
     from spo import backbones
     from spo.backbones.external import TAKEN
-    from spo.stages.generate import device, draw, save
+    from spo.evaluation.generation import draw, save
+    from spo.training.distributed import device
 
     if not adapter.exists():
         raise ValueError(f"{adapter}: not there; give {TAKEN}")
@@ -82,12 +84,12 @@ def score(
         ValueError: N prompts with M pictures, an unreadable picture, or no prompts.
     """
     from spo.evaluation import statistics
-    from spo.stages.generate import device
+    from spo.training.distributed import device
 
     names = {"method": folder, **({"baseline": baseline} if baseline else {})}
     read = {name: _pictures(path, prompts_file) for name, path in names.items()}
     tables = {name: _table(params, *told, device()) for name, told in read.items()}
-    if not first_process():
+    if not is_main_process():
         return ""
     output = output or OUTPUT / folder.stem
     output.mkdir(parents=True, exist_ok=True)
@@ -115,7 +117,7 @@ def _line(row: Mapping[str, Any]) -> str:
 def _table(params: Params, pictures: list[Image.Image], prompts: list[str], device: str) -> DataFrame:
     import pandas as pd
 
-    from spo.stages.score import score_images
+    from spo.evaluation.scoring import score_images
 
     columns = score_images(params, pictures, prompts, device)
     rows = range(len(prompts))

@@ -24,8 +24,9 @@ def run(
     """
     from spo import backbones
     from spo.data.prompts import check_vocabulary, flaw
-    from spo.stages import generate
-    from spo.stages.common import require
+    from spo.evaluation import generation
+    from spo.runtime.files import require
+    from spo.training import distributed
 
     if reason := flaw(prompt):
         raise ValueError(f"the prompt has {reason}; it cannot be encoded")
@@ -40,9 +41,9 @@ def run(
         check_vocabulary([prompt], require(params.prompts.vocabulary, "vocabulary"))
     if variant.adapter is not None:
         require(variant.adapter, f"adapter of {method}")
-    backbone = backbones.load_aligned(params.backbone, variant.adapter, generate.device())
+    backbone = backbones.load_aligned(params.backbone, variant.adapter, distributed.device())
     seeds = [seed + i for i in range(n)]
-    pictures = list(generate.draw(backbone, params, variant, [prompt] * n, seeds))
+    pictures = list(generation.draw(backbone, params, variant, [prompt] * n, seeds))
     _side_by_side(pictures, output)
     return output
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from spo.data import remote
-from spo.tracking.spool import redact
+from spo.runtime.messages import redact
 
 
 def manifest(name: str, revision: str | None = None) -> dict[str, Any]:

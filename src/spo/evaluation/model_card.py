@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from spo.config import Params
-from spo.tracking.spool import redact
+from spo.runtime.messages import redact
 
 NAMES = {
     "spo": "Step-aware Preference Optimization (arXiv 2406.04314)",

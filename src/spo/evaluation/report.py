@@ -12,7 +12,7 @@ import yaml
 
 from spo.evaluation import plots
 from spo.evaluation.verdict import NAMES, contradictions, details, headline, name, number, outcome, signed
-from spo.tracking.spool import redact
+from spo.runtime.messages import redact
 
 if TYPE_CHECKING:
     from pandas import DataFrame

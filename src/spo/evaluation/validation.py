@@ -18,7 +18,9 @@ from typing import TYPE_CHECKING, Any
 
 from spo.config import Params, Validation, Variant
 from spo.evaluation import plots
-from spo.stages.common import Curve, first_process, require, write_json
+from spo.runtime.files import require, write_json
+from spo.runtime.launch import is_main_process
+from spo.tracking.curve import Curve
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -74,18 +76,18 @@ class Watch:
         self._show(row, updates)
         if iteration == 0 or self._begun is None:
             self._begun = {"scores": scores, "diversity": diversity}
-            if first_process():
+            if is_main_process():
                 write_json(self._start, self._begun)
         start = self._begun
         means = {f"validation/{name}": fmean(values) for name, values in scores.items()}
         self.curve.log({**means, "validation/diversity": diversity}, updates)
         self._stop(iteration, scorers_passed(start["scores"], scores, self.settings.max_fall))
         self._stop(iteration, diversity_passed(start["diversity"], diversity, self.settings.min_diversity))
-        if iteration and iteration != self._last and first_process():
+        if iteration and iteration != self._last and is_main_process():
             self._keep(iteration)
 
     def _show(self, row: Image.Image, updates: int) -> None:
-        if first_process():
+        if is_main_process():
             self.samples.mkdir(parents=True, exist_ok=True)
             row.save(self.samples / f"{updates:06d}.png")
 
@@ -151,7 +153,7 @@ def pictures(backbone: Backbone, params: Params, settings: Validation, guidance:
     Raises:
         ValueError: too few validation prompts.
     """
-    from spo.stages.generate import draw
+    from spo.evaluation.generation import draw
 
     lines = require(PROMPTS, "validation prompts").read_text().splitlines()[: settings.prompts]
     if len(lines) < settings.prompts:
@@ -172,9 +174,9 @@ def judged(
 ) -> tuple[dict[str, list[float]], float, Image.Image]:
     """Scores of each prompt (means over its pictures) by scorer, the diversity of its pictures, and the first
     picture of each prompt in a row."""
+    from spo.evaluation.scoring import held_apart
     from spo.rewards.aesthetic import Aesthetic
-    from spo.stages.generate import device
-    from spo.stages.score import held_apart
+    from spo.training.distributed import device
 
     guidance = getattr(params.generate, item).guidance
     found, prompts = pictures(backbone, params, settings, guidance)

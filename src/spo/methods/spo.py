@@ -153,9 +153,9 @@ class SpoMethod:
         pairs, shuffle them alike and take their share of every batch.
         """
         count = self.config.prompts_per_iteration
-        distributed.check_share(count, "align.spo.prompts_per_iteration")
+        distributed.check_shards(count, "align.spo.prompts_per_iteration")
         order = shuffled(len(self.prompts), iteration * count, count, self.seed)
-        chosen = distributed.share(order)
+        chosen = distributed.shard(order)
         prompts = [self.prompts[i] for _, i in chosen]
         keys = [f"rollout {iteration} epoch {epoch} prompt {i}" for epoch, i in chosen]
         with backbone.inference():
@@ -285,7 +285,7 @@ class SpoMethod:
             chosen, weight = torch.zeros(1, dtype=torch.int64, device=rows.x_t.device), 0.0
         batches = []
         for update in chosen.split(self.config.batch_size):
-            mine, worth = distributed.share(update), weight
+            mine, worth = distributed.shard(update), weight
             if len(mine) == 0:
                 mine, worth = update[:1], 0.0  # a process without pairs still takes part in the update
             parts = mine.split(-(-self.config.batch_size // self.config.gradient_accumulation))

@@ -77,9 +77,9 @@ def warm_up(
             metrics = _update(model, pictures, ids, settings, optimizer, seed, step)
             on_metrics(metrics, step + 1)
             bar.set_postfix(loss=f"{metrics['loss']:.3f}", refresh=False)
-            stop = distributed.anywhere(bool(stopped))
+            stop = distributed.any_rank(bool(stopped))
             save = (step + 1) % settings.checkpoint_every == 0 or step + 1 == settings.steps or stop
-            if checkpoint and save and distributed.is_first():
+            if checkpoint and save and distributed.is_main_process():
                 checkpoint.save(step + 1, {"model": model.state_dict(), "optimizer": optimizer.state_dict()})
             if stop:
                 raise KeyboardInterrupt(f"stopped after step {step + 1}; run it again to go on from there")
@@ -124,9 +124,9 @@ def _update(
 ) -> dict[str, float]:
     """One optimizer update on the pictures of `step`: each process its share."""
     count = min(settings.batch_size, len(pictures))
-    distributed.check_share(count, "preference.degradations.batch_size")
+    distributed.check_shards(count, "preference.degradations.batch_size")
     everyone = shuffled(len(pictures), step * count, count, seed)
-    chosen = distributed.share(everyone)
+    chosen = distributed.shard(everyone)
     images = pictures[torch.tensor([i for _, i in chosen])].to(ids.device).float() / 127.5 - 1
     copies, difference = _copies(images, chosen, seed, step)
     embedded = model.encode_image(torch.cat(copies), ids.new_zeros(2 * len(chosen)))
@@ -134,7 +134,7 @@ def _update(
     texts, place = ids[torch.tensor([i for _, i in everyone], device=ids.device)].unique(
         dim=0, return_inverse=True
     )
-    own, texts = distributed.share(place), model.encode_text(texts)
+    own, texts = distributed.shard(place), model.encode_text(texts)
     order = order_loss(ORDER_SCALE * ((one - other) * texts[own]).sum(1), difference)
     captions = F.cross_entropy(CAPTION_SCALE * one @ texts.T, own, reduction="none")
     losses = torch.stack([order.sum(), captions.sum()]) / count
@@ -143,7 +143,7 @@ def _update(
     loss.backward()
     cosine = 0.5 + 0.5 * math.cos(math.pi * step / settings.steps)
     norm = take_step(optimizer, settings.optimizer, step, key="preference.degradations", share=cosine)
-    order_mean, caption_mean = distributed.total(losses.detach()).tolist()
+    order_mean, caption_mean = distributed.all_reduce_sum(losses.detach()).tolist()
     return {
         "loss": ORDER_WEIGHT * order_mean + CAPTION_WEIGHT * caption_mean,
         "order": order_mean,

@@ -9,10 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spo.config import Preference, PseudoLabels
-from spo.stages.common import SCRATCH, fingerprint, require, write_json
+from spo.runtime.files import require, write_json
+from spo.runtime.fingerprint import fingerprint
+from spo.runtime.workspace import SCRATCH
 
 if TYPE_CHECKING:
     from spo.data.latents import LatentPairs
+
+CODE = ("data", "preference/pseudo_labels.py", "rewards")  # that scores the images of the pairs
 
 
 def relabelled(pairs: LatentPairs, settings: Preference, device: str) -> tuple[LatentPairs, dict[str, Any]]:
@@ -28,7 +32,7 @@ def relabelled(pairs: LatentPairs, settings: Preference, device: str) -> tuple[L
     told = settings.labels
     assert told is not None
     folder = require(Path("outputs/pairs/train"), "preference pairs")
-    kept = SCRATCH / "labels" / f"{fingerprint(('labels', told), [folder])}.json"
+    kept = SCRATCH / "labels" / f"{fingerprint(('labels', told), [folder], CODE)}.json"
     with distributed.state().main_process_first():
         if not kept.exists():
             write_json(kept, list(_differences(told, folder, len(pairs), device)))

@@ -84,9 +84,9 @@ def train(
             _average(averaged, model, min(settings.ema, step / (step + 10)))
             on_metrics(metrics, step + 1)
             bar.set_postfix(loss=f"{metrics['loss']:.3f}", refresh=False)
-            stop = distributed.anywhere(bool(stopped))
+            stop = distributed.any_rank(bool(stopped))
             save = (step + 1) % settings.checkpoint_every == 0 or stop
-            if checkpoint and save and distributed.is_first():
+            if checkpoint and save and distributed.is_main_process():
                 state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
                 checkpoint.save(step + 1, {**state, "averaged": averaged})
             if stop:
@@ -112,10 +112,10 @@ def _update(
 ) -> dict[str, float]:
     """One optimizer update on the batch of `step`: each process its share, in parts of equal size."""
     count = min(settings.batch_size, len(pairs.captions))
-    distributed.check_share(count, "preference.batch_size")
-    chosen = distributed.share(shuffled(len(pairs.captions), step * count, count, seed))
+    distributed.check_shards(count, "preference.batch_size")
+    chosen = distributed.shard(shuffled(len(pairs.captions), step * count, count, seed))
     weight = pairs.weight[torch.tensor([i for _, i in chosen])].to(backbone.device)
-    total = distributed.total(weight.sum())
+    total = distributed.all_reduce_sum(weight.sum())
     optimizer.zero_grad(set_to_none=True)
     size = -(-count // settings.gradient_accumulation)
     sums = torch.zeros(3, device=backbone.device)  # the loss, right and clear labels
@@ -133,7 +133,7 @@ def _update(
         right = ((score_0 > score_1) == (label_0 > 0.5))[decided]
         sums += torch.stack([loss.detach(), right.sum().float(), decided.sum().float()])
     norm = take_step(optimizer, settings.optimizer, step, key="preference")
-    mean_loss, right, clear = distributed.total(sums)
+    mean_loss, right, clear = distributed.all_reduce_sum(sums)
     return {
         "loss": mean_loss.item(),
         "accuracy": (right / clear).item() if clear > 0 else 0.5,
@@ -253,7 +253,7 @@ def evaluate(
                 first_wins = pairs.label_0[indices].to(scores[0].device) > 0.5
                 right += ((scores[0] > scores[1]) == first_wins).sum()
                 bar.update(n)
-            accuracy = int(distributed.total(right)) / max(len(decided), 1)
+            accuracy = int(distributed.all_reduce_sum(right)) / max(len(decided), 1)
             report[t] = {"accuracy": accuracy, "n": len(decided)}
     return report
 

@@ -79,7 +79,7 @@ def in_batches(
     scores: list[float] = []
     parts = [slice(start, start + batch_size) for start in range(0, len(images), batch_size)]
     with tqdm(total=len(images), desc=name, unit="image") as bar, torch.no_grad():
-        found = distributed.in_turn(lambda part: score(images[part], prompts[part]).tolist(), parts)
+        found = distributed.map_round_robin(lambda part: score(images[part], prompts[part]).tolist(), parts)
         for part, told in zip(parts, found, strict=True):
             for value, prompt in zip(told, prompts[part], strict=True):
                 if not math.isfinite(value):

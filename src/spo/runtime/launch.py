@@ -57,6 +57,11 @@ def run(arguments: Sequence[str], processes: int) -> None:
         raise KeyboardInterrupt("stopped; run it again to go on from there") from None
 
 
+def is_main_process() -> bool:
+    """Whether this is the only process or the first of several; asked before any of them is connected."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def tell_launcher(message: str) -> bool:
     """Hand an error to `run` in the process above, so that it is said once; False if none waits for it."""
     file = os.environ.get("TORCHELASTIC_ERROR_FILE")

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from spo.tracking.runs import dvc_ancestor
+from spo.runtime.ancestors import dvc_ancestor
 
 if TYPE_CHECKING:
     import psutil

@@ -9,20 +9,28 @@ from typing import TYPE_CHECKING, Any
 
 from spo.config import Params
 from spo.evaluation import validation
-from spo.stages.common import METRICS, SCRATCH, TRAINING, Curve, fingerprint, require, stage, write_json
+from spo.runtime.files import require, write_json
+from spo.runtime.fingerprint import fingerprint
+from spo.runtime.workspace import METRICS, SCRATCH, TRAINING
+from spo.stages.common import stage
+from spo.tracking.curve import Curve
 
 if TYPE_CHECKING:
     from spo.types import Backbone, Method
 
 OUTPUT = Path("outputs/align")
+CODE = (  # that trains, and that judges on the way
+    *("backbones", "data", "diffusion", "evaluation/generation.py", "evaluation/scoring.py"),
+    *("evaluation/validation.py", "methods", "preference", "rewards", "training", "types.py"),
+)
 
 
 def run(params: Params, item: str) -> None:
     from spo import backbones
     from spo.evaluation import model_card
-    from spo.stages.generate import device
     from spo.training import distributed, loop, optimizer
     from spo.training.checkpoint import CheckpointStore
+    from spo.training.distributed import device
 
     section = getattr(params.align, item)
     optimizer.check(section.optimizer)
@@ -53,7 +61,7 @@ def run(params: Params, item: str) -> None:
         except validation.Collapse:
             _show(tracked, scratch / "samples")
             raise
-        if not distributed.is_first():
+        if not distributed.is_main_process():
             return
         curve.write(TRAINING / f"{item}.csv")
         folder = OUTPUT / item
@@ -119,9 +127,9 @@ def _spo(params: Params, backbone: Backbone) -> Method:
 
 
 def _diffusion_dpo(params: Params, backbone: Backbone) -> Method:
+    from spo.data.latent_cache import latent_pairs
     from spo.diffusion.schedule import Schedule
     from spo.methods.diffusion_dpo import DiffusionDpoMethod
-    from spo.stages.preference import latent_pairs
 
     # only its noise levels matter here
     schedule = Schedule.from_config(backbone.scheduler_config, 20).to(backbone.device)
@@ -140,4 +148,4 @@ def _scratch(params: Params, item: str) -> Path:
     if section.validation is not None:  # what was at the start is kept there
         inputs.append(validation.PROMPTS)
         sections += validation.sections(params)
-    return SCRATCH / "resume" / f"align-{item}-{fingerprint(sections, inputs)}"
+    return SCRATCH / "resume" / f"align-{item}-{fingerprint(sections, inputs, CODE)}"

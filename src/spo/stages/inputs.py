@@ -7,7 +7,8 @@ from pathlib import Path
 from spo import config
 from spo.config import Params
 from spo.data.manifest import manifest
-from spo.stages.common import stage, write_json
+from spo.runtime.files import write_json
+from spo.stages.common import stage
 
 OUTPUT = Path("outputs/inputs")
 DEFAULTS = "defaults.json"  # not a source: what params.yaml leaves to the code

@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spo.config import METHODS, VARIANTS, Params
-from spo.stages.common import METRICS, TRAINING, require, stage, write_json
+from spo.runtime.files import require, write_json
+from spo.runtime.workspace import METRICS, TRAINING
+from spo.stages.common import stage
 
 if TYPE_CHECKING:
     from pandas import DataFrame

@@ -15,6 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from spo.runtime.files import locked
+from spo.runtime.messages import redact
 from spo.tracking.records import (
     DELETED,
     Gone,
@@ -28,7 +30,7 @@ from spo.tracking.records import (
     load_mlflow,
     reason,
 )
-from spo.tracking.spool import Spool, locked, redact, spools, warn
+from spo.tracking.spool import Spool, spools, warn
 
 PERIOD, PAUSE = 5.0, 30.0  # seconds between deliveries, and after one that failed
 PATIENCE = {"local": 120.0, "remote": 15.0}  # seconds that the end of a stage waits for the last delivery

@@ -9,7 +9,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from spo.tracking.spool import Spool, digest, one_line, redact
+from spo.runtime.files import digest
+from spo.runtime.messages import one_line, redact
+from spo.tracking.spool import Spool
 
 BATCH = 1000  # the most metrics that MLflow takes in one call; params and tags: 100
 DELETED = "deleted"  # MLflow's lifecycle stage

@@ -18,11 +18,15 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from spo.runtime import ancestors
+from spo.runtime.files import digest, locked
+from spo.runtime.messages import one_line, redact
+from spo.runtime.workspace import home
 from spo.tracking import cached_stages, dvc_lock, system
 from spo.tracking.delivery import Delivery, Store
 from spo.tracking.provenance import code, flatten, hardware, section, versions
 from spo.tracking.records import Waiting, is_refusal, reason
-from spo.tracking.spool import Spool, close_dead, digest, home, locked, one_line, redact, spools, warn
+from spo.tracking.spool import Spool, close_dead, spools, warn
 
 PARENT_VARIABLE = "SPO_PARENT_RUN"  # a parent's key, or the id of a run that MLflow has
 
@@ -168,16 +172,6 @@ def sync(uri: str | None = None) -> tuple[int, int]:
     return delivered, sum(spool.left() for spool in spools())
 
 
-def dvc_ancestor(processes: Iterable[tuple[int, float, list[str]]]) -> tuple[int, float] | None:
-    """(pid, start time) of the nearest process that is `dvc repro` or `dvc exp`; nearest first."""
-    for pid, started, command in processes:
-        for i, word in enumerate(command):
-            program = word == "dvc" or word.endswith(("/dvc", "/dvc/__main__.py"))
-            if program and {"repro", "exp"} & set(command[i + 1 :]):
-                return pid, started
-    return None
-
-
 def _where(params: Mapping[str, Any]) -> dict[str, str]:
     return {"uri": redact(tracking_uri(params.get("tracking"))), "experiment": params["name"]}
 
@@ -242,7 +236,7 @@ def _parent(params: Mapping[str, Any]) -> Run:
             if spool is None:
                 warn(f"{PARENT_VARIABLE} names no run: {given!r}")
             return Run(spool)
-        repro = dvc_ancestor(_ancestors())
+        repro = ancestors.dvc_ancestor(ancestors.of_this_process())
         return _parent_of(repro, params) if repro else Run(None)
     except (OSError, ValueError) as error:
         warn(f"no parent run: {one_line(error)}")
@@ -263,16 +257,6 @@ def _parent_of(repro: tuple[int, float], params: Mapping[str, Any]) -> Run:
         run = open_parent(params)
         record.write_text(json.dumps({"started": started, "run": run.key}))
         return run
-
-
-def _ancestors() -> Iterator[tuple[int, float, list[str]]]:
-    import psutil
-
-    for process in psutil.Process().parents():
-        try:
-            yield process.pid, process.create_time(), process.cmdline()
-        except psutil.Error:
-            continue
 
 
 @contextmanager

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
 import json
 import os
 import platform
@@ -12,54 +10,20 @@ import sys
 import time
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-EXPERIMENT = re.compile(r"/\.dvc/tmp/exps/.*")  # where DVC runs experiments, and deletes them
-SECRETS = (  # user:password@ of a URI, and secrets in its query
-    (re.compile(r"(\w[\w+.-]*://)[^/\s]*@"), r"\1***@"),
-    (re.compile(r"(?i)([?&][^=&\s]*(?:password|secret|token|signature|credential|key)=)[^&\s]+"), r"\1***"),
-)
-
-
-def redact(value: Any) -> Any:
-    """The same text, list or mapping without the passwords of its URIs."""
-    if isinstance(value, str):
-        for pattern, replacement in SECRETS:
-            value = pattern.sub(replacement, value)
-        return value
-    if isinstance(value, dict):
-        return {k: redact(v) for k, v in value.items()}
-    return [redact(v) for v in value] if isinstance(value, list | tuple) else value
-
-
-def one_line(error: BaseException) -> str:
-    """What went wrong, for a tag or a warning."""
-    text = " ".join(str(error).split("\n")[0].split())
-    return redact(f"{type(error).__name__}: {text}" if text else type(error).__name__)[:500]
+from spo.runtime.messages import redact
+from spo.runtime.workspace import home
 
 
 def warn(message: str) -> None:
     print(f"tracking: {redact(message)}", file=sys.stderr)
 
 
-def home() -> Path:
-    """The workspace: of an experiment that DVC runs in a temporary folder, the one that started it."""
-    return Path(EXPERIMENT.sub("", str(Path.cwd())))
-
-
 def folder() -> Path:
     return home() / ".spo/spool"
-
-
-@contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """One process at a time."""
-    with path.open("a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 @dataclass(frozen=True)
@@ -214,11 +178,3 @@ def _alive(writer: dict[str, Any]) -> bool:
         return abs(psutil.Process(writer["pid"]).create_time() - writer["started"]) < 5
     except (psutil.NoSuchProcess, KeyError, TypeError, ValueError, OverflowError):
         return False
-
-
-def digest(path: Path) -> str | None:
-    """SHA-256 of a file's content; None if there is no such file."""
-    if not path.is_file():
-        return None
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -34,22 +34,27 @@ def state() -> PartialState:
     return PartialState(cpu, timeout=PATIENCE)
 
 
+def device() -> str:
+    """The accelerator of this process if it has one."""
+    return str(state().device)
+
+
 def count() -> int:
     return state().num_processes
 
 
-def is_first() -> bool:
+def is_main_process() -> bool:
     """Whether this one writes, tracks and shows."""
     return state().is_main_process
 
 
-def share(items: S) -> S:
+def shard(items: S) -> S:
     """The part of a sequence or tensor that is this process's: contiguous, sizes differ by one at most."""
     n, rank, size = count(), state().process_index, len(items)
     return items[size * rank // n : size * (rank + 1) // n]
 
 
-def check_share(size: int, key: str) -> None:
+def check_shards(size: int, key: str) -> None:
     """
     Raises:
         ValueError: some process would have nothing to do; `key` names the number in params.yaml.
@@ -58,7 +63,7 @@ def check_share(size: int, key: str) -> None:
         raise ValueError(f"{key}: {size} is less than the {count()} processes; raise it, or use fewer")
 
 
-def total(value: Tensor) -> Tensor:
+def all_reduce_sum(value: Tensor) -> Tensor:
     """The sum over all processes."""
     if count() == 1:
         return value
@@ -67,16 +72,16 @@ def total(value: Tensor) -> Tensor:
     return value
 
 
-def anywhere(flag: bool) -> bool:
+def any_rank(flag: bool) -> bool:
     """Whether it is true in any process."""
-    return flag if count() == 1 else bool(total(torch.tensor(int(flag), device=state().device)))
+    return flag if count() == 1 else bool(all_reduce_sum(torch.tensor(int(flag), device=state().device)))
 
 
-def of_first(number: int) -> int:
+def broadcast_int(number: int) -> int:
     """The number that the first process has."""
     if count() == 1:
         return number
-    return int(total(torch.tensor(number if is_first() else 0, device=state().device)))
+    return int(all_reduce_sum(torch.tensor(number if is_main_process() else 0, device=state().device)))
 
 
 def gather(rows: Tensor) -> Tensor:
@@ -104,13 +109,13 @@ def sum_gradients(parameters: Sequence[torch.nn.Parameter]) -> list[Tensor]:
     """Every gradient becomes its sum over processes, in one flat tensor; returns them, zeros where none."""
     if count() > 1:
         gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
-        flat = total(torch.cat([g.flatten() for g in gradients]))
+        flat = all_reduce_sum(torch.cat([g.flatten() for g in gradients]))
         for parameter, part in zip(parameters, flat.split([g.numel() for g in gradients]), strict=True):
             parameter.grad = part.view_as(parameter)
     return [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
 
 
-def in_turn(function: Callable[[Any], T], items: Sequence[Any]) -> Iterator[T]:
+def map_round_robin(function: Callable[[Any], T], items: Sequence[Any]) -> Iterator[T]:
     """function(item) of each item in order: with n processes each computes every n-th, and all get all.
 
     The items are the same whatever n is, so the results are too.

@@ -81,7 +81,7 @@ def run(
             seen = iteration + 1
             if watch:
                 watch(seen, {**collected, **means}, state.updates)
-            stop = distributed.anywhere(bool(stopped))
+            stop = distributed.any_rank(bool(stopped))
             if checkpoints and (seen % checkpoint_every == 0 or seen == method.iterations or stop):
                 state.save(checkpoints, seen)
             if stop:
@@ -104,7 +104,7 @@ def update(
 
     Without a pair in any process, none.
     """
-    total = distributed.total(torch.stack([batch.weight.sum() for batch in parts]).sum().float())
+    total = distributed.all_reduce_sum(torch.stack([batch.weight.sum() for batch in parts]).sum().float())
     if total == 0:  # no valid pair anywhere: AdamW would still decay the weights
         return {}
     state.optimizer.zero_grad(set_to_none=True)
@@ -130,7 +130,7 @@ def update(
     state.scaler.step(state.optimizer)
     state.scaler.update()
     state.updates += 1
-    state.pairs += int(distributed.total(torch.stack([(b.weight > 0).sum() for b in parts]).sum()))
+    state.pairs += int(distributed.all_reduce_sum(torch.stack([(b.weight > 0).sum() for b in parts]).sum()))
     return {**_over_processes(metrics), "gradient_norm": float(norm), "learning_rate": rate}
 
 
@@ -189,7 +189,7 @@ class _State:
         return True
 
     def save(self, store: CheckpointStore, iteration: int) -> None:
-        if not distributed.is_first():
+        if not distributed.is_main_process():
             return
         weights = [p.detach() for p in self.parameters]
         optimizer = self.optimizer.state_dict()
@@ -242,7 +242,7 @@ def _over_processes(metrics: Mapping[str, float]) -> dict[str, float]:
     if distributed.count() == 1:
         return dict(metrics)
     values = torch.tensor(list(metrics.values()), device=distributed.state().device)
-    return dict(zip(metrics, distributed.total(values).tolist(), strict=True))
+    return dict(zip(metrics, distributed.all_reduce_sum(values).tolist(), strict=True))
 
 
 def _check_outputs(policy: Tensor, reference: Tensor, batch: Batch, updates: int) -> None:

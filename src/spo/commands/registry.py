@@ -17,12 +17,14 @@ from typing import TYPE_CHECKING, Any
 
 from spo.config import Params
 from spo.evaluation import model_card
+from spo.runtime.files import locked
+from spo.runtime.messages import redact
+from spo.runtime.workspace import home
 from spo.tracking import dvc_lock
 from spo.tracking.delivery import Store, load_mlflow
 from spo.tracking.provenance import code, flatten
 from spo.tracking.records import literal, reason
 from spo.tracking.runs import tracking_uri
-from spo.tracking.spool import home, locked, redact
 
 if TYPE_CHECKING:
     from pandas import DataFrame

@@ -14,7 +14,7 @@ import yaml
 from safetensors.numpy import save_file
 
 from spo import config
-from spo.tracking import registry
+from spo.commands import registry
 from spo.tracking.delivery import load_mlflow
 
 
