@@ -73,7 +73,7 @@ def test_presets_carry_the_published_recipe() -> None:
     spo = config.validate(yaml.safe_load(config.preset("sd15"))).align.spo
     assert (spo.lora.rank, spo.candidates, spo.num_inference_steps, spo.eta) == (4, 4, 20, 1.0)
     assert (spo.divert_start_step, spo.threshold, spo.beta, spo.clip, spo.guidance) == (4, 0.3, 10, 0.1, 5)
-    assert (spo.training.optimizer.learning_rate, spo.training.optimizer.weight_decay) == (6e-5, 1e-4)
+    assert (spo.optimizer.learning_rate, spo.optimizer.weight_decay) == (6e-5, 1e-4)
     assert spo.iterations * spo.prompts_per_iteration == 10 * 4000
     xl = config.validate(yaml.safe_load(config.preset("sdxl"))).align.spo
     assert (xl.lora.rank, xl.candidates, xl.threshold, xl.optimizer.learning_rate) == (64, 2, 0.4, 1e-5)

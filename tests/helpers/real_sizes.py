@@ -175,7 +175,7 @@ def measure(
     judging = ClipJudge(judge, words)
     told["spo"] = _timed(
         model.device,
-        lambda seed: _run(model, SpoMethod(spo, schedule, judging, PROMPTS, seed), spo.training.optimizer),
+        lambda seed: _run(model, SpoMethod(spo, schedule, judging, PROMPTS, seed), spo.optimizer),
     )
     return told
 
