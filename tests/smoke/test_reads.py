@@ -24,8 +24,8 @@ FREE_KEYS = {
     "generate": {"generate.batch_size": "noise belongs to the picture (tests/backbones/test_drawing.py)"},
     "score": {"score.batch_size": "each picture has its own score (tests/backbones/test_drawing.py)"},
     "align": {
-        "generate": "validation changes no weight; another sampler is no reason to train again",
-        "score": "the same of the scorers of these looks",
+        "generate": "the sampler of validation images, which change no weight",
+        "score": "the scorers of validation images",
         "name": "the model card says what a model was trained from when it was trained",
         "prompts.train": "as `name`: the stage reads outputs/prompts",
         "pairs.source": "as `name`: the stage reads outputs/pairs",
@@ -73,7 +73,7 @@ class Declared:
         for stage in Repo(str(clone)).index.stages:
             if stage.cmd is None:  # data.dvc
                 continue
-            name = stage.addressing.removeprefix("dvc.yaml:")
+            name = stage.name
             self.keys[name] = {key for dep in stage.deps for key in getattr(dep, "params", None) or ()}
             self.paths[name] = {d.def_path for d in stage.deps if not getattr(d, "params", None)}
             self.outs[name] = {out.def_path for out in stage.outs}
