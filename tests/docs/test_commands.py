@@ -1,5 +1,5 @@
-"""Every command that README.md and docs/ name works on the real dvc.yaml and params.yaml, or is listed with why
-no test runs it."""
+"""Every command that README.md and docs/ name works on the real dvc.yaml and params.yaml, or is listed with
+why no test runs it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,9 @@ NOT_RUN = {
     "cat > auth.ini": "the configuration of a server with passwords",
     "dvc remote modify --local team endpointurl": "needs an S3 store: tests/tracking/test_team.py",
     "export": "sets the environment of what follows",
+    "mlflow experiments restore": "needs an experiment that was deleted: tests/tracking",
     "mlflow gc": "needs a server",
+    "mlflow runs restore": "needs a run that was deleted: tests/tracking",
     "mlflow server": "a server: tests/tracking/test_postgres.py",
     "pip install": "needs a network",
     "prefect": "a server, or needs one: tests/flows/test_schedules.py",
@@ -35,7 +37,7 @@ NOT_RUN = {
     "python -c": "needs an MLflow server with passwords",
 }
 # blocks that hold no commands, by their first words
-NO_SHELL = ("flows/ ", "sd on NAME", "location / ")
+NO_SHELL = ("backbone:", "flows/ ", "sd on NAME", "location / ")
 EXPERIMENT = [
     "dvc exp run -S align.spo.beta=20",
     "dvc exp show",

@@ -141,7 +141,10 @@ BUILD: dict[str, Any] = {"spo": _spo, "diffusion_dpo": _diffusion_dpo}
 
 
 def _scratch(params: Params, item: str) -> Path:
-    reads = {"spo": ["outputs/preference", "outputs/prompts/train.txt"], "diffusion_dpo": ["outputs/pairs"]}
+    reads = {
+        "spo": ["outputs/preference", "outputs/prompts/train.txt"],
+        "diffusion_dpo": ["outputs/pairs/train", "outputs/pairs/summary.json"],
+    }
     inputs = [Path(p) for p in [*reads[item], "outputs/inputs/base.json"]]
     section = getattr(params.align, item)
     sections = [item, params.seed, params.backbone, section]
