@@ -37,7 +37,7 @@ NOT_RUN = {
     "python -c": "needs an MLflow server with passwords",
 }
 # blocks that hold no commands, by their first words
-NO_SHELL = ("backbone:", "flows/ ", "sd on NAME", "location / ")
+NO_SHELL = ("@article", "backbone:", "flowchart", "flows/ ", "sd on NAME", "location / ")
 EXPERIMENT = [
     "dvc exp run -S align.spo.beta=20",
     "dvc exp show",
