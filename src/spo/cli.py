@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from spo import config, interrupt, launch
-from spo.spool import redact
+from spo import config
+from spo.runtime import interrupt, launch
+from spo.runtime.messages import redact
 
 # stage: (what it does, its items)
 STAGES: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -38,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     arguments = sys.argv[1:] if arguments is None else arguments
     told = parser().parse_args(arguments)
-    if not _first():
+    if not launch.is_main_process():
         os.environ["TQDM_DISABLE"] = "1"
     try:
         if not _launched(told, arguments):
@@ -50,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         return _fail(reason)
     except KeyboardInterrupt as stop:
-        if _first():
+        if launch.is_main_process():
             print(f"spo: {stop or 'stopped'}", file=sys.stderr)
         return 130
     return 0
@@ -69,12 +70,8 @@ def _launched(told: argparse.Namespace, arguments: Sequence[str]) -> bool:
     return True
 
 
-def _first() -> bool:
-    return os.environ.get("RANK", "0") == "0"
-
-
 def _say(result: object) -> None:
-    if _first():
+    if launch.is_main_process():
         print(result)
 
 
@@ -115,7 +112,6 @@ def parser() -> argparse.ArgumentParser:
             _ELSEWHERE[name](stage)
     _sample(commands.add_parser("sample", help="a picture of one prompt by the base or an aligned model"))
     _preset(commands.add_parser("preset", help="write a ready-made params.yaml"))
-    _scenes(commands.add_parser("scenes", help="make the models and data of the default experiment"))
     sync = commands.add_parser("sync", help="deliver to MLflow what was logged while its server was away")
     sync.set_defaults(run=_run_sync)
     register = commands.add_parser(
@@ -131,9 +127,9 @@ def parser() -> argparse.ArgumentParser:
 def _stage(told: argparse.Namespace) -> None:
     params = config.load(told.params)
     if told.dry_run:
-        from spo.stages import plan
+        from spo.commands import dry_run
 
-        print("\n".join(plan.lines(params, told.stage, told.item)))
+        print("\n".join(dry_run.lines(params, told.stage, told.item)))
         return
     importlib.import_module(f"spo.stages.{told.stage}").run(params, told.item)
 
@@ -155,9 +151,9 @@ def _generate_elsewhere(command: argparse.ArgumentParser) -> None:
 def _run_generate(told: argparse.Namespace) -> None:
     if not _elsewhere(told, "lora", ("prompts", "guidance", "output")):
         return _stage(told)
-    from spo.stages import judge
+    from spo.commands import external
 
-    _say(judge.generate(config.load(told.params), told.lora, told.prompts, told.guidance, told.output))
+    _say(external.generate(config.load(told.params), told.lora, told.prompts, told.guidance, told.output))
 
 
 def _score_elsewhere(command: argparse.ArgumentParser) -> None:
@@ -174,9 +170,9 @@ def _score_elsewhere(command: argparse.ArgumentParser) -> None:
 def _run_score(told: argparse.Namespace) -> None:
     if not _elsewhere(told, "images", ("prompts", "baseline", "output")):
         return _stage(told)
-    from spo.stages import judge
+    from spo.commands import external
 
-    _say(judge.score(config.load(told.params), told.images, told.prompts, told.baseline, told.output))
+    _say(external.score(config.load(told.params), told.images, told.prompts, told.baseline, told.output))
 
 
 def _elsewhere(told: argparse.Namespace, option: str, others: tuple[str, ...]) -> bool:
@@ -208,14 +204,14 @@ def _sample(command: argparse.ArgumentParser) -> None:
 
 
 def _run_sample(told: argparse.Namespace) -> None:
-    from spo.stages import sample
+    from spo.commands import sample
 
     params = config.load(told.params)
     if told.n < 1:
         raise ValueError(f"-n {told.n}: must be at least 1")
     method, adapter = told.method, None
     if told.model is not None:
-        from spo import registry
+        from spo.commands import registry
 
         adapter, method = registry.fetch(params, told.model)
     path = sample.run(params, told.prompt, method, told.seed, told.guidance, told.output, told.n, adapter)
@@ -237,32 +233,16 @@ def _run_preset(told: argparse.Namespace) -> None:
     print(f"{told.output}: {told.name}")
 
 
-def _scenes(command: argparse.ArgumentParser) -> None:
-    build = command.add_subparsers(required=True, metavar="command").add_parser(
-        "build", help="about an hour on 2 cores; goes on where it was stopped"
-    )
-    build.add_argument("--output", type=Path, default=Path("data"), metavar="FOLDER")
-    build.add_argument("--work", type=Path, default=Path(".spo/scenes"), metavar="FOLDER")
-    build.add_argument("--until", help="stop after this step")
-    build.add_argument("--seed", type=int, default=0)
-    build.set_defaults(run=_run_scenes)
-
-
-def _run_scenes(told: argparse.Namespace) -> None:
-    from spo.scenes import build
-
-    build.run(told.output, told.work, told.until, told.seed)
-
-
 def _run_sync(told: argparse.Namespace) -> None:
-    from spo import repro, tracking
+    from spo.commands import repro
+    from spo.tracking import runs
 
     uri = None
     if Path("params.yaml").exists():
         params = config.load()
         uri = params.tracking
         repro.record_if_new(params)
-    delivered, left = tracking.sync(uri)
+    delivered, left = runs.sync(uri)
     print(f"{delivered} records delivered, {left} left")
     if left:
         raise ValueError(
@@ -271,7 +251,7 @@ def _run_sync(told: argparse.Namespace) -> None:
 
 
 def _run_register(told: argparse.Namespace) -> None:
-    from spo import registry
+    from spo.commands import registry
 
     verdict = registry.register(config.load())
     print(f"{verdict.name} version {verdict.version}: {verdict.alias}")
@@ -280,6 +260,6 @@ def _run_register(told: argparse.Namespace) -> None:
 
 
 def _run_repro(told: argparse.Namespace) -> None:
-    from spo import repro
+    from spo.commands import repro
 
     sys.exit(repro.run(config.load(), told.arguments))

@@ -7,9 +7,8 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import serving
 import yaml
-
-from spo import serving
 
 FLOWS = Path(__file__).parents[2] / "flows"
 

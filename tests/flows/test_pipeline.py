@@ -14,12 +14,12 @@ from typing import Any
 
 import psutil
 import pytest
+import subprocesses
 import yaml
 from prefect.logging import disable_run_logger
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
-from spo import command, overrides
-from spo.config import ConfigError
+from spo.config import ConfigError, overrides
 
 
 def test_overrides_are_checked_before_anything_is_written(pipeline: ModuleType, project: Path) -> None:
@@ -142,7 +142,7 @@ def test_cancelling_ends_the_whole_group(
     pipeline: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A stage's child that ignores SIGTERM is gone too."""
-    monkeypatch.setattr(command, "GRACE", 0.5)
+    monkeypatch.setattr(subprocesses, "GRACE", 0.5)
     pids: list[int] = []
     script = "trap '' TERM; sleep 300 & echo $$ $!; wait; wait"
     previous = signal.signal(signal.SIGUSR1, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
@@ -154,7 +154,7 @@ def test_cancelling_ends_the_whole_group(
     started = time.monotonic()
     try:
         with pytest.raises(KeyboardInterrupt):
-            command.execute(["sh", "-c", script], {}, log)
+            subprocesses.execute(["sh", "-c", script], {}, log)
     finally:
         signal.signal(signal.SIGUSR1, previous)
     assert len(pids) == 2 and time.monotonic() - started < 60

@@ -8,9 +8,10 @@ import pytest
 import yaml
 
 from spo import config
+from spo.commands import dry_run
 from spo.scenes import world
-from spo.scenes.build import tokenizer
-from spo.stages import plan, prompts
+from spo.stages import prompts
+from tools.scenes import tokenizer
 
 DATA = "memory://pickapic/data"
 
@@ -72,7 +73,7 @@ def test_the_dry_run_names_a_data_set_by_its_address(data_set, tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     raw = yaml.safe_load(config.preset("smoke"))
     raw["pairs"]["source"] = DATA
-    assert f"pairs.source: {DATA}" in plan.lines(config.validate(raw), "pairs", None)
+    assert f"pairs.source: {DATA}" in dry_run.lines(config.validate(raw), "pairs", None)
 
 
 def test_a_split_that_is_not_there_is_one_line(data_set, tmp_path) -> None:

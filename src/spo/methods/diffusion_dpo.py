@@ -18,10 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from spo import processes
 from spo.config import DiffusionDpo
 from spo.diffusion.noise import SampleNoise, shuffled
 from spo.diffusion.schedule import Schedule
+from spo.training import distributed
 from spo.types import Backbone, Batch, Conditioning
 
 
@@ -113,9 +113,9 @@ class DiffusionDpoMethod:
         """One update of config.batch_size pairs, in config.gradient_accumulation parts; each process's
         share of them."""
         count = self.config.batch_size
-        processes.check_share(count, "align.diffusion_dpo.batch_size")
+        distributed.check_shards(count, "align.diffusion_dpo.batch_size")
         epoch, _ = (order := shuffled(len(self._decided), iteration * count, count, self.seed))[-1]
-        chosen = processes.share(order)
+        chosen = distributed.shard(order)
         indices = self._decided[torch.tensor([i for _, i in chosen])]
         keys = [f"pair {int(i)} epoch {e}" for (e, _), i in zip(chosen, indices, strict=True)]
         win, lose = (x.to(backbone.device) for x in self._sides(indices))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import CLIPModel, CLIPTokenizer
 
-from spo import processes
+from spo.training import distributed
 
 MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)
 STD = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
@@ -79,7 +79,7 @@ def in_batches(
     scores: list[float] = []
     parts = [slice(start, start + batch_size) for start in range(0, len(images), batch_size)]
     with tqdm(total=len(images), desc=name, unit="image") as bar, torch.no_grad():
-        found = processes.in_turn(lambda part: score(images[part], prompts[part]).tolist(), parts)
+        found = distributed.map_round_robin(lambda part: score(images[part], prompts[part]).tolist(), parts)
         for part, told in zip(parts, found, strict=True):
             for value, prompt in zip(told, prompts[part], strict=True):
                 if not math.isfinite(value):

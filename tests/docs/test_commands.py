@@ -1,0 +1,234 @@
+"""Every command that README.md and docs/ name works on the real dvc.yaml and params.yaml, or is listed with
+why no test runs it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import documents
+import experiments
+import pytest
+import yaml
+
+from spo import cli, config
+
+ROOT = Path(__file__).parents[2]
+COMMANDS = documents.commands()
+SPO = ["align@spo", "generate@spo", "score@spo"]
+
+# beginning of a command: why no test runs it
+NOT_RUN = {
+    "accelerate launch": "needs GPUs; tests/backbones/test_processes.py has two processes on a CPU",
+    "apt-get install": "needs root and a network",
+    "cat > auth.ini": "the configuration of a server with passwords",
+    "dvc remote modify --local team endpointurl": "needs an S3 store: tests/tracking/test_team.py",
+    "export": "sets the environment of what follows",
+    "mlflow experiments restore": "needs an experiment that was deleted: tests/tracking",
+    "mlflow gc": "needs a server",
+    "mlflow runs restore": "needs a run that was deleted: tests/tracking",
+    "mlflow server": "a server: tests/tracking/test_postgres.py",
+    "pip install": "needs a network",
+    "prefect": "a server, or needs one: tests/flows/test_schedules.py",
+    "psql": "needs PostgreSQL",
+    "python -c": "needs an MLflow server with passwords",
+}
+# blocks that hold no commands, by their first words
+NO_SHELL = ("backbone:", "flows/ ", "sd on NAME", "location / ")
+EXPERIMENT = [
+    "dvc exp run -S align.spo.beta=20",
+    "dvc exp show",
+    "dvc metrics diff",
+    "dvc plots diff",
+]
+DAY = [
+    "dvc remote add --local -d team /srv/dvc",
+    "dvc push",
+    "dvc pull",
+    "dvc repro",
+    "dvc exp run -S align.spo.beta=20 --name b20",
+    "dvc exp show",
+    "dvc metrics diff",
+    "dvc plots diff HEAD",
+    "dvc exp push origin b20",
+    "dvc exp pull origin b20",
+    "dvc exp apply b20",
+    "dvc exp run --queue -S align.spo.beta=5",
+    "dvc exp run --run-all --jobs 2",
+]
+CLEAN_UP = [
+    "dvc gc --all-branches --all-tags --all-experiments --dry",
+    "dvc gc --all-branches --all-tags --all-experiments",
+    "dvc gc --all-branches --all-tags --all-experiments --cloud -r team --dry",
+    "dvc exp remove --queue",
+]
+
+
+def of(*programs: str) -> list[documents.Command]:
+    return [c for c in COMMANDS if c.text.split()[0] in programs and not_run(c.text) is None]
+
+
+def not_run(text: str) -> str | None:
+    return next((why for start, why in NOT_RUN.items() if f"{text} ".startswith(f"{start} ")), None)
+
+
+def test_every_command_is_run_or_listed_with_a_reason() -> None:
+    handled = {*map(str, of("spo", "make", "pytest", "python"))}
+    run = {*EXPERIMENT, *DAY, *CLEAN_UP}
+    left = [c for c in COMMANDS if not (str(c) in handled or c.text in run or not_run(c.text))]
+    assert list(map(str, left)) == [], "a command of the docs that no test knows"
+    texts = {c.text for c in COMMANDS}
+    assert run <= texts, "a test runs what the docs no longer name"
+    for start in NOT_RUN:
+        assert any(f"{text} ".startswith(f"{start} ") for text in texts), f"no page names {start}"
+
+
+def test_every_block_is_of_commands_or_known_as_something_else() -> None:
+    for where, lines in documents.blocks():
+        assert documents.is_shell(lines) != lines[0].startswith(NO_SHELL), f"{where}: {lines[0]}"
+
+
+def test_the_docs_are_read_whole() -> None:
+    """Comments, continued lines, here-documents, several commands in a line, commands in running text."""
+    texts = [c.text for c in COMMANDS]
+    assert len(texts) > 70 and {c.page for c in COMMANDS} >= {"README.md", "docs/gpu.md", "docs/team.md"}
+    assert "spo score --images DIR --prompts FILE --baseline DIR" in texts
+    assert any(t.startswith("mlflow server") and t.endswith('mlflow.example.org"') for t in texts)
+    assert "spo preset NAME" in texts and "spo sync" in texts
+    assert not any("default_permission" in t or "#" in t for t in texts)
+
+
+@pytest.mark.parametrize("command", of("spo"), ids=str)
+def test_spo_understands_its_commands(command: documents.Command) -> None:
+    words = ["scenes" if word == "NAME" else word for word in command.words[1:]]
+    if words == ["--help"]:
+        with pytest.raises(SystemExit) as end:
+            cli.parser().parse_args(words)
+        assert end.value.code == 0
+        return
+    told = cli.parser().parse_args(words)
+    assert isinstance(told, argparse.Namespace) and callable(told.run)
+
+
+@pytest.mark.parametrize("command", of("make"), ids=str)
+def test_make_has_its_targets(command: documents.Command) -> None:
+    done = subprocess.run(["make", "-n", *command.words[1:]], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("command", of("pytest"), ids=str)
+def test_pytest_has_its_files_and_markers(command: documents.Command) -> None:
+    words = command.words[1:]
+    assert words
+    if "-m" in words:
+        assert f'"{words[words.index("-m") + 1]}: ' in (ROOT / "pyproject.toml").read_text()
+    for word in words:
+        assert not word.startswith("tests/") or (ROOT / word).exists()
+
+
+@pytest.mark.smoke  # Prefect takes seconds to import
+@pytest.mark.parametrize("command", of("python"), ids=str)
+def test_scripts_have_their_options(command: documents.Command) -> None:
+    place = 3 if command.words[1] == "-m" else 2
+    script, words = command.words[1:place], command.words[place:]
+    done = subprocess.run([sys.executable, *script, "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for option in (word for word in words if word.startswith("-")):
+        assert option in done.stdout
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory: pytest.TempPathFactory) -> experiments.Experiment:
+    return experiments.settled(tmp_path_factory.mktemp("clone") / "first")
+
+
+@pytest.mark.smoke
+def test_readme_varies_an_experiment(first: experiments.Experiment) -> None:
+    run, show, metrics, plots = EXPERIMENT
+    with experiments.restored(first):
+        assert first.stages(run) == ["inputs", *SPO, "report"]
+        assert config.load(first.folder / "params.yaml").align.spo.beta == 20
+        assert "align.spo" in first(f"{show} --csv") and first(show)
+        changed = json.loads(first(f"{metrics} --json"))
+        assert "reports/metrics/align_spo.json" in changed
+        assert "reports/metrics/align_diffusion_dpo.json" not in changed and first(metrics)
+        assert "index.html" in first(plots)
+        assert first.stages() == [], "all is up to date after an experiment"
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ("align.spo.optimizer.learning_rate=1e-5", ["inputs", *SPO, "report"]),
+        ("generate.base.guidance=3", ["inputs", "generate@base", "score@base", "report"]),
+        ("report.grid_prompts=4", ["inputs", "report"]),
+        ("registry.method=diffusion_dpo", []),
+        ("tracking=http://127.0.0.1:5000", []),
+    ],
+)
+def test_an_experiment_runs_what_its_key_touches(
+    first: experiments.Experiment, change: str, expected: list[str]
+) -> None:
+    with experiments.restored(first):
+        assert first.stages(f"dvc exp run -S {change}") == expected
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("preset", config.preset_names())
+def test_dvc_can_run_every_preset(first: experiments.Experiment, preset: str) -> None:
+    with experiments.restored(first):
+        first(f"spo preset {preset} --force")
+        assert yaml.safe_load((first.folder / "params.yaml").read_text())["name"] == preset
+        planned = first("dvc repro --dry --force")
+        assert planned.count("Running stage") == len(first.names) == 17
+
+
+@pytest.mark.smoke
+@pytest.mark.timeout(900)
+def test_a_team_s_day(first: experiments.Experiment, tmp_path: Path) -> None:
+    """Two clones, a remote for both, an experiment handed over, a queue, and the clean-up."""
+    (add, push, pull, repro, vary, show, metrics, plots, hand, take, apply, queue, all_queued) = DAY
+    first(f"git init -q --bare {tmp_path}/origin.git && git remote set-url origin {tmp_path}/origin.git")
+    first("git push -q -u origin HEAD:main")
+    add = add.replace("/srv/dvc", str(tmp_path / "shared"))
+    first(add)
+    first(push)
+    subprocess.run(
+        ["git", "clone", "-qb", "main", f"{tmp_path}/origin.git", str(tmp_path / "two")], check=True
+    )
+    second = experiments.Experiment(tmp_path / "two")
+    second(add)
+    second(pull)
+    assert second.stages(repro) == [], "nothing is left to do"
+    assert second.stages(vary) == ["inputs", *SPO, "report"]
+    assert "b20" in second(f"{show} --csv") and second(show)
+    assert "align_spo" in second(metrics)
+    assert "index.html" in second(plots)
+    second(hand)
+    first(take)
+    first(apply)
+    assert "beta: 20" in (first.folder / "params.yaml").read_text()
+    assert first.stages(repro) == [], "the experiment comes with its outputs"
+    first(queue)
+    assert {*SPO} <= {*first.stages(all_queued)}
+    assert "beta: 20" in (first.folder / "params.yaml").read_text(), "the workspace stays as it was"
+    assert "5" in {row["align.spo.beta"] for row in experiment_rows(first)}
+
+    try_out, collect, try_out_cloud, forget = CLEAN_UP
+    assert "objects" in first(try_out, "y\n")
+    first(collect, "y\n")
+    assert first.stages(repro) == [], "what experiments and branches need stays"
+    first(try_out_cloud, "y\n")
+    first(queue)
+    assert "Removed" in first(forget)
+
+
+def experiment_rows(experiment: experiments.Experiment) -> list[dict[str, str]]:
+    import csv
+
+    table = experiment("dvc exp show --csv --no-pager 2>/dev/null")
+    return list(csv.DictReader(table.splitlines()))
