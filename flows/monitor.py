@@ -70,12 +70,16 @@ def new_prompts(path: Path) -> list[str]:
     """The prompts of a file of any kind that params.yaml may name, those that are not empty.
 
     Raises:
-        ValueError: no such file, or nothing in it.
+        ValueError: no such file, nothing in it, or a prompt that cannot be encoded.
     """
     from spo.data.prompt_files import read_prompts
-    from spo.data.prompts import clean
+    from spo.data.prompts import clean, flaw
 
-    prompts = [prompt for line in read_prompts(path) if (prompt := clean(line))]
+    lines = read_prompts(path)
+    for row, line in enumerate(lines, start=1):
+        if reason := flaw(line):
+            raise ValueError(f"{path}: prompt {row} has {reason}; it cannot be encoded")
+    prompts = [prompt for line in lines if (prompt := clean(line))]
     if not prompts:
         raise ValueError(f"{path}: no prompt in it")
     return prompts

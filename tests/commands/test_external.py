@@ -139,3 +139,38 @@ def test_an_archive_beside_other_images_is_refused(capsys, tmp_path, experiment)
     save_images(tmp_path / "none", [], [], [])
     status, _, error = run(capsys, "score", "--images", tmp_path / "none", "--params", experiment)
     assert status == 2 and "no images there" in error
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("p.json", r'["a cat", "half \ud83d"]', "p.json: prompt 2 has half of a surrogate pair"),
+        ("p.jsonl", r'{"caption": "half \ude00"}', "p.jsonl: prompt 1 has half of a surrogate pair"),
+        ("p.json", r'["a\u0000b"]', "p.json: prompt 1 has a NUL character"),
+        ("p.txt", "a\0b\n", "p.txt: line 1 has a NUL character"),
+        ("p.csv", "prompt,id\na,1\n,2\n", "p.csv: prompt 2 is empty"),
+        ("p.csv", "prompt,id\n", "p.csv: holds no prompts"),
+        ("p.md", "a", "not .md"),
+        ("folder", None, "not a folder"),
+    ],
+)
+def test_prompts_that_cannot_be_drawn_are_one_line(
+    capsys, tmp_path, experiment, name: str, content: str | None, message: str
+) -> None:
+    path = tmp_path / name
+    if content is None:
+        path.mkdir()
+    else:
+        path.write_text(content)
+    (tmp_path / "lora").mkdir()
+    told = ("--lora", tmp_path / "lora", "--prompts", path, "--params", experiment)
+    assert cli.main(["generate", *map(str, told)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+
+
+def test_bytes_of_the_shell_that_are_no_text_are_one_line(capsys, experiment) -> None:
+    prompt = b"a caf\xe9".decode("utf-8", "surrogateescape")  # as Python gives an argument
+    assert cli.main(["sample", prompt, "--params", str(experiment)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "half of a surrogate pair" in line
