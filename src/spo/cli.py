@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import math
 import os
 import signal
 import sys
@@ -22,8 +23,8 @@ STAGES: dict[str, tuple[str, tuple[str, ...]]] = {
     "pairs": ("check, filter and shard the preference pairs", ()),
     "preference": ("train the step-aware preference model", ("unconditioned", "clean_only")),
     "align": ("fine-tune the base model by one method", config.METHODS),
-    "generate": ("pictures of the base or an aligned model", config.VARIANTS),
-    "score": ("PickScore, HPS and aesthetic of those pictures", config.VARIANTS),
+    "generate": ("images of the base or an aligned model", config.VARIANTS),
+    "score": ("PickScore, HPS and aesthetic score of those images", config.VARIANTS),
     "report": ("statistics, tables and grids on one page", ()),
 }
 
@@ -110,7 +111,7 @@ def parser() -> argparse.ArgumentParser:
         stage.set_defaults(run=_stage, stage=name, item=None)
         if name in _ELSEWHERE:
             _ELSEWHERE[name](stage)
-    _sample(commands.add_parser("sample", help="a picture of one prompt by the base or an aligned model"))
+    _sample(commands.add_parser("sample", help="an image of one prompt by the base or an aligned model"))
     _preset(commands.add_parser("preset", help="write a ready-made params.yaml"))
     sync = commands.add_parser("sync", help="deliver to MLflow what was logged while its server was away")
     sync.set_defaults(run=_run_sync)
@@ -124,6 +125,17 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
+def _guidance(text: str) -> float:
+    """Check a scale of classifier-free guidance as params.yaml's is checked."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a number of at least 0, not {text!r}")
+    return value
+
+
 def _stage(told: argparse.Namespace) -> None:
     params = config.load(told.params)
     if told.dry_run:
@@ -135,7 +147,7 @@ def _stage(told: argparse.Namespace) -> None:
 
 
 def _generate_elsewhere(command: argparse.ArgumentParser) -> None:
-    told = command.add_argument_group("instead of a variant: what was made elsewhere")
+    told = command.add_argument_group("instead of a variant: an external model or external images")
     told.add_argument(
         *("--lora", "--unet", "--checkpoint"),
         type=Path,
@@ -143,7 +155,7 @@ def _generate_elsewhere(command: argparse.ArgumentParser) -> None:
         help="a LoRA or UNet (file or folder) on the base, or a whole model (diffusers folder, .safetensors)",
     )
     told.add_argument("--prompts", type=Path, metavar="FILE", help="default: the experiment's own")
-    told.add_argument("--guidance", type=float, help="default: that of generate.base")
+    told.add_argument("--guidance", type=_guidance, help="default: that of generate.base")
     told.add_argument("--output", type=Path, metavar="FOLDER", help="default: outputs/judged/NAME")
     command.set_defaults(run=_run_generate)
 
@@ -157,7 +169,7 @@ def _run_generate(told: argparse.Namespace) -> None:
 
 
 def _score_elsewhere(command: argparse.ArgumentParser) -> None:
-    told = command.add_argument_group("instead of a variant: what was made elsewhere")
+    told = command.add_argument_group("instead of a variant: an external model or external images")
     told.add_argument("--images", type=Path, metavar="FOLDER", help="picture files, or what generate wrote")
     told.add_argument("--prompts", type=Path, metavar="FILE", help="one for each, in the order of file names")
     told.add_argument(
@@ -196,7 +208,7 @@ def _sample(command: argparse.ArgumentParser) -> None:
     command.add_argument("--method", default="spo", choices=config.VARIANTS)
     command.add_argument("--model", metavar="ALIAS", help="from MLflow's registry: champion, or a version")
     command.add_argument("--seed", type=int, default=0)
-    command.add_argument("--guidance", type=float, help="default: the variant's own")
+    command.add_argument("--guidance", type=_guidance, help="default: the variant's own")
     command.add_argument("--output", type=Path, default=Path("sample.png"), metavar="FILE")
     command.add_argument("-n", type=int, default=1, help="pictures, side by side (default 1)")
     command.add_argument("--params", type=Path, default=Path("params.yaml"), metavar="FILE")

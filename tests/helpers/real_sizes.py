@@ -25,7 +25,7 @@ from transformers import (
 
 from spo import config
 from spo.backbones.stable_diffusion import StableDiffusion, _text
-from spo.data.latents import LatentPairs
+from spo.data.latents import EncodedPairs
 from spo.diffusion.schedule import Schedule
 from spo.methods.diffusion_dpo import DiffusionDpoMethod
 from spo.methods.spo import SpoMethod
@@ -154,7 +154,7 @@ def measure(
     schedule = Schedule.from_config(model.scheduler_config, 20).to(model.device)
     drawn = np.random.default_rng(0).normal(size=(2 * n, 2, *model.latent_shape)).astype(np.float16)
     labels = torch.tensor([1.0, 0.0] * n)
-    pairs = LatentPairs(drawn, (PROMPTS * n)[: 2 * n], labels, torch.ones(2 * n))
+    pairs = EncodedPairs(drawn, (PROMPTS * n)[: 2 * n], labels, torch.ones(2 * n))
     judge.to(model.device)
     told: dict[str, dict[str, float]] = {}
 

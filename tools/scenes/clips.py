@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer, CLIPVisionConfig
 
+from spo.data.images import CLIP_MEAN, CLIP_STD
 from spo.scenes import world
 from spo.scenes.render import SIZE
 from spo.scenes.world import ABSENT, ATTRIBUTES, CHOICES
@@ -25,8 +26,6 @@ CONTRASTIVE_STEPS, CONTRASTIVE_BATCH = 1300, 96
 CONTRASTIVE_SCENES, TWINS = 24_000, 3
 SHAPE_COLUMNS = (ATTRIBUTES.index("shape_0"), ATTRIBUTES.index("shape_1"))
 PREFERENCE_STEPS, PREFERENCE_BATCH = 600, 48
-MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(1, 3, 1, 1)
-STD = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(1, 3, 1, 1)
 
 # (images in [-1,1], token ids) -> normalised image features, normalised text features, scale
 Features = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
@@ -43,7 +42,7 @@ class Judgements:
 
 
 def normalise(images: Tensor) -> Tensor:
-    return ((images + 1) / 2 - MEAN) / STD
+    return ((images + 1) / 2 - CLIP_MEAN) / CLIP_STD
 
 
 def new_clip(tokenizer: CLIPTokenizer) -> CLIPModel:

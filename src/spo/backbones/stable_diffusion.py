@@ -17,6 +17,7 @@ from spo.backbones import checks, external, lora, parts, scheduler, single_file,
 from spo.backbones.checks import latent_side
 from spo.backbones.layer_names import COMPONENTS
 from spo.backbones.text import SdText, SdxlText
+from spo.runtime.hub import is_hub_id
 from spo.training import distributed
 from spo.types import Conditioning
 
@@ -260,7 +261,7 @@ def _check_folder(settings: config.Backbone) -> None:
     name = settings.checkpoint
     path, where = Path(name), f"backbone.checkpoint: {name}"
     if not path.exists():
-        if name.count("/") == 1 and not name.startswith((".", "data/")):
+        if is_hub_id(name):
             return
         raise ValueError(f"backbone.checkpoint: no {name} there; run `make repro` or `dvc pull data.dvc`")
     if path.is_file():

@@ -11,14 +11,14 @@ from spo.runtime.fingerprint import fingerprint
 from spo.runtime.workspace import SCRATCH
 
 if TYPE_CHECKING:
-    from spo.data.latents import LatentPairs
+    from spo.data.latents import EncodedPairs
     from spo.types import Backbone
 
 # that decodes images and encodes them
 CODE = ("backbones/stable_diffusion.py", "data/decoding.py", "data/images.py", "data/latents.py")
 
 
-def latent_pairs(params: Params, backbone: Backbone, part: str) -> LatentPairs:
+def latent_pairs(params: Params, backbone: Backbone, part: str) -> EncodedPairs:
     """The pairs of `part` (train, validation) as latents, encoded once for all stages that read them."""
     from functools import partial
 

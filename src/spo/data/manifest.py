@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from spo.data import remote
+from spo.runtime.hub import is_hub_id
 from spo.runtime.messages import redact
 
 
@@ -26,7 +27,7 @@ def manifest(name: str, revision: str | None = None) -> dict[str, Any]:
     if path.exists():
         files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
         return {"path": name, "files": {_relative(p, path): _sha256(p) for p in files}}
-    if name.count("/") == 1 and not name.startswith((".", "/", "data/", "outputs/")):
+    if is_hub_id(name):
         return _hub_manifest(name, revision)
     raise ValueError(f"{name}: not there; run `make repro` or `dvc pull data.dvc`, or name it in params.yaml")
 

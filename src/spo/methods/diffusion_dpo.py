@@ -10,9 +10,7 @@ Departures from the paper (P) or the official code (C):
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -22,28 +20,7 @@ from spo.config import DiffusionDpo
 from spo.diffusion.noise import SampleNoise, shuffled
 from spo.diffusion.schedule import Schedule
 from spo.training import distributed
-from spo.types import Backbone, Batch, Conditioning
-
-
-class LatentPairs(Protocol):
-    """N judged pairs of encoded images, read a few at a time."""
-
-    @property
-    def captions(self) -> Sequence[str]: ...
-
-    @property
-    def label_0(self) -> Tensor:
-        """[N], of the first image: 1 preferred, 0 not, .5 tie."""
-        ...
-
-    @property
-    def weight(self) -> Tensor:
-        """[N]"""
-        ...
-
-    def read(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """The scaled latents of both images [P,C,h,w] of the pairs at int64 [P]."""
-        ...
+from spo.types import Backbone, Batch, Conditioning, LatentPairs
 
 
 def diffusion_dpo_loss(

@@ -25,11 +25,11 @@ from spo.diffusion import finite
 from spo.diffusion.noise import generator, shuffled
 from spo.preference.degradations import Draws, degrade
 from spo.preference.model import STEP_CONDITION, StepAwarePreferenceModel, token_ids
-from spo.preference.trainer import LatentPairs, check_pairs, take_step
+from spo.preference.trainer import check_pairs, take_step
 from spo.training import distributed
 from spo.training.checkpoint import CheckpointStore, stop_on_signal
 from spo.training.optimizer import adamw
-from spo.types import Backbone
+from spo.types import Backbone, LatentPairs
 
 ORDER_WEIGHT, ORDER_SCALE = 2.0, 40.0  # logits a unit of cosine: copies of one picture differ by little
 CAPTION_WEIGHT, CAPTION_SCALE = 0.5, 20.0

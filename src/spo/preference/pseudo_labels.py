@@ -14,12 +14,12 @@ from spo.runtime.fingerprint import fingerprint
 from spo.runtime.workspace import SCRATCH
 
 if TYPE_CHECKING:
-    from spo.data.latents import LatentPairs
+    from spo.data.latents import EncodedPairs
 
 CODE = ("data", "preference/pseudo_labels.py", "rewards")  # that scores the images of the pairs
 
 
-def relabelled(pairs: LatentPairs, settings: Preference, device: str) -> tuple[LatentPairs, dict[str, Any]]:
+def relabelled(pairs: EncodedPairs, settings: Preference, device: str) -> tuple[EncodedPairs, dict[str, Any]]:
     """The training pairs with the labels of settings.labels, and what is told of them.
 
     Raises:

@@ -13,7 +13,7 @@ Departures from the official code:
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,24 +28,9 @@ from spo.preference.noising import clean_pair, draw, noised_pair
 from spo.training import distributed
 from spo.training.checkpoint import CheckpointStore, stop_on_signal
 from spo.training.optimizer import adamw
-from spo.types import Backbone
+from spo.types import Backbone, LatentPairs
 
 EVALUATION_BATCH = 64  # pairs
-
-
-class LatentPairs(Protocol):
-    """N judged pairs of encoded images, read a few at a time."""
-
-    @property
-    def captions(self) -> Sequence[str]: ...
-
-    @property
-    def label_0(self) -> Tensor: ...
-
-    @property
-    def weight(self) -> Tensor: ...
-
-    def read(self, indices: Tensor) -> tuple[Tensor, Tensor]: ...
 
 
 def train(
