@@ -7,6 +7,7 @@ import argparse
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import documents
@@ -223,8 +224,18 @@ def test_a_team_s_day(first: experiments.Experiment, tmp_path: Path) -> None:
     first(collect, "y\n")
     assert first.stages(repro) == [], "what experiments and branches need stays"
     first(try_out_cloud, "y\n")
+    wait_for_workers(first)
     first(queue)
     assert "Removed" in first(forget)
+
+
+def wait_for_workers(experiment: experiments.Experiment) -> None:
+    """The workers of `--run-all` live on for a while and would take what is queued next."""
+    experiment("dvc queue stop --kill")
+    end = time.monotonic() + 120
+    while "0 active, 0 idle" not in (status := experiment("dvc queue status")):
+        assert time.monotonic() < end, status
+        time.sleep(1)
 
 
 def experiment_rows(experiment: experiments.Experiment) -> list[dict[str, str]]:

@@ -200,8 +200,9 @@ def test_the_flow_by_a_prefect_server(
     (project / "second.sh").write_text(
         "[ -e tried ] || { touch tried; echo ConnectionError; exit 1; }\n"
         f"{sys.executable} - <<'END'\n"
-        "from spo import config, tracking\n"
-        "with tracking.stage_run('second', config.load().model_dump()) as run:\n"
+        "from spo import config\n"
+        "from spo.tracking import runs\n"
+        "with runs.stage_run('second', config.load().model_dump()) as run:\n"
         "    run.log_metrics({'seconds': 1})\n"
         "END\n"
         "cp one.txt two.txt\n"
