@@ -12,7 +12,7 @@ import torch
 from diffusers import DDIMScheduler, DiffusionPipeline
 from safetensors.torch import load_file, save_file
 
-from spo import backbones, config
+from spo import backbones, cli, config
 from spo.backbones import sizes
 from spo.backbones.parts import choose_variants, variants_of
 from spo.diffusion.noise import SampleNoise
@@ -405,3 +405,70 @@ def test_negative_guidance_is_refused() -> None:
         assert re.search("Ge", repr(section.model_fields["guidance"].metadata)), section
     with pytest.raises(ValueError, match="greater than or equal to 0"):
         config.Variant(guidance=-1.0)
+
+
+@ANY
+@pytest.mark.parametrize(
+    ("file", "changes", "said"),
+    [
+        ("unet/config.json", {"sample_size": 0}, ("sample_size",)),
+        ("unet/config.json", {"sample_size": True}, ("sample_size", "True")),
+        ("vae/config.json", {"scaling_factor": None}, ("vae/config.json", "scaling_factor", "None")),
+        ("vae/config.json", {"scaling_factor": 0}, ("vae/config.json", "scaling_factor")),
+        ("vae/config.json", {"shift_factor": "0.3"}, ("vae/config.json", "shift_factor")),
+        ("vae/config.json", {"latents_mean": 0.5, "latents_std": 1.0}, ("latents_mean", "4 numbers")),
+        (
+            "vae/config.json",
+            {"latents_mean": [0.0] * 4, "latents_std": [0.0] * 4},
+            ("latents_std", "above 0"),
+        ),
+        ("model_index.json", {"unet": "x"}, ("model_index.json: unet", "'x'")),
+        ("scheduler/scheduler_config.json", {"_class_name": ["DDIMScheduler"]}, ("_class_name",)),
+        ("tokenizer/tokenizer_config.json", {"model_max_length": "x"}, ("tokenizer", "model_max_length")),
+    ],
+)
+def test_values_that_mean_nothing_are_refused(copy, family: str, file: str, changes: dict, said) -> None:
+    folder = copy(family)
+    edit(folder / file, **changes)
+    refused(folder, family, *said)
+
+
+@ANY
+@pytest.mark.parametrize("file", ["unet/config.json", "model_index.json", "scheduler/scheduler_config.json"])
+def test_a_config_file_that_is_no_mapping_is_refused(copy, family: str, file: str) -> None:
+    folder = copy(family)
+    for content in ("[]", "3", "null"):
+        (folder / file).write_text(content)
+        refused(folder, family, file, "not settings by name")
+
+
+@ANY
+def test_a_tokenizer_without_its_files_is_refused(copy, family: str) -> None:
+    """transformers makes up one that knows no words, so every prompt would be the same."""
+    folder = copy(family)
+    (folder / "tokenizer/tokenizer.json").unlink()
+    refused(folder, family, "tokenizer knows no words")
+    shutil.rmtree(folder / "tokenizer")
+    refused(folder, family, "tokenizer knows no words")
+
+
+def test_tokenizers_of_two_lengths_are_refused(copy) -> None:
+    folder = copy("sdxl")
+    edit(folder / "tokenizer/tokenizer_config.json", model_max_length=5)
+    refused(folder, "sdxl", "tokenizer_2", "model_max_length")
+
+
+def test_an_offset_that_is_no_number_is_refused(copy) -> None:
+    folder = copy("sdxl")  # diffusers' Stable Diffusion pipeline sets it itself
+    for value in ("1", None, -1):
+        edit(folder / "scheduler/scheduler_config.json", steps_offset=value)
+        refused(folder, "sdxl", "steps_offset")
+
+
+@pytest.mark.parametrize("value", ["-1", "nan", "inf"])
+def test_guidance_of_the_command_line_is_checked_as_that_of_params(value: str, capsys, tmp_path) -> None:
+    params = ["--params", str(tmp_path / "params.yaml"), f"--guidance={value}"]
+    assert cli.main(["preset", "smoke", "--output", params[1]]) == 0
+    for command in (["sample", "a circle"], ["generate", "--lora", str(tmp_path)]):
+        assert cli.main([*command, *params]) == 2
+        assert capsys.readouterr().err.startswith("spo: --guidance ")

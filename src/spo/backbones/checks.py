@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -43,7 +44,7 @@ def latent_side(sample_size: Any, where: str) -> int:
         ValueError: null, or not square.
     """
     sides = list(sample_size) if isinstance(sample_size, list | tuple) else [sample_size]
-    if len(set(sides)) != 1 or not isinstance(sides[0], int) or len(sides) > 2:
+    if len(set(sides)) != 1 or type(sides[0]) is not int or sides[0] < 1 or len(sides) > 2:
         raise ValueError(
             f"{where}: unet/config.json: sample_size is {sample_size!r}; give the side of square latents "
             "(64 for SD 1.5, 128 for SDXL)"
@@ -85,16 +86,33 @@ def _check_latents(unet: Any, vae: Any, where: str) -> None:
         raise ValueError(
             f"{where}: the VAE has latent_channels {channels}, the UNet in_channels {unet.in_channels}"
         )
+    place = f"{where}: vae/config.json"
+    scale, shift = vae.config.scaling_factor, vae.config.get("shift_factor")
+    if not _is_number(scale) or scale <= 0:
+        raise ValueError(f"{place}: scaling_factor is {scale!r}; give a number above 0 (0.18215 for SD 1.5)")
+    if shift is not None and not _is_number(shift):
+        raise ValueError(f"{place}: shift_factor is {shift!r}; give a number, or null")
     mean, std = (vae.config.get(key) for key in ("latents_mean", "latents_std"))
-    if (mean is None) != (std is None) or any(v is not None and len(v) != channels for v in (mean, std)):
-        raise ValueError(
-            f"{where}: vae/config.json: latents_mean and latents_std must both have {channels} numbers"
-        )
+    if mean is None and std is None:
+        return
+    for values in (mean, std):
+        if (
+            not isinstance(values, list | tuple)
+            or len(values) != channels
+            or not all(map(_is_number, values))
+        ):
+            raise ValueError(f"{place}: latents_mean and latents_std must both have {channels} numbers")
+    if min(std) <= 0:
+        raise ValueError(f"{place}: latents_std is {list(std)}; its numbers must be above 0")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _check_text(pipeline: Any, sdxl: bool, where: str) -> None:
     encoders = [("text_encoder", "tokenizer")] + ([("text_encoder_2", "tokenizer_2")] if sdxl else [])
-    width = 0
+    width, lengths = 0, []
     for part, tokens in encoders:
         encoder, tokenizer = getattr(pipeline, part), getattr(pipeline, tokens)
         width += encoder.config.hidden_size
@@ -105,6 +123,17 @@ def _check_text(pipeline: Any, sdxl: bool, where: str) -> None:
             )
         if tokenizer.pad_token is None:
             raise ValueError(f"{where}: {tokens}: pad_token is missing; prompts are padded with it")
+        if tokenizer.vocab_size <= len(tokenizer.all_special_ids):  # transformers makes one up without files
+            raise ValueError(
+                f"{where}: {tokens} knows no words; its folder needs tokenizer.json, "
+                "or vocab.json and merges.txt"
+            )
+        if not _is_number(tokenizer.model_max_length) or tokenizer.model_max_length < 3:
+            found = tokenizer.model_max_length
+            raise ValueError(f"{where}: {tokens}: model_max_length is {found!r}; give a number (77 for CLIP)")
+        lengths.append(min(tokenizer.model_max_length, encoder.config.max_position_embeddings))
+    if len(set(lengths)) > 1:
+        raise ValueError(f"{where}: tokenizer and tokenizer_2 pad to {lengths} tokens (model_max_length)")
     unet = pipeline.unet.config
     takes = unet.cross_attention_dim
     if isinstance(takes, int) and takes != width:

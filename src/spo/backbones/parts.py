@@ -93,6 +93,7 @@ def load_vae(name: str, dtype: torch.dtype) -> Any:
     from diffusers import AutoencoderKL
 
     announced = reach(where, name, lambda: AutoencoderKL.load_config(name, subfolder=subfolder))
+    announced = settings_of(announced, f"{where}: config.json")
     check_class(announced.get("_class_name", "AutoencoderKL"), "AutoencoderKL", where)
     files = reach(where, name, lambda: weight_files(name, None)).get(subfolder or "", [])
     variant = choose_variants({"vae": files}, None, where)["vae"]
@@ -108,7 +109,19 @@ def index_of(settings: config.Backbone, where: str) -> Mapping[str, Any]:
     import diffusers
 
     kind, name = getattr(diffusers, PIPELINES[settings.family]), settings.checkpoint
-    return reach(where, name, lambda: kind.load_config(name, revision=settings.revision))
+    index = reach(where, name, lambda: kind.load_config(name, revision=settings.revision))
+    return settings_of(index, f"{where}: model_index.json")
+
+
+def settings_of(content: Any, place: str) -> dict[str, Any]:
+    """The content of a config file, which must be settings by name.
+
+    Raises:
+        ValueError: valid JSON of another kind.
+    """
+    if not isinstance(content, dict):
+        raise ValueError(f"{place} holds a {type(content).__name__}, not settings by name")
+    return content
 
 
 def check_index(index: Mapping[str, Any], family: str, where: str) -> None:
@@ -126,6 +139,8 @@ def check_index(index: Mapping[str, Any], family: str, where: str) -> None:
         )
     for part, wanted in PARTS[family].items():
         said = index.get(part) or [None, None]
+        if not isinstance(said, list | tuple) or len(said) != 2:
+            raise ValueError(f"{where}: model_index.json: {part} is {said!r}, not [library, class]")
         check_class(said[1], wanted, f"{where}: model_index.json: {part}")
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from spo import config
-from spo.backbones.parts import reach
+from spo.backbones.parts import reach, settings_of
 from spo.diffusion.schedule import Schedule, check_process
 
 # What a model was trained with: keys that a file leaves out have the defaults of the file's own class.
@@ -28,6 +28,7 @@ def load(name: str, revision: str | None, where: str) -> Any:
 
     base = diffusers.DDIMScheduler
     announced = reach(where, name, lambda: base.load_config(name, subfolder="scheduler", revision=revision))
+    announced = settings_of(announced, f"{where}: scheduler/scheduler_config.json")
     try:
         check_process(announced)
     except ValueError as error:

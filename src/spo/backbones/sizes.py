@@ -11,6 +11,7 @@ import torch
 from spo import config
 from spo.backbones import scheduler
 from spo.backbones.checks import latent_side
+from spo.backbones.parts import settings_of
 
 TEXT_TOKENS = 77
 
@@ -33,7 +34,9 @@ def measure(settings: config.Backbone) -> Sizes:
 
     unet, vae = empty_models(settings)
     how = {"subfolder": "scheduler", "revision": settings.revision}
-    announced = _config(settings, lambda: DDIMScheduler.load_config(settings.described_by, **how))
+    announced = _config(
+        settings, "scheduler_config.json", lambda: DDIMScheduler.load_config(settings.described_by, **how)
+    )
     used = {**announced, **scheduler.overridden(settings.scheduler)}
     side = latent_side(unet.config.sample_size, "backbone.checkpoint")
     return Sizes(_count(unet), _count(vae), (unet.config.in_channels, side, side), _flops(unet, side), used)
@@ -51,7 +54,7 @@ def empty_models(settings: config.Backbone) -> tuple[Any, Any]:
     unet = unet_config(settings)
     place = {"subfolder": "vae", **how} if settings.vae is None else {}
     name = settings.vae or settings.described_by
-    vae = _config(settings, lambda: AutoencoderKL.load_config(name, **place))
+    vae = _config(settings, "vae/config.json", lambda: AutoencoderKL.load_config(name, **place))
     with torch.device("meta"):
         return UNet2DConditionModel.from_config(unet), AutoencoderKL.from_config(vae)
 
@@ -65,12 +68,14 @@ def unet_config(settings: config.Backbone) -> dict[str, Any]:
     from diffusers import UNet2DConditionModel
 
     place = {"subfolder": "unet", "revision": settings.revision}
-    return _config(settings, lambda: UNet2DConditionModel.load_config(settings.described_by, **place))
+    return _config(
+        settings, "unet/config.json", lambda: UNet2DConditionModel.load_config(settings.described_by, **place)
+    )
 
 
-def _config(settings: config.Backbone, load: Callable[[], Any]) -> Any:
+def _config(settings: config.Backbone, file: str, load: Callable[[], Any]) -> dict[str, Any]:
     try:
-        return load()
+        content = load()
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0][:160]
         key = "config" if settings.is_single_file else "checkpoint"
@@ -78,6 +83,7 @@ def _config(settings: config.Backbone, load: Callable[[], Any]) -> Any:
             f"backbone: {settings.described_by} cannot be reached ({reason}); give the folder of a local "
             f"copy in backbone.{key} (and backbone.vae)"
         ) from None
+    return settings_of(content, f"backbone: {settings.described_by}: {file}")
 
 
 def lora_parameters(settings: config.Backbone, lora: config.Lora) -> int:

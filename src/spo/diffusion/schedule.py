@@ -139,7 +139,7 @@ def check_process(config: Mapping[str, Any]) -> None:
         ValueError: with the key of scheduler_config.json that says so.
     """
     name = config.get("_class_name", "DDIMScheduler")
-    if name not in DISCRETE_SAMPLERS:
+    if not isinstance(name, str) or name not in DISCRETE_SAMPLERS:
         raise _unsupported("_class_name", name, "a model trained as discrete-time DDPM (DDIMScheduler, ...)")
     if config.get("use_flow_sigmas", False):
         raise _unsupported("use_flow_sigmas", True, "a model that was not trained by flow matching")
@@ -179,9 +179,11 @@ def _timesteps(config: Mapping[str, Any], total: int, count: int) -> Tensor:
         raise ValueError(
             f"num_inference_steps is {count}; the model was trained with {total}: give 1 to {total}"
         )
-    spacing = config.get("timestep_spacing", "leading")
+    spacing, offset = config.get("timestep_spacing", "leading"), config.get("steps_offset", 0)
+    if not isinstance(offset, int) or offset < 0:
+        raise _unsupported("steps_offset", offset, "a whole number from 0 on")
     if spacing == "leading":
-        steps = [i * (total // count) + config.get("steps_offset", 0) for i in reversed(range(count))]
+        steps = [i * (total // count) + offset for i in reversed(range(count))]
     elif spacing == "trailing":
         steps = [round(total - i * (total / count)) - 1 for i in range(count)]
     elif spacing == "linspace":
@@ -191,7 +193,7 @@ def _timesteps(config: Mapping[str, Any], total: int, count: int) -> Tensor:
         raise _unsupported("timestep_spacing", spacing, "leading, trailing, linspace")
     if steps[0] >= total:
         raise ValueError(
-            f"scheduler_config: {count} steps with steps_offset {config['steps_offset']} reach timestep "
+            f"scheduler_config: {count} steps with steps_offset {offset} reach timestep "
             f"{steps[0]} of {total}; lower num_inference_steps or steps_offset"
         )
     return torch.tensor(steps, dtype=torch.int64)
