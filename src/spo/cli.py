@@ -165,13 +165,7 @@ def _run_generate(told: argparse.Namespace) -> None:
         return _stage(told)
     from spo.commands import external
 
-    _check_guidance(told)
     _say(external.generate(config.load(told.params), told.lora, told.prompts, told.guidance, told.output))
-
-
-def _check_guidance(told: argparse.Namespace) -> None:
-    if told.guidance is not None and not 0 <= told.guidance < math.inf:
-        raise ValueError(f"--guidance {told.guidance}: must be a number from 0 on")
 
 
 def _score_elsewhere(command: argparse.ArgumentParser) -> None:
@@ -227,7 +221,6 @@ def _run_sample(told: argparse.Namespace) -> None:
     params = config.load(told.params)
     if told.n < 1:
         raise ValueError(f"-n {told.n}: must be at least 1")
-    _check_guidance(told)
     method, adapter = told.method, None
     if told.model is not None:
         from spo.commands import registry

@@ -12,7 +12,7 @@ import torch
 from diffusers import DDIMScheduler, DiffusionPipeline
 from safetensors.torch import load_file, save_file
 
-from spo import backbones, cli, config
+from spo import backbones, config
 from spo.backbones import sizes
 from spo.backbones.parts import choose_variants, variants_of
 from spo.diffusion.noise import SampleNoise
@@ -463,12 +463,3 @@ def test_an_offset_that_is_no_number_is_refused(copy) -> None:
     for value in ("1", None, -1):
         edit(folder / "scheduler/scheduler_config.json", steps_offset=value)
         refused(folder, "sdxl", "steps_offset")
-
-
-@pytest.mark.parametrize("value", ["-1", "nan", "inf"])
-def test_guidance_of_the_command_line_is_checked_as_that_of_params(value: str, capsys, tmp_path) -> None:
-    params = ["--params", str(tmp_path / "params.yaml"), f"--guidance={value}"]
-    assert cli.main(["preset", "smoke", "--output", params[1]]) == 0
-    for command in (["sample", "a circle"], ["generate", "--lora", str(tmp_path)]):
-        assert cli.main([*command, *params]) == 2
-        assert capsys.readouterr().err.startswith("spo: --guidance ")

@@ -135,6 +135,7 @@ def test_latents_are_clipped_only_where_the_file_says_so(config: dict) -> None:
         ({"_class_name": "EulerDiscreteScheduler", "timestep_type": "continuous"}, 10, "timestep_type"),
         ({"_class_name": "DDPMScheduler", "variance_type": "learned_range"}, 10, "variance_type"),
         ({"prediction_type": "flow_prediction"}, 10, "prediction_type"),
+        ({"clip_sample": "false"}, 10, "clip_sample"),
         ({"prediction_type": "sample"}, 10, "prediction_type"),
         ({"thresholding": True}, 10, "thresholding"),
         ({"beta_schedule": "sigmoid"}, 10, "beta_schedule"),

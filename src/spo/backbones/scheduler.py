@@ -67,7 +67,7 @@ def effective(
         Schedule.from_config(used, 1)
     except ValueError as error:
         raise ValueError(
-            f"backbone.checkpoint: {where}: {error}; what the file says wrongly, backbone.scheduler can set"
+            f"{where}: {error}; what the file says wrongly, backbone.scheduler can set"
         ) from None
     return used
 

@@ -40,6 +40,8 @@ DISCRETE_SAMPLERS = frozenset(
     )
 )
 
+FLAGS = ("clip_sample", "rescale_betas_zero_snr", "set_alpha_to_one", "thresholding", "use_flow_sigmas")
+
 
 @dataclass(frozen=True)
 class Schedule:
@@ -141,6 +143,9 @@ def check_process(config: Mapping[str, Any]) -> None:
     name = config.get("_class_name", "DDIMScheduler")
     if not isinstance(name, str) or name not in DISCRETE_SAMPLERS:
         raise _unsupported("_class_name", name, "a model trained as discrete-time DDPM (DDIMScheduler, ...)")
+    for key in FLAGS:
+        if not isinstance(config.get(key), bool | None):
+            raise _unsupported(key, config[key], "true or false")
     if config.get("use_flow_sigmas", False):
         raise _unsupported("use_flow_sigmas", True, "a model that was not trained by flow matching")
     if config.get("timestep_type", "discrete") != "discrete":
