@@ -1,5 +1,5 @@
-"""Every command that README.md and docs/ name works on the real dvc.yaml and params.yaml, or is listed with the
-reason why no test runs it."""
+"""Every command that README.md and docs/ name works on the real dvc.yaml and params.yaml, or is
+listed with why no test runs it."""
 
 from __future__ import annotations
 
@@ -212,6 +212,7 @@ def test_a_team_s_day(first: experiments.Experiment, tmp_path: Path) -> None:
     assert first.stages(repro) == [], "the experiment comes with its outputs"
     first(queue)
     assert {*SPO} <= {*first.stages(all_queued)}
+    first("dvc queue stop --kill")  # the workers would wait a minute for more
     assert "beta: 20" in (first.folder / "params.yaml").read_text(), "the workspace stays as it was"
     assert "5" in {row["align.spo.beta"] for row in experiment_rows(first)}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,8 +27,12 @@ class Experiment:
         told["PATH"] = f"{STAND_IN}{os.pathsep}{told['PATH']}"
         for role in ("AUTHOR", "COMMITTER"):
             told |= {f"GIT_{role}_NAME": "one", f"GIT_{role}_EMAIL": "one@example.org"}
-        options = {"cwd": self.folder, "env": told, "capture_output": True, "text": True, "timeout": 300}
-        return subprocess.run(command, shell=True, input=answer, **options)
+        # files: the workers of DVC's queue live on for a while, and would hold a pipe open
+        with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+            options = {"cwd": self.folder, "env": told, "stdout": out, "stderr": err, "text": True}
+            done = subprocess.run(command, shell=True, input=answer, timeout=300, **options)
+            out.seek(0), err.seek(0)
+            return subprocess.CompletedProcess(command, done.returncode, out.read(), err.read())
 
     def __call__(self, command: str, answer: str = "") -> str:
         done = self.run(command, answer)
