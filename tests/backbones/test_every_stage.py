@@ -22,8 +22,9 @@ from spo.scenes import world
 from spo.scenes.build import clips
 
 VARIANTS = ("base", "spo", "diffusion_dpo")
-# (updates, pairs) of two iterations. Diffusion-DPO: an update of 2 pairs each. SPO: at threshold 0 every diverted
-# step gives a pair for each of two prompts, 8 an iteration (sd: four steps) or 6 (sdxl: three), in updates of 4
+# (updates, pairs) of two iterations. Diffusion-DPO: an update of 2 pairs each. SPO: at threshold 0 every
+# diverted step gives a pair for each of two prompts, 8 an iteration (sd: four steps) or 6 (sdxl: three), in
+# updates of 4
 TRAINED = {
     "sd": {"spo": (4, 16), "diffusion_dpo": (2, 4)},
     "sdxl": {"spo": (4, 12), "diffusion_dpo": (2, 4)},
