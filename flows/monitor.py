@@ -71,7 +71,8 @@ def new_prompts(path: Path) -> list[str]:
     Raises:
         ValueError: no such file, or nothing in it.
     """
-    from spo.data.prompts import clean, read_prompts
+    from spo.data.prompt_files import read_prompts
+    from spo.data.prompts import clean
 
     prompts = [prompt for line in read_prompts(path) if (prompt := clean(line))]
     if not prompts:

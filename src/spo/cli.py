@@ -141,7 +141,10 @@ def _stage(told: argparse.Namespace) -> None:
 def _generate_elsewhere(command: argparse.ArgumentParser) -> None:
     told = command.add_argument_group("instead of a variant: what was made elsewhere")
     told.add_argument(
-        "--lora", "--checkpoint", type=Path, metavar="PATH", help="a LoRA, or a diffusers folder"
+        *("--lora", "--unet", "--checkpoint"),
+        type=Path,
+        metavar="PATH",
+        help="a LoRA or UNet (file or folder) on the base, or a whole model (diffusers folder, .safetensors)",
     )
     told.add_argument("--prompts", type=Path, metavar="FILE", help="default: the experiment's own")
     told.add_argument("--guidance", type=float, help="default: that of generate.base")
@@ -262,7 +265,9 @@ def _run_sync(told: argparse.Namespace) -> None:
     delivered, left = tracking.sync(uri)
     print(f"{delivered} records delivered, {left} left")
     if left:
-        raise ValueError("sync: the server is away or refuses; `spo sync` goes on from there")
+        raise ValueError(
+            f"sync: {left} records are left, for the reasons above; `spo sync` goes on from there"
+        )
 
 
 def _run_register(told: argparse.Namespace) -> None:

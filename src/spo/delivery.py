@@ -8,31 +8,31 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import json
-import logging
-import os
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from spo.spool import Spool, digest, locked, one_line, redact, spools, warn
+from spo.records import (
+    DELETED,
+    Gone,
+    Waiting,
+    batches,
+    call,
+    check_experiment,
+    is_missing,
+    is_refusal,
+    literal,
+    load_mlflow,
+    reason,
+)
+from spo.spool import Spool, locked, redact, spools, warn
 
 PERIOD, PAUSE = 5.0, 30.0  # seconds between deliveries, and after one that failed
 PATIENCE = {"local": 120.0, "remote": 15.0}  # seconds that the end of a stage waits for the last delivery
-BATCH = 1000  # the most metrics that MLflow takes in one call; params and tags: 100
-
-
-class Refused(ValueError):
-    """A record that can never be delivered."""
-
-
-def is_refusal(error: BaseException) -> bool:
-    """Whether MLflow answered, and will say no again; else it may be away."""
-    codes = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_DOES_NOT_EXIST")
-    return isinstance(error, Refused) or getattr(error, "error_code", None) in codes
+AGAIN = "`spo sync` tries again"
 
 
 class Store:
@@ -43,38 +43,65 @@ class Store:
         local = uri.startswith("sqlite:///")
         self._file = Path(uri.removeprefix("sqlite:///").split("?")[0]).absolute() if local else None
         self._client: Any = None
-        self._experiments: dict[str, str] = {}
 
     def deliver(self, spool: Spool) -> int:
         """Send the records that this store has not had; their number.
 
         Raises:
+            Waiting: experiment or run were deleted; the records stay.
             Exception: MLflow cannot be reached. What went before stays delivered.
         """
         if not spool.path.exists():
             return 0
         with spool.path.open("rb") as file:  # one process at a time delivers it
             fcntl.flock(file, fcntl.LOCK_EX)
-            known = spool.state().get(self.name, {"run_id": None, "offset": 0})
-            run_id, sent = known["run_id"], 0
-            for offset, records in _batches(spool.read(known["offset"])):
-                if records[0]["op"] == "create":
-                    run_id = self._create(spool.key, records[0])
-                elif records[0]["op"] == "adopt":
-                    run_id = records[0]["run_id"]
-                elif records[0]["op"] == "find":
-                    run_id = self._find(self._experiment(records[0]["experiment"]), records[0]["key"])
-                elif run_id is None:
-                    for record in records:
-                        spool.set_aside(record, "the store has not the run that it belongs to")
-                else:
-                    self._send(spool, run_id, records)
-                spool.mark(self.name, run_id, offset)
-                sent += len(records)
+            try:
+                sent = self._deliver(spool)
+            except Gone as error:  # the spool has all that was ever logged, so it can make the run anew
+                warn(
+                    f"{self.name}: {error}, e.g. deleted for good; what is in {spool.path} goes to a new one"
+                )
+                spool.mark(self.name, None, 0)
+                sent = self._deliver(spool)
             # in this order: what is written while it is sent is not sent; after the end nothing is written
             if sent and spool.ended() and not spool.left(self.name):
                 spool.remove()
         return sent
+
+    def _deliver(self, spool: Spool) -> int:
+        known = spool.state().get(self.name, {"run_id": None, "offset": 0})
+        run_id, sent = known["run_id"], 0
+        for offset, records in batches(spool.read(known["offset"])):
+            if records[0]["op"] == "create":
+                run_id = self._create(spool.key, records[0])
+            elif records[0]["op"] == "adopt":
+                run_id = records[0]["run_id"]
+            elif records[0]["op"] == "find":
+                run_id = self._find(self._experiment(records[0]["experiment"]), records[0]["key"])
+            elif run_id is None:
+                for record in records:
+                    spool.set_aside(record, "the store has not the run that it belongs to")
+            else:
+                run_id = self._send_or_lose(spool, run_id, records)
+            spool.mark(self.name, run_id, offset)
+            sent += len(records)
+        return sent
+
+    def _send_or_lose(self, spool: Spool, run_id: str, records: list[dict[str, Any]]) -> str | None:
+        """The run's id; None if the store has no such run and it was not this spool that made it.
+
+        Raises:
+            Gone: the store has no such run, which this spool made.
+        """
+        try:
+            self._send(spool, run_id, records)
+        except Gone as error:
+            if spool.header().get("op") == "create":
+                raise
+            for record in records:
+                spool.set_aside(record, str(error))
+            return None
+        return run_id
 
     def connect(self) -> Any:
         """The client. A new sqlite file is set up by one process: several at once break its migration."""
@@ -102,18 +129,46 @@ class Store:
         return str(run.info.run_id)
 
     def _experiment(self, name: str) -> str:
-        """Its id; made if it is new. Artifacts of a sqlite store lie in `mlartifacts` beside it."""
-        if name not in self._experiments:
-            client = self.connect()
-            folder = (self._file.parent / "mlartifacts").as_uri() if self._file else None
+        """Its id; made if it is new. Artifacts of a sqlite store lie in `mlartifacts` beside it.
+
+        Raises:
+            Waiting: it was deleted, or MLflow takes no such name.
+        """
+        client = self.connect()
+        folder = (self._file.parent / "mlartifacts").as_uri() if self._file else None
+        try:
             if client.get_experiment_by_name(name) is None:
                 try:
                     client.create_experiment(name, artifact_location=folder)
                 except Exception:
                     if client.get_experiment_by_name(name) is None:  # or another process was faster
                         raise
-            self._experiments[name] = client.get_experiment_by_name(name).experiment_id
-        return self._experiments[name]
+            experiment = client.get_experiment_by_name(name)
+        except Exception as error:
+            if not is_refusal(error):
+                raise
+            why = f"MLflow takes no experiment of the name {name[:80]!r} ({reason(error)[:120]})"
+            then = "but no store will take them under this name"
+            raise Waiting(f"{why}; give another `name` in params.yaml", then) from None
+        check_experiment(experiment)
+        return str(experiment.experiment_id)
+
+    def _check_run(self, run_id: str) -> None:
+        """Why it takes nothing, if that is the run's fault.
+
+        Raises:
+            Waiting: it, or its experiment, was deleted.
+            Gone: there is none.
+        """
+        try:
+            info = self.connect().get_run(run_id).info
+        except Exception as error:
+            if is_missing(error):
+                raise Gone(f"there is no run {run_id}") from None
+            raise
+        if info.lifecycle_stage == DELETED:
+            check_experiment(self.connect().get_experiment(info.experiment_id))
+            raise Waiting(f"run {run_id} was deleted; `mlflow runs restore --run-id {run_id}` brings it back")
 
     def _create(self, key: str, record: dict[str, Any]) -> str:
         experiment = self._experiment(record["experiment"])
@@ -124,17 +179,40 @@ class Store:
         if record["parent"]:
             parent = self._parent(experiment, record["parent"])
             tags |= {"mlflow.parentRunId": parent} if parent else {}
-        run = self.connect().create_run(
-            experiment, start_time=record["time"], run_name=record["name"], tags=tags
-        )
-        return str(run.info.run_id)
+        named = {"start_time": record["time"], "run_name": record["name"], "tags": tags}
+        try:
+            return str(self.connect().create_run(experiment, **named).info.run_id)
+        except Exception as error:
+            if not is_refusal(error):
+                raise
+            raise Waiting(f"MLflow refuses the run {record['name']!r} ({reason(error)})", AGAIN) from None
 
     def _parent(self, experiment: str, key: str) -> str | None:
+        """The id of a run by its key; a deleted run is still the parent."""
         spool = Spool.find(key)
         if spool is None:
             return self._find(experiment, key)
-        self.deliver(spool)
-        return str(spool.state()[self.name]["run_id"])
+        waiting = None
+        try:
+            self.deliver(spool)
+        except Waiting as error:
+            waiting = error
+        run_id = self._run_of(spool)
+        if run_id is None and waiting is not None:
+            raise waiting
+        try:
+            if run_id is not None and spool.header().get("op") == "create":
+                self._check_run(run_id)
+        except Waiting:
+            pass
+        except Gone:
+            spool.mark(self.name, None, 0)
+            self.deliver(spool)
+        return self._run_of(spool)
+
+    def _run_of(self, spool: Spool) -> str | None:
+        run_id = spool.state().get(self.name, {}).get("run_id")
+        return None if run_id is None else str(run_id)
 
     def _link(self, run_id: str, record: dict[str, Any]) -> None:
         """A skipped stage: the run that made what it gave, and its figures, here and in the parent.
@@ -145,7 +223,7 @@ class Store:
 
         client = self.connect()
         experiment = client.get_run(run_id).info.experiment_id
-        made = f"tags.`dvc.lock_hash` = '{record['hash']}' and tags.`dvc.cached` = 'false'"
+        made = f"tags.`dvc.lock_hash` = {literal(record['hash'])} and tags.`dvc.cached` = 'false'"
         found = client.search_runs([experiment], made, order_by=["start_time DESC"], max_results=1)
         metrics = record["metrics"]
         if found:
@@ -158,98 +236,44 @@ class Store:
             tags=[RunTag("origin_run_id", origin)],
         )
         parent = self._parent(experiment, record["parent"])
-        if parent:
-            client.log_batch(parent, metrics=[Metric(f"{title}/{k}", v, now, 0) for k, v in metrics.items()])
+        if parent is None:
+            return
+        points = [Metric(f"{title}/{k}", v, now, 0) for k, v in metrics.items()]
+        try:
+            client.log_batch(parent, metrics=points)
+        except Exception as error:
+            if is_refusal(error):
+                self._check_run(parent)
+            raise
 
     def _find(self, experiment: str, key: str) -> str | None:
-        found = self.connect().search_runs([experiment], f"tags.`spo.key` = '{key}'", max_results=1)
+        """The id of a run by its key, deleted or not: a second one would be made otherwise."""
+        from mlflow.entities import ViewType
+
+        wanted, every = f"tags.`spo.key` = {literal(key)}", ViewType.ALL
+        found = self.connect().search_runs([experiment], wanted, run_view_type=every, max_results=1)
         return str(found[0].info.run_id) if found else None
 
     def _send(self, spool: Spool, run_id: str, records: list[dict[str, Any]]) -> None:
-        """What MLflow refuses for good is set aside, so that it does not block the rest."""
+        """What MLflow refuses for good is set aside, so that it does not block the rest.
+
+        Raises:
+            Waiting, Gone: see `_check_run`.
+        """
         try:
             if records[0]["op"] == "origin":
                 self._link(run_id, records[0])
             else:
-                _call(self.connect(), spool, run_id, records)
+                call(self.connect(), spool, run_id, records)
         except Exception as error:
             if not is_refusal(error):
                 raise
+            self._check_run(run_id)
             if len(records) == 1:
-                spool.set_aside(records[0], one_line(error))
+                spool.set_aside(records[0], reason(error))
             else:
                 for record in records:
                     self._send(spool, run_id, [record])
-
-
-def load_mlflow() -> Any:
-    """MLflow, told to give up soon, to be quiet and to tell nobody. Its import takes 3 s."""
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-    import mlflow
-
-    for name in ("mlflow", "alembic"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    return mlflow
-
-
-def _batches(
-    records: Iterable[tuple[int, dict[str, Any]]],
-) -> Iterator[tuple[int, list[dict[str, Any]]]]:
-    """Metrics that follow each other go together, up to BATCH points; all else one by one."""
-    batch: list[dict[str, Any]] = []
-    points, end = 0, 0
-    for offset, record in records:
-        size = max(1, len(record["metrics"])) if record["op"] == "metrics" else BATCH
-        if batch and points + size > BATCH:
-            yield end, batch
-            batch, points = [], 0
-        batch.append(record)
-        points, end = points + size, offset
-    if batch:
-        yield end, batch
-
-
-def _call(client: Any, spool: Spool, run_id: str, records: list[dict[str, Any]]) -> None:
-    from mlflow.entities import Metric, Param, RunTag
-
-    record = records[0]
-    match record["op"]:
-        case "metrics":
-            points = [Metric(k, v, r["time"], r["step"]) for r in records for k, v in r["metrics"].items()]
-            client.log_batch(run_id, metrics=points)
-        case "params":
-            params = [Param(k, v) for k, v in record["params"].items()]
-            for start in range(0, len(params), 100):
-                client.log_batch(run_id, params=params[start : start + 100])
-        case "tags":
-            client.log_batch(run_id, tags=[RunTag(k, v) for k, v in record["tags"].items()])
-        case "inputs":
-            client.log_inputs(run_id, datasets=[_dataset(**item) for item in record["data"]])
-        case "artifact":
-            if record["sha256"] is None or digest(Path(record["path"])) != record["sha256"]:
-                raise Refused(f"{record['path']}: changed or gone since it was logged")
-            client.log_artifact(run_id, record["path"], record["folder"])
-        case "end":
-            client.set_terminated(run_id, _status(spool, record), end_time=record["time"])
-
-
-def _dataset(name: str, digest: str) -> Any:
-    """What a stage read, as MLflow's dataset: the path, and DVC's hash, by which `dvc` finds it again."""
-    from mlflow.entities import Dataset, DatasetInput
-
-    source = json.dumps({"path": name, "md5": digest})
-    return DatasetInput(Dataset(name=name, digest=digest[:36], source_type="dvc", source=source))
-
-
-def _status(spool: Spool, record: dict[str, Any]) -> str:
-    """Of a run that children share: the worst of what their last attempts came to."""
-    if "child" not in record:
-        return str(record["status"])
-    ends = {r["child"]: r["status"] for _, r in spool.read() if r["op"] == "end" and "child" in r}
-    return max(ends.values(), key=("FINISHED", "KILLED", "FAILED").index)
 
 
 class Delivery:
@@ -260,7 +284,8 @@ class Delivery:
 
     def __init__(self, uri: str, which: list[Spool], watch: Callable[[], None] = lambda: None) -> None:
         self._store, self._spools, self._watch = Store(uri), which, watch
-        self._stop, self._failed_at, self._why = threading.Event(), -PAUSE, ""
+        self._stop, self._failed_at = threading.Event(), -PAUSE
+        self._error: Exception | None = None
         load_mlflow()  # here: imports of two threads may get into each other's way
         self._thread = threading.Thread(target=self._work, name="tracking", daemon=True)
         self._thread.start()
@@ -271,9 +296,11 @@ class Delivery:
         self._thread.join(PATIENCE["local" if self._store.uri.startswith("sqlite") else "remote"])
         left = sum(spool.left() for spool in self._spools)
         if left:
+            why = reason(self._error)[:300] if self._error else "no answer yet"
+            then = self._error.then if isinstance(self._error, Waiting) else "`spo sync` delivers them"
             warn(
-                f"{left} records not delivered to {self._store.name} ({self._why[:200] or 'no answer yet'}); "
-                "they are kept in .spo/spool, `spo sync` delivers them"
+                f"{left} records not delivered to {self._store.name} ({why}); "
+                f"they are kept in .spo/spool, {then}"
             )
 
     def _work(self) -> None:
@@ -285,10 +312,15 @@ class Delivery:
         self._try([*self._spools, *earlier])
 
     def _try(self, which: list[Spool]) -> None:
+        """A spool that has to wait does not hold up the others; a store that is away does."""
         if time.monotonic() - self._failed_at < PAUSE:
             return
-        try:
-            for spool in which:
+        self._error = None
+        for spool in which:
+            try:
                 self._store.deliver(spool)
-        except Exception as error:
-            self._failed_at, self._why = time.monotonic(), one_line(error)
+            except Exception as error:
+                self._error = self._error or error
+                if not isinstance(error, Waiting) and not is_refusal(error):
+                    self._failed_at = time.monotonic()
+                    return

@@ -19,7 +19,8 @@ from spo import card, lock
 from spo.config import Params
 from spo.delivery import Store, load_mlflow
 from spo.provenance import code, flatten
-from spo.spool import home, locked, one_line, redact
+from spo.records import literal, reason
+from spo.spool import home, locked, redact
 from spo.tracking import tracking_uri
 
 if TYPE_CHECKING:
@@ -42,7 +43,18 @@ class Verdict:
 
 
 def model_name(params: Params) -> str:
-    return params.registry.name or params.name
+    """
+    Raises:
+        ValueError: MLflow takes no model of that name.
+    """
+    name = params.registry.name or params.name
+    key = "registry.name" if params.registry.name else "no registry.name, so name"
+    if any(c in name for c in "/:") or not name.strip() or name in (".", "..") or len(name.encode()) > 200:
+        rule = "MLflow takes none with / or :, none that is blank, . or .., and files none above 200 bytes"
+        raise ValueError(
+            f"params.yaml: {key} {name[:80]!r} is no model name: {rule}; set another registry.name"
+        )
+    return name
 
 
 def register(params: Params) -> Verdict:
@@ -144,6 +156,11 @@ def scored_by() -> str:
 def _create(store: Store, params: Params, adapter: Path, tags: dict[str, str]) -> Any:
     """A run that holds all of the candidate, and the version that points to it."""
     client, name = store.connect(), model_name(params)
+    try:  # first, for MLflow may refuse the name
+        client.create_registered_model(name)
+    except Exception as error:
+        if getattr(error, "error_code", "") != "RESOURCE_ALREADY_EXISTS":
+            raise
     entry = lock.read().get(f"align@{tags['method']}")
     told = {k: str(v) for k, v in flatten(params.model_dump()).items()}
     source = {"dvc.lock_hash": entry.hash} if entry else {}
@@ -157,11 +174,6 @@ def _create(store: Store, params: Params, adapter: Path, tags: dict[str, str]) -
     if told_of := _card(adapter, tags["method"]):
         client.log_text(run_id, told_of, "model/README.md")
     client.set_terminated(run_id)
-    try:
-        client.create_registered_model(name)
-    except Exception as error:
-        if getattr(error, "error_code", "") != "RESOURCE_ALREADY_EXISTS":
-            raise
     artifacts = client.get_run(run_id).info.artifact_uri
     return client.create_model_version(name, f"{artifacts}/model", run_id, tags={**tags, **source})
 
@@ -179,8 +191,8 @@ def _place(client: Any, name: str, version: Any, found: Mapping[str, str], new: 
     number = str(version.version)
     for tag in (t for t in version.tags if t.startswith("gate.") and t.removeprefix("gate.") not in found):
         client.delete_model_version_tag(name, number, tag)
-    for metric, reason in found.items():
-        client.set_model_version_tag(name, number, f"gate.{metric}", reason)
+    for metric, failure in found.items():
+        client.set_model_version_tag(name, number, f"gate.{metric}", failure)
     client.set_model_version_tag(name, number, "gate", "failed" if found else "passed")
     alias = CHALLENGER if found else CHAMPION
     client.set_registered_model_alias(name, alias, number)
@@ -200,12 +212,24 @@ def _opponent(store: Store, params: Params, champion: Any) -> tuple[str, DataFra
 
 
 def _download(store: Store, version: Any, path: str, target: Path) -> Path:
-    """An artifact of a version's run; what is there already was written whole."""
+    """An artifact of a version's run; what is there already was written whole.
+
+    Raises:
+        ValueError: the run or the artifact is not in the store any more.
+    """
     done = target / path
     if not done.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent) as partial:
-            found = store.connect().download_artifacts(version.run_id, path, partial)
+            try:
+                found = store.connect().download_artifacts(version.run_id, path, partial)
+            except Exception as error:
+                if not _is_missing(error) and not isinstance(error, OSError):
+                    raise
+                raise ValueError(
+                    f"registry: {path} of version {version.version} of {version.name!r} is gone from "
+                    f"{store.name} ({reason(error)}); delete that version in MLflow and register again"
+                ) from None
             done.parent.mkdir(parents=True, exist_ok=True)
             Path(found).rename(done)
     return done
@@ -221,8 +245,9 @@ def _scores(path: Path) -> DataFrame:
 
 def _find(client: Any, name: str, tags: Mapping[str, str]) -> Any:
     """The version of this very adapter, scored by these scorers; None if there is none."""
-    for version in client.search_model_versions(f"name = '{name}'"):
-        if all(version.tags.get(k) == v for k, v in tags.items()):
+    wanted = f"tags.`adapter` = {literal(tags['adapter'])}"  # not by name, which may have quotes
+    for version in client.search_model_versions(wanted):
+        if version.name == name and all(version.tags.get(k) == v for k, v in tags.items()):
             return version
     return None
 
@@ -262,4 +287,4 @@ def _reached(params: Params) -> Iterator[Store]:
     except (ValueError, OSError):
         raise
     except Exception as error:
-        raise ValueError(f"registry: {redact(store.name)}: {one_line(error)}") from None
+        raise ValueError(f"registry: {redact(store.name)}: {reason(error)}") from None

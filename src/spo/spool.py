@@ -155,7 +155,7 @@ class Spool:
         ):
             return {}  # what is delivered twice changes nothing
 
-    def mark(self, store: str, run_id: str, offset: int) -> None:
+    def mark(self, store: str, run_id: str | None, offset: int) -> None:
         path = self.path.with_suffix(".state")
         partial = path.with_suffix(".partial")
         partial.write_text(json.dumps({**self.state(), store: {"run_id": run_id, "offset": offset}}))

@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from spo import lock, skipped, system
-from spo.delivery import Delivery, Store, is_refusal
+from spo.delivery import Delivery, Store
 from spo.provenance import code, flatten, hardware, section, versions
+from spo.records import Waiting, is_refusal, reason
 from spo.spool import Spool, close_dead, digest, home, locked, one_line, redact, spools, warn
 
 PARENT_VARIABLE = "SPO_PARENT_RUN"  # a parent's key, or the id of a run that MLflow has
@@ -148,15 +149,21 @@ def close_parent(run: Run, params: Mapping[str, Any], status: str, stages: Itera
 
 
 def sync(uri: str | None = None) -> tuple[int, int]:
-    """Deliver every spool to `uri`, or to where stages would log: (records delivered, records left)."""
+    """Deliver every spool to `uri`, or to where stages would log: (records delivered, records left).
+
+    Why some are left is said, each reason once.
+    """
     close_dead()
     store, delivered = Store(uri or tracking_uri()), 0
+    reasons: set[str] = set()
     for spool in spools():
         try:
             delivered += store.deliver(spool)
         except Exception as error:
-            warn(f"{store.name}: {one_line(error)}")
-            if not is_refusal(error):
+            if (why := reason(error)) not in reasons:
+                reasons.add(why)
+                warn(f"{store.name}: {why}")
+            if not isinstance(error, Waiting) and not is_refusal(error):
                 break  # it is away
     return delivered, sum(spool.left() for spool in spools())
 

@@ -18,7 +18,8 @@ from tqdm import tqdm
 
 from spo import config, processes
 from spo.checkpoint import CheckpointStore, stop_on_signal
-from spo.diffusion.guidance import guided
+from spo.diffusion import finite
+from spo.diffusion.guidance import guided, is_guided
 from spo.optimizer import adamw
 from spo.types import Backbone, Batch, Method
 
@@ -108,7 +109,7 @@ def update(
     state.optimizer.zero_grad(set_to_none=True)
     metrics = defaultdict[str, float](float)
     for batch in parts:
-        losses, measured = _forward(backbone, method, batch)
+        losses, measured = _forward(backbone, method, batch, state.updates)
         loss = (losses * batch.weight).sum() / total
         state.scaler.scale(loss).backward()
         share = float(batch.weight.sum() / total)
@@ -132,14 +133,24 @@ def update(
     return {**_over_processes(metrics), "gradient_norm": float(norm), "learning_rate": rate}
 
 
-def _forward(backbone: Backbone, method: Method, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+def _forward(
+    backbone: Backbone, method: Method, batch: Batch, updates: int
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The method's loss and metrics of both models' outputs.
+
+    Raises:
+        FloatingPointError: the outputs are not finite. Losses do not always show it: a clamped ratio, or
+            logsigmoid, makes infinity finite.
+    """
     unconditional = None
-    if method.guidance != 1:
+    if is_guided(method.guidance):
         unconditional = backbone.encode_prompts([""]).repeat(len(batch.x_t))
     inputs = (backbone, batch.x_t, batch.timesteps, batch.conditioning, unconditional, method.guidance)
     with torch.no_grad():
         reference = guided(*inputs, reference=True)
-    return method.loss(guided(*inputs), reference, batch, method.schedule, method.config)
+    policy = guided(*inputs)
+    _check_outputs(policy.detach(), reference, batch, updates)
+    return method.loss(policy, reference, batch, method.schedule, method.config)
 
 
 class _State:
@@ -231,6 +242,17 @@ def _over_processes(metrics: Mapping[str, float]) -> dict[str, float]:
         return dict(metrics)
     values = torch.tensor(list(metrics.values()), device=processes.state().device)
     return dict(zip(metrics, processes.total(values).tolist(), strict=True))
+
+
+def _check_outputs(policy: Tensor, reference: Tensor, batch: Batch, updates: int) -> None:
+    check = finite.FiniteCheck()
+    prompts = [*batch.prompts] * (2 if len(policy) == 2 * len(batch.prompts) else 1)  # winners, then losers
+    check.note(finite.X_T, batch.x_t, prompts, batch.timesteps)
+    check.note_text(batch.conditioning, prompts)
+    check.note(finite.REFERENCE, reference, prompts, batch.timesteps)
+    check.note(finite.UNET, policy, prompts, batch.timesteps)
+    if reason := check.failure():
+        raise FloatingPointError(f"update {updates + 1}: {reason}; nothing was updated")
 
 
 def _check_finite(name: str, value: Tensor, parts: Sequence[Batch], updates: int) -> None:

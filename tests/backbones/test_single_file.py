@@ -45,5 +45,5 @@ def test_without_a_network_it_says_what_is_missing(one) -> None:
     alone = one.model_copy(update={"config": None})
     with pytest.raises(ValueError, match="backbone.config"):
         sizes.measure(alone)
-    with pytest.raises(ValueError, match="cannot be loaded"):
+    with pytest.raises(ValueError, match="cannot be reached"):
         backbones.load(alone, "cpu")

@@ -204,7 +204,7 @@ def test_wrong_checkpoints_are_one_line(load, family, checkpoints, tmp_path) -> 
 
     spoilt = shutil.copytree(checkpoints[family], tmp_path / "spoilt")
     (spoilt / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"torn")
-    refused("spoilt: cannot be loaded", lambda: load(family, checkpoint=str(spoilt)))
+    refused("spoilt: unet: cannot be loaded", lambda: load(family, checkpoint=str(spoilt)))
 
 
 def test_an_adapter_that_does_not_fit_is_refused(load, family, tmp_path) -> None:
@@ -229,25 +229,24 @@ def test_an_adapter_that_does_not_fit_is_refused(load, family, tmp_path) -> None
         lambda: load(family).load_lora(tmp_path / "wide.safetensors"),
     )
     refused(
-        r"more.safetensors: \d+ LoRA tensors in the file, \d+ places",
+        "more.safetensors: does not fit this UNet: it has no layer for unet.down_blocks.7",
         lambda: load(family).load_lora(tmp_path / "more.safetensors"),
     )
-    for name in ("text", "base"):
-        refused(
-            f"{name}.safetensors: holds weights that are not the UNet's",
-            lambda name=name: load(family).load_lora(tmp_path / f"{name}.safetensors"),
-        )
-    refused(
-        "torn.safetensors: not a LoRA file", lambda: load(family).load_lora(tmp_path / "torn.safetensors")
-    )
-    refused("no LoRA weights there", lambda: load(family).load_lora(tmp_path / "nowhere"))
+    messages = {
+        "text.safetensors": "does not fit text_encoder: it has no layer for text_encoder.layers.0",
+        "base.safetensors": "holds a unet, not a LoRA",
+        "torn.safetensors": "cannot be read as weights",
+        "nowhere": "not there; give a LoRA",
+    }
+    for name, message in messages.items():
+        refused(f"{name}: {message}", lambda name=name: load(family).load_lora(tmp_path / name))
 
 
 def test_the_adapter_of_the_other_family_is_refused(load, family, tmp_path) -> None:
     other = load({"sd": "sdxl", "sdxl": "sd"}[family])
     other.add_lora(LORA, seed=0)
     other.save_lora(tmp_path)
-    refused("does not fit this UNet|places for them", lambda: load(family).load_lora(tmp_path))
+    refused("does not fit this UNet", lambda: load(family).load_lora(tmp_path))
 
 
 def test_an_adapter_in_kohyas_format_loads(load, family, tmp_path) -> None:

@@ -78,9 +78,9 @@ def test_a_folder_is_scored_and_compared(capsys, tmp_path, experiment, pictures)
 
 
 def test_pictures_come_in_the_order_of_their_numbers(pictures) -> None:
-    from spo.stages.judge import _files
+    from spo.data.folders import list_images
 
-    assert [p.name for p in _files(pictures("mine", 0))] == [f"picture{n}.png" for n in (2, 10, 11)]
+    assert [p.name for p in list_images(pictures("mine", 0))] == [f"picture{n}.png" for n in (2, 10, 11)]
 
 
 def test_mistakes_are_one_line(capsys, tmp_path, experiment, pictures) -> None:
@@ -91,12 +91,12 @@ def test_mistakes_are_one_line(capsys, tmp_path, experiment, pictures) -> None:
     (torn / "picture11.png").write_bytes(b"torn")
     (tmp_path / "empty").mkdir()
     cases = [
-        (["--images", mine, "--prompts", tmp_path / "two.txt"], "3 pictures, but .*two.txt has 2 prompts"),
+        (["--images", mine, "--prompts", tmp_path / "two.txt"], "3 images, but .*two.txt has 2 prompts"),
         (["--images", mine, "--prompts", tmp_path / "gap.txt"], "gap.txt: prompt 2 is empty"),
         (["--images", mine, "--prompts", tmp_path / "none.txt"], "holds no prompts"),
         (["--images", mine], "give --prompts FILE"),
-        (["--images", torn, "--prompts", tmp_path / "three.txt"], "picture11.png: not a readable picture"),
-        (["--images", tmp_path / "empty", "--prompts", tmp_path / "three.txt"], "no pictures there"),
+        (["--images", torn, "--prompts", tmp_path / "three.txt"], "picture11.png: not a readable image"),
+        (["--images", tmp_path / "empty", "--prompts", tmp_path / "three.txt"], "no images there"),
         (["--images", tmp_path / "nowhere", "--prompts", tmp_path / "three.txt"], "no folder there"),
         (["base", "--images", mine], "not both"),
         ([], "give a variant .* or --images"),
@@ -109,3 +109,33 @@ def test_mistakes_are_one_line(capsys, tmp_path, experiment, pictures) -> None:
             raise ValueError(error)
     status, _, error = run(capsys, "generate", "--lora", tmp_path / "nowhere", "--params", experiment)
     assert status == 2 and "nowhere: not there; give a LoRA" in error
+
+
+def test_images_of_every_shape_and_kind_are_scored(capsys, tmp_path, experiment) -> None:
+    prompts, folder = tmp_path / "prompts.txt", tmp_path / "shapes"
+    folder.mkdir()
+    shapes = [(4000, 1), (1, 4000), (1, 1), (3, 700), (48, 48)]
+    for number, (shape, ending) in enumerate(zip(shapes, ("PNG", "png", "jfif", "JPG", "webp"), strict=True)):
+        kind = {"webp": "WEBP", "jfif": "JPEG", "JPG": "JPEG"}.get(ending, "PNG")
+        Image.new("RGB", shape, (200, 30, 90)).save(folder / f"{number}.{ending}", kind)
+    prompts.write_text(f"{PROMPTS[0]}\n" * len(shapes))
+    told = ("--prompts", prompts, "--params", experiment, "--output", tmp_path / "judged")
+    status, _, error = run(capsys, "score", "--images", folder, *told)
+    assert status == 0, error
+    assert len((tmp_path / "judged/scores.csv").read_text().splitlines()) == 1 + len(shapes)
+    (folder / "2.bmp").write_bytes(b"BM" + bytes(60))
+    prompts.write_text(f"{PROMPTS[0]}\n" * (len(shapes) + 1))
+    status, _, error = run(capsys, "score", "--images", folder, *told)
+    assert status == 2 and "2.bmp: not a readable image (BMP; give JPEG, PNG or WebP)" in error
+
+
+def test_an_archive_beside_other_images_is_refused(capsys, tmp_path, experiment) -> None:
+    from spo.data.images import save_images
+
+    save_images(tmp_path / "both", [Image.new("RGB", (8, 8))], PROMPTS[:1], [0])
+    Image.new("RGB", (8, 8)).save(tmp_path / "both/1.png")
+    status, _, error = run(capsys, "score", "--images", tmp_path / "both", "--params", experiment)
+    assert status == 2 and "holds images.zip and 1.png" in error
+    save_images(tmp_path / "none", [], [], [])
+    status, _, error = run(capsys, "score", "--images", tmp_path / "none", "--params", experiment)
+    assert status == 2 and "no images there" in error

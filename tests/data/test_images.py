@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from spo.data import images
+from spo.data import decoding, images
 
 
 def picture(width=8, height=6, colour=(10, 200, 30)) -> Image.Image:
@@ -23,6 +23,14 @@ def test_to_pil_and_back_keeps_every_grey_level() -> None:
     assert torch.equal(images.to_tensor(images.to_pil(levels)), levels)
     outside = images.to_tensor(images.to_pil(torch.tensor([[[-9.0]], [[9.0]], [[0.0]]])))
     assert outside[:, 0, 0].tolist() == pytest.approx([-1, 1, 0], abs=0.005)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_pixels_that_are_not_finite_make_no_image(value) -> None:
+    pixels = torch.zeros(3, 4, 4)
+    pixels[1, 2, 3] = value
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        images.to_pil(pixels)
 
 
 def test_a_folder_of_pictures_comes_back_in_order(tmp_path) -> None:
@@ -64,11 +72,11 @@ def test_a_damaged_archive_says_what_to_do(tmp_path) -> None:
 
 
 def test_torn_bytes_and_bombs_are_no_pictures(monkeypatch) -> None:
-    with pytest.raises(ValueError, match="not a readable picture"):
+    with pytest.raises(ValueError, match="not a readable image"):
         images.decode_image(b"\x89PNG nothing")
-    with pytest.raises(ValueError, match="not a readable picture"):
+    with pytest.raises(ValueError, match="not a readable image"):
         images.decode_image(png(picture(200, 200))[:60])
-    monkeypatch.setattr(images, "MAX_PIXELS", 40)
+    monkeypatch.setattr(decoding, "MAX_PIXELS", 40)
     with pytest.raises(ValueError, match="8 x 6 pixels"):
         images.decode_image(png(picture()))
 
@@ -79,3 +87,13 @@ def test_other_sizes_are_covered_and_cropped() -> None:
     fitted = images.decode_image(png(wide), (16, 16))
     assert fitted.shape == (3, 16, 16) and fitted.mean() > 0.9
     assert images.decode_image(png(picture()), (6, 8)).shape == (3, 6, 8)
+
+
+@pytest.mark.parametrize("shape", [(60000, 1), (1, 60000), (700, 30), (30, 700)])
+def test_a_very_long_image_is_its_centre(shape) -> None:
+    image = Image.new("RGB", shape)
+    width, height = shape
+    box = (width // 4, 0, 3 * width // 4, 1000) if width > height else (0, height // 4, 1000, 3 * height // 4)
+    image.paste((255, 255, 255), box)
+    fitted = images.fit(image, (16, 24))
+    assert fitted.size == (24, 16) and fitted.getcolors() == [(16 * 24, (255, 255, 255))]

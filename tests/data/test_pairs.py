@@ -44,11 +44,11 @@ def test_rows_come_back_as_pairs_with_their_weight(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"jpg_1": b"torn"}, "jpg_1: not a readable picture"),
+        ({"jpg_1": b"torn"}, "jpg_1: not a readable image"),
         ({"jpg_0": None}, "jpg_0 is missing"),
         ({"caption": "  "}, "caption is empty"),
         ({"label_0": 0.7}, "labels are 0.7"),
-        ({"label_0": float("nan")}, "labels are None"),
+        ({"label_0": float("nan")}, "label_0 is missing"),
         ({"has_label": False}, "has_label is false"),
         ({"num_example_per_prompt": 0}, "num_example_per_prompt is 0"),
     ],

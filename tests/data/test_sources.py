@@ -101,10 +101,10 @@ def test_hpd_comes_back_in_order_with_its_labels(tmp_path, monkeypatch, block: i
     ("change", "reason"),
     [
         ({"file_path": ["a.png", "../../secret.png"]}, "leads out of the data set"),
-        ({"file_path": ["a.png", "gone.png"]}, "no such picture"),
-        ({"file_path": ["a.png"]}, "file_path must have two"),
+        ({"file_path": ["a.png", "gone.png"]}, "no such image"),
+        ({"file_path": ["a.png"]}, "file_path is ['a.png']; must be a list of two"),
         ({"human_preference": [2, 0]}, "labels are 2 and 0"),
-        ({"prompt": ""}, "caption is empty"),
+        ({"prompt": ""}, "prompt is empty"),
     ],
 )
 def test_bad_entries_of_hpd_are_set_aside(tmp_path, change, reason) -> None:
@@ -191,7 +191,7 @@ def lists(tmp_path):
 def test_prompts_in_are_prompts_out_and_left_out(lists) -> None:
     told = prompt_section(lists, block_list=str(lists / "block.txt"))
     summary = prompts_stage.prepare(told, 0, lambda p: len(p.split()), lists / "out")
-    out = {"duplicate": 1, "elsewhere": 1, "blocked": 1, "too_long": 1, "empty": 1}
+    out = {"near_duplicate": 1, "elsewhere": 1, "blocked": 1, "too_long": 1, "empty": 1}
     assert summary["left_out"]["train"] == out and summary["left_out"]["evaluation"] == {"elsewhere": 1}
     for name, used in (("train", ["train"]), ("evaluation", ["test", "validation"])):
         told = sum(summary[n] for n in used) + sum(summary["left_out"][name].values())

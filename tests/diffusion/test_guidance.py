@@ -1,3 +1,4 @@
+import pytest
 import torch
 
 from spo.diffusion.guidance import guided
@@ -15,10 +16,11 @@ def test_guided_output_in_one_call(backbone) -> None:
     assert backbone.calls == [(6, False)]
 
 
-def test_guidance_of_one_is_conditional_alone(backbone) -> None:
+@pytest.mark.parametrize("guidance", [0.0, 0.5, 1.0])
+def test_guidance_of_one_and_below_is_conditional_alone(backbone, guidance: float) -> None:
     x_t, timesteps = torch.randn(2, 2, 3, 3), torch.tensor([1, 500])
     conditioning = backbone.encode_prompts(["a", "bb"])
-    actual = guided(backbone, x_t, timesteps, conditioning, None, 1.0)
+    actual = guided(backbone, x_t, timesteps, conditioning, None, guidance)
     assert backbone.calls == [(2, False)]
     assert torch.equal(actual, backbone.predict(x_t, timesteps, conditioning))
 

@@ -112,15 +112,29 @@ def test_half_precision_is_computed_in_single() -> None:
 
 @pytest.mark.parametrize(("extra", "bound"), [({}, 1.0), ({"clip_sample_range": 2.0}, 2.0)])
 def test_clip_sample(extra: dict, bound: float) -> None:
-    schedule = Schedule.from_config(extra, 10)
+    schedule = Schedule.from_config({"clip_sample": True, **extra}, 10)
     x_t = torch.tensor([-30.0, 0.1, 30.0]).view(1, 1, 1, 3)
     x0 = schedule.predict_x0(torch.zeros_like(x_t), torch.tensor([0]), x_t)
     assert x0.flatten().tolist() == pytest.approx([-bound, 0.1 / math.sqrt(0.9999), bound])
 
 
+@pytest.mark.parametrize("config", [{}, {"clip_sample": False}, {"clip_sample_range": 2.0}])
+def test_latents_are_clipped_only_where_the_file_says_so(config: dict) -> None:
+    x_t = torch.full((1, 1, 1, 1), 30.0)
+    x0 = Schedule.from_config(config, 10).predict_x0(torch.zeros_like(x_t), torch.tensor([0]), x_t)
+    assert float(x0) == pytest.approx(30 / math.sqrt(0.9999))
+
+
 @pytest.mark.parametrize(
     ("config", "steps", "word"),
     [
+        ({"_class_name": "FlowMatchEulerDiscreteScheduler"}, 10, "_class_name"),
+        ({"_class_name": "EDMEulerScheduler"}, 10, "_class_name"),
+        ({"_class_name": "LCMScheduler"}, 10, "_class_name"),
+        ({"_class_name": "UniPCMultistepScheduler", "use_flow_sigmas": True}, 10, "use_flow_sigmas"),
+        ({"_class_name": "EulerDiscreteScheduler", "timestep_type": "continuous"}, 10, "timestep_type"),
+        ({"_class_name": "DDPMScheduler", "variance_type": "learned_range"}, 10, "variance_type"),
+        ({"prediction_type": "flow_prediction"}, 10, "prediction_type"),
         ({"prediction_type": "sample"}, 10, "prediction_type"),
         ({"thresholding": True}, 10, "thresholding"),
         ({"beta_schedule": "sigmoid"}, 10, "beta_schedule"),

@@ -136,7 +136,10 @@ def clip_h(words: Any) -> StepAwarePreferenceModel:
 
 def backbone(pipeline: Any, family: str, device: str, dtype: torch.dtype) -> StableDiffusion:
     pipeline.to(device=device, dtype=dtype)
-    return StableDiffusion(pipeline, _text(pipeline, family == "sdxl"), channels_last=False)
+    used = dict(pipeline.scheduler.config)
+    return StableDiffusion(
+        pipeline, _text(pipeline, family == "sdxl"), channels_last=False, scheduler_config=used
+    )
 
 
 def measure(

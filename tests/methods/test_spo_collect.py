@@ -269,5 +269,5 @@ def test_batches_can_be_trained_on(backbone, judge, schedule) -> None:
 
 def test_a_score_that_is_not_finite_stops(backbone, judge, schedule) -> None:
     judge.scale = float("nan")
-    with pytest.raises(ValueError, match="timestep 201 of prompt '"):
+    with pytest.raises(ValueError, match=r"preference model's score at step 4 of 5 \(t=201\), prompt '"):
         SpoMethod(settings(), schedule, judge, PROMPTS, seed=0).collect(backbone, 0)

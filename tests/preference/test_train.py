@@ -130,9 +130,21 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(
     clip, tokenizer, backbone, schedule, pairs
 ) -> None:
     model = StepAwarePreferenceModel(clip)
+    with torch.no_grad():
+        model.model.visual_projection.weight[0, 0] = float("nan")
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(FloatingPointError, match=r"loss nan at step 0, timestep \d+, prompt 'a square'"):
+        spm.train(model, tokenizer, backbone, schedule, pairs, settings(), seed=0)
+    assert all(torch.equal(model.state_dict()[k].nan_to_num(7), v.nan_to_num(7)) for k, v in before.items())
+
+
+def test_pairs_whose_latents_are_not_finite_stop_before_the_update(
+    clip, tokenizer, backbone, schedule, pairs
+) -> None:
+    model = StepAwarePreferenceModel(clip)
     before = copy.deepcopy(model.state_dict())
     pairs.greys[:] = float("nan")
-    with pytest.raises(FloatingPointError, match=r"step 0, timestep \d+, prompt '"):
+    with pytest.raises(ValueError, match="stored latents of a pair, prompt 'a square'"):
         spm.train(model, tokenizer, backbone, schedule, pairs, settings(), seed=0)
     assert all(torch.equal(model.state_dict()[k], v) for k, v in before.items())
 

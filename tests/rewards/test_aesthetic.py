@@ -61,6 +61,13 @@ def test_batch_size_and_prompts_do_not_change_a_score(aesthetic_settings, images
     assert Aesthetic(aesthetic_settings, batch_size=32).score(images, ["other"] * 5) == told[2]
 
 
+def test_an_embedding_that_is_not_finite_stops(aesthetic_settings, images) -> None:
+    scorer = Aesthetic(aesthetic_settings)
+    scorer.clip.visual_projection.weight.data[0, 0] = float("nan")
+    with pytest.raises(ValueError, match="aesthetic: an embedding of its CLIP is not finite"):
+        scorer.embed(images)
+
+
 def test_lengths_must_agree(scorer, images, prompts) -> None:
     with pytest.raises(ValueError, match="^aesthetic: 5 images, but 1 prompts"):
         scorer.score(images, prompts[:1])

@@ -1,10 +1,11 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from spo.rewards import clip
+from spo.rewards import clip, hps
 
 
 def plain(width: int, height: int, colour: tuple[int, int, int] = (255, 0, 0)) -> Image.Image:
@@ -29,6 +30,31 @@ def test_preprocess_crops_the_centre_of_the_long_side(tall: bool) -> None:
 def test_preprocess_takes_any_mode_of_picture() -> None:
     grey = clip.preprocess(plain(8, 8, (90, 90, 90)).convert("L"), 8)
     assert torch.equal(grey, clip.preprocess(plain(8, 8, (90, 90, 90)), 8))
+
+
+def test_preprocess_refuses_floating_point_pixels() -> None:
+    """Pillow makes black of NaN, and of [0, 1] too."""
+    pixels = np.full((8, 8), np.nan, np.float32)
+    for prepare in (clip.preprocess, hps.preprocess):
+        with pytest.raises(ValueError, match="floating-point pixels; give 8-bit RGB"):
+            prepare(Image.fromarray(pixels), 8)
+
+
+@pytest.mark.parametrize("shape", [(900, 40), (40, 900)])
+def test_a_very_long_image_is_cropped_as_any_other(monkeypatch, shape: tuple[int, int]) -> None:
+    """Within a grey level of resizing the whole image, as shorter ones are."""
+    levels = torch.randint(256, (shape[1], shape[0], 3), generator=torch.Generator().manual_seed(0))
+    image = Image.fromarray(levels.to(torch.uint8).numpy())
+    cropped = clip.preprocess(image, 24)
+    monkeypatch.setattr(clip, "LONG", 1000)
+    torch.testing.assert_close(cropped, clip.preprocess(image, 24), atol=1.01 / 255 / 0.26, rtol=0)
+
+
+@pytest.mark.parametrize("shape", [(60000, 1), (1, 60000)])
+def test_a_line_of_pixels_takes_little_memory_and_is_its_centre(shape: tuple[int, int]) -> None:
+    image = plain(*shape)
+    image.paste((0, 255, 0), (29000, 0, 31000, 1) if shape[1] == 1 else (0, 29000, 1, 31000))
+    assert torch.equal(clip.preprocess(image, 16), clip.preprocess(plain(16, 16, (0, 255, 0)), 16))
 
 
 def in_batches(score, n_images: int, prompts: list[str], batch_size: int = 2) -> list[float]:

@@ -37,6 +37,14 @@ def test_preprocess_keeps_what_a_centre_crop_would_cut() -> None:
     assert float(preprocess(image, 24)[0].max()) > 1.5
 
 
+@pytest.mark.parametrize("shape", [(4000, 1), (1, 4000)])
+def test_a_line_of_pixels_stays_one_pixel_wide(shape) -> None:
+    """Red on black: the padding is below the least red that there is, but for the line in the middle."""
+    red = preprocess(Image.new("RGB", shape, (255, 0, 0)), 24)[0] > 0
+    line = red[11] if shape[1] == 1 else red[:, 11]
+    assert int(red.sum()) == 24 and bool(line.all())
+
+
 def test_score_is_that_of_the_raw_model(scorer, hps_settings, words, images, prompts) -> None:
     model = open_clip.CLIP(**json.loads(Path(hps_settings.architecture).read_text())).eval()
     model.load_state_dict(weights(hps_settings))

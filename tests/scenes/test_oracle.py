@@ -45,6 +45,25 @@ def test_saved_and_loaded_is_the_same_to_half_precision(tmp_path: Path) -> None:
     assert scores["oracle_aesthetic"] == pytest.approx(second.mean(1).tolist())
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_gets_no_score(tmp_path: Path, value: float) -> None:
+    """Of NaN, the most probable attribute is the first, so fidelity would be a number."""
+    Perception(8).save(tmp_path / "oracle")
+    oracle, images = Oracle(tmp_path / "oracle"), torch.zeros(2, 3, 48, 48)
+    images[1, 0, 0, 0] = value
+    with pytest.raises(ValueError, match=f"oracle: the pixels are NaN or infinite, prompt '{CAPTION}'"):
+        oracle.score(images, ["a circle", CAPTION])
+    oracle.model.quality.bias.data[0] = value
+    with pytest.raises(
+        ValueError, match="oracle: the network's output is NaN or infinite, prompt 'a circle'"
+    ):
+        oracle.score(torch.zeros(2, 3, 48, 48), ["a circle", CAPTION])
+    oracle.model.quality.bias.data[0] = 0
+    oracle.model.attributes[3].bias.data[0] = value
+    with pytest.raises(ValueError, match="the network's output"):
+        oracle.score(torch.zeros(2, 3, 48, 48), ["a circle", CAPTION])
+
+
 def test_mistakes_are_told_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="dvc pull data.dvc"):
         Oracle(tmp_path)

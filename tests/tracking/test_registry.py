@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -38,6 +40,81 @@ def adapter(value: float) -> None:
 def versions(folder: Path) -> dict[str, str]:
     client = load_mlflow().MlflowClient(f"sqlite:///{folder / 'mlflow.db'}")
     return {alias: str(v) for alias, v in client.get_registered_model("tiny").aliases.items()}
+
+
+@pytest.fixture
+def candidate(folder: Path, runs: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A model that was trained and scored; its client. MLflow's flavor is left out: it takes seconds."""
+
+    def save_model(adapter: str, target: str, base: str) -> None:
+        shutil.copytree(adapter, f"{target}/adapter_weights")
+
+    flavor = SimpleNamespace(diffusers=SimpleNamespace(save_model=save_model))
+    monkeypatch.setattr(registry, "load_mlflow", lambda: flavor)
+    scores("base", 20)
+    scores("spo", 21)
+    adapter(1)
+    return load_mlflow().MlflowClient(f"sqlite:///{folder / 'mlflow.db'}")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["it's", 'say "x"', "both ' and \"", "back\\slash\\", "ünï 円", "a' or name = 'b", "100 % `x`", "x;--"],
+)
+def test_a_model_may_be_called_anything_that_mlflow_takes(candidate: Any, name: str) -> None:
+    other = registry.register(params(name="b"))
+    first, again = registry.register(params(name=name)), registry.register(params(name=name))
+    assert (first.name, first.version, first.alias, first.new) == (name, "1", "champion", True)
+    assert (again.version, again.new) == ("1", False), "it is found again, and not the other model's version"
+    assert other.version == "1" and other.new
+    found, method = registry.fetch(params(name=name), "champion")
+    assert (found / "pytorch_lora_weights.safetensors").exists() and method == "spo"
+
+
+@pytest.mark.parametrize("name", ["a/b", "a:b", "..", " ", "x" * 300])
+def test_a_name_that_mlflow_refuses_is_one_line_before_anything_is_made(candidate: Any, name: str) -> None:
+    for told, changes in (("registry.name ", {"name": name}), ("no registry.name, so name ", {})):
+        settings = params(**changes).model_copy(update={} if changes else {"name": name})
+        with pytest.raises(ValueError, match=f"params.yaml: {told}.* is no model name") as error:
+            registry.register(settings)
+        assert "\n" not in str(error.value)
+    assert candidate.search_registered_models() == []
+    assert [e.name for e in candidate.search_experiments()] == ["Default"]
+
+
+def test_a_deleted_model_is_registered_anew(candidate: Any) -> None:
+    registry.register(params())
+    candidate.delete_registered_model("tiny")
+    with pytest.raises(ValueError, match="no 'champion' of the model 'tiny'.*`spo register` makes one"):
+        registry.fetch(params(), "champion")
+    verdict = registry.register(params())
+    assert (verdict.version, verdict.alias, verdict.new) == ("1", "champion", True)
+
+
+def test_a_deleted_experiment_is_named_with_what_restores_it(candidate: Any) -> None:
+    number = candidate.create_experiment("tiny")
+    candidate.delete_experiment(number)
+    restore = f"`mlflow experiments restore --experiment-id {number}` brings it back"
+    with pytest.raises(ValueError, match=f"registry: .*'tiny' was deleted; {restore}"):
+        registry.register(params())
+    candidate.restore_experiment(number)
+    assert registry.register(params()).version == "1"
+
+
+def test_a_champion_whose_run_is_gone_is_one_line(candidate: Any, folder: Path) -> None:
+    """A deleted run still gives its files; one that `mlflow gc` took away does not."""
+    registry.register(params())
+    run = candidate.get_model_version("tiny", "1").run_id
+    candidate.delete_run(run)
+    assert registry.fetch(params(), "champion")[1] == "spo"
+    shutil.rmtree(folder / ".spo/models")
+    store = candidate._tracking_client.store
+    store._hard_delete_run(run)
+    with pytest.raises(ValueError, match="version 1 of 'tiny' is gone from .* delete that version in MLflow"):
+        registry.fetch(params(), "champion")
+    adapter(2)
+    with pytest.raises(ValueError, match="scores/spo.csv of version 1 of 'tiny' is gone from"):
+        registry.register(params())
 
 
 @pytest.mark.smoke  # MLflow's flavor saves the pipeline six times: 11 s

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from spo import spool
-from spo.delivery import BATCH, Store, _batches
+from spo.delivery import Store
+from spo.records import BATCH, batches
 from spo.spool import Spool, close_dead, one_line, redact
 
 
@@ -66,9 +67,9 @@ def test_what_any_store_has_is_not_left(folder: Path) -> None:
 def test_metrics_go_together_up_to_the_limit() -> None:
     metrics = [(i, {"op": "metrics", "metrics": {"a": 1.0, "b": 2.0}}) for i in range(700)]
     records = [(-1, {"op": "create"}), *metrics, (700, {"op": "tags"}), (701, {"op": "end"})]
-    batches = list(_batches(records))
-    assert [len(part) for _, part in batches] == [1, BATCH // 2, 200, 1, 1]
-    assert [end for end, _ in batches] == [-1, 499, 699, 700, 701]
+    parts = list(batches(records))
+    assert [len(part) for _, part in parts] == [1, BATCH // 2, 200, 1, 1]
+    assert [end for end, _ in parts] == [-1, 499, 699, 700, 701]
 
 
 def test_find_takes_keys_and_run_ids_and_nothing_else(folder: Path) -> None:

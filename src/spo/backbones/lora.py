@@ -1,15 +1,18 @@
-"""Low-rank adapters (arXiv 2106.09685) in diffusers' own file format."""
+"""Low-rank adapters (arXiv 2106.09685): saved in diffusers' own file format, loaded in any (lora_file.py)."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from spo import config
+from spo.backbones import lora_file
 
 FILE = "pytorch_lora_weights.safetensors"
 ADAPTER = "default"
@@ -65,45 +68,63 @@ def _sort_header(file: Path) -> None:
     file.write_bytes(len(header).to_bytes(8, "little") + header + content[8 + size :])
 
 
-def load(unet: Any, pipeline_class: Any, path: Path) -> None:
-    """Load a LoRA file or a folder with one, made here or elsewhere.
+def load(models: Mapping[str, Any], file: Path) -> dict[str, int]:
+    """Load a LoRA file, made here or elsewhere, into the UNet and text encoders it is for.
+
+    Args:
+        models: by component: unet, text_encoder, text_encoder_2.
+
+    Returns:
+        How many layers it changes, by component.
 
     Raises:
-        ValueError: no file there, or weights that do not fit this UNet.
+        ValueError: anything in it that is not understood or does not fit.
     """
-    path = Path(path)
-    file = path / FILE if path.is_dir() else path
-    if not file.exists():
-        raise ValueError(f"{file}: no LoRA weights there")
-    try:
-        state, alphas, metadata = pipeline_class.lora_state_dict(
-            str(file.parent), weight_name=file.name, unet_config=unet.config, return_lora_metadata=True
-        )
-    except Exception as error:  # safetensors and diffusers raise several kinds
-        raise ValueError(f"{file}: not a LoRA file: {_first_line(error)}") from None
-    mine = {k: v for k, v in state.items() if k.startswith("unet.")}
-    if len(mine) < len(state) or not mine:
-        other = next((k for k in state if k not in mine), "nothing at all")
-        raise ValueError(f"{file}: holds weights that are not the UNet's ({other})")
-    try:  # the metadata holds alpha, without which it would be taken for the rank
-        unet.load_lora_adapter(
-            mine, prefix="unet", network_alphas=alphas, metadata=metadata, adapter_name=ADAPTER
-        )
-    except Exception as error:  # peft and diffusers raise several kinds
-        raise ValueError(f"{file}: does not fit this UNet: {_first_line(error)}") from None
-    _check_all_loaded(unet, mine, file)
+    updates = lora_file.read(file, models)
+    if not any(update.changes() for layers in updates.values() for update in layers.values()):
+        raise ValueError(f"{file}: changes no layer, for all of its weights are 0 (or there are none)")
+    for component, layers in updates.items():
+        _inject(models[component], layers)
+    return {component: sum(u.changes() for u in layers.values()) for component, layers in updates.items()}
 
 
-def _check_all_loaded(unet: Any, state: dict[str, torch.Tensor], file: Path) -> None:
-    """Every tensor of the file has a place: diffusers only warns about those that have none."""
-    here = sum(1 for name, _ in unet.named_parameters() if "lora_" in name)
-    told = sum(1 for name in state if "lora" in name and not name.endswith("alpha"))
-    if here != told:
-        raise ValueError(f"{file}: {told} LoRA tensors in the file, {here} places for them in this UNet")
+def _inject(model: Any, layers: Mapping[str, lora_file.Update]) -> None:
+    from peft import LoraConfig, inject_adapter_in_model
+
+    common = Counter(update.rank for update in layers.values()).most_common(1)[0][0]
+    settings = LoraConfig(
+        r=common,
+        lora_alpha=common,
+        rank_pattern=_rank_pattern(layers, common),
+        target_modules=list(layers),
+        use_dora=any(update.magnitude is not None for update in layers.values()),
+    )
+    names = dict.fromkeys((f"{name}.lora_A.weight" for name in layers), torch.empty(0))
+    with torch.random.fork_rng(devices=[]):  # peft draws what is replaced below
+        inject_adapter_in_model(settings, model, adapter_name=ADAPTER, state_dict=names)
+    model._hf_peft_config_loaded = True
+    for name, update in layers.items():
+        _fill(model.get_submodule(name), update)
 
 
-def _first_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
+@torch.no_grad()
+def _fill(layer: Any, update: lora_file.Update) -> None:
+    """Set a layer's own weights and strength: peft's config has one alpha for many layers."""
+    layer.lora_A[ADAPTER].weight.copy_(update.down)
+    layer.lora_B[ADAPTER].weight.copy_(update.up)
+    if update.magnitude is not None:
+        layer.lora_magnitude_vector[ADAPTER].weight.copy_(update.magnitude)
+    layer.lora_alpha[ADAPTER] = update.scale * update.rank
+    layer.scaling[ADAPTER] = update.scale
+
+
+def _rank_pattern(layers: Mapping[str, lora_file.Update], common: int) -> dict[str, int]:
+    """One pattern for each rank: peft tries all of them for each layer."""
+    by_rank: dict[int, list[str]] = {}
+    for name, update in layers.items():
+        if update.rank != common:
+            by_rank.setdefault(update.rank, []).append(re.escape(name))
+    return {f"^({'|'.join(names)})": rank for rank, names in by_rank.items()}
 
 
 def _plain(value: Any) -> Any:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from spo import config
+from spo.backbones import scheduler
+from spo.backbones.checks import latent_side
 
 TEXT_TOKENS = 77
 
@@ -26,38 +29,60 @@ def measure(settings: config.Backbone) -> Sizes:
     Raises:
         ValueError: a checkpoint, or what describes a single file, that cannot be reached.
     """
-    from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+    from diffusers import DDIMScheduler
 
-    name, how = settings.described_by, {"revision": settings.revision}
+    unet, vae = empty_models(settings)
+    how = {"subfolder": "scheduler", "revision": settings.revision}
+    announced = _config(settings, lambda: DDIMScheduler.load_config(settings.described_by, **how))
+    used = {**announced, **scheduler.overridden(settings.scheduler)}
+    side = latent_side(unet.config.sample_size, "backbone.checkpoint")
+    return Sizes(_count(unet), _count(vae), (unet.config.in_channels, side, side), _flops(unet, side), used)
+
+
+def empty_models(settings: config.Backbone) -> tuple[Any, Any]:
+    """UNet and VAE as their configs describe them, without weights.
+
+    Raises:
+        ValueError: configs that cannot be reached.
+    """
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+
+    how = {"revision": settings.revision}
+    unet = unet_config(settings)
+    place = {"subfolder": "vae", **how} if settings.vae is None else {}
+    name = settings.vae or settings.described_by
+    vae = _config(settings, lambda: AutoencoderKL.load_config(name, **place))
+    with torch.device("meta"):
+        return UNet2DConditionModel.from_config(unet), AutoencoderKL.from_config(vae)
+
+
+def unet_config(settings: config.Backbone) -> dict[str, Any]:
+    """The content of the UNet's config.json.
+
+    Raises:
+        ValueError: it cannot be reached.
+    """
+    from diffusers import UNet2DConditionModel
+
+    place = {"subfolder": "unet", "revision": settings.revision}
+    return _config(settings, lambda: UNet2DConditionModel.load_config(settings.described_by, **place))
+
+
+def _config(settings: config.Backbone, load: Callable[[], Any]) -> Any:
     try:
-        told = UNet2DConditionModel.load_config(name, subfolder="unet", **how)
-        vae = AutoencoderKL.load_config(
-            settings.vae or name, **({} if settings.vae else {"subfolder": "vae", **how})
-        )
-        scheduler = DDIMScheduler.load_config(name, subfolder="scheduler", **how)
+        return load()
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0][:160]
+        key = "config" if settings.is_single_file else "checkpoint"
         raise ValueError(
-            f"backbone: {name} cannot be reached ({reason}); give the folder of a local copy in "
-            f"backbone.{'checkpoint' if name == settings.checkpoint else 'config'} (and backbone.vae)"
+            f"backbone: {settings.described_by} cannot be reached ({reason}); give the folder of a local "
+            f"copy in backbone.{key} (and backbone.vae)"
         ) from None
-    with torch.device("meta"):
-        unet, decoder = UNet2DConditionModel.from_config(told), AutoencoderKL.from_config(vae)
-    side = unet.config.sample_size
-    return Sizes(
-        _count(unet), _count(decoder), (unet.config.in_channels, side, side), _flops(unet), dict(scheduler)
-    )
 
 
 def lora_parameters(settings: config.Backbone, lora: config.Lora) -> int:
     """Numbers in an adapter: rank * (inputs + outputs) of every target layer."""
-    from diffusers import UNet2DConditionModel
-
-    told = UNet2DConditionModel.load_config(
-        settings.described_by, subfolder="unet", revision=settings.revision
-    )
-    with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(told)
+    unet, _ = empty_models(settings)
     return sum(
         lora.rank * (layer.in_features + layer.out_features)
         for name, layer in unet.named_modules()
@@ -69,12 +94,12 @@ def _count(module: torch.nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
-def _flops(unet: Any) -> int:
+def _flops(unet: Any, side: int) -> int:
     from torch.utils.flop_counter import FlopCounterMode
 
     shape, width = unet.config, unet.config.cross_attention_dim
     with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.no_grad():
-        x = torch.empty(1, shape.in_channels, shape.sample_size, shape.sample_size)
+        x = torch.empty(1, shape.in_channels, side, side)
         added = None
         if shape.addition_embed_type == "text_time":
             pooled = shape.projection_class_embeddings_input_dim - 6 * shape.addition_time_embed_dim

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,8 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spo import config
-from spo.backbones import lora
+from spo import config, processes
+from spo.backbones import checks, external, lora, parts, scheduler, single_file, sizes, unet_file
+from spo.backbones.checks import latent_side
+from spo.backbones.layer_names import COMPONENTS
 from spo.backbones.text import SdText, SdxlText
 from spo.types import Conditioning
 
@@ -24,17 +27,25 @@ class StableDiffusion:
     another dtype than the UNet (SDXL's own overflows in fp16); that stays behind encode and decode.
     """
 
-    def __init__(self, pipeline: Any, text: SdText | SdxlText, channels_last: bool) -> None:
+    def __init__(
+        self,
+        pipeline: Any,
+        text: SdText | SdxlText,
+        channels_last: bool,
+        scheduler_config: Mapping[str, Any],
+    ) -> None:
         self.pipeline, self.pipeline_class = pipeline, type(pipeline)
         self._reference: Any = None  # of full fine-tuning; an adapter is switched off instead
         self.unet, self.vae, self._text = pipeline.unet, pipeline.vae, text
         self.text_encoder = pipeline.text_encoder
-        told = pipeline.scheduler.config
-        assumed = told.get("_use_default_values", ())  # by the saved sampler's class: not DDIM's defaults
-        self.scheduler_config: Mapping[str, Any] = {k: v for k, v in told.items() if k not in assumed}
-        side = self.unet.config.sample_size
+        self.scheduler_config = scheduler_config
+        side = latent_side(self.unet.config.sample_size, "backbone.checkpoint")
         self.latent_shape = (self.unet.config.in_channels, side, side)
         self.image_size = (side * pipeline.vae_scale_factor, side * pipeline.vae_scale_factor)
+        self._latents_mean, self._latents_std = (
+            self._statistics("latents_mean"),
+            self._statistics("latents_std"),
+        )
         self._dtype = self.unet.dtype
         self._format = torch.channels_last if channels_last else torch.contiguous_format
         for module in (self.unet, self.vae):
@@ -79,13 +90,22 @@ class StableDiffusion:
     def encode(self, images: Tensor) -> Tensor:
         images = images.to(self.vae.dtype).contiguous(memory_format=self._format)
         latents = self.vae.encode(images).latent_dist.mean
+        if self._latents_mean is not None and self._latents_std is not None:
+            latents = (latents - self._latents_mean) / self._latents_std
         return ((latents - self._shift) * self.vae.config.scaling_factor).float()
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         latents = latents / self.vae.config.scaling_factor + self._shift
+        if self._latents_mean is not None and self._latents_std is not None:
+            latents = latents * self._latents_std + self._latents_mean
         latents = latents.to(self.vae.dtype).contiguous(memory_format=self._format)
         return self.vae.decode(latents, return_dict=False)[0].float()
+
+    def _statistics(self, key: str) -> Tensor | None:
+        """By latent channel [1,C,1,1], where the VAE announces them."""
+        values = self.vae.config.get(key)
+        return None if values is None else torch.tensor(values, device=self.vae.device).view(1, -1, 1, 1)
 
     @property
     def _shift(self) -> float:
@@ -119,9 +139,27 @@ class StableDiffusion:
     def save_lora(self, folder: Path) -> None:
         lora.save(self.unet, self.pipeline_class, folder)
 
-    def load_lora(self, path: Path) -> None:
-        lora.load(self.unet, self.pipeline_class, path)
-        self.unet.requires_grad_(False)
+    def load_lora(self, path: Path) -> str:
+        """A LoRA (file or folder) on UNet and text encoders; returns what it changes, for a person."""
+        file = external.lora_file_of(path)
+        external.check_prediction(file, self._prediction)
+        names = [name for name in COMPONENTS if getattr(self.pipeline, name, None) is not None]
+        models = {name: getattr(self.pipeline, name) for name in names}
+        changed = lora.load(models, file)
+        for model in models.values():
+            model.eval().requires_grad_(False)
+        return f"{file}: LoRA, changes " + ", ".join(
+            f"{n} layers of the {name}" for name, n in changed.items()
+        )
+
+    def load_unet(self, files: Sequence[Path], described_by: Path | None) -> str:
+        """Another UNet of the same architecture; returns what it changes, for a person."""
+        changed, total = unet_file.load(self.unet, files, described_by)
+        return f"{files[0]}: UNet, {changed} of {total} tensors are not the base's"
+
+    @property
+    def _prediction(self) -> str:
+        return self.scheduler_config.get("prediction_type", "epsilon")
 
     def trainable_parameters(self) -> list[torch.nn.Parameter]:
         return lora.trainable(self.unet)
@@ -134,84 +172,107 @@ def load(settings: config.Backbone, device: torch.device | str) -> StableDiffusi
     """A checkpoint from a diffusers folder, a single .safetensors file or a hub id.
 
     Raises:
-        ValueError: nothing there, no network, or a checkpoint of the other family.
+        ValueError: nothing there, no network, another family, parts that are missing, damaged or do not fit
+            each other, or a model that is no discrete-time DDPM.
     """
+    sdxl = settings.family == "sdxl"
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[settings.dtype]
+    where = f"backbone.checkpoint: {settings.checkpoint}"
+    marks: Mapping[str, Any] = {}
+    if settings.is_single_file:
+        header = single_file.Header(settings.checkpoint)
+        single_file.check(header, settings)
+        marks = single_file.marks(header, settings.scheduler)
+    else:
+        _check_folder(settings)
+        parts.check_index(parts.index_of(settings, where), settings.family, where)
+    pipeline = _pipeline(settings, dtype, where)
+    checks.check(pipeline, sdxl, where)
+    used = scheduler.effective(pipeline.scheduler, settings.family, marks, settings.scheduler, where)
+    # a full fine-tune that is saved announces it too
+    pipeline.scheduler.register_to_config(**{**marks, **scheduler.overridden(settings.scheduler)})
+    pipeline.to(device)
+    if sdxl and dtype == torch.float16 and (settings.vae is None or pipeline.vae.config.force_upcast):
+        pipeline.vae.to(torch.float32)  # its activations overflow in fp16
+    return StableDiffusion(pipeline, _text(pipeline, sdxl), settings.channels_last, used)
+
+
+def _pipeline(settings: config.Backbone, dtype: torch.dtype, where: str) -> Any:
+    """The diffusers pipeline, of parts that were loaded and checked one by one."""
     import diffusers
 
-    sdxl = settings.family == "sdxl"
-    wanted = diffusers.StableDiffusionXLPipeline if sdxl else diffusers.StableDiffusionPipeline
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[settings.dtype]
-    _check_family(settings, wanted.__name__)
-    extra = {} if sdxl else {"safety_checker": None, "requires_safety_checker": False}
+    kind = getattr(diffusers, parts.PIPELINES[settings.family])
+    checks.check_unet(sizes.unet_config(settings), settings.family == "sdxl", where)
+    given: dict[str, Any] = {"scheduler": scheduler.load(settings.described_by, settings.revision, where)}
     if settings.vae is not None:
-        extra["vae"] = _reach(
-            settings.vae, lambda: diffusers.AutoencoderKL.from_pretrained(settings.vae, dtype=dtype)
-        )
+        given["vae"] = parts.load_vae(settings.vae, dtype)
+    if settings.family == "sd":
+        given |= {"safety_checker": None, "requires_safety_checker": False}
     name = settings.checkpoint
-    if name.endswith(".safetensors"):
-        described = {"config": settings.described_by, **extra}
-        pipeline = _reach(name, lambda: wanted.from_single_file(name, torch_dtype=dtype, **described))
-    else:
-        more = {"revision": settings.revision, "dtype": dtype, **extra}
-        pipeline = _reach(name, lambda: wanted.from_pretrained(name, **more))
-    pipeline.to(device)
-    if settings.vae is None and sdxl and dtype == torch.float16:
-        pipeline.vae.to(torch.float32)  # its activations overflow in fp16
-    return StableDiffusion(pipeline, _text(pipeline, sdxl), settings.channels_last)
+    if settings.is_single_file:
+        given |= {"config": settings.described_by, "torch_dtype": dtype}
+        return parts.reach(where, settings.described_by, lambda: kind.from_single_file(name, **given))
+    given |= {**parts.load(settings, dtype, where), "revision": settings.revision}
+    return parts.reach(where, name, lambda: kind.from_pretrained(name, **given))
 
 
 def load_aligned(
     settings: config.Backbone, adapter: str | Path | None, device: torch.device | str
 ) -> StableDiffusion:
-    """The base model, with a LoRA on it, or the full fine-tune of it that `adapter` is.
+    """The base model with what `adapter` holds on it: a LoRA, a UNet, or a whole model in its place.
 
     Raises:
-        ValueError: as `load`, and for a LoRA that does not fit.
+        ValueError: as `load`, and for what does not fit, or cannot be told from its files.
     """
-    if adapter is not None and (Path(adapter) / "model_index.json").exists():
-        return load(settings.model_copy(update={"checkpoint": str(adapter), "revision": None}), device)
+    if adapter is None:
+        return load(settings, device)
+    source = external.find(Path(adapter))
+    if source.files[0].is_file():
+        external.check_family(source.files[0], settings.family)
+    if source.kind == "pipeline":
+        whole = {"checkpoint": str(source.files[0]), "revision": None, "config": settings.described_by}
+        backbone = load(settings.model_copy(update=whole), device)
+        if source.files[0].is_file():
+            external.check_prediction(source.files[0], backbone._prediction)
+        return backbone
     backbone = load(settings, device)
-    if adapter is not None:
-        backbone.load_lora(Path(adapter))
+    if source.kind == "unet":
+        changes = backbone.load_unet(source.files, source.config)
+    else:
+        changes = backbone.load_lora(source.files[0])
+    if processes.is_first():
+        print(f"spo: {changes}", file=sys.stderr)
     return backbone
 
 
 def _text(pipeline: Any, sdxl: bool) -> SdText | SdxlText:
     if not sdxl:
         return SdText(pipeline.tokenizer, pipeline.text_encoder)
-    side = pipeline.unet.config.sample_size * pipeline.vae_scale_factor
+    side = latent_side(pipeline.unet.config.sample_size, "backbone.checkpoint") * pipeline.vae_scale_factor
     encoders = [pipeline.text_encoder, pipeline.text_encoder_2]
-    return SdxlText([pipeline.tokenizer, pipeline.tokenizer_2], encoders, side)
+    zeros = pipeline.config.force_zeros_for_empty_prompt
+    return SdxlText([pipeline.tokenizer, pipeline.tokenizer_2], encoders, side, zeros)
 
 
-def _check_family(settings: config.Backbone, wanted: str) -> None:
-    """A local folder says what it is; better a line here than a traceback from inside a loader."""
-    import json
-
-    path = Path(settings.checkpoint)
+def _check_folder(settings: config.Backbone) -> None:
+    """A path must be there and a pipeline; a hub id has the form OWNER/NAME."""
+    name = settings.checkpoint
+    path, where = Path(name), f"backbone.checkpoint: {name}"
     if not path.exists():
-        if settings.checkpoint.count("/") == 1 and not settings.checkpoint.startswith((".", "data/")):
-            return  # a hub id
-        raise ValueError(
-            f"backbone.checkpoint: no {settings.checkpoint} there; run `make repro` or `dvc pull data.dvc`"
-        )
+        if name.count("/") == 1 and not name.startswith((".", "data/")):
+            return
+        raise ValueError(f"backbone.checkpoint: no {name} there; run `make repro` or `dvc pull data.dvc`")
     if path.is_file():
+        raise ValueError(f"{where} is no .safetensors file; convert it, or give a diffusers folder")
+    if (path / "model_index.json").exists():
         return
-    index = path / "model_index.json"
-    if not index.exists():
-        raise ValueError(f"backbone.checkpoint: {path} is no diffusers folder (it has no model_index.json)")
-    found = json.loads(index.read_text()).get("_class_name")
-    if found != wanted:
-        raise ValueError(
-            f"backbone.checkpoint: {path} holds a {found}, but backbone.family is {settings.family!r}"
+    reason = "is no diffusers folder (it has no model_index.json)"
+    if (path / "adapter_config.json").exists() or (path / lora.FILE).exists():
+        reason += (
+            "; a LoRA goes to `spo generate --lora` or generate.VARIANT.adapter, on top of its base model"
         )
-
-
-def _reach(name: str, loader: Any) -> Any:
-    try:
-        return loader()
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0][:200]
-        raise ValueError(
-            f"{name}: cannot be loaded ({reason}); without a network, give the folder of a local copy"
-        ) from None
+    elif (path / "config.json").exists():
+        reason += (
+            "; a UNet goes to `spo generate --checkpoint` or generate.VARIANT.adapter, on its base model"
+        )
+    raise ValueError(f"{where} {reason}")

@@ -1,4 +1,4 @@
-"""Prompts to what a UNet is told: all that differs between Stable Diffusion 1.5 and XL."""
+"""Prompts to a UNet's conditioning: all that differs between Stable Diffusion 1.5 and XL."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from spo.types import Conditioning
 
@@ -18,8 +17,13 @@ class SdText:
         self.tokenizer, self.text_encoder = tokenizer, text_encoder
 
     def __call__(self, prompts: Sequence[str]) -> Conditioning:
-        ids = token_ids(self.tokenizer, prompts).to(self.text_encoder.device)
-        return Conditioning({"text": self.text_encoder(ids).last_hidden_state})
+        tokens = tokenized(self.tokenizer, prompts, self.text_encoder)
+        # announced by some text encoders; without it what follows the end token is seen by the UNet as it is
+        masked = getattr(self.text_encoder.config, "use_attention_mask", False)
+        mask = tokens.attention_mask if masked else None
+        return Conditioning(
+            {"text": self.text_encoder(tokens.input_ids, attention_mask=mask).last_hidden_state}
+        )
 
     @staticmethod
     def unet_arguments(conditioning: Conditioning) -> dict[str, Any]:
@@ -30,20 +34,24 @@ class SdxlText:
     """Two CLIPs: their penultimate hidden states side by side, the second one's pooled projection, and
     the time ids (original size, crop, target size; arXiv 2307.01952, Sec. 2.2)."""
 
-    def __init__(self, tokenizers: Sequence[Any], text_encoders: Sequence[Any], side: int) -> None:
-        """`side`: of the square pictures, in pixels."""
-        self.tokenizers, self.text_encoders = tokenizers, text_encoders
+    def __init__(
+        self, tokenizers: Sequence[Any], text_encoders: Sequence[Any], side: int, zeros: bool = True
+    ) -> None:
+        """
+        Args:
+            side: of the square images, in pixels.
+            zeros: the empty prompt is all zeros (`force_zeros_for_empty_prompt` of model_index.json).
+        """
+        self.tokenizers, self.text_encoders, self.zeros = tokenizers, text_encoders, zeros
         self.time_ids = [side, side, 0, 0, side, side]
 
     def __call__(self, prompts: Sequence[str]) -> Conditioning:
         states, pooled = [], None
         for tokenizer, encoder in zip(self.tokenizers, self.text_encoders, strict=True):
-            ids = token_ids(tokenizer, prompts).to(encoder.device)
-            told = encoder(ids, output_hidden_states=True)
-            states.append(told.hidden_states[-2])
-            pooled = told[0]
-        # as diffusers' pipeline with force_zeros_for_empty_prompt: the empty prompt is all zeros
-        said = torch.tensor([float(p != "") for p in prompts], device=states[0].device)
+            output = encoder(tokenized(tokenizer, prompts, encoder).input_ids, output_hidden_states=True)
+            states.append(output.hidden_states[-2])
+            pooled = output[0]
+        said = torch.tensor([float(p != "" or not self.zeros) for p in prompts], device=states[0].device)
         assert pooled is not None
         text = torch.cat(states, dim=-1)
         time_ids = torch.tensor([self.time_ids] * len(prompts), dtype=text.dtype, device=text.device)
@@ -59,6 +67,11 @@ class SdxlText:
         return {"encoder_hidden_states": told["text"], "added_cond_kwargs": added}
 
 
-def token_ids(tokenizer: Any, prompts: Sequence[str]) -> Tensor:
-    """int64 [B,L], padded and cut to the tokenizer's length."""
-    return tokenizer(list(prompts), padding="max_length", truncation=True, return_tensors="pt").input_ids
+def tokenized(tokenizer: Any, prompts: Sequence[str], encoder: Any) -> Any:
+    """input_ids and attention_mask int64 [B,L] on the encoder's device, padded and cut to its length.
+
+    A tokenizer file without `model_max_length` announces no length of its own: the encoder's is taken.
+    """
+    length = min(tokenizer.model_max_length, encoder.config.max_position_embeddings)
+    options = {"padding": "max_length", "truncation": True, "max_length": length, "return_tensors": "pt"}
+    return tokenizer(list(prompts), **options).to(encoder.device)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
@@ -11,6 +11,7 @@ Count = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Rate = Annotated[float, Field(gt=0)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
+Guidance = Annotated[float, Field(ge=0)]  # 1 and below: the conditional prediction alone
 
 
 class Section(BaseModel):
@@ -20,7 +21,8 @@ class Section(BaseModel):
     @classmethod
     def _no_silent_conversion(cls, value: Any, told: ValidationInfo) -> Any:
         """`steps: true` is no 1, and no path or name has characters that a file system refuses."""
-        if isinstance(value, bool) and cls.model_fields[str(told.field_name)].annotation is not bool:
+        kind = cls.model_fields[str(told.field_name)].annotation
+        if isinstance(value, bool) and bool not in (kind, *get_args(kind)):
             raise ValueError("must not be true or false")
         if isinstance(value, str) and any(c == "\0" or "\ud800" <= c <= "\udfff" for c in value):
             raise ValueError("has a character that is none")
@@ -34,22 +36,36 @@ SINGLE_FILE_CONFIG = {
 }
 
 
+class Scheduler(Section):
+    """What the checkpoint's scheduler_config.json leaves out or says wrongly; null: as the file says."""
+
+    prediction_type: Literal["epsilon", "v_prediction"] | None = None
+    rescale_betas_zero_snr: bool | None = None
+    timestep_spacing: Literal["leading", "trailing", "linspace"] | None = None
+
+
 class Backbone(Section):
     """The model to be aligned."""
 
     family: Literal["sd", "sdxl"]
     checkpoint: str  # a diffusers folder, a single .safetensors file or a hub id
     revision: str | None = None  # of a hub id: a commit hash
+    variant: str | None = None  # of the weight files, as fp16 in model.fp16.safetensors; null: the only one
     config: str | None = None  # of a single file: the diffusers folder or hub id that says how it is built
     license: str | None = None  # of the model, for the card of what is made of it
     vae: str | None = None  # another VAE's folder or hub id (SDXL: the fp16-safe one)
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
     channels_last: bool = False
+    scheduler: Scheduler = Scheduler()
+
+    @property
+    def is_single_file(self) -> bool:
+        return self.checkpoint.lower().endswith(".safetensors")
 
     @property
     def described_by(self) -> str:
         """Where config files and tokenizers lie."""
-        if self.checkpoint.endswith(".safetensors"):
+        if self.is_single_file:
             return self.config or SINGLE_FILE_CONFIG[self.family]
         return self.checkpoint
 
@@ -154,7 +170,7 @@ class Preference(Section):
     kept: Annotated[float, Field(ge=0, lt=1)] = 0.0  # share in the result of the weights before the labels
     steps: Positive
     batch_size: Positive
-    guidance: float = 5.0
+    guidance: Guidance = 5.0
     num_inference_steps: Positive = 20
     eval_timesteps: tuple[Count, ...] = (0, 251, 501, 701, 951)
     gradient_accumulation: Positive = 1  # parts in which an update's batch goes through the model
@@ -193,7 +209,7 @@ class Spo(Section):
     candidates: Annotated[int, Field(ge=2)] = 4  # K
     num_inference_steps: Positive = 20
     eta: Annotated[float, Field(gt=0)] = 1.0
-    guidance: float = 5.0
+    guidance: Guidance = 5.0
     divert_start_step: Count = 4
     timestep_range: tuple[Count, Count] | None = None  # lowest and highest t of x_t that gives pairs
     inner_steps: Positive = 1  # denoising steps of the K branches before they are judged (SDXL: 3)
@@ -240,8 +256,8 @@ class Align(Section):
 class Variant(Section):
     """One column of the comparison: an adapter (or none) and a guidance."""
 
-    adapter: str | None = None  # a LoRA, or the diffusers folder of a full fine-tune
-    guidance: float
+    adapter: str | None = None  # a LoRA, a UNet alone, or a whole model
+    guidance: Guidance
 
 
 class Generate(Section):

@@ -1,6 +1,6 @@
-"""Preference pairs in HPDv2's schema: a JSON list beside a folder of pictures, read one entry at a time.
+"""Preference pairs in HPDv2's schema: a JSON list beside a folder of images, read one entry at a time.
 
-An entry has `prompt`, `file_path` (two pictures) and `human_preference` (1 at the better one, as in
+An entry has `prompt`, `file_path` (two images) and `human_preference` (1 at the better one, as in
 HPDv2's train.json; https://huggingface.co/datasets/ymhao/HPDv2).
 """
 
@@ -11,12 +11,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
+from spo.data import values
 from spo.data.pairs import Rejected, check
 from spo.types import PreferencePair
 
 BLOCK = 1 << 16  # characters read at a time
 LONGEST = 1 << 20  # characters of an entry
-PICTURES = (".", "train", "test", "images")  # where pictures lie, seen from the JSON file
+PLACES = (".", "train", "test", "images")  # where images lie, seen from the JSON file
 
 
 def count_rows(path: Path) -> int:
@@ -24,15 +25,19 @@ def count_rows(path: Path) -> int:
 
 
 def read_captions(path: Path) -> Iterator[str]:
+    """The prompt of every entry; empty where `read_rows` rejects it."""
     for entry in entries(path):
-        yield str(entry.get("prompt") or "") if isinstance(entry, dict) else ""
+        try:
+            yield values.read_caption("prompt", entry.get("prompt")) if isinstance(entry, dict) else ""
+        except ValueError:
+            yield ""
 
 
 def read_rows(path: Path) -> Iterator[tuple[PreferencePair | None, Rejected | None]]:
     """Every entry as a pair or as a reason why it is none; as `spo.data.pairs.read_rows`."""
     for row, entry in enumerate(entries(path)):
         try:
-            yield check(_record(entry, path.parent)), None
+            yield check(_record(entry, path.parent), None), None
         except ValueError as error:
             yield None, Rejected(path.name, row, str(error))
 
@@ -97,28 +102,24 @@ def _record(entry: Any, folder: Path) -> dict[str, Any]:
     if not isinstance(entry, dict):
         raise ValueError(f"is a {type(entry).__name__}, no object")
     if missing := [k for k in ("prompt", "file_path", "human_preference") if k not in entry]:
-        raise ValueError(f"no {', '.join(missing)}")
+        raise ValueError(
+            f"no {', '.join(missing)}; it has {ascii(', '.join(entry))[1:-1][:200] or 'nothing'}"
+        )
     files, votes = entry["file_path"], entry["human_preference"]
     for name, value in (("file_path", files), ("human_preference", votes)):
         if not isinstance(value, list) or len(value) != 2:
-            raise ValueError(f"{name} must have two items")
+            raise ValueError(f"{name} is {ascii(value)[:60]}; must be a list of two")
+    caption = values.read_caption("prompt", entry["prompt"])
+    votes = [values.read_number("human_preference", vote) for vote in votes]
     if votes == [1, 1] or votes == [0, 0]:
         votes = [0.5, 0.5]
-    pictures = [_read_picture(folder, name) for name in files]
+    images = [_read_image(folder, name) for name in files]
     labels = {"label_0": votes[0], "label_1": votes[1]}
-    return {"caption": entry["prompt"], "jpg_0": pictures[0], "jpg_1": pictures[1], **labels}
+    return {"caption": caption, "jpg_0": images[0], "jpg_1": images[1], **labels}
 
 
-def _read_picture(folder: Path, name: Any) -> bytes:
-    if not isinstance(name, str) or "\0" in name or not name:
-        raise ValueError(f"file_path {str(name)[:80]!r} is no name of a file")
-    for part in PICTURES:
-        path = (folder / part / name).resolve()
-        if not path.is_relative_to(folder.resolve()):
-            raise ValueError(f"file_path {name[:80]!r} leads out of the data set")
-        try:
-            if path.is_file():
-                return path.read_bytes()
-        except OSError:
-            break
-    raise ValueError(f"file_path {name[:80]!r}: no such picture")
+def _read_image(folder: Path, name: Any) -> bytes:
+    try:
+        return values.read_file(folder, name, PLACES)
+    except ValueError as error:
+        raise ValueError(f"file_path {error}") from None

@@ -13,15 +13,23 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from spo.data.decoding import MAX_PIXELS, open_image
+from spo.data.reasons import first_line
+
 ARCHIVE, INDEX = "images.zip", "index.csv"
-MAX_PIXELS = 64_000_000  # more is no picture of a preference data set, but a bomb
 MAX_BYTES = 4 * MAX_PIXELS  # of an archive's entry, unpacked
-FORMATS = ("JPEG", "PNG", "WEBP")  # not all that Pillow knows: some start other programs
+LONG = 16  # times as long as wide: such an image is cropped while it is resized, not after
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # of every entry, so that equal pictures give equal archives
 
 
 def to_pil(image: Tensor) -> Image.Image:
-    """An image [3,H,W] around [-1,1], clamped, as 8-bit RGB."""
+    """An image [3,H,W] around [-1,1], clamped, as 8-bit RGB.
+
+    Raises:
+        ValueError: a pixel is NaN or infinite, which would become black or white.
+    """
+    if not image.isfinite().all():
+        raise ValueError("an image has pixels that are NaN or infinite; check the model that it comes from")
     pixels = ((image.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
     return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
 
@@ -42,24 +50,6 @@ def unpack(pixels: Tensor) -> list[Image.Image]:
     return [Image.fromarray(image) for image in pixels.numpy()]
 
 
-def open_image(data: bytes) -> Image.Image:
-    """An encoded picture as RGB.
-
-    Raises:
-        ValueError: not a picture, a torn one, or one of more than MAX_PIXELS.
-    """
-    try:
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
-        if image.width * image.height > MAX_PIXELS:
-            raise ValueError(f"{image.width} x {image.height} pixels are more than {MAX_PIXELS}")
-        return image.convert("RGB")
-    except MemoryError:
-        raise
-    except Exception as error:  # Pillow's decoders raise a dozen kinds
-        told = (str(error).splitlines() or [type(error).__name__])[0][:120]
-        raise ValueError(f"not a readable picture ({told})") from None
-
-
 def decode_image(data: bytes, size: tuple[int, int] | None = None) -> Tensor:
     """An encoded picture [3,H,W] in [-1,1]; with `size` (H, W): its shortest side resized, centre-cropped."""
     image = open_image(data)
@@ -73,8 +63,12 @@ def fit(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     height, width = size
     factor = max(height / image.height, width / image.width)
     new = (max(width, round(image.width * factor)), max(height, round(image.height * factor)))
-    image = image.resize(new, Image.Resampling.BICUBIC)
     left, top = (new[0] - width) // 2, (new[1] - height) // 2
+    if max(image.size) > LONG * min(image.size):  # resized whole, 4000 x 1 pixels would take gigabytes
+        x, y = image.width / new[0], image.height / new[1]
+        right, bottom = min(image.width, (left + width) * x), min(image.height, (top + height) * y)
+        return image.resize((width, height), Image.Resampling.BICUBIC, (left * x, top * y, right, bottom))
+    image = image.resize(new, Image.Resampling.BICUBIC)
     return image.crop((left, top, left + width, top + height))
 
 
@@ -115,8 +109,9 @@ def load_images(folder: Path) -> Iterator[tuple[Image.Image, str, int]]:
     except MemoryError:
         raise
     except Exception as error:  # zipfile raises a dozen kinds at torn files
-        told = (str(error).splitlines() or [type(error).__name__])[0][:200]
-        raise ValueError(f"{path}: damaged ({told}); delete it and run `dvc repro`") from None
+        raise ValueError(
+            f"{path}: damaged ({first_line(error, 200)}); delete it and run `dvc repro`"
+        ) from None
 
 
 def _entry(archive: zipfile.ZipFile, name: str) -> bytes:

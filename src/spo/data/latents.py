@@ -15,9 +15,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from spo.diffusion import finite
 from spo.types import Backbone, PreferencePair
 
 BATCH = 32  # pairs an encoder forward
+FLOAT16_MAX = float(np.finfo(np.float16).max)
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,9 @@ def encode(
         total: number of pairs, known from the summary of the `pairs` stage.
         decode_image: bytes to an image [3,H,W] in [-1,1].
         folder: named by what the latents depend on (pairs and VAE).
+
+    Raises:
+        ValueError: latents that are NaN or infinite, or beyond what float16 holds.
     """
     done = folder / "pairs.json"
     shape = (total, 2, *backbone.latent_shape)
@@ -93,6 +98,21 @@ def _allocate(path: Path, shape: tuple[int, ...]) -> np.ndarray:
     return np.memmap(path, np.float16, "r+", shape=shape)
 
 
+def _check(latents: Tensor, captions: list[str]) -> None:
+    """
+    Raises:
+        ValueError: see `encode`.
+    """
+    finite.check_finite(finite.ENCODER, latents, captions)
+    largest = latents.abs().flatten(1).max(1).values
+    row = int(largest.argmax())
+    if largest[row] > FLOAT16_MAX:
+        raise ValueError(
+            f"the {finite.ENCODER} reaches {float(largest[row]):.4g}, beyond the {FLOAT16_MAX:.0f} that "
+            f"float16 holds, prompt {captions[row][:100]!r}: check the VAE's weights and its scaling_factor"
+        )
+
+
 def _write(
     pairs: Iterable[PreferencePair],
     backbone: Backbone,
@@ -106,6 +126,7 @@ def _write(
         images = torch.stack([decode_image(b) for p in chunk for b in (p.image_0, p.image_1)])
         with backbone.inference():
             encoded = backbone.encode(images.to(backbone.device)).float().cpu()
+        _check(encoded, [p.caption for p in chunk for _ in range(2)])
         start = len(rows["captions"])
         latents[start : start + len(chunk)] = encoded.view(len(chunk), 2, *encoded.shape[1:]).numpy()
         rows["captions"] += [p.caption for p in chunk]

@@ -13,12 +13,11 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from spo.data import remote
-from spo.data.images import open_image
+from spo.data import columns, remote, values
+from spo.data.reasons import first_line
 from spo.types import PreferencePair
 
 NEEDED = ("caption", "jpg_0", "jpg_1", "label_0", "label_1")
-OPTIONAL = ("has_label", "num_example_per_prompt")
 READ_BATCH = 64  # rows
 BUFFER = 1 << 20  # bytes of a column that are read ahead; without it, a whole row group's column is
 
@@ -63,69 +62,69 @@ def read_rows(paths: Sequence[str | Path]) -> Iterator[tuple[PreferencePair | No
     """Every row of the shards, as a pair or as a reason why it is none.
 
     Raises:
-        ValueError: a file is no parquet, is damaged, or lacks a column.
+        ValueError: a file is no parquet, is damaged, or lacks a column of a type that is read.
     """
     for path in paths:
-        names = _open(path).schema_arrow.names
-        if missing := [c for c in NEEDED if c not in names]:
-            told = ", ".join(names)[:300] or "nothing"
-            raise ValueError(f"{path}: no column {', '.join(missing)}; it has {told}")
-        columns = [*NEEDED, *(c for c in OPTIONAL if c in names)]
+        file = _open(path)
+        columns.check_columns(file, NEEDED, str(path))
+        wanted = [*NEEDED, *(c for c in columns.OPTIONAL if c in file.schema_arrow.names)]
         name = str(path).rsplit("/", 1)[-1]
-        for row, record in enumerate(records(path, columns)):
+        folder = None if remote.is_remote(path) else Path(path).parent
+        for row, record in enumerate(records(path, wanted)):
             try:
-                yield check(record), None
+                yield check(record, folder), None
             except ValueError as error:
                 yield None, Rejected(name, row, str(error))
 
 
 def read_captions(paths: Sequence[str | Path]) -> Iterator[str]:
+    """The caption of every row; empty where `read_rows` rejects it.
+
+    Raises:
+        ValueError: as `read_rows`, of the column of captions.
+    """
     for path in paths:
-        yield from (str(r["caption"] or "") for r in records(path, ["caption"]))
+        columns.check_columns(_open(path), ["caption"], str(path))
+        for record in records(path, ["caption"]):
+            try:
+                yield values.read_caption("caption", record["caption"])
+            except ValueError:
+                yield ""
 
 
-def records(path: str | Path, columns: list[str]) -> Iterator[dict[str, Any]]:
+def records(path: str | Path, names: list[str]) -> Iterator[dict[str, Any]]:
     """The rows of a parquet file, a few in memory at a time."""
     import pyarrow
 
     row = 0
     try:
-        for batch in _open(path).iter_batches(batch_size=READ_BATCH, columns=columns):
-            told = batch.to_pylist()
-            yield from told
-            row += len(told)
+        for batch in _open(path).iter_batches(batch_size=READ_BATCH, columns=names):
+            yield from columns.rows(batch)
+            row += batch.num_rows
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        reason = (str(error).splitlines() or ["torn"])[0][:120]
-        raise ValueError(f"{path}: damaged after row {row} ({reason}); fetch it again") from None
+        raise ValueError(f"{path}: damaged after row {row} ({first_line(error)}); fetch it again") from None
 
 
-def check(record: dict[str, Any]) -> PreferencePair:
+def check(record: dict[str, Any], folder: Path | None) -> PreferencePair:
     """A row of Pick-a-Pic as a pair.
+
+    Args:
+        folder: where images are that the row has by path; None: such are not read.
 
     Raises:
         ValueError: what is wrong with it, without the place.
     """
-    if record.get("has_label") is False:
+    labelled = record.get("has_label")
+    if labelled is not None and not values.read_flag("has_label", labelled):
         raise ValueError("has_label is false")
-    caption = record["caption"]
-    if not isinstance(caption, str) or not caption.strip():
-        raise ValueError("caption is empty")
-    labels = (record["label_0"], record["label_1"])
-    if any(not isinstance(v, int | float) for v in labels) or labels not in ((1, 0), (0, 1), (0.5, 0.5)):
-        raise ValueError(f"labels are {labels[0]} and {labels[1]}; must be 1 and 0, 0 and 1, or .5 each")
-    for name in ("jpg_0", "jpg_1"):
-        if not isinstance(record[name], bytes):
-            raise ValueError(f"{name} is missing")
-        try:
-            open_image(record[name])
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from None
+    caption = values.read_caption("caption", record["caption"])
+    labels = values.read_labels((record["label_0"], record["label_1"]))
+    left, right = (values.read_image(name, record[name], folder) for name in ("jpg_0", "jpg_1"))
     examples = record.get("num_example_per_prompt")
-    examples = 1 if examples is None else examples
-    if not isinstance(examples, int | float) or not 1 <= examples < float("inf"):
-        raise ValueError(f"num_example_per_prompt is {examples!r}; must be a number of at least 1")
-    left, right = record["jpg_0"], record["jpg_1"]
-    return PreferencePair(caption, left, right, float(labels[0]), float(labels[1]), 1.0 / examples)
+    number = 1.0 if examples is None else values.read_number("num_example_per_prompt", examples)
+    if number < 1:
+        raise ValueError(f"num_example_per_prompt is {number:g}; must be a number of at least 1")
+    return PreferencePair(caption, left, right, *labels, 1.0 / number)
 
 
 def is_validation(caption: str, fraction: float, seed: int) -> bool:
@@ -178,5 +177,4 @@ def _open(path: str | Path) -> Any:
             return pq.ParquetFile(fsspec.open(str(path), "rb").open(), buffer_size=BUFFER, pre_buffer=False)
         return pq.ParquetFile(path, buffer_size=BUFFER, pre_buffer=False)
     except Exception as error:  # pyarrow's kinds, and those of each store
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
-        raise ValueError(f"{path}: not a readable parquet file ({reason})") from None
+        raise ValueError(f"{path}: not a readable parquet file ({first_line(error)})") from None

@@ -1,69 +1,22 @@
-"""Prompt lists: read from any of the usual formats, cleaned, deduplicated, split without leakage."""
+"""Prompts cleaned, deduplicated and split without leakage."""
 
 from __future__ import annotations
 
-import csv
 import difflib
 import hashlib
-import io
-import json
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
 
-COLUMNS = ("caption", "prompt", "text")  # looked for in this order, whatever their case
+from spo.data.prompt_files import read_prompts
 
-
-def read_prompts(path: str | Path) -> list[str]:
-    """The prompts of a .txt (one a line), .json, .jsonl, .csv, .tsv or .parquet file, in order.
-
-    Raises:
-        ValueError: no such file, another ending, a line that cannot be read, or no caption column.
-    """
-    path = Path(path)
-    if not path.exists():
-        raise ValueError(f"{path}: no prompts there; run `make repro` or `dvc pull data.dvc`")
-    readers: dict[str, Callable[[Path], list[str]]] = {
-        ".txt": _lines,
-        ".json": _json,
-        ".jsonl": _jsonl,
-        ".csv": lambda p: _table(p, ","),
-        ".tsv": lambda p: _table(p, "\t"),
-        ".parquet": lambda p: list(parquet_captions(p)),
-    }
-    if path.suffix not in readers:
-        raise ValueError(f"{path}: prompts are read from {', '.join(readers)}, not {path.suffix or 'this'}")
-    try:
-        return readers[path.suffix](path)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 text at byte {error.start}") from None
-    except RecursionError:
-        raise ValueError(f"{path}: nested too deeply") from None
-
-
-def _lines(path: Path) -> list[str]:
-    """One prompt a line; U+2028 and the like are within a prompt, not its end."""
-    lines = path.read_text(encoding="utf-8-sig").split("\n")
-    return lines if lines[-1] else lines[:-1]
-
-
-def parquet_captions(path: Path) -> Iterator[str]:
-    """The `caption` column of a parquet file, a batch in memory at a time."""
-    import pyarrow
-    import pyarrow.parquet as pq
-
-    try:
-        file = pq.ParquetFile(path)
-        name = _column(file.schema_arrow.names, path)
-        for batch in file.iter_batches(batch_size=1024, columns=[name]):
-            yield from (str(c or "") for c in batch.column(0).to_pylist())
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        reason = (str(error).splitlines() or ["torn"])[0][:120]
-        raise ValueError(f"{path}: not a readable parquet file ({reason})") from None
+# Punctuation that says something: C# is not C, 1/2 is not 12.
+SIGNS = frozenset("#%&@*/\\")
+# Scripts that are written without spaces between words, by the names of their characters.
+UNSPACED = ("CJK UNIFIED", "HIRAGANA", "KATAKANA", "THAI", "LAO", "KHMER", "MYANMAR")
 
 
 def clean(prompt: str) -> str:
@@ -73,10 +26,38 @@ def clean(prompt: str) -> str:
     return " ".join(text.split())
 
 
+def same(prompt: str) -> str:
+    """The text by which duplicates are found: NFC, as CLIP's tokenizer normalises, and single spaces."""
+    return clean(prompt)
+
+
 def key(prompt: str) -> str:
-    """What near duplicates share: letters and digits alone, case folded, marks removed."""
-    text = unicodedata.normalize("NFKD", prompt).casefold()
-    return " ".join(re.findall(r"[^\W_]+", "".join(c for c in text if not unicodedata.combining(c))))
+    """The text that near duplicates share: NFKC, case folded, without punctuation that carries no meaning.
+
+    Letters, marks, digits, symbols and signs stay in every script. Of punctuation stay the signs of SIGNS, a
+    minus before a number, and what stands between two digits, as in 3.5 and 16:9.
+    """
+    text = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", clean(prompt)).casefold())
+    text = text.replace("\u2212", "-")
+    padded = f" {text} "
+    kept = "".join(c if _means(padded[i], c, padded[i + 2]) else " " for i, c in enumerate(text))
+    return " ".join(kept.split()) or " ".join(text.split())
+
+
+def _means(before: str, character: str, after: str) -> bool:
+    """Whether a character between its neighbours carries meaning."""
+    if unicodedata.category(character)[0] != "P" or character in SIGNS:
+        return True
+    if character == "-":
+        return after.isdigit() and not before.isalnum()
+    return character in ".,:" and before.isdigit() and after.isdigit()
+
+
+def flaw(prompt: str) -> str | None:
+    """Why a prompt is no text that can be encoded, or None."""
+    if any("\ud800" <= c <= "\udfff" for c in prompt):
+        return "half of a surrogate pair"
+    return "a NUL character" if "\0" in prompt else None
 
 
 @dataclass
@@ -106,12 +87,26 @@ class BlockList:
         phrases = {key(line) for line in read_prompts(path) if not line.startswith("#")} - {""}
         if not phrases:
             raise ValueError(f"{path}: the block list is empty; leave prompts.block_list out instead")
-        told = "|".join(map(re.escape, sorted(phrases)))
-        return cls(re.compile(rf"(?:^| )(?:{told})(?:$| )"))
+        return cls(re.compile("|".join(map(re.escape, sorted(phrases, key=lambda p: (-len(p), p))))))
 
     def __contains__(self, name: str) -> bool:
-        """Whether a prompt's key has one of them as whole words."""
-        return self.pattern.search(name) is not None
+        """Whether a prompt's key has one of them: as whole words, or anywhere in scripts without spaces."""
+        start = 0
+        while match := self.pattern.search(name, start):
+            before, after = name[: match.start()][-1:], name[match.end() :][:1]
+            if _unspaced(match[0]) or not (_in_word(before) or _in_word(after)):
+                return True
+            start = match.start() + 1
+        return False
+
+
+def _in_word(character: str) -> bool:
+    """Whether it is a letter, a mark or a digit; nothing is none."""
+    return bool(character) and unicodedata.category(character)[0] in "LMN"
+
+
+def _unspaced(phrase: str) -> bool:
+    return any(unicodedata.name(c, "").startswith(UNSPACED) for c in phrase)
 
 
 def select(
@@ -121,29 +116,34 @@ def select(
     forbidden: Iterable[str] = (),
     blocked: BlockList | None = None,
 ) -> Kept:
-    """Clean prompts and leave out empty, blocked, too long, repeated and forbidden ones.
+    """Clean prompts and leave out empty, broken, blocked, too long, repeated and forbidden ones.
 
     Args:
         length: tokens of a prompt, with start and end.
         forbidden: keys (see `key`) of prompts that must not be among them.
     """
-    kept, seen, never = Kept([]), set[str](), set(forbidden)
+    kept, never = Kept([]), set(forbidden)
+    texts, names = set[str](), set[str]()
     for number, raw in enumerate(prompts):
-        prompt = clean(raw)
-        name = key(prompt)
+        prompt, name = clean(raw), key(raw)
         reason = None
-        if not name:
+        if flaw(raw):
+            reason = "broken_text"
+        elif not name:
             reason = "empty"
         elif name in never:
             reason = "elsewhere"
-        elif name in seen:
+        elif same(prompt) in texts:
             reason = "duplicate"
+        elif name in names:
+            reason = "near_duplicate"
         elif blocked is not None and name in blocked:
             reason = "blocked"
         elif length(prompt) > max_tokens:
             reason = "too_long"
         if reason is None:
-            seen.add(name)
+            texts.add(same(prompt))
+            names.add(name)
             kept.prompts.append(prompt)
         else:
             kept.left_out[reason] += 1
@@ -181,73 +181,3 @@ def check_vocabulary(prompts: Iterable[str], path: str | Path) -> None:
 def _visible(character: str) -> bool:
     """Neither control, format, surrogate nor unassigned; joiners stay, scripts and emoji need them."""
     return character in "\u200c\u200d" or unicodedata.category(character)[0] != "C"
-
-
-def _json(path: Path) -> list[str]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: not JSON at line {error.lineno} ({error.msg})") from None
-    except UnicodeDecodeError:
-        raise
-    except ValueError as error:  # a number of thousands of digits
-        raise ValueError(f"{path}: {str(error)[:100]}") from None
-    if not isinstance(content, list):
-        raise ValueError(f"{path}: must be a list of captions, is a {type(content).__name__}")
-    return [_caption(item, path, f"item {i}") for i, item in enumerate(content)]
-
-
-def _jsonl(path: Path) -> list[str]:
-    captions = []
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            captions.append(_caption(json.loads(line), path, f"line {number}"))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}: line {number} is not JSON ({error.msg})") from None
-        except ValueError as error:
-            told = str(error)[:300]
-            raise ValueError(told if str(path) in told else f"{path}: line {number}: {told}") from None
-    return captions
-
-
-def _caption(item: Any, path: Path, where: str) -> str:
-    if isinstance(item, str):
-        return item
-    if isinstance(item, dict):
-        name = _column([str(k) for k in item], path, where)
-        if isinstance(item[name], str):
-            return item[name]
-    raise ValueError(f"{path}: {where} is neither a caption nor an object with one")
-
-
-def _table(path: Path, delimiter: str) -> list[str]:
-    text = path.read_text(encoding="utf-8-sig")
-    try:
-        return _cells(text, path, delimiter, csv.QUOTE_MINIMAL)
-    except csv.Error as error:
-        if delimiter != "\t":
-            raise ValueError(f"{path}: {error}") from None
-    try:  # tabs need no quotes: in lists such as PartiPrompts a quote at the start is part of the prompt
-        return _cells(text, path, delimiter, csv.QUOTE_NONE)
-    except csv.Error as error:
-        raise ValueError(f"{path}: {error}") from None
-
-
-def _cells(text: str, path: Path, delimiter: str, quoting: Literal[0, 3]) -> list[str]:
-    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, quoting=quoting, strict=True)
-    try:
-        name = _column(list(reader.fieldnames or []), path)
-        return [row[name] or "" for row in reader]
-    except csv.Error as error:
-        raise csv.Error(f"line {reader.line_num}: {error}") from None
-
-
-def _column(names: Sequence[str], path: Path, where: str = "the header") -> str:
-    for wanted in COLUMNS:
-        for name in names:
-            if name.casefold().lstrip("\ufeff") == wanted:
-                return name
-    told = ascii(", ".join(map(str, names)))[1:-1][:300] or "nothing"
-    raise ValueError(f"{path}: {where} has no {', '.join(COLUMNS)}; it has {told}")

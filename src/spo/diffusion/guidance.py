@@ -8,6 +8,11 @@ from torch import Tensor
 from spo.types import Backbone, Conditioning
 
 
+def is_guided(guidance: float) -> bool:
+    """Whether the unconditional prediction takes part: above 1, as in diffusers' pipelines."""
+    return guidance > 1
+
+
 def guided(
     backbone: Backbone,
     x_t: Tensor,
@@ -20,10 +25,10 @@ def guided(
     """u + guidance * (c - u) [B,C,h,w], in one UNet call on the doubled batch.
 
     Args:
-        unconditional: of the empty prompt, B samples; not needed at guidance 1, which is c alone.
+        unconditional: of the empty prompt, B samples; not needed at guidance 1 and below, which is c alone.
         reference: of the weights before fine-tuning.
     """
-    if guidance == 1:
+    if not is_guided(guidance):
         return backbone.predict(x_t, timesteps, conditioning, reference=reference)
     assert unconditional is not None and len(unconditional) == len(conditioning) == len(x_t)
     both = backbone.predict(

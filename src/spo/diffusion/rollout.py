@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
-from spo.diffusion import ddim
-from spo.diffusion.guidance import guided
+from spo.diffusion import ddim, finite
+from spo.diffusion.guidance import guided, is_guided
 from spo.diffusion.noise import SampleNoise
 from spo.diffusion.schedule import Schedule
 from spo.types import Backbone
@@ -27,18 +27,27 @@ def sample_latents(
     Args:
         noise: of B samples; the first draw is x_T, each step with eta > 0 takes another.
         on_step: called after step i with (i, the transition, the x_{t-1} drawn from it).
+
+    Raises:
+        ValueError: something on the way is NaN or infinite; looked at after the last step.
     """
     assert len(prompts) == len(noise)
     schedule = schedule.to(backbone.device)
+    check = finite.FiniteCheck(schedule.timesteps)
     with backbone.inference():
         conditioning = backbone.encode_prompts(prompts)
-        unconditional = None if guidance == 1 else backbone.encode_prompts([""] * len(prompts))
+        unconditional = None if not is_guided(guidance) else backbone.encode_prompts([""] * len(prompts))
+        check.note_text(conditioning, prompts)
+        check.note_text(unconditional, [""] * len(prompts))
         x_t = noise.draw()
         for i, t in enumerate(schedule.timesteps):
             timesteps = t.expand(len(prompts))
             output = guided(backbone, x_t, timesteps, conditioning, unconditional, guidance)
+            check.note(finite.UNET, output, prompts, timesteps)
             step = ddim.transition(schedule, output, timesteps, x_t, eta)
             x_t = ddim.sample(step, noise.draw()) if eta > 0 else step.mean
+            check.note(finite.LATENTS, x_t, prompts, timesteps)
             if on_step is not None:
                 on_step(i, step, x_t)
+    check.check()
     return x_t

@@ -1,8 +1,13 @@
 """The noise schedule of a diffusion model and the timesteps that a sampler visits.
 
 Arithmetic is at least fp32, whatever the model's dtype: coefficients are fp32 and promote what they
-meet. Keys, defaults and rounding are those of diffusers' DDIMScheduler, so any checkpoint's
-scheduler_config serves; keys of other samplers are not read, as there.
+meet. Keys, defaults and rounding are those of diffusers' DDIMScheduler, so the scheduler_config of any
+discrete-time DDPM serves. Keys that say how another sampler steps (solver order, Karras sigmas) are not
+read, as there; keys that announce another forward process are refused.
+
+Departure from diffusers' DDIMScheduler:
+1. `clip_sample` is off where the file does not name it: latents are not confined to [-1, 1], and diffusers'
+   Stable Diffusion pipeline switches it off.
 """
 
 from __future__ import annotations
@@ -14,6 +19,26 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+# Samplers of diffusers for models that were trained as a discrete-time DDPM (arXiv 2006.11239).
+DISCRETE_SAMPLERS = frozenset(
+    f"{name}Scheduler"
+    for name in (
+        *(
+            "DDIM",
+            "DDIMInverse",
+            "DDIMParallel",
+            "DDPM",
+            "DDPMParallel",
+            "PNDM",
+            "LMSDiscrete",
+            "HeunDiscrete",
+        ),
+        *("EulerDiscrete", "EulerAncestralDiscrete", "KDPM2Discrete", "KDPM2AncestralDiscrete"),
+        *("DPMSolverMultistep", "DPMSolverMultistepInverse", "DPMSolverSinglestep", "DPMSolverSDE"),
+        *("DEISMultistep", "UniPCMultistep", "SASolver"),
+    )
+)
 
 
 @dataclass(frozen=True)
@@ -34,6 +59,7 @@ class Schedule:
             ValueError: a setting that is not supported, with its key and the ones that are.
         """
         config = scheduler_config
+        check_process(config)
         prediction_type = config.get("prediction_type", "epsilon")
         if prediction_type not in ("epsilon", "v_prediction"):
             raise _unsupported("prediction_type", prediction_type, "epsilon, v_prediction")
@@ -51,7 +77,7 @@ class Schedule:
             final_alpha_cumprod=torch.tensor(1.0) if to_one else alphas_cumprod[0],
             timesteps=_timesteps(config, len(betas), num_inference_steps),
             prediction_type=prediction_type,
-            clip_range=config.get("clip_sample_range", 1.0) if config.get("clip_sample", True) else None,
+            clip_range=config.get("clip_sample_range", 1.0) if config.get("clip_sample", False) else None,
         )
 
     @property
@@ -104,6 +130,23 @@ class Schedule:
     def predict_x0(self, model_output: Tensor, timesteps: Tensor, x_t: Tensor) -> Tensor:
         """The x_0 [B,C,h,w] that a model output at x_t stands for; any timesteps in [0, T)."""
         return self.predict(model_output, timesteps, x_t)[0]
+
+
+def check_process(config: Mapping[str, Any]) -> None:
+    """Refuse what is no discrete-time DDPM: EDM, flow matching, continuous time, consistency models.
+
+    Raises:
+        ValueError: with the key of scheduler_config.json that says so.
+    """
+    name = config.get("_class_name", "DDIMScheduler")
+    if name not in DISCRETE_SAMPLERS:
+        raise _unsupported("_class_name", name, "a model trained as discrete-time DDPM (DDIMScheduler, ...)")
+    if config.get("use_flow_sigmas", False):
+        raise _unsupported("use_flow_sigmas", True, "a model that was not trained by flow matching")
+    if config.get("timestep_type", "discrete") != "discrete":
+        raise _unsupported("timestep_type", config["timestep_type"], "discrete")
+    if "learned" in str(config.get("variance_type") or ""):
+        raise _unsupported("variance_type", config["variance_type"], "a model that predicts no variance")
 
 
 def _betas(config: Mapping[str, Any]) -> Tensor:

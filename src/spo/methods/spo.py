@@ -23,8 +23,8 @@ from torch import Tensor
 
 from spo import processes
 from spo.config import Spo
-from spo.diffusion import ddim
-from spo.diffusion.guidance import guided
+from spo.diffusion import ddim, finite
+from spo.diffusion.guidance import guided, is_guided
 from spo.diffusion.noise import SampleNoise, generator, shuffled
 from spo.diffusion.schedule import Schedule
 from spo.methods import step_pairs
@@ -100,14 +100,16 @@ class _Told:
     """What UNet and judge are told of B prompts; encoded once a rollout."""
 
     conditioning: Conditioning
-    unconditional: Conditioning | None  # None: guidance 1
+    unconditional: Conditioning | None  # None: no guidance
     text: Tensor  # [B,D], of the judge
     prompts: list[str]
+    check: finite.FiniteCheck  # of the whole rollout
 
     def repeat(self, k: int) -> _Told:
         """Copies in the order of candidates.flatten(0, 1)."""
         empty = None if self.unconditional is None else self.unconditional.repeat(k)
-        return _Told(self.conditioning.repeat(k), empty, self.text.repeat(k, 1), self.prompts * k)
+        text = self.text.repeat(k, 1)
+        return _Told(self.conditioning.repeat(k), empty, text, self.prompts * k, self.check)
 
 
 @dataclass(frozen=True)
@@ -164,8 +166,11 @@ class SpoMethod:
         return self._batches(judged, everyone, iteration), self._metrics(judged)
 
     def _tell(self, backbone: Backbone, prompts: list[str]) -> _Told:
-        empty = None if self.guidance == 1 else backbone.encode_prompts([""] * len(prompts))
-        return _Told(backbone.encode_prompts(prompts), empty, self.judge.encode_text(prompts), prompts)
+        empty = None if not is_guided(self.guidance) else backbone.encode_prompts([""] * len(prompts))
+        conditioning, check = backbone.encode_prompts(prompts), finite.FiniteCheck(self.schedule.timesteps)
+        check.note_text(conditioning, prompts)
+        check.note_text(empty, [""] * len(prompts))
+        return _Told(conditioning, empty, self.judge.encode_text(prompts), prompts, check)
 
     def _rollout(self, backbone: Backbone, noise: SampleNoise, told: _Told) -> Iterator[_Judged]:
         """DDIM from x_T; a block yields the pairs of its steps and goes on from one of its branches."""
@@ -231,6 +236,9 @@ class SpoMethod:
         """Scores [K,B] of the candidates [K,B,C,h,w] of step i, and the model's outputs at them.
 
         Each is judged by the x_0 predicted from it, at its own timestep; final latents as they are, at 0.
+
+        Raises:
+            ValueError: something of the rollout so far is NaN or infinite, scores among it.
         """
         flat, outputs = candidates.flatten(0, 1), None
         if i + 1 < len(self.schedule.timesteps):
@@ -239,23 +247,20 @@ class SpoMethod:
             x0 = self.schedule.predict_x0(outputs, timesteps, flat)
         else:
             timesteps, x0 = torch.zeros(len(flat), dtype=torch.int64, device=flat.device), flat
-        judged = [
-            self.judge.score_images(backbone.decode(x0[part]), told.text[part], timesteps[part])
-            for part in _parts(len(flat))
-        ]
+        told.check.note(finite.LATENTS, x0, told.prompts, timesteps)
+        judged = []
+        for part in _parts(len(flat)):
+            images = backbone.decode(x0[part])
+            told.check.note(finite.DECODER, images, told.prompts[part], timesteps[part])
+            judged.append(self.judge.score_images(images, told.text[part], timesteps[part]))
         scores = torch.cat(judged)
-        bad = (~scores.isfinite()).nonzero().flatten().tolist()
-        if bad:
-            raise ValueError(
-                f"preference model: a score at timestep {int(timesteps[0])} of prompt "
-                f"{told.prompts[bad[0]][:80]!r} is not finite; retrain it"
-            )
-        scores = scores.view(candidates.shape[:2])
-        return scores, None if outputs is None else outputs.view_as(candidates)
+        told.check.note(finite.JUDGE, scores, told.prompts, timesteps)
+        told.check.check()
+        return scores.view(candidates.shape[:2]), None if outputs is None else outputs.view_as(candidates)
 
     def _predict(self, backbone: Backbone, x_t: Tensor, timesteps: Tensor, told: _Told) -> Tensor:
         empty = told.unconditional
-        outputs = [
+        parts = [
             guided(
                 backbone,
                 x_t[part],
@@ -266,7 +271,9 @@ class SpoMethod:
             )
             for part in _parts(len(x_t))
         ]
-        return torch.cat(outputs)
+        outputs = torch.cat(parts)
+        told.check.note(finite.UNET, outputs, told.prompts, timesteps)
+        return outputs
 
     def _batches(self, judged: list[_Judged], prompts: list[str], iteration: int) -> list[Batch]:
         """Indexing copies, so the batches are ordinary tensors, whatever `inference` made."""

@@ -190,10 +190,10 @@ def _scores(
     if settings.noised:
         told = backbone.encode_prompts(captions)
         images = noised_pair(
-            backbone, schedule, pairs.read(indices), timesteps, noise, told, settings.guidance
+            backbone, schedule, pairs.read(indices), timesteps, noise, told, settings.guidance, captions
         )
     else:
-        images = clean_pair(backbone, pairs.read(indices))
+        images = clean_pair(backbone, pairs.read(indices), captions)
         timesteps = torch.zeros_like(timesteps)
     text = model.encode_text(token_ids(tokenizer, captions, model))
     scores = model.score_features(torch.cat(images), text.repeat(2, 1), timesteps.repeat(2))
@@ -208,7 +208,7 @@ def _not_finite(what: str, key: str = "preference") -> str:
 def _where(scores: Tensor, timesteps: Tensor, captions: Sequence[str]) -> str:
     """Timestep and prompt of the first pair [2,B] whose scores are not finite; nothing if all are."""
     bad = (~scores.isfinite()).any(0).nonzero().flatten().tolist()
-    return f", timestep {int(timesteps[bad[0]])}, prompt {captions[bad[0]][:80]!r}" if bad else ""
+    return f", timestep {int(timesteps[bad[0]])}, prompt {captions[bad[0]][:100]!r}" if bad else ""
 
 
 @torch.no_grad()
@@ -226,6 +226,9 @@ def evaluate(
     """Share of clear labels (no ties) that the model agrees with, at each timestep: {t: {accuracy, n}}.
 
     The noise belongs to the pair and the timestep, so models are compared on the same pictures.
+
+    Raises:
+        ValueError: an image or a score is not finite.
     """
     schedule, model = schedule.to(backbone.device), model.eval()
     decided = (pairs.label_0 != 0.5).nonzero().flatten()
@@ -240,9 +243,13 @@ def evaluate(
                 keys = [f"evaluation {i}" for i in indices.tolist()]
                 at, noise = draw(seed, keys, schedule, backbone, t)
                 told = backbone.encode_prompts(captions)
-                images = noised_pair(backbone, schedule, pairs.read(indices), at, noise, told, guidance)
+                images = noised_pair(
+                    backbone, schedule, pairs.read(indices), at, noise, told, guidance, captions
+                )
                 text = model.encode_text(token_ids(tokenizer, captions, model))
                 scores = [model.score_features(x, text, at) for x in images]
+                if where := _where(torch.stack(scores), at, captions):
+                    raise ValueError(f"preference model: a score is not finite{where}; train it again")
                 first_wins = pairs.label_0[indices].to(scores[0].device) > 0.5
                 right += ((scores[0] > scores[1]) == first_wins).sum()
                 bar.update(n)

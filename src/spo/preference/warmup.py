@@ -23,6 +23,7 @@ from tqdm import tqdm
 from spo import processes
 from spo.checkpoint import CheckpointStore, stop_on_signal
 from spo.config import Degradations
+from spo.diffusion import finite
 from spo.diffusion.noise import generator, shuffled
 from spo.optimizer import adamw
 from spo.preference.degradations import Draws, degrade
@@ -91,17 +92,25 @@ def _pictures(
     """At most `most` pictures of pairs, uint8 [N,3,size,size] as the model sees them, and their captions.
 
     Decoded once and kept in memory: 8,000 of 224 pixels a side are 1.2 GB.
+
+    Raises:
+        ValueError: latents or what the VAE makes of them are NaN or infinite.
     """
     chosen = shuffled(2 * len(pairs.captions), 0, min(most, 2 * len(pairs.captions)), seed)
     sides = torch.tensor([i for _, i in chosen])
-    parts = []
+    captions, parts = pairs.captions, []
     for part in tqdm(sides.split(DECODED), "decode pictures", unit="batch"):
         both = torch.stack(pairs.read(part // 2))
         latents = both[part % 2, torch.arange(len(part))]
+        check, texts = finite.FiniteCheck(), [captions[i] for i in (part // 2).tolist()]
+        check.note(finite.STORED, latents, texts)
         with backbone.inference():
-            images = model.fitted(backbone.decode(latents.to(backbone.device))).clamp(-1, 1)
+            decoded = backbone.decode(latents.to(backbone.device))
+        check.note(finite.DECODER, decoded, texts)
+        check.check()
+        images = model.fitted(decoded).clamp(-1, 1)
         parts.append(((images + 1) * 127.5).round().to(torch.uint8).cpu())
-    return torch.cat(parts), [pairs.captions[i] for i in (sides // 2).tolist()]
+    return torch.cat(parts), [captions[i] for i in (sides // 2).tolist()]
 
 
 def _update(

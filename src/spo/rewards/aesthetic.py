@@ -84,13 +84,20 @@ class Aesthetic:
         return clip.in_batches(self._score, images, prompts, name=self.name, batch_size=self.batch_size)
 
     def embed(self, images: Sequence[Image.Image]) -> Tensor:
-        """The CLIP's normalised embeddings [N,D] of N images."""
+        """The CLIP's normalised embeddings [N,D] of N images.
+
+        Raises:
+            ValueError: one is not finite.
+        """
         rows = []
         with torch.no_grad():
             for start in range(0, len(images), self.batch_size):
                 part = [preprocess(image, self.size) for image in images[start : start + self.batch_size]]
                 rows.append(clip.image_features(self.clip, torch.stack(part).to(self.device)))
-        return nn.functional.normalize(torch.cat(rows).float(), dim=-1)
+        embeddings = nn.functional.normalize(torch.cat(rows).float(), dim=-1)
+        if not embeddings.isfinite().all():
+            raise ValueError(f"{self.name}: an embedding of its CLIP is not finite; check the weights")
+        return embeddings
 
     def _score(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
         pixels = torch.stack([preprocess(image, self.size) for image in images]).to(self.device)

@@ -18,6 +18,7 @@ from spo import processes
 
 MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)
 STD = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
+LONG = 16  # times as long as wide: such an image is cropped while it is resized, not after
 
 
 def preprocess(image: Image.Image, size: int = 224) -> Tensor:
@@ -26,17 +27,32 @@ def preprocess(image: Image.Image, size: int = 224) -> Tensor:
     Rounds as transformers' CLIPImageProcessor on PIL images does; OpenAI's own crop lies one pixel further
     when it cuts off 4n + 3 pixels.
     """
-    image = image.convert("RGB")
+    image = rgb(image)
     short = min(image.size)
     width, height = (size * side // short for side in image.size)
-    image = image.resize((width, height), Image.Resampling.BICUBIC)
     left, top = (width - size) // 2, (height - size) // 2
+    if max(image.size) > LONG * short:  # resized whole, 4000 x 1 pixels would take a gigabyte
+        x, y = image.width / width, image.height / height
+        box = (left * x, top * y, min(image.width, (left + size) * x), min(image.height, (top + size) * y))
+        return normalise(to_unit(image.resize((size, size), Image.Resampling.BICUBIC, box)))
+    image = image.resize((width, height), Image.Resampling.BICUBIC)
     return normalise(to_unit(image.crop((left, top, left + size, top + size))))
+
+
+def rgb(image: Image.Image) -> Image.Image:
+    """As 8-bit RGB.
+
+    Raises:
+        ValueError: pixels are floating-point numbers, of which Pillow makes black, NaN or not.
+    """
+    if image.mode == "F":
+        raise ValueError("a scorer was given an image of floating-point pixels; give 8-bit RGB")
+    return image.convert("RGB")
 
 
 def to_unit(image: Image.Image) -> Tensor:
     """RGB pixels [3,h,w] in [0,1]."""
-    flat = torch.frombuffer(bytearray(image.convert("RGB").tobytes()), dtype=torch.uint8)
+    flat = torch.frombuffer(bytearray(rgb(image).tobytes()), dtype=torch.uint8)
     return flat.view(image.height, image.width, 3).permute(2, 0, 1).float() / 255
 
 
@@ -67,7 +83,9 @@ def in_batches(
         for part, told in zip(parts, found, strict=True):
             for value, prompt in zip(told, prompts[part], strict=True):
                 if not math.isfinite(value):
-                    raise ValueError(f"{name}: the score of prompt {prompt!r} is {value}; check the weights")
+                    raise ValueError(
+                        f"{name}: the score of prompt {prompt[:100]!r} is {value}; check the weights"
+                    )
             scores += told
             bar.update(len(told))
     return scores

@@ -25,7 +25,7 @@ def preprocess(image: Image.Image, size: int = 224) -> Tensor:
     """
     pixels = clip.to_unit(image)
     scale = size / max(image.size)
-    height, width = (round(side * scale) for side in pixels.shape[1:])
+    height, width = (max(1, round(side * scale)) for side in pixels.shape[1:])
     pixels = interpolate(pixels[None], (height, width), mode="bicubic", antialias=True)[0]
     left, top = (size - width) // 2, (size - height) // 2
     return clip.normalise(pad(pixels, (left, size - width - left, top, size - height - top)))

@@ -49,12 +49,20 @@ class Perception(nn.Module):
         return self.quality(features), [head(features) for head in self.attributes]
 
     @torch.no_grad()
-    def perceive(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Quality [N,4] in [0,1] and log-probabilities of each attribute."""
+    def perceive(self, images: Tensor, captions: Sequence[str] = ()) -> tuple[Tensor, list[Tensor]]:
+        """Quality [N,4] in [0,1] and log-probabilities of each attribute.
+
+        Raises:
+            ValueError: pixels, or what the network makes of them, are NaN or infinite; `captions` are for
+                that message.
+        """
+        _check_finite(images, captions, "the pixels are", "check the model that they come from")
         parts = [self(chunk) for chunk in images.split(CHUNK)]
-        quality = torch.cat([p[0] for p in parts]).clamp(0, 1)
+        quality = torch.cat([p[0] for p in parts])
         logits = [torch.cat(columns) for columns in zip(*(p[1] for p in parts), strict=True)]
-        return quality, [column.log_softmax(-1) for column in logits]
+        outputs = torch.cat([quality, *logits], 1)
+        _check_finite(outputs, captions, "the network's output is", "run `dvc pull data.dvc`")
+        return quality.clamp(0, 1), [column.log_softmax(-1) for column in logits]
 
     def save(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -77,6 +85,13 @@ class Perception(nn.Module):
             reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
             raise ValueError(f"{folder}: no whole oracle ({reason}); run `dvc pull data.dvc`") from None
         return model.eval().requires_grad_(False)
+
+
+def _check_finite(values: Tensor, captions: Sequence[str], what: str, advice: str) -> None:
+    bad = (~values.isfinite()).flatten(1).any(1).nonzero().flatten().tolist()
+    if bad:
+        where = f"prompt {captions[bad[0]][:100]!r}" if captions else f"image {bad[0] + 1}"
+        raise ValueError(f"oracle: {what} NaN or infinite, {where}; {advice}")
 
 
 class _Residual(nn.Module):
@@ -123,7 +138,7 @@ class Oracle:
         """Images [N,3,48,48] in [-1,1], one caption each."""
         if len(images) != len(captions):
             raise ValueError(f"oracle: {len(images)} images but {len(captions)} prompts")
-        quality, log_probs = self.model.perceive(images)
+        quality, log_probs = self.model.perceive(images, captions)
         return {
             "oracle_aesthetic": quality.mean(1).tolist(),
             "oracle_alignment": fidelity(log_probs, captions).tolist(),

@@ -75,6 +75,7 @@ def draw(
 
     from spo import processes
     from spo.data.images import pack, to_pil, unpack
+    from spo.diffusion import finite
     from spo.diffusion.noise import SampleNoise
     from spo.diffusion.rollout import sample_latents
     from spo.diffusion.schedule import Schedule
@@ -86,7 +87,9 @@ def draw(
         noise = SampleNoise(0, seeds[part], backbone.latent_shape, backbone.device)
         with backbone.inference():
             x_0 = sample_latents(backbone, schedule, prompts[part], noise, variant.guidance, settings.eta)
-            return [to_pil(image) for image in backbone.decode(x_0)]
+            decoded = backbone.decode(x_0)
+            finite.check_finite(finite.DECODER, decoded, prompts[part])
+            return [to_pil(image) for image in decoded]
 
     size = settings.batch_size
     parts = [slice(start, start + size) for start in range(0, len(prompts), size)]

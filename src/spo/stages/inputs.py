@@ -26,8 +26,9 @@ def sources(params: Params) -> dict[str, list[Source]]:
     base, preference, prompts = params.backbone, params.preference, params.prompts
     described = base.described_by if base.described_by != base.checkpoint else None
     lists = (prompts.train, prompts.evaluation, prompts.vocabulary, prompts.block_list, prompts.pairs)
+    scorers = _of_scorers(params.score)
+    scorers["oracle"] = [(params.score.oracle, None)]
     return {
-        **_of_scorers(params.score),
         "base": [(base.checkpoint, base.revision), (base.vae, None), (described, None)],
         "clip": [
             (preference.init, preference.revision),
@@ -37,7 +38,7 @@ def sources(params: Params) -> dict[str, list[Source]]:
         "prompts": [(name, None) for name in lists],
         "pairs": [(params.pairs.source, None)],
         "adapters": [(a, None) for a in _adapters(params.generate) if Path(a).parts[:1] != ("outputs",)],
-        "oracle": [(params.score.oracle, None)],
+        **scorers,
     }
 
 

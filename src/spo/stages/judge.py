@@ -6,7 +6,6 @@ the scorers, tables and intervals of the experiment.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +18,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 OUTPUT = Path("outputs/judged")
-ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
+_USUAL = ("unet", "pytorch_lora_weights", "adapter_model", "diffusion_pytorch_model")
 
 
 def generate(
@@ -29,7 +28,7 @@ def generate(
     guidance: float | None = None,
     output: Path | None = None,
 ) -> Path:
-    """Pictures of `adapter` (a LoRA file or folder, or a diffusers folder) on params.backbone.
+    """Pictures of `adapter` on params.backbone: a LoRA or a UNet (file or folder), or a whole model.
 
     Args:
         prompts_file: a list of prompts; None: the experiment's own, at its own seeds.
@@ -42,19 +41,27 @@ def generate(
         ValueError: nothing there, or weights that do not fit the backbone.
     """
     from spo import backbones
+    from spo.backbones.external import TAKEN
     from spo.stages.generate import device, draw, save
 
     if not adapter.exists():
-        raise ValueError(f"{adapter}: not there; give a LoRA (file or folder) or a diffusers folder")
+        raise ValueError(f"{adapter}: not there; give {TAKEN}")
     split = params.generate.split
     file = prompts_file or require(f"outputs/prompts/{split}.txt", f"{split} prompts")
     prompts = _prompts(file)
     backbone = backbones.load_aligned(params.backbone, adapter, device())
     variant = Variant(guidance=params.generate.base.guidance if guidance is None else guidance)
     seeds = [params.generate.seed + i for i in range(len(prompts))]
-    folder = output or OUTPUT / adapter.stem
+    folder = output or OUTPUT / _name(adapter)
     save(folder, draw(backbone, params, variant, prompts, seeds), prompts, seeds)
     return folder
+
+
+def _name(adapter: Path) -> str:
+    """Of the file or folder; of the folder around it where all releases call it the same."""
+    path = adapter.resolve()
+    name = path.stem if path.is_file() else path.name
+    return path.parent.name if name.split(".")[0] in _USUAL else name
 
 
 def score(
@@ -116,50 +123,60 @@ def _table(params: Params, pictures: list[Image.Image], prompts: list[str], devi
 
 
 def _prompts(file: Path) -> list[str]:
-    from spo.data.prompts import read_prompts
+    from spo.data.prompt_files import read_prompts
+    from spo.data.prompts import flaw
 
     prompts = read_prompts(file)
     if not prompts:
         raise ValueError(f"{file}: holds no prompts")
     for row, prompt in enumerate(prompts, start=1):
         if not prompt.strip():
-            raise ValueError(f"{file}: prompt {row} is empty; every picture needs its own")
+            raise ValueError(f"{file}: prompt {row} is empty; every image needs its own")
+        if reason := flaw(prompt):
+            raise ValueError(f"{file}: prompt {row} has {reason}; it cannot be encoded")
     return prompts
 
 
 def _pictures(folder: Path, prompts_file: Path | None) -> tuple[list[Image.Image], list[str]]:
-    """The pictures in the order of their names (2 before 10) or of our archive, and their prompts."""
-    from spo.data import images
+    """The images in the order of their names (2 before 10) or of our archive, and their prompts."""
+    from spo.data.folders import list_images
+    from spo.data.images import ARCHIVE
 
-    if (folder / images.ARCHIVE).exists():
-        pictures, prompts, _ = (list(column) for column in zip(*images.load_images(folder), strict=True))
+    if (folder / ARCHIVE).exists():
+        images, prompts = _archive(folder)
         if prompts_file is None:
-            return pictures, prompts
+            return images, prompts
     else:
-        pictures = [_open(path) for path in _files(folder)]
+        images = [_open(path) for path in list_images(folder)]
         if prompts_file is None:
-            raise ValueError(f"{folder}: give --prompts FILE, a prompt for each of {len(pictures)} pictures")
+            raise ValueError(f"{folder}: give --prompts FILE, a prompt for each of {len(images)} images")
     prompts = _prompts(prompts_file)
-    if len(prompts) != len(pictures):
+    if len(prompts) != len(images):
         raise ValueError(
-            f"{folder}: {len(pictures)} pictures, but {prompts_file} has {len(prompts)} prompts; "
-            "give one prompt for each picture, in the order of the file names"
+            f"{folder}: {len(images)} images, but {prompts_file} has {len(prompts)} prompts; "
+            "give one prompt for each image, in the order of the file names"
         )
-    return pictures, prompts
+    return images, prompts
 
 
-def _files(folder: Path) -> list[Path]:
-    if not folder.is_dir():
-        raise ValueError(f"{folder}: no folder there; give one with pictures ({', '.join(ENDINGS)})")
-    found = [p for p in folder.iterdir() if p.suffix.lower() in ENDINGS]
-    if not found:
-        raise ValueError(f"{folder}: no pictures there ({', '.join(ENDINGS)})")
-    return sorted(found, key=lambda p: [int(s) if s.isdigit() else s for s in re.split(r"(\d+)", p.name)])
+def _archive(folder: Path) -> tuple[list[Image.Image], list[str]]:
+    """The images and prompts that `spo generate` wrote to `folder`, which holds no other images."""
+    from spo.data.folders import find_images
+    from spo.data.images import ARCHIVE, load_images
+
+    if others := find_images(folder):
+        raise ValueError(f"{folder}: holds {ARCHIVE} and {others[0].name}; give a folder with one of the two")
+    rows = list(load_images(folder))
+    if not rows:
+        raise ValueError(f"{folder / ARCHIVE}: no images there")
+    return [image for image, _, _ in rows], [prompt for _, prompt, _ in rows]
 
 
 def _open(path: Path) -> Image.Image:
-    from spo.data.images import open_image
+    from spo.data.decoding import open_image
 
+    if path.exists() and not path.is_file():  # a pipe or a device would be read without end
+        raise ValueError(f"{path}: no regular file")
     try:
         return open_image(path.read_bytes())
     except ValueError as error:

@@ -84,15 +84,17 @@ def _reach(key: str, name: str, revision: str | None) -> str:
 
 def _work(params: Params, stage: str, item: str | None, size: Sizes) -> tuple[int, str]:
     """UNet samples in forwards, guidance included, and what they are for."""
+    from spo.diffusion.guidance import is_guided
+
     if stage == "generate":
         variant, settings = getattr(params.generate, item or "base"), params.generate
         count = params.prompts.n_test if settings.split == "test" else params.prompts.n_validation
-        doubled = 1 + (variant.guidance != 1)
+        doubled = 1 + is_guided(variant.guidance)
         steps = f"{count} pictures of {settings.num_inference_steps} steps, guidance {variant.guidance:g}"
         return count * settings.num_inference_steps * doubled, steps
     if stage == "preference":
         p = params.preference
-        doubled = 1 + (p.guidance != 1)
+        doubled = 1 + is_guided(p.guidance)
         before = f"{p.degradations.steps} updates on degradations, then " if p.degradations else ""
         return 2 * p.steps * p.batch_size * doubled, f"{before}{p.steps} updates of {p.batch_size} pairs"
     if item == "spo":
@@ -103,6 +105,7 @@ def _work(params: Params, stage: str, item: str | None, size: Sizes) -> tuple[in
 
 
 def _spo_work(spo: Spo, size: Sizes) -> tuple[int, str]:
+    from spo.diffusion.guidance import is_guided
     from spo.diffusion.schedule import Schedule
     from spo.methods import step_pairs
 
@@ -112,7 +115,7 @@ def _spo_work(spo: Spo, size: Sizes) -> tuple[int, str]:
     branched = spo.candidates * (sum(len(block) for block in found) - final)
     pairs = sum(len(block) for block in found)
     trained = sum(2 * len(block) - 1 for block in found)  # two samples where the branches have parted
-    doubled = 1 + (spo.guidance != 1)
+    doubled = 1 + is_guided(spo.guidance)
     each = plain + branched + trained * (2 + BACKWARD)
     prompts = spo.iterations * spo.prompts_per_iteration
     most = spo.iterations * -(-pairs * spo.prompts_per_iteration // spo.batch_size)

@@ -60,11 +60,11 @@ def prepare(section: config.Prompts, seed: int, length: Callable[[str], int], ou
 
 def _captions(source: str) -> list[str]:
     """Of a list of prompts, or of the shards of a preference data set in a folder or behind a URL."""
-    from spo.data import prompts, remote, sources
+    from spo.data import prompt_files, remote, sources
 
     if remote.is_remote(source) or Path(source).is_dir():
         return list(sources.read_captions(source))
-    return prompts.read_prompts(source)
+    return prompt_files.read_prompts(source)
 
 
 def _take(prompts: list[str], n: int, name: str) -> list[str]:

@@ -50,7 +50,7 @@ def _differences(settings: PseudoLabels, folder: Path, total: int, device: str) 
     """Score of the first picture less that of the second, pair by pair, in the order of the shards."""
     from tqdm import tqdm
 
-    from spo.data.images import open_image
+    from spo.data.decoding import open_image
     from spo.data.pairs import read_pairs
 
     scorer = _scorer(settings, device)

@@ -134,10 +134,12 @@ def _measured() -> dict[str, Any]:
 
 
 def _picture(path: Path) -> Image.Image:
-    from PIL import Image
+    from spo.data.decoding import open_image
 
-    with Image.open(path) as picture:
-        return picture.convert("RGB")
+    try:
+        return open_image(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}; run `spo align` again") from None
 
 
 def _in_order(files: Iterable[Path], first: list[str]) -> list[Path]:

@@ -23,10 +23,12 @@ def run(
         ValueError: unknown variant, words outside the vocabulary, or nothing trained yet.
     """
     from spo import backbones
-    from spo.data.prompts import check_vocabulary
+    from spo.data.prompts import check_vocabulary, flaw
     from spo.stages import generate
     from spo.stages.common import require
 
+    if reason := flaw(prompt):
+        raise ValueError(f"the prompt has {reason}; it cannot be encoded")
     if method not in VARIANTS:
         raise ValueError(f"--method {method}: there are {', '.join(VARIANTS)}")
     variant = getattr(params.generate, method)

@@ -1,0 +1,23 @@
+"""Weights that are not finite, found when they are loaded."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+
+def check_finite_weights(module: nn.Module, where: str) -> None:
+    """Look at all parameters and buffers of a module that was loaded from `where`; waits for the GPU once.
+
+    Raises:
+        ValueError: one is NaN or infinite; the line names the first.
+    """
+    tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    names = [name for name, value in tensors.items() if value.is_floating_point() and value.numel()]
+    if not names:
+        return
+    finite = torch.stack([tensors[name].isfinite().all().cpu() for name in names]).tolist()
+    bad = [name for name, good in zip(names, finite, strict=True) if not good]
+    if bad:
+        more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
+        raise ValueError(f"{where}: weight {bad[0]}{more} is NaN or infinite; get the file again")

@@ -1,0 +1,104 @@
+"""A UNet released alone, on a base model: its file must be of the base's architecture, tensor by tensor."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spo.backbones import weights
+from spo.backbones.external import read_json
+from spo.backbones.layer_names import original_names
+
+_ORIGINAL = ("model.diffusion_model.", "diffusion_model.", "")
+
+
+def load(unet: Any, files: Iterable[Path], config: Path | None) -> tuple[int, int]:
+    """Replace the weights of `unet`, in its own precision.
+
+    Args:
+        config: the config.json beside them, if any.
+
+    Returns:
+        How many tensors differ from the base's, and of how many.
+
+    Raises:
+        ValueError: another architecture; a tensor that is missing, unknown, of another shape or not finite.
+    """
+    files = tuple(files)
+    if config is not None:
+        _check_config(unet, config)
+    state: dict[str, Tensor] = {}
+    for file in files:
+        state |= weights.read(file)
+    state = _diffusers_names(unet, state)
+    base = unet.state_dict()
+    _check_tensors(files[0], state, base)
+    changed = 0
+    with torch.no_grad():
+        for key, parameter in base.items():
+            value = state[key].to(parameter)
+            changed += not torch.equal(value, parameter)
+            parameter.copy_(value)
+    return changed, len(base)
+
+
+def _diffusers_names(unet: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """diffusers' names for those of the original release; others stay as they are."""
+    prefix = next((p for p in _ORIGINAL if f"{p}input_blocks.0.0.weight" in state), None)
+    if prefix is None:
+        return state
+    names = {f"{prefix}{original}": name for name, original in original_names(unet).items()}
+
+    def renamed(key: str) -> str:
+        module, _, parameter = key.rpartition(".")
+        return f"{names[module]}.{parameter}" if module in names else key
+
+    return {renamed(key): value for key, value in state.items()}
+
+
+def _check_tensors(file: Path, state: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> None:
+    """
+    Raises:
+        ValueError: the first difference, and how many there are of its kind.
+    """
+    problems = {
+        "has no": [key for key in base if key not in state],
+        "has an unknown": [key for key in state if key not in base],
+    }
+    for problem, keys in problems.items():
+        if keys:
+            more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
+            raise ValueError(f"{file}: not the backbone's UNet: {problem} {keys[0]}{more}")
+    for key, value in state.items():
+        if value.shape != base[key].shape:
+            raise ValueError(
+                f"{file}: not the backbone's UNet: {key} is {list(value.shape)}, "
+                f"the base's {list(base[key].shape)}"
+            )
+        weights.check_numbers(file, key, value)
+
+
+def _check_config(unet: Any, file: Path) -> None:
+    config = read_json(file)
+    name = config.get("_class_name", "UNet2DConditionModel")
+    if name != "UNet2DConditionModel":
+        raise ValueError(f"{file}: _class_name is {name}; the backbone has a UNet2DConditionModel")
+    for key, default in inspect.signature(type(unet).__init__).parameters.items():
+        if key not in unet.config:
+            continue
+        announced, base = config.get(key, default.default), unet.config[key]
+        if _plain(announced) != _plain(base):
+            raise ValueError(f"{file}: {key} is {announced!r}, the backbone's UNet has {base!r}")
+
+
+def _plain(value: Any) -> Any:
+    """[8, 8] is 8 for every block, and null is false: different versions of diffusers write the same so."""
+    if isinstance(value, list | tuple):
+        items = [_plain(item) for item in value]
+        return items[0] if items and all(item == items[0] for item in items) else items
+    return value or None

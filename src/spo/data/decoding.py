@@ -1,0 +1,168 @@
+"""Encoded images as 8-bit RGB, as a viewer shows them: one decoder for pairs, scores and the report.
+
+Turned by their EXIF orientation, transparency on white, 16 bits scaled to 8, colours of an embedded ICC
+profile or a PNG's gAMA converted to sRGB. As browsers do, an EXIF block or a profile that is damaged, or a
+profile of another kind of colours than the image's, is ignored. PNG's cHRM and cICP are not read.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
+
+from spo.data.reasons import first_line
+
+MAX_PIXELS = 64_000_000  # more is no image of a preference data set, but a bomb
+FORMATS = ("JPEG", "PNG", "WEBP")  # not all that Pillow knows: some start other programs
+SAME = 2  # grey levels; a profile that moves no colour further is sRGB's
+SIGNATURES: tuple[tuple[int, bytes, str], ...] = (  # (offset, bytes there, format)
+    *((0, b"\xff\xd8\xff", "JPEG"), (0, b"\x89PNG\r\n\x1a\n", "PNG"), (8, b"WEBP", "WEBP")),
+    *((0, b"GIF8", "GIF"), (0, b"II*\0", "TIFF"), (0, b"MM\0*", "TIFF"), (0, b"8BPS", "PSD")),
+    *((4, b"ftypavif", "AVIF"), (4, b"ftypavis", "AVIF"), (4, b"ftyphei", "HEIC"), (4, b"ftypmif1", "HEIC")),
+    *((0, b"\0\0\0\x0cJXL ", "JPEG XL"), (0, b"\xff\x0a", "JPEG XL"), (0, b"\0\0\0\x0cjP  ", "JPEG 2000")),
+)
+_BITMAP = (b"BM", slice(6, 10), bytes(4))  # BMP: two letters alone could begin a text
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_SPACES = {"RGB": "RGB", "L": "GRAY", "CMYK": "CMYK"}  # a profile's colours by the image's mode
+
+
+def image_format(data: bytes) -> str | None:
+    """The image format that the first 16 bytes of a file announce; None: none that is known."""
+    for offset, signature, name in SIGNATURES:
+        if data[offset : offset + len(signature)] == signature:
+            return name
+    letters, reserved, zeros = _BITMAP
+    return "BMP" if data.startswith(letters) and data[reserved] == zeros else None
+
+
+def open_image(data: bytes) -> Image.Image:
+    """Decode a still JPEG, PNG or WebP image to RGB.
+
+    Raises:
+        ValueError: another format, an animation, a truncated or damaged file, or one of more than MAX_PIXELS.
+    """
+    try:
+        with warnings.catch_warnings(action="ignore"):  # Pillow's, of damaged EXIF blocks and the like
+            return _decode(data)
+    except MemoryError:
+        raise
+    except UnidentifiedImageError:
+        raise ValueError("not a readable image (its header is damaged, or its size is zero)") from None
+    except Exception as error:  # Pillow's decoders raise a dozen kinds
+        raise ValueError(f"not a readable image ({first_line(error)})") from None
+
+
+def _decode(data: bytes) -> Image.Image:
+    if image_format(data) not in FORMATS:
+        raise ValueError(_other_format(data))
+    image = Image.open(io.BytesIO(data), formats=FORMATS)
+    if image.width * image.height > MAX_PIXELS:
+        raise ValueError(f"{image.width} x {image.height} pixels are more than {MAX_PIXELS}")
+    # the further images in a phone's JPEG (MPO) are previews and depth: viewers show the first
+    if getattr(image, "is_animated", False) and image.format != "MPO":
+        raise ValueError(f"an animation of {getattr(image, 'n_frames', 0)} frames; give a still image")
+    image.load()
+    alpha = _alpha(image, data)
+    colours = _in_srgb(_eight_bits(image), image.info)
+    if alpha is not None:
+        white = Image.new("RGB", colours.size, "white")
+        white.paste(colours, mask=alpha)
+        colours = white
+    turn = _TURNS.get(_orientation(image))
+    return colours if turn is None else colours.transpose(turn)
+
+
+def _other_format(data: bytes) -> str:
+    if not data:
+        return "0 bytes"
+    if data.startswith(b"version https://git-lfs"):
+        return "a Git LFS pointer instead of the file; run `git lfs pull`"
+    known = image_format(data)
+    return f"{known}; give JPEG, PNG or WebP" if known else "neither JPEG, PNG nor WebP"
+
+
+def _orientation(image: Image.Image) -> Any:
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # of a damaged EXIF block; no viewer turns its image
+        return 1
+
+
+def _alpha(image: Image.Image, data: bytes) -> Image.Image | None:
+    """The opacity of each pixel as an L image; None: all are opaque."""
+    if image.mode in ("RGBA", "LA", "PA"):
+        return image.getchannel("A")
+    key = image.info.get("transparency")
+    if key is None:
+        return None
+    if image.mode == "P":
+        return image.convert("RGBA").getchannel("A")
+    depth = data[24] if image.format == "PNG" else 8
+    if image.mode == "RGB" and depth == 16:  # Pillow reads 8 of the 16 bits that the key is compared with
+        raise ValueError("RGB of 16 bits with a transparent colour; save it with an alpha channel")
+    if image.mode == "L" and depth < 8:  # Pillow scales the pixels, but not the key
+        key = key * 255 // (2**depth - 1)
+    pixels = np.asarray(image.convert("L") if image.mode == "1" else image)
+    hidden = pixels == np.asarray(key)
+    hidden = hidden.all(axis=-1) if hidden.ndim == 3 else hidden
+    return Image.fromarray(np.where(hidden, 0, 255).astype(np.uint8))
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """The colours as RGB, L or CMYK of 8 bits, without alpha."""
+    if image.mode.startswith("I"):  # grey of 16 bits, which Pillow's own conversion clips
+        levels = (np.asarray(image).astype(np.int64) + 128) // 257
+        return Image.fromarray(levels.clip(0, 255).astype(np.uint8))
+    if image.mode in ("1", "L", "LA"):
+        return image.convert("L")
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")  # without Pillow's warning
+    return image.convert("CMYK" if image.mode == "CMYK" else "RGB")
+
+
+def _in_srgb(colours: Image.Image, info: Mapping[Any, Any]) -> Image.Image:
+    profile, gamma = info.get("icc_profile"), info.get("gamma")
+    if profile:
+        transform = _transform(profile, colours.mode)
+        if transform is not None:
+            return ImageCms.applyTransform(colours, transform)  # type: ignore[return-value]
+    elif gamma and "srgb" not in info and abs(2.2 * gamma - 1) > 0.05 and colours.mode != "CMYK":
+        light = (np.arange(256) / 255) ** (1 / gamma)
+        encoded = np.where(light <= 0.0031308, 12.92 * light, 1.055 * light ** (1 / 2.4) - 0.055)
+        levels = (255 * encoded).round().astype(int).tolist()
+        return colours.convert("RGB").point(3 * levels)
+    return colours.convert("RGB")
+
+
+@lru_cache(maxsize=8)
+def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
+    """From an image's profile to sRGB; None: there is nothing to convert, or the profile does not serve."""
+    try:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        if source.profile.xcolor_space.strip() != _SPACES[mode]:
+            return None
+        transform = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB")
+    except Exception:  # a damaged profile raises several kinds
+        return None
+    if mode == "CMYK":
+        return transform
+    levels = np.linspace(0, 255, 18).round().astype(np.uint8)
+    grid = np.stack(np.meshgrid(levels, levels, levels), -1).reshape(1, -1, 3)
+    probe = Image.fromarray(grid if mode == "RGB" else np.arange(256, dtype=np.uint8)[None])
+    converted = np.asarray(ImageCms.applyTransform(probe, transform)).astype(int)
+    moved = np.abs(converted - np.asarray(probe.convert("RGB"))).max()
+    return None if moved <= SAME else transform

@@ -1,0 +1,67 @@
+"""A folder of image files, in the order of their names (2 before 10); none of them is left out in silence."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from spo.data.decoding import image_format
+
+READ = (".png", ".jpg", ".jpeg", ".webp")  # and whatever else holds one of their formats
+ENDINGS = {  # of images, also of those that the decoder refuses by name
+    *(*READ, ".jpe", ".jfif", ".jif", ".pjpeg", ".apng", ".gif", ".bmp", ".dib", ".tif", ".tiff"),
+    *(".avif", ".avifs", ".heic", ".heif", ".jxl", ".jp2", ".j2k", ".psd", ".svg", ".ico", ".tga"),
+    *(".ppm", ".pgm", ".pbm", ".pnm", ".exr", ".hdr", ".dng", ".dds", ".qoi", ".eps"),
+}
+
+
+def list_images(folder: Path) -> list[Path]:
+    """The image files of a folder, by ending or by content. Hidden files (`._1.png`) are none.
+
+    Raises:
+        ValueError: no folder, no images, images in sub-folders, or two whose order is ambiguous.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no folder there; give one with images ({', '.join(READ)})")
+    folders = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    if nested := [path.name for path in folders if _has_images(path)]:
+        raise ValueError(
+            f"{folder}: images in sub-folders ({', '.join(nested)[:100]}) are not read; "
+            "give a folder that holds its images itself"
+        )
+    images: dict[tuple[str | int, ...], Path] = {}
+    for path in find_images(folder):
+        other = images.setdefault(_order(path.name), path)
+        if other is not path:
+            raise ValueError(
+                f"{folder}: {other.name} and {path.name} have the same number; rename one of them"
+            )
+    if not images:
+        raise ValueError(f"{folder}: no images there ({', '.join(READ)})")
+    return [images[key] for key in sorted(images)]
+
+
+def find_images(folder: Path) -> list[Path]:
+    """The image files of a folder, by ending or by content, in no order of their numbers."""
+    shown = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    return [path for path in shown if not path.is_dir() and _is_image(path)]
+
+
+def _order(name: str) -> tuple[str | int, ...]:
+    """Text and numbers in turn; the same for names that differ in leading zeros alone."""
+    parts = re.split(r"(\d+)", name, flags=re.ASCII)
+    return tuple(int(part) if i % 2 else part for i, part in enumerate(parts))
+
+
+def _is_image(path: Path) -> bool:
+    if path.suffix.lower() in ENDINGS:
+        return True
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return image_format(file.read(16)) is not None
+
+
+def _has_images(folder: Path) -> bool:
+    files = (path for path in folder.rglob("*") if path.suffix.lower() in ENDINGS)
+    return any(not path.name.startswith(".") and not path.is_dir() for path in files)

@@ -1,0 +1,190 @@
+"""Captions, labels and images of preference data from the values that people store them in.
+
+Each function takes the name of what it reads, for its message.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import math
+import re
+from collections.abc import Sequence
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from spo.data.decoding import open_image
+from spo.data.reasons import first_line
+
+MAX_FILE = 1 << 28  # bytes of an image file
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
+_FLAGS = {"true": True, "false": False, "1": True, "0": False, "1.0": True, "0.0": False}
+
+
+def read_caption(name: str, value: Any) -> str:
+    """A caption from text or from UTF-8 bytes.
+
+    Raises:
+        ValueError: it is missing, empty, or no valid text.
+    """
+    if value is None:
+        raise ValueError(f"{name} is missing")
+    if isinstance(value, bytes):
+        try:
+            value = value.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{name} is not UTF-8 text at byte {error.start}") from None
+    if not isinstance(value, str):
+        raise ValueError(f"{name} is {_shown(value)}; must be text")
+    if not value.strip():
+        raise ValueError(f"{name} is empty")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{name} has half of a surrogate pair at character {error.start}") from None
+    return value
+
+
+def read_number(name: str, value: Any) -> float:
+    """A number from a number of any type, or from text that is one.
+
+    Raises:
+        ValueError: it is missing, not a number, or not finite.
+    """
+    if value is None:
+        raise ValueError(f"{name} is missing")
+    text = value.strip() if isinstance(value, str) else ""
+    if isinstance(value, str) and not _NUMBER.fullmatch(text):
+        raise ValueError(f"{name} is {_shown(value)}; must be a number")
+    if not isinstance(value, bool | int | float | Decimal | str):
+        raise ValueError(f"{name} is {_shown(value)}; must be a number")
+    try:
+        number = float(text or value)
+    except (OverflowError, ValueError):
+        number = math.inf
+    if not math.isfinite(number):
+        raise ValueError(f"{name} is {'NaN' if math.isnan(number) else 'infinite'}; must be a finite number")
+    return number
+
+
+def read_labels(values: Sequence[Any], names: Sequence[str] = ("label_0", "label_1")) -> tuple[float, float]:
+    """The labels of a pair: 1 and 0, 0 and 1, or .5 each.
+
+    Raises:
+        ValueError: they are others.
+    """
+    first, second = (read_number(name, value) for name, value in zip(names, values, strict=True))
+    if (first, second) not in ((1, 0), (0, 1), (0.5, 0.5)):
+        raise ValueError(f"labels are {first:g} and {second:g}; must be 1 and 0, 0 and 1, or .5 each")
+    return first, second
+
+
+def read_flag(name: str, value: Any) -> bool:
+    """True or false, also as 1 or 0 and as text.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    flag = _FLAGS.get(str(value).strip().lower())
+    if flag is None:
+        raise ValueError(f"{name} is {_shown(value)}; must be true or false")
+    return flag
+
+
+def read_image(name: str, value: Any, folder: Path | None) -> bytes:
+    """An encoded image from bytes, {bytes, path}, a list of bytes, or base64 text (also a data: URL).
+
+    Args:
+        folder: where a path without bytes is looked for; None: nowhere.
+
+    Raises:
+        ValueError: it is missing, or no image that can be read.
+    """
+    if isinstance(value, dict):
+        data = _of_struct(name, value, folder)
+    elif isinstance(value, np.ndarray):
+        data = _of_numbers(name, value)
+    elif isinstance(value, str):
+        data = _of_text(name, value)
+    else:
+        data = value
+    if data is None:
+        raise ValueError(f"{name} is missing")
+    if not isinstance(data, bytes):
+        raise ValueError(f"{name} is {_shown(value)}; must be an encoded image")
+    try:
+        open_image(data)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+    return data
+
+
+def read_file(folder: Path, name: Any, places: Sequence[str] = (".",)) -> bytes:
+    """The content of the file `name` in one of the `places` inside a folder.
+
+    Raises:
+        ValueError: no such file there, or one that lies outside of the folder.
+    """
+    shown = ascii(name)[:80]
+    if not isinstance(name, str) or not name or not name.isprintable():
+        raise ValueError(f"{shown} is no name of a file")
+    try:
+        for spelled in dict.fromkeys((name, name.replace("\\", "/"))):  # as Windows writes it
+            for place in places:
+                path = (folder / place / spelled).resolve()
+                if not path.is_relative_to(folder.resolve()):
+                    raise ValueError(f"{shown} leads out of the data set")
+                if path.is_file():
+                    if path.stat().st_size > MAX_FILE:
+                        raise ValueError(f"{shown} has more than {MAX_FILE} bytes")
+                    return path.read_bytes()
+    except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle
+        reason = getattr(error, "strerror", None) or "links in a circle"
+        raise ValueError(f"{shown} cannot be read ({reason})") from None
+    raise ValueError(f"{shown}: no such image")
+
+
+def _of_struct(name: str, value: dict[str, Any], folder: Path | None) -> Any:
+    """As Hugging Face's `datasets` stores an image: its bytes, or none and the path of its file."""
+    data, path = value.get("bytes"), value.get("path")
+    if isinstance(data, np.ndarray):
+        return _of_numbers(name, data)
+    if data is not None:
+        return data
+    if path is None:
+        raise ValueError(f"{name} is missing: it has neither bytes nor a path")
+    if folder is None:
+        raise ValueError(f"{name} has a path without bytes; such images are read beside local shards only")
+    try:
+        return read_file(folder, path)
+    except ValueError as error:
+        raise ValueError(f"{name} has no bytes, and path {error}") from None
+
+
+def _of_numbers(name: str, values: np.ndarray) -> bytes:
+    if values.size and (values.dtype.kind not in "iu" or values.min() < 0 or values.max() > 255):
+        raise ValueError(f"{name} is a list whose values are not whole numbers from 0 to 255")
+    return values.astype(np.uint8).tobytes()
+
+
+def _of_text(name: str, text: str) -> bytes:
+    head, comma, content = text.partition(",")
+    if head[:5].lower() == "data:":
+        if not comma or not head.lower().endswith(";base64"):
+            raise ValueError(f"{name} is a data: URL without base64")
+        text = content
+    packed = re.sub(r"\s", "", text).rstrip("=").replace("-", "+").replace("_", "/")
+    try:
+        return base64.b64decode(packed + "=" * (-len(packed) % 4), validate=True)
+    except (binascii.Error, ValueError) as error:
+        shown = ascii(text[:40])
+        raise ValueError(
+            f"{name} is text, but not an image in base64: {shown} ({first_line(error)})"
+        ) from None
+
+
+def _shown(value: Any) -> str:
+    return f"{ascii(value)[:60]} ({type(value).__name__})"
