@@ -46,7 +46,7 @@ def test_the_default_experiment_is_the_scenes_preset() -> None:
 
 
 def test_dvc_reads_it() -> None:
-    """A stage whose list is shorter than the others', or that names a path twice, is an error of DVC alone."""
+    """Lists of unequal length, and a path that a stage names twice, are errors of DVC alone."""
     from dvc.repo import Repo
 
     found = {stage.name for stage in Repo(str(ROOT)).index.stages if stage.cmd is not None}

@@ -41,6 +41,7 @@ FREE_MODULES = {
         "src/spo/launch.py": "starts processes",
         "src/spo/lock.py": "reads dvc.lock for MLflow",
         "src/spo/delivery.py": "brings runs to MLflow",
+        "src/spo/records.py": "brings runs to MLflow",
         "src/spo/provenance.py": "says in MLflow where a run came from",
         "src/spo/skipped.py": "logs stages that DVC skipped",
         "src/spo/spool.py": "keeps runs for MLflow; takes passwords out of addresses",
