@@ -21,11 +21,12 @@ from typing import Any
 os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
 os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "120")  # a busy machine
 
+import serving
 from prefect import flow  # noqa: E402
 from prefect.artifacts import create_table_artifact  # noqa: E402
 from prefect.events import emit_event  # noqa: E402
 
-from spo import config, serving  # noqa: E402
+from spo import config
 
 ROOT = Path(__file__).resolve().parents[1]
 EVENT = "spo.champion.dropped"
@@ -69,12 +70,16 @@ def new_prompts(path: Path) -> list[str]:
     """The prompts of a file of any kind that params.yaml may name, those that are not empty.
 
     Raises:
-        ValueError: no such file, or nothing in it.
+        ValueError: no such file, nothing in it, or a prompt that cannot be encoded.
     """
     from spo.data.prompt_files import read_prompts
-    from spo.data.prompts import clean
+    from spo.data.prompts import clean, flaw
 
-    prompts = [prompt for line in read_prompts(path) if (prompt := clean(line))]
+    lines = read_prompts(path)
+    for row, line in enumerate(lines, start=1):
+        if reason := flaw(line):
+            raise ValueError(f"{path}: prompt {row} has {reason}; it cannot be encoded")
+    prompts = [prompt for line in lines if (prompt := clean(line))]
     if not prompts:
         raise ValueError(f"{path}: no prompt in it")
     return prompts
@@ -84,10 +89,12 @@ def measure(params: config.Params, prompts: list[str], seed: int) -> tuple[list[
     """(rows of the comparison, the champion's folder name, which holds its version)."""
     from pandas import DataFrame
 
-    from spo import backbones, evaluate, registry
+    from spo import backbones
+    from spo.commands import registry
     from spo.data.prompts import check_vocabulary
-    from spo.stages import generate
-    from spo.stages.score import score_images
+    from spo.evaluation import generation, statistics
+    from spo.evaluation.scoring import score_images
+    from spo.training import distributed
 
     if params.prompts.vocabulary is not None:
         check_vocabulary(prompts, Path(params.prompts.vocabulary))
@@ -95,13 +102,13 @@ def measure(params: config.Params, prompts: list[str], seed: int) -> tuple[list[
     seeds = [seed + i for i in range(len(prompts))]
     tables = {}
     for name, variant in (("base", params.generate.base), ("champion", getattr(params.generate, method))):
-        backbone = backbones.load(params.backbone, generate.device())
+        backbone = backbones.load(params.backbone, distributed.device())
         if name == "champion":
             backbone.load_lora(adapter)
-        pictures = list(generate.draw(backbone, params, variant, prompts, seeds))
-        scores = score_images(params, pictures, prompts, generate.device())
+        pictures = list(generation.draw(backbone, params, variant, prompts, seeds))
+        scores = score_images(params, pictures, prompts, distributed.device())
         tables[name] = DataFrame({"index": range(len(prompts)), "prompt": prompts, "seed": seeds, **scores})
-    rows = evaluate.comparisons(tables, ("base",), params.report.bootstrap_samples, params.seed)
+    rows = statistics.comparisons(tables, ("base",), params.report.bootstrap_samples, params.seed)
     return rows, adapter.parents[1].name
 
 

@@ -26,6 +26,8 @@ from typing import Any
 os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
 os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "120")  # a busy machine
 
+import serving
+import subprocesses
 from prefect import flow, get_run_logger, task  # noqa: E402
 from prefect.artifacts import (  # noqa: E402
     create_image_artifact,
@@ -34,9 +36,10 @@ from prefect.artifacts import (  # noqa: E402
 )
 from prefect.cache_policies import NO_CACHE  # noqa: E402
 
-from spo import command, config, serving, tracking  # noqa: E402
-from spo import overrides as changes  # noqa: E402
-from spo.spool import redact  # noqa: E402
+from spo import config
+from spo.config import overrides as changes
+from spo.runtime.messages import redact
+from spo.tracking import runs
 
 ROOT = Path(__file__).resolve().parents[1]
 DVC = [sys.executable, "-m", "dvc"]
@@ -77,7 +80,7 @@ def pipeline(
         with alone(wait_minutes):
             changes.write(overrides or {})
             done: list[dict[str, Any]] = []
-            parent = tracking.open_parent(params.model_dump())
+            parent = runs.open_parent(params.model_dump())
             try:
                 every = stages()
                 for number, stage in enumerate(every, 1):
@@ -91,8 +94,8 @@ def pipeline(
             finally:
                 parent.set_tags({f"dvc.{row['stage']}": row["result"] for row in done})
                 skipped = [row["stage"] for row in done if row["result"] != "ran"]
-                tracking.close_parent(parent, params.model_dump(), status, skipped)
-                tracking.sync(params.tracking)
+                runs.close_parent(parent, params.model_dump(), status, skipped)
+                runs.sync(params.tracking)
             publish(done, params.tracking)
     return done
 
@@ -100,7 +103,7 @@ def pipeline(
 def publish(done: Sequence[Mapping[str, Any]], configured: str | None) -> None:
     """What Prefect's page shows: results and timings, the grid of pictures, where the MLflow runs are."""
     create_markdown_artifact(summary(done, comparisons()), key="spo-results")
-    uri = redact(tracking.tracking_uri(configured))
+    uri = redact(runs.tracking_uri(configured))
     if uri.startswith("http"):
         create_link_artifact(uri, key="spo-mlflow", link_text="the runs in MLflow")
     grid = Path("reports/grid.png")
@@ -128,9 +131,9 @@ def run_stage(stage: str, force: bool = False, parent: str = "") -> dict[str, An
         StageError: with the last lines of what it said.
     """
     line = [*DVC, "repro", "--single-item", *(["--force"] if force else []), stage]
-    variables = {tracking.PARENT_VARIABLE: parent} if parent else {}
+    variables = {runs.PARENT_VARIABLE: parent} if parent else {}
     started = time.monotonic()
-    code, lines = command.execute(line, variables, get_run_logger().info)
+    code, lines = subprocesses.execute(line, variables, get_run_logger().info)
     if code != 0:
         told = [line for line in lines if line.strip() and not line.startswith("tracking:")]
         passing = any(PASSING.search(line) for line in told)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import math
 import os
 import signal
 import sys
@@ -11,8 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from spo import config, interrupt, launch
-from spo.spool import redact
+from spo import config
+from spo.runtime import interrupt, launch
+from spo.runtime.messages import redact
 
 # stage: (what it does, its items)
 STAGES: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -21,8 +23,8 @@ STAGES: dict[str, tuple[str, tuple[str, ...]]] = {
     "pairs": ("check, filter and shard the preference pairs", ()),
     "preference": ("train the step-aware preference model", ("unconditioned", "clean_only")),
     "align": ("fine-tune the base model by one method", config.METHODS),
-    "generate": ("pictures of the base or an aligned model", config.VARIANTS),
-    "score": ("PickScore, HPS and aesthetic of those pictures", config.VARIANTS),
+    "generate": ("images of the base or an aligned model", config.VARIANTS),
+    "score": ("PickScore, HPS and aesthetic score of those images", config.VARIANTS),
     "report": ("statistics, tables and grids on one page", ()),
 }
 
@@ -38,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     arguments = sys.argv[1:] if arguments is None else arguments
     told = parser().parse_args(arguments)
-    if not _first():
+    if not launch.is_main_process():
         os.environ["TQDM_DISABLE"] = "1"
     try:
         if not _launched(told, arguments):
@@ -50,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         return _fail(reason)
     except KeyboardInterrupt as stop:
-        if _first():
+        if launch.is_main_process():
             print(f"spo: {stop or 'stopped'}", file=sys.stderr)
         return 130
     return 0
@@ -69,12 +71,8 @@ def _launched(told: argparse.Namespace, arguments: Sequence[str]) -> bool:
     return True
 
 
-def _first() -> bool:
-    return os.environ.get("RANK", "0") == "0"
-
-
 def _say(result: object) -> None:
-    if _first():
+    if launch.is_main_process():
         print(result)
 
 
@@ -113,9 +111,8 @@ def parser() -> argparse.ArgumentParser:
         stage.set_defaults(run=_stage, stage=name, item=None)
         if name in _ELSEWHERE:
             _ELSEWHERE[name](stage)
-    _sample(commands.add_parser("sample", help="a picture of one prompt by the base or an aligned model"))
+    _sample(commands.add_parser("sample", help="an image of one prompt by the base or an aligned model"))
     _preset(commands.add_parser("preset", help="write a ready-made params.yaml"))
-    _scenes(commands.add_parser("scenes", help="make the models and data of the default experiment"))
     sync = commands.add_parser("sync", help="deliver to MLflow what was logged while its server was away")
     sync.set_defaults(run=_run_sync)
     register = commands.add_parser(
@@ -128,18 +125,29 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
+def _guidance(text: str) -> float:
+    """Check a scale of classifier-free guidance as params.yaml's is checked."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a number of at least 0, not {text!r}")
+    return value
+
+
 def _stage(told: argparse.Namespace) -> None:
     params = config.load(told.params)
     if told.dry_run:
-        from spo.stages import plan
+        from spo.commands import dry_run
 
-        print("\n".join(plan.lines(params, told.stage, told.item)))
+        print("\n".join(dry_run.lines(params, told.stage, told.item)))
         return
     importlib.import_module(f"spo.stages.{told.stage}").run(params, told.item)
 
 
 def _generate_elsewhere(command: argparse.ArgumentParser) -> None:
-    told = command.add_argument_group("instead of a variant: what was made elsewhere")
+    told = command.add_argument_group("instead of a variant: an external model or external images")
     told.add_argument(
         *("--lora", "--unet", "--checkpoint"),
         type=Path,
@@ -147,7 +155,7 @@ def _generate_elsewhere(command: argparse.ArgumentParser) -> None:
         help="a LoRA or UNet (file or folder) on the base, or a whole model (diffusers folder, .safetensors)",
     )
     told.add_argument("--prompts", type=Path, metavar="FILE", help="default: the experiment's own")
-    told.add_argument("--guidance", type=float, help="default: that of generate.base")
+    told.add_argument("--guidance", type=_guidance, help="default: that of generate.base")
     told.add_argument("--output", type=Path, metavar="FOLDER", help="default: outputs/judged/NAME")
     command.set_defaults(run=_run_generate)
 
@@ -155,13 +163,13 @@ def _generate_elsewhere(command: argparse.ArgumentParser) -> None:
 def _run_generate(told: argparse.Namespace) -> None:
     if not _elsewhere(told, "lora", ("prompts", "guidance", "output")):
         return _stage(told)
-    from spo.stages import judge
+    from spo.commands import external
 
-    _say(judge.generate(config.load(told.params), told.lora, told.prompts, told.guidance, told.output))
+    _say(external.generate(config.load(told.params), told.lora, told.prompts, told.guidance, told.output))
 
 
 def _score_elsewhere(command: argparse.ArgumentParser) -> None:
-    told = command.add_argument_group("instead of a variant: what was made elsewhere")
+    told = command.add_argument_group("instead of a variant: an external model or external images")
     told.add_argument("--images", type=Path, metavar="FOLDER", help="picture files, or what generate wrote")
     told.add_argument("--prompts", type=Path, metavar="FILE", help="one for each, in the order of file names")
     told.add_argument(
@@ -174,9 +182,9 @@ def _score_elsewhere(command: argparse.ArgumentParser) -> None:
 def _run_score(told: argparse.Namespace) -> None:
     if not _elsewhere(told, "images", ("prompts", "baseline", "output")):
         return _stage(told)
-    from spo.stages import judge
+    from spo.commands import external
 
-    _say(judge.score(config.load(told.params), told.images, told.prompts, told.baseline, told.output))
+    _say(external.score(config.load(told.params), told.images, told.prompts, told.baseline, told.output))
 
 
 def _elsewhere(told: argparse.Namespace, option: str, others: tuple[str, ...]) -> bool:
@@ -200,7 +208,7 @@ def _sample(command: argparse.ArgumentParser) -> None:
     command.add_argument("--method", default="spo", choices=config.VARIANTS)
     command.add_argument("--model", metavar="ALIAS", help="from MLflow's registry: champion, or a version")
     command.add_argument("--seed", type=int, default=0)
-    command.add_argument("--guidance", type=float, help="default: the variant's own")
+    command.add_argument("--guidance", type=_guidance, help="default: the variant's own")
     command.add_argument("--output", type=Path, default=Path("sample.png"), metavar="FILE")
     command.add_argument("-n", type=int, default=1, help="pictures, side by side (default 1)")
     command.add_argument("--params", type=Path, default=Path("params.yaml"), metavar="FILE")
@@ -208,14 +216,14 @@ def _sample(command: argparse.ArgumentParser) -> None:
 
 
 def _run_sample(told: argparse.Namespace) -> None:
-    from spo.stages import sample
+    from spo.commands import sample
 
     params = config.load(told.params)
     if told.n < 1:
         raise ValueError(f"-n {told.n}: must be at least 1")
     method, adapter = told.method, None
     if told.model is not None:
-        from spo import registry
+        from spo.commands import registry
 
         adapter, method = registry.fetch(params, told.model)
     path = sample.run(params, told.prompt, method, told.seed, told.guidance, told.output, told.n, adapter)
@@ -237,32 +245,16 @@ def _run_preset(told: argparse.Namespace) -> None:
     print(f"{told.output}: {told.name}")
 
 
-def _scenes(command: argparse.ArgumentParser) -> None:
-    build = command.add_subparsers(required=True, metavar="command").add_parser(
-        "build", help="about an hour on 2 cores; goes on where it was stopped"
-    )
-    build.add_argument("--output", type=Path, default=Path("data"), metavar="FOLDER")
-    build.add_argument("--work", type=Path, default=Path(".spo/scenes"), metavar="FOLDER")
-    build.add_argument("--until", help="stop after this step")
-    build.add_argument("--seed", type=int, default=0)
-    build.set_defaults(run=_run_scenes)
-
-
-def _run_scenes(told: argparse.Namespace) -> None:
-    from spo.scenes import build
-
-    build.run(told.output, told.work, told.until, told.seed)
-
-
 def _run_sync(told: argparse.Namespace) -> None:
-    from spo import repro, tracking
+    from spo.commands import repro
+    from spo.tracking import runs
 
     uri = None
     if Path("params.yaml").exists():
         params = config.load()
         uri = params.tracking
         repro.record_if_new(params)
-    delivered, left = tracking.sync(uri)
+    delivered, left = runs.sync(uri)
     print(f"{delivered} records delivered, {left} left")
     if left:
         raise ValueError(
@@ -271,7 +263,7 @@ def _run_sync(told: argparse.Namespace) -> None:
 
 
 def _run_register(told: argparse.Namespace) -> None:
-    from spo import registry
+    from spo.commands import registry
 
     verdict = registry.register(config.load())
     print(f"{verdict.name} version {verdict.version}: {verdict.alias}")
@@ -280,6 +272,6 @@ def _run_register(told: argparse.Namespace) -> None:
 
 
 def _run_repro(told: argparse.Namespace) -> None:
-    from spo import repro
+    from spo.commands import repro
 
     sys.exit(repro.run(config.load(), told.arguments))

@@ -117,6 +117,27 @@ class Backbone(Protocol):
         ...
 
 
+class LatentPairs(Protocol):
+    """N judged pairs of encoded images, read a few at a time."""
+
+    @property
+    def captions(self) -> Sequence[str]: ...
+
+    @property
+    def label_0(self) -> Tensor:
+        """[N], of the first image: 1 preferred, 0 not, .5 tie."""
+        ...
+
+    @property
+    def weight(self) -> Tensor:
+        """[N]"""
+        ...
+
+    def read(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """The scaled latents of both images [P,C,h,w] of the pairs at int64 [P]."""
+        ...
+
+
 class Judge(Protocol):
     """A preference model that is told the timestep. Text is encoded once a prompt."""
 

@@ -18,7 +18,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from spo import backbones, config
 from spo.preference.model import StepAwarePreferenceModel
 from spo.scenes import world
-from spo.scenes.build import clips, tokenizer
+from tools.scenes import clips, tokenizer
 
 WIDTH, SECOND_WIDTH = 32, 48  # of the text encoders
 SIDE = 16  # of a picture

@@ -9,8 +9,9 @@ import pytest
 import yaml
 
 from spo import config
-from spo.checkpoint import CheckpointStore
-from spo.stages import generate, score
+from spo.evaluation import generation, scoring
+from spo.stages import generate
+from spo.training.checkpoint import CheckpointStore
 
 PROMPTS = ["a circle", "a blue star on sand", "a large red square", "a small star", "a green circle"]
 
@@ -23,7 +24,7 @@ def settings(batch_size: int) -> config.Params:
 
 def draw(backbone, batch_size: int, kept: CheckpointStore | None = None):
     params = settings(batch_size)
-    return generate.draw(backbone, params, params.generate.base, PROMPTS, list(range(5)), kept)
+    return generation.draw(backbone, params, params.generate.base, PROMPTS, list(range(5)), kept)
 
 
 @pytest.mark.parametrize("family", ["sd", "sdxl"])
@@ -62,11 +63,11 @@ def test_scoring_goes_on_after_the_last_scorer(tmp_path: Path, monkeypatch) -> N
         raise KeyboardInterrupt
 
     store = CheckpointStore(tmp_path, keep=None)
-    monkeypatch.setattr(score, "_scorers", lambda params, device: [scorer("a"), broken])
+    monkeypatch.setattr(scoring, "_scorers", lambda params, device: [scorer("a"), broken])
     with pytest.raises(KeyboardInterrupt):
-        score.score_images(settings(1), [None] * 2, PROMPTS[:2], "cpu", store)
-    monkeypatch.setattr(score, "_scorers", lambda params, device: [scorer("a"), scorer("b")])
-    told = score.score_images(settings(1), [None] * 2, PROMPTS[:2], "cpu", store)
+        scoring.score_images(settings(1), [None] * 2, PROMPTS[:2], "cpu", store)
+    monkeypatch.setattr(scoring, "_scorers", lambda params, device: [scorer("a"), scorer("b")])
+    told = scoring.score_images(settings(1), [None] * 2, PROMPTS[:2], "cpu", store)
     assert told == {"a": [0.1, 1 / 3], "b": [0.1, 1 / 3]} and list(told) == ["a", "b"]
     assert asked == ["a", "b"]
 

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from spo import cli, config
 from spo.rewards.pickscore import PickScore
 from spo.scenes import world
-from spo.scenes.build import clips
+from tools.scenes import clips
 
 VARIANTS = ("base", "spo", "diffusion_dpo")
 # (updates, pairs) of two iterations. Diffusion-DPO: an update of 2 pairs each. SPO: at threshold 0 every

@@ -13,11 +13,12 @@ import torch
 import yaml
 from diffusers import DDIMScheduler
 
-from spo import config, registry
-from spo.delivery import load_mlflow
+from spo import config
+from spo.commands import registry
 from spo.diffusion.noise import SampleNoise
 from spo.diffusion.rollout import sample_latents
 from spo.diffusion.schedule import Schedule
+from spo.tracking.delivery import load_mlflow
 
 SAVE = """
 import sys

@@ -10,16 +10,17 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from spo import cli, config, train
+from spo import cli, config
 from spo.backbones.finite import check_finite_weights
 from spo.data.latents import encode
 from spo.diffusion.schedule import Schedule
 from spo.methods.diffusion_dpo import DiffusionDpoMethod
 from spo.methods.spo import SpoMethod
-from spo.preference import train as spm
-from spo.preference import warmup
-from spo.preference.judge import ClipJudge
+from spo.preference import pretraining
+from spo.preference import trainer as spm
 from spo.preference.noising import clean_pair
+from spo.preference.reward_model import ClipJudge
+from spo.training import loop
 from spo.types import PreferencePair
 
 PROMPTS = ["a circle", "a blue star on sand"]
@@ -139,7 +140,7 @@ def test_overflow_in_half_precision_says_so(checkpoints, tmp_path, experiment, c
 
 
 def test_validation_images_are_refused(checkpoints, tmp_path, load) -> None:
-    from spo.stages import validation
+    from spo.evaluation import validation
 
     backbone = load("sd", checkpoint=str(poisoned(checkpoints, tmp_path, *DECODER, NAN)))
     params = config.validate(yaml.safe_load(config.preset("smoke")))
@@ -194,7 +195,7 @@ def test_training_stops_where_the_reference_is_not_finite(load, pairs, value) ->
     method = DiffusionDpoMethod(settings, Schedule.from_config(backbone.scheduler_config, 4), pairs, seed=0)
     before = [p.detach().clone() for p in backbone.trainable_parameters()]
     with pytest.raises(FloatingPointError, match=r"update 1: .* reference UNet output at t=\d+, prompt 'a "):
-        train.run(
+        loop.run(
             backbone, method, settings.optimizer, seed=0, checkpoints=None, checkpoint_every=1,
             on_metrics=lambda metrics, step: None,
         )  # fmt: skip
@@ -218,7 +219,7 @@ def test_preference_training_and_its_evaluation_stop(load, model, words, pairs) 
         spm.train(model, words, backbone, schedule, pairs, settings, seed=0)
     degradations = config.Degradations(optimizer=optimizer, steps=1, batch_size=4)
     with pytest.raises(ValueError, match="VAE decoder output, prompt 'a "):
-        warmup.warm_up(model, words, backbone, pairs, degradations, seed=0)
+        pretraining.warm_up(model, words, backbone, pairs, degradations, seed=0)
     backbone.vae.decoder.conv_out.bias.data[0] = 0
     model.model.visual_projection.weight.data[0] = NAN
     with pytest.raises(ValueError, match="a score is not finite, timestep 0, prompt 'a circle'"):
@@ -250,12 +251,12 @@ def test_weights_that_are_not_finite_are_named(load) -> None:
 def test_a_process_that_meets_it_ends_all_with_one_line(
     checkpoints, tmp_path, experiment, words, capfd
 ) -> None:
-    """Only the second of two processes draws the poisoned word."""
+    """Both processes refuse the weights, and the launcher says it once."""
     experiment(poisoned_word(checkpoints, tmp_path, words))
     params = yaml.safe_load(Path("params.yaml").read_text()) | {"processes": 2}
     Path("params.yaml").write_text(yaml.safe_dump(params))
     assert cli.main(["generate", "base"]) == 2
     error = capfd.readouterr().err
     told = [line for line in error.splitlines() if line.startswith("spo: ")]
-    assert len(told) == 1 and "prompt 'a blue star on sand'" in told[0]
+    assert len(told) == 1 and "text_encoder: weight" in told[0] and "NaN or infinite" in told[0]
     assert "Traceback" not in error and not Path("outputs/images/base/images.zip").exists()

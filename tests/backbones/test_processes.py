@@ -10,14 +10,15 @@ import pytest
 import torch
 from group import check_alike, run_in
 
-from spo import config, processes, train
-from spo.checkpoint import CheckpointStore
+from spo import config
 from spo.diffusion.noise import SampleNoise
 from spo.diffusion.schedule import Schedule
 from spo.methods.diffusion_dpo import DiffusionDpoMethod
 from spo.methods.spo import SpoMethod
-from spo.preference.judge import ClipJudge
+from spo.preference.reward_model import ClipJudge
 from spo.rewards import clip
+from spo.training import distributed, loop
+from spo.training.checkpoint import CheckpointStore
 from spo.types import Batch, StepPair
 
 PROMPTS = ["a circle", "a blue star on sand", "a large red square", "a small star"]
@@ -57,7 +58,7 @@ class Replayed(SpoMethod):
                 self.recorded.append(list(super()._rollout(backbone, noise, told)))
 
     def _rollout(self, backbone, noise, told):
-        mine = processes.share(torch.arange(3))
+        mine = distributed.shard(torch.arange(3))
         for j in self.recorded.pop(0):
             parts = (j.pair.x_t, j.pair.timesteps, j.pair.x_win, j.pair.x_lose)
             lose = None if j.pair.x_t_lose is None else j.pair.x_t_lose[mine]
@@ -78,7 +79,7 @@ def fit(backbone, method) -> dict:
     """Metrics of all iterations, the last gradients and the weights."""
     seen = []
     told = {"seed": 0, "checkpoints": None, "checkpoint_every": 9}
-    summary = train.run(
+    summary = loop.run(
         backbone, method, method.config.optimizer, on_metrics=lambda m, s: seen.append(m), **told
     )
     parameters = backbone.trainable_parameters()
@@ -129,7 +130,7 @@ class Uneven:
     guidance, iterations = 1.0, 2
 
     def collect(self, backbone, iteration):
-        rank = processes.state().process_index
+        rank = distributed.state().process_index
         x_t = torch.ones(2, *backbone.latent_shape)
         told, times = backbone.encode_prompts(["a circle"] * 2), torch.full((2,), 500)
         weight = torch.full((2,), float(rank))
@@ -168,12 +169,12 @@ def test_both_stop_where_one_is_told_to_and_go_on_from_there(load, model, words,
 
         def note(metrics, step) -> None:
             seen.append(step)
-            if stop and step == 2 and not processes.is_first():
+            if stop and step == 2 and not distributed.is_main_process():
                 os.kill(os.getpid(), signal.SIGTERM)
 
         told = {"seed": 0, "checkpoints": CheckpointStore(tmp_path), "checkpoint_every": 9}
         try:
-            train.run(backbone, method, method.config.optimizer, on_metrics=note, **told)
+            loop.run(backbone, method, method.config.optimizer, on_metrics=note, **told)
         except KeyboardInterrupt as stopped:
             return {"steps": seen, "message": str(stopped)}
         return {"steps": seen}
@@ -185,16 +186,16 @@ def test_both_stop_where_one_is_told_to_and_go_on_from_there(load, model, words,
 
 def test_items_in_turn_and_rows_gathered() -> None:
     def body() -> dict:
-        rank = processes.state().process_index
-        rows = processes.gather(torch.arange(3.0).view(3, 1)[: rank + 1])
-        flags = processes.gather(torch.tensor([True, False])[rank:])
+        rank = distributed.state().process_index
+        rows = distributed.gather(torch.arange(3.0).view(3, 1)[: rank + 1])
+        flags = distributed.gather(torch.tensor([True, False])[rank:])
         mine: list[int] = []
 
         def square(i: int) -> int:
             mine.append(i)
             return i * i
 
-        squares = list(processes.in_turn(square, range(5)))
+        squares = list(distributed.map_round_robin(square, range(5)))
         return {"rows": rows.tolist(), "flags": flags.tolist(), "squares": squares, "mine": mine}
 
     first, second = run_in(2, body)

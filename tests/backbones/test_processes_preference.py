@@ -6,8 +6,8 @@ from group import check_alike, run_in
 
 from spo import config
 from spo.diffusion.schedule import Schedule
-from spo.preference import train as spm
-from spo.preference.warmup import warm_up
+from spo.preference import trainer as spm
+from spo.preference.pretraining import warm_up
 
 OPTIMIZER = {"learning_rate": 1e-3}
 

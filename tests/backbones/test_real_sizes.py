@@ -8,7 +8,7 @@ import torch
 
 from spo import backbones, config
 from spo.preference.model import StepAwarePreferenceModel
-from spo.scenes.build import clips, tokenizer
+from tools.scenes import clips, tokenizer
 
 
 @pytest.mark.gpu

@@ -7,8 +7,8 @@ import yaml
 
 from spo import backbones, config
 from spo.backbones import sizes
+from spo.commands.dry_run import lines
 from spo.stages import prompts
-from spo.stages.plan import lines
 
 
 @pytest.fixture(scope="module", params=["sd", "sdxl"])

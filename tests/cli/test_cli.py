@@ -63,12 +63,21 @@ def test_missing_inputs_are_one_line(capsys, tmp_path, monkeypatch) -> None:
         assert status == 2 and "make repro" in error and error.count("\n") == 1, arguments
 
 
-def test_an_unknown_build_step_is_named(capsys, tmp_path) -> None:
-    told = ["--output", str(tmp_path / "d"), "--work", str(tmp_path / "w"), "--until", "bass"]
-    status, _, error = run(capsys, "scenes", "build", *told)
-    assert status == 2 and "'bass'" in error and "base" in error
+def test_an_unknown_build_step_is_named(tmp_path) -> None:
+    from tools import scenes
+
+    with pytest.raises(ValueError, match="'bass'.*base"):
+        scenes.run(tmp_path / "d", tmp_path / "w", "bass")
 
 
 def test_a_folder_that_is_not_there_is_one_line(capsys, tmp_path) -> None:
     status, _, error = run(capsys, "preset", "smoke", "--output", str(tmp_path / "nowhere/params.yaml"))
     assert status == 2 and "nowhere/params.yaml" in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("value", ["-1", "nan", "inf", "strong"])
+@pytest.mark.parametrize("command", [("sample", "a star"), ("generate", "--lora", "x")])
+def test_guidance_that_is_no_number_of_at_least_0_is_refused(capsys, command, value: str) -> None:
+    with pytest.raises(SystemExit) as end:
+        cli.main([*command, f"--guidance={value}"])
+    assert end.value.code == 2 and "must be a number of at least 0" in capsys.readouterr().err

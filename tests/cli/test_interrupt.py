@@ -6,11 +6,12 @@ import sys
 
 import pytest
 
-from spo import interrupt
+from spo.runtime import interrupt
 
 PROGRAM = """
 import sys, time
-from spo import cli, interrupt
+from spo import cli
+from spo.runtime import interrupt
 sys.argv = ["spo", "pairs"]
 interrupt.PATIENCE = {patience}
 class Slow:

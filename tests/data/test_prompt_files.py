@@ -5,6 +5,8 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from spo.data import prompt_files as prompts
 
@@ -87,6 +89,34 @@ def test_quotes_that_may_be_either_are_refused(tmp_path) -> None:
     refused(written(tmp_path / "p.tsv", 'prompt\n"a cat\na dog\na bird"\n'), "line 4", "several")
 
 
+TEXTS = st.lists(st.text(alphabet='ab", \t\n', min_size=1).filter(str.strip), min_size=1, max_size=4)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(TEXTS, st.sampled_from(["p.csv", "p.tsv"]), st.sampled_from([csv.QUOTE_MINIMAL, csv.QUOTE_ALL]))
+def test_what_pandas_writes_is_read_or_refused(tmp_path, texts, name: str, quoting) -> None:
+    gap = "," if name == "p.csv" else "\t"
+    pd.DataFrame({"prompt": texts, "id": 1}).to_csv(tmp_path / name, sep=gap, index=False, quoting=quoting)
+    try:
+        assert prompts.read_prompts(tmp_path / name) == texts
+    except ValueError as error:
+        assert name == "p.tsv" and quoting == csv.QUOTE_MINIMAL and "may" in str(error)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.text(alphabet='ab" ', min_size=1).filter(str.strip), min_size=1, max_size=4))
+def test_a_list_without_quoting_is_read_or_refused(tmp_path, texts) -> None:
+    """But for prompts that look just as a writer of quoted tables would write them."""
+    written(tmp_path / "p.tsv", "prompt\tid\n" + "".join(f"{text}\t1\n" for text in texts))
+    try:
+        read = prompts.read_prompts(tmp_path / "p.tsv")
+    except ValueError as error:
+        assert "may" in str(error)
+    else:
+        unquoted = [t[1:-1].replace('""', '"') if t[0] == '"' and '""' in t[1:-1] else t for t in texts]
+        assert read in (texts, unquoted)
+
+
 @pytest.mark.parametrize("name", ["p.csv", "p.tsv"])
 def test_a_row_of_another_length_is_refused_with_its_line(tmp_path, name: str) -> None:
     gap = "," if name == "p.csv" else "\t"
@@ -134,6 +164,16 @@ def test_lines_end_as_on_any_system(tmp_path) -> None:
         ("p.json", b"[null]", ("item 0", "null")),
         ("p.json", b'{"0": {"prompt": "a"}}', ("must be a list",)),
         ("p.jsonl", b'{"caption": "a"}\n7\n', ("line 2", "int")),
+        ("p.json", b'[{"caption": "a", "caption": "b"}]', ("'caption' twice",)),
+        ("p.jsonl", b'{"caption": "a", "caption": "b"}', ("line 1", "'caption' twice")),
+        ("p.csv", b'id, prompt\n1, "a cat"\n', ("line 2", "remove the space")),
+        (
+            "p.tsv",
+            b'prompt\tid\nb\t1\n"a, b"\t2\n',
+            ("line 3", ".jsonl"),
+        ),  # of a spreadsheet, or all the prompt
+        ("p.tsv", b'prompt\tid\n"STOP"\t1\n', ("line 2", ".jsonl")),
+        ("p.tsv", b'prompt\tid\n"Go" on a sign\t1\nb\n', ("line 3 has 1 fields",)),
         ("p.txt.gz", b"", ("not .gz",)),
     ],
 )

@@ -10,6 +10,35 @@ def test_cleaning() -> None:
     assert prompts.clean("a family \U0001f468\u200d\U0001f469") == "a family \U0001f468\u200d\U0001f469"
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "\U0001f468\u200d\U0001f469\u200d\U0001f466",  # a family, by joiners
+        "\u2764\ufe0f",
+        "\u845b\U000e0100",  # a variant of a Han character
+        "\U0001f3f4\U000e0067\U000e0062\U000e0065\U000e006e\U000e0067\U000e007f",  # a flag, by tags
+        "\u0646\u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645",  # Persian, with a non-joiner
+        "\U0001fae8",
+    ],
+)
+def test_cleaning_keeps_what_emoji_and_scripts_are_made_of(text: str) -> None:
+    assert prompts.clean(text) == text
+
+
+def test_cleaning_composes_over_what_it_takes_out() -> None:
+    assert prompts.clean("e\u200b\u0301") == "\u00e9"
+
+
+def test_words_in_lower_case_are_their_own_key() -> None:
+    words = "a small blue triangle at the right on sand"
+    assert prompts.key(words) == words == prompts.same(words)
+
+
+def test_duplicates_are_the_same_but_for_case_space_and_composition() -> None:
+    kept = prompts.select(["Caf\u00e9  au lait", "CAFE\u0301 au lait"], len, 100)
+    assert kept.prompts == ["Caf\u00e9 au lait"] and kept.left_out == {"duplicate": 1}
+
+
 def test_near_duplicates_share_a_key() -> None:
     assert prompts.key("A  Red-Circle, CAFÉ!") == prompts.key("a red circle café") == "a red circle café"
     assert prompts.key("a red circle") != prompts.key("a red circles")
@@ -18,6 +47,9 @@ def test_near_duplicates_share_a_key() -> None:
     assert prompts.key("?!") == "?!"  # nothing but punctuation is still something
 
 
+ENGLAND, SCOTLAND = (
+    "\U0001f3f4" + "".join(chr(0xE0000 + ord(c)) for c in name) + "\U000e007f" for name in ("gbeng", "gbsct")
+)
 DIFFERENT = [
     ("C", "C++", "C#"),
     ("5 degrees", "-5 degrees", "\u22125.5 degrees"),
@@ -31,6 +63,15 @@ DIFFERENT = [
     ("\u0643\u064e\u062a\u064e\u0628", "\u0643\u062a\u0628"),  # Arabic: vowel marks
     ("\U0001f600", "\U0001f622", "\U0001f468\u200d\U0001f469", "\U0001f468\U0001f469"),
     ("a $ sign", "a \u20ac sign", "a sign"),
+    ("CO2", "CO\u2082"),
+    ("x2", "x\u00b2", "x \u00bd"),
+    (".5 mm", "5 mm", "-.5 mm", "\u20135 mm"),  # en dash as a minus
+    ("a face :)", "a face :(", "a face"),
+    ("5\u2032", "5\u2033", "5\u2030", "\u00a75", "5"),
+    ("\u2764", "\u2764\ufe0f"),
+    (ENGLAND, SCOTLAND, "\U0001f3f4"),
+    ("\U0001fae8", "\U0001fabf"),  # younger than the table of Python 3.11
+    ("\uace0\uc591\uc774", "\uace0\uc591\uc774\uac00"),  # Korean: with a particle
 ]
 
 
@@ -72,6 +113,15 @@ def test_the_block_list_matches_whole_words_and_scripts_without_spaces(tmp_path)
     ):
         assert prompts.key(text) in blocked, text
     for text in ("a crude word", "rude words", "c style", "\u72ac"):
+        assert prompts.key(text) not in blocked, text
+
+
+def test_signs_at_a_name_or_a_number_belong_to_it(tmp_path) -> None:
+    (tmp_path / "b.txt").write_text("C\n5\ngore\n")
+    blocked = prompts.BlockList.load(tmp_path / "b.txt")
+    for text in ("C", "a C, book", "5 dogs", "3-5 dogs", "gore++", "gore-like", "gore\u732b", "(gore)"):
+        assert prompts.key(text) in blocked, text
+    for text in ("C++", "C#", "-5 degrees", "allegore", "gores"):
         assert prompts.key(text) not in blocked, text
 
 

@@ -14,7 +14,7 @@ from PIL import Image
 
 from spo import config
 from spo.data import hpd, pairs, sources
-from spo.data.inputs import manifest
+from spo.data.manifest import manifest
 from spo.stages import pairs as pairs_stage
 from spo.stages import prompts as prompts_stage
 

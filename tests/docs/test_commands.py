@@ -1,5 +1,5 @@
-"""Every command that README.md and docs/ name works on the real dvc.yaml and params.yaml, or is
-listed with why no test runs it."""
+"""Every command that README.md and docs/ name works on the real dvc.yaml and params.yaml, or is listed with
+why no test runs it."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import argparse
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import documents
@@ -27,7 +28,9 @@ NOT_RUN = {
     "cat > auth.ini": "the configuration of a server with passwords",
     "dvc remote modify --local team endpointurl": "needs an S3 store: tests/tracking/test_team.py",
     "export": "sets the environment of what follows",
+    "mlflow experiments restore": "needs an experiment that was deleted: tests/tracking",
     "mlflow gc": "needs a server",
+    "mlflow runs restore": "needs a run that was deleted: tests/tracking",
     "mlflow server": "a server: tests/tracking/test_postgres.py",
     "pip install": "needs a network",
     "prefect": "a server, or needs one: tests/flows/test_schedules.py",
@@ -35,7 +38,7 @@ NOT_RUN = {
     "python -c": "needs an MLflow server with passwords",
 }
 # blocks that hold no commands, by their first words
-NO_SHELL = ("flows/ ", "sd on NAME", "location / ")
+NO_SHELL = ("@article", "backbone:", "flowchart", "flows/ ", "sd on NAME", "location / ")
 EXPERIMENT = [
     "dvc exp run -S align.spo.beta=20",
     "dvc exp show",
@@ -130,8 +133,9 @@ def test_pytest_has_its_files_and_markers(command: documents.Command) -> None:
 @pytest.mark.smoke  # Prefect takes seconds to import
 @pytest.mark.parametrize("command", of("python"), ids=str)
 def test_scripts_have_their_options(command: documents.Command) -> None:
-    script, *words = command.words[1:]
-    done = subprocess.run([sys.executable, script, "--help"], cwd=ROOT, capture_output=True, text=True)
+    place = 3 if command.words[1] == "-m" else 2
+    script, words = command.words[1:place], command.words[place:]
+    done = subprocess.run([sys.executable, *script, "--help"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     for option in (word for word in words if word.startswith("-")):
         assert option in done.stdout
@@ -221,8 +225,18 @@ def test_a_team_s_day(first: experiments.Experiment, tmp_path: Path) -> None:
     first(collect, "y\n")
     assert first.stages(repro) == [], "what experiments and branches need stays"
     first(try_out_cloud, "y\n")
+    wait_for_workers(first)
     first(queue)
     assert "Removed" in first(forget)
+
+
+def wait_for_workers(experiment: experiments.Experiment) -> None:
+    """The workers of `--run-all` live on for a while and would take what is queued next."""
+    experiment("dvc queue stop --kill")
+    end = time.monotonic() + 120
+    while "0 active, 0 idle" not in (status := experiment("dvc queue status")):
+        assert time.monotonic() < end, status
+        time.sleep(1)
 
 
 def experiment_rows(experiment: experiments.Experiment) -> list[dict[str, str]]:

@@ -7,9 +7,8 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import serving
 import yaml
-
-from spo import serving
 
 FLOWS = Path(__file__).parents[2] / "flows"
 
@@ -68,6 +67,12 @@ def test_an_empty_file_of_prompts_is_refused(monitor: ModuleType, tmp_path: Path
         monitor.new_prompts(tmp_path / "p.txt")
     (tmp_path / "p.txt").write_text("one\n\n two \n")
     assert monitor.new_prompts(tmp_path / "p.txt") == ["one", "two"]
+
+
+def test_a_prompt_that_cannot_be_encoded_is_refused_with_its_row(monitor: ModuleType, tmp_path: Path) -> None:
+    (tmp_path / "p.json").write_text(r'["a cat", "half \ud83d"]')
+    with pytest.raises(ValueError, match="p.json: prompt 2 has half of a surrogate pair"):
+        monitor.new_prompts(tmp_path / "p.json")
 
 
 def test_deployments_name_flows_that_exist_with_their_parameters(

@@ -14,12 +14,12 @@ from typing import Any
 
 import psutil
 import pytest
+import subprocesses
 import yaml
 from prefect.logging import disable_run_logger
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
-from spo import command, overrides
-from spo.config import ConfigError
+from spo.config import ConfigError, overrides
 
 
 def test_overrides_are_checked_before_anything_is_written(pipeline: ModuleType, project: Path) -> None:
@@ -142,7 +142,7 @@ def test_cancelling_ends_the_whole_group(
     pipeline: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A stage's child that ignores SIGTERM is gone too."""
-    monkeypatch.setattr(command, "GRACE", 0.5)
+    monkeypatch.setattr(subprocesses, "GRACE", 0.5)
     pids: list[int] = []
     script = "trap '' TERM; sleep 300 & echo $$ $!; wait; wait"
     previous = signal.signal(signal.SIGUSR1, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
@@ -154,7 +154,7 @@ def test_cancelling_ends_the_whole_group(
     started = time.monotonic()
     try:
         with pytest.raises(KeyboardInterrupt):
-            command.execute(["sh", "-c", script], {}, log)
+            subprocesses.execute(["sh", "-c", script], {}, log)
     finally:
         signal.signal(signal.SIGUSR1, previous)
     assert len(pids) == 2 and time.monotonic() - started < 60
@@ -200,8 +200,9 @@ def test_the_flow_by_a_prefect_server(
     (project / "second.sh").write_text(
         "[ -e tried ] || { touch tried; echo ConnectionError; exit 1; }\n"
         f"{sys.executable} - <<'END'\n"
-        "from spo import config, tracking\n"
-        "with tracking.stage_run('second', config.load().model_dump()) as run:\n"
+        "from spo import config\n"
+        "from spo.tracking import runs\n"
+        "with runs.stage_run('second', config.load().model_dump()) as run:\n"
         "    run.log_metrics({'seconds': 1})\n"
         "END\n"
         "cp one.txt two.txt\n"

@@ -75,11 +75,12 @@ def _fork(rank: int, n: int, port: int, result: Path, function: Callable[[], Any
             told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": n, "LOCAL_WORLD_SIZE": n}
             os.environ |= {k: str(v) for k, v in told.items()} | {"OMP_NUM_THREADS": "1"}
             os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        from spo import processes
+        from spo.training import distributed
 
-        assert processes.count() == n
+        assert distributed.count() == n
         torch.save(function(), result)
-        processes.state().wait_for_everyone()  # the first holds the store through which the others still join
+        # the first process holds the store through which the others still join
+        distributed.state().wait_for_everyone()
         os._exit(0)
     except BaseException:
         traceback.print_exc()

@@ -23,15 +23,16 @@ from transformers import (
     CLIPVisionConfig,
 )
 
-from spo import config, train
+from spo import config
 from spo.backbones.stable_diffusion import StableDiffusion, _text
-from spo.data.latents import LatentPairs
+from spo.data.latents import EncodedPairs
 from spo.diffusion.schedule import Schedule
 from spo.methods.diffusion_dpo import DiffusionDpoMethod
 from spo.methods.spo import SpoMethod
-from spo.preference import train as spm
-from spo.preference.judge import ClipJudge
+from spo.preference import trainer as spm
 from spo.preference.model import StepAwarePreferenceModel
+from spo.preference.reward_model import ClipJudge
+from spo.training import loop
 
 PROMPTS = ["a large red circle above a small blue star on sand", "a small green ring on slate"]
 DDIM = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False}
@@ -153,7 +154,7 @@ def measure(
     schedule = Schedule.from_config(model.scheduler_config, 20).to(model.device)
     drawn = np.random.default_rng(0).normal(size=(2 * n, 2, *model.latent_shape)).astype(np.float16)
     labels = torch.tensor([1.0, 0.0] * n)
-    pairs = LatentPairs(drawn, (PROMPTS * n)[: 2 * n], labels, torch.ones(2 * n))
+    pairs = EncodedPairs(drawn, (PROMPTS * n)[: 2 * n], labels, torch.ones(2 * n))
     judge.to(model.device)
     told: dict[str, dict[str, float]] = {}
 
@@ -181,7 +182,7 @@ def measure(
 
 def _run(model: StableDiffusion, method: Any, optimizer: config.Optimizer) -> dict[str, Any]:
     losses: list[float] = []
-    told = train.run(
+    told = loop.run(
         model,
         method,
         optimizer,

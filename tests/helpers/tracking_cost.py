@@ -11,7 +11,7 @@ from functools import wraps
 from typing import Any
 from unittest.mock import patch
 
-from spo import delivery, tracking
+from spo.tracking import delivery, runs
 
 
 @dataclass
@@ -31,8 +31,8 @@ def measured() -> Iterator[Cost]:
     """Counts while it is open."""
     cost = Cost()
     calls = [
-        *((tracking.Run, n) for n in ("log_metrics", "log_params", "log_artifact", "set_tags", "end")),
-        *((tracking, n) for n in ("_parent", "_record_before", "_start")),
+        *((runs.Run, n) for n in ("log_metrics", "log_params", "log_artifact", "set_tags", "end")),
+        *((runs, n) for n in ("_parent", "_record_before", "_start")),
         *((delivery.Delivery, n) for n in ("__init__", "finish")),
     ]
     with ExitStack() as stack:

@@ -15,7 +15,7 @@ import pytest
 from nbclient import NotebookClient
 from PIL import Image
 
-from spo import evaluate
+from spo.evaluation import statistics
 
 FOLDER = Path(__file__).parents[2] / "notebooks"
 N = 8
@@ -43,7 +43,7 @@ def write_run(root: Path) -> None:
         write_pictures(root / "outputs/images" / variant, prompts, 60 * shift)
         (root / "outputs/scores").mkdir(exist_ok=True)
         table.to_csv(root / f"outputs/scores/{variant}.csv", index=False)
-    rows = evaluate.comparisons(scores, ("base", "base_high_guidance", "diffusion_dpo"), 100, 0)
+    rows = statistics.comparisons(scores, ("base", "base_high_guidance", "diffusion_dpo"), 100, 0)
     for folder in ("metrics", "training"):
         (root / "reports" / folder).mkdir(parents=True)
     (root / "reports/comparisons.json").write_text(json.dumps(rows))

@@ -4,8 +4,8 @@ import json
 import pytest
 import torch
 
-from spo.preference.judge import ClipJudge
 from spo.preference.model import StepAwarePreferenceModel, token_ids
+from spo.preference.reward_model import ClipJudge
 
 IMAGES = torch.linspace(-1.2, 1.2, 4 * 3 * 16 * 16).view(4, 3, 16, 16)
 PROMPTS = ["a dark square", "a bright square", "dark", "a square"]

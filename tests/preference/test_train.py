@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from spo import config
-from spo.checkpoint import CheckpointStore
-from spo.preference import train as spm
+from spo.preference import trainer as spm
 from spo.preference.model import StepAwarePreferenceModel
+from spo.training.checkpoint import CheckpointStore
 
 
 @dataclass

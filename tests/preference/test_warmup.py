@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from spo import config
-from spo.checkpoint import CheckpointStore
-from spo.preference import warmup
+from spo.preference import pretraining
 from spo.preference.degradations import Draws, degrade
 from spo.preference.model import StepAwarePreferenceModel, token_ids
+from spo.training.checkpoint import CheckpointStore
 
 
 @dataclass
@@ -62,7 +62,7 @@ def test_it_learns_to_see_what_harms_a_picture_without_labels(clip, tokenizer, b
     before = order_accuracy(model, tokenizer, pairs)
     told = {n: p.clone() for n, p in model.named_parameters() if "adaLN" in n or "t_embedder" in n}
     seen: list[float] = []
-    warmup.warm_up(
+    pretraining.warm_up(
         model,
         tokenizer,
         backbone,
@@ -84,7 +84,7 @@ def test_resumed_is_uninterrupted_bit_for_bit(clip, tokenizer, backbone, pairs, 
     parts.load_state_dict(whole.state_dict())
     start = copy.deepcopy(parts.state_dict())
     common = (tokenizer, backbone, pairs, settings(9))
-    warmup.warm_up(whole, *common, seed=0)
+    pretraining.warm_up(whole, *common, seed=0)
 
     def stop(metrics, step):
         if step == 6:
@@ -92,11 +92,11 @@ def test_resumed_is_uninterrupted_bit_for_bit(clip, tokenizer, backbone, pairs, 
 
     store = CheckpointStore(tmp_path)
     with pytest.raises(KeyboardInterrupt):
-        warmup.warm_up(parts, *common, seed=0, checkpoint=store, on_metrics=stop)
+        pretraining.warm_up(parts, *common, seed=0, checkpoint=store, on_metrics=stop)
     assert store.latest()[0] == 4
     for _ in range(2):  # the second time nothing is left to do
         parts.load_state_dict(start)
-        warmup.warm_up(parts, *common, seed=0, checkpoint=store)
+        pretraining.warm_up(parts, *common, seed=0, checkpoint=store)
         for name, value in whole.state_dict().items():
             assert torch.equal(parts.state_dict()[name], value), name
 
@@ -104,7 +104,7 @@ def test_resumed_is_uninterrupted_bit_for_bit(clip, tokenizer, backbone, pairs, 
 def test_the_loss_of_an_order_by_hand() -> None:
     gap, difference = torch.tensor([2.0, -1.0, 5.0, 0.5]), torch.tensor([-0.3, -0.2, 0.0, 0.1])
     by_hand = [math.log1p(math.exp(-2)), math.log1p(math.exp(1)), 0.0, math.log1p(math.exp(0.5))]
-    assert warmup.order_loss(gap, difference).tolist() == pytest.approx(by_hand)
+    assert pretraining.order_loss(gap, difference).tolist() == pytest.approx(by_hand)
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_update(clip, tokenizer, backbone, pairs) -> None:
@@ -113,7 +113,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(clip, tokenizer, back
         model.model.visual_projection.weight[0, 0] = float("nan")
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(FloatingPointError, match=r"preference\.degradations: gradient norm nan at step 0"):
-        warmup.warm_up(model, tokenizer, backbone, pairs, settings(2), seed=0)
+        pretraining.warm_up(model, tokenizer, backbone, pairs, settings(2), seed=0)
     for name, value in model.state_dict().items():
         assert torch.equal(before[name].nan_to_num(7), value.nan_to_num(7)), name
 
@@ -122,11 +122,11 @@ def test_no_pairs_is_one_line(clip, tokenizer, backbone) -> None:
     nothing = torch.zeros(0)
     empty = PatternPairs(torch.zeros(0, 2), [], nothing, nothing)
     with pytest.raises(ValueError, match="no training pairs"):
-        warmup.warm_up(StepAwarePreferenceModel(clip), tokenizer, backbone, empty, settings(2), seed=0)
+        pretraining.warm_up(StepAwarePreferenceModel(clip), tokenizer, backbone, empty, settings(2), seed=0)
 
 
 def test_pictures_are_kept_at_the_size_that_the_model_sees(clip, backbone, pairs, monkeypatch) -> None:
     monkeypatch.setattr(backbone, "decode", lambda x: x.repeat_interleave(4, -1).repeat_interleave(3, -2))
-    pictures, captions = warmup._pictures(StepAwarePreferenceModel(clip), backbone, pairs, 7, seed=0)
+    pictures, captions = pretraining._pictures(StepAwarePreferenceModel(clip), backbone, pairs, 7, seed=0)
     assert pictures.shape == (7, 3, 16, 16) and pictures.dtype == torch.uint8 and len(captions) == 7
     assert (pictures[..., 2].float() - pictures[..., -3].float()).abs().min() > 50  # the edge is still there

@@ -12,12 +12,12 @@ import pytest
 import torch
 
 from spo import cli
-from spo.checkpoint import CheckpointStore
+from spo.training.checkpoint import CheckpointStore
 
 STAGE = """
 import sys, time
 from pathlib import Path
-from spo.stages.lifeline import tied_to_starter
+from spo.runtime.watchdog import tied_to_starter
 with tied_to_starter():
     while True:
         with open(sys.argv[1], "a") as file:
@@ -59,7 +59,7 @@ def test_a_stage_ends_with_the_dvc_that_started_it(tmp_path: Path, number: int) 
 SAVE = """
 import resource, signal, sys, torch
 from pathlib import Path
-from spo.checkpoint import CheckpointStore
+from spo.training.checkpoint import CheckpointStore
 store = CheckpointStore(Path(sys.argv[1]))
 store.save(1, {"x": torch.ones(100)})
 resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))

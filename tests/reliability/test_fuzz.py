@@ -25,10 +25,11 @@ import torch
 from mutations import change_a_key, scramble
 from PIL import Image
 
-from spo import config, spool
-from spo.checkpoint import CheckpointStore
+from spo import config
 from spo.data import hpd, images, pairs, prompts
 from spo.rewards.aesthetic import AestheticHead
+from spo.tracking import spool
+from spo.training.checkpoint import CheckpointStore
 
 MUTATIONS = int(os.environ.get("SPO_FUZZ", "450"))
 SECONDS = 5.0  # more is a hang

@@ -13,8 +13,9 @@ import pytest
 import torch
 from group import run_in
 
-from spo import config, train
-from spo.checkpoint import CheckpointStore
+from spo import config
+from spo.training import loop
+from spo.training.checkpoint import CheckpointStore
 from spo.types import Batch, Conditioning
 
 ITERATIONS = 30
@@ -64,7 +65,7 @@ def fit(folder: Path, slow_disk: bool = False) -> torch.Tensor:
     model = Line()
     settings = config.Optimizer(learning_rate=0.05, weight_decay=0.01)
     told = {"seed": 0, "checkpoint_every": 2, "on_metrics": lambda m, s: None}
-    train.run(model, Noise(), settings, checkpoints=CheckpointStore(folder), **told)
+    loop.run(model, Noise(), settings, checkpoints=CheckpointStore(folder), **told)
     return model.values.detach()
 
 

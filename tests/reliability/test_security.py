@@ -20,7 +20,8 @@ import pytest
 import yaml
 from PIL import Image
 
-from spo import card, config
+from spo import config
+from spo.evaluation import model_card
 
 ROOT = Path(__file__).parents[2]
 SECRET = "planted-70ken"
@@ -116,14 +117,14 @@ def test_a_model_card_has_none() -> None:
     raw = yaml.safe_load(config.preset("smoke"))
     raw["backbone"]["checkpoint"] = f"https://me:{SECRET}@example.org/model"
     raw["prompts"]["train"] = f"https://example.org/prompts.txt?token={SECRET}"
-    told = card.text(config.validate(raw), "spo", {})
+    told = model_card.text(config.validate(raw), "spo", {})
     assert SECRET not in told and "https://***@example.org/model" in told
 
 
 def test_every_server_that_we_start_or_recommend_is_on_the_loopback_interface() -> None:
     """mlflow and prefect listen at 127.0.0.1 unless told otherwise; ours are told so in any case."""
     told = 0
-    places = ["Makefile", "README.md", "docs/team.md", "flows/prefect.yaml", "src/spo/serving.py"]
+    places = ["Makefile", "README.md", "docs/team.md", "flows/prefect.yaml", "flows/serving.py"]
     for place in places:
         text = (ROOT / place).read_text().replace("\\\n", " ")
         for line in re.findall(r"(?:mlflow (?:ui|server)|prefect server start)(?: --[^`#\"\n]*)", text):

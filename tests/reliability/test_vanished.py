@@ -12,10 +12,10 @@ import torch
 from PIL import Image
 
 from spo import config
-from spo.checkpoint import CheckpointStore
 from spo.data import latents, sources
-from spo.stages import common
+from spo.runtime import files
 from spo.stages import pairs as pairs_stage
+from spo.training.checkpoint import CheckpointStore
 
 
 def shard(path: Path, rows: int = 200) -> None:
@@ -118,12 +118,12 @@ def test_a_folder_that_cannot_be_written_is_said_and_left_as_it_was(tmp_path, mo
     mounted(folder, "-t", "tmpfs", "-o", "size=1m", "spo")
     store = CheckpointStore(folder)
     store.save(1, {"x": torch.ones(2)})
-    common.write_json(folder / "metrics.json", {"a": 1})
+    files.write_json(folder / "metrics.json", {"a": 1})
     subprocess.run(["mount", "-o", "remount,ro", str(folder)], check=True)
     before = {p.name: p.read_bytes() for p in folder.iterdir()}
     with pytest.raises(OSError, match=r"checkpoint not written \(Read-only file system\); the one before"):
         store.save(2, {"x": torch.zeros(2)})
     with pytest.raises(OSError, match="Read-only file system.*metrics.json"):
-        common.write_json(folder / "metrics.json", {"a": 2})
+        files.write_json(folder / "metrics.json", {"a": 2})
     assert store.latest()[0] == 1
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == before

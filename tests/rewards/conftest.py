@@ -6,7 +6,7 @@ from PIL import Image
 
 from spo import config
 from spo.scenes import world
-from spo.scenes.build import clips, tokenizer
+from tools.scenes import clips, tokenizer
 
 SIZE = 48
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import clones
 import pytest
 
-from spo.spool import locked
+from spo.runtime.files import locked
 
 
 @pytest.fixture(scope="session")

@@ -78,7 +78,8 @@ def test_a_stage_whose_dvc_is_gone_before_it_begins_writes_nothing(copy: Path) -
 def test_processes_end_with_a_launcher_that_is_killed(copy: Path) -> None:
     """No dvc above: two processes started by one `spo`, which goes without a word."""
     params = (copy / "params.yaml").read_text().replace("iterations: 2", "iterations: 500")
-    (copy / "params.yaml").write_text(f"{params}processes: 2\n")
+    assert "processes: 1\n" in params
+    (copy / "params.yaml").write_text(params.replace("processes: 1\n", "processes: 2\n"))
     with (copy.parent / "log").open("wb") as log:
         told = {"env": clones.environment(copy), "stdout": log, "stderr": log}
         launcher = subprocess.Popen(["spo", "align", "spo"], cwd=copy, start_new_session=True, **told)

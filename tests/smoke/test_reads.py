@@ -24,8 +24,8 @@ FREE_KEYS = {
     "generate": {"generate.batch_size": "noise belongs to the picture (tests/backbones/test_drawing.py)"},
     "score": {"score.batch_size": "each picture has its own score (tests/backbones/test_drawing.py)"},
     "align": {
-        "generate": "the sampler of looks at validation prompts, which change no weight",
-        "score": "the scorers of these looks",
+        "generate": "the sampler of validation images, which change no weight",
+        "score": "the scorers of validation images",
         "name": "the model card says what a model was trained from when it was trained",
         "prompts.train": "as `name`: the stage reads outputs/prompts",
         "pairs.source": "as `name`: the stage reads outputs/pairs",
@@ -37,22 +37,15 @@ FREE_MODULES = {
         "src/spo/__main__.py": "starts the command",
         "src/spo/cli.py": "starts the command",
         "src/spo/config": "its values are params and outputs/inputs/defaults.json",
-        "src/spo/interrupt.py": "ends a stage by Ctrl-C",
-        "src/spo/launch.py": "starts processes",
-        "src/spo/lock.py": "reads dvc.lock for MLflow",
-        "src/spo/delivery.py": "brings runs to MLflow",
-        "src/spo/records.py": "brings runs to MLflow",
-        "src/spo/provenance.py": "says in MLflow where a run came from",
-        "src/spo/skipped.py": "logs stages that DVC skipped",
-        "src/spo/spool.py": "keeps runs for MLflow; takes passwords out of addresses",
-        "src/spo/stages/lifeline.py": "ends a stage with its dvc",
-        "src/spo/system.py": "logs the machine's load",
-        "src/spo/tracking.py": "logs runs",
+        "src/spo/runtime": "files, locks, signals and processes: not what is in them",
+        "src/spo/stages/common.py": "holds the lock and opens the run of a stage",
+        "src/spo/tracking": "logs runs",
     },
     "align": {
-        "src/spo/plots.py": "looks at validation prompts: draws them in a row",
-        "src/spo/rewards": "the scorers of these looks, as in dvc.yaml",
-        "src/spo/stages/score.py": "the scorers of these looks",
+        "src/spo/evaluation/plots.py": "draws the validation images in a row",
+        "src/spo/evaluation/scoring.py": "the scorers of validation images",
+        "src/spo/rewards": "the same",
+        "src/spo/scenes": "the same",
     },
 }
 # files that no result depends on, and those that stand for others
@@ -148,11 +141,12 @@ def test_every_module_that_a_stage_imports_is_declared(clone: Path, declared: De
     assert {name: modules for name, modules in found.items() if modules} == {}
 
 
-LABELS = {"src/spo/rewards", "src/spo/stages/pseudo_labels.py"}  # with preference.labels only
+LABELS = {"src/spo/rewards", "src/spo/preference/pseudo_labels.py"}  # with preference.labels only
 
 
 def test_every_module_that_a_stage_declares_is_used(clone: Path, declared: Declared) -> None:
     for name, read in reads(clone).items():
+        # all code is opened to name the state that a killed stage goes on from: that is no use of it
         used = {*read["modules"], *(f for f in read["files"] if not f.endswith(".py"))}
         for path in declared.paths[name]:
             if path.startswith("src/") and not (name.startswith("preference") and path in LABELS):

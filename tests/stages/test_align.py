@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import torch
 
 from spo import config
-from spo.preference import judge
+from spo.preference import reward_model
 from spo.stages import align
 
 
@@ -17,7 +17,7 @@ def test_the_judge_of_spo_is_told_its_views(tmp_path, monkeypatch) -> None:
     Path("outputs/prompts/train.txt").write_text("a red circle\n")
     Path("params.yaml").write_text(config.preset("smoke"))
     told: list[tuple] = []
-    monkeypatch.setattr(judge, "load_judge", lambda *a: told.append(a))
+    monkeypatch.setattr(reward_model, "load_judge", lambda *a: told.append(a))
     params = config.load("params.yaml")
     scheduler = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
     backbone = SimpleNamespace(device=torch.device("cpu"), scheduler_config=scheduler)

@@ -1,12 +1,17 @@
 """Prompts straight from a preference data set."""
 
+import json
+
 import fsspec
 import pandas as pd
 import pytest
 import yaml
 
 from spo import config
-from spo.stages import plan, prompts
+from spo.commands import dry_run
+from spo.scenes import world
+from spo.stages import prompts
+from tools.scenes import tokenizer
 
 DATA = "memory://pickapic/data"
 
@@ -43,11 +48,32 @@ def test_lists_are_made_of_a_data_set_s_splits(data_set, tmp_path) -> None:
     assert summary["read"] == {"train": 13, "evaluation": 6}
 
 
+def test_tokens_are_counted_without_a_length_in_the_tokenizer_s_file(tmp_path) -> None:
+    folder = tmp_path / "base/tokenizer"
+    tokenizer.save(sorted(world.vocabulary()), folder)
+    file = folder / "tokenizer_config.json"
+    content = json.loads(file.read_text())
+    del content["model_max_length"]  # transformers takes 10**30 then
+    file.write_text(json.dumps(content))
+    raw = yaml.safe_load(config.preset("smoke"))
+    raw["backbone"]["checkpoint"] = str(tmp_path / "base")
+    count = prompts._token_counter(config.validate(raw))
+    assert count("a red ring") == 5 and count("a " * 100) == 102  # start and end, not cut
+
+
+def test_a_prompt_that_is_half_a_character_is_set_aside_with_its_reason(data_set, tmp_path) -> None:
+    lines = [r"half \ud83d", *(f"prompt {i}" for i in range(8))]
+    (tmp_path / "t.json").write_text("[" + ",".join(f'"{line}"' for line in lines) + "]")
+    lists = section(tmp_path).model_copy(update={"train": str(tmp_path / "t.json")})
+    prompts.prepare(lists, 0, len, tmp_path / "out")
+    assert "train,0,broken_text" in (tmp_path / "out/set_aside.csv").read_text().splitlines()
+
+
 def test_the_dry_run_names_a_data_set_by_its_address(data_set, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     raw = yaml.safe_load(config.preset("smoke"))
     raw["pairs"]["source"] = DATA
-    assert f"pairs.source: {DATA}" in plan.lines(config.validate(raw), "pairs", None)
+    assert f"pairs.source: {DATA}" in dry_run.lines(config.validate(raw), "pairs", None)
 
 
 def test_a_split_that_is_not_there_is_one_line(data_set, tmp_path) -> None:

@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 
 from spo.config import Validation
-from spo.stages import validation
-from spo.stages.validation import Collapse, Watch
+from spo.evaluation import validation
+from spo.evaluation.validation import Collapse, Watch
 
 
 class Curve:

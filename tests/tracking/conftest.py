@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from spo.delivery import Store, load_mlflow
+from spo.tracking.delivery import Store, load_mlflow
 
 
 @pytest.fixture(scope="session")
@@ -25,7 +25,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     for name in ("MLFLOW_TRACKING_URI", "SPO_PARENT_RUN", "DVC_STAGE", "RANK"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr("spo.tracking._ancestors", lambda: iter(()))
+    monkeypatch.setattr("spo.runtime.ancestors.of_this_process", lambda: iter(()))
     return tmp_path
 
 

@@ -15,10 +15,11 @@ from typing import Any
 
 import pytest
 
-from spo import cli, delivery
-from spo.delivery import Store, load_mlflow
-from spo.spool import Spool, spools
-from spo.tracking import open_parent, stage_run, sync
+from spo import cli
+from spo.tracking import delivery
+from spo.tracking.delivery import Store, load_mlflow
+from spo.tracking.runs import open_parent, stage_run, sync
+from spo.tracking.spool import Spool, spools
 
 PARAMS: dict[str, Any] = {"name": "tiny", "seed": 3, "tracking": None, "align": {"spo": {"beta": 10}}}
 CONNECT = Store.connect

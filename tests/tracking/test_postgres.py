@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from spo.delivery import load_mlflow
-from spo.tracking import open_parent, stage_run, sync
+from spo.tracking.delivery import load_mlflow
+from spo.tracking.runs import open_parent, stage_run, sync
 
 pytestmark = pytest.mark.services
 PARAMS: dict[str, Any] = {"name": "tiny", "seed": 3, "tracking": None, "align": {"spo": {"beta": 10}}}

@@ -13,8 +13,9 @@ import pytest
 import yaml
 from safetensors.numpy import save_file
 
-from spo import config, registry
-from spo.delivery import load_mlflow
+from spo import config
+from spo.commands import registry
+from spo.tracking.delivery import load_mlflow
 
 
 def params(**changes: Any) -> config.Params:

@@ -12,17 +12,19 @@ from typing import Any
 import pytest
 import yaml
 
-from spo import lock, repro, tracking
-from spo.delivery import load_mlflow
-from spo.spool import home, spools
-from spo.tracking import close_parent, open_parent, stage_run, sync
+from spo.commands import repro
+from spo.runtime.workspace import home
+from spo.tracking import dvc_lock, runs
+from spo.tracking.delivery import load_mlflow
+from spo.tracking.runs import close_parent, open_parent, stage_run, sync
+from spo.tracking.spool import spools
 
 PARAMS: dict[str, Any] = {"name": "tiny", "seed": 3, "tracking": None, "align": {"spo": {"beta": 10}}}
 ENTRIES = {
     "pairs": {"cmd": "spo pairs", "deps": {"data": "d1.dir"}, "outs": {"outputs/pairs": "p1.dir"}},
     "align@spo": {
         "cmd": "spo align spo",
-        "deps": {"outputs/pairs": "p1.dir", "src/spo/train.py": "c1"},
+        "deps": {"outputs/pairs": "p1.dir", "src/spo/training/loop.py": "c1"},
         "outs": {"outputs/align/spo": "a1.dir", "reports/metrics/align_spo.json": "m1"},
     },
     "other": {"cmd": "sh other.sh", "deps": {"data": "d1.dir"}, "outs": {"other": "o1"}},
@@ -58,20 +60,22 @@ def locked_folder(folder: Path) -> Path:
 
 
 def test_what_a_stage_is_made_from(locked_folder: Path) -> None:
-    entries = lock.read()
-    assert lock.ancestors(entries, "report") == ["pairs", "align@spo"], "other is no part of it"
-    assert lock.ancestors(entries, "pairs") == lock.ancestors(entries, "nothing") == []
+    entries = dvc_lock.read()
+    assert dvc_lock.ancestors(entries, "report") == ["pairs", "align@spo"], "other is no part of it"
+    assert dvc_lock.ancestors(entries, "pairs") == dvc_lock.ancestors(entries, "nothing") == []
     assert entries["align@spo"].title == "align-spo" and entries["other"].title == "other"
     assert entries["align@spo"].metrics() == {"updates": 7.0, "by_step/1": 0.5}
     before = entries["align@spo"].hash
     write_lock(locked_folder, c1="c2")
-    assert lock.read()["align@spo"].hash != before and lock.read()["pairs"].hash == entries["pairs"].hash
+    assert (
+        dvc_lock.read()["align@spo"].hash != before and dvc_lock.read()["pairs"].hash == entries["pairs"].hash
+    )
 
 
 @pytest.mark.parametrize("text", ["", "]", "stages: [1]", "stages: {a: {}}"])
 def test_a_lock_file_that_is_none_is_no_stage(folder: Path, text: str) -> None:
     (folder / "dvc.lock").write_text(text)
-    assert lock.read() == {}
+    assert dvc_lock.read() == {}
 
 
 def stage(
@@ -141,7 +145,7 @@ def test_skipped_stages_are_linked_and_the_parents_compare(
 
 def test_a_repro_in_which_nothing_ran(locked_folder: Path, runs: Any) -> None:
     parent = open_parent(PARAMS, "nothing")
-    assert close_parent(parent, PARAMS, "FINISHED", lock.read()) == list(ENTRIES)
+    assert close_parent(parent, PARAMS, "FINISHED", dvc_lock.read()) == list(ENTRIES)
     assert sync()[1] == 0
     found = find_parent(locked_folder, "nothing")
     cached = children(locked_folder, found.info.run_id)
@@ -171,7 +175,7 @@ def test_experiments_in_dvcs_temporary_folders_log_to_the_workspace(
         (tmp_path / part).mkdir(parents=True)
         monkeypatch.chdir(tmp_path / part)
         assert home() == tmp_path
-        assert tracking.tracking_uri() == f"sqlite:///{tmp_path / 'mlflow.db'}"
+        assert runs.tracking_uri() == f"sqlite:///{tmp_path / 'mlflow.db'}"
     monkeypatch.chdir(tmp_path)
     assert home() == tmp_path
 
@@ -191,10 +195,11 @@ stages:
 """
 STAGE = """\
 import sys
-from spo import config, tracking
+from spo import config
+from spo.tracking import runs
 name = sys.argv[1]
 params = config.load().model_dump()
-with tracking.stage_run(name, params) as run:
+with runs.stage_run(name, params) as run:
     run.log_metrics({"rows": params["seed"]})
     open(f"{name}.txt", "w").write(name)
 """

@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 
-from spo import spool
-from spo.delivery import Store
-from spo.records import BATCH, batches
-from spo.spool import Spool, close_dead, one_line, redact
+from spo.runtime.messages import one_line, redact
+from spo.tracking import spool
+from spo.tracking.delivery import Store
+from spo.tracking.records import BATCH, batches
+from spo.tracking.spool import Spool, close_dead
 
 
 def new(uri: str = "x", name: str = "align-spo", **changes: Any) -> Spool:
@@ -82,7 +83,7 @@ def test_find_takes_keys_and_run_ids_and_nothing_else(folder: Path) -> None:
 
 def test_a_run_whose_process_was_killed_is_closed(folder: Path) -> None:
     code = (
-        "import os; from spo.spool import Spool\n"
+        "import os; from spo.tracking.spool import Spool\n"
         "p = Spool.create(uri='x', experiment='e', name='repro', parent=None, shared=True, tags={})\n"
         "Spool.create(uri='x', experiment='e', name='align', parent=p.key, shared=False, tags={})\n"
         "os._exit(9)"

@@ -15,10 +15,13 @@ from typing import Any
 
 import pytest
 
-from spo import delivery, tracking
-from spo.delivery import load_mlflow
-from spo.spool import locked, spools
-from spo.tracking import dvc_ancestor, open_parent, stage_run, sync
+from spo.runtime import ancestors
+from spo.runtime.ancestors import dvc_ancestor
+from spo.runtime.files import locked
+from spo.tracking import delivery
+from spo.tracking.delivery import load_mlflow
+from spo.tracking.runs import open_parent, stage_run, sync
+from spo.tracking.spool import spools
 
 AWAY = "http://me:pa55word@127.0.0.1:9"
 PARAMS: dict[str, Any] = {
@@ -71,7 +74,7 @@ def test_stages_of_one_dvc_repro_share_a_parent(
 ) -> None:
     repro = (4000, 100.0, ["python", "/bin/dvc", "repro"])
     for name, above in (("a", repro), ("b", repro), ("c", (4000, 900.0, repro[2]))):
-        monkeypatch.setattr(tracking, "_ancestors", lambda above=above: iter([above]))
+        monkeypatch.setattr(ancestors, "of_this_process", lambda above=above: iter([above]))
         with stage_run("generate", PARAMS, name):
             time.sleep(1.1 if name == "b" else 0)  # the next parent's name has another second
     parents = {n: r.data.tags.get("mlflow.parentRunId") for n, r in runs().items()}
@@ -80,7 +83,7 @@ def test_stages_of_one_dvc_repro_share_a_parent(
 
 
 def test_the_nearest_dvc_is_found_among_real_processes(tmp_path: Path) -> None:
-    ask = "from spo.tracking import _ancestors, dvc_ancestor; print(*dvc_ancestor(_ancestors()))"
+    ask = "from spo.runtime import ancestors as a; print(*a.dvc_ancestor(a.of_this_process()))"
     program = tmp_path / "dvc"
     program.write_text(
         "import os, subprocess, sys\n"

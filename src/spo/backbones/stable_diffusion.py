@@ -12,11 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spo import config, processes
+from spo import config
 from spo.backbones import checks, external, lora, parts, scheduler, single_file, sizes, unet_file
 from spo.backbones.checks import latent_side
 from spo.backbones.layer_names import COMPONENTS
 from spo.backbones.text import SdText, SdxlText
+from spo.runtime.hub import is_hub_id
+from spo.training import distributed
 from spo.types import Conditioning
 
 
@@ -240,7 +242,7 @@ def load_aligned(
         changes = backbone.load_unet(source.files, source.config)
     else:
         changes = backbone.load_lora(source.files[0])
-    if processes.is_first():
+    if distributed.is_main_process():
         print(f"spo: {changes}", file=sys.stderr)
     return backbone
 
@@ -259,7 +261,7 @@ def _check_folder(settings: config.Backbone) -> None:
     name = settings.checkpoint
     path, where = Path(name), f"backbone.checkpoint: {name}"
     if not path.exists():
-        if name.count("/") == 1 and not name.startswith((".", "data/")):
+        if is_hub_id(name):
             return
         raise ValueError(f"backbone.checkpoint: no {name} there; run `make repro` or `dvc pull data.dvc`")
     if path.is_file():

@@ -89,7 +89,7 @@ def _unset(
 def preset_names() -> list[str]:
     return sorted(
         p.name.removesuffix(".yaml")
-        for p in resources.files("spo.presets").iterdir()
+        for p in resources.files("spo.config.presets").iterdir()
         if p.name.endswith(".yaml")
     )
 
@@ -98,7 +98,7 @@ def preset(name: str) -> str:
     """The text of a ready-made params.yaml."""
     if name not in preset_names():
         raise ConfigError(f"no preset {name!r}; there are: {', '.join(preset_names())}")
-    return resources.files("spo.presets").joinpath(f"{name}.yaml").read_text(encoding="utf-8")
+    return resources.files("spo.config.presets").joinpath(f"{name}.yaml").read_text(encoding="utf-8")
 
 
 def _line(error: Any, source: str) -> str:

@@ -16,6 +16,9 @@ from torch import Tensor
 from spo.data.decoding import MAX_PIXELS, open_image
 from spo.data.reasons import first_line
 
+# of the pixels that every CLIP was trained on, [3,1,1], in [0,1]
+CLIP_MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)
+CLIP_STD = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
 ARCHIVE, INDEX = "images.zip", "index.csv"
 MAX_BYTES = 4 * MAX_PIXELS  # of an archive's entry, unpacked
 LONG = 16  # times as long as wide: such an image is cropped while it is resized, not after

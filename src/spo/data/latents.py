@@ -23,7 +23,7 @@ FLOAT16_MAX = float(np.finfo(np.float16).max)
 
 
 @dataclass(frozen=True)
-class LatentPairs:
+class EncodedPairs:
     """N judged pairs; labels and weights are [N], label_0 + label_1 = 1."""
 
     latents: np.ndarray  # [N,2,C,h,w], on disk
@@ -43,9 +43,9 @@ class LatentPairs:
         both = torch.from_numpy(self.latents[indices.numpy()].astype(np.float32))
         return both[:, 0], both[:, 1]
 
-    def take(self, n: int) -> LatentPairs:
+    def take(self, n: int) -> EncodedPairs:
         """The first n pairs."""
-        return LatentPairs(self.latents[:n], self.captions[:n], self.label_0[:n], self.weight[:n])
+        return EncodedPairs(self.latents[:n], self.captions[:n], self.label_0[:n], self.weight[:n])
 
 
 def encode(
@@ -54,7 +54,7 @@ def encode(
     backbone: Backbone,
     decode_image: Callable[[bytes], Tensor],
     folder: Path,
-) -> LatentPairs:
+) -> EncodedPairs:
     """Encode pairs with the backbone's VAE into `folder`, or read what already lies there whole.
 
     Args:
@@ -79,7 +79,9 @@ def encode(
     if len(rows["captions"]) != total:
         raise ValueError(f"{folder}: {len(rows['captions'])} pairs, but the summary says {total}; delete it")
     latents = np.memmap(folder / "latents.f16", np.float16, "r", shape=shape)
-    return LatentPairs(latents, rows["captions"], torch.tensor(rows["label_0"]), torch.tensor(rows["weight"]))
+    return EncodedPairs(
+        latents, rows["captions"], torch.tensor(rows["label_0"]), torch.tensor(rows["weight"])
+    )
 
 
 def _allocate(path: Path, shape: tuple[int, ...]) -> np.ndarray:

@@ -6,6 +6,7 @@ import codecs
 import csv
 import io
 import json
+import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -103,10 +104,10 @@ def _lines(path: Path) -> list[str]:
 
 def _json(path: Path) -> list[str]:
     try:
-        content = json.loads(_text(path))
+        content = json.loads(_text(path), object_pairs_hook=_object)
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}: not JSON at line {error.lineno} ({error.msg})") from None
-    except ValueError as error:  # a number of thousands of digits
+    except ValueError as error:  # a key twice, a number of thousands of digits
         raise ValueError(_at(path, str(error)[:300])) from None
     if not isinstance(content, list):
         raise ValueError(f"{path}: must be a list of captions, is a {type(content).__name__}")
@@ -119,12 +120,22 @@ def _jsonl(path: Path) -> list[str]:
         if not line.strip():
             continue
         try:
-            captions.append(_caption(json.loads(line), path, f"line {number}"))
+            captions.append(_caption(json.loads(line, object_pairs_hook=_object), path, f"line {number}"))
         except json.JSONDecodeError as error:
             raise ValueError(f"{path}: line {number} is not JSON ({error.msg})") from None
         except ValueError as error:
             raise ValueError(_at(path, str(error)[:300], f"line {number}: ")) from None
     return captions
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object whose keys differ; json itself takes the last of two without a word."""
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"an object has the key {ascii(twice)[:80]} twice; keep one")
+    return content
 
 
 def _at(path: Path, message: str, place: str = "") -> str:
@@ -153,7 +164,29 @@ def _table(path: Path) -> list[str]:
     delimiter = next((d for d in delimiters if _names_a_column(text, d)), delimiters[0])
     if delimiter == "\t" and '"' in text:
         return _tab_separated(text, path)
-    return _captions_of(_parse(text, delimiter, csv.QUOTE_MINIMAL, path), path)
+    rows = _parse(text, delimiter, csv.QUOTE_MINIMAL, path)
+    captions = _captions_of(rows, path)
+    if re.search(rf'{re.escape(delimiter)} +"', text):
+        _refuse_spaced_quotes(rows, captions, _parse_spaced(text, delimiter, path), path)
+    return captions
+
+
+def _parse_spaced(text: str, delimiter: str, path: Path) -> list[str] | None:
+    """The captions if spaces after a separator are no part of a field: 1, "a cat". None: no table then."""
+    try:
+        rows = _parse(text, delimiter, csv.QUOTE_MINIMAL, path, skipinitialspace=True)
+        return _captions_of(rows, path)
+    except ValueError:
+        return None
+
+
+def _refuse_spaced_quotes(rows: Rows, captions: list[str], spaced: list[str] | None, path: Path) -> None:
+    for (line, _), caption, other in zip(rows[1:], captions, spaced or captions, strict=False):
+        if caption.lstrip(" ") != other.lstrip(" "):
+            raise ValueError(
+                f"{path}: line {line}: a space before a quote leaves open whether the prompt has quotes; "
+                "remove the space"
+            )
 
 
 def _names_a_column(text: str, delimiter: str) -> bool:
@@ -162,12 +195,13 @@ def _names_a_column(text: str, delimiter: str) -> bool:
     return bool(names & set(COLUMNS))
 
 
-def _parse(text: str, delimiter: str, quoting: Literal[0, 3], path: Path) -> Rows:
+def _parse(text: str, delimiter: str, quoting: Literal[0, 3], path: Path, **spaces: bool) -> Rows:
     """
     Raises:
         ValueError: the line whose quotes or number of fields is wrong.
     """
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, quoting=quoting, strict=True)
+    lines = io.StringIO(text, newline="")
+    reader = csv.reader(lines, delimiter=delimiter, quoting=quoting, strict=True, **spaces)  # type: ignore[arg-type]
     rows: Rows = []
     try:
         for fields in reader:
@@ -204,14 +238,13 @@ def _tab_separated(text: str, path: Path) -> list[str]:
     try:
         plain = _captions_of(_parse(text, "\t", csv.QUOTE_NONE, path), path)
     except ValueError:
-        return _captions_of(_parse(text, "\t", csv.QUOTE_MINIMAL, path), path)
+        return _quoted_captions(text, path)
     try:
         rows = _parse(text, "\t", csv.QUOTE_MINIMAL, path)
         quoted = _captions_of(rows, path)
     except ValueError:
         return plain
-    every = all(len(c) > 1 and c[0] == c[-1] == '"' for c in plain)
-    if plain == quoted or not (every or _is_written(rows, text)):
+    if plain == quoted:
         return plain
     if len(plain) != len(quoted):
         line = next(n for n, fields in rows if any("\n" in f or "\r" in f for f in fields))
@@ -219,7 +252,27 @@ def _tab_separated(text: str, path: Path) -> list[str]:
             f"{path}: the quotes that end in line {line} may enclose one prompt of several lines, or belong "
             "to several prompts; save the list as .csv or .jsonl"
         )
+    if not _is_written(rows, text):
+        line = next(rows[i][0] for i, (p, q) in enumerate(zip(plain, quoted, strict=True), 1) if p != q)
+        raise ValueError(
+            f"{path}: line {line}: the quotes around the prompt may be part of it or not; save the list as "
+            ".jsonl, or with every field and the header in quotes"
+        )
     return quoted
+
+
+def _quoted_captions(text: str, path: Path) -> list[str]:
+    """Those of a table that is no table without quotes; its fault is told as of such where quotes fail too.
+
+    Raises:
+        ValueError: the line that is wrong.
+    """
+    try:
+        return _captions_of(_parse(text, "\t", csv.QUOTE_MINIMAL, path), path)
+    except ValueError:
+        if '"' not in text.partition("\n")[0]:
+            _captions_of(_parse(text, "\t", csv.QUOTE_NONE, path), path)
+        raise
 
 
 def _is_written(rows: Rows, text: str) -> bool:

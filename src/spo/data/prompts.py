@@ -14,43 +14,67 @@ from pathlib import Path
 from spo.data.prompt_files import read_prompts
 
 # Punctuation that says something: C# is not C, 1/2 is not 12.
-SIGNS = frozenset("#%&@*/\\")
+SIGNS = frozenset("#%&@*/\\\u2030\u2031\u2032\u2033\u00a7\u00b6\u2020\u2021\u203b")
+DASHES = frozenset("-\u2013")  # a minus, where a number follows
 # Scripts that are written without spaces between words, by the names of their characters.
-UNSPACED = ("CJK UNIFIED", "HIRAGANA", "KATAKANA", "THAI", "LAO", "KHMER", "MYANMAR")
+UNSPACED = ("CJK", "HIRAGANA", "KATAKANA", "THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN")
+# No shape and no meaning: soft hyphen, zero-width space, direction and byte order marks, annotations. Listed,
+# as Python's own table calls emoji younger than itself unassigned, and the tags of a flag invisible.
+INVISIBLE = frozenset(
+    map(chr, (0xAD, 0x61C, 0x180E, 0x200B, 0x200E, 0x200F, 0x2060, 0xFEFF, 0xFFF9, 0xFFFA, 0xFFFB))
+) | frozenset(map(chr, (*range(0x202A, 0x202F), *range(0x2061, 0x2070))))
 
 
 def clean(prompt: str) -> str:
-    """NFC, no control or invisible characters, single spaces."""
-    text = unicodedata.normalize("NFC", prompt)
-    text = "".join(" " if c.isspace() else c for c in text if c.isspace() or _visible(c))
-    return " ".join(text.split())
+    """NFC, no control or invisible characters, single spaces; joiners, variation selectors and tags stay."""
+    text = "".join(" " if c.isspace() else c for c in prompt if c.isspace() or _visible(c))
+    return " ".join(unicodedata.normalize("NFC", text).split())
+
+
+def _visible(character: str) -> bool:
+    return character not in INVISIBLE and unicodedata.category(character) not in ("Cc", "Cs")
 
 
 def same(prompt: str) -> str:
-    """The text by which duplicates are found: NFC, as CLIP's tokenizer normalises, and single spaces."""
-    return clean(prompt)
+    """The text by which duplicates are found: NFC, case folded, single spaces.
+
+    Not NFKC: CO₂ and CO2, or x² and x2, are tokenized and drawn differently.
+    """
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFD", clean(prompt)).casefold())
 
 
 def key(prompt: str) -> str:
-    """The text that near duplicates share: NFKC, case folded, without punctuation that carries no meaning.
+    """The text that near duplicates share: as `same`, of one width, without punctuation that means nothing.
 
     Letters, marks, digits, symbols and signs stay in every script. Of punctuation stay the signs of SIGNS, a
-    minus before a number, and what stands between two digits, as in 3.5 and 16:9.
+    minus before a number, what stands between two digits or before a decimal, as in 3.5, 16:9 and .5, and
+    brackets that enclose no word, as in :).
     """
-    text = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", clean(prompt)).casefold())
-    text = text.replace("\u2212", "-")
-    padded = f" {text} "
-    kept = "".join(c if _means(padded[i], c, padded[i + 2]) else " " for i, c in enumerate(text))
-    return " ".join(kept.split()) or " ".join(text.split())
+    text = same("".join(map(_of_one_width, same(prompt)))).replace("\u2212", "-")
+    padded = f" {text}  "
+    kept = "".join(c if _means(padded[i], c, padded[i + 2 : i + 4]) else " " for i, c in enumerate(text))
+    return " ".join(kept.split()) or text
+
+
+def _of_one_width(character: str) -> str:
+    """The ordinary form of full-width, half-width and small letters and signs."""
+    if unicodedata.decomposition(character).startswith(("<wide>", "<narrow>", "<small>")):
+        return unicodedata.normalize("NFKC", character)
+    return character
 
 
 def _means(before: str, character: str, after: str) -> bool:
-    """Whether a character between its neighbours carries meaning."""
-    if unicodedata.category(character)[0] != "P" or character in SIGNS:
+    """Whether a character carries meaning between the one before it and the two after it."""
+    category = unicodedata.category(character)
+    if category[0] != "P" or character in SIGNS:
         return True
-    if character == "-":
-        return after.isdigit() and not before.isalnum()
-    return character in ".,:" and before.isdigit() and after.isdigit()
+    if category in ("Ps", "Pe"):
+        return not (before.isalnum() or after[0].isalnum())
+    if character in DASHES:
+        return not before.isalnum() and (after[0].isdigit() or after[0] == "." and after[1].isdigit())
+    if character == ".":
+        return after[0].isdigit() and (before.isdigit() or not before.isalnum())
+    return character in ",:" and before.isdigit() and after[0].isdigit()
 
 
 def flaw(prompt: str) -> str | None:
@@ -93,16 +117,29 @@ class BlockList:
         """Whether a prompt's key has one of them: as whole words, or anywhere in scripts without spaces."""
         start = 0
         while match := self.pattern.search(name, start):
-            before, after = name[: match.start()][-1:], name[match.end() :][:1]
-            if _unspaced(match[0]) or not (_in_word(before) or _in_word(after)):
+            before, after = name[: match.start()], name[match.end() :]
+            if _unspaced(match[0]) or not (_ends_within(before, match[0]) or _goes_on(match[0], after)):
                 return True
             start = match.start() + 1
         return False
 
 
+def _ends_within(before: str, phrase: str) -> bool:
+    """Whether the text before a phrase ends within its first word, or with the minus of its number."""
+    minus = before[-1:] == "-" and phrase[0].isdigit() and not _in_word(before[-2:-1])
+    return minus or _in_word(before[-1:])
+
+
+def _goes_on(phrase: str, after: str) -> bool:
+    """Whether the last word goes on after a phrase; C goes on in C++ and C#, longer words do not."""
+    rest = after.lstrip("+#")
+    named = len(phrase.rpartition(" ")[2]) == 1 and rest != after and not _in_word(rest[:1])
+    return named or _in_word(after[:1])
+
+
 def _in_word(character: str) -> bool:
-    """Whether it is a letter, a mark or a digit; nothing is none."""
-    return bool(character) and unicodedata.category(character)[0] in "LMN"
+    """Whether it is a letter, a mark or a digit of a script with spaces; nothing is none."""
+    return unicodedata.category(character)[0] in "LMN" and not _unspaced(character) if character else False
 
 
 def _unspaced(phrase: str) -> bool:
@@ -176,8 +213,3 @@ def check_vocabulary(prompts: Iterable[str], path: str | Path) -> None:
                 f"prompt {prompt!r}: {', '.join(map(repr, strange))} not in the vocabulary of the model "
                 f"({path}){hint}"
             )
-
-
-def _visible(character: str) -> bool:
-    """Neither control, format, surrogate nor unassigned; joiners stay, scripts and emoji need them."""
-    return character in "\u200c\u200d" or unicodedata.category(character)[0] != "C"

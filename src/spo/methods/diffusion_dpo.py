@@ -10,40 +10,17 @@ Departures from the paper (P) or the official code (C):
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from spo import processes
 from spo.config import DiffusionDpo
 from spo.diffusion.noise import SampleNoise, shuffled
 from spo.diffusion.schedule import Schedule
-from spo.types import Backbone, Batch, Conditioning
-
-
-class LatentPairs(Protocol):
-    """N judged pairs of encoded images, read a few at a time."""
-
-    @property
-    def captions(self) -> Sequence[str]: ...
-
-    @property
-    def label_0(self) -> Tensor:
-        """[N], of the first image: 1 preferred, 0 not, .5 tie."""
-        ...
-
-    @property
-    def weight(self) -> Tensor:
-        """[N]"""
-        ...
-
-    def read(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """The scaled latents of both images [P,C,h,w] of the pairs at int64 [P]."""
-        ...
+from spo.training import distributed
+from spo.types import Backbone, Batch, Conditioning, LatentPairs
 
 
 def diffusion_dpo_loss(
@@ -113,9 +90,9 @@ class DiffusionDpoMethod:
         """One update of config.batch_size pairs, in config.gradient_accumulation parts; each process's
         share of them."""
         count = self.config.batch_size
-        processes.check_share(count, "align.diffusion_dpo.batch_size")
+        distributed.check_shards(count, "align.diffusion_dpo.batch_size")
         epoch, _ = (order := shuffled(len(self._decided), iteration * count, count, self.seed))[-1]
-        chosen = processes.share(order)
+        chosen = distributed.shard(order)
         indices = self._decided[torch.tensor([i for _, i in chosen])]
         keys = [f"pair {int(i)} epoch {e}" for (e, _), i in zip(chosen, indices, strict=True)]
         win, lose = (x.to(backbone.device) for x in self._sides(indices))

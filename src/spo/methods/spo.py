@@ -21,7 +21,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from spo import processes
 from spo.config import Spo
 from spo.diffusion import ddim, finite
 from spo.diffusion.guidance import guided, is_guided
@@ -29,6 +28,7 @@ from spo.diffusion.noise import SampleNoise, generator, shuffled
 from spo.diffusion.schedule import Schedule
 from spo.methods import step_pairs
 from spo.methods.step_pairs import select_pairs
+from spo.training import distributed
 from spo.types import Backbone, Batch, Conditioning, Judge, StepPair
 
 CHUNK = 64  # samples a UNet, decoder or judge call of the rollout; guidance doubles the UNet's
@@ -153,9 +153,9 @@ class SpoMethod:
         pairs, shuffle them alike and take their share of every batch.
         """
         count = self.config.prompts_per_iteration
-        processes.check_share(count, "align.spo.prompts_per_iteration")
+        distributed.check_shards(count, "align.spo.prompts_per_iteration")
         order = shuffled(len(self.prompts), iteration * count, count, self.seed)
-        chosen = processes.share(order)
+        chosen = distributed.shard(order)
         prompts = [self.prompts[i] for _, i in chosen]
         keys = [f"rollout {iteration} epoch {epoch} prompt {i}" for epoch, i in chosen]
         with backbone.inference():
@@ -285,7 +285,7 @@ class SpoMethod:
             chosen, weight = torch.zeros(1, dtype=torch.int64, device=rows.x_t.device), 0.0
         batches = []
         for update in chosen.split(self.config.batch_size):
-            mine, worth = processes.share(update), weight
+            mine, worth = distributed.shard(update), weight
             if len(mine) == 0:
                 mine, worth = update[:1], 0.0  # a process without pairs still takes part in the update
             parts = mine.split(-(-self.config.batch_size // self.config.gradient_accumulation))
@@ -313,7 +313,7 @@ def _gathered(judged: list[_Judged]) -> list[_Judged]:
     """The samples of all processes."""
     pairs = step_pairs.gathered([j.pair for j in judged])
     return [
-        _Judged(j.step, pair, processes.gather(j.valid), processes.gather(j.scores.T).T)
+        _Judged(j.step, pair, distributed.gather(j.valid), distributed.gather(j.scores.T).T)
         for j, pair in zip(judged, pairs, strict=True)
     ]
 

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from spo import processes
 from spo.config import Spo
 from spo.diffusion import ddim
 from spo.diffusion.noise import SampleNoise
 from spo.diffusion.schedule import Schedule
+from spo.training import distributed
 from spo.types import Batch, Conditioning, StepPair
 
 
@@ -103,9 +103,9 @@ def _gap(better: Tensor, worse: Tensor) -> Tensor:
 
 def gathered(pairs: list[StepPair]) -> list[StepPair]:
     """Of the samples of all processes, in the order of their ranks."""
-    if processes.count() == 1:
+    if distributed.count() == 1:
         return pairs
-    told, all_of = processes.gather_conditioning(pairs[0].conditioning), processes.gather
+    told, all_of = distributed.gather_conditioning(pairs[0].conditioning), distributed.gather
     return [
         StepPair(
             all_of(p.x_t),

@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoTokenizer, CLIPConfig, CLIPModel
 
-MEAN = (0.48145466, 0.4578275, 0.40821073)
-STD = (0.26862954, 0.26130258, 0.27577711)
+from spo.data.images import CLIP_MEAN, CLIP_STD
+
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 FREQUENCIES = 256  # sinusoids of the timestep
 # what `preference.trained: heads` trains
@@ -47,8 +47,8 @@ class StepAwarePreferenceModel(nn.Module):
         self._checkpointed = False
         size: Any = clip.config.vision_config.image_size
         self.image_size = size if isinstance(size, int) else size[0]
-        self.register_buffer("_mean", torch.tensor(MEAN).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("_std", torch.tensor(STD).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("_mean", CLIP_MEAN.view(1, 3, 1, 1).clone(), persistent=False)
+        self.register_buffer("_std", CLIP_STD.view(1, 3, 1, 1).clone(), persistent=False)
         if step_condition:
             _add_modulation(clip)
 

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import CLIPModel, CLIPTokenizer
 
-from spo import processes
+from spo.data.images import CLIP_MEAN, CLIP_STD
+from spo.runtime.hub import is_hub_id
+from spo.training import distributed
 
-MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)
-STD = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
 LONG = 16  # times as long as wide: such an image is cropped while it is resized, not after
 
 
@@ -58,7 +58,7 @@ def to_unit(image: Image.Image) -> Tensor:
 
 def normalise(pixels: Tensor) -> Tensor:
     """Pixels [3,h,w] in [0,1] by CLIP's mean and standard deviation."""
-    return (pixels - MEAN) / STD
+    return (pixels - CLIP_MEAN) / CLIP_STD
 
 
 def in_batches(
@@ -79,7 +79,7 @@ def in_batches(
     scores: list[float] = []
     parts = [slice(start, start + batch_size) for start in range(0, len(images), batch_size)]
     with tqdm(total=len(images), desc=name, unit="image") as bar, torch.no_grad():
-        found = processes.in_turn(lambda part: score(images[part], prompts[part]).tolist(), parts)
+        found = distributed.map_round_robin(lambda part: score(images[part], prompts[part]).tolist(), parts)
         for part, told in zip(parts, found, strict=True):
             for value, prompt in zip(told, prompts[part], strict=True):
                 if not math.isfinite(value):
@@ -181,8 +181,7 @@ def check_image_size(of_model: int, wanted: int, key: str) -> None:
 
 
 def _reach(loader: Callable[[], Any], name: str, key: str) -> Any:
-    is_hub_id = name.count("/") == 1 and not name.startswith((".", "/", "data/", "outputs/"))
-    if not Path(name).exists() and not is_hub_id:
+    if not Path(name).exists() and not is_hub_id(name):
         raise ValueError(f"{key}: no {name} there; run `make repro` or `dvc pull data.dvc`")
     try:
         return loader()

@@ -2,7 +2,7 @@
 
 The oracle is a network that learned from (picture, truth). It judges results and nothing else: no
 model, label or checkpoint is ever chosen by it. The synthetic annotators look through a second
-network of the same class but another size, seed and training set (see `spo.scenes.build`).
+network of the same class but another size, seed and training set (see `tools.scenes`).
 """
 
 from __future__ import annotations

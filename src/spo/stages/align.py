@@ -8,19 +8,29 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spo.config import Params
-from spo.stages import validation
-from spo.stages.common import METRICS, SCRATCH, TRAINING, Curve, fingerprint, require, stage, write_json
+from spo.evaluation import validation
+from spo.runtime.files import require, write_json
+from spo.runtime.fingerprint import fingerprint
+from spo.runtime.workspace import METRICS, SCRATCH, TRAINING
+from spo.stages.common import stage
+from spo.tracking.curve import Curve
 
 if TYPE_CHECKING:
     from spo.types import Backbone, Method
 
 OUTPUT = Path("outputs/align")
+CODE = (  # that trains, and that judges on the way
+    *("backbones", "data", "diffusion", "evaluation/generation.py", "evaluation/scoring.py"),
+    *("evaluation/validation.py", "methods", "preference", "rewards", "training", "types.py"),
+)
 
 
 def run(params: Params, item: str) -> None:
-    from spo import backbones, card, optimizer, processes, train
-    from spo.checkpoint import CheckpointStore
-    from spo.stages.generate import device
+    from spo import backbones
+    from spo.evaluation import model_card
+    from spo.training import distributed, loop, optimizer
+    from spo.training.checkpoint import CheckpointStore
+    from spo.training.distributed import device
 
     section = getattr(params.align, item)
     optimizer.check(section.optimizer)
@@ -37,7 +47,7 @@ def run(params: Params, item: str) -> None:
         scratch = _scratch(params, item)
         curve = Curve(tracked, scratch)
         try:
-            summary = train.run(
+            summary = loop.run(
                 backbone,
                 method,
                 section.optimizer,
@@ -51,13 +61,13 @@ def run(params: Params, item: str) -> None:
         except validation.Collapse:
             _show(tracked, scratch / "samples")
             raise
-        if not processes.is_first():
+        if not distributed.is_main_process():
             return
         curve.write(TRAINING / f"{item}.csv")
         folder = OUTPUT / item
         shutil.rmtree(folder, ignore_errors=True)
         _save(backbone, section.lora is None, folder)
-        card.write(folder, params, item, summary)
+        model_card.write(folder, params, item, summary)
         if (scratch / "samples").exists():
             shutil.copytree(scratch / "samples", folder / "samples")
             _show(tracked, folder / "samples")
@@ -104,7 +114,7 @@ def _watch(
 def _spo(params: Params, backbone: Backbone) -> Method:
     from spo.diffusion.schedule import Schedule
     from spo.methods.spo import SpoMethod
-    from spo.preference.judge import load_judge
+    from spo.preference.reward_model import load_judge
 
     section = params.align.spo
     folder = require("outputs/preference", "preference model")
@@ -117,9 +127,9 @@ def _spo(params: Params, backbone: Backbone) -> Method:
 
 
 def _diffusion_dpo(params: Params, backbone: Backbone) -> Method:
+    from spo.data.latent_cache import latent_pairs
     from spo.diffusion.schedule import Schedule
     from spo.methods.diffusion_dpo import DiffusionDpoMethod
-    from spo.stages.preference import latent_pairs
 
     # only its noise levels matter here
     schedule = Schedule.from_config(backbone.scheduler_config, 20).to(backbone.device)
@@ -131,11 +141,14 @@ BUILD: dict[str, Any] = {"spo": _spo, "diffusion_dpo": _diffusion_dpo}
 
 
 def _scratch(params: Params, item: str) -> Path:
-    reads = {"spo": ["outputs/preference", "outputs/prompts/train.txt"], "diffusion_dpo": ["outputs/pairs"]}
+    reads = {
+        "spo": ["outputs/preference", "outputs/prompts/train.txt"],
+        "diffusion_dpo": ["outputs/pairs/train", "outputs/pairs/summary.json"],
+    }
     inputs = [Path(p) for p in [*reads[item], "outputs/inputs/base.json"]]
     section = getattr(params.align, item)
     sections = [item, params.seed, params.backbone, section]
     if section.validation is not None:  # what was at the start is kept there
         inputs.append(validation.PROMPTS)
         sections += validation.sections(params)
-    return SCRATCH / "resume" / f"align-{item}-{fingerprint(sections, inputs)}"
+    return SCRATCH / "resume" / f"align-{item}-{fingerprint(sections, inputs, CODE)}"

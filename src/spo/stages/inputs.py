@@ -6,8 +6,9 @@ from pathlib import Path
 
 from spo import config
 from spo.config import Params
-from spo.data.inputs import manifest
-from spo.stages.common import stage, write_json
+from spo.data.manifest import manifest
+from spo.runtime.files import write_json
+from spo.stages.common import stage
 
 OUTPUT = Path("outputs/inputs")
 DEFAULTS = "defaults.json"  # not a source: what params.yaml leaves to the code

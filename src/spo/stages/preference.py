@@ -13,23 +13,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spo.config import Params, Preference
-from spo.stages.common import (
-    METRICS,
-    SCRATCH,
-    TRAINING,
-    Curve,
-    fingerprint,
-    read_json,
-    require,
-    stage,
-    write_json,
-)
+from spo.runtime.files import write_json
+from spo.runtime.fingerprint import fingerprint
+from spo.runtime.workspace import METRICS, SCRATCH, TRAINING
+from spo.stages.common import stage
+from spo.tracking.curve import Curve
 
 if TYPE_CHECKING:
-    from spo.data.latents import LatentPairs
     from spo.types import Backbone
 
 OUTPUT = Path("outputs/preference")
+CODE = ("backbones", "data", "diffusion", "preference", "rewards", "training", "types.py")  # that trains
 BASELINES: dict[str, dict[str, bool]] = {
     "unconditioned": {"step_condition": False},
     "clean_only": {"step_condition": False, "noised": False},
@@ -38,8 +32,9 @@ BASELINES: dict[str, dict[str, bool]] = {
 
 def run(params: Params, item: str | None = None) -> None:
     """Train the SPM, or with `item` one of its BASELINES."""
-    from spo import backbones, processes
-    from spo.stages.generate import device
+    from spo import backbones
+    from spo.training import distributed
+    from spo.training.distributed import device
 
     settings = params.preference.model_copy(update=BASELINES[item] if item else {})
     name = f"preference_{item}" if item else "preference"
@@ -49,7 +44,7 @@ def run(params: Params, item: str | None = None) -> None:
         scratch = _scratch(params, settings)
         curve = Curve(tracked, scratch)
         model, tokenizer, report = _train(params, settings, backbone, scratch, curve, tracked)
-        if not processes.is_first():
+        if not distributed.is_main_process():
             return
         if item is None:
             curve.write(TRAINING / f"{name}.csv")
@@ -67,11 +62,12 @@ def _train(
     """The model, its tokenizer, and accuracy by timestep on validation pairs."""
     import torch
 
-    from spo.checkpoint import CheckpointStore
+    from spo.data.latent_cache import latent_pairs
     from spo.diffusion.schedule import Schedule
-    from spo.preference import train as spm
-    from spo.preference import warmup
+    from spo.preference import pretraining
+    from spo.preference import trainer as spm
     from spo.preference.model import StepAwarePreferenceModel, load_tokenizer
+    from spo.training.checkpoint import CheckpointStore
 
     schedule = Schedule.from_config(backbone.scheduler_config, settings.num_inference_steps)
     named = settings.tokenizer is not None
@@ -84,14 +80,14 @@ def _train(
     pairs = {part: latent_pairs(params, backbone, part) for part in ("train", "validation")}
     told: dict[str, Any] = {}
     if settings.labels is not None:
-        from spo.stages.pseudo_labels import relabelled
+        from spo.preference.pseudo_labels import relabelled
 
         pairs["train"], told["pseudo_labels"] = relabelled(pairs["train"], settings, str(backbone.device))
     common = (model, tokenizer, backbone, schedule)
     if settings.gradient_checkpointing:
         model.checkpoint_gradients()
     if settings.degradations is not None:
-        warmup.warm_up(
+        pretraining.warm_up(
             model,
             tokenizer,
             backbone,
@@ -123,21 +119,4 @@ def _train(
 def _scratch(params: Params, settings: Preference) -> Path:
     sections = ("preference", params.seed, params.backbone, settings)
     inputs = [Path(p) for p in ("outputs/pairs", "outputs/inputs/base.json", "outputs/inputs/clip.json")]
-    return SCRATCH / "resume" / f"preference-{fingerprint(sections, inputs)}"
-
-
-def latent_pairs(params: Params, backbone: Backbone, part: str) -> LatentPairs:
-    """The pairs of `part` (train, validation) as latents, encoded once for all stages that read them."""
-    from functools import partial
-
-    from spo import processes
-    from spo.data.images import decode_image
-    from spo.data.latents import encode
-    from spo.data.pairs import read_pairs
-
-    folder = require(Path("outputs/pairs") / part, "preference pairs")
-    total = read_json("outputs/pairs/summary.json", "summary of the pairs")[part]
-    name = fingerprint(("latents", params.backbone), [folder, Path("outputs/inputs/base.json")])
-    decode = partial(decode_image, size=backbone.image_size)
-    with processes.state().main_process_first():
-        return encode(read_pairs(folder), total, backbone, decode, SCRATCH / "latents" / f"{part}-{name}")
+    return SCRATCH / "resume" / f"preference-{fingerprint(sections, inputs, CODE)}"

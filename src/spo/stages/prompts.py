@@ -9,7 +9,8 @@ from typing import Any
 
 from spo import config
 from spo.config import Params
-from spo.stages.common import stage, write_json
+from spo.runtime.files import write_json
+from spo.stages.common import stage
 
 OUTPUT = Path("outputs/prompts")
 PARTS = ("train", "test", "validation")

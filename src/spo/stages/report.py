@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spo.config import METHODS, VARIANTS, Params
-from spo.stages.common import METRICS, TRAINING, require, stage, write_json
+from spo.runtime.files import require, write_json
+from spo.runtime.workspace import METRICS, TRAINING
+from spo.stages.common import stage
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -31,12 +33,12 @@ CODE = ("src", "flows", "dvc.yaml", "params.yaml")  # a change here is a change 
 
 
 def run(params: Params, item: str | None = None) -> None:
-    from spo import evaluate, plots, report
+    from spo.evaluation import plots, report, statistics
 
     settings = params.report
     with stage("report", params) as tracked:
         scores = read_scores(settings.baselines)
-        rows = evaluate.comparisons(scores, settings.baselines, settings.bootstrap_samples, params.seed)
+        rows = statistics.comparisons(scores, settings.baselines, settings.bootstrap_samples, params.seed)
         if not rows:
             raise ValueError(
                 f"nothing to compare: {SCORES} and report.baselines hold {', '.join(scores)} alone"

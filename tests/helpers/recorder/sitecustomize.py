@@ -14,7 +14,7 @@ from typing import Any
 
 FOLDER = Path(".spo/read")
 # these dump whole sections to log them and to name what a killed stage goes on from
-NO_READERS = {("common.py", "stage"), ("common.py", "fingerprint")}
+NO_READERS = {("common.py", "stage"), ("fingerprint.py", "fingerprint")}
 keys: set[str] = set()
 files: set[str] = set()
 named: dict[int, tuple[Any, str]] = {}  # by id: a section, which is so kept alive, and its dotted key

@@ -1,0 +1,163 @@
+"""`spo STAGE --dry-run`: what a stage reads, how much it computes, and about how long; nothing is written."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from spo.config import Params, Spo
+
+if TYPE_CHECKING:
+    from spo.backbones.sizes import Sizes
+
+BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+BACKWARD = 2  # in forwards, as usual
+EFFICIENCY = 0.5  # of a large matrix product, that a UNet reaches
+
+
+def lines(params: Params, stage: str, item: str | None) -> list[str]:
+    """The plan of a stage, line by line.
+
+    Raises:
+        ValueError: an input that is neither here, nor in reach, nor made by an earlier stage.
+    """
+    told = [f"{stage}{f' {item}' if item else ''} ({params.name}): dry run, nothing is written"]
+    told += [_reach(key, name, revision) for key, name, revision in _inputs(params, stage, item)]
+    if stage not in ("preference", "align", "generate"):
+        return told
+    from spo.backbones import sizes
+
+    size = sizes.measure(params.backbone)
+    told.append(
+        f"UNet {size.unet_parameters / 1e6:.1f} M, VAE {size.vae_parameters / 1e6:.1f} M parameters; "
+        f"latents {list(size.latent_shape)}; {size.unet_flops / 1e9:.1f} GFLOP a UNet sample"
+    )
+    samples, text = _work(params, stage, item, size)
+    told += [text, _memory(params, stage, item, size), _time(size, samples, params.backbone.dtype)]
+    return told
+
+
+def _inputs(params: Params, stage: str, item: str | None) -> list[tuple[str, str, str | None]]:
+    """(key, path or hub id, revision) of what the stage reads."""
+    b, p, s = params.backbone, params.preference, params.score
+    base = [("backbone.checkpoint", b.checkpoint, b.revision), ("backbone.vae", b.vae, None)]
+    clip = [("preference.init", p.init, p.revision), ("preference.tokenizer", p.tokenizer, None)]
+    lists = [
+        ("prompts.train", params.prompts.train, None),
+        ("prompts.evaluation", params.prompts.evaluation, None),
+    ]
+    pairs = [("pairs.source", params.pairs.source, None)]
+    scorers = [
+        ("score.pickscore.model", s.pickscore.model, s.pickscore.revision),
+        ("score.hps.checkpoint", s.hps.checkpoint, None),
+        ("score.aesthetic.clip", s.aesthetic.clip, s.aesthetic.revision),
+        ("score.aesthetic.head", s.aesthetic.head, None),
+    ]
+    learned = "outputs/preference" if item == "spo" else "outputs/pairs"
+    reads: dict[str, list[tuple[str, str | None, str | None]]] = {
+        "inputs": [*base, *clip, *lists, *pairs, *scorers],
+        "prompts": [*lists, *pairs, base[0]],
+        "pairs": [*pairs],
+        "preference": [*base, *clip, ("pairs", "outputs/pairs", None)],
+        "align": [*base, ("learns from", learned, None)],
+        "generate": [*base, ("adapter", getattr(params.generate, item or "base").adapter, None)],
+        "score": [*scorers, ("pictures", f"outputs/images/{item}", None)],
+        "report": [("scores", "outputs/scores", None)],
+    }
+    return [(key, name, revision) for key, name, revision in reads[stage] if name is not None]
+
+
+def _reach(key: str, name: str, revision: str | None) -> str:
+    from spo.data.manifest import manifest
+
+    if Path(name).exists():
+        return f"{key}: {name}"
+    if name.startswith("outputs/"):
+        return f"{key}: {name} (an earlier stage makes it)"
+    try:
+        found = manifest(name, revision)
+        return f"{key}: {name} at {found['revision']}" if "revision" in found else f"{key}: {name}"
+    except ValueError as error:
+        raise ValueError(f"{key}: {error}") from None
+
+
+def _work(params: Params, stage: str, item: str | None, size: Sizes) -> tuple[int, str]:
+    """UNet samples in forwards, guidance included, and what they are for."""
+    from spo.diffusion.guidance import is_guided
+
+    if stage == "generate":
+        variant, settings = getattr(params.generate, item or "base"), params.generate
+        count = params.prompts.n_test if settings.split == "test" else params.prompts.n_validation
+        doubled = 1 + is_guided(variant.guidance)
+        steps = f"{count} pictures of {settings.num_inference_steps} steps, guidance {variant.guidance:g}"
+        return count * settings.num_inference_steps * doubled, steps
+    if stage == "preference":
+        p = params.preference
+        doubled = 1 + is_guided(p.guidance)
+        before = f"{p.degradations.steps} updates on degradations, then " if p.degradations else ""
+        return 2 * p.steps * p.batch_size * doubled, f"{before}{p.steps} updates of {p.batch_size} pairs"
+    if item == "spo":
+        return _spo_work(params.align.spo, size)
+    dpo = params.align.diffusion_dpo
+    samples = dpo.iterations * 2 * dpo.batch_size * (2 + BACKWARD)
+    return samples, f"{dpo.iterations} updates of {dpo.batch_size} pairs"
+
+
+def _spo_work(spo: Spo, size: Sizes) -> tuple[int, str]:
+    from spo.diffusion.guidance import is_guided
+    from spo.diffusion.schedule import Schedule
+    from spo.methods import step_pairs
+
+    found = step_pairs.blocks(spo, Schedule.from_config(size.scheduler_config, spo.num_inference_steps))
+    final = found[-1][-1] + 1 == spo.num_inference_steps
+    plain = found[0][0] + 1  # later blocks go on from outputs at the candidates
+    branched = spo.candidates * (sum(len(block) for block in found) - final)
+    pairs = sum(len(block) for block in found)
+    trained = sum(2 * len(block) - 1 for block in found)  # two samples where the branches have parted
+    doubled = 1 + is_guided(spo.guidance)
+    each = plain + branched + trained * (2 + BACKWARD)
+    prompts = spo.iterations * spo.prompts_per_iteration
+    most = spo.iterations * -(-pairs * spo.prompts_per_iteration // spo.batch_size)
+    text = (
+        f"{prompts} rollouts in {spo.iterations} iterations; at most {prompts * pairs} pairs, {most} updates"
+    )
+    return prompts * each * doubled, text
+
+
+def _memory(params: Params, stage: str, item: str | None, size: Sizes) -> str:
+    from spo.backbones import sizes
+
+    width = BYTES[params.backbone.dtype]
+    total, kind = width * (size.unet_parameters + size.vae_parameters), "weights of UNet and VAE"
+    if stage == "align":
+        section = getattr(params.align, item or "spo")
+        state = 2 if section.optimizer.eight_bit else 8  # Adam's two moments; weight and gradient are fp32
+        if section.lora is None:
+            total += (4 + 4 + state) * size.unet_parameters
+            kind += ", full fine-tuning (fp32 weights, gradients, Adam; frozen reference)"
+        else:
+            trained = sizes.lora_parameters(params.backbone, section.lora)
+            total += (4 + 4 + state) * trained
+            kind += f", a LoRA of {trained / 1e6:.2f} M with its gradients and Adam"
+    return (
+        f"memory: {total / 2**30:.2f} GiB for {kind}; text encoders, preference model and activations on top"
+    )
+
+
+def _time(size: Sizes, samples: int, dtype: str) -> str:
+    import torch
+
+    from spo.training.distributed import device
+
+    place, kind = device(), {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
+    n = 8192 if place != "cpu" else 512
+    a = torch.ones(n, n, device=place, dtype=kind)
+    seconds = []
+    for _ in range(3):
+        started = time.monotonic()
+        float((a @ a)[0, 0])  # waits for the device
+        seconds.append(time.monotonic() - started)
+    speed = 2 * n**3 / min(seconds)
+    hours = samples * size.unet_flops / speed / EFFICIENCY / 3600
+    return f"time: {samples} UNet samples, about {hours:.2g} h on this {place} ({speed / 1e12:.2g} TFLOP/s)"

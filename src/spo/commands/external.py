@@ -1,0 +1,185 @@
+"""Judge what was made elsewhere, without training: pictures in a folder, a LoRA or a fine-tuned checkpoint.
+
+No stage of the DAG: `spo generate --lora PATH` draws, `spo score --images FOLDER --prompts FILE` scores, with
+the scorers, tables and intervals of the experiment.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from spo.config import Params, Variant
+from spo.runtime.files import require, write_json
+from spo.runtime.launch import is_main_process
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+    from PIL import Image
+
+OUTPUT = Path("outputs/judged")
+_USUAL = ("unet", "pytorch_lora_weights", "adapter_model", "diffusion_pytorch_model")
+
+
+def generate(
+    params: Params,
+    adapter: Path,
+    prompts_file: Path | None = None,
+    guidance: float | None = None,
+    output: Path | None = None,
+) -> Path:
+    """Pictures of `adapter` on params.backbone: a LoRA or a UNet (file or folder), or a whole model.
+
+    Args:
+        prompts_file: a list of prompts; None: the experiment's own, at its own seeds.
+        guidance: None: that of generate.base.
+
+    Returns:
+        The folder of the pictures.
+
+    Raises:
+        ValueError: nothing there, or weights that do not fit the backbone.
+    """
+    from spo import backbones
+    from spo.backbones.external import TAKEN
+    from spo.evaluation.generation import draw, save
+    from spo.training.distributed import device
+
+    if not adapter.exists():
+        raise ValueError(f"{adapter}: not there; give {TAKEN}")
+    split = params.generate.split
+    file = prompts_file or require(f"outputs/prompts/{split}.txt", f"{split} prompts")
+    prompts = _prompts(file)
+    backbone = backbones.load_aligned(params.backbone, adapter, device())
+    variant = Variant(guidance=params.generate.base.guidance if guidance is None else guidance)
+    seeds = [params.generate.seed + i for i in range(len(prompts))]
+    folder = output or OUTPUT / _name(adapter)
+    save(folder, draw(backbone, params, variant, prompts, seeds), prompts, seeds)
+    return folder
+
+
+def _name(adapter: Path) -> str:
+    """Of the file or folder; of the folder around it where all releases call it the same."""
+    path = adapter.resolve()
+    name = path.stem if path.is_file() else path.name
+    return path.parent.name if name.split(".")[0] in _USUAL else name
+
+
+def score(
+    params: Params,
+    folder: Path,
+    prompts_file: Path | None = None,
+    baseline: Path | None = None,
+    output: Path | None = None,
+) -> str:
+    """Score the pictures of `folder`, and compare them with those of `baseline` for the same prompts.
+
+    Writes scores.csv and, with a baseline, comparisons.json as reports/comparisons.json.
+
+    Returns:
+        The tables, for a person.
+
+    Raises:
+        ValueError: N prompts with M pictures, an unreadable picture, or no prompts.
+    """
+    from spo.evaluation import statistics
+    from spo.training.distributed import device
+
+    names = {"method": folder, **({"baseline": baseline} if baseline else {})}
+    read = {name: _pictures(path, prompts_file) for name, path in names.items()}
+    tables = {name: _table(params, *told, device()) for name, told in read.items()}
+    if not is_main_process():
+        return ""
+    output = output or OUTPUT / folder.stem
+    output.mkdir(parents=True, exist_ok=True)
+    tables["method"].to_csv(output / "scores.csv", index=False, float_format="%.6f")
+    samples, seed = params.report.bootstrap_samples, params.seed
+    lines = [f"{folder}: {len(tables['method'])} pictures, scores in {output / 'scores.csv'}"]
+    for metric in statistics.metrics(tables["method"]):
+        mean, low, high = statistics.mean_interval(tables["method"][metric].to_numpy(), samples, seed)
+        lines.append(f"  {metric:18} {mean:9.4f} [{low:.4f}, {high:.4f}]")
+    if baseline:
+        rows = statistics.comparisons(tables, ["baseline"], samples, seed)
+        labels = {"method": folder.name, "baseline": baseline.name}
+        rows = [{**r, "method": labels["method"], "baseline": labels["baseline"]} for r in rows]
+        write_json(output / "comparisons.json", rows)
+        lines += [f"over {baseline}, paired:", *(_line(row) for row in rows)]
+    return "\n".join(lines)
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    interval = f"[{row['ci_low']:+.4f}, {row['ci_high']:+.4f}]"
+    better = f"{100 * row['win_rate']:.0f} % better"
+    return f"  {row['metric']:18} {row['mean_difference']:+9.4f} {interval}, {better}"
+
+
+def _table(params: Params, pictures: list[Image.Image], prompts: list[str], device: str) -> DataFrame:
+    import pandas as pd
+
+    from spo.evaluation.scoring import score_images
+
+    columns = score_images(params, pictures, prompts, device)
+    rows = range(len(prompts))
+    return pd.DataFrame({"index": rows, "prompt": prompts, "seed": rows, **columns})
+
+
+def _prompts(file: Path) -> list[str]:
+    from spo.data.prompt_files import read_prompts
+    from spo.data.prompts import flaw
+
+    prompts = read_prompts(file)
+    if not prompts:
+        raise ValueError(f"{file}: holds no prompts")
+    for row, prompt in enumerate(prompts, start=1):
+        if not prompt.strip():
+            raise ValueError(f"{file}: prompt {row} is empty; every image needs its own")
+        if reason := flaw(prompt):
+            raise ValueError(f"{file}: prompt {row} has {reason}; it cannot be encoded")
+    return prompts
+
+
+def _pictures(folder: Path, prompts_file: Path | None) -> tuple[list[Image.Image], list[str]]:
+    """The images in the order of their names (2 before 10) or of our archive, and their prompts."""
+    from spo.data.folders import list_images
+    from spo.data.images import ARCHIVE
+
+    if (folder / ARCHIVE).exists():
+        images, prompts = _archive(folder)
+        if prompts_file is None:
+            return images, prompts
+    else:
+        images = [_open(path) for path in list_images(folder)]
+        if prompts_file is None:
+            raise ValueError(f"{folder}: give --prompts FILE, a prompt for each of {len(images)} images")
+    prompts = _prompts(prompts_file)
+    if len(prompts) != len(images):
+        raise ValueError(
+            f"{folder}: {len(images)} images, but {prompts_file} has {len(prompts)} prompts; "
+            "give one prompt for each image, in the order of the file names"
+        )
+    return images, prompts
+
+
+def _archive(folder: Path) -> tuple[list[Image.Image], list[str]]:
+    """The images and prompts that `spo generate` wrote to `folder`, which holds no other images."""
+    from spo.data.folders import find_images
+    from spo.data.images import ARCHIVE, load_images
+
+    if others := find_images(folder):
+        raise ValueError(f"{folder}: holds {ARCHIVE} and {others[0].name}; give a folder with one of the two")
+    rows = list(load_images(folder))
+    if not rows:
+        raise ValueError(f"{folder / ARCHIVE}: no images there")
+    return [image for image, _, _ in rows], [prompt for _, prompt, _ in rows]
+
+
+def _open(path: Path) -> Image.Image:
+    from spo.data.decoding import open_image
+
+    if path.exists() and not path.is_file():  # a pipe or a device would be read without end
+        raise ValueError(f"{path}: no regular file")
+    try:
+        return open_image(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None

@@ -1,0 +1,110 @@
+"""The model card of what a stage or the registry hands on: what it was made of, how, and how it scored.
+
+Written for `README.md` beside the weights, with the front matter that model hubs read. The same run gives
+the same text: it is part of a DVC output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from spo.config import Params
+from spo.runtime.messages import redact
+
+NAMES = {
+    "spo": "Step-aware Preference Optimization (arXiv 2406.04314)",
+    "diffusion_dpo": "Diffusion-DPO (arXiv 2311.12908)",
+}
+UNTRAINED = ("seconds", "training_seconds")  # of the machine, not of the model
+
+
+def write(folder: Path, params: Params, method: str, trained: Mapping[str, Any]) -> None:
+    """`folder`/README.md. `trained`: counts of the training, its times are left out."""
+    (folder / "README.md").write_text(text(params, method, trained), encoding="utf-8")
+
+
+def text(params: Params, method: str, trained: Mapping[str, Any]) -> str:
+    """Without the passwords of URLs."""
+    return redact(_text(params, method, trained))
+
+
+def _text(params: Params, method: str, trained: Mapping[str, Any]) -> str:
+    section, base = getattr(params.align, method), params.backbone
+    kind = "LoRA" if section.lora is not None else "full fine-tune of the UNet"
+    known = licence(base.checkpoint) or base.license
+    head = {
+        "base_model": base.checkpoint,
+        **({"license": known} if known else {}),
+        "library_name": "diffusers",
+        "pipeline_tag": "text-to-image",
+        "tags": ["text-to-image", *(["lora"] if section.lora is not None else []), method.replace("_", "-")],
+    }
+    at = f", revision {base.revision}" if base.revision else ""
+    terms = known or "not stated; ask its makers before you share what was made of it"
+    load = (
+        'pipe.load_lora_weights("this folder")'
+        if section.lora is not None
+        else 'pipe = DiffusionPipeline.from_pretrained("this folder")'
+    )
+    recipe = yaml.safe_dump(section.model_dump(mode="json", exclude_none=True), sort_keys=False)
+    counts = "\n".join(f"- {k.replace('_', ' ')}: {v}" for k, v in trained.items() if k not in UNTRAINED)
+    return f"""---
+{yaml.safe_dump(head, sort_keys=False).strip()}
+---
+# {params.name}: {kind} by {NAMES.get(method, method)}
+
+- base model: {base.checkpoint}{at} ({"SDXL" if base.family == "sdxl" else "Stable Diffusion"} family)
+- licence of the base model: {terms}
+- training prompts: {params.prompts.train}
+- preference pairs: {params.pairs.source}
+{counts}
+
+```python
+{load}
+```
+
+## Recipe
+
+```yaml
+{recipe.strip()}
+```
+"""
+
+
+def licence(checkpoint: str) -> str | None:
+    """What the front matter of the README in a local checkpoint's folder says."""
+    path = Path(checkpoint) / "README.md"
+    if not path.is_file():
+        return None
+    parts = path.read_text(encoding="utf-8", errors="replace").split("---\n", 2)
+    if len(parts) < 3 or parts[0].strip():
+        return None
+    try:
+        told = yaml.safe_load(parts[1])
+    except yaml.YAMLError:
+        return None
+    found = told.get("license") if isinstance(told, dict) else None
+    return found if isinstance(found, str) else None
+
+
+def scores(rows: Sequence[Mapping[str, Any]], method: str) -> str:
+    """The section of the card with rows of reports/comparisons.json."""
+    lines = [
+        "## Scores",
+        "",
+        "Paired by prompt and seed; mean difference and its 95 % bootstrap interval.",
+        "",
+        "| score | mean | over | by | 95 % interval | better | prompts |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for r in rows:
+        if r["method"] == method:
+            lines.append(
+                f"| {r['metric']} | {r['mean_method']:.3f} | {r['baseline']} | {r['mean_difference']:+.3f} | "
+                f"{r['ci_low']:+.3f} to {r['ci_high']:+.3f} | {100 * r['win_rate']:.0f} % | {r['n']} |"
+            )
+    return "\n".join(lines) + "\n"

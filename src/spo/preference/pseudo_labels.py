@@ -1,0 +1,94 @@
+"""Labels of preference pairs by a scorer in the place of people's, as the published SDXL recipe has them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from spo.config import Preference, PseudoLabels
+from spo.runtime.files import require, write_json
+from spo.runtime.fingerprint import fingerprint
+from spo.runtime.workspace import SCRATCH
+
+if TYPE_CHECKING:
+    from spo.data.latents import EncodedPairs
+
+CODE = ("data", "preference/pseudo_labels.py", "rewards")  # that scores the images of the pairs
+
+
+def relabelled(pairs: EncodedPairs, settings: Preference, device: str) -> tuple[EncodedPairs, dict[str, Any]]:
+    """The training pairs with the labels of settings.labels, and what is told of them.
+
+    Raises:
+        ValueError: a scorer that cannot be loaded, or finds every pair a tie.
+    """
+    import torch
+
+    from spo.training import distributed
+
+    told = settings.labels
+    assert told is not None
+    folder = require(Path("outputs/pairs/train"), "preference pairs")
+    kept = SCRATCH / "labels" / f"{fingerprint(('labels', told), [folder], CODE)}.json"
+    with distributed.state().main_process_first():
+        if not kept.exists():
+            write_json(kept, list(_differences(told, folder, len(pairs), device)))
+    difference = torch.tensor(json.loads(kept.read_text()))
+    label_0 = torch.where(difference.abs() < told.gap, 0.5, (difference > 0).float())
+    decided = label_0 != 0.5
+    if not decided.any():
+        raise ValueError(
+            f"preference.labels.gap: no pair's scores differ by {told.gap}; they differ by "
+            f"{float(difference.abs().max()):.3g} at most; lower it"
+        )
+    both = decided & (pairs.label_0 != 0.5)
+    agree = float((label_0 == pairs.label_0)[both].float().mean()) if both.any() else 0.0
+    facts = {"decided": int(decided.sum()), "ties": int((~decided).sum()), "agree_with_people": agree}
+    return replace(pairs, label_0=label_0), {k: round(v, 4) for k, v in facts.items()}
+
+
+def _differences(settings: PseudoLabels, folder: Path, total: int, device: str) -> Iterator[float]:
+    """Score of the first picture less that of the second, pair by pair, in the order of the shards."""
+    from tqdm import tqdm
+
+    from spo.data.decoding import open_image
+    from spo.data.pairs import read_pairs
+
+    scorer = _scorer(settings, device)
+    with tqdm(total=total, desc="pseudo-labels", unit="pair") as bar:
+        for part in _chunks(read_pairs(folder), settings.batch_size):
+            captions = [pair.caption for pair in part]
+            first, second = (
+                scorer.score([open_image(image) for image in images], captions)
+                for images in ([p.image_0 for p in part], [p.image_1 for p in part])
+            )
+            yield from (a - b for a, b in zip(first, second, strict=True))
+            bar.update(len(part))
+
+
+def _chunks(items: Any, size: int) -> Iterator[list[Any]]:
+    chunk: list[Any] = []
+    for item in items:
+        chunk.append(item)
+        if len(chunk) == size:
+            yield chunk
+            chunk = []
+    if chunk:
+        yield chunk
+
+
+def _scorer(settings: PseudoLabels, device: str) -> Any:
+    from spo.rewards.aesthetic import Aesthetic
+    from spo.rewards.hps import Hps
+    from spo.rewards.pickscore import PickScore
+
+    kinds: tuple[tuple[Any, Any], ...] = (
+        (PickScore, settings.pickscore),
+        (Hps, settings.hps),
+        (Aesthetic, settings.aesthetic),
+    )
+    kind, told = next((kind, told) for kind, told in kinds if told is not None)
+    return kind(told, device=device, batch_size=settings.batch_size)

@@ -1,0 +1,36 @@
+"""Names of resume states and caches: by all that they are made from."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from pydantic import BaseModel
+
+PACKAGE = Path(__file__).parents[1]
+
+
+def fingerprint(
+    sections: Sequence[BaseModel | str | int], inputs: Iterable[Path], code: Sequence[str]
+) -> str:
+    """Name what is made from parameters, files and code; state made from anything else has another name.
+
+    Args:
+        inputs: files and folders; each file is read a block at a time.
+        code: modules and folders of the package that make it, as `data/images.py` and `diffusion`.
+    """
+    digest = hashlib.sha256()
+    for section in sections:
+        text = section.model_dump_json() if isinstance(section, BaseModel) else str(section)
+        digest.update(text.encode() + b"\0")
+    for root in (*inputs, *(PACKAGE / part for part in code)):
+        for path in sorted(root.rglob("*")) if root.is_dir() else [root]:
+            if path.is_file() and "__pycache__" not in path.parts:
+                digest.update(path.name.encode() + _content(path))
+    return digest.hexdigest()[:16]
+
+
+def _content(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()

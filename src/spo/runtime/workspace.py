@@ -1,0 +1,16 @@
+"""Where an experiment keeps its files, seen from the folder it runs in."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+SCRATCH = Path(".spo")
+METRICS = Path("reports/metrics")
+TRAINING = Path("reports/training")
+EXPERIMENT = re.compile(r"/\.dvc/tmp/exps/.*")  # where DVC runs experiments, and deletes them
+
+
+def home() -> Path:
+    """The workspace: of an experiment that DVC runs in a temporary folder, the one that started it."""
+    return Path(EXPERIMENT.sub("", str(Path.cwd())))

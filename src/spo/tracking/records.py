@@ -1,0 +1,145 @@
+"""How records of a spool become MLflow's calls, and what its answers mean."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from spo.runtime.files import digest
+from spo.runtime.messages import one_line, redact
+from spo.tracking.spool import Spool
+
+BATCH = 1000  # the most metrics that MLflow takes in one call; params and tags: 100
+DELETED = "deleted"  # MLflow's lifecycle stage
+
+
+class Refused(ValueError):
+    """A record that can never be delivered."""
+
+
+class Waiting(RuntimeError):
+    """What MLflow takes only when somebody has done what the message says; until then the records stay.
+
+    `then` says what becomes of them.
+    """
+
+    def __init__(self, message: str, then: str = "`spo sync` then delivers them") -> None:
+        super().__init__(message)
+        self.then = then
+
+
+class Gone(LookupError):
+    """The store has no such run any more."""
+
+
+def is_missing(error: BaseException) -> bool:
+    """Whether MLflow says that there is no such thing."""
+    return getattr(error, "error_code", None) == "RESOURCE_DOES_NOT_EXIST"
+
+
+def is_refusal(error: BaseException) -> bool:
+    """Whether MLflow answered, and will say no again; else it may be away, or its file damaged."""
+    codes = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_DOES_NOT_EXIST")
+    damaged = "sqlite3.DatabaseError" in str(error)
+    return isinstance(error, Refused) or (getattr(error, "error_code", None) in codes and not damaged)
+
+
+def reason(error: BaseException) -> str:
+    """The error in one line; without the name of its type where the message is ours."""
+    return redact(str(error)) if isinstance(error, Waiting | Gone) else one_line(error)
+
+
+def check_experiment(experiment: Any) -> None:
+    """
+    Raises:
+        Waiting: it was deleted. Whoever did that restores it, not we.
+    """
+    if experiment.lifecycle_stage == DELETED:
+        restore = f"mlflow experiments restore --experiment-id {experiment.experiment_id}"
+        raise Waiting(f"the experiment {experiment.name!r} was deleted; `{restore}` brings it back")
+
+
+def load_mlflow() -> Any:
+    """MLflow, told to give up soon, to be quiet and to tell nobody. Its import takes 3 s."""
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    import mlflow
+
+    for name in ("mlflow", "alembic"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # we say its errors, in one line
+    return mlflow
+
+
+def literal(text: str) -> str:
+    """`text` as a string of MLflow's filter language, which knows no escapes.
+
+    Raises:
+        Refused: it would end the string.
+    """
+    if "'" in text or "\\" in text:
+        raise Refused(f"{text[:80]!r} cannot be searched for in MLflow: it has a quote or a backslash")
+    return f"'{text}'"
+
+
+def batches(
+    records: Iterable[tuple[int, dict[str, Any]]],
+) -> Iterator[tuple[int, list[dict[str, Any]]]]:
+    """Metrics that follow each other go together, up to BATCH points; all else one by one."""
+    batch: list[dict[str, Any]] = []
+    points, end = 0, 0
+    for offset, record in records:
+        size = max(1, len(record["metrics"])) if record["op"] == "metrics" else BATCH
+        if batch and points + size > BATCH:
+            yield end, batch
+            batch, points = [], 0
+        batch.append(record)
+        points, end = points + size, offset
+    if batch:
+        yield end, batch
+
+
+def call(client: Any, spool: Spool, run_id: str, records: list[dict[str, Any]]) -> None:
+    """Records of one kind, as one of MLflow's calls."""
+    from mlflow.entities import Metric, Param, RunTag
+
+    record = records[0]
+    match record["op"]:
+        case "metrics":
+            points = [Metric(k, v, r["time"], r["step"]) for r in records for k, v in r["metrics"].items()]
+            client.log_batch(run_id, metrics=points)
+        case "params":
+            params = [Param(k, v) for k, v in record["params"].items()]
+            for start in range(0, len(params), 100):
+                client.log_batch(run_id, params=params[start : start + 100])
+        case "tags":
+            client.log_batch(run_id, tags=[RunTag(k, v) for k, v in record["tags"].items()])
+        case "inputs":
+            client.log_inputs(run_id, datasets=[_dataset(**item) for item in record["data"]])
+        case "artifact":
+            if record["sha256"] is None or digest(Path(record["path"])) != record["sha256"]:
+                raise Refused(f"{record['path']}: changed or gone since it was logged")
+            client.log_artifact(run_id, record["path"], record["folder"])
+        case "end":
+            client.set_terminated(run_id, _status(spool, record), end_time=record["time"])
+
+
+def _dataset(name: str, digest: str) -> Any:
+    """What a stage read, as MLflow's dataset: the path, and DVC's hash, by which `dvc` finds it again."""
+    from mlflow.entities import Dataset, DatasetInput
+
+    source = json.dumps({"path": name, "md5": digest})
+    return DatasetInput(Dataset(name=name, digest=digest[:36], source_type="dvc", source=source))
+
+
+def _status(spool: Spool, record: dict[str, Any]) -> str:
+    """Of a run that children share: the worst of what their last attempts came to."""
+    if "child" not in record:
+        return str(record["status"])
+    ends = {r["child"]: r["status"] for _, r in spool.read() if r["op"] == "end" and "child" in r}
+    return max(ends.values(), key=("FINISHED", "KILLED", "FAILED").index)

@@ -1,0 +1,277 @@
+"""MLflow: every stage is a run under one parent a `dvc repro`. A stage never fails or waits for it.
+
+What is logged is written to the spool at once; a thread delivers it every few seconds, and `spo sync`
+delivers what a server that was away did not get.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import re
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from spo.runtime import ancestors
+from spo.runtime.files import digest, locked
+from spo.runtime.messages import one_line, redact
+from spo.runtime.workspace import home
+from spo.tracking import cached_stages, dvc_lock, system
+from spo.tracking.delivery import Delivery, Store
+from spo.tracking.provenance import code, flatten, hardware, section, versions
+from spo.tracking.records import Waiting, is_refusal, reason
+from spo.tracking.spool import Spool, close_dead, spools, warn
+
+PARENT_VARIABLE = "SPO_PARENT_RUN"  # a parent's key, or the id of a run that MLflow has
+
+
+def tracking_uri(configured: str | None = None) -> str:
+    """params.yaml's, else the environment's, else a sqlite file in this folder."""
+    return configured or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home() / 'mlflow.db'}"
+
+
+class Run:
+    """A run's logging calls. Without a spool (no place to write, or not the first process) it is mute."""
+
+    def __init__(self, spool: Spool | None) -> None:
+        self.spool = spool
+        self._at_zero: dict[str, float] = {}
+        self._curves: set[str] = set()
+
+    @property
+    def key(self) -> str:
+        """What SPO_PARENT_RUN takes."""
+        return self.spool.key if self.spool else ""
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int = 0) -> None:
+        """Numbers at a step; those of a whole run (seconds, accuracy) at step 0."""
+        values = {k: float(v) for k, v in metrics.items()}
+        if step == 0:
+            self._at_zero |= values
+        else:
+            self._curves |= values.keys()
+        self._write("metrics", step=int(step), metrics=values)
+
+    def log_params(self, params: Mapping[str, Any]) -> None:
+        self._write("params", params={k: str(v) for k, v in params.items()})
+
+    def log_artifact(self, path: Path | str, folder: str | None = None) -> None:
+        """A small file, by reference: if it changes before it is delivered, it is not sent."""
+        path = Path(path).absolute()
+        self._write("artifact", path=str(path), folder=folder, sha256=digest(path))
+
+    def set_tags(self, tags: Mapping[str, Any]) -> None:
+        self._write("tags", tags={k: str(v) for k, v in tags.items()})
+
+    def end(self, status: str, **child: str | None) -> None:
+        """`child` (its name), `stage` (of DVC), `key`: the run is shared, and this child has ended."""
+        self._write("end", status=status, **child)
+
+    def summary(self) -> dict[str, float]:
+        """The metrics of the whole run: all that were only given at step 0."""
+        return {k: v for k, v in self._at_zero.items() if k not in self._curves}
+
+    def _write(self, op: str, **fields: Any) -> None:
+        if self.spool is None:
+            return
+        try:
+            self.spool.append(op, **fields)
+        except OSError as error:
+            warn(f"{self.spool.path} cannot be written, the run logs nothing more: {one_line(error)}")
+            self.spool = None
+
+
+@contextmanager
+def stage_run(stage: str, params: Mapping[str, Any], name: str | None = None) -> Iterator[Run]:
+    """The MLflow run of a stage, named `stage` or `stage-name`; `params` is the whole params.yaml.
+
+    An exception passes on; the run is FAILED (KILLED if interrupted) with its message as tag `error`.
+    """
+    if os.environ.get("RANK", "0") != "0":  # of the processes of one training, the first logs
+        yield Run(None)
+        return
+    title = f"{stage}-{name}" if name else stage
+    parent = _parent(params)
+    _record_before(parent, params)
+    run = _start(params, title, parent)
+    run.log_params(section(params, stage, name) if parent.spool else flatten(params))
+    own = [r.spool for r in (parent, run) if r.spool]
+    delivery = Delivery(tracking_uri(params.get("tracking")), own, _watched(run))
+    status = "FINISHED"
+    try:
+        with _terminable():
+            yield run
+    except BaseException as error:
+        status = "KILLED" if isinstance(error, KeyboardInterrupt | SystemExit) else "FAILED"
+        run.set_tags({"error": one_line(error)})
+        raise
+    finally:
+        if run.summary():
+            parent.log_metrics({f"{title}/{k}": v for k, v in run.summary().items()})
+        run.set_tags(hardware())
+        run.end(status)
+        parent.end(status, child=title, stage=os.environ.get("DVC_STAGE"), key=run.key)
+        delivery.finish()
+
+
+def _watched(run: Run) -> Callable[[], None]:
+    """Logs the system metrics; their steps count from 1."""
+    steps = itertools.count(1)
+    return lambda: run.log_metrics(system.sample(), step=next(steps))
+
+
+def open_parent(params: Mapping[str, Any], name: str | None = None) -> Run:
+    """A run for others to be children of, by its `key` in SPO_PARENT_RUN. Logs all parameters."""
+    run = _create(params, name or f"repro {datetime.now():%Y-%m-%d %H:%M:%S}", None, True, code())
+    run.log_params(flatten(params))
+    try:
+        last_covers()
+        if run.spool:
+            _last().parent.mkdir(parents=True, exist_ok=True)
+            _last().write_text(run.key)
+    except OSError as error:
+        warn(f"the repro before gets no hashes: {one_line(error)}")
+    return run
+
+
+def close_parent(run: Run, params: Mapping[str, Any], status: str, stages: Iterable[str]) -> list[str]:
+    """End a parent: those of `stages` that did not run are recorded as cached; their names."""
+    cached: list[str] = []
+    if run.spool:
+        where = _where(params)
+        cached_stages.seal(run.spool, where)
+        cached = cached_stages.record(run.spool, params, where, stages)
+    run.set_tags(code() | {"dvc.stages_cached": " ".join(cached)})
+    run.end(status)
+    return cached
+
+
+def sync(uri: str | None = None) -> tuple[int, int]:
+    """Deliver every spool to `uri`, or to where stages would log: (records delivered, records left).
+
+    Why some are left is said, each reason once.
+    """
+    close_dead()
+    store, delivered = Store(uri or tracking_uri()), 0
+    reasons: set[str] = set()
+    for spool in spools():
+        try:
+            delivered += store.deliver(spool)
+        except Exception as error:
+            if (why := reason(error)) not in reasons:
+                reasons.add(why)
+                warn(f"{store.name}: {why}")
+            if not isinstance(error, Waiting) and not is_refusal(error):
+                break  # it is away
+    return delivered, sum(spool.left() for spool in spools())
+
+
+def _where(params: Mapping[str, Any]) -> dict[str, str]:
+    return {"uri": redact(tracking_uri(params.get("tracking"))), "experiment": params["name"]}
+
+
+def _parents() -> Path:
+    return home() / ".spo/parents"
+
+
+def _last() -> Path:
+    """Names the parent that was opened last here."""
+    return Path(".spo/parents/last")
+
+
+def last_covers() -> bool:
+    """Whether the last repro here has a run for every stage; its last stage gets its hashes now."""
+    spool = Spool.find(_last().read_text()) if _last().exists() else None
+    if spool is None:
+        return False
+    head = spool.header()
+    cached_stages.seal(spool, {"uri": head.get("uri", ""), "experiment": head.get("experiment", "")})
+    return cached_stages.covers(spool)
+
+
+def _record_before(parent: Run, params: Mapping[str, Any]) -> None:
+    """What this stage is made from and did not run in this repro, DVC has skipped: now is the time to say."""
+    stage = os.environ.get("DVC_STAGE")
+    if parent.spool is None or stage is None:
+        return
+    try:
+        cached_stages.seal(parent.spool, _where(params))
+        cached_stages.record(parent.spool, params, _where(params), dvc_lock.ancestors(dvc_lock.read(), stage))
+    except OSError as error:
+        warn(f"skipped stages are not recorded: {one_line(error)}")
+
+
+def _start(params: Mapping[str, Any], title: str, parent: Run) -> Run:
+    tags = versions()
+    if "DVC_STAGE" in os.environ:
+        tags |= {"dvc.stage": os.environ["DVC_STAGE"], "dvc.cached": "false"}
+    if parent.spool is None:
+        tags |= code()
+    return _create(params, title, parent.key or None, False, tags)
+
+
+def _create(
+    params: Mapping[str, Any], name: str, parent: str | None, shared: bool, tags: dict[str, str]
+) -> Run:
+    fields = {"name": name, "parent": parent, **_where(params)}
+    try:
+        return Run(Spool.create(**fields, shared=shared, tags=tags))
+    except OSError as error:
+        warn(f"the run {name} logs nothing: {one_line(error)}")
+        return Run(None)
+
+
+def _parent(params: Mapping[str, Any]) -> Run:
+    """The parent named by the environment, or that of the `dvc repro` above this process; else none."""
+    given = os.environ.get(PARENT_VARIABLE)
+    try:
+        if given:
+            spool = Spool.find(given) if re.fullmatch(r"[\w-]+", given) else None
+            if spool is None:
+                warn(f"{PARENT_VARIABLE} names no run: {given!r}")
+            return Run(spool)
+        repro = ancestors.dvc_ancestor(ancestors.of_this_process())
+        return _parent_of(repro, params) if repro else Run(None)
+    except (OSError, ValueError) as error:
+        warn(f"no parent run: {one_line(error)}")
+        return Run(None)
+
+
+def _parent_of(repro: tuple[int, float], params: Mapping[str, Any]) -> Run:
+    """One parent for all stages of a repro: the first makes it, the others find it under the pid."""
+    pid, started = repro
+    _parents().mkdir(parents=True, exist_ok=True)
+    record = _parents() / f"{pid}.json"
+    with locked(_parents() / "lock"):
+        if record.exists():
+            known = json.loads(record.read_text())
+            spool = Spool.find(known["run"])
+            if spool is not None and abs(known["started"] - started) < 5:  # else the pid was used before
+                return Run(spool)
+        run = open_parent(params)
+        record.write_text(json.dumps({"started": started, "run": run.key}))
+        return run
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM (a cancelled flow, a scheduler) ends the stage by an exception, so the run ends too."""
+
+    def stop(number: int, frame: Any) -> None:
+        raise SystemExit(128 + number)
+
+    main = threading.current_thread() is threading.main_thread()
+    if not main or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)

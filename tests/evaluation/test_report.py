@@ -1,0 +1,328 @@
+"""The page and its picture, from a small run folder of known figures."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+import shutil
+import subprocess
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+from PIL import Image, ImageFont
+
+from spo import config
+from spo.evaluation import plots, report, verdict
+from spo.stages import report as stage
+
+N = 12
+NASTY = '<script>alert(1)</script> & a "star"'
+PROMPTS = [
+    NASTY,
+    "NA",
+    *(f"prompt number {i}, a large red circle above a small blue star" for i in range(2, N)),
+]
+SHIFT = {"base": 0.0, "base_high_guidance": 0.5, "diffusion_dpo": 1.0, "spo": 2.0}
+
+
+class Tracked:
+    """Stands for the MLflow run: keeps what it is given."""
+
+    def __init__(self) -> None:
+        self.metrics: dict[str, float] = {}
+        self.artifacts: list[str] = []
+
+    def log_metrics(self, metrics: dict[str, float], step: int) -> None:
+        self.metrics |= metrics
+
+    def log_artifact(self, path: Path, folder: str) -> None:
+        self.artifacts.append(path.name)
+
+
+@pytest.fixture
+def tracked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Tracked:
+    """A run in the working folder; what its report stage tracks."""
+    monkeypatch.chdir(tmp_path)
+    run = Tracked()
+
+    @contextmanager
+    def no_mlflow(*_: Any) -> Iterator[Tracked]:
+        yield run
+
+    monkeypatch.setattr(stage, "stage", no_mlflow)
+    write_run(tmp_path)
+    return run
+
+
+def write_run(root: Path) -> None:
+    noise = np.random.default_rng(0).normal(size=(N, 2))
+    for variant, shift in SHIFT.items():
+        write_pictures(root / "outputs/images" / variant, int(60 * shift) + 40)
+        columns = {"prompt": PROMPTS, "seed": range(7, 7 + N), "pickscore": 20 + shift + noise[:, 0]}
+        alignment = 0.75 - 0.125 * (variant == "spo") + 0.01 * noise[:, 1]
+        columns |= {"oracle_aesthetic": 0.25 + shift / 8, "oracle_alignment": alignment}
+        (root / "outputs/scores").mkdir(exist_ok=True)
+        table = pd.DataFrame({"index": range(N), **columns})
+        table.to_csv(root / f"outputs/scores/{variant}.csv", index=False)
+    accuracy = {"0": 0.8125, "501": 0.625}
+    for name, content in {
+        "preference": {"accuracy": accuracy, "n": 90, "n_train": 500, "updates": 40, "seconds": 30.0},
+        "preference_unconditioned": {"accuracy": accuracy, "n": 90, "seconds": 29.0},
+        "align_spo": {"updates": 58, "pairs": 1834, "seconds": 90.0},
+        "align_diffusion_dpo": {"updates": 850, "pairs": 13600, "seconds": 60.0},
+        "score_base": {"pickscore": 20.0},
+    }.items():
+        write_json(root / f"reports/metrics/{name}.json", content)
+    (root / "reports/training").mkdir()
+    lines = ["step,validation/hps,loss,score,learning_rate", "0,20,,,", "1,,.7,,1e-3", "2,21,.6,17.5,1e-3"]
+    (root / "reports/training/spo.csv").write_text("\n".join(lines) + "\n")
+    (root / "outputs/align/spo/samples").mkdir(parents=True)
+    for update in (0, 58):
+        Image.new("RGB", (40, 20), (update, 0, 0)).save(root / f"outputs/align/spo/samples/{update:06d}.png")
+    write_json(root / "outputs/prompts/summary.json", {"train": 1200, "removed": {"duplicate": 3}})
+    write_json(root / "data/world.json", {"labels": {"ties": 0.0903}, "oracle": {"rendered": {"n": 1000}}})
+    out = {"path": "outputs/images/spo", "md5": "0123456789abcdef.dir"}
+    (root / "dvc.lock").write_text(yaml.safe_dump({"stages": {"generate@spo": {"outs": [out]}}}))
+
+
+def write_pictures(folder: Path, level: int) -> None:
+    folder.mkdir(parents=True)
+    index = io.StringIO()
+    writer = csv.writer(index)
+    writer.writerow(["file", "prompt", "seed"])
+    with zipfile.ZipFile(folder / "images.zip", "w") as archive:
+        for i, prompt in enumerate(PROMPTS):
+            buffer = io.BytesIO()
+            Image.new("RGB", (48, 48), (level, 10 * i, 90)).save(buffer, format="PNG")
+            archive.writestr(f"{i:05d}.png", buffer.getvalue())
+            writer.writerow([f"{i:05d}.png", prompt, 7 + i])
+        archive.writestr("index.csv", index.getvalue())
+
+
+def write_json(path: Path, content: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content))
+
+
+def params(**changes: Any) -> config.Params:
+    raw = yaml.safe_load(config.preset("scenes"))
+    return config.validate({**raw, "report": {"bootstrap_samples": 200, "grid_prompts": 3}, **changes})
+
+
+def test_the_page_tells_the_figures(tracked: Tracked) -> None:
+    stage.run(params())
+    page = Path("reports/report.html").read_text()
+    for text in (
+        "SPO beats the base model by PickScore and the oracle&#39;s aesthetics; alignment with the",
+        "SPO beats Diffusion-DPO by",
+        "SPO against Base, more guidance",
+        "+2.00000",  # SPO's PickScore over base: the noise is shared, so the interval has no width
+        "100.0 %",
+        "81.2",  # the SPM's accuracy at t = 0
+        "SPO took 120 s: 30 s for its preference model and 90 s",
+        "Diffusion-DPO took 60 s, 0.50 times as long",
+        "The first 3 test prompts",
+        "13,600",
+        "0123456789ab",
+        "share a renderer",
+        "0.0903",
+        f"iterations: {params().align.spo.iterations}",
+        "Before training",
+        "After 58 updates",
+        "Scores of validation pictures of spo",
+    ):
+        assert text in page, text
+    assert page.count('<tr class="') == 6 * (1 + 3)  # pairs of variants: a heading and three metrics
+    assert page.count("<td><img") == 3 * 4
+
+
+def test_the_page_stands_alone_and_escapes_prompts(tracked: Tracked) -> None:
+    stage.run(params(tracking="http://me:secret@tracker:5000"))
+    page = Path("reports/report.html").read_text()
+    assert "alert(1)" in page
+    assert "<script" not in page.lower()
+    assert "http" not in page and "secret" not in page
+    sources = re.findall(r'(?:src|href)="([^"]{0,30})', page)
+    assert sources and all(s.startswith("data:image/png;base64,") for s in sources)
+
+
+JAVASCRIPT = "<script>document.title = 'stolen'</script><img src=x onerror=\"document.title = 'stolen'\">"
+
+
+@pytest.mark.services
+def test_a_browser_runs_nothing_of_a_prompt(
+    tracked: Tracked, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if browser is None:
+        pytest.skip("no Chromium here (Debian: apt-get install chromium)")
+    monkeypatch.setitem(globals(), "PROMPTS", ["plain", JAVASCRIPT, *PROMPTS[2:]])
+    (tmp_path / "again").mkdir()
+    monkeypatch.chdir(tmp_path / "again")
+    write_run(tmp_path / "again")
+    stage.run(params(name=JAVASCRIPT))
+    ours = Path("reports/report.html").read_text()
+    seen = {}
+    for name, text in (
+        ("ours", ours),
+        ("unescaped", f"<html><title>ours</title><body>{JAVASCRIPT}</body></html>"),
+    ):
+        (tmp_path / f"{name}.html").write_text(text)
+        options = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'browser'}"]
+        done = subprocess.run(
+            [browser, *options, "--virtual-time-budget=5000", "--dump-dom", f"file://{tmp_path}/{name}.html"],
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        seen[name] = done.stdout
+    assert "<title>stolen</title>" in seen["unescaped"], "the browser would have run it"
+    assert "<title>stolen</title>" not in seen["ours"] and "</html>" in seen["ours"]
+    assert (
+        seen["ours"].count("&lt;script&gt;document.title = 'stolen'&lt;/script&gt;") >= 2
+    )  # name and prompt
+
+
+def test_the_files_beside_the_page(tracked: Tracked) -> None:
+    stage.run(params())
+    rows = json.loads(Path("reports/comparisons.json").read_text())
+    assert len(rows) == 6 * 3
+    assert rows[0]["mean_difference"] == pytest.approx(2)
+    flat = json.loads(Path("reports/metrics/comparisons.json").read_text())
+    assert flat["spo"]["base"]["oracle_aesthetic"] == {"difference": 0.25, "win_rate": 1.0}
+    assert tracked.metrics["spo_vs_base/oracle_aesthetic/difference"] == 0.25
+    assert tracked.artifacts == ["report.html", "comparisons.json", "grid.png"]
+    grid = Image.open("reports/grid.png")
+    grid.load()
+    assert 850 <= grid.width <= 950 and 400 < grid.height < 900
+    assert Path("reports/grid.png").stat().st_size < 1_000_000
+    colours = {c for _, c in grid.getcolors(100_000)}
+    assert {(40, 0, 90), (100, 0, 90), (160, 50, 90)} <= colours  # base, Diffusion-DPO, SPO
+    assert (70, 0, 90) not in colours  # base with more guidance
+    assert not [p for p in Path("reports").rglob(".*")]  # no half file
+
+
+def test_the_same_run_gives_the_same_files(tracked: Tracked) -> None:
+    names = ("report.html", "grid.png", "comparisons.json")
+    stage.run(params())
+    first = [(Path("reports") / n).read_bytes() for n in names]
+    stage.run(params())
+    assert [(Path("reports") / n).read_bytes() for n in names] == first
+
+
+def test_a_run_without_oracle_or_facts_says_what_is_not_there(tracked: Tracked) -> None:
+    for path in Path("outputs/scores").glob("*.csv"):
+        table = pd.read_csv(path, keep_default_na=False)
+        table[["index", "prompt", "seed", "pickscore"]].to_csv(path, index=False)
+    for path in (*Path("reports").rglob("*.*"), Path("data/world.json"), Path("dvc.lock")):
+        path.unlink()
+    stage.run(params())
+    page = Path("reports/report.html").read_text()
+    assert "no measure of prompt alignment alone was taken" in page
+    assert "share a renderer" not in page and "oracle was checked" not in page
+    for missing in ("No accuracies", "No training curves", "No stage times"):
+        assert missing in page
+
+
+def test_pictures_that_were_not_scored_are_refused(tracked: Tracked) -> None:
+    for path in Path("outputs/scores").glob("*.csv"):
+        table = pd.read_csv(path, keep_default_na=False)
+        table.assign(seed=table["seed"] + 1).to_csv(path, index=False)
+    with pytest.raises(ValueError, match="not the pictures scored in outputs/scores/base.csv"):
+        stage.run(params())
+
+
+def test_scores_that_are_missing_or_have_no_prompt_are_refused(tracked: Tracked) -> None:
+    Path("outputs/scores/spo.csv").write_text("index,seed,hps\n0,7,1\n")
+    with pytest.raises(ValueError, match=r"outputs/scores/spo.csv: no column 'prompt'"):
+        stage.run(params())
+    for path in Path("outputs/scores").glob("*.csv"):
+        path.unlink()
+    with pytest.raises(ValueError, match="no scores there; run `make repro`"):
+        stage.run(params())
+
+
+def row(metric: str, low: float, high: float, baseline: str = "base") -> dict[str, Any]:
+    ends = {"mean_difference": (low + high) / 2, "ci_low": low, "ci_high": high}
+    return {"method": "spo", "baseline": baseline, "metric": metric, **ends}
+
+
+def test_the_verdict_follows_the_intervals() -> None:
+    better, worse, unclear = (0.1, 0.3), (-0.3, -0.1), (-0.1, 0.2)
+    assert verdict.headline([row("hps", *worse), row("oracle_alignment", *unclear)]) == (
+        "SPO beats the base model by no measure of quality and is worse by HPS; "
+        "alignment with the prompt does not clearly change (+0.050, −0.100 to +0.200)."
+    )
+    rows = [row("hps", *better), row("aesthetic", *unclear), row("pickscore", *worse)]
+    rows += [row("oracle_alignment", *better), row("hps", *better, "base_high_guidance")]
+    assert verdict.headline([*rows, row("hps", *unclear, "diffusion_dpo")]) == (
+        "SPO beats the base model by HPS, is worse by PickScore and does not clearly differ by the aesthetic "
+        "score; alignment with the prompt rises (+0.200, +0.100 to +0.300). SPO beats Diffusion-DPO by no "
+        "measure of quality and does not clearly differ by HPS; "
+        "no measure of prompt alignment alone was taken."
+    )
+
+
+def test_a_score_that_rises_while_another_falls_is_told() -> None:
+    better, worse, unclear = (0.1, 0.3), (-0.3, -0.1), (-0.1, 0.2)
+    rising = pd.DataFrame({"step": range(8), "score": [1.0, 1, 2, 2, 3, 3, 4, 4]})
+    falls = [row("oracle_alignment", *worse)]
+    told = verdict.contradictions([row("hps", *better), *falls], {})
+    assert told == (
+        "Beware: with SPO, HPS (+0.200, +0.100 to +0.300) rose while the oracle's alignment "
+        "(−0.200, −0.300 to −0.100) fell (against Base): what rose may have been won at the cost "
+        "of what fell."
+    )
+    told = verdict.contradictions([row("hps", *unclear), *falls], {"spo": rising})
+    assert "the preference model's own score (1 to 4) rose while the oracle's alignment" in told
+    assert not verdict.contradictions([row("hps", *unclear), *falls], {"spo": rising[::-1]})
+    assert not verdict.contradictions([row("hps", *better), row("aesthetic", *unclear)], {"spo": rising})
+    # the first method's baseline alone: what is worse against another method is not said twice
+    assert not verdict.contradictions([row("hps", *better), row("hps", *worse, "diffusion_dpo")], {})
+
+
+@pytest.mark.parametrize(("low", "high", "shown"), [(0.0, 0.2, "unclear"), (1e-9, 0.2, "better")])
+def test_zero_inside_the_interval_decides_nothing(low: float, high: float, shown: str) -> None:
+    assert verdict.outcome(row("hps", low, high)) == shown
+
+
+def test_small_differences_keep_their_digits_and_zero_has_no_sign() -> None:
+    narrow = row("hps", 0.0001, 0.0003)
+    assert verdict.signed(0.0002, narrow) == "+0.00020"
+    assert verdict.signed(-0.0000001, narrow) == "0.00000"
+    assert verdict.signed(-0.0123, row("hps", -1, 1)) == "−0.012"
+
+
+def test_nested_facts_become_tables() -> None:
+    facts = {"n": 5, "sharp": {"correlation": 0.9}, "layout": {"accuracy": 0.5}}
+    (found,) = report.tables("rendered", facts)
+    assert (found.title, found.note) == ("rendered", "n 5")
+    assert found.columns == ["", "correlation", "accuracy"]
+    assert found.rows == [["sharp", "0.9", "–"], ["layout", "–", "0.5"]]
+    deep = list(report.tables("", {"one": facts, "two_b": {"x": {"y": {"z": 1}}}, "k": 12345}))
+    assert [t.title for t in deep] == ["", "one", "two b: x: y"]
+    assert deep[0].rows == [["k", "12,345"]]
+
+
+def test_long_prompts_are_wrapped_and_cut() -> None:
+    font = ImageFont.load_default(14)
+    lines = plots.wrap("a large red circle above a small blue star on sand " * 3, font, 200, lines=2)
+    assert len(lines) == 2 and lines[1].endswith("…")
+    assert all(font.getlength(line) <= 200 for line in lines)
+    assert plots.wrap("two words", font, 200, lines=2) == ["two words"]
+    (word,) = plots.wrap("w" * 100, font, 200, lines=1)
+    assert word.endswith("…") and font.getlength(word) <= 200
+
+
+def test_a_curve_without_a_metric_is_refused() -> None:
+    with pytest.raises(ValueError, match="without a metric"):
+        plots.curves(pd.DataFrame({"step": [1, 2], "loss": [np.nan, np.nan]}))

@@ -1,0 +1,107 @@
+"""How far the oracle can be trusted: on rendered, decoded, redrawn and freely drawn pictures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor
+
+from spo import backbones, config
+from spo.diffusion import ddim
+from spo.diffusion.guidance import guided
+from spo.diffusion.schedule import Schedule
+from spo.scenes.oracle import Perception, fidelity
+from spo.scenes.render import LUMA
+from spo.scenes.world import QUALITY
+from tools.scenes import preferences
+from tools.scenes.base_model import random_scenes, to_float
+from tools.scenes.perception import through_vae
+from tools.scenes.perception import validate as compare_with_truth
+
+REDRAWN_FROM = 300  # pictures noised to about this timestep and denoised by the base model
+N = 1000
+
+
+def validate(output: Path, work: Path, seed: int) -> dict[str, object]:
+    """Truth is known for rendered pictures, the same through the VAE, and (but for what the base model
+    changed) the same half-noised and redrawn. On freely drawn ones the oracle is held against the
+    annotators' eyes, an independent network, and against plain pixel measures."""
+    oracle, eyes = Perception.load(output / "oracle"), Perception.load(work / "eyes")
+    attributes, quality, pixels, captions = random_scenes(N, seed)
+    vae = AutoencoderKL.from_pretrained(output / "base" / "vae").float().eval()
+    half = slice(0, N // 2)
+    redrawn = _redraw(output / "base", to_float(pixels[half]), captions[half], seed)
+    kinds = {
+        "rendered": (to_float(pixels), attributes, quality),
+        "through_the_vae": (to_float(through_vae(vae, pixels)), attributes, quality),
+        "redrawn": (redrawn, attributes[half], quality[half]),
+    }
+    report: dict[str, object] = {
+        name: compare_with_truth(oracle, *columns) for name, columns in kinds.items()
+    }
+    report["freely_drawn"] = _freely_drawn(oracle, eyes, output, work, seed)
+    return report
+
+
+@torch.no_grad()
+def _redraw(base: Path, images: Tensor, captions: list[str], seed: int) -> Tensor:
+    backbone = backbones.load(config.Backbone(family="sd", checkpoint=str(base)), "cpu")
+    schedule = Schedule.from_config(backbone.scheduler_config, 20)
+    generator = torch.Generator().manual_seed(seed)
+    parts = []
+    for start in range(0, len(images), 100):
+        chunk, texts = images[start : start + 100], captions[start : start + 100]
+        steps = [t for t in schedule.timesteps.tolist() if t <= REDRAWN_FROM]
+        conditioning = backbone.encode_prompts(texts)
+        x_t = backbone.encode(chunk)
+        noise = torch.randn(x_t.shape, generator=generator)
+        x_t = schedule.add_noise(x_t, noise, torch.full((len(chunk),), steps[0]))
+        for t in steps:
+            timesteps = torch.full((len(chunk),), t)
+            output = guided(backbone, x_t, timesteps, conditioning, conditioning, 1.0)
+            step = ddim.transition(schedule, output, timesteps, x_t, 1.0)
+            x_t = ddim.sample(step, torch.randn(x_t.shape, generator=generator))
+        parts.append(backbone.decode(x_t).clamp(-1, 1))
+    return torch.cat(parts)
+
+
+def _freely_drawn(
+    oracle: Perception, eyes: Perception, output: Path, work: Path, seed: int
+) -> dict[str, object]:
+    captions = preferences.draw_captions(512, seed)
+    which = torch.zeros(512, dtype=torch.int64)  # the base model at guidance 2
+    models = (output / "base", work / "early.safetensors")
+    pixels = preferences.generate(*models, captions, which, work / "validation pictures", seed)
+    images = to_float(pixels)
+    told, log_probs = oracle.perceive(images)
+    seen, seen_log_probs = eyes.perceive(images)
+    measures = _pixel_measures(images)
+    report: dict[str, object] = {"n": len(captions)}
+    for i, name in enumerate(QUALITY):
+        with_eyes = torch.corrcoef(torch.stack([told[:, i], seen[:, i]]))[0, 1].item()
+        with_pixels = torch.corrcoef(torch.stack([told[:, i], measures[name]]))[0, 1].item()
+        report[name] = {"correlation_eyes": round(with_eyes, 4), "correlation_pixels": round(with_pixels, 4)}
+    told_mean, seen_mean = told.mean(1), seen.mean(1)
+    together = torch.corrcoef(torch.stack([told_mean, seen_mean]))[0, 1].item()
+    report["aesthetics"] = {"correlation_eyes": round(together, 4), "mean": round(told_mean.mean().item(), 4)}
+    alignment = [fidelity(p, captions) for p in (log_probs, seen_log_probs)]
+    same = torch.corrcoef(torch.stack(alignment))[0, 1].item()
+    report["alignment"] = {"correlation_eyes": round(same, 4), "mean": round(alignment[0].mean().item(), 4)}
+    return report
+
+
+def _pixel_measures(images: Tensor) -> dict[str, Tensor]:
+    """Crude signs [N] of each factor from pixels alone: none of them is clean of the others."""
+    rgb = (images + 1) / 2
+    grey = (rgb * LUMA.view(1, 3, 1, 1)).sum(1, keepdim=True)
+    smooth = torch.nn.functional.avg_pool2d(grey, 12)
+    gradient = (grey[..., 1:] - grey[..., :-1]).abs().flatten(1)
+    fine = (grey - torch.nn.functional.avg_pool2d(grey, 5, stride=1, padding=2)).abs().flatten(1)
+    return {
+        "sharp": gradient.quantile(0.99, dim=1) / grey.flatten(1).std(dim=1),
+        "clean": -fine.median(dim=1).values,
+        "saturated": (rgb.amax(1) - rgb.amin(1)).flatten(1).quantile(0.9, dim=1),
+        "lit": smooth.flatten(1).amin(1) / smooth.flatten(1).amax(1),
+    }
