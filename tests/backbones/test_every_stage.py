@@ -22,6 +22,13 @@ from spo.scenes import world
 from tools.scenes import clips
 
 VARIANTS = ("base", "spo", "diffusion_dpo")
+# (updates, pairs) of two iterations. Diffusion-DPO: an update of 2 pairs each. SPO: at threshold 0 every
+# diverted step gives a pair for each of two prompts, 8 an iteration (sd: four steps) or 6 (sdxl: three), in
+# updates of 4
+TRAINED = {
+    "sd": {"spo": (4, 16), "diffusion_dpo": (2, 4)},
+    "sdxl": {"spo": (4, 12), "diffusion_dpo": (2, 4)},
+}
 
 
 def pairs(folder, captions: list[str]) -> None:
@@ -99,9 +106,9 @@ def test_every_stage_runs(experiment, tmp_path) -> None:
         run(stage)
     for method in config.METHODS:
         run("align", method)
-        assert json.loads((tmp_path / f"reports/metrics/align_{method}.json").read_text())[
-            "updates"
-        ] == 2 or (method == "spo")
+        trained = json.loads((tmp_path / f"reports/metrics/align_{method}.json").read_text())
+        expected = TRAINED[experiment["backbone"]["family"]][method]
+        assert (trained["updates"], trained["pairs"]) == expected, method
     for variant in VARIANTS:
         run("generate", variant)
         run("score", variant)

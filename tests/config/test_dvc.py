@@ -45,6 +45,14 @@ def test_the_default_experiment_is_the_scenes_preset() -> None:
     assert (ROOT / "params.yaml").read_text() == config.preset("scenes")
 
 
+def test_dvc_reads_it() -> None:
+    """Lists of unequal length, and a path that a stage names twice, are errors of DVC alone."""
+    from dvc.repo import Repo
+
+    found = {stage.name for stage in Repo(str(ROOT)).index.stages if stage.cmd is not None}
+    assert found == set(stages()) and len(found) == 17
+
+
 def test_stages_run_commands_that_exist_and_name_code_that_exists() -> None:
     for name, stage in stages().items():
         told = cli.parser().parse_args(stage["cmd"].split()[1:])

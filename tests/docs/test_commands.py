@@ -216,6 +216,7 @@ def test_a_team_s_day(first: experiments.Experiment, tmp_path: Path) -> None:
     assert first.stages(repro) == [], "the experiment comes with its outputs"
     first(queue)
     assert {*SPO} <= {*first.stages(all_queued)}
+    first("dvc queue stop --kill")  # the workers would wait a minute for more
     assert "beta: 20" in (first.folder / "params.yaml").read_text(), "the workspace stays as it was"
     assert "5" in {row["align.spo.beta"] for row in experiment_rows(first)}
 
