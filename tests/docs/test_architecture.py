@@ -54,6 +54,12 @@ def test_every_link_within_the_documentation_leads_somewhere() -> None:
             assert (page.parent / target).exists(), f"{page.name}: {target}"
 
 
+def test_every_test_that_the_documentation_names_is_there() -> None:
+    for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")):
+        for file in re.findall(r"tests/[\w/]+\.py", page.read_text()):
+            assert (ROOT / file).exists(), f"{page.name}: {file}"
+
+
 @pytest.mark.smoke
 def test_imports_keep_the_contracts() -> None:
     tool = Path(sys.executable).with_name("lint-imports")
