@@ -7,75 +7,21 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import single_file
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline
-from safetensors.torch import load_file, save_file
+from checkpoints import PROMPTS, assert_equal, edit, edit_weights, load, ours, refused, theirs
+from safetensors.torch import load_file
 
-from spo import backbones, config
+from spo import config
 from spo.backbones import sizes
 from spo.backbones.parts import choose_variants, variants_of
-from spo.diffusion.noise import SampleNoise
-from spo.diffusion.rollout import sample_latents
-from spo.diffusion.schedule import Schedule
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 ANY = pytest.mark.parametrize("family", ["sd", "sdxl"])
-PROMPTS = ["a red circle", "a large blue square"]
 
 
 @pytest.fixture
 def copy(checkpoints, tmp_path) -> Callable[[str], Path]:
     return lambda family: Path(shutil.copytree(checkpoints[family], tmp_path / family))
-
-
-def edit(path: Path, drop: tuple[str, ...] = (), **changes) -> None:
-    content = {k: v for k, v in json.loads(path.read_text()).items() if k not in drop}
-    path.write_text(json.dumps({**content, **changes}))
-
-
-def edit_weights(path: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
-    state = load_file(path)
-    change(state)
-    save_file(state, path, metadata={"format": "pt"})
-
-
-def load(folder: Path, family: str, **changes) -> backbones.StableDiffusion:
-    return backbones.load(config.Backbone(family=family, checkpoint=str(folder), **changes), "cpu")
-
-
-def refused(folder: Path, family: str, *words: str, **changes) -> None:
-    with pytest.raises(ValueError) as error:
-        load(folder, family, **changes)
-    line = str(error.value)
-    assert "\n" not in line and len(line) < 600
-    for word in words:
-        assert word in line, line
-
-
-def ours(backbone, guidance: float, prompts: list[str] = PROMPTS) -> torch.Tensor:
-    """Images in [0,1] of two prompts by five deterministic steps."""
-    schedule = Schedule.from_config(backbone.scheduler_config, 5)
-    noise = SampleNoise(0, [1, 2], backbone.latent_shape)
-    images = backbone.decode(sample_latents(backbone, schedule, prompts, noise, guidance, eta=0.0))
-    return (images / 2 + 0.5).clamp(0, 1)
-
-
-def theirs(folder: Path, guidance: float, **scheduler) -> torch.Tensor:
-    """The same by diffusers' pipeline with its DDIM."""
-    pipe = DiffusionPipeline.from_pretrained(folder)
-    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, **scheduler)
-    pipe.set_progress_bar_config(disable=True)
-    size = pipe.unet.config.sample_size
-    side = size if isinstance(size, int) else size[0]
-    latents = SampleNoise(0, [1, 2], (pipe.unet.config.in_channels, side, side)).draw()
-    options = {"num_inference_steps": 5, "guidance_scale": guidance, "eta": 0.0, "output_type": "pt"}
-    return pipe(PROMPTS, latents=latents, **options).images
-
-
-def assert_equal(one: torch.Tensor, other: torch.Tensor) -> None:
-    assert one.std() > 0.05  # images that say something
-    assert torch.allclose(one, other, atol=1e-4), float((one - other).abs().max())
 
 
 @ANY
@@ -153,100 +99,6 @@ def test_params_override_the_file_and_are_saved_with_a_full_fine_tune(copy, fami
     again = load(tmp_path / "saved", family)
     assert override.items() <= again.scheduler_config.items()
     assert_equal(ours(again, 3.0), ours(backbone, 3.0))
-
-
-@pytest.fixture(params=["sd", "sdxl"])
-def single(request, checkpoints, tmp_path):
-    """single(change, metadata): (a single file of the family, its settings)."""
-
-    def make(change=lambda state: None, metadata=None, **settings) -> config.Backbone:
-        file = tmp_path / "model.safetensors"
-        single_file.write(checkpoints[request.param], file, layers=1, vae_blocks=2)
-        state = load_file(file)
-        change(state)
-        save_file(state, file, metadata=metadata)
-        described = {"config": str(checkpoints[request.param]), **settings}
-        return config.Backbone(family=request.param, checkpoint=str(file), **described)
-
-    return make
-
-
-def refused_file(settings: config.Backbone, *words: str) -> None:
-    with pytest.raises(ValueError) as error:
-        backbones.load(settings, "cpu")
-    line = str(error.value)
-    assert "\n" not in line and len(line) < 600
-    for word in words:
-        assert word in line, line
-
-
-def mark(*names: str):
-    return lambda state: state.update({name: torch.zeros(0) for name in names})
-
-
-def test_marks_of_a_single_file_are_honoured(single) -> None:
-    used = backbones.load(single(mark("v_pred", "ztsnr")), "cpu")
-    assert used.scheduler_config["prediction_type"] == "v_prediction"
-    assert used.scheduler_config["rescale_betas_zero_snr"] is True
-    marks = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
-    folder = Path(used_config := single().config)
-    assert used_config is not None
-    assert_equal(ours(used, 3.0), theirs(folder, 3.0, **marks))
-
-
-def test_metadata_of_a_single_file_is_honoured(single) -> None:
-    for said, meant in (("v", "v_prediction"), ("epsilon", "epsilon")):
-        used = backbones.load(single(metadata={"modelspec.prediction_type": said}), "cpu")
-        assert used.scheduler_config["prediction_type"] == meant
-
-
-def test_params_go_before_the_marks_of_a_single_file(single) -> None:
-    used = backbones.load(single(mark("v_pred"), scheduler={"prediction_type": "epsilon"}), "cpu")
-    assert used.scheduler_config["prediction_type"] == "epsilon"
-
-
-def test_other_marks_of_a_single_file_are_refused(single) -> None:
-    refused_file(single(mark("edm_mean", "edm_std")), "edm_mean", "EDM")
-    refused_file(single(mark("v_pred", "edm_vpred.sigma_max", "edm_vpred.sigma_min")), "CosXL")
-    refused_file(single(metadata={"modelspec.prediction_type": "flow"}), "modelspec.prediction_type", "flow")
-    contradiction = single(mark("v_pred"), {"modelspec.prediction_type": "epsilon"})
-    refused_file(contradiction, "contradict", "backbone.scheduler.prediction_type")
-    refused_file(single(mark("ztsnr")), "zero terminal SNR")  # with epsilon
-    for name in ("flux-1-dev", "stable-diffusion-xl-v1-refiner", "stable-diffusion-v1/lora"):
-        refused_file(single(metadata={"modelspec.architecture": name}), "modelspec.architecture", name)
-
-
-def test_a_single_file_of_something_else_says_what_it_is(single) -> None:
-    def only(*prefixes: str, rename: str = ""):
-        def change(state):
-            for name in list(state):
-                value = state.pop(name)
-                if name.startswith(prefixes):
-                    state[rename + name.removeprefix(prefixes[0])] = value
-
-        return change
-
-    unet = "model.diffusion_model."
-    refused_file(single(only(unet, rename="lora_unet_")), "adapter", "--lora")
-    refused_file(single(only(unet)), "UNet alone")
-    refused_file(single(only("first_stage_model.")), "VAE alone")
-    refused_file(single(only(unet, "first_stage_model.", rename=unet)), "text encoder")
-    refused_file(single(lambda s: [s.pop(n) for n in list(s) if n.startswith("first_stage")]), "no VAE")
-
-
-def test_a_single_file_with_missing_or_unknown_tensors_is_refused(single) -> None:
-    def without(prefix: str):
-        return lambda state: state.pop(sorted(n for n in state if n.startswith(prefix))[4])
-
-    for prefix in ("model.diffusion_model.", "first_stage_model."):
-        refused_file(single(without(prefix)), "tensors", prefix)
-        refused_file(single(lambda s, p=prefix: s.update({f"{p}more": torch.zeros(1)})), "tensors", prefix)
-    text = "cond_stage_model." if single().family == "sd" else "conditioner.embedders.1."
-    refused_file(single(without(text)), "text_encoder", "misses tensors")
-    Path(single().checkpoint).write_bytes(b"torn")
-    settings = single()
-    Path(settings.checkpoint).write_bytes(b"torn")
-    refused_file(settings, "no readable safetensors file")
 
 
 @ANY
