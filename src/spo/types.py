@@ -5,10 +5,10 @@ Shapes: images [B,3,H,W] in [-1,1]; latents [B,C,h,w]; timesteps int64 [B].
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Conditioning:
-    """What a UNet is told besides x_t and t; methods only pass it on.
+    """The inputs of a UNet besides x_t and t; methods only pass them on.
 
     `tensors` holds whatever the backbone put there (text embeddings, SDXL's pooled embeddings and
     time ids), each with the batch as its first dimension.
@@ -41,20 +41,31 @@ class Conditioning:
         return Conditioning({k: torch.cat([p.tensors[k] for p in parts]) for k in parts[0].tensors})
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Batch:
-    """One optimizer update, or with `accumulate` a part of it: UNet inputs, and what the loss needs beside.
+    """P weighted pairs: one optimizer update, or a part of one whose gradients are accumulated."""
+
+    weight: Tensor  # [P], 0 for padding
+    timesteps: Tensor  # int64 [B], B >= P; the first P are the pairs'
+    prompts: Sequence[str] = ()  # of the P pairs, for messages
+
+
+@dataclass(frozen=True, kw_only=True)
+class UNetBatch(Batch):
+    """The B >= P samples that policy and reference predict; methods add what their losses need.
 
     A method may give the UNet more samples than it has pairs (Diffusion-DPO: winners, then losers).
     """
 
     x_t: Tensor  # [B,C,h,w]
-    timesteps: Tensor  # int64 [B]
     conditioning: Conditioning  # B samples
-    weight: Tensor  # [P], 0 for padding
-    targets: Mapping[str, Tensor] = field(default_factory=dict)  # each [P,...]
-    accumulate: bool = False  # the next batch belongs to the same update
-    prompts: Sequence[str] = ()  # of the P pairs, for messages
+
+
+class Mean(NamedTuple):
+    """A metric as values [P] and the weights [P] of their mean over parts of a batch and processes."""
+
+    values: Tensor
+    weights: Tensor
 
 
 @dataclass(frozen=True)
@@ -74,7 +85,7 @@ class StepPair:
 
 @dataclass(frozen=True)
 class PreferencePair:
-    """One judged pair of images, as stored by the `pairs` stage."""
+    """One labelled pair of images, as stored by the `pairs` stage."""
 
     caption: str
     image_0: bytes  # an encoded image (jpg, png)
@@ -118,7 +129,7 @@ class Backbone(Protocol):
 
 
 class LatentPairs(Protocol):
-    """N judged pairs of encoded images, read a few at a time."""
+    """N labelled pairs of encoded images, read a few at a time."""
 
     @property
     def captions(self) -> Sequence[str]: ...
@@ -138,15 +149,44 @@ class LatentPairs(Protocol):
         ...
 
 
-class Judge(Protocol):
-    """A preference model that is told the timestep. Text is encoded once a prompt."""
+class RewardModel(Protocol):
+    """Scores noisy and clean images by their prompt and timestep. Text is encoded once a prompt."""
 
     def encode_text(self, prompts: Sequence[str]) -> Tensor:
         """Normalised text features [B,D]."""
         ...
 
     def score_images(self, images: Tensor, text: Tensor, timesteps: Tensor) -> Tensor:
-        """Scores [B] of images in [-1,1] at `timesteps`."""
+        """Scores [B] of images [B,3,H,W] in [-1,1] at `timesteps` int64 [B]."""
+        ...
+
+
+BatchT = TypeVar("BatchT", bound=Batch)
+
+
+class Objective(Protocol[BatchT]):
+    """What `training.loop.fit` trains: some parameters, their batches and a loss."""
+
+    name: str  # its section of params.yaml, for messages
+    iterations: int
+
+    def parameters(self) -> list[torch.nn.Parameter]:
+        """The trained parameters, all on one device."""
+        ...
+
+    def collect(self, iteration: int) -> tuple[list[list[BatchT]], dict[str, float]]:
+        """The updates of one iteration, each in parts whose gradients are accumulated, and metrics.
+
+        A function of the weights, the seed and `iteration` alone. Every process collects its own share.
+        """
+        ...
+
+    def loss(self, batch: BatchT) -> tuple[Tensor, dict[str, Mean]]:
+        """The losses [P] of a batch, and metrics without gradients.
+
+        Raises:
+            NotFiniteError: something that the losses do not show is NaN or infinite.
+        """
         ...
 
 
@@ -154,18 +194,19 @@ class Method(Protocol):
     """An alignment method: how its batches come about, and a pure loss of two UNet outputs."""
 
     iterations: int
-    guidance: float  # of the training forward; 1 = the conditional prediction alone
-    schedule: Any
-    config: Any
-    loss: Callable[..., tuple[Tensor, dict[str, Tensor]]]
+    guidance: float  # of the training forward; 1: the conditional prediction alone
 
-    def collect(self, backbone: Backbone, iteration: int) -> tuple[list[Batch], dict[str, float]]:
-        """The updates of one iteration: a function of the weights, the seed and `iteration` alone."""
+    def collect(self, backbone: Backbone, iteration: int) -> tuple[list[list[Any]], dict[str, float]]:
+        """As `Objective.collect`; the batches are UNetBatches of the method's own class."""
+        ...
+
+    def loss(self, policy: Tensor, reference: Tensor, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        """Losses [P] and metrics [P] of the UNet outputs [B,C,h,w] of policy and reference at batch.x_t."""
         ...
 
 
 class Scorer(Protocol):
-    """Judges finished images. Higher is better."""
+    """Scores finished images. Higher is better."""
 
     name: str
 

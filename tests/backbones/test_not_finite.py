@@ -19,8 +19,9 @@ from spo.methods.spo import SpoMethod
 from spo.preference import pretraining
 from spo.preference import trainer as spm
 from spo.preference.noising import clean_pair
-from spo.preference.reward_model import ClipJudge
+from spo.preference.reward_model import ClipRewardModel
 from spo.training import loop
+from spo.training.alignment import Alignment
 from spo.types import PreferencePair
 
 PROMPTS = ["a circle", "a blue star on sand"]
@@ -159,7 +160,7 @@ def spo_method(backbone, model, words) -> SpoMethod:
         candidates=2, num_inference_steps=4, guidance=2.0, divert_start_step=2, threshold=0.0,
     )  # fmt: skip
     schedule = Schedule.from_config(backbone.scheduler_config, 4)
-    return SpoMethod(settings, schedule, ClipJudge(model, words), PROMPTS, seed=0)
+    return SpoMethod(settings, schedule, ClipRewardModel(model, words), PROMPTS, seed=0)
 
 
 @pytest.mark.parametrize("value", [NAN, INF])
@@ -195,8 +196,8 @@ def test_training_stops_where_the_reference_is_not_finite(load, pairs, value) ->
     method = DiffusionDpoMethod(settings, Schedule.from_config(backbone.scheduler_config, 4), pairs, seed=0)
     before = [p.detach().clone() for p in backbone.trainable_parameters()]
     with pytest.raises(FloatingPointError, match=r"update 1: .* reference UNet output at t=\d+, prompt 'a "):
-        loop.run(
-            backbone, method, settings.optimizer, seed=0, checkpoints=None, checkpoint_every=1,
+        loop.fit(
+            Alignment("align.x", backbone, method), settings.optimizer, checkpoints=None, checkpoint_every=1,
             on_metrics=lambda metrics, step: None,
         )  # fmt: skip
     assert all(map(torch.equal, backbone.trainable_parameters(), before))
@@ -206,7 +207,8 @@ def test_preference_training_and_its_evaluation_stop(load, model, words, pairs) 
     """Accuracy is a count of comparisons, of which NaN loses every one."""
     backbone = load("sd")
     schedule = Schedule.from_config(backbone.scheduler_config, 4)
-    evaluate = (model, words, backbone, schedule, pairs, [0, 500], 2.0)
+    setup = spm.Setup(model, words, backbone, schedule)
+    evaluate = (setup, pairs, [0, 500], 2.0)
     assert spm.evaluate(*evaluate, seed=0)[500]["n"] == 9
     backbone.vae.decoder.conv_out.bias.data[0] = INF
     with pytest.raises(ValueError, match="VAE decoder output at t=0, prompt 'a circle'"):
@@ -215,8 +217,10 @@ def test_preference_training_and_its_evaluation_stop(load, model, words, pairs) 
         clean_pair(backbone, pairs.read(torch.tensor([0, 1])), pairs.captions[:2])
     optimizer = {"learning_rate": 1e-3}
     settings = config.Preference(init="x", optimizer=optimizer, steps=1, batch_size=4, guidance=1.0)
-    with pytest.raises(ValueError, match=r"VAE decoder output at t=\d+, prompt 'a "):
-        spm.train(model, words, backbone, schedule, pairs, settings, seed=0)
+    with pytest.raises(
+        FloatingPointError, match=r"VAE decoder output at t=\d+, prompt 'a .*nothing was updated"
+    ):
+        spm.train(setup, pairs, settings, seed=0)
     degradations = config.Degradations(optimizer=optimizer, steps=1, batch_size=4)
     with pytest.raises(ValueError, match="VAE decoder output, prompt 'a "):
         pretraining.warm_up(model, words, backbone, pairs, degradations, seed=0)

@@ -15,18 +15,19 @@ from spo.diffusion.noise import SampleNoise
 from spo.diffusion.schedule import Schedule
 from spo.methods.diffusion_dpo import DiffusionDpoMethod
 from spo.methods.spo import SpoMethod
-from spo.preference.reward_model import ClipJudge
+from spo.preference.reward_model import ClipRewardModel
 from spo.rewards import clip
 from spo.training import distributed, loop
+from spo.training.alignment import Alignment
 from spo.training.checkpoint import CheckpointStore
-from spo.types import Batch, StepPair
+from spo.types import StepPair, UNetBatch
 
 PROMPTS = ["a circle", "a blue star on sand", "a large red square", "a small star"]
 LORA = {"rank": 2, "alpha": 2}
 OPTIMIZER = {"learning_rate": 1e-3}
 
 
-def spo_method(backbone, model, words, kind=SpoMethod) -> SpoMethod:
+def spo_method(backbone, model, words) -> SpoMethod:
     """Three prompts for two processes: one and two; nine pairs, so the third update has but one."""
     settings = config.Spo(
         lora=LORA,
@@ -43,21 +44,20 @@ def spo_method(backbone, model, words, kind=SpoMethod) -> SpoMethod:
         threshold=0.0,
     )
     schedule = Schedule.from_config(backbone.scheduler_config, 4)
-    return kind(settings, schedule, ClipJudge(model, words), PROMPTS, seed=0)
+    return SpoMethod(settings, schedule, ClipRewardModel(model, words), PROMPTS, seed=0)
 
 
-class Replayed(SpoMethod):
+class Replayed:
     """Rollouts drawn before, of all three prompts; each process takes its share of their samples."""
 
-    def record(self, backbone) -> None:
+    def __init__(self, rollout, backbone, iterations: int) -> None:
         self.recorded = []
-        for iteration in range(self.iterations):
+        for iteration in range(iterations):
             noise = SampleNoise(iteration, PROMPTS[:3], backbone.latent_shape)
             with backbone.inference():
-                told = self._tell(backbone, PROMPTS[:3])
-                self.recorded.append(list(super()._rollout(backbone, noise, told)))
+                self.recorded.append(list(rollout.run(backbone, PROMPTS[:3], noise)))
 
-    def _rollout(self, backbone, noise, told):
+    def run(self, backbone, prompts, noise):
         mine = distributed.shard(torch.arange(3))
         for j in self.recorded.pop(0):
             parts = (j.pair.x_t, j.pair.timesteps, j.pair.x_win, j.pair.x_lose)
@@ -78,10 +78,8 @@ def dpo_method(backbone, pairs) -> DiffusionDpoMethod:
 def fit(backbone, method) -> dict:
     """Metrics of all iterations, the last gradients and the weights."""
     seen = []
-    told = {"seed": 0, "checkpoints": None, "checkpoint_every": 9}
-    summary = loop.run(
-        backbone, method, method.config.optimizer, on_metrics=lambda m, s: seen.append(m), **told
-    )
+    options = {"checkpoints": None, "checkpoint_every": 9, "on_metrics": lambda m, s: seen.append(m)}
+    summary = loop.fit(Alignment("align.x", backbone, method), method.config.optimizer, **options)
     parameters = backbone.trainable_parameters()
     return {
         "metrics": seen,
@@ -97,8 +95,8 @@ def test_two_processes_train_as_one(name, load, model, words, pairs) -> None:
     backbone.add_lora(config.Lora(**LORA), 0)
 
     if name == "spo":
-        method = spo_method(backbone, model, words, Replayed)
-        method.record(backbone)
+        method = spo_method(backbone, model, words)
+        method.rollout = Replayed(method.rollout, backbone, method.iterations)
     else:
         method = dpo_method(backbone, pairs)
 
@@ -112,8 +110,9 @@ def test_rollouts_do_not_depend_on_the_number_of_processes(load, model, words) -
     method = spo_method(backbone, model, words)
 
     def body() -> list[torch.Tensor]:
-        batches, metrics = method.collect(backbone, 0)
-        rows = torch.cat([torch.cat([b.x_t, b.targets["x_win"], b.targets["x_lose"]]) for b in batches])
+        updates, metrics = method.collect(backbone, 0)
+        batches = [batch for parts in updates for batch in parts]
+        rows = torch.cat([torch.cat([b.x_t, b.x_win, b.x_lose]) for b in batches])
         weights = torch.cat([b.weight for b in batches])
         return [rows, weights, torch.tensor(list(metrics.values()))]
 
@@ -126,26 +125,28 @@ def test_rollouts_do_not_depend_on_the_number_of_processes(load, model, words) -
 class Uneven:
     """Process r has r + 1 updates, the only pairs of the first update being process 1's."""
 
-    schedule = config = None
     guidance, iterations = 1.0, 2
 
     def collect(self, backbone, iteration):
         rank = distributed.state().process_index
         x_t = torch.ones(2, *backbone.latent_shape)
-        told, times = backbone.encode_prompts(["a circle"] * 2), torch.full((2,), 500)
-        weight = torch.full((2,), float(rank))
-        return [Batch(x_t, times, told, weight)] * (rank + 1), {}
+        batch = UNetBatch(
+            x_t=x_t,
+            timesteps=torch.full((2,), 500),
+            conditioning=backbone.encode_prompts(["a circle"] * 2),
+            weight=torch.full((2,), float(rank)),
+        )
+        return [[batch]] * (rank + 1), {}
 
-    def loss(self, policy, reference, batch, schedule, settings):
-        losses = (policy - batch.x_t).square().flatten(1).mean(1)
-        return losses, {"loss": (losses * batch.weight).sum().detach() / batch.weight.sum().clamp(min=1e-9)}
+    def loss(self, policy, reference, batch):
+        return (policy - batch.x_t).square().flatten(1).mean(1), {}
 
 
 def test_a_process_without_pairs_takes_part_and_counts_for_nothing(load) -> None:
     class Even(Uneven):
         def collect(self, backbone, iteration):
-            (batch, *_), _ = super().collect(backbone, iteration)
-            return [Batch(batch.x_t, batch.timesteps, batch.conditioning, torch.ones(2))] * 2, {}
+            ((batch,), *_), _ = super().collect(backbone, iteration)
+            return [[replace(batch, weight=torch.ones(2))]] * 2, {}
 
     backbone = load("sd")
     backbone.add_lora(config.Lora(**LORA), 0)
@@ -172,9 +173,9 @@ def test_both_stop_where_one_is_told_to_and_go_on_from_there(load, model, words,
             if stop and step == 2 and not distributed.is_main_process():
                 os.kill(os.getpid(), signal.SIGTERM)
 
-        told = {"seed": 0, "checkpoints": CheckpointStore(tmp_path), "checkpoint_every": 9}
+        options = {"checkpoints": CheckpointStore(tmp_path), "checkpoint_every": 9, "on_metrics": note}
         try:
-            loop.run(backbone, method, method.config.optimizer, on_metrics=note, **told)
+            loop.fit(Alignment("align.x", backbone, method), method.config.optimizer, **options)
         except KeyboardInterrupt as stopped:
             return {"steps": seen, "message": str(stopped)}
         return {"steps": seen}

@@ -26,9 +26,9 @@ def test_two_processes_train_the_preference_model_as_one(load, model, words, pai
 
     def body() -> dict:
         seen: list[dict] = []
-        common = (model, words, backbone, Schedule.from_config(backbone.scheduler_config, 4), pairs)
-        spm.train(*common, settings, seed=0, on_metrics=lambda m, s: seen.append(m))
-        accuracy = spm.evaluate(*common, [0, 501], 2.0, seed=0)
+        setup = spm.Setup(model, words, backbone, Schedule.from_config(backbone.scheduler_config, 4))
+        spm.train(setup, pairs, settings, seed=0, on_metrics=lambda m, s: seen.append(m))
+        accuracy = spm.evaluate(setup, pairs, [0, 501], 2.0, seed=0)
         return {
             "metrics": seen,
             "gradients": torch.cat([p.grad.flatten() for p in model.parameters()]),

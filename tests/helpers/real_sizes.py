@@ -31,8 +31,9 @@ from spo.methods.diffusion_dpo import DiffusionDpoMethod
 from spo.methods.spo import SpoMethod
 from spo.preference import trainer as spm
 from spo.preference.model import StepAwarePreferenceModel
-from spo.preference.reward_model import ClipJudge
+from spo.preference.reward_model import ClipRewardModel
 from spo.training import loop
+from spo.training.alignment import Alignment
 
 PROMPTS = ["a large red circle above a small blue star on sand", "a small green ring on slate"]
 DDIM = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False}
@@ -161,7 +162,7 @@ def measure(
     settings = preset.preference.model_copy(update={"batch_size": n, "steps": 1, "labels": None})
     told["spm"] = _timed(
         model.device,
-        lambda seed: spm.train(judge, words, model, schedule, pairs, settings, seed=seed),
+        lambda seed: spm.train(spm.Setup(judge, words, model, schedule), pairs, settings, seed=seed),
     )
     judge.eval()
     model.add_lora(preset.align.spo.lora or config.Lora(rank=4, alpha=4), 0)
@@ -172,7 +173,7 @@ def measure(
     )
     change |= {"prompts_per_iteration": n, "threshold": 0.0, "gradient_accumulation": 1}
     spo = preset.align.spo.model_copy(update=change)
-    judging = ClipJudge(judge, words)
+    judging = ClipRewardModel(judge, words)
     told["spo"] = _timed(
         model.device,
         lambda seed: _run(model, SpoMethod(spo, schedule, judging, PROMPTS, seed), spo.optimizer),
@@ -182,11 +183,9 @@ def measure(
 
 def _run(model: StableDiffusion, method: Any, optimizer: config.Optimizer) -> dict[str, Any]:
     losses: list[float] = []
-    told = loop.run(
-        model,
-        method,
+    told = loop.fit(
+        Alignment("align.x", model, method),
         optimizer,
-        seed=0,
         checkpoints=None,
         checkpoint_every=1,
         on_metrics=lambda metrics, step: losses.append(metrics.get("loss", float("nan"))),

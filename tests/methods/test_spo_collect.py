@@ -3,16 +3,19 @@ import torch
 from spo_settings import PROMPTS, settings
 
 from spo.diffusion import ddim
-from spo.diffusion.guidance import guided
+from spo.diffusion.denoiser import GuidedDenoiser
 from spo.diffusion.schedule import Schedule
-from spo.methods import spo
+from spo.methods import rollout, spo
 from spo.methods.spo import SpoMethod
 
 
 def together(batches) -> dict[str, torch.Tensor]:
     """All pairs of an iteration."""
     rows = [
-        {"x_t": b.x_t, "timesteps": b.timesteps, "weight": b.weight, **b.targets, **b.conditioning.tensors}
+        {
+            **{name: getattr(b, name) for name in ("x_t", "timesteps", "weight", "x_win", "x_lose")},
+            **b.conditioning.tensors,
+        }
         for b in batches
     ]
     return {k: torch.cat([r[k] for r in rows]) for k in rows[0]}
@@ -28,6 +31,13 @@ def same(a, b) -> bool:
 
 def rows(batches):
     return [together([b]) for b in batches]
+
+
+def collect(method, backbone, iteration=0):
+    """The batches of an iteration, one for each update, and its metrics."""
+    updates, metrics = method.collect(backbone, iteration)
+    assert all(len(parts) == 1 for parts in updates)
+    return [batch for (batch,) in updates], metrics
 
 
 class StairNoise:
@@ -56,17 +66,17 @@ def test_pairs_are_drawn_from_the_transition_at_x_t(backbone, judge, schedule, m
     """
     monkeypatch.setattr(spo, "SampleNoise", StairNoise)
     method = SpoMethod(settings(), schedule, judge, PROMPTS, seed=0)
-    batches, metrics = method.collect(backbone, 0)
+    batches, metrics = collect(method, backbone, 0)
     pairs = together(batches)
     assert len(pairs["x_t"]) == 3 * 3 and metrics["pairs"] == 9 and metrics["valid_fraction"] == 1
     by_time = {}
     for batch in batches:
-        empty = backbone.encode_prompts([""] * len(batch.x_t))
-        output = guided(backbone, batch.x_t, batch.timesteps, batch.conditioning, empty, 2.0).detach()
+        denoiser = GuidedDenoiser.of(backbone, batch.conditioning, 2.0)
+        output = denoiser(batch.x_t, batch.timesteps).detach()
         step = ddim.transition(schedule, output, batch.timesteps, batch.x_t, eta=1)
-        up = (batch.targets["x_win"] - step.mean) / step.std
+        up = (batch.x_win - step.mean) / step.std
         assert torch.allclose(up, torch.full_like(up, 3.0), atol=1e-3)
-        assert torch.allclose(batch.targets["x_lose"], step.mean, atol=1e-4)
+        assert torch.allclose(batch.x_lose, step.mean, atol=1e-4)
         for i, t in enumerate(batch.timesteps.tolist()):
             length = float(batch.conditioning.tensors["length"][i])
             by_time[t, length] = batch.x_t[i], (step.mean + step.std)[i]
@@ -81,7 +91,7 @@ def test_judge_sees_candidates_at_their_own_timestep(backbone, judge, schedule, 
     """x_0 predicted from the candidate at the next timestep; at the end the latents themselves, at 0."""
     monkeypatch.setattr(spo, "SampleNoise", StairNoise)
     method = SpoMethod(settings(), schedule, judge, PROMPTS, seed=0)
-    batches, _ = method.collect(backbone, 0)
+    batches, _ = collect(method, backbone, 0)
     assert [t.unique().tolist() for t in judge.timesteps] == [[201], [1], [0]]
     assert [len(t) for t in judge.timesteps] == [12, 12, 12]
     assert len(judge.texts) == 1 and len(judge.texts[0]) == 3
@@ -104,20 +114,20 @@ def test_judge_sees_candidates_at_their_own_timestep(backbone, judge, schedule, 
 
 def test_unet_work(backbone, judge, schedule) -> None:
     """Guidance doubles each call; outputs at candidates serve the next step, so none is computed twice."""
-    SpoMethod(settings(), schedule, judge, PROMPTS, seed=0).collect(backbone, 0)
+    collect(SpoMethod(settings(), schedule, judge, PROMPTS, seed=0), backbone, 0)
     assert backbone.predicted == [2 * 3, 2 * 3, 2 * 3, 2 * 12, 2 * 12]
     assert len(backbone.encoded) == 2  # the prompts and the empty ones, once
 
 
 def test_guidance_of_one_needs_no_empty_prompts(backbone, judge, schedule) -> None:
-    SpoMethod(settings(guidance=1.0), schedule, judge, PROMPTS, seed=0).collect(backbone, 0)
+    collect(SpoMethod(settings(guidance=1.0), schedule, judge, PROMPTS, seed=0), backbone, 0)
     assert backbone.predicted == [3, 3, 3, 12, 12]
     assert len(backbone.encoded) == 1
 
 
 def test_winner_has_the_higher_score(backbone, judge, schedule) -> None:
     """At the last step the score is the mean of the latents."""
-    batches, _ = SpoMethod(settings(), schedule, judge, PROMPTS, seed=0).collect(backbone, 0)
+    batches, _ = collect(SpoMethod(settings(), schedule, judge, PROMPTS, seed=0), backbone, 0)
     pairs = together(batches)
     last = pairs["timesteps"] == 1
     assert int(last.sum()) == 3
@@ -128,7 +138,7 @@ def test_next_step_starts_from_a_uniformly_random_candidate(backbone, judge, sch
     """With two candidates, x_t of a step is the winner or the loser of the step before."""
     prompts = [f"prompt {'x' * i}" for i in range(300)]
     config = settings(candidates=2, prompts_per_iteration=300, batch_size=10_000)
-    pairs = together(SpoMethod(config, schedule, judge, prompts, seed=0).collect(backbone, 0)[0])
+    pairs = together(collect(SpoMethod(config, schedule, judge, prompts, seed=0), backbone, 0)[0])
     at = {t: {k: v[pairs["timesteps"] == t] for k, v in pairs.items()} for t in (401, 201)}
     from_winner = 0
     for length, x_t in zip(at[201]["length"], at[201]["x_t"], strict=True):
@@ -142,23 +152,23 @@ def test_next_step_starts_from_a_uniformly_random_candidate(backbone, judge, sch
 
 def test_collect_is_a_function_of_seed_and_iteration(backbone, judge, schedule) -> None:
     method = SpoMethod(settings(), schedule, judge, PROMPTS, seed=0)
-    first, second = (rows(method.collect(backbone, i)[0]) for i in (0, 1))
+    first, second = (rows(collect(method, backbone, i)[0]) for i in (0, 1))
     fresh = SpoMethod(settings(), schedule, judge, PROMPTS, seed=0)
-    assert same(rows(fresh.collect(backbone, 1)[0]), second)  # without iteration 0 before it
-    assert same(rows(fresh.collect(backbone, 0)[0]), first)
+    assert same(rows(collect(fresh, backbone, 1)[0]), second)  # without iteration 0 before it
+    assert same(rows(collect(fresh, backbone, 0)[0]), first)
     assert not same(first, second)
     orders = [[t for r in batches for t in r["timesteps"].tolist()] for batches in (first, second)]
     assert orders[0] != orders[1]  # shuffled anew
     other = SpoMethod(settings(), schedule, judge, PROMPTS, seed=1)
-    assert not same(rows(other.collect(backbone, 0)[0]), first)
+    assert not same(rows(collect(other, backbone, 0)[0]), first)
 
 
 @pytest.mark.parametrize("chunk", [1, 5])
 def test_chunks_change_nothing(backbone, judge, schedule, monkeypatch, chunk: int) -> None:
-    whole, metrics = SpoMethod(settings(), schedule, judge, PROMPTS, seed=0).collect(backbone, 0)
-    monkeypatch.setattr(spo, "CHUNK", chunk)
+    whole, metrics = collect(SpoMethod(settings(), schedule, judge, PROMPTS, seed=0), backbone, 0)
+    monkeypatch.setattr(rollout, "CHUNK", chunk)
     backbone.predicted.clear()
-    cut, cut_metrics = SpoMethod(settings(), schedule, judge, PROMPTS, seed=0).collect(backbone, 0)
+    cut, cut_metrics = collect(SpoMethod(settings(), schedule, judge, PROMPTS, seed=0), backbone, 0)
     assert max(backbone.predicted) == 2 * min(chunk, 12)
     assert same(rows(cut), rows(whole)) and cut_metrics == pytest.approx(metrics)
 
@@ -167,7 +177,7 @@ def test_noise_of_a_prompt_does_not_depend_on_the_others(backbone, judge, schedu
     config = settings(prompts_per_iteration=5)
     found = []
     for prompts in (PROMPTS, ["a", "x" * 9, "y" * 12, "z" * 15, "w" * 18]):
-        pairs = together(SpoMethod(config, schedule, judge, prompts, seed=0).collect(backbone, 0)[0])
+        pairs = together(collect(SpoMethod(config, schedule, judge, prompts, seed=0), backbone, 0)[0])
         mine = pairs["length"] == 1
         found.append(sorted(pairs["x_t"][mine].flatten(1).tolist()))
     assert len(found[0]) == 3
@@ -177,25 +187,25 @@ def test_noise_of_a_prompt_does_not_depend_on_the_others(backbone, judge, schedu
 def test_every_prompt_once_an_epoch(backbone, judge, schedule) -> None:
     method = SpoMethod(settings(prompts_per_iteration=2), schedule, judge, PROMPTS[:4], seed=0)
     for iteration in range(4):
-        method.collect(backbone, iteration)
+        collect(method, backbone, iteration)
     seen = [judge.texts[0] + judge.texts[1], judge.texts[2] + judge.texts[3]]
     assert [sorted(epoch) for epoch in seen] == [PROMPTS[:4]] * 2
 
 
 def test_batches(backbone, judge, schedule) -> None:
-    batches, metrics = SpoMethod(settings(), schedule, judge, PROMPTS, seed=0).collect(backbone, 0)
+    batches, metrics = collect(SpoMethod(settings(), schedule, judge, PROMPTS, seed=0), backbone, 0)
     assert [len(b.x_t) for b in batches] == [4, 4, 1] and metrics["pairs"] == 9
     for batch in batches:
         assert batch.weight.tolist() == [1.0] * len(batch.x_t)
         assert len(batch.conditioning) == len(batch.timesteps) == len(batch.x_t)
-        assert batch.targets.keys() == {"x_win", "x_lose"}
+        assert batch.lose_row is None
     timesteps = together(batches)["timesteps"].tolist()
     assert timesteps != sorted(timesteps, reverse=True)  # shuffled over the steps
 
 
 def test_only_valid_pairs_are_kept(backbone, judge, schedule) -> None:
     method = SpoMethod(settings(threshold=0.05), schedule, judge, PROMPTS, seed=0)
-    batches, metrics = method.collect(backbone, 0)
+    batches, metrics = collect(method, backbone, 0)
     pairs = together(batches)
     assert 0 < metrics["pairs"] < 9 and len(pairs["x_t"]) == metrics["pairs"]
     assert metrics["valid_fraction"] == pytest.approx(metrics["pairs"] / 9)
@@ -207,15 +217,15 @@ def test_only_valid_pairs_are_kept(backbone, judge, schedule) -> None:
 
 def test_without_a_valid_pair_one_batch_of_weight_zero(backbone, judge, schedule) -> None:
     method = SpoMethod(settings(threshold=1.0), schedule, judge, PROMPTS, seed=0)
-    (batch,), metrics = method.collect(backbone, 0)
+    (batch,), metrics = collect(method, backbone, 0)
     assert metrics["pairs"] == 0 and metrics["valid_fraction"] == 0
     assert batch.weight.tolist() == [0.0] and len(batch.x_t) == 1
     output = backbone.predict(batch.x_t, batch.timesteps, batch.conditioning)
-    losses, values = method.loss(output, output.detach(), batch, schedule, method.config)
-    assert losses.isfinite().all() and all(float(v) == 0 for v in values.values())
+    losses, values = method.loss(output, output.detach(), batch)
+    assert losses.isfinite().all() and all(v.tolist() == [0] for v in values.values())
 
 
-class GapJudge:
+class GapRewards:
     """Scores 0, 1, 0, 1, ...: every gap is tanh(1 / 2) = .462."""
 
     def encode_text(self, prompts):
@@ -229,7 +239,7 @@ class GapJudge:
 def test_threshold_goes_linearly_to_its_end(backbone, schedule) -> None:
     """.2, .4, .6 at t = 401, 201, 1, against gaps of .462."""
     config = settings(prompts_per_iteration=1, threshold=0.2, threshold_end=0.6)
-    _, metrics = SpoMethod(config, schedule, GapJudge(), PROMPTS, seed=0).collect(backbone, 0)
+    _, metrics = collect(SpoMethod(config, schedule, GapRewards(), PROMPTS, seed=0), backbone, 0)
     valid = {k: v for k, v in metrics.items() if k.startswith("valid_fraction/")}
     assert valid == {"valid_fraction/t0401": 1, "valid_fraction/t0201": 1, "valid_fraction/t0001": 0}
     scores = {k: v for k, v in metrics.items() if k.startswith("score")}
@@ -239,7 +249,7 @@ def test_threshold_goes_linearly_to_its_end(backbone, schedule) -> None:
 
 def test_a_last_step_without_variance_gives_no_pair(backbone, judge) -> None:
     to_one = Schedule.from_config({**backbone.scheduler_config, "set_alpha_to_one": True}, 5)
-    batches, metrics = SpoMethod(settings(), to_one, judge, PROMPTS, seed=0).collect(backbone, 0)
+    batches, metrics = collect(SpoMethod(settings(), to_one, judge, PROMPTS, seed=0), backbone, 0)
     assert [t.unique().tolist() for t in judge.timesteps] == [[201], [1]]
     assert set(together(batches)["timesteps"].tolist()) == {401, 201} and metrics["pairs"] == 6
 
@@ -247,17 +257,12 @@ def test_a_last_step_without_variance_gives_no_pair(backbone, judge) -> None:
 def test_batches_can_be_trained_on(backbone, judge, schedule) -> None:
     """They come out of inference mode, yet serve a backward pass; a step along it helps."""
     method = SpoMethod(settings(batch_size=100), schedule, judge, PROMPTS, seed=0)
-    (batch,), _ = method.collect(backbone, 0)
-    empty = backbone.encode_prompts([""] * len(batch.x_t))
+    (batch,), _ = collect(method, backbone, 0)
+    denoiser = GuidedDenoiser.of(backbone, batch.conditioning, method.guidance)
 
     def mean_loss() -> torch.Tensor:
-        outputs = [
-            guided(
-                backbone, batch.x_t, batch.timesteps, batch.conditioning, empty, method.guidance, reference=r
-            )
-            for r in (False, True)
-        ]
-        return method.loss(outputs[0], outputs[1].detach(), batch, schedule, method.config)[0].mean()
+        outputs = [denoiser(batch.x_t, batch.timesteps, reference=r) for r in (False, True)]
+        return method.loss(outputs[0], outputs[1].detach(), batch)[0].mean()
 
     before = mean_loss()
     before.backward()
@@ -270,4 +275,4 @@ def test_batches_can_be_trained_on(backbone, judge, schedule) -> None:
 def test_a_score_that_is_not_finite_stops(backbone, judge, schedule) -> None:
     judge.scale = float("nan")
     with pytest.raises(ValueError, match=r"preference model's score at step 4 of 5 \(t=201\), prompt '"):
-        SpoMethod(settings(), schedule, judge, PROMPTS, seed=0).collect(backbone, 0)
+        collect(SpoMethod(settings(), schedule, judge, PROMPTS, seed=0), backbone, 0)

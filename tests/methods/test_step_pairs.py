@@ -8,7 +8,7 @@ import torch
 from spo_settings import PROMPTS
 
 from spo.diffusion import ddim
-from spo.diffusion.guidance import guided
+from spo.diffusion.denoiser import GuidedDenoiser
 from spo.diffusion.noise import SampleNoise
 from spo.diffusion.schedule import Schedule
 from spo.methods import step_pairs
@@ -77,7 +77,7 @@ def test_random_pairs_are_two_candidates_in_order() -> None:
 @pytest.mark.parametrize("resampler", ["win", "lose", "random"])
 def test_the_rollout_goes_on_from_the_resampler(backbone, judge, schedule, resampler) -> None:
     config = settings(resampler=resampler, candidates=2)
-    (batch,), _ = SpoMethod(config, schedule, judge, PROMPTS, seed=0).collect(backbone, 0)
+    ((batch,),), _ = SpoMethod(config, schedule, judge, PROMPTS, seed=0).collect(backbone, 0)
     rows = {}
     for i, t in enumerate(batch.timesteps.tolist()):
         rows[t, float(batch.conditioning.tensors["length"][i])] = i
@@ -85,8 +85,8 @@ def test_the_rollout_goes_on_from_the_resampler(backbone, judge, schedule, resam
     for (t, length), i in rows.items():
         if t > 200:
             following = batch.x_t[rows[t - 200, length]]
-            won.append(torch.equal(following, batch.targets["x_win"][i]))
-            assert won[-1] or torch.equal(following, batch.targets["x_lose"][i])
+            won.append(torch.equal(following, batch.x_win[i]))
+            assert won[-1] or torch.equal(following, batch.x_lose[i])
     assert len(won) == 20
     assert {"win": all(won), "lose": not any(won), "random": 2 < sum(won) < 18}[resampler]
 
@@ -94,12 +94,12 @@ def test_the_rollout_goes_on_from_the_resampler(backbone, judge, schedule, resam
 def test_inner_steps_share_one_judgement_and_part_after_the_first(backbone, judge, schedule) -> None:
     """Five steps in blocks of two: [0, 1] and [2, 3, 4]."""
     config = settings(inner_steps=2, candidates=3)
-    (batch,), metrics = SpoMethod(config, schedule, judge, PROMPTS, seed=0).collect(backbone, 0)
+    ((batch,),), metrics = SpoMethod(config, schedule, judge, PROMPTS, seed=0).collect(backbone, 0)
     assert [t.unique().tolist() for t in judge.timesteps] == [[401], [0]]
     assert [len(t) for t in judge.timesteps] == [15, 15]
     pairs, parted = len(batch.weight), 3 * 5
     assert pairs == metrics["pairs"] == 25 and len(batch.x_t) == pairs + parted == len(batch.conditioning)
-    lose_row, length = batch.targets["lose_row"], batch.conditioning.tensors["length"]
+    lose_row, length = batch.lose_row, batch.conditioning.tensors["length"]
     assert torch.equal(batch.timesteps[lose_row], batch.timesteps[:pairs])
     assert torch.equal(length[lose_row], length[:pairs])
     row = {
@@ -111,34 +111,32 @@ def test_inner_steps_share_one_judgement_and_part_after_the_first(backbone, judg
         assert (int(lose_row[i]) == i) == first_of_block
         if not first_of_block:  # each branch goes on from where it was
             before = row[t + 200, n]
-            assert torch.equal(batch.x_t[i], batch.targets["x_win"][before])
-            assert torch.equal(batch.x_t[lose_row[i]], batch.targets["x_lose"][before])
+            assert torch.equal(batch.x_t[i], batch.x_win[before])
+            assert torch.equal(batch.x_t[lose_row[i]], batch.x_lose[before])
     # the judged pictures, at the end of the rollout, are those of the last pairs
     for (t, _), i in row.items():
         if t == 1:
-            assert any(torch.equal(batch.targets["x_win"][i], picture) for picture in judge.images[-1])
+            assert any(torch.equal(batch.x_win[i], picture) for picture in judge.images[-1])
 
 
 def test_the_loss_of_parted_branches_is_that_of_two_forwards(backbone, judge, schedule) -> None:
     config = settings(inner_steps=2, beta=3.0, clip=0.9)
     method = SpoMethod(config, schedule, judge, PROMPTS, seed=0)
-    (batch,), _ = method.collect(backbone, 0)
+    ((batch,),), _ = method.collect(backbone, 0)
     backbone.shift.data.fill_(0.01)
-    empty = backbone.encode_prompts([""] * len(batch.x_t))
-    inputs = (backbone, batch.x_t, batch.timesteps, batch.conditioning, empty, 2.0)
-    losses, _ = method.loss(guided(*inputs), guided(*inputs, reference=True), batch, schedule, config)
-    for p, rows in enumerate(zip(range(len(batch.weight)), batch.targets["lose_row"].tolist(), strict=True)):
+    denoiser = GuidedDenoiser.of(backbone, batch.conditioning, 2.0)
+    outputs = [denoiser(batch.x_t, batch.timesteps, reference=r) for r in (False, True)]
+    losses, _ = method.loss(*outputs, batch)
+    for p, rows in enumerate(zip(range(len(batch.weight)), batch.lose_row.tolist(), strict=True)):
         ratios = []
         for i, name in zip(rows, ("x_win", "x_lose"), strict=True):
             one = slice(i, i + 1)
-            empty = backbone.encode_prompts([""])
-            told = batch.conditioning.select(one)
-            where = (backbone, batch.x_t[one], batch.timesteps[one], told, empty, 2.0)
+            single = denoiser.select(one)
             logs = []
             for reference in (False, True):
-                output = guided(*where, reference=reference)
+                output = single(batch.x_t[one], batch.timesteps[one], reference=reference)
                 step = ddim.transition(schedule, output, batch.timesteps[one], batch.x_t[one], 1.0)
-                logs.append(ddim.log_prob(step, batch.targets[name][p : p + 1]))
+                logs.append(ddim.log_prob(step, getattr(batch, name)[p : p + 1]))
             ratios.append(logs[0] - logs[1])
         expected = -torch.nn.functional.logsigmoid(3.0 * (ratios[0] - ratios[1]))
         assert torch.allclose(losses[p : p + 1], expected, atol=1e-5)
@@ -147,7 +145,6 @@ def test_the_loss_of_parted_branches_is_that_of_two_forwards(backbone, judge, sc
 
 def test_no_two_updates_share_a_part(backbone, judge, schedule) -> None:
     config = settings(batch_size=6, gradient_accumulation=2)
-    batches, metrics = SpoMethod(config, schedule, judge, PROMPTS, seed=0).collect(backbone, 0)
+    updates, metrics = SpoMethod(config, schedule, judge, PROMPTS, seed=0).collect(backbone, 0)
     assert metrics["pairs"] == 25
-    assert [len(b.weight) for b in batches] == [3, 3] * 4 + [1]
-    assert [b.accumulate for b in batches] == [True, False] * 4 + [False]
+    assert [[len(b.weight) for b in parts] for parts in updates] == [[3, 3]] * 4 + [[1]]

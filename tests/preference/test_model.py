@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from spo.preference.model import StepAwarePreferenceModel, token_ids
-from spo.preference.reward_model import ClipJudge
+from spo.preference.reward_model import ClipRewardModel
 
 IMAGES = torch.linspace(-1.2, 1.2, 4 * 3 * 16 * 16).view(4, 3, 16, 16)
 PROMPTS = ["a dark square", "a bright square", "dark", "a square"]
@@ -52,7 +52,7 @@ def test_without_the_step_condition_the_step_is_ignored(clip, tokenizer, tmp_pat
 
 def test_a_judge_scores_as_the_model_does(clip, tokenizer) -> None:
     model = StepAwarePreferenceModel(clip)
-    judge, timesteps = ClipJudge(model, tokenizer), torch.tensor([1, 2, 3, 4])
+    judge, timesteps = ClipRewardModel(model, tokenizer), torch.tensor([1, 2, 3, 4])
     told = judge.score_images(IMAGES, judge.encode_text(PROMPTS), timesteps)
     with torch.no_grad():
         expected = model.score(IMAGES, token_ids(tokenizer, PROMPTS, model), timesteps)
@@ -63,7 +63,7 @@ def test_a_judge_scores_as_the_model_does(clip, tokenizer) -> None:
 def test_views_are_the_mean_over_moved_pictures(clip, tokenizer) -> None:
     model = StepAwarePreferenceModel(clip)
     patch, side = clip.config.vision_config.patch_size, IMAGES.shape[-1]
-    judge, timesteps = ClipJudge(model, tokenizer, views=2), torch.tensor([1, 2, 3, 4])
+    judge, timesteps = ClipRewardModel(model, tokenizer, views=2), torch.tensor([1, 2, 3, 4])
     text = judge.encode_text(PROMPTS)
     told = judge.score_images(IMAGES, text, timesteps)
     expected = []
@@ -74,9 +74,9 @@ def test_views_are_the_mean_over_moved_pictures(clip, tokenizer) -> None:
                 expected.append(model.score_features(IMAGES[..., rows, :][..., columns], text, timesteps))
     torch.testing.assert_close(told, sum(expected) / 4)
     assert (expected[0] - expected[3]).abs().max() > 1e-4
-    assert all(len(set(ClipJudge(model, tokenizer, n)._moves)) == n * n for n in range(1, patch + 1))
+    assert all(len(set(ClipRewardModel(model, tokenizer, n)._moves)) == n * n for n in range(1, patch + 1))
     with pytest.raises(ValueError, match=f"align.spo.views: {patch + 1} is more than .* {patch} or less"):
-        ClipJudge(model, tokenizer, views=patch + 1)
+        ClipRewardModel(model, tokenizer, views=patch + 1)
 
 
 def test_broken_folders_are_refused_in_one_line(clip, tmp_path) -> None:

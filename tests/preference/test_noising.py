@@ -1,6 +1,7 @@
 import torch
 
-from spo.preference.noising import draw, noised_pair
+from spo.diffusion.noise import SampleNoise
+from spo.preference.noising import noised_pair
 
 
 def test_both_images_get_the_same_noise_at_the_same_step(backbone, schedule) -> None:
@@ -12,7 +13,7 @@ def test_both_images_get_the_same_noise_at_the_same_step(backbone, schedule) -> 
             return torch.zeros_like(x_t)
 
     told = Told()
-    timesteps, noise = draw(0, ["p", "q"], schedule, told)
+    timesteps, noise = torch.tensor([250, 700]), SampleNoise(0, ["p", "q"], (3, 16, 16)).draw()
     sides = (torch.full((2, 3, 16, 16), 0.5), torch.full((2, 3, 16, 16), -0.5))
     captions = told.encode_prompts(["a", "b"])
     first, second = noised_pair(told, schedule, sides, timesteps, noise, captions, 1.0)
@@ -35,11 +36,3 @@ def test_guidance_is_between_the_caption_and_the_empty_one(backbone, schedule) -
     alpha = schedule.alphas_cumprod[300]
     expected = -(1 - alpha).sqrt() * (3 * 4 * 0.01) / alpha.sqrt()
     torch.testing.assert_close(image, torch.full_like(image, expected.item()))
-
-
-def test_draws_belong_to_keys(backbone, schedule) -> None:
-    one = draw(0, ["x", "y"], schedule, backbone)
-    other = draw(0, ["y"], schedule, backbone)
-    assert one[0][1] == other[0][0] and torch.equal(one[1][1], other[1][0])
-    fixed, noise = draw(0, ["x"], schedule, backbone, timestep=7)
-    assert fixed.tolist() == [7] and torch.equal(noise[0], one[1][0])

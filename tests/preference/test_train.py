@@ -33,6 +33,11 @@ def pairs() -> GreyPairs:
     return GreyPairs(greys, ["a square"] * 60, label, torch.ones(60))
 
 
+@pytest.fixture
+def setup(tokenizer, backbone, schedule):
+    return lambda model: spm.Setup(model, tokenizer, backbone, schedule)
+
+
 def settings(**changes) -> config.Preference:
     optimizer = config.Optimizer(learning_rate=2e-3, weight_decay=0.0)
     return config.Preference(
@@ -42,9 +47,9 @@ def settings(**changes) -> config.Preference:
     )
 
 
-def test_it_learns_what_people_prefer(clip, tokenizer, backbone, schedule, pairs) -> None:
+def test_it_learns_what_people_prefer(clip, setup, pairs) -> None:
     model = StepAwarePreferenceModel(clip)
-    common = (model, tokenizer, backbone, schedule, pairs)
+    common = (setup(model), pairs)
     spm.train(*common, settings(), seed=0)
     report = spm.evaluate(*common, [0, 200], 1.0, seed=0)
     assert report[0]["n"] == 56  # ties are no clear labels
@@ -52,7 +57,7 @@ def test_it_learns_what_people_prefer(clip, tokenizer, backbone, schedule, pairs
     assert not model.training
 
 
-def test_accuracy_is_a_share_of_clear_labels(clip, tokenizer, backbone, schedule, pairs) -> None:
+def test_accuracy_is_a_share_of_clear_labels(clip, setup, pairs) -> None:
     class Brightness(StepAwarePreferenceModel):
         def encode_image(self, images, timesteps):
             raise AssertionError
@@ -61,20 +66,18 @@ def test_accuracy_is_a_share_of_clear_labels(clip, tokenizer, backbone, schedule
             return images.mean((1, 2, 3))
 
     model = Brightness(clip)
-    assert spm.evaluate(model, tokenizer, backbone, schedule, pairs, [0], 1.0, seed=0)[0]["accuracy"] > 0.95
+    assert spm.evaluate(setup(model), pairs, [0], 1.0, seed=0)[0]["accuracy"] > 0.95
     flipped = GreyPairs(pairs.greys, pairs.captions, 1 - pairs.label_0, pairs.weight)
-    assert spm.evaluate(model, tokenizer, backbone, schedule, flipped, [0], 1.0, seed=0)[0]["accuracy"] < 0.05
+    assert spm.evaluate(setup(model), flipped, [0], 1.0, seed=0)[0]["accuracy"] < 0.05
 
 
 @pytest.mark.parametrize("ema", [0.0, 0.9])
-def test_resumed_is_uninterrupted_bit_for_bit(
-    clip, tokenizer, backbone, schedule, pairs, tmp_path, ema
-) -> None:
+def test_resumed_is_uninterrupted_bit_for_bit(clip, setup, pairs, tmp_path, ema) -> None:
     whole = StepAwarePreferenceModel(copy.deepcopy(clip))
     parts = StepAwarePreferenceModel(copy.deepcopy(clip))
     parts.load_state_dict(whole.state_dict())  # the timestep's embedding is drawn at random
     start = copy.deepcopy(parts.state_dict())
-    spm.train(whole, tokenizer, backbone, schedule, pairs, settings(steps=12, ema=ema), seed=0)
+    spm.train(setup(whole), pairs, settings(steps=12, ema=ema), seed=0)
 
     store = CheckpointStore(tmp_path)
 
@@ -85,23 +88,31 @@ def test_resumed_is_uninterrupted_bit_for_bit(
     told = {"seed": 0, "checkpoint": store}
     with pytest.raises(KeyboardInterrupt):
         spm.train(
-            parts, tokenizer, backbone, schedule, pairs, settings(steps=12, ema=ema), on_metrics=stop, **told
+            setup(parts),
+            pairs,
+            settings(steps=12, ema=ema),
+            on_metrics=stop,
+            **told,
         )
     assert store.latest()[0] == 5
     parts.load_state_dict(start)
-    spm.train(parts, tokenizer, backbone, schedule, pairs, settings(steps=12, ema=ema), **told)
+    spm.train(setup(parts), pairs, settings(steps=12, ema=ema), **told)
     for name, value in whole.state_dict().items():
         assert torch.equal(parts.state_dict()[name], value), name
 
 
-def test_the_kept_weights_are_the_average_of_the_steps(clip, tokenizer, backbone, schedule, pairs) -> None:
+def test_the_kept_weights_are_the_average_of_the_steps(clip, setup, pairs) -> None:
     model, seen = StepAwarePreferenceModel(clip), []
 
     def keep(metrics, step):
         seen.append(model.model.logit_scale.item())
 
     spm.train(
-        model, tokenizer, backbone, schedule, pairs, settings(steps=4, ema=0.1), seed=0, on_metrics=keep
+        setup(model),
+        pairs,
+        settings(steps=4, ema=0.1),
+        seed=0,
+        on_metrics=keep,
     )
     by_hand = seen[0]  # decay 0, then 1/11, then .1
     for value, decay in zip(seen[1:], (1 / 11, 0.1, 0.1), strict=True):
@@ -111,56 +122,55 @@ def test_the_kept_weights_are_the_average_of_the_steps(clip, tokenizer, backbone
 
 
 @pytest.mark.parametrize("changes", [{"gradient_accumulation": 3}, {"gradient_checkpointing": True}])
-def test_in_parts_or_computed_again_the_gradients_are_the_same(
-    clip, tokenizer, backbone, schedule, pairs, changes
-) -> None:
+def test_in_parts_or_computed_again_the_gradients_are_the_same(clip, setup, pairs, changes) -> None:
     """Sixteen pairs in parts of 6, 6 and 4, with unequal weights and ties."""
     pairs.weight[::3] = 0.25
     whole = StepAwarePreferenceModel(clip)
     other, seen, again = copy.deepcopy(whole), [], []
-    common = (tokenizer, backbone, schedule, pairs)
-    spm.train(whole, *common, settings(steps=1), seed=0, on_metrics=lambda m, s: seen.append(m))
-    spm.train(other, *common, settings(steps=1, **changes), seed=0, on_metrics=lambda m, s: again.append(m))
+    spm.train(setup(whole), pairs, settings(steps=1), seed=0, on_metrics=lambda m, s: seen.append(m))
+    spm.train(
+        setup(other),
+        pairs,
+        settings(steps=1, **changes),
+        seed=0,
+        on_metrics=lambda m, s: again.append(m),
+    )
     assert again == [pytest.approx(seen[0], rel=1e-5)]
     gradients = [torch.cat([p.grad.flatten() for p in m.parameters()]) for m in (whole, other)]
     assert float((gradients[0] - gradients[1]).abs().max() / gradients[0].abs().max()) < 1e-5
 
 
-def test_a_loss_that_is_not_finite_stops_before_the_update(
-    clip, tokenizer, backbone, schedule, pairs
-) -> None:
+def test_a_loss_that_is_not_finite_stops_before_the_update(clip, setup, pairs) -> None:
     model = StepAwarePreferenceModel(clip)
     with torch.no_grad():
         model.model.visual_projection.weight[0, 0] = float("nan")
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(FloatingPointError, match=r"loss nan at step 0, timestep \d+, prompt 'a square'"):
-        spm.train(model, tokenizer, backbone, schedule, pairs, settings(), seed=0)
+    with pytest.raises(FloatingPointError, match=r"loss nan at update 1, timestep \d+, prompt 'a square'"):
+        spm.train(setup(model), pairs, settings(), seed=0)
     assert all(torch.equal(model.state_dict()[k].nan_to_num(7), v.nan_to_num(7)) for k, v in before.items())
 
 
-def test_pairs_whose_latents_are_not_finite_stop_before_the_update(
-    clip, tokenizer, backbone, schedule, pairs
-) -> None:
+def test_pairs_whose_latents_are_not_finite_stop_before_the_update(clip, setup, pairs) -> None:
     model = StepAwarePreferenceModel(clip)
     before = copy.deepcopy(model.state_dict())
     pairs.greys[:] = float("nan")
-    with pytest.raises(ValueError, match="stored latents of a pair, prompt 'a square'"):
-        spm.train(model, tokenizer, backbone, schedule, pairs, settings(), seed=0)
+    with pytest.raises(FloatingPointError, match="update 1: .*stored latents of a pair, prompt 'a square'"):
+        spm.train(setup(model), pairs, settings(), seed=0)
     assert all(torch.equal(model.state_dict()[k], v) for k, v in before.items())
 
 
-def test_no_pairs_is_one_line(clip, tokenizer, backbone, schedule) -> None:
+def test_no_pairs_is_one_line(clip, setup) -> None:
     empty = GreyPairs(torch.zeros(0, 2), [], torch.zeros(0), torch.zeros(0))
     with pytest.raises(ValueError, match="no training pairs"):
         model = StepAwarePreferenceModel(clip)
-        spm.train(model, tokenizer, backbone, schedule, empty, settings(), seed=0)
+        spm.train(setup(model), empty, settings(), seed=0)
 
 
-def test_heads_alone_leave_the_towers_as_they_are(clip, tokenizer, backbone, schedule, pairs) -> None:
+def test_heads_alone_leave_the_towers_as_they_are(clip, setup, pairs) -> None:
     model = StepAwarePreferenceModel(clip)
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     only = settings(trained="heads", steps=3)
-    spm.train(model, tokenizer, backbone, schedule, pairs, only, seed=0)
+    spm.train(setup(model), pairs, only, seed=0)
     moved = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
     assert {"model.visual_projection.weight", "model.text_projection.weight", "model.logit_scale"} <= moved
     assert any("adaLN" in n for n in moved)
@@ -168,16 +178,14 @@ def test_heads_alone_leave_the_towers_as_they_are(clip, tokenizer, backbone, sch
     assert not [n for n in moved if any(part in n for part in towers)]
 
 
-def test_a_share_of_the_weights_before_the_labels_is_kept(
-    clip, tokenizer, backbone, schedule, pairs, tmp_path
-) -> None:
+def test_a_share_of_the_weights_before_the_labels_is_kept(clip, setup, pairs, tmp_path) -> None:
     start = copy.deepcopy(StepAwarePreferenceModel(clip).state_dict())
 
     def trained(kept: float, store: CheckpointStore | None = None) -> dict[str, torch.Tensor]:
         model = StepAwarePreferenceModel(clip)
         model.load_state_dict(start)
         told = settings(steps=3, kept=kept, ema=0.5, checkpoint_every=3)
-        spm.train(model, tokenizer, backbone, schedule, pairs, told, seed=0, checkpoint=store)
+        spm.train(setup(model), pairs, told, seed=0, checkpoint=store)
         return copy.deepcopy(model.state_dict())
 
     whole, store = trained(0.0), CheckpointStore(tmp_path)

@@ -15,8 +15,9 @@ from group import run_in
 
 from spo import config
 from spo.training import loop
+from spo.training.alignment import Alignment
 from spo.training.checkpoint import CheckpointStore
-from spo.types import Batch, Conditioning
+from spo.types import Conditioning, UNetBatch
 
 ITERATIONS = 30
 pytestmark = pytest.mark.smoke
@@ -43,19 +44,21 @@ class Line:
 class Noise:
     """Fits noise that belongs to the iteration; slow enough to be killed in the middle."""
 
-    schedule = config = None
     guidance, iterations = 1.0, ITERATIONS
 
     def collect(self, backbone, iteration):
         time.sleep(0.003)
         x_t = torch.randn(4, 8, 2, 2, generator=torch.Generator().manual_seed(iteration))
-        return [
-            Batch(x_t, torch.zeros(4, dtype=torch.int64), backbone.encode_prompts([""] * 4), torch.ones(4))
-        ], {}
+        batch = UNetBatch(
+            x_t=x_t,
+            timesteps=torch.zeros(4, dtype=torch.int64),
+            conditioning=backbone.encode_prompts([""] * 4),
+            weight=torch.ones(4),
+        )
+        return [[batch]], {}
 
-    def loss(self, policy, reference, batch, schedule, settings):
-        losses = (policy - batch.x_t.roll(1, 1)).square().flatten(1).sum(1)
-        return losses, {"loss": losses.detach().mean()}
+    def loss(self, policy, reference, batch):
+        return (policy - batch.x_t.roll(1, 1)).square().flatten(1).sum(1), {}
 
 
 def fit(folder: Path, slow_disk: bool = False) -> torch.Tensor:
@@ -64,8 +67,9 @@ def fit(folder: Path, slow_disk: bool = False) -> torch.Tensor:
         os.fsync = lambda number: (time.sleep(0.004), fsync(number))[1]
     model = Line()
     settings = config.Optimizer(learning_rate=0.05, weight_decay=0.01)
-    told = {"seed": 0, "checkpoint_every": 2, "on_metrics": lambda m, s: None}
-    loop.run(model, Noise(), settings, checkpoints=CheckpointStore(folder), **told)
+    objective = Alignment("align.noise", model, Noise())
+    options = {"checkpoint_every": 2, "on_metrics": lambda m, s: None}
+    loop.fit(objective, settings, checkpoints=CheckpointStore(folder), **options)
     return model.values.detach()
 
 

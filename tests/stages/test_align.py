@@ -1,4 +1,4 @@
-"""What the stage `align` makes of params.yaml."""
+"""What the methods make of params.yaml."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -6,21 +6,26 @@ from types import SimpleNamespace
 import torch
 
 from spo import config
-from spo.preference import reward_model
-from spo.stages import align
+from spo.methods import METHODS, spo
+
+SCHEDULER = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 
 
-def test_the_judge_of_spo_is_told_its_views(tmp_path, monkeypatch) -> None:
+def test_spo_reads_its_preference_model_and_prompts(tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("outputs/preference").mkdir(parents=True)
     Path("outputs/prompts").mkdir()
     Path("outputs/prompts/train.txt").write_text("a red circle\n")
     Path("params.yaml").write_text(config.preset("smoke"))
-    told: list[tuple] = []
-    monkeypatch.setattr(reward_model, "load_judge", lambda *a: told.append(a))
+    calls: list[tuple] = []
+    monkeypatch.setattr(spo, "load_reward_model", lambda *a: calls.append(a))
     params = config.load("params.yaml")
-    scheduler = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
-    backbone = SimpleNamespace(device=torch.device("cpu"), scheduler_config=scheduler)
-    method = align._spo(params, backbone)
-    assert told == [(Path("outputs/preference"), backbone.device, 2)]
+    backbone = SimpleNamespace(device=torch.device("cpu"), scheduler_config=SCHEDULER)
+    method = METHODS["spo"].build(params, backbone)
+    assert calls == [(Path("outputs/preference"), backbone.device, 2)]
     assert method.prompts == ["a red circle"] and params.align.spo.views == 2
+
+
+def test_every_method_has_a_section_and_a_variant() -> None:
+    assert tuple(METHODS) == config.METHODS
+    assert set(METHODS) <= set(config.VARIANTS)

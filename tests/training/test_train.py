@@ -11,8 +11,9 @@ import torch
 
 from spo import config
 from spo.training import loop, optimizer
+from spo.training.alignment import Alignment
 from spo.training.checkpoint import CheckpointStore
-from spo.types import Batch, Conditioning
+from spo.types import Conditioning, UNetBatch
 
 
 class Numbers:
@@ -39,7 +40,6 @@ class Numbers:
 class Squares:
     """loss = (policy - target)^2 of each sample; one batch an iteration."""
 
-    schedule = config = None
     guidance = 1.0
 
     def __init__(self, iterations: int, weight: float = 1.0, target: float = 3.0) -> None:
@@ -48,13 +48,17 @@ class Squares:
     def collect(self, backbone, iteration):
         x_t = torch.full((2, 2, 1, 1), float(iteration))
         conditioning = backbone.encode_prompts(["", ""])
-        return [Batch(x_t, torch.zeros(2, dtype=torch.int64), conditioning, torch.full((2,), self.weight))], {
-            "collected": float(iteration)
-        }
+        batch = UNetBatch(
+            x_t=x_t,
+            timesteps=torch.zeros(2, dtype=torch.int64),
+            conditioning=conditioning,
+            weight=torch.full((2,), self.weight),
+        )
+        return [[batch]], {"collected": float(iteration)}
 
-    def loss(self, policy, reference, batch, schedule, settings):
+    def loss(self, policy, reference, batch):
         losses = (policy - reference - self.target).square().flatten(1).sum(1)
-        return losses, {"loss": losses.detach().mean()}
+        return losses, {"distance": (policy - reference).detach().abs().flatten(1).sum(1)}
 
 
 def settings(**changes) -> config.Optimizer:
@@ -62,9 +66,9 @@ def settings(**changes) -> config.Optimizer:
 
 
 def run(model, method, store=None, on_metrics=lambda m, s: None, every=1, scale_loss=False, **changes):
-    told = {"seed": 0, "checkpoints": store, "checkpoint_every": every, "on_metrics": on_metrics}
-    told["scale_loss"] = scale_loss
-    return loop.run(model, method, settings(**changes), **told)
+    options = {"checkpoints": store, "checkpoint_every": every, "on_metrics": on_metrics}
+    objective = Alignment("align.squares", model, method)
+    return loop.fit(objective, settings(**changes), scale_loss=scale_loss, **options)
 
 
 def test_the_first_update_of_adamw_is_the_sign_of_the_gradient() -> None:
@@ -90,12 +94,12 @@ def test_clipping_clips() -> None:
         def step(self):
             norms.append(float(self.param_groups[0]["params"][0].grad.norm()))
 
-    original, loop.torch.optim.AdamW = loop.torch.optim.AdamW, Watch
+    original, torch.optim.AdamW = torch.optim.AdamW, Watch
     try:
         run(Numbers(), Squares(1))
         run(Numbers(), Squares(1), max_grad_norm=0.5)
     finally:
-        loop.torch.optim.AdamW = original
+        torch.optim.AdamW = original
     assert norms[0] == pytest.approx((4**2 + 10**2) ** 0.5) and norms[1] == pytest.approx(0.5, rel=1e-4)
 
 
@@ -147,7 +151,7 @@ def test_a_signal_saves_before_leaving(tmp_path, number) -> None:
 
 def test_a_loss_that_is_not_finite_stops_before_the_update() -> None:
     model = Numbers()
-    with pytest.raises(FloatingPointError, match="lower learning rate"):
+    with pytest.raises(FloatingPointError, match="try a lower align.squares.optimizer.learning_rate"):
         run(model, Squares(3, target=float("nan")))
     assert model.values.tolist() == [1.0, -2.0]
 
@@ -156,12 +160,12 @@ class OneBad(Squares):
     """The second of two samples, of timestep 7, has no finite loss in iteration 1."""
 
     def collect(self, backbone, iteration):
-        (batch,), collected = super().collect(backbone, iteration)
-        told = {"timesteps": torch.tensor([3, 7]), "prompts": ["a ring", "a star"]}
-        return [dataclasses.replace(batch, **told)], collected
+        ((batch,),), collected = super().collect(backbone, iteration)
+        changes = {"timesteps": torch.tensor([3, 7]), "prompts": ["a ring", "a star"]}
+        return [[dataclasses.replace(batch, **changes)]], collected
 
-    def loss(self, policy, reference, batch, schedule, settings):
-        losses, metrics = super().loss(policy, reference, batch, schedule, settings)
+    def loss(self, policy, reference, batch):
+        losses, metrics = super().loss(policy, reference, batch)
         return losses / (1 - batch.x_t[:, 0, 0, 0] * torch.tensor([0.0, 1.0])), metrics
 
 
@@ -183,8 +187,8 @@ def test_a_watch_is_called_at_the_start_and_after_each_iteration_and_can_stop() 
 
     model = Numbers()
     with pytest.raises(ValueError, match="enough"):
-        loop.run(
-            model, Squares(5), settings(), seed=0, checkpoints=None, checkpoint_every=1,
+        loop.fit(
+            Alignment("align.squares", model, Squares(5)), settings(), checkpoints=None, checkpoint_every=1,
             on_metrics=lambda metrics, step: None, watch=watch,
         )  # fmt: skip
     assert seen == [(0, 0, False), (1, 1, True), (2, 2, True)]
@@ -193,7 +197,7 @@ def test_a_watch_is_called_at_the_start_and_after_each_iteration_and_can_stop() 
 def test_nothing_to_train_is_one_line() -> None:
     model = copy.copy(Numbers())
     model.trainable_parameters = lambda: []
-    with pytest.raises(ValueError, match="add an adapter"):
+    with pytest.raises(ValueError, match="align.squares: nothing to train"):
         run(model, Squares(1))
 
 
@@ -211,15 +215,17 @@ class Parts(Squares):
         for size in self.sizes:
             rows = slice(start, start + size)
             start += size
-            told = backbone.encode_prompts([""] * size)
-            times = torch.zeros(size, dtype=torch.int64)
-            parts.append(Batch(x_t[rows], times, told, weight[rows], accumulate=start < 4))
-        return parts, {}
+            batch = UNetBatch(
+                x_t=x_t[rows],
+                timesteps=torch.zeros(size, dtype=torch.int64),
+                conditioning=backbone.encode_prompts([""] * size),
+                weight=weight[rows],
+            )
+            parts.append(batch)
+        return [parts], {}
 
-    def loss(self, policy, reference, batch, schedule, settings):
-        losses = (policy - batch.x_t).square().flatten(1).sum(1)
-        share = batch.weight / batch.weight.sum().clamp(min=1e-12)
-        return losses, {"loss": (share * losses).sum().detach()}
+    def loss(self, policy, reference, batch):
+        return (policy - batch.x_t).square().flatten(1).sum(1), {}
 
 
 @pytest.mark.parametrize("sizes", [[1, 3], [2, 2], [1, 1, 1, 1]])
@@ -253,8 +259,8 @@ def test_eight_bit_takes_bitsandbytes_own() -> None:
 class InHalf(Squares):
     """Computed in fp16. The larger number's gradient is 2 * 5 * scale / 2: above 65,504 for 2^14."""
 
-    def loss(self, policy, reference, batch, schedule, settings):
-        _, metrics = super().loss(policy, reference, batch, schedule, settings)
+    def loss(self, policy, reference, batch):
+        _, metrics = super().loss(policy, reference, batch)
         losses = (policy.half() - reference.half() - self.target).square().flatten(1).sum(1)
         return losses.float(), metrics
 
@@ -272,8 +278,8 @@ def test_half_precision_scales_the_loss_and_leaves_out_what_overflows(tmp_path) 
 
 def test_gradients_that_no_scale_makes_finite_stop() -> None:
     class Infinite(Squares):
-        def loss(self, policy, reference, batch, schedule, settings):
-            losses, metrics = super().loss(policy, reference, batch, schedule, settings)
+        def loss(self, policy, reference, batch):
+            losses, metrics = super().loss(policy, reference, batch)
             return losses.detach() * 0 + Steep.apply(policy).flatten(1).sum(1), metrics
 
     class Steep(torch.autograd.Function):

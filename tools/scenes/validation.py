@@ -10,7 +10,7 @@ from torch import Tensor
 
 from spo import backbones, config
 from spo.diffusion import ddim
-from spo.diffusion.guidance import guided
+from spo.diffusion.denoiser import GuidedDenoiser
 from spo.diffusion.schedule import Schedule
 from spo.scenes.oracle import Perception, fidelity
 from spo.scenes.render import LUMA
@@ -60,7 +60,7 @@ def _redraw(base: Path, images: Tensor, captions: list[str], seed: int) -> Tenso
         x_t = schedule.add_noise(x_t, noise, torch.full((len(chunk),), steps[0]))
         for t in steps:
             timesteps = torch.full((len(chunk),), t)
-            output = guided(backbone, x_t, timesteps, conditioning, conditioning, 1.0)
+            output = GuidedDenoiser.of(backbone, conditioning, 1.0)(x_t, timesteps)
             step = ddim.transition(schedule, output, timesteps, x_t, 1.0)
             x_t = ddim.sample(step, torch.randn(x_t.shape, generator=generator))
         parts.append(backbone.decode(x_t).clamp(-1, 1))

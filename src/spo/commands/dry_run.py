@@ -6,13 +6,12 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from spo.config import Params, Spo
+from spo.config import Params
 
 if TYPE_CHECKING:
     from spo.backbones.sizes import Sizes
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
-BACKWARD = 2  # in forwards, as usual
 EFFICIENCY = 0.5  # of a large matrix product, that a UNet reaches
 
 
@@ -40,6 +39,8 @@ def lines(params: Params, stage: str, item: str | None) -> list[str]:
 
 def _inputs(params: Params, stage: str, item: str | None) -> list[tuple[str, str, str | None]]:
     """(key, path or hub id, revision) of what the stage reads."""
+    from spo.methods import METHODS
+
     b, p, s = params.backbone, params.preference, params.score
     base = [("backbone.checkpoint", b.checkpoint, b.revision), ("backbone.vae", b.vae, None)]
     clip = [("preference.init", p.init, p.revision), ("preference.tokenizer", p.tokenizer, None)]
@@ -54,13 +55,13 @@ def _inputs(params: Params, stage: str, item: str | None) -> list[tuple[str, str
         ("score.aesthetic.clip", s.aesthetic.clip, s.aesthetic.revision),
         ("score.aesthetic.head", s.aesthetic.head, None),
     ]
-    learned = "outputs/preference" if item == "spo" else "outputs/pairs"
+    learned = [("learns from", path, None) for path in METHODS[item or "spo"].reads]
     reads: dict[str, list[tuple[str, str | None, str | None]]] = {
         "inputs": [*base, *clip, *lists, *pairs, *scorers],
         "prompts": [*lists, *pairs, base[0]],
         "pairs": [*pairs],
         "preference": [*base, *clip, ("pairs", "outputs/pairs", None)],
-        "align": [*base, ("learns from", learned, None)],
+        "align": [*base, *learned],
         "generate": [*base, ("adapter", getattr(params.generate, item or "base").adapter, None)],
         "score": [*scorers, ("pictures", f"outputs/images/{item}", None)],
         "report": [("scores", "outputs/scores", None)],
@@ -84,7 +85,8 @@ def _reach(key: str, name: str, revision: str | None) -> str:
 
 def _work(params: Params, stage: str, item: str | None, size: Sizes) -> tuple[int, str]:
     """UNet samples in forwards, guidance included, and what they are for."""
-    from spo.diffusion.guidance import is_guided
+    from spo.diffusion.denoiser import is_guided
+    from spo.methods import METHODS
 
     if stage == "generate":
         variant, settings = getattr(params.generate, item or "base"), params.generate
@@ -97,32 +99,8 @@ def _work(params: Params, stage: str, item: str | None, size: Sizes) -> tuple[in
         doubled = 1 + is_guided(p.guidance)
         before = f"{p.degradations.steps} updates on degradations, then " if p.degradations else ""
         return 2 * p.steps * p.batch_size * doubled, f"{before}{p.steps} updates of {p.batch_size} pairs"
-    if item == "spo":
-        return _spo_work(params.align.spo, size)
-    dpo = params.align.diffusion_dpo
-    samples = dpo.iterations * 2 * dpo.batch_size * (2 + BACKWARD)
-    return samples, f"{dpo.iterations} updates of {dpo.batch_size} pairs"
-
-
-def _spo_work(spo: Spo, size: Sizes) -> tuple[int, str]:
-    from spo.diffusion.guidance import is_guided
-    from spo.diffusion.schedule import Schedule
-    from spo.methods import step_pairs
-
-    found = step_pairs.blocks(spo, Schedule.from_config(size.scheduler_config, spo.num_inference_steps))
-    final = found[-1][-1] + 1 == spo.num_inference_steps
-    plain = found[0][0] + 1  # later blocks go on from outputs at the candidates
-    branched = spo.candidates * (sum(len(block) for block in found) - final)
-    pairs = sum(len(block) for block in found)
-    trained = sum(2 * len(block) - 1 for block in found)  # two samples where the branches have parted
-    doubled = 1 + is_guided(spo.guidance)
-    each = plain + branched + trained * (2 + BACKWARD)
-    prompts = spo.iterations * spo.prompts_per_iteration
-    most = spo.iterations * -(-pairs * spo.prompts_per_iteration // spo.batch_size)
-    text = (
-        f"{prompts} rollouts in {spo.iterations} iterations; at most {prompts * pairs} pairs, {most} updates"
-    )
-    return prompts * each * doubled, text
+    cost = METHODS[item or "spo"].cost(getattr(params.align, item or "spo"), size.scheduler_config)
+    return cost.unet_samples, cost.text
 
 
 def _memory(params: Params, stage: str, item: str | None, size: Sizes) -> str:

@@ -18,6 +18,10 @@ class Transition:
     mean: Tensor  # [B,C,h,w]
     std: Tensor  # [B,1,1,1], >= 0
 
+    def select(self, rows: Tensor | slice) -> Transition:
+        """The samples at `rows` (int64 or bool [N], or a slice)."""
+        return Transition(self.x0[rows], self.mean[rows], self.std[rows])
+
 
 def transition(
     schedule: Schedule, model_output: Tensor, timesteps: Tensor, x_t: Tensor, eta: float

@@ -14,7 +14,7 @@ PRECISION = "if backbone.dtype is fp16, set bf16 or fp32"
 WEIGHTS = "check the weights of the checkpoint and of the adapter"
 TEXT, UNET, REFERENCE = "text encoder output", "UNet output", "reference UNet output"
 LATENTS, STORED, X_T = "latents", "stored latents of a pair", "noised latents"
-DECODER, ENCODER, JUDGE = "VAE decoder output", "VAE encoder output", "preference model's score"
+DECODER, ENCODER, SCORE = "VAE decoder output", "VAE encoder output", "preference model's score"
 VAE = f"{PRECISION}, or name a VAE that is safe in fp16 in backbone.vae (SDXL); else check the VAE's weights"
 ADVICE = {
     TEXT: f"{PRECISION}; else check the text encoder's weights",
@@ -23,10 +23,14 @@ ADVICE = {
     LATENTS: f"check the checkpoint's scheduler_config.json; {WEIGHTS}",
     STORED: "delete .spo/latents and run the stage again",
     X_T: f"{WEIGHTS}, or try a lower learning rate",
-    JUDGE: "train it again",
+    SCORE: "train it again",
     DECODER: VAE,
     ENCODER: VAE,
 }
+
+
+class NotFiniteError(ValueError):
+    """Something on the way is NaN or infinite; the message says what, where and what to try."""
 
 
 @dataclass(frozen=True)
@@ -63,11 +67,11 @@ class FiniteCheck:
     def check(self) -> None:
         """
         Raises:
-            ValueError: something noted since the last check was not finite; the first of it is named.
+            NotFiniteError: something noted since the last check was not finite; the first of it is named.
         """
         reason = self.failure()
         if reason is not None:
-            raise ValueError(reason)
+            raise NotFiniteError(reason)
 
     def failure(self) -> str | None:
         """What `check` would say."""

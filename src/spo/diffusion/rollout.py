@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from torch import Tensor
 
 from spo.diffusion import ddim, finite
-from spo.diffusion.guidance import guided, is_guided
+from spo.diffusion.denoiser import GuidedDenoiser
 from spo.diffusion.noise import SampleNoise
 from spo.diffusion.schedule import Schedule
 from spo.types import Backbone
@@ -35,14 +35,13 @@ def sample_latents(
     schedule = schedule.to(backbone.device)
     check = finite.FiniteCheck(schedule.timesteps)
     with backbone.inference():
-        conditioning = backbone.encode_prompts(prompts)
-        unconditional = None if not is_guided(guidance) else backbone.encode_prompts([""] * len(prompts))
-        check.note_text(conditioning, prompts)
-        check.note_text(unconditional, [""] * len(prompts))
+        denoiser = GuidedDenoiser.encode(backbone, prompts, guidance)
+        check.note_text(denoiser.conditioning, prompts)
+        check.note_text(denoiser.unconditional, [""] * len(prompts))
         x_t = noise.draw()
         for i, t in enumerate(schedule.timesteps):
             timesteps = t.expand(len(prompts))
-            output = guided(backbone, x_t, timesteps, conditioning, unconditional, guidance)
+            output = denoiser(x_t, timesteps)
             check.note(finite.UNET, output, prompts, timesteps)
             step = ddim.transition(schedule, output, timesteps, x_t, eta)
             x_t = ddim.sample(step, noise.draw()) if eta > 0 else step.mean

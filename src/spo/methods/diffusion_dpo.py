@@ -10,17 +10,29 @@ Departures from the paper (P) or the official code (C):
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from spo.config import DiffusionDpo
+from spo.config import DiffusionDpo, Params
+from spo.data.latent_cache import latent_pairs
 from spo.diffusion.noise import SampleNoise, shuffled
 from spo.diffusion.schedule import Schedule
+from spo.methods.spec import BACKWARD, Cost, MethodSpec
 from spo.training import distributed
-from spo.types import Backbone, Batch, Conditioning, LatentPairs
+from spo.types import Backbone, LatentPairs, UNetBatch
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiffusionDpoBatch(UNetBatch):
+    """P pairs as 2P samples: winners, then losers."""
+
+    target_win: Tensor  # [P,C,h,w], what the outputs should be: the noise, or v
+    target_lose: Tensor  # [P,C,h,w]
 
 
 def diffusion_dpo_loss(
@@ -34,32 +46,22 @@ def diffusion_dpo_loss(
     return -F.logsigmoid(-0.5 * beta * ((policy_win - policy_lose) - (reference_win - reference_lose)))
 
 
-def loss(
-    policy_output: Tensor,
-    reference_output: Tensor,
-    batch: Batch,
-    schedule: Schedule,
-    config: DiffusionDpo,
+def batch_loss(
+    policy_output: Tensor, reference_output: Tensor, batch: DiffusionDpoBatch, beta: float
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss [P] of two UNet outputs [2P,C,h,w] (winners, then losers), and its metrics (weighted means).
-
-    batch.targets: target_win, target_lose [P,C,h,w], what the outputs should be (noise, or v).
-    """
-    targets = torch.cat([batch.targets["target_win"], batch.targets["target_lose"]])
+    """The losses [P] of two UNet outputs [2P,C,h,w] (winners, then losers), and metrics [P]."""
+    targets = torch.cat([batch.target_win, batch.target_lose])
     policy_win, policy_lose = _errors(policy_output, targets)
     reference_win, reference_lose = _errors(reference_output, targets)
-    losses = diffusion_dpo_loss(policy_win, policy_lose, reference_win, reference_lose, beta=config.beta)
+    losses = diffusion_dpo_loss(policy_win, policy_lose, reference_win, reference_lose, beta=beta)
     win, lose = (policy_win - reference_win).detach(), (policy_lose - reference_lose).detach()
     distance = _errors(policy_output, reference_output.float())
-    each = {
-        "loss": losses.detach(),
+    return losses, {
         "win_error_change": win,
         "lose_error_change": lose,
         "output_distance": torch.stack(distance).mean(0).detach(),
         "implicit_accuracy": (win < lose).float(),
     }
-    share = batch.weight / batch.weight.sum().clamp(min=1e-12)
-    return losses, {name: (share * value).sum() for name, value in each.items()}
 
 
 def _errors(output: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -71,7 +73,6 @@ def _errors(output: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
 class DiffusionDpoMethod:
     """Offline batches: encoded pairs, both images noised with the same noise at the same t."""
 
-    loss = staticmethod(loss)
     guidance = 1.0
 
     def __init__(self, config: DiffusionDpo, schedule: Schedule, pairs: LatentPairs, seed: int) -> None:
@@ -86,53 +87,50 @@ class DiffusionDpoMethod:
         if len(self._decided) == 0:
             raise ValueError(f"align.diffusion_dpo: none of {len(pairs.label_0)} pairs has a winner")
 
-    def collect(self, backbone: Backbone, iteration: int) -> tuple[list[Batch], dict[str, float]]:
+    def loss(
+        self, policy: Tensor, reference: Tensor, batch: DiffusionDpoBatch
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """As `batch_loss`."""
+        return batch_loss(policy, reference, batch, self.config.beta)
+
+    def collect(
+        self, backbone: Backbone, iteration: int
+    ) -> tuple[list[list[DiffusionDpoBatch]], dict[str, float]]:
         """One update of config.batch_size pairs, in config.gradient_accumulation parts; each process's
         share of them."""
         count = self.config.batch_size
         distributed.check_shards(count, "align.diffusion_dpo.batch_size")
-        epoch, _ = (order := shuffled(len(self._decided), iteration * count, count, self.seed))[-1]
+        order = shuffled(len(self._decided), iteration * count, count, self.seed)
         chosen = distributed.shard(order)
+        size = -(-count // self.config.gradient_accumulation)
+        parts = [chosen[start : start + size] for start in range(0, len(chosen), size)]
+        epoch, _ = order[-1]
+        return [[self._batch(backbone, part) for part in parts]], {
+            "pairs": float(count),
+            "epoch": float(epoch),
+        }
+
+    def _batch(self, backbone: Backbone, chosen: Sequence[tuple[int, int]]) -> DiffusionDpoBatch:
+        """The pairs at `chosen`: (epoch, index into the decided pairs) of each."""
         indices = self._decided[torch.tensor([i for _, i in chosen])]
         keys = [f"pair {int(i)} epoch {e}" for (e, _), i in zip(chosen, indices, strict=True)]
+        captions = [self.pairs.captions[i] for i in indices.tolist()]
         win, lose = (x.to(backbone.device) for x in self._sides(indices))
-        randomness = SampleNoise(self.seed, keys, win.shape[1:], backbone.device)
-        timesteps = randomness.integers(self.schedule.num_train_timesteps)
+        randomness, schedule = SampleNoise(self.seed, keys, win.shape[1:], backbone.device), self.schedule
+        timesteps = randomness.integers(schedule.num_train_timesteps)
         noise = randomness.draw()
         with backbone.inference():
-            captions = backbone.encode_prompts([self.pairs.captions[i] for i in indices.tolist()])
-        weight = self.pairs.weight[indices].to(backbone.device)
-        size = -(-count // self.config.gradient_accumulation)
-        parts = torch.arange(len(chosen), device=backbone.device).split(size)
-        batches = []
-        for part in parts:
-            batch = self._batch(part, (win, lose), timesteps, noise, captions)
-            told = [self.pairs.captions[i] for i in indices[part.cpu()].tolist()]
-            last = part is parts[-1]
-            batches.append(replace(batch, weight=weight[part], accumulate=not last, prompts=told))
-        return batches, {"pairs": float(count), "epoch": float(epoch)}
-
-    def _batch(
-        self,
-        part: Tensor,
-        sides: tuple[Tensor, Tensor],
-        timesteps: Tensor,
-        noise: Tensor,
-        captions: Conditioning,
-    ) -> Batch:
-        """The pairs at `part` int64 [p]: 2p samples, winners, then losers."""
-        win, lose = (x[part] for x in sides)
-        timesteps, noise, schedule = timesteps[part], noise[part], self.schedule
-        return Batch(
+            conditioning = backbone.encode_prompts(captions)
+        both = torch.arange(len(chosen), device=backbone.device).repeat(2)
+        return DiffusionDpoBatch(
             x_t=torch.cat([schedule.add_noise(x, noise, timesteps) for x in (win, lose)]),
             timesteps=timesteps.repeat(2),
             # selecting copies, so these are ordinary tensors, whatever `inference` made
-            conditioning=captions.select(part.repeat(2)),
-            weight=torch.ones(len(part), device=win.device),
-            targets={
-                "target_win": schedule.training_target(win, noise, timesteps),
-                "target_lose": schedule.training_target(lose, noise, timesteps),
-            },
+            conditioning=conditioning.select(both),
+            weight=self.pairs.weight[indices].to(backbone.device),
+            prompts=captions,
+            target_win=schedule.training_target(win, noise, timesteps),
+            target_lose=schedule.training_target(lose, noise, timesteps),
         )
 
     def _sides(self, indices: Tensor) -> tuple[Tensor, Tensor]:
@@ -140,3 +138,27 @@ class DiffusionDpoMethod:
         first, second = self.pairs.read(indices)
         first_wins = (self.pairs.label_0[indices] > 0.5).view(-1, 1, 1, 1)
         return torch.where(first_wins, first, second), torch.where(first_wins, second, first)
+
+
+def _build(params: Params, backbone: Backbone) -> DiffusionDpoMethod:
+    # only the schedule's noise levels matter here, not the timesteps of a sampler
+    schedule = Schedule.from_config(backbone.scheduler_config, 20).to(backbone.device)
+    pairs = latent_pairs(params, backbone, "train")
+    return DiffusionDpoMethod(params.align.diffusion_dpo, schedule, pairs, params.seed)
+
+
+def _cost(config: DiffusionDpo, scheduler_config: Mapping[str, Any]) -> Cost:
+    samples = config.iterations * 2 * config.batch_size * (2 + BACKWARD)
+    return Cost(samples, f"{config.iterations} updates of {config.batch_size} pairs")
+
+
+SPEC = MethodSpec(
+    name="diffusion_dpo",
+    title="Diffusion-DPO",
+    paper="Diffusion-DPO (arXiv 2311.12908)",
+    reads=("outputs/pairs/train", "outputs/pairs/summary.json"),
+    trained_first=(),
+    divergence="output_distance",
+    build=_build,
+    cost=_cost,
+)

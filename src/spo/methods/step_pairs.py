@@ -1,4 +1,4 @@
-"""SPO's choices along a rollout: where candidates are drawn, which two make a pair, where it goes on."""
+"""SPO's choices along a rollout: where to draw candidates, which two make a pair, which one is continued."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from spo.diffusion import ddim
 from spo.diffusion.noise import SampleNoise
 from spo.diffusion.schedule import Schedule
 from spo.training import distributed
-from spo.types import Batch, Conditioning, StepPair
+from spo.types import Conditioning, StepPair
 
 
 def blocks(config: Spo, schedule: Schedule) -> list[list[int]]:
@@ -87,10 +87,19 @@ def random_pairs(scores: Tensor, threshold: float, noise: SampleNoise) -> tuple[
     return win, lose, _gap(scores[win, every], scores[lose, every]) > threshold
 
 
-def go_on(config: Spo, win: Tensor, lose: Tensor, noise: SampleNoise) -> Tensor:
+def choose(
+    config: Spo, scores: Tensor, threshold: float, noise: SampleNoise
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The pair of each sample as config.pair_choice says; returns as `select_pairs` does."""
+    if config.pair_choice == "random":
+        return random_pairs(scores, threshold, noise)
+    return select_pairs(scores, threshold)
+
+
+def resample(config: Spo, win: Tensor, lose: Tensor, noise: SampleNoise) -> Tensor:
     """The candidate int64 [B] whose latents the rollout continues from.
 
-    Going on from the winner or from the loser collapsed training in the paper (Sec. 4.1).
+    Continuing from the winner or from the loser collapsed training in the paper (Sec. 4.1).
     """
     if config.resampler == "random":
         return noise.integers(config.candidates)
@@ -101,22 +110,18 @@ def _gap(better: Tensor, worse: Tensor) -> Tensor:
     return torch.tanh((better.float() - worse.float()) / 2)  # softmax of two, first minus second
 
 
-def gathered(pairs: list[StepPair]) -> list[StepPair]:
-    """Of the samples of all processes, in the order of their ranks."""
+def gathered(pair: StepPair) -> StepPair:
+    """The samples of all processes, in the order of their ranks."""
     if distributed.count() == 1:
-        return pairs
-    told, all_of = distributed.gather_conditioning(pairs[0].conditioning), distributed.gather
-    return [
-        StepPair(
-            all_of(p.x_t),
-            all_of(p.timesteps),
-            all_of(p.x_win),
-            all_of(p.x_lose),
-            told,
-            None if p.x_t_lose is None else all_of(p.x_t_lose),
-        )
-        for p in pairs
-    ]
+        return pair
+    return StepPair(
+        distributed.gather(pair.x_t),
+        distributed.gather(pair.timesteps),
+        distributed.gather(pair.x_win),
+        distributed.gather(pair.x_lose),
+        distributed.gather_conditioning(pair.conditioning),
+        None if pair.x_t_lose is None else distributed.gather(pair.x_t_lose),
+    )
 
 
 @dataclass(frozen=True)
@@ -143,16 +148,19 @@ class Rows:
         parted = torch.tensor(own, device=x_t.device).repeat_interleave(len(pairs[0].x_t))
         return cls(x_t, timesteps, x_win, x_lose, x_t_lose, parted, pairs[0].conditioning)
 
-    def batch(self, rows: Tensor, weight: float, accumulate: bool) -> Batch:
-        """The pairs at `rows` [P]; a pair whose branches have parted has a second sample at the end."""
-        x_t, samples = self.x_t[rows], rows
-        targets = {"x_win": self.x_win[rows], "x_lose": self.x_lose[rows]}
-        if self.x_t_lose is not None:
-            parted = self.parted[rows]
-            x_t, samples = torch.cat([x_t, self.x_t_lose[rows[parted]]]), torch.cat([rows, rows[parted]])
-            second = len(rows) - 1 + parted.cumsum(0)
-            targets["lose_row"] = torch.where(parted, second, torch.arange(len(rows), device=rows.device))
-        size = len(self.conditioning)
-        told = self.conditioning.select(samples % size)
-        weights = torch.full((len(rows),), weight, device=x_t.device)
-        return Batch(x_t, self.timesteps[samples], told, weights, targets, accumulate)
+    def inputs(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The UNet samples of the pairs at `rows` int64 [P].
+
+        A pair whose branches have parted has a second sample at the end.
+
+        Returns:
+            x_t [B,C,h,w], the row of each sample (int64 [B]), and for each pair the sample that its loser was
+            drawn from (int64 [P]); None: no pair of any step has parted.
+        """
+        if self.x_t_lose is None:
+            return self.x_t[rows], rows, None
+        parted = self.parted[rows]
+        x_t = torch.cat([self.x_t[rows], self.x_t_lose[rows[parted]]])
+        second = len(rows) - 1 + parted.cumsum(0)
+        lose_row = torch.where(parted, second, torch.arange(len(rows), device=rows.device))
+        return x_t, torch.cat([rows, rows[parted]]), lose_row

@@ -8,18 +8,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def preference_loss(
-    score_0: Tensor, score_1: Tensor, label_0: Tensor, weight: Tensor, total: Tensor | None = None
-) -> Tensor:
-    """Cross-entropy of the labels and the softmax over two scores, as a weighted mean.
+def preference_loss(score_0: Tensor, score_1: Tensor, label_0: Tensor) -> Tensor:
+    """Cross-entropy [B] of the labels and the softmax over two scores.
 
     Args:
         score_0: logits [B] of the first image; score_1 of the second.
         label_0: [B], 1, 0 or .5 (tie); log .5 is added to a tie's loss, so that its best value is 0.
-        weight: [B], 1 / num_example_per_prompt, so that a prompt with many pairs counts once.
-        total: the sum of weights of the whole batch of which this is a part; None: this is all of it.
     """
     difference = score_0 - score_1
     losses = -label_0 * F.logsigmoid(difference) - (1 - label_0) * F.logsigmoid(-difference)
-    losses = losses + (label_0 == 0.5) * math.log(0.5)
-    return (losses * weight).sum() / (weight.sum() if total is None else total)
+    return losses + (label_0 == 0.5) * math.log(0.5)

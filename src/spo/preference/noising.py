@@ -1,4 +1,4 @@
-"""What the preference model is shown of a noisy latent: the image predicted from it in one step."""
+"""The image that the preference model sees of a noisy latent: the one predicted from it in one step."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from spo.diffusion import finite
-from spo.diffusion.guidance import guided, is_guided
-from spo.diffusion.noise import SampleNoise
+from spo.diffusion.denoiser import GuidedDenoiser
 from spo.diffusion.schedule import Schedule
 from spo.types import Backbone, Conditioning
 
@@ -39,8 +38,7 @@ def noised_pair(
         check.note(finite.STORED, x_0, prompts)
         check.note_text(captions, prompts[:count])
         x_t = schedule.add_noise(x_0, noise.repeat(2, 1, 1, 1), t)
-        empty = None if not is_guided(guidance) else backbone.encode_prompts([""] * (2 * count))
-        output = guided(backbone, x_t, t, captions.repeat(2), empty, guidance)
+        output = GuidedDenoiser.of(backbone, captions.repeat(2), guidance)(x_t, t)
         check.note(finite.UNET, output, prompts, t)
         decoded = backbone.decode(schedule.predict_x0(output, t, x_t))
         check.note(finite.DECODER, decoded, prompts, t)
@@ -62,14 +60,3 @@ def clean_pair(
     check.check()
     images = decoded.clamp(-1, 1)
     return images[: len(sides[0])], images[len(sides[0]) :]
-
-
-def draw(
-    seed: int, keys: list[str], schedule: Schedule, backbone: Backbone, timestep: int | None = None
-) -> tuple[Tensor, Tensor]:
-    """Timesteps int64 [B] (uniform, or all `timestep`) and noise [B,C,h,w] that belong to the keys."""
-    noise = SampleNoise(seed, keys, backbone.latent_shape, backbone.device)
-    timesteps = noise.integers(schedule.num_train_timesteps)
-    if timestep is not None:
-        timesteps = torch.full_like(timesteps, timestep)
-    return timesteps, noise.draw()

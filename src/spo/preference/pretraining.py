@@ -20,12 +20,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from spo.config import Degradations
+from spo.config import Degradations, Optimizer
 from spo.diffusion import finite
 from spo.diffusion.noise import generator, shuffled
 from spo.preference.degradations import Draws, degrade
 from spo.preference.model import STEP_CONDITION, StepAwarePreferenceModel, token_ids
-from spo.preference.trainer import check_pairs, take_step
+from spo.preference.trainer import check_pairs
 from spo.training import distributed
 from spo.training.checkpoint import CheckpointStore, stop_on_signal
 from spo.training.optimizer import adamw
@@ -142,7 +142,7 @@ def _update(
     model.zero_grad(set_to_none=True)  # of the step condition too, which is not trained here
     loss.backward()
     cosine = 0.5 + 0.5 * math.cos(math.pi * step / settings.steps)
-    norm = take_step(optimizer, settings.optimizer, step, key="preference.degradations", share=cosine)
+    norm = _take_step(optimizer, settings.optimizer, step, key="preference.degradations", share=cosine)
     order_mean, caption_mean = distributed.all_reduce_sum(losses.detach()).tolist()
     return {
         "loss": ORDER_WEIGHT * order_mean + CAPTION_WEIGHT * caption_mean,
@@ -150,6 +150,32 @@ def _update(
         "caption": caption_mean,
         "gradient_norm": norm.item(),
     }
+
+
+def _take_step(
+    optimizer: torch.optim.Optimizer, settings: Optimizer, step: int, *, key: str, share: float = 1.0
+) -> Tensor:
+    """Update by the gradients of all processes, clipped, at `share` of the learning rate after its warm-up.
+
+    Returns:
+        The norm of the gradients before they were clipped.
+
+    Raises:
+        FloatingPointError: it is not finite; nothing was updated. `key` names the section of params.yaml.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    distributed.sum_gradients(parameters)
+    norm = torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm or float("inf"))
+    if not norm.isfinite():
+        raise FloatingPointError(
+            f"{key}: gradient norm {norm.item()} at step {step}: stopped before the update; "
+            f"try a lower {key}.optimizer.learning_rate"
+        )
+    warm = min(1.0, (step + 1) / max(settings.warmup_steps, 1))
+    for group in optimizer.param_groups:
+        group["lr"] = settings.learning_rate * warm * share
+    optimizer.step()
+    return norm
 
 
 def _copies(

@@ -1,4 +1,4 @@
-"""A trained preference model as the judge of SPO's candidates.
+"""A trained preference model as the reward model that scores SPO's candidates.
 
 Departure from the official code:
 1. A score may be the mean over moved copies of a picture (`align.spo.views`; 1, as published, is the picture
@@ -21,8 +21,8 @@ from torch import Tensor
 from spo.preference.model import StepAwarePreferenceModel, load_tokenizer, token_ids
 
 
-class ClipJudge:
-    """A trained model and its tokenizer as a `types.Judge`: fp32, no gradients.
+class ClipRewardModel:
+    """A trained model and its tokenizer as a `types.RewardModel`: fp32, no gradients.
 
     The score is the mean over `views` x `views` copies of a picture, each moved by another part of a patch.
     """
@@ -60,7 +60,7 @@ def _moved(images: Tensor, x: int, y: int) -> Tensor:
     return padded[..., reach + y : reach + y + height, reach + x : reach + x + width]
 
 
-def load_judge(folder: str | Path, device: torch.device | str, views: int = 1) -> ClipJudge:
-    """What the stage `preference` wrote; `views` as of ClipJudge."""
+def load_reward_model(folder: str | Path, device: torch.device | str, views: int = 1) -> ClipRewardModel:
+    """What the stage `preference` wrote; `views` as of ClipRewardModel."""
     model = StepAwarePreferenceModel.from_pretrained(folder).to(device)
-    return ClipJudge(model, load_tokenizer(str(folder)), views)
+    return ClipRewardModel(model, load_tokenizer(str(folder)), views)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from spo.config import Params
 from spo.evaluation import validation
-from spo.runtime.files import require, write_json
+from spo.runtime.files import write_json
 from spo.runtime.fingerprint import fingerprint
 from spo.runtime.workspace import METRICS, SCRATCH, TRAINING
 from spo.stages.common import stage
@@ -28,7 +28,9 @@ CODE = (  # that trains, and that judges on the way
 def run(params: Params, item: str) -> None:
     from spo import backbones
     from spo.evaluation import model_card
+    from spo.methods import METHODS
     from spo.training import distributed, loop, optimizer
+    from spo.training.alignment import Alignment
     from spo.training.checkpoint import CheckpointStore
     from spo.training.distributed import device
 
@@ -43,15 +45,13 @@ def run(params: Params, item: str) -> None:
             backbone.add_lora(section.lora, params.seed)
         if section.gradient_checkpointing:
             backbone.checkpoint_gradients()
-        method = BUILD[item](params, backbone)
+        method = METHODS[item].build(params, backbone)
         scratch = _scratch(params, item)
         curve = Curve(tracked, scratch)
         try:
-            summary = loop.run(
-                backbone,
-                method,
+            summary = loop.fit(
+                Alignment(f"align.{item}", backbone, method),
                 section.optimizer,
-                seed=params.seed,
                 checkpoints=CheckpointStore(scratch / "checkpoints"),
                 checkpoint_every=section.checkpoint_every,
                 on_metrics=curve.log,
@@ -111,41 +111,10 @@ def _watch(
     )
 
 
-def _spo(params: Params, backbone: Backbone) -> Method:
-    from spo.diffusion.schedule import Schedule
-    from spo.methods.spo import SpoMethod
-    from spo.preference.reward_model import load_judge
-
-    section = params.align.spo
-    folder = require("outputs/preference", "preference model")
-    judge = load_judge(folder, backbone.device, section.views)
-    prompts = require("outputs/prompts/train.txt", "training prompts").read_text().splitlines()
-    schedule = Schedule.from_config(backbone.scheduler_config, section.num_inference_steps).to(
-        backbone.device
-    )
-    return SpoMethod(section, schedule, judge, prompts, params.seed)
-
-
-def _diffusion_dpo(params: Params, backbone: Backbone) -> Method:
-    from spo.data.latent_cache import latent_pairs
-    from spo.diffusion.schedule import Schedule
-    from spo.methods.diffusion_dpo import DiffusionDpoMethod
-
-    # only its noise levels matter here
-    schedule = Schedule.from_config(backbone.scheduler_config, 20).to(backbone.device)
-    pairs = latent_pairs(params, backbone, "train")
-    return DiffusionDpoMethod(params.align.diffusion_dpo, schedule, pairs, params.seed)
-
-
-BUILD: dict[str, Any] = {"spo": _spo, "diffusion_dpo": _diffusion_dpo}
-
-
 def _scratch(params: Params, item: str) -> Path:
-    reads = {
-        "spo": ["outputs/preference", "outputs/prompts/train.txt"],
-        "diffusion_dpo": ["outputs/pairs/train", "outputs/pairs/summary.json"],
-    }
-    inputs = [Path(p) for p in [*reads[item], "outputs/inputs/base.json"]]
+    from spo.methods import METHODS
+
+    inputs = [Path(p) for p in (*METHODS[item].reads, "outputs/inputs/base.json")]
     section = getattr(params.align, item)
     sections = [item, params.seed, params.backbone, section]
     if section.validation is not None:  # what was at the start is kept there

@@ -83,7 +83,7 @@ def _train(
         from spo.preference.pseudo_labels import relabelled
 
         pairs["train"], told["pseudo_labels"] = relabelled(pairs["train"], settings, str(backbone.device))
-    common = (model, tokenizer, backbone, schedule)
+    setup = spm.Setup(model, tokenizer, backbone, schedule)
     if settings.gradient_checkpointing:
         model.checkpoint_gradients()
     if settings.degradations is not None:
@@ -100,9 +100,9 @@ def _train(
             ),
         )
     store = CheckpointStore(scratch / "checkpoints")
-    spm.train(*common, pairs["train"], settings, seed=params.seed, checkpoint=store, on_metrics=curve.log)
+    spm.train(setup, pairs["train"], settings, seed=params.seed, checkpoint=store, on_metrics=curve.log)
     timesteps, guidance = settings.eval_timesteps, settings.guidance
-    measured = spm.evaluate(*common, pairs["validation"], timesteps, guidance, seed=params.seed)
+    measured = spm.evaluate(setup, pairs["validation"], timesteps, guidance, seed=params.seed)
     return (
         model,
         tokenizer,

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from spo.diffusion.guidance import guided
+from spo.diffusion.denoiser import GuidedDenoiser
 
 
 def test_guided_output_in_one_call(backbone) -> None:
@@ -9,7 +9,7 @@ def test_guided_output_in_one_call(backbone) -> None:
     x_t, timesteps = torch.randn(3, 2, 3, 3), torch.tensor([1, 500, 900])
     conditioning = backbone.encode_prompts(["a", "bb", "ccccc"])
     empty = backbone.encode_prompts([""] * 3)
-    actual = guided(backbone, x_t, timesteps, conditioning, empty, 2.5)
+    actual = GuidedDenoiser(backbone, conditioning, empty, 2.5)(x_t, timesteps)
     lengths = torch.tensor([1.0, 2.0, 5.0]).view(-1, 1, 1, 1)
     expected = 0.5 * x_t + timesteps.view(-1, 1, 1, 1) / 1000 + 0.1 * 2.5 * lengths
     assert torch.allclose(actual, expected, atol=1e-6)
@@ -20,14 +20,13 @@ def test_guided_output_in_one_call(backbone) -> None:
 def test_guidance_of_one_and_below_is_conditional_alone(backbone, guidance: float) -> None:
     x_t, timesteps = torch.randn(2, 2, 3, 3), torch.tensor([1, 500])
     conditioning = backbone.encode_prompts(["a", "bb"])
-    actual = guided(backbone, x_t, timesteps, conditioning, None, guidance)
+    actual = GuidedDenoiser.of(backbone, conditioning, guidance)(x_t, timesteps)
     assert backbone.calls == [(2, False)]
     assert torch.equal(actual, backbone.predict(x_t, timesteps, conditioning))
 
 
 def test_reference_weights_are_asked_for(backbone) -> None:
     x_t, timesteps = torch.randn(1, 2, 3, 3), torch.tensor([1])
-    conditioning, empty = backbone.encode_prompts(["a"]), backbone.encode_prompts([""])
     for guidance in (1.0, 3.0):
-        guided(backbone, x_t, timesteps, conditioning, empty, guidance, reference=True)
+        GuidedDenoiser.encode(backbone, ["a"], guidance)(x_t, timesteps, reference=True)
     assert backbone.calls == [(1, True), (2, True)]

@@ -1,0 +1,34 @@
+"""What the stages, the report and the dry run need to know of an alignment method."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from spo.config import Params
+from spo.types import Backbone, Method
+
+BACKWARD = 2  # the cost of a backward pass in forwards, as usual
+
+
+@dataclass(frozen=True)
+class MethodSpec:
+    """One alignment method. `methods/__init__.py` lists all of them."""
+
+    name: str  # its section in `align` of params.yaml
+    title: str  # in tables and figures
+    paper: str  # full name and arXiv number, for the model card
+    reads: tuple[str, ...]  # outputs of earlier stages that it learns from
+    trained_first: tuple[str, ...]  # stages whose training counts in its cost, as `preference`
+    divergence: str  # the metric of its loss that measures the distance to the reference model
+    build: Callable[[Params, Backbone], Method]
+    cost: Callable[[Any, Mapping[str, Any]], Cost]  # of its section and the scheduler's config
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a training computes at most."""
+
+    unet_samples: int  # forwards of one sample; guidance counts twice, a backward pass as BACKWARD
+    text: str  # one line for people

@@ -1,0 +1,54 @@
+"""A method on a backbone as an objective: one policy and one reference forward a batch, then its loss."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from spo.diffusion import finite
+from spo.diffusion.denoiser import GuidedDenoiser
+from spo.types import Backbone, Mean, Method, UNetBatch
+
+
+class Alignment:
+    """Fine-tunes what the backbone has trainable (a LoRA, or the UNet) by a method."""
+
+    def __init__(self, name: str, backbone: Backbone, method: Method) -> None:
+        """`name`: the method's section of params.yaml, as `align.spo`."""
+        self.name, self.backbone, self.method = name, backbone, method
+        self.iterations = method.iterations
+
+    def parameters(self) -> list[torch.nn.Parameter]:
+        return self.backbone.trainable_parameters()
+
+    def collect(self, iteration: int) -> tuple[list[list[UNetBatch]], dict[str, float]]:
+        return self.method.collect(self.backbone, iteration)
+
+    def loss(self, batch: UNetBatch) -> tuple[Tensor, dict[str, Mean]]:
+        """The method's losses [P] and metrics.
+
+        Raises:
+            NotFiniteError: inputs or outputs of a UNet are not finite. Losses do not always show it: a
+                clamped ratio, or logsigmoid, makes infinity finite.
+        """
+        denoiser = GuidedDenoiser.of(self.backbone, batch.conditioning, self.method.guidance)
+        with torch.no_grad():
+            reference = denoiser(batch.x_t, batch.timesteps, reference=True)
+        policy = denoiser(batch.x_t, batch.timesteps)
+        _check_outputs(policy.detach(), reference, batch)
+        losses, metrics = self.method.loss(policy, reference, batch)
+        return losses, {name: Mean(values.detach(), batch.weight) for name, values in metrics.items()}
+
+
+def _check_outputs(policy: Tensor, reference: Tensor, batch: UNetBatch) -> None:
+    check = finite.FiniteCheck()
+    prompts: Sequence[str] = batch.prompts
+    if len(policy) == 2 * len(prompts):  # winners, then losers
+        prompts = [*prompts, *prompts]
+    check.note(finite.X_T, batch.x_t, prompts, batch.timesteps)
+    check.note_text(batch.conditioning, prompts)
+    check.note(finite.REFERENCE, reference, prompts, batch.timesteps)
+    check.note(finite.UNET, policy, prompts, batch.timesteps)
+    check.check()

@@ -1,0 +1,115 @@
+"""What a training is made of at any moment: weights, optimizer, averages, counts. Saved, resumed, updated."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from spo import config
+from spo.training import distributed
+from spo.training.checkpoint import CheckpointStore
+from spo.training.optimizer import adamw
+
+LEAST_SCALE = 2.0**-10  # of the loss in fp16; gradients that overflow below it are infinite
+
+
+class TrainingState:
+    """All that a resumed run needs, since batches follow from (seed, iteration) alone."""
+
+    def __init__(
+        self, parameters: list[torch.nn.Parameter], settings: config.Optimizer, ema: float, scale_loss: bool
+    ) -> None:
+        """
+        Args:
+            ema: decay in [0,1) of an average of the weights, which they become at the end; 0: none.
+            scale_loss: for fp16, whose gradients would underflow: the loss is scaled up, the gradients down
+                again; an update whose gradients overflow is skipped and the scale halved.
+        """
+        self.parameters, self.settings, self.ema = parameters, settings, ema
+        self.optimizer = adamw(parameters, settings)
+        self.scaler = torch.amp.GradScaler(parameters[0].device.type, enabled=scale_loss)
+        self.average = [p.detach().clone() for p in parameters] if ema else []
+        self.updates = self.pairs = self.skipped = 0
+
+    @property
+    def learning_rate(self) -> float:
+        """That of the next update: linear warm-up, then constant."""
+        warm = min(1.0, (self.updates + 1) / max(self.settings.warmup_steps, 1))
+        return self.settings.learning_rate * warm
+
+    def step(self) -> float:
+        """Clip the gradients and update the weights and their average; returns the learning rate."""
+        if self.settings.max_grad_norm is not None:
+            torch.nn.utils.clip_grad_norm_(self.parameters, self.settings.max_grad_norm)
+        rate = self.learning_rate
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        decay = min(self.ema, self.updates / (self.updates + 10))  # the first weights are forgotten soon
+        for average, parameter in zip(self.average, self.parameters if self.ema else [], strict=True):
+            average.lerp_(parameter.detach(), 1 - decay)
+        self.updates += 1
+        return rate
+
+    def overflow(self) -> bool:
+        """Unscale the gradients, which are the same in all processes; True if that left some not finite. Then
+        the update is skipped and the scale halved.
+
+        Raises:
+            FloatingPointError: no scale helps.
+        """
+        if not self.scaler.is_enabled():
+            return False
+        self.scaler.unscale_(self.optimizer)
+        if all(p.grad is None or bool(p.grad.isfinite().all()) for p in self.parameters):
+            return False
+        self.scaler.step(self.optimizer)  # does nothing but note it
+        self.scaler.update()
+        self.skipped += 1
+        if self.scaler.get_scale() < LEAST_SCALE:
+            raise FloatingPointError(
+                f"gradients are not finite at update {self.updates + 1}, whatever the loss is scaled by: "
+                "stopped before the update; try backbone.dtype bf16 or fp32"
+            )
+        return True
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """Give the parameters their average."""
+        for average, parameter in zip(self.average, self.parameters if self.ema else [], strict=True):
+            parameter.copy_(average)
+
+    def save(self, store: CheckpointStore, iteration: int) -> None:
+        """Write the state after `iteration` iterations, by the main process."""
+        if not distributed.is_main_process():
+            return
+        state: dict[str, Any] = {
+            "weights": [p.detach() for p in self.parameters],
+            "optimizer": self.optimizer.state_dict(),
+            "average": self.average,
+            "updates": self.updates,
+            "pairs": self.pairs,
+        }
+        if self.scaler.is_enabled():
+            state |= {"scaler": self.scaler.state_dict(), "skipped": self.skipped}
+        store.save(iteration, state)
+
+    @torch.no_grad()
+    def resume(self, store: CheckpointStore | None) -> int:
+        """Take over the newest state; returns the iteration to begin with."""
+        found = store.latest() if store else None
+        if found is None:
+            return 0
+        iteration, state = found
+        for parameter, value in zip(self.parameters, state["weights"], strict=True):
+            parameter.copy_(value)
+        for average, value in zip(self.average, state["average"], strict=True):
+            average.copy_(value)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.updates, self.pairs = state["updates"], state["pairs"]
+        if self.scaler.is_enabled():
+            self.scaler.load_state_dict(state["scaler"])
+            self.skipped = state["skipped"]
+        return iteration
