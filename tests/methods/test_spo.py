@@ -9,7 +9,7 @@ from spo.config import Spo
 from spo.diffusion import ddim
 from spo.diffusion.schedule import Schedule
 from spo.methods.spo import SpoBatch, SpoMethod, batch_loss, spo_loss
-from spo.methods.step_pairs import select_pairs
+from spo.methods.stepwise.pairs import select_pairs
 from spo.types import Conditioning
 
 ZERO = torch.zeros(1)

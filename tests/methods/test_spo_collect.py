@@ -5,8 +5,9 @@ from spo_settings import PROMPTS, settings
 from spo.diffusion import ddim
 from spo.diffusion.denoiser import GuidedDenoiser
 from spo.diffusion.schedule import Schedule
-from spo.methods import rollout, spo
+from spo.methods import spo
 from spo.methods.spo import SpoMethod
+from spo.methods.stepwise import rollout
 
 
 def together(batches) -> dict[str, torch.Tensor]:

@@ -11,8 +11,8 @@ from spo.diffusion import ddim
 from spo.diffusion.denoiser import GuidedDenoiser
 from spo.diffusion.noise import SampleNoise
 from spo.diffusion.schedule import Schedule
-from spo.methods import step_pairs
 from spo.methods.spo import SpoMethod
+from spo.methods.stepwise import pairs as step_pairs
 
 # One batch holds all pairs of an iteration over all prompts.
 settings = partial(spo_settings.settings, prompts_per_iteration=5, batch_size=1000, divert_start_step=0)

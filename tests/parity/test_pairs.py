@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from spo.methods.step_pairs import select_pairs
+from spo.methods.stepwise.pairs import select_pairs
 
 pytestmark = pytest.mark.parity
 GOLDEN = Path(__file__).parent / "golden"

@@ -6,7 +6,8 @@ from types import SimpleNamespace
 import torch
 
 from spo import config
-from spo.methods import METHODS, spo
+from spo.methods import MODULES, method_spec
+from spo.preference import reward_model
 
 SCHEDULER = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 
@@ -18,14 +19,15 @@ def test_spo_reads_its_preference_model_and_prompts(tmp_path, monkeypatch) -> No
     Path("outputs/prompts/train.txt").write_text("a red circle\n")
     Path("params.yaml").write_text(config.preset("smoke"))
     calls: list[tuple] = []
-    monkeypatch.setattr(spo, "load_reward_model", lambda *a: calls.append(a))
+    monkeypatch.setattr(reward_model, "load_reward_model", lambda *a: calls.append(a))
     params = config.load("params.yaml")
     backbone = SimpleNamespace(device=torch.device("cpu"), scheduler_config=SCHEDULER)
-    method = METHODS["spo"].build(params, backbone)
+    method = method_spec("spo").build(params, backbone)
     assert calls == [(Path("outputs/preference"), backbone.device, 2)]
     assert method.prompts == ["a red circle"] and params.align.spo.views == 2
 
 
 def test_every_method_has_a_section_and_a_variant() -> None:
-    assert tuple(METHODS) == config.METHODS
-    assert set(METHODS) <= set(config.VARIANTS)
+    assert tuple(MODULES) == config.METHODS
+    assert set(MODULES) <= set(config.VARIANTS)
+    assert all(method_spec(name).name == name for name in MODULES)

@@ -39,7 +39,7 @@ def lines(params: Params, stage: str, item: str | None) -> list[str]:
 
 def _inputs(params: Params, stage: str, item: str | None) -> list[tuple[str, str, str | None]]:
     """(key, path or hub id, revision) of what the stage reads."""
-    from spo.methods import METHODS
+    from spo.methods import method_spec
 
     b, p, s = params.backbone, params.preference, params.score
     base = [("backbone.checkpoint", b.checkpoint, b.revision), ("backbone.vae", b.vae, None)]
@@ -55,7 +55,7 @@ def _inputs(params: Params, stage: str, item: str | None) -> list[tuple[str, str
         ("score.aesthetic.clip", s.aesthetic.clip, s.aesthetic.revision),
         ("score.aesthetic.head", s.aesthetic.head, None),
     ]
-    learned = [("learns from", path, None) for path in METHODS[item or "spo"].reads]
+    learned = [("learns from", path, None) for path in method_spec(item or "spo").reads]
     reads: dict[str, list[tuple[str, str | None, str | None]]] = {
         "inputs": [*base, *clip, *lists, *pairs, *scorers],
         "prompts": [*lists, *pairs, base[0]],
@@ -86,7 +86,7 @@ def _reach(key: str, name: str, revision: str | None) -> str:
 def _work(params: Params, stage: str, item: str | None, size: Sizes) -> tuple[int, str]:
     """UNet samples in forwards, guidance included, and what they are for."""
     from spo.diffusion.denoiser import is_guided
-    from spo.methods import METHODS
+    from spo.methods import method_spec
 
     if stage == "generate":
         variant, settings = getattr(params.generate, item or "base"), params.generate
@@ -99,7 +99,7 @@ def _work(params: Params, stage: str, item: str | None, size: Sizes) -> tuple[in
         doubled = 1 + is_guided(p.guidance)
         before = f"{p.degradations.steps} updates on degradations, then " if p.degradations else ""
         return 2 * p.steps * p.batch_size * doubled, f"{before}{p.steps} updates of {p.batch_size} pairs"
-    cost = METHODS[item or "spo"].cost(getattr(params.align, item or "spo"), size.scheduler_config)
+    cost = method_spec(item or "spo").cost(getattr(params.align, item or "spo"), size.scheduler_config)
     return cost.unet_samples, cost.text
 
 

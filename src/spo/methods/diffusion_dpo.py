@@ -19,7 +19,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from spo.config import DiffusionDpo, Params
-from spo.data.latent_cache import latent_pairs
 from spo.diffusion.noise import SampleNoise, shuffled
 from spo.diffusion.schedule import Schedule
 from spo.methods.spec import BACKWARD, Cost, MethodSpec
@@ -141,6 +140,8 @@ class DiffusionDpoMethod:
 
 
 def _build(params: Params, backbone: Backbone) -> DiffusionDpoMethod:
+    from spo.data.latent_cache import latent_pairs
+
     # only the schedule's noise levels matter here, not the timesteps of a sampler
     schedule = Schedule.from_config(backbone.scheduler_config, 20).to(backbone.device)
     pairs = latent_pairs(params, backbone, "train")

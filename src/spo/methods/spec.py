@@ -14,7 +14,7 @@ BACKWARD = 2  # the cost of a backward pass in forwards, as usual
 
 @dataclass(frozen=True)
 class MethodSpec:
-    """One alignment method. `methods/__init__.py` lists all of them."""
+    """One alignment method; `methods/__init__.py` lists all of them."""
 
     name: str  # its section in `align` of params.yaml
     title: str  # in tables and figures

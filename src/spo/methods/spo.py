@@ -1,6 +1,6 @@
 """Step-aware Preference Optimization (arXiv 2406.04314, Sec. 4; the loss is Eq. 4).
 
-Departures from the paper (P) or the official code (C); those of the rollout are in methods/rollout.py:
+Departures from the paper (P) or the official code (C); those of the rollout are in stepwise/rollout.py:
 1. C runs each UNet twice a pair; win and lose share x_t, so one policy and one reference forward give
    all four log-probs. Same numbers.
 2. P has no clamp on the log-ratio; C has it, and so have we, written without exp. Same values.
@@ -22,11 +22,9 @@ from spo.diffusion import ddim
 from spo.diffusion.denoiser import is_guided
 from spo.diffusion.noise import SampleNoise, generator, shuffled
 from spo.diffusion.schedule import Schedule
-from spo.methods import step_pairs
-from spo.methods.rollout import JudgedStep, Rollout
 from spo.methods.spec import BACKWARD, Cost, MethodSpec
-from spo.preference.reward_model import load_reward_model
-from spo.runtime.files import require
+from spo.methods.stepwise import pairs as step_pairs
+from spo.methods.stepwise.rollout import JudgedStep, Rollout
 from spo.training import distributed
 from spo.types import Backbone, RewardModel, UNetBatch
 
@@ -188,6 +186,9 @@ def _batch(rows: step_pairs.Rows, chosen: Tensor, weight: float, prompts: Sequen
 
 
 def _build(params: Params, backbone: Backbone) -> SpoMethod:
+    from spo.preference.reward_model import load_reward_model
+    from spo.runtime.files import require
+
     section = params.align.spo
     reward_model = load_reward_model(
         require(PREFERENCE_MODEL, "preference model"), backbone.device, section.views

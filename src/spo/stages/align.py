@@ -28,7 +28,7 @@ CODE = (  # that trains, and that judges on the way
 def run(params: Params, item: str) -> None:
     from spo import backbones
     from spo.evaluation import model_card
-    from spo.methods import METHODS
+    from spo.methods import method_spec
     from spo.training import distributed, loop, optimizer
     from spo.training.alignment import Alignment
     from spo.training.checkpoint import CheckpointStore
@@ -45,7 +45,7 @@ def run(params: Params, item: str) -> None:
             backbone.add_lora(section.lora, params.seed)
         if section.gradient_checkpointing:
             backbone.checkpoint_gradients()
-        method = METHODS[item].build(params, backbone)
+        method = method_spec(item).build(params, backbone)
         scratch = _scratch(params, item)
         curve = Curve(tracked, scratch)
         try:
@@ -112,9 +112,9 @@ def _watch(
 
 
 def _scratch(params: Params, item: str) -> Path:
-    from spo.methods import METHODS
+    from spo.methods import method_spec
 
-    inputs = [Path(p) for p in (*METHODS[item].reads, "outputs/inputs/base.json")]
+    inputs = [Path(p) for p in (*method_spec(item).reads, "outputs/inputs/base.json")]
     section = getattr(params.align, item)
     sections = [item, params.seed, params.backbone, section]
     if section.validation is not None:  # what was at the start is kept there

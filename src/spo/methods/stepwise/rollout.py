@@ -21,7 +21,7 @@ from spo.diffusion import ddim, finite
 from spo.diffusion.denoiser import GuidedDenoiser
 from spo.diffusion.noise import SampleNoise
 from spo.diffusion.schedule import Schedule
-from spo.methods import step_pairs
+from spo.methods.stepwise import pairs as step_pairs
 from spo.training import distributed
 from spo.types import Backbone, RewardModel, StepPair
 
