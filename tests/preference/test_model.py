@@ -60,25 +60,6 @@ def test_a_judge_scores_as_the_model_does(clip, tokenizer) -> None:
     assert not told.requires_grad
 
 
-def test_views_are_the_mean_over_moved_pictures(clip, tokenizer) -> None:
-    model = StepAwarePreferenceModel(clip)
-    patch, side = clip.config.vision_config.patch_size, IMAGES.shape[-1]
-    judge, timesteps = ClipRewardModel(model, tokenizer, views=2), torch.tensor([1, 2, 3, 4])
-    text = judge.encode_text(PROMPTS)
-    told = judge.score_images(IMAGES, text, timesteps)
-    expected = []
-    for x in (-patch // 4, patch // 4):
-        for y in (-patch // 4, patch // 4):
-            columns, rows = ((torch.arange(side) + move).clamp(0, side - 1) for move in (x, y))
-            with torch.no_grad():
-                expected.append(model.score_features(IMAGES[..., rows, :][..., columns], text, timesteps))
-    torch.testing.assert_close(told, sum(expected) / 4)
-    assert (expected[0] - expected[3]).abs().max() > 1e-4
-    assert all(len(set(ClipRewardModel(model, tokenizer, n)._moves)) == n * n for n in range(1, patch + 1))
-    with pytest.raises(ValueError, match=f"align.spo.views: {patch + 1} is more than .* {patch} or less"):
-        ClipRewardModel(model, tokenizer, views=patch + 1)
-
-
 def test_broken_folders_are_refused_in_one_line(clip, tmp_path) -> None:
     with pytest.raises(ValueError, match="no preference model there"):
         StepAwarePreferenceModel.from_pretrained(tmp_path)

@@ -176,19 +176,3 @@ def test_heads_alone_leave_the_towers_as_they_are(clip, setup, pairs) -> None:
     assert any("adaLN" in n for n in moved)
     towers = ("self_attn", ".mlp.fc", "embeddings", "layer_norm1", "pre_layrnorm")
     assert not [n for n in moved if any(part in n for part in towers)]
-
-
-def test_a_share_of_the_weights_before_the_labels_is_kept(clip, setup, pairs, tmp_path) -> None:
-    start = copy.deepcopy(StepAwarePreferenceModel(clip).state_dict())
-
-    def trained(kept: float, store: CheckpointStore | None = None) -> dict[str, torch.Tensor]:
-        model = StepAwarePreferenceModel(clip)
-        model.load_state_dict(start)
-        told = settings(steps=3, kept=kept, ema=0.5, checkpoint_every=3)
-        spm.train(setup(model), pairs, told, seed=0, checkpoint=store)
-        return copy.deepcopy(model.state_dict())
-
-    whole, store = trained(0.0), CheckpointStore(tmp_path)
-    for kept in (trained(0.25, store), trained(0.25, store)):  # the second time all steps are done
-        for name, value in whole.items():
-            torch.testing.assert_close(kept[name], 0.25 * start[name] + 0.75 * value)

@@ -23,8 +23,8 @@ def test_spo_reads_its_preference_model_and_prompts(tmp_path, monkeypatch) -> No
     params = config.load("params.yaml")
     backbone = SimpleNamespace(device=torch.device("cpu"), scheduler_config=SCHEDULER)
     method = method_spec("spo").build(params, backbone)
-    assert calls == [(Path("outputs/preference"), backbone.device, 2)]
-    assert method.prompts == ["a red circle"] and params.align.spo.views == 2
+    assert calls == [(Path("outputs/preference"), backbone.device)]
+    assert method.prompts == ["a red circle"]
 
 
 def test_every_method_has_a_section_and_a_variant() -> None:

@@ -97,8 +97,7 @@ def _work(params: Params, stage: str, item: str | None, size: Sizes) -> tuple[in
     if stage == "preference":
         p = params.preference
         doubled = 1 + is_guided(p.guidance)
-        before = f"{p.degradations.steps} updates on degradations, then " if p.degradations else ""
-        return 2 * p.steps * p.batch_size * doubled, f"{before}{p.steps} updates of {p.batch_size} pairs"
+        return 2 * p.steps * p.batch_size * doubled, f"{p.steps} updates of {p.batch_size} pairs"
     cost = method_spec(item or "spo").cost(getattr(params.align, item or "spo"), size.scheduler_config)
     return cost.unet_samples, cost.text
 

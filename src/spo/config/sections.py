@@ -143,16 +143,6 @@ class PseudoLabels(Section):
         return self
 
 
-class Degradations(Section):
-    """Before the labels: the score learns which of two copies of an unlabelled picture is harmed less."""
-
-    steps: Positive
-    batch_size: Positive
-    optimizer: Optimizer  # its learning rate falls to 0 by a cosine
-    pictures: Positive = 8000  # at most so many of the training pairs' are decoded, and kept in memory
-    checkpoint_every: Positive = 100
-
-
 class Preference(Section):
     """The step-aware preference model (SPM) and its training."""
 
@@ -161,13 +151,11 @@ class Preference(Section):
     tokenizer: str | None = None  # where it lies, if not with `init`
     step_condition: bool = True  # False: the same CLIP without adaLN
     noised: bool = True  # False: trained on clean images only
-    degradations: Degradations | None = None  # None: labels alone teach, as published
     trained: Literal["all", "heads"] = "all"  # by labels; heads: projections, last norms, step condition
     labels: PseudoLabels | None = None  # None: people's
     logit_scale: Rate | None = None  # at the start of training; None: that of `init`
     optimizer: Optimizer
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.0  # decay of an average of the weights, kept at the end
-    kept: Annotated[float, Field(ge=0, lt=1)] = 0.0  # share in the result of the weights before the labels
     steps: Positive
     batch_size: Positive
     guidance: Guidance = 5.0
@@ -218,7 +206,6 @@ class Spo(Section):
     threshold: Fraction = 0.3  # at the first diverted step
     threshold_end: Fraction | None = None  # at the last; linear in `threshold_by` between. None: constant
     threshold_by: Literal["step", "timestep", "sigma"] = "step"  # sigma: DDIM's at eta (arXiv 2502.01051)
-    views: Positive = 1  # a side: the judge's score is the mean over views^2 moved copies of a picture
     beta: Rate = 10.0
     clip: Rate = 0.1
     gradient_accumulation: Positive = 1  # parts in which an update's batch goes through the UNet

@@ -190,9 +190,7 @@ def _build(params: Params, backbone: Backbone) -> SpoMethod:
     from spo.runtime.files import require
 
     section = params.align.spo
-    reward_model = load_reward_model(
-        require(PREFERENCE_MODEL, "preference model"), backbone.device, section.views
-    )
+    reward_model = load_reward_model(require(PREFERENCE_MODEL, "preference model"), backbone.device)
     prompts = require(PROMPTS, "training prompts").read_text().splitlines()
     schedule = Schedule.from_config(backbone.scheduler_config, section.num_inference_steps)
     return SpoMethod(section, schedule.to(backbone.device), reward_model, prompts, params.seed)

@@ -3,8 +3,6 @@
 Departures from the official code:
 1. `preference.ema` averages the weights over training (0, as published, does not).
 2. `preference.trained: heads` leaves the towers as they are (all, as published, trains every weight).
-3. `preference.kept` averages the result with the weights that the labels began with (arXiv 2109.01903; 0, as
-   published, does not): few and noisy labels would undo what the CLIP knew.
 """
 
 from __future__ import annotations
@@ -93,7 +91,6 @@ def train(
     model = setup.model
     if settings.trained == "heads":
         model.train_heads()
-    before = {k: v.detach().clone() for k, v in model.state_dict().items()} if settings.kept else {}
     model.train()
     if settings.gradient_checkpointing:
         model.checkpoint_gradients()
@@ -105,10 +102,6 @@ def train(
         on_metrics=on_metrics,
         ema=settings.ema,
     )
-    with torch.no_grad():
-        for name, value in model.state_dict().items() if settings.kept else ():
-            if value.is_floating_point():
-                value.copy_(before[name].lerp(value, 1 - settings.kept))
     model.eval()
 
 

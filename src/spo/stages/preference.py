@@ -64,7 +64,6 @@ def _train(
 
     from spo.data.latent_cache import latent_pairs
     from spo.diffusion.schedule import Schedule
-    from spo.preference import pretraining
     from spo.preference import trainer as spm
     from spo.preference.model import StepAwarePreferenceModel, load_tokenizer
     from spo.training.checkpoint import CheckpointStore
@@ -84,21 +83,6 @@ def _train(
 
         pairs["train"], told["pseudo_labels"] = relabelled(pairs["train"], settings, str(backbone.device))
     setup = spm.Setup(model, tokenizer, backbone, schedule)
-    if settings.gradient_checkpointing:
-        model.checkpoint_gradients()
-    if settings.degradations is not None:
-        pretraining.warm_up(
-            model,
-            tokenizer,
-            backbone,
-            pairs["train"],
-            settings.degradations,
-            seed=params.seed,
-            checkpoint=CheckpointStore(scratch / "warmup"),
-            on_metrics=lambda m, s: tracked.log_metrics(
-                {f"degradations/{k}": v for k, v in m.items()}, step=s
-            ),
-        )
     store = CheckpointStore(scratch / "checkpoints")
     spm.train(setup, pairs["train"], settings, seed=params.seed, checkpoint=store, on_metrics=curve.log)
     timesteps, guidance = settings.eval_timesteps, settings.guidance
