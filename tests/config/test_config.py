@@ -18,28 +18,28 @@ def test_every_preset_is_valid(name: str) -> None:
 
 
 def leaves(section: dict, prefix: str = "") -> dict:
-    """{dotted key: value}; what is no section, or an empty one, is a leaf."""
-    found = {}
+    """{dotted key: value}; everything but a section with keys is a leaf."""
+    values = {}
     for name, value in section.items():
-        found |= (
+        values |= (
             leaves(value, f"{prefix}{name}.") if isinstance(value, dict) and value else {prefix + name: value}
         )
-    return found
+    return values
 
 
 @pytest.mark.parametrize("name", config.preset_names())
 def test_every_preset_holds_every_key_in_the_order_of_the_sections(name: str) -> None:
-    """`dvc exp run -S` changes only keys that are there."""
+    """`dvc exp run -S` changes only keys that the file has."""
     written = yaml.safe_load(config.preset(name))
     resolved = leaves(config.validate(written).model_dump(mode="json"))
     assert leaves(written) == resolved and list(leaves(written)) == list(resolved)
     assert len(resolved) >= 140
-    assert config.left_out(config.validate(written)) == {}
+    assert config.code_defaults(config.validate(written)) == {}
 
 
 @pytest.mark.parametrize("name", config.preset_names())
 def test_dvc_can_change_every_key(name: str, tmp_path) -> None:
-    """By DVC's own reading of -S; the file that it writes is read as before."""
+    """Overrides by DVC's own code give a file that is read as before."""
     from dvc.utils.hydra import apply_overrides
 
     path = tmp_path / "params.yaml"
@@ -55,11 +55,11 @@ def test_dvc_can_change_every_key(name: str, tmp_path) -> None:
     assert config.load(path).align.spo.optimizer.learning_rate == 1e-6
 
 
-def test_what_a_file_leaves_out_is_told_with_the_values_of_the_code(raw) -> None:
+def test_omitted_keys_are_listed_with_the_defaults_of_the_code(raw) -> None:
     del raw["seed"], raw["align"]["spo"]["beta"], raw["align"]["diffusion_dpo"]["optimizer"]["epsilon"]
     del raw["backbone"]["vae"], raw["preference"]["eval_timesteps"], raw["score"]["hps"]["image_size"]
     del raw["tracking"], raw["registry"], raw["processes"]  # where it is logged and how it runs
-    assert config.left_out(config.validate(raw)) == {
+    assert config.code_defaults(config.validate(raw)) == {
         "seed": 0,
         "backbone.vae": None,
         "preference.eval_timesteps": [0, 251, 501, 701, 951],
@@ -79,9 +79,13 @@ def test_presets_carry_the_published_recipe() -> None:
     assert (xl.lora.rank, xl.candidates, xl.threshold, xl.optimizer.learning_rate) == (64, 2, 0.4, 1e-5)
     assert xl.iterations * xl.prompts_per_iteration == 10 * 4000
     assert (xl.inner_steps, xl.batch_size, spo.inner_steps, spo.batch_size) == (3, 16, 1, 40)
-    for told, pairs in ((spo, 10), (xl, 2)):  # at a time on each GPU
-        assert told.batch_size // told.gradient_accumulation == pairs
-        assert (told.resampler, told.pair_choice, told.timestep_range) == ("random", "best_worst", None)
+    for section, pairs in ((spo, 10), (xl, 2)):  # per forward pass on each GPU
+        assert section.batch_size // section.gradient_accumulation == pairs
+        assert (section.resampler, section.pair_choice, section.timestep_range) == (
+            "random",
+            "best_worst",
+            None,
+        )
 
 
 @pytest.mark.parametrize(
@@ -98,8 +102,14 @@ def test_presets_carry_the_published_recipe() -> None:
         ("align.spo.threshold", 2, "align.spo.threshold"),
         ("align.spo.resampler", "best", "align.spo.resampler"),
         ("align.spo.inner_steps", 0, "align.spo.inner_steps"),
-        ("align.spo.timestep_range", [750, 0], "align.spo.timestep_range.*lowest timestep comes first"),
+        (
+            "align.spo.timestep_range",
+            [750, 0],
+            "align.spo.timestep_range: must have the lowest timestep first",
+        ),
         ("align.spo.lora.rnak", 2, "unknown key 'align.spo.lora.rnak'; did you mean 'rank'"),
+        ("generate.sed", 2, "unknown key 'generate.sed'; did you mean 'seed'"),
+        ("pairs.source", "a\0b", "pairs.source: must not contain a NUL or surrogate character"),
     ],
 )
 def test_a_mistake_names_its_key(raw, key, value, message) -> None:
@@ -128,13 +138,13 @@ def test_a_missing_key_is_named(raw) -> None:
 
 
 @pytest.mark.parametrize("text", ["- a\n- b\n", "a: [", "\x00", ""])
-def test_what_is_no_mapping_is_refused(tmp_path, text: str) -> None:
+def test_a_file_that_is_not_a_mapping_is_refused(tmp_path, text: str) -> None:
     path = tmp_path / "params.yaml"
     path.write_text(text)
     with pytest.raises(config.ConfigError, match="params.yaml"):
         config.load(path)
 
 
-def test_a_file_that_is_not_there_says_what_to_do(tmp_path) -> None:
+def test_a_missing_file_says_what_to_do(tmp_path) -> None:
     with pytest.raises(config.ConfigError, match="spo preset scenes"):
         config.load(tmp_path / "params.yaml")

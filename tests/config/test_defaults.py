@@ -1,4 +1,4 @@
-"""A key that params.yaml leaves out has the code's default, and DVC notices when that changes."""
+"""A key that params.yaml omits has the default of the code, and DVC notices when that changes."""
 
 import json
 from collections.abc import Iterator
@@ -7,7 +7,7 @@ import experiments
 import pytest
 
 pytestmark = pytest.mark.smoke  # DVC some twenty times, a second or two each
-DEFAULT = ("src/spo/config/sections.py", "beta: Rate = 10.0", "beta: Rate = 12.0")
+DEFAULT = ("src/spo/config/training.py", "beta: Rate = 10.0", "beta: Rate = 12.0")
 SPO = ["align@spo", "generate@spo", "score@spo"]
 
 
@@ -33,7 +33,7 @@ def test_the_shipped_experiment_rests_on_no_default(experiment) -> None:
     assert experiment.stages() == ["inputs"]
 
 
-def test_a_changed_default_of_a_key_that_is_left_out_leaves_nothing_up_to_date(experiment) -> None:
+def test_a_changed_default_of_an_omitted_key_reruns_every_stage(experiment) -> None:
     experiment.edit("params.yaml", "    beta: 10\n", "")
     assert experiment.stages()[0] == "inputs"
     assert defaults(experiment) == {"align.spo.beta": 10.0}
@@ -73,6 +73,6 @@ def test_a_key_that_dvc_yaml_names_is_missed_before_anything_runs(experiment, ke
 
 
 def test_an_experiment_runs_what_a_key_touches(experiment) -> None:
-    """SPO and what follows from it; no other training, no picture of the base."""
+    """SPO and what depends on it; no other training, no image of the base model."""
     assert experiment.stages("dvc exp run -S align.spo.beta=20") == ["inputs", *SPO, "report"]
     assert "beta: 20" in (experiment.folder / "params.yaml").read_text()

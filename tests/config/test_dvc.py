@@ -15,19 +15,19 @@ SETS = {name: values for entry in DVC["vars"] for name, values in entry.items()}
 
 
 def stages() -> dict[str, dict]:
-    """Every stage of dvc.yaml with its `foreach` written out."""
-    told: dict[str, dict] = {}
+    """Every stage of dvc.yaml, with `foreach` expanded."""
+    expanded: dict[str, dict] = {}
     for name, stage in DVC["stages"].items():
         if "foreach" not in stage:
-            told[name] = stage
+            expanded[name] = stage
             continue
         items = stage["foreach"]
         items = SETS[items.strip("${}")] if isinstance(items, str) else {item: item for item in items}
         for key, item in items.items():
             text = yaml.safe_dump(stage["do"]).replace("${key}", key)
             text = re.sub(r"\$\{item\.(\w+)\}", lambda m, item=item: item[m[1]], text)
-            told[f"{name}@{key}"] = yaml.safe_load(text.replace("${item}", str(item)))
-    return told
+            expanded[f"{name}@{key}"] = yaml.safe_load(text.replace("${item}", str(item)))
+    return expanded
 
 
 @pytest.mark.parametrize("preset", config.preset_names())
@@ -37,7 +37,7 @@ def test_every_preset_has_the_keys_that_stages_depend_on(preset: str) -> None:
         for key in stage["params"]:
             section = params
             for part in key.split("."):
-                assert part in section, f"{name} depends on {key}, which {preset} has not"
+                assert part in section, f"{name} depends on {key}, which {preset} lacks"
                 section = section[part]
 
 
@@ -46,17 +46,17 @@ def test_the_default_experiment_is_the_scenes_preset() -> None:
 
 
 def test_dvc_reads_it() -> None:
-    """Lists of unequal length, and a path that a stage names twice, are errors of DVC alone."""
+    """Lists of unequal length, and a path that a stage names twice, are errors only for DVC."""
     from dvc.repo import Repo
 
-    found = {stage.name for stage in Repo(str(ROOT)).index.stages if stage.cmd is not None}
-    assert found == set(stages()) and len(found) == 17
+    names = {stage.name for stage in Repo(str(ROOT)).index.stages if stage.cmd is not None}
+    assert names == set(stages()) and len(names) == 17
 
 
 def test_stages_run_commands_that_exist_and_name_code_that_exists() -> None:
     for name, stage in stages().items():
-        told = cli.parser().parse_args(stage["cmd"].split()[1:])
-        assert told.stage == name.split("@")[0].replace("preference_baseline", "preference")
+        args = cli.parser().parse_args(stage["cmd"].split()[1:])
+        assert args.stage == name.split("@")[0].replace("preference_baseline", "preference")
         for path in stage["deps"]:
             assert not path.startswith("src/") or (ROOT / path).exists(), f"{name}: {path}"
 
@@ -67,7 +67,7 @@ def test_every_method_and_variant_has_its_stages() -> None:
     assert {f"{s}@{v}" for s in ("generate", "score") for v in config.VARIANTS} <= names
 
 
-def test_every_stage_after_inputs_depends_on_the_defaults_of_keys_that_are_left_out() -> None:
+def test_every_stage_after_inputs_depends_on_the_defaults_of_omitted_keys() -> None:
     for name, stage in stages().items():
         assert ("outputs/inputs/defaults.json" in stage["deps"]) == (name != "inputs"), name
 
@@ -80,8 +80,8 @@ def has_default(key: str) -> bool:
     return not field.is_required()
 
 
-def test_inputs_misses_what_later_stages_name_and_a_file_may_leave_out() -> None:
-    """DVC refuses a key that is not there: better before the first stage than in the last."""
+def test_inputs_names_the_optional_keys_that_later_stages_name() -> None:
+    """DVC refuses a missing key: better before the first stage than in the last."""
     named = {key for stage in stages().values() for key in stage["params"] if has_default(key)}
     assert {"seed", "generate.eta", "score.oracle"} <= named
     assert named <= set(stages()["inputs"]["params"])

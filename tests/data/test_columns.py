@@ -1,4 +1,4 @@
-"""Shards as people really have them: images, captions and labels in columns of many types."""
+"""Shards as they occur in practice: images, captions and labels in columns of many types."""
 
 import base64
 import io
@@ -29,21 +29,21 @@ CODED = base64.b64encode(PNG).decode()
 
 
 def table(rows: int = 2, **columns) -> pa.Table:
-    told = {
+    content = {
         "caption": ["a cat", "a dog"][:rows],
         "jpg_0": [PNG] * rows,
         "jpg_1": [PNG] * rows,
         "label_0": [1.0, 0.0][:rows],
         "label_1": [0.0, 1.0][:rows],
     }
-    return pa.table(told | columns)
+    return pa.table(content | columns)
 
 
 def read(folder, **columns) -> list:
-    """Each row's pair, or the reason why it is none."""
+    """Each row's pair, or the reason of its rejection."""
     pq.write_table(table(**columns), folder / "a.parquet")
-    told = list(pairs.read_rows([folder / "a.parquet"]))
-    return [pair if reason is None else reason.reason for pair, reason in told]
+    rows = list(pairs.read_rows([folder / "a.parquet"]))
+    return [pair if reason is None else reason.reason for pair, reason in rows]
 
 
 IMAGES = {
@@ -63,8 +63,8 @@ IMAGES = {
 
 @pytest.mark.parametrize("name", IMAGES)
 def test_images_are_read_from_every_type_of_column(tmp_path, name: str) -> None:
-    told = read(tmp_path, jpg_0=IMAGES[name])
-    assert [pair.image_0 for pair in told] == [PNG, PNG]
+    rows = read(tmp_path, jpg_0=IMAGES[name])
+    assert [pair.image_0 for pair in rows] == [PNG, PNG]
 
 
 def test_an_image_without_bytes_is_the_file_beside_the_shard(tmp_path) -> None:
@@ -72,19 +72,19 @@ def test_an_image_without_bytes_is_the_file_beside_the_shard(tmp_path) -> None:
     (tmp_path / "data/images/x.png").write_bytes(PNG)
     (tmp_path / "secret.png").write_bytes(PNG)
     names = ["images/x.png", "../secret.png"]
-    told = read(tmp_path / "data", jpg_0=[{"bytes": None, "path": name} for name in names])
-    assert told[0].image_0 == PNG
-    assert told[1] == "jpg_0 has no bytes, and path '../secret.png' leads out of the data set"
-    told = read(tmp_path / "data", jpg_0=[{"bytes": None, "path": n} for n in ("gone.png", None)])
-    assert told[0].endswith("path 'gone.png': no such image")
-    assert told[1] == "jpg_0 is missing: it has neither bytes nor a path"
+    rows = read(tmp_path / "data", jpg_0=[{"bytes": None, "path": name} for name in names])
+    assert rows[0].image_0 == PNG
+    assert rows[1] == "jpg_0 has no bytes, and path '../secret.png' leads out of the data set"
+    rows = read(tmp_path / "data", jpg_0=[{"bytes": None, "path": n} for n in ("gone.png", None)])
+    assert rows[0].endswith("path 'gone.png': no such image")
+    assert rows[1] == "jpg_0 is missing: it has neither bytes nor a path"
 
 
-def test_an_image_without_bytes_in_a_store_is_set_aside() -> None:
+def test_an_image_without_bytes_in_a_remote_store_is_rejected() -> None:
     with fsspec.filesystem("memory").open("/paths/a.parquet", "wb") as file:
         pq.write_table(table(jpg_0=[{"bytes": None, "path": "x.png"}] * 2), file)
     reasons = [reason.reason for _, reason in pairs.read_rows(["memory://paths/a.parquet"])]
-    assert reasons == ["jpg_0 has a path without bytes; such images are read beside local shards only"] * 2
+    assert reasons == ["jpg_0 has a path without bytes; images by path need shards in a local folder"] * 2
 
 
 CAPTIONS = ["a café", "a dog"]
@@ -108,12 +108,12 @@ def test_captions_are_read_from_every_type_of_text(tmp_path, column) -> None:
 
 
 @pytest.mark.parametrize("text", [True, False])
-def test_one_caption_that_is_not_utf8_costs_one_row(tmp_path, text: bool) -> None:
+def test_a_caption_that_is_not_utf8_rejects_its_row_only(tmp_path, text: bool) -> None:
     column = pa.array([b"a\xe9", b"a dog"])
     if text:
         column = pa.StringArray.from_buffers(2, column.buffers()[1], column.buffers()[2])
-    told = read(tmp_path, caption=column)
-    assert told[0] == "caption is not UTF-8 text at byte 1" and told[1].caption == "a dog"
+    rows = read(tmp_path, caption=column)
+    assert rows[0] == "caption is not UTF-8 text at byte 1" and rows[1].caption == "a dog"
     assert list(pairs.read_captions([tmp_path / "a.parquet"])) == ["", "a dog"]
 
 
@@ -156,14 +156,17 @@ def test_labels_are_read_by_value(tmp_path, one, zero, half) -> None:
         ),
         ({"jpg_0": [None, PNG]}, "jpg_0 is missing"),
         ({"jpg_0": [b"", PNG]}, "jpg_0: not a readable image (0 bytes)"),
-        ({"jpg_0": [[300, 1], [1, 2]]}, "jpg_0 is a list whose values are not whole numbers from 0 to 255"),
-        ({"jpg_0": [[1, None], [1, 2]]}, "jpg_0 is a list whose values are not whole numbers from 0 to 255"),
+        ({"jpg_0": [[300, 1], [1, 2]]}, "jpg_0 is a list whose values are not integers from 0 to 255"),
+        ({"jpg_0": [[1, None], [1, 2]]}, "jpg_0 is a list whose values are not integers from 0 to 255"),
         ({"jpg_0": [[1, 2], [1, 2]]}, "jpg_0: not a readable image (neither JPEG, PNG nor WebP)"),
-        ({"jpg_0": ["https://x.org/1.png", CODED]}, "jpg_0 is text, but not an image in base64: 'https://x"),
+        (
+            {"jpg_0": ["https://x.org/1.png", CODED]},
+            "jpg_0 is text, but not a base64-encoded image: 'https://x",
+        ),
         ({"jpg_0": ["data:image/svg+xml,<svg/>", CODED]}, "jpg_0 is a data: URL without base64"),
     ],
 )
-def test_a_bad_value_is_set_aside_by_the_true_reason(tmp_path, columns, reason: str) -> None:
+def test_a_bad_value_is_rejected_with_the_true_reason(tmp_path, columns, reason: str) -> None:
     assert read(tmp_path, **columns)[0].startswith(reason)
 
 
@@ -196,7 +199,7 @@ def test_an_empty_shard_has_no_rows_whatever_its_types(tmp_path) -> None:
     assert list(pairs.read_rows([tmp_path / "a.parquet"])) == []
 
 
-def test_a_doubled_column_is_refused(tmp_path) -> None:
+def test_a_duplicate_column_is_refused(tmp_path) -> None:
     pq.write_table(table().append_column("caption", pa.array(["x", "y"])), tmp_path / "a.parquet")
     with pytest.raises(ValueError, match="a.parquet: 2 columns are named caption"):
         list(pairs.read_rows([tmp_path / "a.parquet"]))
@@ -204,10 +207,10 @@ def test_a_doubled_column_is_refused(tmp_path) -> None:
 
 def damaged() -> list[bytes]:
     png, jpeg, webp = (encoded(kind, 40) for kind in ("PNG", "JPEG", "WEBP"))
-    torn = [data[: len(data) // 2] for data in (png, jpeg, webp)]
+    truncated = [data[: len(data) // 2] for data in (png, jpeg, webp)]
     signatures = [b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"RIFF\0\0\0\0WEBPVP8 "]
     zeroed = [data[:30] + bytes(len(data) - 30) for data in (png, jpeg)]
-    return [b"", b"<html>", encoded("GIF"), encoded("TIFF"), *torn, *signatures, *zeroed]
+    return [b"", b"<html>", encoded("GIF"), encoded("TIFF"), *truncated, *signatures, *zeroed]
 
 
 def test_damaged_images_give_the_same_reasons_in_each_run(tmp_path) -> None:
@@ -217,12 +220,12 @@ def test_damaged_images_give_the_same_reasons_in_each_run(tmp_path) -> None:
     (tmp_path / "in").mkdir()
     pq.write_table(pa.table(rows), tmp_path / "in/a.parquet")
     section = config.Pairs(source=str(tmp_path / "in"), validation_fraction=0.3, max_bad_fraction=1)
-    told = []
+    tables = []
     for name in "ab":
         pairs_stage.prepare(section, 0, tmp_path / name)
-        told.append((tmp_path / name / "set_aside.csv").read_bytes())
-    assert told[0] == told[1] and len(told[0].splitlines()) == 1 + len(bad)
-    assert b"0x" not in told[0] and str(tmp_path).encode() not in told[0]
+        tables.append((tmp_path / name / "set_aside.csv").read_bytes())
+    assert tables[0] == tables[1] and len(tables[0].splitlines()) == 1 + len(bad)
+    assert b"0x" not in tables[0] and str(tmp_path).encode() not in tables[0]
 
 
 @pytest.mark.parametrize(
@@ -236,13 +239,13 @@ def test_damaged_images_give_the_same_reasons_in_each_run(tmp_path) -> None:
         ({"human_preference": 1}, "human_preference is 1; must be a list of two"),
         ({"human_preference": [float("nan"), 0]}, "human_preference is NaN"),
         ({"file_path": "x.png"}, "file_path is 'x.png'; must be a list of two"),
-        ({"file_path": ["x.png", None]}, "file_path None is no name of a file"),
-        ({"file_path": ["x.png", "\ud83d.png"]}, r"file_path '\ud83d.png' is no name of a file"),
+        ({"file_path": ["x.png", None]}, "file_path None is not a file name"),
+        ({"file_path": ["x.png", "\ud83d.png"]}, r"file_path '\ud83d.png' is not a file name"),
         ({"file_path": ["x.png", "/etc/passwd"]}, "file_path '/etc/passwd' leads out of the data set"),
         ({"file_path": ["x.png", "n" * 300]}, "file_path 'nnn"),
     ],
 )
-def test_an_entry_of_hpd_is_set_aside_by_the_true_reason(tmp_path, change, reason: str) -> None:
+def test_an_entry_of_hpd_is_rejected_with_the_true_reason(tmp_path, change, reason: str) -> None:
     assert reason in entries(tmp_path, change)[0]
 
 
@@ -267,5 +270,5 @@ def entries(folder, change: dict) -> list:
     entry = {"prompt": "a cat", "file_path": ["x.png", "x.png"], "human_preference": [1, 0]} | change
     (folder / "train.json").write_text(json.dumps([entry]))
     assert len(list(hpd.read_captions(folder / "train.json"))) == 1
-    told = hpd.read_rows(folder / "train.json")
-    return [pair if reason is None else reason.reason for pair, reason in told]
+    rows = hpd.read_rows(folder / "train.json")
+    return [pair if reason is None else reason.reason for pair, reason in rows]

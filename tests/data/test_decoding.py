@@ -88,8 +88,8 @@ def test_every_exif_orientation_is_applied(kind: str, orientation: int, corner: 
     exif[0x112] = orientation
     shown = open_image(encoded(image, kind, exif=exif))
     assert shown.size == ((32, 64) if 5 <= orientation <= 8 else (64, 32))
-    told = [shown.getpixel((x, 5))[0] for x in (5, shown.width - 5)]
-    assert told == pytest.approx([level[name] for name in corner], abs=3)
+    levels = [shown.getpixel((x, 5))[0] for x in (5, shown.width - 5)]
+    assert levels == pytest.approx([level[name] for name in corner], abs=3)
 
 
 @pytest.mark.parametrize("kind", ["PNG", "WEBP"])
@@ -174,9 +174,9 @@ def refused() -> dict[str, tuple[bytes, str]]:
         "gif": (encoded(red, "GIF"), "GIF; give JPEG, PNG or WebP"),
         "bmp": (encoded(red, "BMP"), "BMP; give"),
         "tiff": (encoded(red, "TIFF"), "TIFF; give"),
-        "torn png": (encoded(red)[:-30], "truncated"),
-        "torn jpeg": (encoded(red, "JPEG")[:-100], "Truncated"),
-        "torn webp": (encoded(red, "WEBP")[:-4], "decoder"),
+        "truncated png": (encoded(red)[:-30], "truncated"),
+        "truncated jpeg": (encoded(red, "JPEG")[:-100], "Truncated"),
+        "truncated webp": (encoded(red, "WEBP")[:-4], "decoder"),
         "header only": (b"\x89PNG\r\n\x1a\n", "header is damaged"),
         "no width": (encoded(red).replace(struct.pack(">II", 40, 40), struct.pack(">II", 0, 40)), "header"),
         "text": (b"<html>404</html>", "neither JPEG, PNG nor WebP"),
@@ -187,7 +187,7 @@ def refused() -> dict[str, tuple[bytes, str]]:
 
 
 @pytest.mark.parametrize("name", refused())
-def test_the_rest_is_refused_by_the_true_reason(name: str) -> None:
+def test_other_files_are_refused_with_the_true_reason(name: str) -> None:
     data, reason = refused()[name]
     with pytest.raises(ValueError, match=f"^not a readable image .*{re.escape(reason)}") as error:
         open_image(data)

@@ -28,7 +28,7 @@ def test_every_image_is_listed_by_its_number_whatever_its_ending(tmp_path) -> No
     assert names == ["2.PNG", "10.jfif", "11.jpe", "12", "13.bmp", "²"]
 
 
-def test_images_that_would_be_left_out_are_refused(tmp_path) -> None:
+def test_images_that_would_be_skipped_are_refused(tmp_path) -> None:
     draw(tmp_path / "a/1.png")
     draw(tmp_path / "a/set_b/2.PNG")
     with pytest.raises(ValueError, match=r"a: images in sub-folders \(set_b\) are not read"):

@@ -8,7 +8,7 @@ from PIL import Image
 from spo.data import decoding, images
 
 
-def picture(width=8, height=6, colour=(10, 200, 30)) -> Image.Image:
+def image(width=8, height=6, colour=(10, 200, 30)) -> Image.Image:
     return Image.new("RGB", (width, height), colour)
 
 
@@ -33,23 +33,23 @@ def test_pixels_that_are_not_finite_make_no_image(value) -> None:
         images.to_pil(pixels)
 
 
-def test_a_folder_of_pictures_comes_back_in_order(tmp_path) -> None:
-    drawn = [picture(colour=(i, 0, 0)) for i in range(3)]
+def test_a_folder_of_images_comes_back_in_order(tmp_path) -> None:
+    drawn = [image(colour=(i, 0, 0)) for i in range(3)]
     images.save_images(tmp_path, drawn, ["a, b", 'say "x"', "c"], [7, 8, 9])
     loaded = list(images.load_images(tmp_path))
     assert [(p, s) for _, p, s in loaded] == [("a, b", 7), ('say "x"', 8), ("c", 9)]
     assert [i.getpixel((0, 0)) for i, _, _ in loaded] == [(0, 0, 0), (1, 0, 0), (2, 0, 0)]
 
 
-def test_equal_pictures_give_equal_archives(tmp_path) -> None:
+def test_equal_images_give_equal_archives(tmp_path) -> None:
     for name in "ab":
-        images.save_images(tmp_path / name, [picture()], ["p"], [1])
+        images.save_images(tmp_path / name, [image()], ["p"], [1])
     assert (tmp_path / "a/images.zip").read_bytes() == (tmp_path / "b/images.zip").read_bytes()
 
 
 def test_an_interrupted_write_leaves_no_archive(tmp_path) -> None:
     def drawing():
-        yield picture()
+        yield image()
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -60,7 +60,7 @@ def test_an_interrupted_write_leaves_no_archive(tmp_path) -> None:
 def test_a_damaged_archive_says_what_to_do(tmp_path) -> None:
     with pytest.raises(ValueError, match="spo generate"):
         list(images.load_images(tmp_path))
-    images.save_images(tmp_path, [picture()], ["p"], [1])
+    images.save_images(tmp_path, [image()], ["p"], [1])
     path = tmp_path / "images.zip"
     path.write_bytes(path.read_bytes()[:40])
     with pytest.raises(ValueError, match="damaged"):
@@ -71,14 +71,14 @@ def test_a_damaged_archive_says_what_to_do(tmp_path) -> None:
         list(images.load_images(tmp_path))
 
 
-def test_torn_bytes_and_bombs_are_no_pictures(monkeypatch) -> None:
+def test_truncated_bytes_and_bombs_are_refused(monkeypatch) -> None:
     with pytest.raises(ValueError, match="not a readable image"):
         images.decode_image(b"\x89PNG nothing")
     with pytest.raises(ValueError, match="not a readable image"):
-        images.decode_image(png(picture(200, 200))[:60])
+        images.decode_image(png(image(200, 200))[:60])
     monkeypatch.setattr(decoding, "MAX_PIXELS", 40)
     with pytest.raises(ValueError, match="8 x 6 pixels"):
-        images.decode_image(png(picture()))
+        images.decode_image(png(image()))
 
 
 def test_other_sizes_are_covered_and_cropped() -> None:
@@ -86,7 +86,7 @@ def test_other_sizes_are_covered_and_cropped() -> None:
     wide.paste((255, 255, 255), (30, 0, 60, 30))  # the centre is white
     fitted = images.decode_image(png(wide), (16, 16))
     assert fitted.shape == (3, 16, 16) and fitted.mean() > 0.9
-    assert images.decode_image(png(picture()), (6, 8)).shape == (3, 6, 8)
+    assert images.decode_image(png(image()), (6, 8)).shape == (3, 6, 8)
 
 
 @pytest.mark.parametrize("shape", [(60000, 1), (1, 60000), (700, 30), (30, 700)])

@@ -8,10 +8,10 @@ from spo.data.manifest import manifest
 def test_a_folder_is_pinned_by_the_content_of_every_file(tmp_path) -> None:
     (tmp_path / "a/b").mkdir(parents=True)
     (tmp_path / "a/b/x.bin").write_bytes(b"weights")
-    told = manifest(str(tmp_path / "a"))
-    assert told["files"] == {"b/x.bin": hashlib.sha256(b"weights").hexdigest()}
+    pins = manifest(str(tmp_path / "a"))
+    assert pins["files"] == {"b/x.bin": hashlib.sha256(b"weights").hexdigest()}
     (tmp_path / "a/b/x.bin").write_bytes(b"others")
-    assert manifest(str(tmp_path / "a"))["files"] != told["files"]
+    assert manifest(str(tmp_path / "a"))["files"] != pins["files"]
 
 
 def test_a_file_is_pinned_by_its_content(tmp_path) -> None:
@@ -20,7 +20,7 @@ def test_a_file_is_pinned_by_its_content(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("name", ["data/nowhere", "./nowhere", "nowhere"])
-def test_a_path_that_is_not_there_says_what_to_do(name: str) -> None:
+def test_a_missing_path_says_what_to_do(name: str) -> None:
     with pytest.raises(ValueError, match="make repro"):
         manifest(name)
 

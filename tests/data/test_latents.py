@@ -6,7 +6,7 @@ from spo.types import PreferencePair
 
 
 class Half:
-    """A VAE that halves the picture's values and keeps one pixel in four."""
+    """A VAE that halves the image's values and keeps one pixel in four."""
 
     latent_shape = (3, 2, 2)
     device = torch.device("cpu")
@@ -26,12 +26,12 @@ def decode(data: bytes) -> torch.Tensor:
     return torch.full((3, 4, 4), data[0] / 255)
 
 
-def judged(n: int):
+def labelled(n: int):
     return [PreferencePair(f"c{i}", bytes([i]), bytes([i + 100]), 1.0, 0.0, 0.5) for i in range(n)]
 
 
 def test_both_sides_come_back_in_any_order(tmp_path) -> None:
-    pairs = encode(judged(40), 40, Half(), decode, tmp_path / "l")
+    pairs = encode(labelled(40), 40, Half(), decode, tmp_path / "l")
     left, right = pairs.read(torch.tensor([39, 2]))
     torch.testing.assert_close(left[:, 0, 0, 0], torch.tensor([39.0, 2.0]) / 510, atol=1e-4, rtol=0)
     torch.testing.assert_close(right[:, 0, 0, 0], torch.tensor([139.0, 102.0]) / 510, atol=3e-4, rtol=0)
@@ -39,23 +39,23 @@ def test_both_sides_come_back_in_any_order(tmp_path) -> None:
     assert pairs.label_1.tolist() == [0.0] * 40 and pairs.weight.tolist() == [0.5] * 40
 
 
-def test_what_lies_there_whole_is_not_encoded_again(tmp_path) -> None:
-    encode(judged(5), 5, Half(), decode, tmp_path / "l")
+def test_a_complete_cache_is_not_encoded_again(tmp_path) -> None:
+    encode(labelled(5), 5, Half(), decode, tmp_path / "l")
     second = Half()
     encode(iter(()), 5, second, decode, tmp_path / "l")
     assert second.batches == []
 
 
 def test_an_interrupted_encoding_is_done_again(tmp_path) -> None:
-    def torn():
-        yield from judged(40)[:33]
+    def interrupted():
+        yield from labelled(40)[:33]
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        encode(torn(), 40, Half(), decode, tmp_path / "l")
-    assert len(encode(judged(40), 40, Half(), decode, tmp_path / "l")) == 40
+        encode(interrupted(), 40, Half(), decode, tmp_path / "l")
+    assert len(encode(labelled(40), 40, Half(), decode, tmp_path / "l")) == 40
 
 
 def test_another_count_than_the_summary_is_refused(tmp_path) -> None:
     with pytest.raises(ValueError, match="summary says 6"):
-        encode(judged(5), 6, Half(), decode, tmp_path / "l")
+        encode(labelled(5), 6, Half(), decode, tmp_path / "l")

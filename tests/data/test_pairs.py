@@ -44,7 +44,7 @@ def test_rows_come_back_as_pairs_with_their_weight(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"jpg_1": b"torn"}, "jpg_1: not a readable image"),
+        ({"jpg_1": b"truncated"}, "jpg_1: not a readable image"),
         ({"jpg_0": None}, "jpg_0 is missing"),
         ({"caption": "  "}, "caption is empty"),
         ({"label_0": 0.7}, "labels are 0.7"),
@@ -53,15 +53,15 @@ def test_rows_come_back_as_pairs_with_their_weight(tmp_path) -> None:
         ({"num_example_per_prompt": 0}, "num_example_per_prompt is 0"),
     ],
 )
-def test_bad_rows_are_set_aside_with_shard_row_and_reason(tmp_path, changes, reason) -> None:
+def test_bad_rows_are_rejected_with_shard_row_and_reason(tmp_path, changes, reason) -> None:
     write(tmp_path, [row(0), row(1, **changes), row(2)])
-    told = list(pairs.read_rows(pairs.shards(tmp_path)))
-    assert [p is not None for p, _ in told] == [True, False, True]
-    rejected = told[1][1]
+    rows = list(pairs.read_rows(pairs.shards(tmp_path)))
+    assert [p is not None for p, _ in rows] == [True, False, True]
+    rejected = rows[1][1]
     assert (rejected.shard, rejected.row) == ("train-00000.parquet", 1) and reason in rejected.reason
 
 
-def test_shards_that_are_none_are_refused(tmp_path) -> None:
+def test_files_that_are_not_shards_are_refused(tmp_path) -> None:
     with pytest.raises(ValueError, match="no .parquet shards"):
         pairs.shards(tmp_path)
     (tmp_path / "x.parquet").write_text("hello")

@@ -33,7 +33,7 @@ def test_every_format_gives_the_same_prompts(tmp_path, ending: str) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("p.json", "[1]", "item 0"),
+        ("p.json", "[1]", "entry 0"),
         ("p.json", "{", "line 1"),
         ("p.json", '{"a": 1}', "must be a list"),
         ("p.jsonl", '"ok"\n{"x": 1}', "line 2"),
@@ -42,7 +42,7 @@ def test_every_format_gives_the_same_prompts(tmp_path, ending: str) -> None:
         ("p.doc", "", "not .doc"),
     ],
 )
-def test_what_cannot_be_read_names_file_and_place(tmp_path, name, content, message) -> None:
+def test_an_unreadable_row_names_file_and_place(tmp_path, name, content, message) -> None:
     (tmp_path / name).write_text(content)
     with pytest.raises(ValueError, match=message) as error:
         prompts.read_prompts(tmp_path / name)
@@ -78,7 +78,7 @@ def test_quotes_of_a_list_with_tabs_belong_to_its_prompts(tmp_path) -> None:
 
 @pytest.mark.parametrize("quoting", [csv.QUOTE_MINIMAL, csv.QUOTE_ALL])
 @pytest.mark.parametrize("ending", ["\n", "\r\n"])
-def test_quotes_of_a_writer_are_taken_off(tmp_path, quoting, ending: str) -> None:
+def test_quotes_of_a_csv_writer_are_removed(tmp_path, quoting, ending: str) -> None:
     rows = ['a sign that says "Hi"', "a\ttab", "plain"]
     frame = pd.DataFrame({"id": ["x", "y", "z"], "prompt": rows})
     frame.to_csv(tmp_path / "p.tsv", sep="\t", index=False, quoting=quoting, lineterminator=ending)
@@ -106,7 +106,7 @@ def test_what_pandas_writes_is_read_or_refused(tmp_path, texts, name: str, quoti
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.text(alphabet='ab" ', min_size=1).filter(str.strip), min_size=1, max_size=4))
 def test_a_list_without_quoting_is_read_or_refused(tmp_path, texts) -> None:
-    """But for prompts that look just as a writer of quoted tables would write them."""
+    """Except prompts that look exactly as a CSV writer would quote them."""
     written(tmp_path / "p.tsv", "prompt\tid\n" + "".join(f"{text}\t1\n" for text in texts))
     try:
         read = prompts.read_prompts(tmp_path / "p.tsv")
@@ -121,8 +121,10 @@ def test_a_list_without_quoting_is_read_or_refused(tmp_path, texts) -> None:
 def test_a_row_of_another_length_is_refused_with_its_line(tmp_path, name: str) -> None:
     gap = "," if name == "p.csv" else "\t"
     text = f"prompt{gap}id\na cat{gap}1\n\na dog{gap} big{gap}2\n"
-    refused(written(tmp_path / name, text), "line 4 has 3 fields, the header 2")
-    refused(written(tmp_path / name, f"id{gap}prompt\n1{gap}a cat\n2\n"), "line 3 has 1 fields, the header 2")
+    refused(written(tmp_path / name, text), "line 4 has 3 fields, the header has 2")
+    refused(
+        written(tmp_path / name, f"id{gap}prompt\n1{gap}a cat\n2\n"), "line 3 has 1 fields, the header has 2"
+    )
 
 
 def test_an_unquoted_comma_does_not_cut_a_prompt(tmp_path) -> None:
@@ -159,9 +161,9 @@ def test_lines_end_as_on_any_system(tmp_path) -> None:
         ("p.csv", b'prompt\n"a" b\n', ("line 2",)),
         ("p.csv", b"prompt\na\0b\n", ("line 2", "NUL")),
         ("p.txt", "caf\u00e9".encode("latin-1"), ("byte 3", "UTF-8")),
-        ("p.json", b'[{"caption": 5}]', ("item 0", "caption is a int", "text")),
-        ("p.json", b'[{"caption": ["a"]}]', ("item 0", "list")),
-        ("p.json", b"[null]", ("item 0", "null")),
+        ("p.json", b'[{"caption": 5}]', ("entry 0", "caption is a int", "text")),
+        ("p.json", b'[{"caption": ["a"]}]', ("entry 0", "list")),
+        ("p.json", b"[null]", ("entry 0", "null")),
         ("p.json", b'{"0": {"prompt": "a"}}', ("must be a list",)),
         ("p.jsonl", b'{"caption": "a"}\n7\n', ("line 2", "int")),
         ("p.json", b'[{"caption": "a", "caption": "b"}]', ("'caption' twice",)),
@@ -177,7 +179,7 @@ def test_lines_end_as_on_any_system(tmp_path) -> None:
         ("p.txt.gz", b"", ("not .gz",)),
     ],
 )
-def test_what_is_no_list_of_prompts_is_refused(tmp_path, name: str, data: bytes, words) -> None:
+def test_a_file_that_is_not_a_list_of_prompts_is_refused(tmp_path, name: str, data: bytes, words) -> None:
     (tmp_path / name).write_bytes(data)
     refused(tmp_path / name, *words)
 
@@ -208,6 +210,6 @@ def test_columns_of_other_types_are_refused_by_their_type(tmp_path, values) -> N
     refused(tmp_path / "p.parquet", "column caption is", str(column.type)[:4])
 
 
-def test_bytes_that_are_no_text_name_their_row(tmp_path) -> None:
+def test_bytes_that_are_not_text_name_their_row(tmp_path) -> None:
     pq.write_table(pa.table({"caption": pa.array([b"a", b"caf\xe9"])}), tmp_path / "p.parquet")
     refused(tmp_path / "p.parquet", "row 1", "byte 3")

@@ -21,22 +21,22 @@ def test_cleaning() -> None:
         "\U0001fae8",
     ],
 )
-def test_cleaning_keeps_what_emoji_and_scripts_are_made_of(text: str) -> None:
+def test_cleaning_preserves_joiners_and_marks_of_emoji_and_scripts(text: str) -> None:
     assert prompts.clean(text) == text
 
 
-def test_cleaning_composes_over_what_it_takes_out() -> None:
+def test_cleaning_composes_across_removed_characters() -> None:
     assert prompts.clean("e\u200b\u0301") == "\u00e9"
 
 
 def test_words_in_lower_case_are_their_own_key() -> None:
     words = "a small blue triangle at the right on sand"
-    assert prompts.key(words) == words == prompts.same(words)
+    assert prompts.key(words) == words == prompts.exact_key(words)
 
 
 def test_duplicates_are_the_same_but_for_case_space_and_composition() -> None:
-    kept = prompts.select(["Caf\u00e9  au lait", "CAFE\u0301 au lait"], len, 100)
-    assert kept.prompts == ["Caf\u00e9 au lait"] and kept.left_out == {"duplicate": 1}
+    selection = prompts.select(["Caf\u00e9  au lait", "CAFE\u0301 au lait"], len, 100)
+    assert selection.prompts == ["Caf\u00e9 au lait"] and selection.rejected == {"duplicate": 1}
 
 
 def test_near_duplicates_share_a_key() -> None:
@@ -81,26 +81,28 @@ def test_prompts_that_differ_in_letters_marks_or_signs_are_kept(texts) -> None:
     assert len(prompts.select(texts, len, 100).prompts) == len(texts)
     for text in texts:  # an evaluation prompt strikes itself from training, not the others
         rest = prompts.select(texts, len, 100, [prompts.key(text)])
-        assert rest.left_out == {"elsewhere": 1}
+        assert rest.rejected == {"elsewhere": 1}
 
 
 @given(
     st.lists(st.text(alphabet=st.characters(categories=["L", "M", "N", "S", "Zs"]), min_size=1), max_size=8)
 )
 def test_prompts_that_differ_after_normalisation_and_case_are_kept(texts) -> None:
-    kept = prompts.select(texts, lambda prompt: 1, 1)
+    selection = prompts.select(texts, lambda prompt: 1, 1)
     different = {prompts.key(text) for text in texts if prompts.clean(text)}
-    assert {prompts.key(prompt) for prompt in kept.prompts} == different
-    assert len(kept.prompts) + kept.left_out.total() == len(texts)
-    assert all(prompts.clean(p) == p and prompts.key(prompts.key(p)) == prompts.key(p) for p in kept.prompts)
+    assert {prompts.key(prompt) for prompt in selection.prompts} == different
+    assert len(selection.prompts) + selection.rejected.total() == len(texts)
+    assert all(
+        prompts.clean(p) == p and prompts.key(prompts.key(p)) == prompts.key(p) for p in selection.prompts
+    )
 
 
-def test_half_of_a_surrogate_pair_is_left_out_by_name() -> None:
-    kept = prompts.select(["a cat", "a \ud83d dog", "a\0b"], len, 100)
-    assert kept.prompts == ["a cat"] and kept.left_out == {"broken_text": 2}
+def test_half_of_a_surrogate_pair_is_rejected_by_name() -> None:
+    selection = prompts.select(["a cat", "a \ud83d dog", "a\0b"], len, 100)
+    assert selection.prompts == ["a cat"] and selection.rejected == {"broken_text": 2}
 
 
-def test_the_block_list_matches_whole_words_and_scripts_without_spaces(tmp_path) -> None:
+def test_the_block_list_matches_complete_words_and_scripts_without_spaces(tmp_path) -> None:
     (tmp_path / "b.txt").write_text("# words\nrude word\nC++\n\u732b\n", encoding="utf-8")
     blocked = prompts.BlockList.load(tmp_path / "b.txt")
     for text in (
@@ -127,10 +129,16 @@ def test_signs_at_a_name_or_a_number_belong_to_it(tmp_path) -> None:
 
 def test_every_prompt_is_kept_or_counted() -> None:
     raw = ["a b", "A, b", "a  b", "", "c", "one two three four", "forbidden one"]
-    kept = prompts.select(raw, lambda p: len(p.split()), 3, [prompts.key("Forbidden: one")])
-    assert kept.prompts == ["a b", "c"]
-    assert kept.left_out == {"duplicate": 1, "near_duplicate": 1, "empty": 1, "too_long": 1, "elsewhere": 1}
-    assert len(kept.prompts) + kept.left_out.total() == len(raw)
+    selection = prompts.select(raw, lambda p: len(p.split()), 3, [prompts.key("Forbidden: one")])
+    assert selection.prompts == ["a b", "c"]
+    assert selection.rejected == {
+        "duplicate": 1,
+        "near_duplicate": 1,
+        "empty": 1,
+        "too_long": 1,
+        "elsewhere": 1,
+    }
+    assert len(selection.prompts) + selection.rejected.total() == len(raw)
 
 
 def test_the_order_depends_on_content_and_seed_alone() -> None:
@@ -140,7 +148,7 @@ def test_the_order_depends_on_content_and_seed_alone() -> None:
     assert prompts.by_hash([line for line in lines if line != "prompt 7"], 1) == fewer
 
 
-def test_words_outside_the_vocabulary_are_named_with_a_near_one(tmp_path) -> None:
+def test_words_outside_the_vocabulary_are_named_with_a_nearest_one(tmp_path) -> None:
     (tmp_path / "v.txt").write_text("a\nred\ncircle\n")
     prompts.check_vocabulary(["A red circle"], tmp_path / "v.txt")
     with pytest.raises(ValueError, match="'cirkle'.*circle"):

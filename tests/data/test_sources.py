@@ -1,4 +1,4 @@
-"""Preference data and prompts as the stages prepare them: every row is used, left out or set aside."""
+"""Preference data and prompts as the stages prepare them: every row is used, filtered or rejected."""
 
 import csv
 import io
@@ -26,11 +26,11 @@ def png(value: int = 0) -> bytes:
 
 
 def frame(rows: int, bad: int = 0, ties: int = 0) -> pd.DataFrame:
-    told = pd.DataFrame({"caption": [f"caption {i}" for i in range(rows)], "jpg_0": png(1), "jpg_1": png(9)})
-    told["label_0"], told["label_1"] = 1.0, 0.0
-    told.loc[told.index[:bad], "label_0"] = 0.7
-    told.loc[told.index[bad : bad + ties], ["label_0", "label_1"]] = 0.5
-    return told
+    table = pd.DataFrame({"caption": [f"caption {i}" for i in range(rows)], "jpg_0": png(1), "jpg_1": png(9)})
+    table["label_0"], table["label_1"] = 1.0, 0.0
+    table.loc[table.index[:bad], "label_0"] = 0.7
+    table.loc[table.index[bad : bad + ties], ["label_0", "label_1"]] = 0.5
+    return table
 
 
 def section(source, **changes) -> config.Pairs:
@@ -39,7 +39,7 @@ def section(source, **changes) -> config.Pairs:
     )
 
 
-def test_rows_in_are_rows_out_and_set_aside(tmp_path) -> None:
+def test_every_row_is_written_filtered_or_rejected(tmp_path) -> None:
     frame(40, bad=5, ties=7).to_parquet(tmp_path / "a.parquet")
     frame(50).tail(10).to_parquet(tmp_path / "b.parquet")
     out = tmp_path / "out"
@@ -90,8 +90,8 @@ def hpd_data(folder: Path, n: int = 30) -> None:
 def test_hpd_comes_back_in_order_with_its_labels(tmp_path, monkeypatch, block: int) -> None:
     monkeypatch.setattr(hpd, "BLOCK", block)  # entries that span several reads
     hpd_data(tmp_path / "h")
-    told = [pair for pair, _ in sources.read_rows(tmp_path / "h")]
-    assert [p.label_0 for p in told[:3]] == [1, 0, 0.5] and told[29].caption == "p 29, «é»"
+    rows = [pair for pair, _ in sources.read_rows(tmp_path / "h")]
+    assert [p.label_0 for p in rows[:3]] == [1, 0, 0.5] and rows[29].caption == "p 29, «é»"
     assert list(sources.read_captions(tmp_path / "h"))[2] == "p 2, «é»"
     summary = pairs_stage.prepare(section(tmp_path / "h"), 0, tmp_path / "out")
     assert summary["read"] == 30 == summary["train"] + summary["validation"]
@@ -107,15 +107,15 @@ def test_hpd_comes_back_in_order_with_its_labels(tmp_path, monkeypatch, block: i
         ({"prompt": ""}, "prompt is empty"),
     ],
 )
-def test_bad_entries_of_hpd_are_set_aside(tmp_path, change, reason) -> None:
+def test_bad_entries_of_hpd_are_rejected(tmp_path, change, reason) -> None:
     hpd_data(tmp_path / "h", 3)
     (tmp_path / "secret.png").write_bytes(png())
     entries = json.loads((tmp_path / "h/train.json").read_text())
     entries[1] |= change
     (tmp_path / "h/train.json").write_text(json.dumps(entries))
-    told = list(hpd.read_rows(tmp_path / "h/train.json"))
-    assert [p is not None for p, _ in told] == [True, False, True]
-    assert told[1][1].row == 1 and reason in told[1][1].reason
+    rows = list(hpd.read_rows(tmp_path / "h/train.json"))
+    assert [p is not None for p, _ in rows] == [True, False, True]
+    assert rows[1][1].row == 1 and reason in rows[1][1].reason
 
 
 def test_shards_stream_from_a_url(tmp_path) -> None:
@@ -125,8 +125,8 @@ def test_shards_stream_from_a_url(tmp_path) -> None:
         frame(20, bad=1).to_parquet(file)
     url = "memory://data"
     assert sources.count_rows(url) == 20
-    told = list(sources.read_rows(url))
-    assert told[0][1].shard == "train-0.parquet" and told[5][0].caption == "caption 5"
+    rows = list(sources.read_rows(url))
+    assert rows[0][1].shard == "train-0.parquet" and rows[5][0].caption == "caption 5"
     assert list(manifest(url)["files"]) == ["train-0.parquet"]
 
 
@@ -138,14 +138,14 @@ def test_a_hub_without_network_is_one_line(read) -> None:
 
 
 def test_memory_does_not_grow_with_the_rows(tmp_path) -> None:
-    """Arrow's peak; a column of 20,000 pictures in one row group is 20 MB."""
+    """Arrow's peak; a column of 20,000 images in one row group is 20 MB."""
     import pyarrow
 
     default, peaks = pyarrow.default_memory_pool(), {}
     for rows in (1000, 20000):
-        told = frame(rows, bad=rows)
-        told["jpg_1"] = [random.Random(i).randbytes(1000) for i in range(rows)]
-        told.to_parquet(tmp_path / f"{rows}.parquet", row_group_size=rows, compression=None)
+        table = frame(rows, bad=rows)
+        table["jpg_1"] = [random.Random(i).randbytes(1000) for i in range(rows)]
+        table.to_parquet(tmp_path / f"{rows}.parquet", row_group_size=rows, compression=None)
         pool = pyarrow.proxy_memory_pool(pyarrow.system_memory_pool())
         pyarrow.set_memory_pool(pool)
         try:
@@ -157,9 +157,9 @@ def test_memory_does_not_grow_with_the_rows(tmp_path) -> None:
 
 
 def prompt_section(folder, **changes) -> config.Prompts:
-    told = {"train": folder / "t.json", "evaluation": folder / "e.tsv", "pairs": folder / "pairs"}
+    files = {"train": folder / "t.json", "evaluation": folder / "e.tsv", "pairs": folder / "pairs"}
     numbers = {"n_train": 2, "n_validation": 1, "n_test": 1, "max_tokens": 6}
-    return config.Prompts(**{k: str(v) for k, v in told.items()} | numbers | changes)
+    return config.Prompts(**{k: str(v) for k, v in files.items()} | numbers | changes)
 
 
 @pytest.fixture
@@ -188,14 +188,14 @@ def lists(tmp_path):
     return tmp_path
 
 
-def test_prompts_in_are_prompts_out_and_left_out(lists) -> None:
-    told = prompt_section(lists, block_list=str(lists / "block.txt"))
-    summary = prompts_stage.prepare(told, 0, lambda p: len(p.split()), lists / "out")
+def test_every_prompt_is_written_or_counted(lists) -> None:
+    section = prompt_section(lists, block_list=str(lists / "block.txt"))
+    summary = prompts_stage.prepare(section, 0, lambda p: len(p.split()), lists / "out")
     out = {"near_duplicate": 1, "elsewhere": 1, "blocked": 1, "too_long": 1, "empty": 1}
     assert summary["left_out"]["train"] == out and summary["left_out"]["evaluation"] == {"elsewhere": 1}
     for name, used in (("train", ["train"]), ("evaluation", ["test", "validation"])):
-        told = sum(summary[n] for n in used) + sum(summary["left_out"][name].values())
-        assert told + summary["not_needed"][name] == summary["read"][name]
+        count = sum(summary[n] for n in used) + sum(summary["left_out"][name].values())
+        assert count + summary["not_needed"][name] == summary["read"][name]
     rows = list(csv.reader((lists / "out/set_aside.csv").open()))
     assert ["train", "4", "blocked"] in rows and ["evaluation", "1", "elsewhere"] in rows
     assert (lists / "out/train.txt").read_text().splitlines() == sorted(
@@ -210,7 +210,7 @@ def test_a_block_list_that_is_missing_or_empty_is_refused(lists) -> None:
             prompts_stage.prepare(prompt_section(lists, block_list=str(lists / name)), 0, len, lists / "out")
 
 
-def test_a_blocked_word_is_a_whole_word(lists) -> None:
+def test_a_blocked_word_is_a_complete_word(lists) -> None:
     from spo.data.prompts import BlockList, key
 
     blocked = BlockList.load(lists / "block.txt")

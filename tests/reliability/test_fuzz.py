@@ -86,7 +86,7 @@ def prompt_file(ending: str) -> Callable[[Path], Path]:
 def read_prompts(path: Path) -> None:
     raw = prompts.read_prompts(path)
     kept = prompts.select(raw, len, 77)
-    assert len(kept.prompts) + kept.left_out.total() == len(raw)
+    assert len(kept.prompts) + kept.rejected.total() == len(raw)
     "\n".join(kept.prompts).encode()  # what the stage writes
 
 

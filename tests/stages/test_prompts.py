@@ -78,5 +78,5 @@ def test_the_dry_run_names_a_data_set_by_its_address(data_set, tmp_path, monkeyp
 
 def test_a_split_that_is_not_there_is_one_line(data_set, tmp_path) -> None:
     wrong = section(tmp_path).model_copy(update={"train": f"{DATA}/tain-*.parquet"})
-    with pytest.raises(ValueError, match=r"tain-\*.parquet: no .parquet shards there"):
+    with pytest.raises(ValueError, match=r"tain-\*.parquet: no .parquet shards"):
         prompts.prepare(wrong, 0, len, tmp_path / "out")

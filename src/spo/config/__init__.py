@@ -1,31 +1,28 @@
-"""The experiment: params.yaml, its sections and how it is read."""
+"""The experiment's configuration: the sections of params.yaml, how they are read, and ready-made presets."""
 
-from spo.config.reading import ConfigError, left_out, load, preset, preset_names, validate
-from spo.config.sections import (
-    METHODS,
+from spo.config.data import Pairs, Prompts
+from spo.config.evaluation import VARIANTS, Generate, Registry, Report, Score, Variant
+from spo.config.models import (
     SINGLE_FILE_CONFIG,
-    VARIANTS,
     AestheticConfig,
-    Align,
     Backbone,
-    DiffusionDpo,
-    Generate,
     HpsConfig,
+    PickScoreConfig,
+    Scheduler,
+)
+from spo.config.params import Params
+from spo.config.reading import ConfigError, code_defaults, load, preset, preset_names, validate
+from spo.config.training import (
+    METHODS,
+    Align,
+    DiffusionDpo,
     Lora,
     Optimizer,
-    Pairs,
-    Params,
-    PickScoreConfig,
     Preference,
-    Prompts,
     PseudoLabels,
-    Registry,
-    Report,
-    Scheduler,
-    Score,
+    Rollout,
     Spo,
     Validation,
-    Variant,
 )
 
 __all__ = [
@@ -47,6 +44,7 @@ __all__ = [
     "PseudoLabels",
     "Registry",
     "Report",
+    "Rollout",
     "SINGLE_FILE_CONFIG",
     "Scheduler",
     "Score",
@@ -54,7 +52,7 @@ __all__ = [
     "VARIANTS",
     "Validation",
     "Variant",
-    "left_out",
+    "code_defaults",
     "load",
     "preset",
     "preset_names",

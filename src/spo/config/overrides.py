@@ -1,4 +1,4 @@
-"""Changes of params.yaml by dotted key: checked against the whole file before any is written."""
+"""Overrides of params.yaml by dotted key: the result is checked before any is written."""
 
 from __future__ import annotations
 
@@ -14,24 +14,28 @@ FILE = Path("params.yaml")
 
 
 def parse(text: str) -> tuple[str, Any]:
-    """`key=value` of a command line, the value as YAML 1.2 reads it (1e-4 is a number)."""
+    """Split `key=value` of a command line; the value is read as YAML 1.2 (1e-4 is a number).
+
+    Raises:
+        ArgumentTypeError: no `=`, no key, or a value that is not YAML.
+    """
     from ruamel.yaml import YAML
     from ruamel.yaml.error import YAMLError
 
     key, equals, value = text.partition("=")
     if not key or not equals:
-        raise argparse.ArgumentTypeError(f"{text!r} is not KEY=VALUE")
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form KEY=VALUE")
     try:
         return key, YAML(typ="safe").load(value)
     except YAMLError:
-        raise argparse.ArgumentTypeError(f"{text!r}: {value!r} is no YAML value") from None
+        raise argparse.ArgumentTypeError(f"{text!r}: {value!r} is not valid YAML") from None
 
 
 def merged(overrides: Mapping[str, Any]) -> config.Params:
-    """params.yaml with the overrides, checked.
+    """Read params.yaml with the overrides, without writing it.
 
     Raises:
-        ConfigError: one line; for a mistyped key with the nearest one.
+        ConfigError: one line, as `config.load`.
     """
     import yaml
 
@@ -41,10 +45,10 @@ def merged(overrides: Mapping[str, Any]) -> config.Params:
 
 
 def override(raw: Any, overrides: Mapping[str, Any]) -> Any:
-    """A copy of nested mappings in which dotted keys have new values.
+    """Copy nested mappings, with new values at dotted keys.
 
     Raises:
-        ConfigError: a key goes through a value.
+        ConfigError: a part of a key before the last names a value instead of a section.
     """
     raw = copy.deepcopy(raw)
     for key, value in overrides.items():
@@ -59,7 +63,7 @@ def override(raw: Any, overrides: Mapping[str, Any]) -> Any:
 
 
 def write(overrides: Mapping[str, Any]) -> None:
-    """Put the overrides into params.yaml, which keeps its comments."""
+    """Write the overrides to params.yaml; its comments stay."""
     if not overrides:
         return
     from ruamel.yaml import YAML

@@ -1,4 +1,4 @@
-"""params.yaml read and checked; a mistake is one line, an unknown key comes with a suggestion."""
+"""Read and check params.yaml: a mistake is one line, an unknown key comes with a suggestion."""
 
 from __future__ import annotations
 
@@ -11,82 +11,90 @@ from typing import Any, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from spo.config.sections import Params
+from spo.config.params import Params
 
 
 class ConfigError(ValueError):
-    """A mistake in params.yaml, told in one line."""
+    """A mistake in params.yaml, as one line."""
 
 
 def load(path: str | Path = "params.yaml") -> Params:
     """Read and check an experiment.
 
     Raises:
-        ConfigError: one line naming file, key, what is wrong and, for a mistyped key, the nearest one.
+        ConfigError: one line with the file, the key, what is wrong and, for an unknown key, the nearest one.
     """
     path = Path(path)
     try:
         raw = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except FileNotFoundError:
-        raise ConfigError(f"{path}: not found; run in the repository root, or `spo preset scenes`") from None
+        raise ConfigError(
+            f"{path}: no such file; run in the repository root, or write one by `spo preset scenes`"
+        ) from None
     except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())[:300]}") from None
     except (RecursionError, TypeError, AttributeError):  # of PyYAML's constructors
-        raise ConfigError(f"{path}: not valid YAML: nested too deeply, or a tag of another kind") from None
+        raise ConfigError(f"{path}: not valid YAML: nested too deeply, or an unknown tag") from None
     return validate(raw, source=str(path))
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML in which no key comes twice: the last would win without a word."""
+    """A safe YAML loader that refuses duplicate keys, of which PyYAML silently takes the last."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         seen = set[str]()
         for name, _ in node.value if isinstance(node, yaml.MappingNode) else ():
             if str(name.value) in seen:
                 raise yaml.constructor.ConstructorError(
-                    None, None, f"key {name.value!r} is there twice", name.start_mark
+                    None, None, f"duplicate key {name.value!r}", name.start_mark
                 )
             seen.add(str(name.value))
         return super().construct_mapping(node, deep)
 
 
 def validate(raw: Any, source: str = "params.yaml") -> Params:
-    """Check a mapping as `load` does."""
+    """Check the content of a params.yaml.
+
+    Raises:
+        ConfigError: as `load`.
+    """
     if not isinstance(raw, dict):
-        raise ConfigError(f"{source}: must be a mapping of sections, is {type(raw).__name__}")
+        raise ConfigError(f"{source}: must be a mapping of sections, not {type(raw).__name__}")
     try:
         return Params.model_validate(raw)
     except ValidationError as error:
         raise ConfigError("; ".join(_line(e, source) for e in error.errors()[:3])) from None
 
 
-# how it is called, how a stage runs, where it is logged, and the gate after the last stage
-NOT_OF_THE_RESULT = ("name", "processes", "tracking", "registry")
+# sections that change no output: the name, how stages run, where runs are logged, and the registry's gate
+WITHOUT_EFFECT_ON_OUTPUTS = ("name", "processes", "tracking", "registry")
 
 
-def left_out(params: Params) -> dict[str, Any]:
-    """{dotted key: value} of the keys that params.yaml leaves out, with the values that the code gives them.
+def code_defaults(params: Params) -> dict[str, Any]:
+    """Collect the keys that params.yaml omits, as {dotted key: default}.
 
-    DVC sees no change of these; the stage `inputs` writes them to a file that the others depend on.
+    DVC cannot see a change of these defaults; the stage `inputs` writes them to a file on which the other
+    stages depend.
     """
-    parts = [name for name in type(params).model_fields if name not in NOT_OF_THE_RESULT]
+    parts = [name for name in type(params).model_fields if name not in WITHOUT_EFFECT_ON_OUTPUTS]
     return _unset(params, parts, params.model_dump(mode="json", include=set(parts)))
 
 
 def _unset(
     section: BaseModel, names: Iterable[str], dumped: dict[str, Any], prefix: str = ""
 ) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    defaults: dict[str, Any] = {}
     for name in names:
         value, key = getattr(section, name), f"{prefix}{name}"
         if isinstance(value, BaseModel):
-            found |= _unset(value, type(value).model_fields, dumped[name], f"{key}.")
+            defaults |= _unset(value, type(value).model_fields, dumped[name], f"{key}.")
         elif name not in section.model_fields_set:
-            found[key] = dumped[name]
-    return found
+            defaults[key] = dumped[name]
+    return defaults
 
 
 def preset_names() -> list[str]:
+    """The names that `preset` takes."""
     return sorted(
         p.name.removesuffix(".yaml")
         for p in resources.files("spo.config.presets").iterdir()
@@ -95,9 +103,13 @@ def preset_names() -> list[str]:
 
 
 def preset(name: str) -> str:
-    """The text of a ready-made params.yaml."""
+    """The text of a ready-made params.yaml.
+
+    Raises:
+        ConfigError: no preset of that name.
+    """
     if name not in preset_names():
-        raise ConfigError(f"no preset {name!r}; there are: {', '.join(preset_names())}")
+        raise ConfigError(f"unknown preset {name!r}; known: {', '.join(preset_names())}")
     return resources.files("spo.config.presets").joinpath(f"{name}.yaml").read_text(encoding="utf-8")
 
 
@@ -109,14 +121,14 @@ def _line(error: Any, source: str) -> str:
         hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
         return f"{source}: unknown key {key[:200]!r}; {hint}"
     if error["type"] == "missing":
-        return f"{source}: key {key!r} is missing"
+        return f"{source}: key {key!r} is missing; add it"
     return f"{source}: {key}: {error['msg'].removeprefix('Value error, ')} (got {_short(error['input'])})"
 
 
 def _short(value: Any) -> str:
     try:
         text = repr(value)
-    except (RecursionError, ValueError):  # it contains itself, or a number of thousands of digits
+    except (RecursionError, ValueError):  # a value that contains itself, or a number of thousands of digits
         text = type(value).__name__
     return text if len(text) <= 80 else f"{text[:77]}..."
 
@@ -124,6 +136,6 @@ def _short(value: Any) -> str:
 def _fields(location: tuple[Any, ...]) -> list[str]:
     model: Any = Params
     for part in location:
-        told = model.model_fields[part].annotation
-        model = next((t for t in get_args(told) if t is not type(None)), told)
+        annotation = model.model_fields[part].annotation
+        model = next((t for t in get_args(annotation) if t is not type(None)), annotation)
     return list(model.model_fields)

@@ -1,4 +1,4 @@
-"""Columns of preference shards: which Arrow types are read, and their rows as Python values."""
+"""Columns of preference shards: the Arrow types that are supported, and rows as Python values."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     import pyarrow.parquet as pq
 
 IMAGE = "encoded images: binary, a struct of bytes and path, lists of bytes, or text in base64"
-WANTED = {
+EXPECTED = {
     "caption": "text, or its UTF-8 bytes",
     **dict.fromkeys(("jpg_0", "jpg_1"), IMAGE),
     **dict.fromkeys(("label_0", "label_1"), "numbers, booleans, or text that is a number"),
@@ -21,10 +21,10 @@ OPTIONAL = ("has_label", "num_example_per_prompt")
 
 
 def check_columns(file: pq.ParquetFile, needed: Sequence[str], where: str) -> None:
-    """Check that a shard has its columns, each once and of a type that is read.
+    """Check that a shard has its columns, each once and of a supported type.
 
     Raises:
-        ValueError: a column is missing, doubled, or of another type.
+        ValueError: a column is missing, duplicated, or of another type.
     """
     import pyarrow as pa
 
@@ -32,34 +32,34 @@ def check_columns(file: pq.ParquetFile, needed: Sequence[str], where: str) -> No
     names = schema.names
     if missing := [c for c in needed if c not in names]:
         raise ValueError(
-            f"{where}: no column {', '.join(missing)}; it has {', '.join(names)[:300] or 'nothing'}"
+            f"{where}: no column {', '.join(missing)}; its columns: {', '.join(names)[:300] or 'none'}"
         )
     for name in (*needed, *(c for c in OPTIONAL if c in names)):
         if names.count(name) > 1:
             raise ValueError(f"{where}: {names.count(name)} columns are named {name}; keep one")
-        kind = _plain(schema.field(name).type)
+        kind = _decoded_type(schema.field(name).type)
         if pa.types.is_null(kind) and name not in OPTIONAL and not empty:
-            raise ValueError(f"{where}: column {name} is null in every row; it must hold {WANTED[name]}")
-        if not pa.types.is_null(kind) and not _serves(name, kind):
-            raise ValueError(f"{where}: column {name} is {str(kind)[:80]}; it must hold {WANTED[name]}")
+            raise ValueError(f"{where}: column {name} is null in every row; it must hold {EXPECTED[name]}")
+        if not pa.types.is_null(kind) and not _is_supported(name, kind):
+            raise ValueError(f"{where}: column {name} is {str(kind)[:80]}; it must hold {EXPECTED[name]}")
 
 
 def rows(batch: pa.RecordBatch) -> Iterator[dict[str, Any]]:
-    """The rows of a batch. Text that is not UTF-8 stays bytes; lists of numbers are arrays."""
+    """Iterate over the rows of a batch. Text that is not UTF-8 stays bytes; lists become arrays."""
     columns = [_values(column) for column in batch.columns]
     names = batch.schema.names
     return (dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True))
 
 
 def holds_text(kind: pa.DataType) -> bool:
-    """Whether a column's values are text, or its UTF-8 bytes, however encoded."""
+    """Whether a column's values are text or bytes, dictionary-encoded or not."""
     import pyarrow as pa
 
-    kind = _plain(kind)
+    kind = _decoded_type(kind)
     return _is_text(kind) or _is_bytes(kind) or pa.types.is_null(kind)
 
 
-def _serves(name: str, kind: pa.DataType) -> bool:
+def _is_supported(name: str, kind: pa.DataType) -> bool:
     if name == "caption":
         return _is_text(kind) or _is_bytes(kind)
     if name.startswith("jpg_"):
@@ -71,7 +71,7 @@ def _is_image(kind: pa.DataType) -> bool:
     import pyarrow as pa
 
     if pa.types.is_struct(kind):
-        fields = {field.name: _plain(field.type) for field in kind}
+        fields = {field.name: _decoded_type(field.type) for field in kind}
         data, path = fields.get("bytes", pa.null()), fields.get("path", pa.null())
         known = fields.keys() & {"bytes", "path"}
         of_bytes = pa.types.is_null(data) or _is_bytes(data) or _is_bytes_list(data)
@@ -112,8 +112,8 @@ def _is_number(kind: pa.DataType, *, boolean: bool) -> bool:
     return number or boolean and pa.types.is_boolean(kind)
 
 
-def _plain(kind: pa.DataType) -> pa.DataType:
-    """The type of the values, whether or not a dictionary encodes them."""
+def _decoded_type(kind: pa.DataType) -> pa.DataType:
+    """The type of the values, dictionary-encoded or not."""
     import pyarrow as pa
 
     return kind.value_type if pa.types.is_dictionary(kind) else kind
@@ -129,7 +129,7 @@ def _values(column: pa.Array) -> Iterator[Any]:
     if pa.types.is_struct(column.type):
         return _structs(column)
     if _is_list(column.type):
-        return (_numbers(item) for item in column)
+        return (_numbers(element) for element in column)
     return iter(column.to_pylist())
 
 
@@ -147,6 +147,6 @@ def _structs(column: pa.StructArray) -> Iterator[dict[str, Any] | None]:
     return (dict(zip(names, row, strict=True)) if v else None for v, row in zip(valid, fields, strict=True))
 
 
-def _numbers(item: Any) -> Any:
-    """A list as an array; one with a null in it becomes an array of floats, which is no image."""
-    return None if not item.is_valid else item.values.to_numpy(zero_copy_only=False)
+def _numbers(element: Any) -> Any:
+    """Convert a list to an array; a null in it gives floats, which are later refused as an image."""
+    return None if not element.is_valid else element.values.to_numpy(zero_copy_only=False)

@@ -1,8 +1,9 @@
-"""Encoded images as 8-bit RGB, as a viewer shows them: one decoder for pairs, scores and the report.
+"""Decode images to 8-bit RGB as a viewer shows them: one decoder for pairs, scores and the report.
 
-Turned by their EXIF orientation, transparency on white, 16 bits scaled to 8, colours of an embedded ICC
-profile or a PNG's gAMA converted to sRGB. As browsers do, an EXIF block or a profile that is damaged, or a
-profile of another kind of colours than the image's, is ignored. PNG's cHRM and cICP are not read.
+The EXIF orientation is applied, transparency is composited on white, 16 bits are scaled to 8, and colours are
+converted to sRGB from an embedded ICC profile or a PNG's gAMA chunk. As in browsers, a damaged EXIF block, a
+damaged profile and a profile of another colour space than the image's are ignored. PNG's cHRM and cICP chunks
+are not read.
 """
 
 from __future__ import annotations
@@ -18,17 +19,17 @@ from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
 
 from spo.data.reasons import first_line
 
-MAX_PIXELS = 64_000_000  # more is no image of a preference data set, but a bomb
-FORMATS = ("JPEG", "PNG", "WEBP")  # not all that Pillow knows: some start other programs
-SAME = 2  # grey levels; a profile that moves no colour further is sRGB's
-SIGNATURES: tuple[tuple[int, bytes, str], ...] = (  # (offset, bytes there, format)
+MAX_PIXELS = 64_000_000  # beyond any preference data set: a decompression bomb
+FORMATS = ("JPEG", "PNG", "WEBP")  # not all of Pillow's: some of its decoders start other programs
+SRGB_TOLERANCE = 2  # grey levels; a profile that shifts no colour by more is taken for sRGB
+SIGNATURES: tuple[tuple[int, bytes, str], ...] = (  # (offset, bytes at it, format)
     *((0, b"\xff\xd8\xff", "JPEG"), (0, b"\x89PNG\r\n\x1a\n", "PNG"), (8, b"WEBP", "WEBP")),
     *((0, b"GIF8", "GIF"), (0, b"II*\0", "TIFF"), (0, b"MM\0*", "TIFF"), (0, b"8BPS", "PSD")),
     *((4, b"ftypavif", "AVIF"), (4, b"ftypavis", "AVIF"), (4, b"ftyphei", "HEIC"), (4, b"ftypmif1", "HEIC")),
     *((0, b"\0\0\0\x0cJXL ", "JPEG XL"), (0, b"\xff\x0a", "JPEG XL"), (0, b"\0\0\0\x0cjP  ", "JPEG 2000")),
 )
-_BITMAP = (b"BM", slice(6, 10), bytes(4))  # BMP: two letters alone could begin a text
-_TURNS = {
+_BITMAP = (b"BM", slice(6, 10), bytes(4))  # BMP: its two letters alone could begin a text file
+_ORIENTATIONS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -37,11 +38,11 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_SPACES = {"RGB": "RGB", "L": "GRAY", "CMYK": "CMYK"}  # a profile's colours by the image's mode
+_SPACES = {"RGB": "RGB", "L": "GRAY", "CMYK": "CMYK"}  # Pillow's mode: the colour space of its ICC profiles
 
 
 def image_format(data: bytes) -> str | None:
-    """The image format that the first 16 bytes of a file announce; None: none that is known."""
+    """Identify the image format by the first 16 bytes of a file; None if unknown."""
     for offset, signature, name in SIGNATURES:
         if data[offset : offset + len(signature)] == signature:
             return name
@@ -56,13 +57,13 @@ def open_image(data: bytes) -> Image.Image:
         ValueError: another format, an animation, a truncated or damaged file, or one of more than MAX_PIXELS.
     """
     try:
-        with warnings.catch_warnings(action="ignore"):  # Pillow's, of damaged EXIF blocks and the like
+        with warnings.catch_warnings(action="ignore"):  # Pillow warns of damaged EXIF blocks and the like
             return _decode(data)
     except MemoryError:
         raise
     except UnidentifiedImageError:
         raise ValueError("not a readable image (its header is damaged, or its size is zero)") from None
-    except Exception as error:  # Pillow's decoders raise a dozen kinds
+    except Exception as error:  # Pillow's decoders raise many types
         raise ValueError(f"not a readable image ({first_line(error)})") from None
 
 
@@ -72,7 +73,7 @@ def _decode(data: bytes) -> Image.Image:
     image = Image.open(io.BytesIO(data), formats=FORMATS)
     if image.width * image.height > MAX_PIXELS:
         raise ValueError(f"{image.width} x {image.height} pixels are more than {MAX_PIXELS}")
-    # the further images in a phone's JPEG (MPO) are previews and depth: viewers show the first
+    # the other images in a phone's JPEG (MPO) are previews and depth maps: viewers show the first
     if getattr(image, "is_animated", False) and image.format != "MPO":
         raise ValueError(f"an animation of {getattr(image, 'n_frames', 0)} frames; give a still image")
     image.load()
@@ -82,8 +83,8 @@ def _decode(data: bytes) -> Image.Image:
         white = Image.new("RGB", colours.size, "white")
         white.paste(colours, mask=alpha)
         colours = white
-    turn = _TURNS.get(_orientation(image))
-    return colours if turn is None else colours.transpose(turn)
+    transpose = _ORIENTATIONS.get(_orientation(image))
+    return colours if transpose is None else colours.transpose(transpose)
 
 
 def _other_format(data: bytes) -> str:
@@ -98,12 +99,12 @@ def _other_format(data: bytes) -> str:
 def _orientation(image: Image.Image) -> Any:
     try:
         return image.getexif().get(ExifTags.Base.Orientation, 1)
-    except Exception:  # of a damaged EXIF block; no viewer turns its image
+    except Exception:  # a damaged EXIF block, which viewers ignore
         return 1
 
 
 def _alpha(image: Image.Image, data: bytes) -> Image.Image | None:
-    """The opacity of each pixel as an L image; None: all are opaque."""
+    """The opacity of each pixel as an L image; None if all are opaque."""
     if image.mode in ("RGBA", "LA", "PA"):
         return image.getchannel("A")
     key = image.info.get("transparency")
@@ -112,8 +113,8 @@ def _alpha(image: Image.Image, data: bytes) -> Image.Image | None:
     if image.mode == "P":
         return image.convert("RGBA").getchannel("A")
     depth = data[24] if image.format == "PNG" else 8
-    if image.mode == "RGB" and depth == 16:  # Pillow reads 8 of the 16 bits that the key is compared with
-        raise ValueError("RGB of 16 bits with a transparent colour; save it with an alpha channel")
+    if image.mode == "RGB" and depth == 16:  # Pillow reads only 8 of the 16 bits to compare with the key
+        raise ValueError("16-bit RGB with a transparent colour; save it with an alpha channel")
     if image.mode == "L" and depth < 8:  # Pillow scales the pixels, but not the key
         key = key * 255 // (2**depth - 1)
     pixels = np.asarray(image.convert("L") if image.mode == "1" else image)
@@ -123,14 +124,14 @@ def _alpha(image: Image.Image, data: bytes) -> Image.Image | None:
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """The colours as RGB, L or CMYK of 8 bits, without alpha."""
-    if image.mode.startswith("I"):  # grey of 16 bits, which Pillow's own conversion clips
+    """Convert to 8-bit RGB, L or CMYK without alpha."""
+    if image.mode.startswith("I"):  # 16-bit grey, which Pillow's own conversion clips
         levels = (np.asarray(image).astype(np.int64) + 128) // 257
         return Image.fromarray(levels.clip(0, 255).astype(np.uint8))
     if image.mode in ("1", "L", "LA"):
         return image.convert("L")
     if image.mode == "P" and "transparency" in image.info:
-        image = image.convert("RGBA")  # without Pillow's warning
+        image = image.convert("RGBA")  # avoids Pillow's warning
     return image.convert("CMYK" if image.mode == "CMYK" else "RGB")
 
 
@@ -150,13 +151,13 @@ def _in_srgb(colours: Image.Image, info: Mapping[Any, Any]) -> Image.Image:
 
 @lru_cache(maxsize=8)
 def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
-    """From an image's profile to sRGB; None: there is nothing to convert, or the profile does not serve."""
+    """The transform from an image's profile to sRGB; None if it changes nothing or is unusable."""
     try:
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
         if source.profile.xcolor_space.strip() != _SPACES[mode]:
             return None
         transform = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB")
-    except Exception:  # a damaged profile raises several kinds
+    except Exception:  # a damaged profile raises several types
         return None
     if mode == "CMYK":
         return transform
@@ -164,5 +165,5 @@ def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
     grid = np.stack(np.meshgrid(levels, levels, levels), -1).reshape(1, -1, 3)
     probe = Image.fromarray(grid if mode == "RGB" else np.arange(256, dtype=np.uint8)[None])
     converted = np.asarray(ImageCms.applyTransform(probe, transform)).astype(int)
-    moved = np.abs(converted - np.asarray(probe.convert("RGB"))).max()
-    return None if moved <= SAME else transform
+    shift = np.abs(converted - np.asarray(probe.convert("RGB"))).max()
+    return None if shift <= SRGB_TOLERANCE else transform

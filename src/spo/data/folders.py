@@ -1,4 +1,4 @@
-"""A folder of image files, in the order of their names (2 before 10); none of them is left out in silence."""
+"""Folders of image files in natural order of their names (2 before 10); no image is silently skipped."""
 
 from __future__ import annotations
 
@@ -7,27 +7,27 @@ from pathlib import Path
 
 from spo.data.decoding import image_format
 
-READ = (".png", ".jpg", ".jpeg", ".webp")  # and whatever else holds one of their formats
-ENDINGS = {  # of images, also of those that the decoder refuses by name
-    *(*READ, ".jpe", ".jfif", ".jif", ".pjpeg", ".apng", ".gif", ".bmp", ".dib", ".tif", ".tiff"),
+SUPPORTED = (".png", ".jpg", ".jpeg", ".webp")  # other endings are read by content
+ENDINGS = {  # of all image files, so that unsupported ones are refused instead of skipped
+    *(*SUPPORTED, ".jpe", ".jfif", ".jif", ".pjpeg", ".apng", ".gif", ".bmp", ".dib", ".tif", ".tiff"),
     *(".avif", ".avifs", ".heic", ".heif", ".jxl", ".jp2", ".j2k", ".psd", ".svg", ".ico", ".tga"),
     *(".ppm", ".pgm", ".pbm", ".pnm", ".exr", ".hdr", ".dng", ".dds", ".qoi", ".eps"),
 }
 
 
 def list_images(folder: Path) -> list[Path]:
-    """The image files of a folder, by ending or by content. Hidden files (`._1.png`) are none.
+    """List the image files of a folder, known by ending or content. Hidden files (`._1.png`) are ignored.
 
     Raises:
-        ValueError: no folder, no images, images in sub-folders, or two whose order is ambiguous.
+        ValueError: no such folder, no images, images in sub-folders, or two whose order is ambiguous.
     """
     if not folder.is_dir():
-        raise ValueError(f"{folder}: no folder there; give one with images ({', '.join(READ)})")
+        raise ValueError(f"{folder}: no such folder; give one with images ({', '.join(SUPPORTED)})")
     folders = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
     if nested := [path.name for path in folders if _has_images(path)]:
         raise ValueError(
             f"{folder}: images in sub-folders ({', '.join(nested)[:100]}) are not read; "
-            "give a folder that holds its images itself"
+            "give the folder that directly contains the images"
         )
     images: dict[tuple[str | int, ...], Path] = {}
     for path in find_images(folder):
@@ -37,18 +37,18 @@ def list_images(folder: Path) -> list[Path]:
                 f"{folder}: {other.name} and {path.name} have the same number; rename one of them"
             )
     if not images:
-        raise ValueError(f"{folder}: no images there ({', '.join(READ)})")
+        raise ValueError(f"{folder}: no images in this folder ({', '.join(SUPPORTED)})")
     return [images[key] for key in sorted(images)]
 
 
 def find_images(folder: Path) -> list[Path]:
-    """The image files of a folder, by ending or by content, in no order of their numbers."""
-    shown = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
-    return [path for path in shown if not path.is_dir() and _is_image(path)]
+    """List the image files of a folder, known by ending or content, in plain order of their names."""
+    visible = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    return [path for path in visible if not path.is_dir() and _is_image(path)]
 
 
 def _order(name: str) -> tuple[str | int, ...]:
-    """Text and numbers in turn; the same for names that differ in leading zeros alone."""
+    """The sort key of a name: text and numbers in turn; equal for names that differ only in leading zeros."""
     parts = re.split(r"(\d+)", name, flags=re.ASCII)
     return tuple(int(part) if i % 2 else part for i, part in enumerate(parts))
 

@@ -1,7 +1,7 @@
 """Preference pairs in HPDv2's schema: a JSON list beside a folder of images, read one entry at a time.
 
-An entry has `prompt`, `file_path` (two images) and `human_preference` (1 at the better one, as in
-HPDv2's train.json; https://huggingface.co/datasets/ymhao/HPDv2).
+An entry has `prompt`, `file_path` (two images) and `human_preference` (1 for the preferred one), as in
+HPDv2's train.json (https://huggingface.co/datasets/ymhao/HPDv2).
 """
 
 from __future__ import annotations
@@ -16,16 +16,21 @@ from spo.data.pairs import Rejected, check
 from spo.types import PreferencePair
 
 BLOCK = 1 << 16  # characters read at a time
-LONGEST = 1 << 20  # characters of an entry
-PLACES = (".", "train", "test", "images")  # where images lie, seen from the JSON file
+MAX_ENTRY = 1 << 20  # characters of an entry
+IMAGE_FOLDERS = (".", "train", "test", "images")  # relative to the JSON file
 
 
 def count_rows(path: Path) -> int:
+    """Count the entries of the list.
+
+    Raises:
+        ValueError: as `entries`.
+    """
     return sum(1 for _ in entries(path))
 
 
 def read_captions(path: Path) -> Iterator[str]:
-    """The prompt of every entry; empty where `read_rows` rejects it."""
+    """Iterate over the prompts of all entries; a prompt that `read_rows` rejects is empty."""
     for entry in entries(path):
         try:
             yield values.read_caption("prompt", entry.get("prompt")) if isinstance(entry, dict) else ""
@@ -34,7 +39,7 @@ def read_captions(path: Path) -> Iterator[str]:
 
 
 def read_rows(path: Path) -> Iterator[tuple[PreferencePair | None, Rejected | None]]:
-    """Every entry as a pair or as a reason why it is none; as `spo.data.pairs.read_rows`."""
+    """Iterate over all entries, each as a pair or as its rejection; like `spo.data.pairs.read_rows`."""
     for row, entry in enumerate(entries(path)):
         try:
             yield check(_record(entry, path.parent), None), None
@@ -43,15 +48,15 @@ def read_rows(path: Path) -> Iterator[tuple[PreferencePair | None, Rejected | No
 
 
 def entries(path: Path) -> Iterator[Any]:
-    """The items of a JSON list, one in memory at a time.
+    """Iterate over the entries of a JSON list, with one entry in memory at a time.
 
     Raises:
-        ValueError: not a JSON list, or one that is torn.
+        ValueError: not a JSON list, or a truncated one.
     """
     number = 0
     try:
         with path.open(encoding="utf-8-sig") as file:
-            for entry in _items(file):
+            for entry in _entries(file):
                 yield entry
                 number += 1
     except UnicodeDecodeError:
@@ -62,53 +67,53 @@ def entries(path: Path) -> Iterator[Any]:
         raise ValueError(f"{path}: entry {number}: {error}") from None
 
 
-def _items(file: TextIO) -> Iterator[Any]:
+def _entries(file: TextIO) -> Iterator[Any]:
     text = file.read(BLOCK).lstrip()
     if not text.startswith("["):
         raise ValueError("must be a JSON list of entries")
     text = text[1:].lstrip()
     while not text.startswith("]"):
-        item, text = _next(file, text)
-        yield item
+        entry, text = _next(file, text)
+        yield entry
         if not text.startswith((",", "]")):
-            raise ValueError("after it there is neither a comma nor the end")
+            raise ValueError("is followed by neither a comma nor the end of the list")
         text = text.removeprefix(",").lstrip()
-    _nothing_more(text[1:] + file.read(BLOCK))
+    _check_end(text[1:] + file.read(BLOCK))
 
 
 def _next(file: TextIO, text: str) -> tuple[Any, str]:
-    """The item that the text begins with, and what follows it; reads on as far as is needed."""
+    """Parse the entry at the start of `text`; returns it and the text after it, reading more if needed."""
     decoder = json.JSONDecoder()
     while True:
         try:
-            item, end = decoder.raw_decode(text)
+            entry, end = decoder.raw_decode(text)
             if rest := text[end:].lstrip():
-                return item, rest
+                return entry, rest
         except json.JSONDecodeError:
             pass
-        more = file.read(BLOCK) if len(text) < LONGEST else ""
+        more = file.read(BLOCK) if len(text) < MAX_ENTRY else ""
         if not more:
-            raise ValueError("not JSON, or torn")
+            raise ValueError("invalid or truncated JSON")
         text = (text + more).lstrip()
 
 
-def _nothing_more(text: str) -> None:
+def _check_end(text: str) -> None:
     if text.strip():
-        raise ValueError("there is more after the end of the list")
+        raise ValueError("the end of the list is followed by more text")
 
 
 def _record(entry: Any, folder: Path) -> dict[str, Any]:
-    """An entry in Pick-a-Pic's columns."""
+    """Convert an entry to Pick-a-Pic's columns."""
     if not isinstance(entry, dict):
-        raise ValueError(f"is a {type(entry).__name__}, no object")
+        raise ValueError(f"is a {type(entry).__name__}, not an object")
     if missing := [k for k in ("prompt", "file_path", "human_preference") if k not in entry]:
         raise ValueError(
-            f"no {', '.join(missing)}; it has {ascii(', '.join(entry))[1:-1][:200] or 'nothing'}"
+            f"no {', '.join(missing)}; its keys: {ascii(', '.join(entry))[1:-1][:200] or 'none'}"
         )
     files, votes = entry["file_path"], entry["human_preference"]
     for name, value in (("file_path", files), ("human_preference", votes)):
         if not isinstance(value, list) or len(value) != 2:
-            raise ValueError(f"{name} is {ascii(value)[:60]}; must be a list of two")
+            raise ValueError(f"{name} is {ascii(value)[:60]}; must be a list of two values")
     caption = values.read_caption("prompt", entry["prompt"])
     votes = [values.read_number("human_preference", vote) for vote in votes]
     if votes == [1, 1] or votes == [0, 0]:
@@ -120,6 +125,6 @@ def _record(entry: Any, folder: Path) -> dict[str, Any]:
 
 def _read_image(folder: Path, name: Any) -> bytes:
     try:
-        return values.read_file(folder, name, PLACES)
+        return values.read_file(folder, name, IMAGE_FOLDERS)
     except ValueError as error:
         raise ValueError(f"file_path {error}") from None

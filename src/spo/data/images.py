@@ -1,4 +1,4 @@
-"""Pictures: to and from tensors, and a run's folder of them as one archive."""
+"""Images as tensors, and the generated images of a variant as one archive."""
 
 from __future__ import annotations
 
@@ -16,45 +16,49 @@ from torch import Tensor
 from spo.data.decoding import MAX_PIXELS, open_image
 from spo.data.reasons import first_line
 
-# of the pixels that every CLIP was trained on, [3,1,1], in [0,1]
+# mean and standard deviation of the pixels of CLIP's training images, [3,1,1], in [0,1]
 CLIP_MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)
 CLIP_STD = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
 ARCHIVE, INDEX = "images.zip", "index.csv"
-MAX_BYTES = 4 * MAX_PIXELS  # of an archive's entry, unpacked
-LONG = 16  # times as long as wide: such an image is cropped while it is resized, not after
-_EPOCH = (1980, 1, 1, 0, 0, 0)  # of every entry, so that equal pictures give equal archives
+MAX_BYTES = 4 * MAX_PIXELS  # of an archive's entry, uncompressed
+LONG = 16  # aspect ratio above which an image is cropped and resized in one step, to bound the memory
+_EPOCH = (1980, 1, 1, 0, 0, 0)  # time stamp of every entry, so that equal images give equal archives
 
 
 def to_pil(image: Tensor) -> Image.Image:
-    """An image [3,H,W] around [-1,1], clamped, as 8-bit RGB.
+    """Convert an image [3,H,W] in about [-1,1], clamped, to 8-bit RGB.
 
     Raises:
         ValueError: a pixel is NaN or infinite, which would become black or white.
     """
     if not image.isfinite().all():
-        raise ValueError("an image has pixels that are NaN or infinite; check the model that it comes from")
+        raise ValueError("an image has NaN or infinite pixels; check the model that generated it")
     pixels = ((image.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
     return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
 
 
 def to_tensor(image: Image.Image) -> Tensor:
-    """[3,H,W] in [-1,1]."""
+    """Convert an image to [3,H,W] in [-1,1]."""
     pixels = torch.from_numpy(np.array(image.convert("RGB")))
     return pixels.permute(2, 0, 1).float() / 127.5 - 1
 
 
 def pack(images: Sequence[Image.Image]) -> Tensor:
-    """Pictures of one size as uint8 [N,H,W,3]."""
+    """Stack images of one size to uint8 [N,H,W,3]."""
     return torch.stack([torch.from_numpy(np.array(image.convert("RGB"))) for image in images])
 
 
 def unpack(pixels: Tensor) -> list[Image.Image]:
-    """What `pack` packed."""
+    """Invert `pack`."""
     return [Image.fromarray(image) for image in pixels.numpy()]
 
 
 def decode_image(data: bytes, size: tuple[int, int] | None = None) -> Tensor:
-    """An encoded picture [3,H,W] in [-1,1]; with `size` (H, W): its shortest side resized, centre-cropped."""
+    """Decode an image to [3,H,W] in [-1,1], resized and centre-cropped to `size` (H, W) if given.
+
+    Raises:
+        ValueError: as `open_image`.
+    """
     image = open_image(data)
     if size is not None and (image.height, image.width) != size:
         image = fit(image, size)
@@ -62,12 +66,12 @@ def decode_image(data: bytes, size: tuple[int, int] | None = None) -> Tensor:
 
 
 def fit(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """Resized (bicubic) to cover `size` (H, W), then centre-cropped."""
+    """Resize (bicubic) to cover `size` (H, W), then centre-crop."""
     height, width = size
     factor = max(height / image.height, width / image.width)
     new = (max(width, round(image.width * factor)), max(height, round(image.height * factor)))
     left, top = (new[0] - width) // 2, (new[1] - height) // 2
-    if max(image.size) > LONG * min(image.size):  # resized whole, 4000 x 1 pixels would take gigabytes
+    if max(image.size) > LONG * min(image.size):  # resizing all of 4000 x 1 pixels would take gigabytes
         x, y = image.width / new[0], image.height / new[1]
         right, bottom = min(image.width, (left + width) * x), min(image.height, (top + height) * y)
         return image.resize((width, height), Image.Resampling.BICUBIC, (left * x, top * y, right, bottom))
@@ -78,7 +82,7 @@ def fit(image: Image.Image, size: tuple[int, int]) -> Image.Image:
 def save_images(
     folder: Path, images: Iterable[Image.Image], prompts: Sequence[str], seeds: Sequence[int]
 ) -> None:
-    """Write `folder`/images.zip: 00000.png ... and index.csv (file, prompt, seed), all or nothing."""
+    """Write `folder`/images.zip atomically: 00000.png, ... and index.csv (file, prompt, seed)."""
     folder.mkdir(parents=True, exist_ok=True)
     partial = folder / f".{ARCHIVE}.partial"
     rows = []
@@ -97,28 +101,28 @@ def save_images(
 
 
 def load_images(folder: Path) -> Iterator[tuple[Image.Image, str, int]]:
-    """(picture, prompt, seed) in order, one in memory at a time.
+    """Iterate over (image, prompt, seed) in order, with one image in memory at a time.
 
     Raises:
-        ValueError: no archive there, or a damaged one.
+        ValueError: a missing or damaged archive.
     """
     path = folder / ARCHIVE
     if not path.exists():
-        raise ValueError(f"{path}: no pictures there; run `make repro` or `spo generate {folder.name}`")
+        raise ValueError(f"{path}: no such archive; run `make repro` or `spo generate {folder.name}`")
     try:
         with zipfile.ZipFile(path) as archive:
             for row in csv.DictReader(io.StringIO(_entry(archive, INDEX).decode())):
                 yield open_image(_entry(archive, row["file"])), row["prompt"], int(row["seed"])
     except MemoryError:
         raise
-    except Exception as error:  # zipfile raises a dozen kinds at torn files
+    except Exception as error:  # zipfile raises many types for truncated files
         raise ValueError(
             f"{path}: damaged ({first_line(error, 200)}); delete it and run `dvc repro`"
         ) from None
 
 
 def _entry(archive: zipfile.ZipFile, name: str) -> bytes:
-    """Its content, in memory: nothing of an archive is ever unpacked to a path that it names."""
+    """Read an entry into memory: no archive is ever extracted to the paths that it names."""
     if archive.getinfo(name).file_size > MAX_BYTES:
         raise ValueError(f"{name} unpacks to more than {MAX_BYTES} bytes")
     return archive.read(name)

@@ -1,4 +1,4 @@
-"""The preference pairs as latents, encoded once for all stages that read them."""
+"""The cache of encoded preference pairs, shared by the stages that train on them."""
 
 from __future__ import annotations
 
@@ -14,12 +14,16 @@ if TYPE_CHECKING:
     from spo.data.latents import EncodedPairs
     from spo.types import Backbone
 
-# that decodes images and encodes them
+# what decodes the images and encodes them to latents
 CODE = ("backbones/stable_diffusion.py", "data/decoding.py", "data/images.py", "data/latents.py")
 
 
 def latent_pairs(params: Params, backbone: Backbone, part: str) -> EncodedPairs:
-    """The pairs of `part` (train, validation) as latents, encoded once for all stages that read them."""
+    """Load the pairs of `part` (train or validation) as latents, encoding them if they are not cached.
+
+    Raises:
+        ValueError: missing outputs of an earlier stage, or as `latents.encode`.
+    """
     from functools import partial
 
     from spo.data.images import decode_image
@@ -29,15 +33,15 @@ def latent_pairs(params: Params, backbone: Backbone, part: str) -> EncodedPairs:
 
     folder = require(Path("outputs/pairs") / part, "preference pairs")
     total = read_json("outputs/pairs/summary.json", "summary of the pairs")[part]
-    made_by = ("latents", str(backbone.image_size), params.backbone.dtype, _vae(params))
-    name = fingerprint(made_by, [folder], CODE)
+    settings = ("latents", str(backbone.image_size), params.backbone.dtype, _vae(params))
+    name = fingerprint(settings, [folder], CODE)
     decode = partial(decode_image, size=backbone.image_size)
     with distributed.state().main_process_first():
         return encode(read_pairs(folder), total, backbone, decode, SCRATCH / "latents" / f"{part}-{name}")
 
 
 def _vae(params: Params) -> str:
-    """The hashes of the VAE's files, as the stage `inputs` pinned them; of a single file, of all of it."""
+    """The hashes of the VAE's files from the stage `inputs`; of a single-file checkpoint, its hash."""
     base, *others = read_json("outputs/inputs/base.json", "hashes of the base model")
     if params.backbone.vae is not None:
         return str(others[0])

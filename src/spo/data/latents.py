@@ -1,4 +1,4 @@
-"""Preference pairs as latents in a memory-mapped file: random access in constant memory."""
+"""Preference pairs encoded to latents in a memory-mapped file: random access in constant memory."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from tqdm import tqdm
 from spo.diffusion import finite
 from spo.types import Backbone, PreferencePair
 
-BATCH = 32  # pairs an encoder forward
+BATCH = 32  # pairs per forward pass of the encoder
 FLOAT16_MAX = float(np.finfo(np.float16).max)
 
 
 @dataclass(frozen=True)
 class EncodedPairs:
-    """N judged pairs; labels and weights are [N], label_0 + label_1 = 1."""
+    """N labelled pairs; labels and weights are [N], label_0 + label_1 = 1."""
 
     latents: np.ndarray  # [N,2,C,h,w], on disk
     captions: list[str]
@@ -55,15 +55,15 @@ def encode(
     decode_image: Callable[[bytes], Tensor],
     folder: Path,
 ) -> EncodedPairs:
-    """Encode pairs with the backbone's VAE into `folder`, or read what already lies there whole.
+    """Encode pairs with the backbone's VAE into `folder`, or read a complete cache from it.
 
     Args:
-        total: number of pairs, known from the summary of the `pairs` stage.
-        decode_image: bytes to an image [3,H,W] in [-1,1].
-        folder: named by what the latents depend on (pairs and VAE).
+        total: number of pairs, from the summary of the `pairs` stage.
+        decode_image: decodes bytes to an image [3,H,W] in [-1,1].
+        folder: the cache, named by a fingerprint of the pairs and the VAE.
 
     Raises:
-        ValueError: latents that are NaN or infinite, or beyond what float16 holds.
+        ValueError: latents that are NaN, infinite or beyond the range of float16, or another number of pairs.
     """
     done = folder / "pairs.json"
     shape = (total, 2, *backbone.latent_shape)
@@ -77,7 +77,9 @@ def encode(
         partial.rename(done)
     rows = json.loads(done.read_text())
     if len(rows["captions"]) != total:
-        raise ValueError(f"{folder}: {len(rows['captions'])} pairs, but the summary says {total}; delete it")
+        raise ValueError(
+            f"{folder}: {len(rows['captions'])} pairs, but the summary says {total}; delete this folder"
+        )
     latents = np.memmap(folder / "latents.f16", np.float16, "r", shape=shape)
     return EncodedPairs(
         latents, rows["captions"], torch.tensor(rows["label_0"]), torch.tensor(rows["weight"])
@@ -85,33 +87,34 @@ def encode(
 
 
 def _allocate(path: Path, shape: tuple[int, ...]) -> np.ndarray:
-    """A float16 array in a file, whose room is taken at once: a page that finds no room kills the process.
+    """Map a float16 file and reserve its disk space: a page fault on a full disk kills the process.
 
     Raises:
-        OSError: the disk is too full for it.
+        OSError: not enough space on the disk.
     """
     size = math.prod(shape) * np.dtype(np.float16).itemsize
     with path.open("wb") as file:
         try:
             os.posix_fallocate(file.fileno(), 0, max(size, 1))
         except OSError as error:
-            told = f"{error.strerror}: the pairs' latents take {size / 1e6:.1f} MB"
-            raise OSError(error.errno, told, str(path)) from None
+            message = f"{error.strerror}: the pairs' latents take {size / 1e6:.1f} MB"
+            raise OSError(error.errno, message, str(path)) from None
     return np.memmap(path, np.float16, "r+", shape=shape)
 
 
 def _check(latents: Tensor, captions: list[str]) -> None:
-    """
+    """Refuse latents that float16 cannot hold.
+
     Raises:
-        ValueError: see `encode`.
+        ValueError: as `encode`.
     """
     finite.check_finite(finite.ENCODER, latents, captions)
     largest = latents.abs().flatten(1).max(1).values
     row = int(largest.argmax())
     if largest[row] > FLOAT16_MAX:
         raise ValueError(
-            f"the {finite.ENCODER} reaches {float(largest[row]):.4g}, beyond the {FLOAT16_MAX:.0f} that "
-            f"float16 holds, prompt {captions[row][:100]!r}: check the VAE's weights and its scaling_factor"
+            f"the {finite.ENCODER} reaches {float(largest[row]):.4g}, beyond float16's {FLOAT16_MAX:.0f}, "
+            f"prompt {captions[row][:100]!r}: check the VAE's weights and its scaling_factor"
         )
 
 

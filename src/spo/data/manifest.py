@@ -1,4 +1,4 @@
-"""What the experiment reads from outside: local paths and hub ids, pinned by their content."""
+"""Content hashes of external inputs: local paths, hub ids and URLs."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from spo.runtime.messages import redact
 
 
 def manifest(name: str, revision: str | None = None) -> dict[str, Any]:
-    """One input by content: a local path's SHA-256 of each file, or a hub id's commit and file hashes.
+    """Pin an input by its content: SHA-256 of each local file, or a hub repository's commit and file hashes.
 
     Args:
-        name: a path, or a hub id like `owner/name`.
+        name: a path, a URL, or a hub id such as `owner/name`.
         revision: of a hub id; a branch is resolved to its commit.
 
     Raises:
-        ValueError: neither a path nor a hub id that can be reached.
+        ValueError: neither an existing path, nor a hub id or URL that can be reached.
     """
     if remote.is_remote(name):
         return _remote_manifest(name)
@@ -29,15 +29,17 @@ def manifest(name: str, revision: str | None = None) -> dict[str, Any]:
         return {"path": name, "files": {_relative(p, path): _sha256(p) for p in files}}
     if is_hub_id(name):
         return _hub_manifest(name, revision)
-    raise ValueError(f"{name}: not there; run `make repro` or `dvc pull data.dvc`, or name it in params.yaml")
+    raise ValueError(
+        f"{name}: no such file or folder; run `make repro` or `dvc pull data.dvc`, or correct params.yaml"
+    )
 
 
 def _remote_manifest(url: str) -> dict[str, Any]:
-    """Files of a URL (hf://datasets/..., s3://...) by the content's hash that their store gives."""
-    files, root, found = remote.find(url)
-    pins = {p.removeprefix(root).lstrip("/"): i.get("blob_id") or files.ukey(p) for p, i in found.items()}
+    """Pin the files of a URL (hf://datasets/..., s3://...) by the content hashes of their store."""
+    files, root, entries = remote.find(url)
+    pins = {p.removeprefix(root).lstrip("/"): i.get("blob_id") or files.ukey(p) for p, i in entries.items()}
     if not pins:
-        raise ValueError(f"{redact(url)}: nothing is there; look at pairs.source in params.yaml")
+        raise ValueError(f"{redact(url)}: no files; check pairs.source in params.yaml")
     return {"url": redact(url), "files": pins}
 
 
@@ -48,13 +50,13 @@ def _hub_manifest(name: str, revision: str | None) -> dict[str, Any]:
         info = HfApi().model_info(name, revision=revision, files_metadata=True)
         files = {s.rfilename: s.lfs.sha256 if s.lfs else s.blob_id for s in info.siblings or ()}
         return {"hub": name, "revision": info.sha, "files": files}
-    except Exception as online:  # the hub's client raises a dozen kinds
+    except Exception as online:  # the hub's client raises many types
         try:
             cached = Path(snapshot_download(name, revision=revision, local_files_only=True))
         except Exception:
             raise ValueError(
                 f"{name}: not a local path, and the hub cannot be reached ({type(online).__name__}); "
-                "download it where there is a network and give its folder in params.yaml"
+                "download it on a machine with network access and give its folder in params.yaml"
             ) from None
         return {"hub": name, "revision": cached.name, "files": {}}
 

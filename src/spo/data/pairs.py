@@ -1,7 +1,7 @@
 """Preference pairs in Pick-a-Pic's schema: checked row by row, written as shards, read back one by one.
 
-Memory does not grow with the number of rows: shards are read in small batches, from a local folder or
-through fsspec from a hub (`hf://datasets/OWNER/NAME@REVISION/data`) or another store, nothing being kept.
+Memory does not grow with the number of rows: shards are read in small batches from a local folder, or
+streamed without a cache through fsspec (`hf://datasets/OWNER/NAME@REVISION/data`, s3://...).
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from spo.data import columns, remote, values
 from spo.data.reasons import first_line
 from spo.types import PreferencePair
 
-NEEDED = ("caption", "jpg_0", "jpg_1", "label_0", "label_1")
+REQUIRED = ("caption", "jpg_0", "jpg_1", "label_0", "label_1")
 READ_BATCH = 64  # rows
-BUFFER = 1 << 20  # bytes of a column that are read ahead; without it, a whole row group's column is
+BUFFER = 1 << 20  # bytes of a column that are read ahead; the default is a row group's complete column
 
 
 @dataclass(frozen=True)
 class Rejected:
-    """A row that was set aside."""
+    """A rejected row of a shard, and the reason."""
 
     shard: str
     row: int
@@ -32,56 +32,57 @@ class Rejected:
 
 
 def shards(source: str | Path) -> list[str | Path]:
-    """The parquet files of a folder or of a URL, in order.
+    """List the parquet files of a folder or of a URL, in order.
 
     Raises:
-        ValueError: there is none, or it cannot be reached.
+        ValueError: no such file, or a URL that cannot be reached.
     """
     if remote.is_remote(source):
         return list(_remote_shards(str(source)))
     source = Path(source)
-    found = sorted(source.rglob("*.parquet")) if source.is_dir() else [source] if source.exists() else []
-    if not found:
-        raise ValueError(f"{source}: no .parquet shards there; run `make repro` or `dvc pull data.dvc`")
-    return list(found)
+    paths = sorted(source.rglob("*.parquet")) if source.is_dir() else [source] if source.exists() else []
+    if not paths:
+        raise ValueError(f"{source}: no .parquet shards; run `make repro` or `dvc pull data.dvc`")
+    return list(paths)
 
 
 def _remote_shards(source: str) -> list[str]:
-    files, _, everything = remote.find(source)
-    found = [p for p in everything if p.endswith(".parquet")]
-    if not found:
-        raise ValueError(f"{source}: no .parquet shards there; look at pairs.source in params.yaml")
-    return [str(files.unstrip_protocol(p)) for p in found]
+    files, _, entries = remote.find(source)
+    paths = [p for p in entries if p.endswith(".parquet")]
+    if not paths:
+        raise ValueError(f"{source}: no .parquet shards; check pairs.source in params.yaml")
+    return [str(files.unstrip_protocol(p)) for p in paths]
 
 
 def count_rows(paths: Sequence[str | Path]) -> int:
+    """Count the rows of the shards by their metadata."""
     return sum(_open(path).metadata.num_rows for path in paths)
 
 
 def read_rows(paths: Sequence[str | Path]) -> Iterator[tuple[PreferencePair | None, Rejected | None]]:
-    """Every row of the shards, as a pair or as a reason why it is none.
+    """Iterate over all rows of the shards, each as a pair or as its rejection.
 
     Raises:
-        ValueError: a file is no parquet, is damaged, or lacks a column of a type that is read.
+        ValueError: a file that is not parquet or is damaged, or a column that is missing or of another type.
     """
     for path in paths:
         file = _open(path)
-        columns.check_columns(file, NEEDED, str(path))
-        wanted = [*NEEDED, *(c for c in columns.OPTIONAL if c in file.schema_arrow.names)]
-        name = str(path).rsplit("/", 1)[-1]
+        columns.check_columns(file, REQUIRED, str(path))
+        names = [*REQUIRED, *(c for c in columns.OPTIONAL if c in file.schema_arrow.names)]
+        shard = str(path).rsplit("/", 1)[-1]
         folder = None if remote.is_remote(path) else Path(path).parent
-        for row, record in enumerate(records(path, wanted)):
+        for row, record in enumerate(records(path, names)):
             try:
                 yield check(record, folder), None
             except ValueError as error:
-                yield None, Rejected(name, row, str(error))
+                yield None, Rejected(shard, row, str(error))
 
 
 def read_captions(paths: Sequence[str | Path]) -> Iterator[str]:
-    """The caption of every row; empty where `read_rows` rejects it.
+    """Iterate over the captions of all rows; a caption that `read_rows` rejects is empty.
 
     Raises:
-        ValueError: as `read_rows`, of the column of captions.
+        ValueError: as `read_rows`, for the caption column.
     """
     for path in paths:
         columns.check_columns(_open(path), ["caption"], str(path))
@@ -93,7 +94,11 @@ def read_captions(paths: Sequence[str | Path]) -> Iterator[str]:
 
 
 def records(path: str | Path, names: list[str]) -> Iterator[dict[str, Any]]:
-    """The rows of a parquet file, a few in memory at a time."""
+    """Iterate over the rows of a parquet file, with READ_BATCH rows in memory at a time.
+
+    Raises:
+        ValueError: a file that is not parquet, or is damaged.
+    """
     import pyarrow
 
     row = 0
@@ -106,13 +111,13 @@ def records(path: str | Path, names: list[str]) -> Iterator[dict[str, Any]]:
 
 
 def check(record: dict[str, Any], folder: Path | None) -> PreferencePair:
-    """A row of Pick-a-Pic as a pair.
+    """Convert a row in Pick-a-Pic's columns to a pair.
 
     Args:
-        folder: where images are that the row has by path; None: such are not read.
+        folder: of images that the row stores by path; None: such images are rejected.
 
     Raises:
-        ValueError: what is wrong with it, without the place.
+        ValueError: what is wrong with the row; the caller adds shard and row.
     """
     labelled = record.get("has_label")
     if labelled is not None and not values.read_flag("has_label", labelled):
@@ -128,13 +133,13 @@ def check(record: dict[str, Any], folder: Path | None) -> PreferencePair:
 
 
 def is_validation(caption: str, fraction: float, seed: int) -> bool:
-    """Whether a caption's pairs are for validation: by its content, so that no caption is on both sides."""
+    """Whether a caption's pairs are for validation, by its hash: no caption is in both parts."""
     digest = hashlib.sha256(f"{seed} {caption}".encode()).digest()
     return int.from_bytes(digest[:8], "big") < fraction * 2**64
 
 
 class ShardWriter:
-    """Writes pairs to train-00000.parquet ... of at most `rows_per_shard` rows."""
+    """Writes pairs to 00000.parquet, ... of at most `rows_per_shard` rows each."""
 
     def __init__(self, folder: Path, rows_per_shard: int) -> None:
         self.folder, self.rows_per_shard, self.count = folder, rows_per_shard, 0
@@ -143,6 +148,7 @@ class ShardWriter:
         folder.mkdir(parents=True, exist_ok=True)
 
     def add(self, pair: PreferencePair) -> None:
+        """Append a pair; a full shard is written."""
         self._rows.append(asdict(pair))
         self.labels["ties" if pair.label_0 == 0.5 else "decided"] += 1
         self.count += 1
@@ -150,6 +156,7 @@ class ShardWriter:
             self.close()
 
     def close(self) -> None:
+        """Write the last, partly filled shard."""
         import pyarrow as pa
         import pyarrow.parquet as pq
 
@@ -161,7 +168,7 @@ class ShardWriter:
 
 
 def read_pairs(folder: str | Path) -> Iterator[PreferencePair]:
-    """The pairs of a folder that ShardWriter wrote, in order."""
+    """Iterate over the pairs that a ShardWriter wrote to `folder`, in order."""
     names = [f.name for f in fields(PreferencePair)]
     for path in shards(folder):
         yield from (PreferencePair(**record) for record in records(path, names))
@@ -176,5 +183,5 @@ def _open(path: str | Path) -> Any:
 
             return pq.ParquetFile(fsspec.open(str(path), "rb").open(), buffer_size=BUFFER, pre_buffer=False)
         return pq.ParquetFile(path, buffer_size=BUFFER, pre_buffer=False)
-    except Exception as error:  # pyarrow's kinds, and those of each store
+    except Exception as error:  # pyarrow's types, and those of each store
         raise ValueError(f"{path}: not a readable parquet file ({first_line(error)})") from None

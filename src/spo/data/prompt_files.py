@@ -1,4 +1,4 @@
-"""Prompt lists in any of the usual formats: every row is read as it is meant, or the file is refused."""
+"""Prompt lists in the usual file formats; a file whose rows are ambiguous is refused."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from typing import Any, Literal
 from spo.data import columns
 from spo.data.reasons import first_line
 
-COLUMNS = ("caption", "prompt", "text")  # looked for in this order, whatever their case
-DELIMITERS = {".csv": ",;\t", ".tsv": "\t"}  # spreadsheets write semicolons where the comma is decimal
+COLUMNS = ("caption", "prompt", "text")  # in order of precedence; case does not matter
+DELIMITERS = {".csv": ",;\t", ".tsv": "\t"}  # spreadsheets write semicolons where the decimal sign is a comma
 Rows = list[tuple[int, list[str]]]  # (line, fields); the first is the header
 
 
 def read_prompts(path: str | Path) -> list[str]:
-    """The prompts of a .txt (one a line), .json, .jsonl, .csv, .tsv or .parquet file, in order.
+    """Read the prompts of a .txt (one per line), .json, .jsonl, .csv, .tsv or .parquet file, in order.
 
     Raises:
-        ValueError: no such file, another ending, a row that cannot be read, or no caption column.
+        ValueError: no such file, another ending, an unreadable row, or no caption column.
     """
     path = Path(path)
     readers: dict[str, Callable[[Path], list[str]]] = {
@@ -35,10 +35,10 @@ def read_prompts(path: str | Path) -> list[str]:
         ".parquet": lambda p: list(parquet_captions(p)),
     }
     if not path.exists():
-        raise ValueError(f"{path}: no prompts there; run `make repro` or `dvc pull data.dvc`")
+        raise ValueError(f"{path}: no such file of prompts; run `make repro` or `dvc pull data.dvc`")
     ending = path.suffix.lower()
     if path.is_dir() or ending not in readers:
-        kind = "a folder" if path.is_dir() else ending or "this"
+        kind = "a folder" if path.is_dir() else ending or "a file without an ending"
         raise ValueError(f"{path}: prompts are read from {', '.join(readers)}, not {kind}")
     try:
         return readers[ending](path)
@@ -47,10 +47,10 @@ def read_prompts(path: str | Path) -> list[str]:
 
 
 def parquet_captions(path: Path) -> Iterator[str]:
-    """The caption column of a parquet file, a batch in memory at a time; null is empty.
+    """Iterate over the caption column of a parquet file, with a batch in memory at a time; null becomes "".
 
     Raises:
-        ValueError: no such column, one of another type than text, or a row that is not UTF-8.
+        ValueError: no such column, a column that is not text, or a row that is not UTF-8.
     """
     import pyarrow
     import pyarrow.parquet as pq
@@ -78,7 +78,7 @@ def _decoded(value: str | bytes | None, where: str) -> str:
 
 
 def _text(path: Path) -> str:
-    """UTF-8, or UTF-16 that begins with its mark, as spreadsheets write it."""
+    """Read a text file in UTF-8, or in UTF-16 with a byte order mark, as spreadsheets write it."""
     data = path.read_bytes()
     wide = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     try:
@@ -93,7 +93,7 @@ def _text(path: Path) -> str:
 
 
 def _text_lines(path: Path) -> list[str]:
-    """U+2028 and the like are within a line, not its end."""
+    """Split a text file at line feeds and carriage returns only: U+2028 and the like belong to a line."""
     lines = _text(path).replace("\r\n", "\n").replace("\r", "\n").split("\n")
     return lines if lines[-1] else lines[:-1]
 
@@ -111,7 +111,7 @@ def _json(path: Path) -> list[str]:
         raise ValueError(_at(path, str(error)[:300])) from None
     if not isinstance(content, list):
         raise ValueError(f"{path}: must be a list of captions, is a {type(content).__name__}")
-    return [_caption(item, path, f"item {i}") for i, item in enumerate(content)]
+    return [_caption(entry, path, f"entry {i}") for i, entry in enumerate(content)]
 
 
 def _jsonl(path: Path) -> list[str]:
@@ -129,12 +129,12 @@ def _jsonl(path: Path) -> list[str]:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object whose keys differ; json itself takes the last of two without a word."""
+    """Build a JSON object and refuse duplicate keys, of which `json` silently takes the last."""
     content = dict(pairs)
     if len(content) < len(pairs):
         keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"an object has the key {ascii(twice)[:80]} twice; keep one")
+        duplicate = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"an object has the key {ascii(duplicate)[:80]} twice; keep one")
     return content
 
 
@@ -142,15 +142,15 @@ def _at(path: Path, message: str, place: str = "") -> str:
     return message if str(path) in message else f"{path}: {place}{message}"
 
 
-def _caption(item: Any, path: Path, where: str) -> str:
-    if isinstance(item, str):
-        return item
-    if not isinstance(item, dict):
-        raise ValueError(f"{path}: {where} is neither a caption nor an object with one (a {_type(item)})")
-    name = _column([str(k) for k in item], path, where)
-    if not isinstance(item[name], str):
-        raise ValueError(f"{path}: {where}: {name} is a {_type(item[name])}; it must be text")
-    return item[name]
+def _caption(entry: Any, path: Path, where: str) -> str:
+    if isinstance(entry, str):
+        return entry
+    if not isinstance(entry, dict):
+        raise ValueError(f"{path}: {where} is a {_type(entry)}; it must be a caption or an object with one")
+    name = _column([str(k) for k in entry], path, where)
+    if not isinstance(entry[name], str):
+        raise ValueError(f"{path}: {where}: {name} is a {_type(entry[name])}; it must be text")
+    return entry[name]
 
 
 def _type(value: Any) -> str:
@@ -158,7 +158,7 @@ def _type(value: Any) -> str:
 
 
 def _table(path: Path) -> list[str]:
-    """The caption column of a table, all of whose rows have as many fields as its header."""
+    """Read the caption column of a table; every row must have as many fields as the header."""
     text = _text(path)
     delimiters = DELIMITERS[path.suffix.lower()]
     delimiter = next((d for d in delimiters if _names_a_column(text, d)), delimiters[0])
@@ -172,7 +172,7 @@ def _table(path: Path) -> list[str]:
 
 
 def _parse_spaced(text: str, delimiter: str, path: Path) -> list[str] | None:
-    """The captions if spaces after a separator are no part of a field: 1, "a cat". None: no table then."""
+    """The captions if spaces after a separator are dropped (`1, "a cat"`); None if that gives no table."""
     try:
         rows = _parse(text, delimiter, csv.QUOTE_MINIMAL, path, skipinitialspace=True)
         return _captions_of(rows, path)
@@ -184,7 +184,7 @@ def _refuse_spaced_quotes(rows: Rows, captions: list[str], spaced: list[str] | N
     for (line, _), caption, other in zip(rows[1:], captions, spaced or captions, strict=False):
         if caption.lstrip(" ") != other.lstrip(" "):
             raise ValueError(
-                f"{path}: line {line}: a space before a quote leaves open whether the prompt has quotes; "
+                f"{path}: line {line}: with a space before it, a quote may or may not belong to the prompt; "
                 "remove the space"
             )
 
@@ -196,9 +196,10 @@ def _names_a_column(text: str, delimiter: str) -> bool:
 
 
 def _parse(text: str, delimiter: str, quoting: Literal[0, 3], path: Path, **spaces: bool) -> Rows:
-    """
+    """Parse a table to rows with their line numbers.
+
     Raises:
-        ValueError: the line whose quotes or number of fields is wrong.
+        ValueError: a line with wrong quotes or another number of fields than the header.
     """
     lines = io.StringIO(text, newline="")
     reader = csv.reader(lines, delimiter=delimiter, quoting=quoting, strict=True, **spaces)  # type: ignore[arg-type]
@@ -212,7 +213,7 @@ def _parse(text: str, delimiter: str, quoting: Literal[0, 3], path: Path, **spac
     for line, fields in rows:
         if len(fields) != len(rows[0][1]):
             raise ValueError(
-                f"{path}: line {line} has {len(fields)} fields, the header {len(rows[0][1])}; "
+                f"{path}: line {line} has {len(fields)} fields, the header has {len(rows[0][1])}; "
                 "put prompts that contain the separator in quotes"
             )
     return rows
@@ -220,20 +221,20 @@ def _parse(text: str, delimiter: str, quoting: Literal[0, 3], path: Path, **spac
 
 def _captions_of(rows: Rows, path: Path) -> list[str]:
     if not rows:
-        raise ValueError(f"{path}: is empty; the first line must name a column {', '.join(COLUMNS)}")
+        raise ValueError(f"{path}: is empty; its first line must name a column {' or '.join(COLUMNS)}")
     header = [name.strip() for name in rows[0][1]]
-    place = header.index(_column(header, path))
-    return [fields[place] for _, fields in rows[1:]]
+    position = header.index(_column(header, path))
+    return [fields[position] for _, fields in rows[1:]]
 
 
 def _tab_separated(text: str, path: Path) -> list[str]:
-    """A table with tabs, whose quotes are either a writer's or part of the prompts.
+    """Read a tab-separated table, whose quotes are either CSV quoting or part of the prompts.
 
-    Lists such as PartiPrompts have no quoting: a quote is part of the prompt. Writers quote what holds a
-    quote, a tab or the end of a line, and double its quotes; then writing the rows again gives the same text.
+    Lists such as PartiPrompts do not quote: a quote is part of the prompt. CSV writers quote a field with a
+    quote, a tab or a line end, and double its quotes; writing the parsed rows again then gives the same text.
 
     Raises:
-        ValueError: neither reading has rows of one length, or a quoted field may be several rows.
+        ValueError: no reading gives rows of equal length, or both readings are plausible.
     """
     try:
         plain = _captions_of(_parse(text, "\t", csv.QUOTE_NONE, path), path)
@@ -255,17 +256,17 @@ def _tab_separated(text: str, path: Path) -> list[str]:
     if not _is_written(rows, text):
         line = next(rows[i][0] for i, (p, q) in enumerate(zip(plain, quoted, strict=True), 1) if p != q)
         raise ValueError(
-            f"{path}: line {line}: the quotes around the prompt may be part of it or not; save the list as "
-            ".jsonl, or with every field and the header in quotes"
+            f"{path}: line {line}: the quotes around the prompt may or may not be part of it; save the list "
+            "as .jsonl, or with every field and the header in quotes"
         )
     return quoted
 
 
 def _quoted_captions(text: str, path: Path) -> list[str]:
-    """Those of a table that is no table without quotes; its fault is told as of such where quotes fail too.
+    """The captions of a table that is valid only with CSV quoting.
 
     Raises:
-        ValueError: the line that is wrong.
+        ValueError: the first wrong line; that of the unquoted reading if the header has no quotes.
     """
     try:
         return _captions_of(_parse(text, "\t", csv.QUOTE_MINIMAL, path), path)
@@ -276,17 +277,17 @@ def _quoted_captions(text: str, path: Path) -> list[str]:
 
 
 def _is_written(rows: Rows, text: str) -> bool:
-    """Whether a writer of quoted tables would write just this text."""
+    """Whether a CSV writer would write the rows as exactly this text."""
     output = io.StringIO()
     csv.writer(output, delimiter="\t", lineterminator="\n").writerows(fields for _, fields in rows)
     return output.getvalue().split() == text.split()
 
 
 def _column(names: Sequence[str], path: Path, where: str = "the header") -> str:
-    for wanted in COLUMNS:
-        matches = [n for n in names if n.strip().casefold().lstrip("\ufeff") == wanted]
+    for column in COLUMNS:
+        matches = [n for n in names if n.strip().casefold().lstrip("\ufeff") == column]
         if len(matches) > 1:
-            raise ValueError(f"{path}: {where} has {len(matches)} columns {wanted}; keep one")
+            raise ValueError(f"{path}: {where} has {len(matches)} columns {column}; keep one")
         if matches:
             return matches[0]
     listed = ascii(", ".join(map(str, names)))[1:-1][:300] or "nothing"

@@ -1,4 +1,4 @@
-"""Prompts cleaned, deduplicated and split without leakage."""
+"""Clean, deduplicate and order prompts."""
 
 from __future__ import annotations
 
@@ -13,20 +13,23 @@ from pathlib import Path
 
 from spo.data.prompt_files import read_prompts
 
-# Punctuation that says something: C# is not C, 1/2 is not 12.
+# Punctuation with a meaning: C# is not C, 1/2 is not 12.
 SIGNS = frozenset("#%&@*/\\\u2030\u2031\u2032\u2033\u00a7\u00b6\u2020\u2021\u203b")
 DASHES = frozenset("-\u2013")  # a minus, where a number follows
-# Scripts that are written without spaces between words, by the names of their characters.
+# Scripts without spaces between words, by the Unicode names of their characters.
 UNSPACED = ("CJK", "HIRAGANA", "KATAKANA", "THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN")
-# No shape and no meaning: soft hyphen, zero-width space, direction and byte order marks, annotations. Listed,
-# as Python's own table calls emoji younger than itself unassigned, and the tags of a flag invisible.
+# Without a shape or a meaning: soft hyphen, zero-width space, direction and byte order marks, annotations. An
+# explicit list: Python's table calls emoji newer than itself unassigned, and the tags of flags invisible.
 INVISIBLE = frozenset(
     map(chr, (0xAD, 0x61C, 0x180E, 0x200B, 0x200E, 0x200F, 0x2060, 0xFEFF, 0xFFF9, 0xFFFA, 0xFFFB))
 ) | frozenset(map(chr, (*range(0x202A, 0x202F), *range(0x2061, 0x2070))))
 
 
 def clean(prompt: str) -> str:
-    """NFC, no control or invisible characters, single spaces; joiners, variation selectors and tags stay."""
+    """Normalise to NFC without control and invisible characters, with single spaces between words.
+
+    Joiners, variation selectors and tags stay: emoji consist of them.
+    """
     text = "".join(" " if c.isspace() else c for c in prompt if c.isspace() or _visible(c))
     return " ".join(unicodedata.normalize("NFC", text).split())
 
@@ -35,8 +38,8 @@ def _visible(character: str) -> bool:
     return character not in INVISIBLE and unicodedata.category(character) not in ("Cc", "Cs")
 
 
-def same(prompt: str) -> str:
-    """The text by which duplicates are found: NFC, case folded, single spaces.
+def exact_key(prompt: str) -> str:
+    """The text that duplicates share: NFC, case folded, single spaces.
 
     Not NFKC: CO₂ and CO2, or x² and x2, are tokenized and drawn differently.
     """
@@ -44,27 +47,29 @@ def same(prompt: str) -> str:
 
 
 def key(prompt: str) -> str:
-    """The text that near duplicates share: as `same`, of one width, without punctuation that means nothing.
+    """The text that near duplicates share: `exact_key` in one character width, without empty punctuation.
 
-    Letters, marks, digits, symbols and signs stay in every script. Of punctuation stay the signs of SIGNS, a
-    minus before a number, what stands between two digits or before a decimal, as in 3.5, 16:9 and .5, and
-    brackets that enclose no word, as in :).
+    Letters, marks, digits, symbols and signs of every script stay. Of punctuation stay: the signs of SIGNS, a
+    minus before a number, a mark between two digits or before a decimal, as in 3.5, 16:9 and .5, and brackets
+    that enclose no word, as in :).
     """
-    text = same("".join(map(_of_one_width, same(prompt)))).replace("\u2212", "-")
+    text = exact_key("".join(map(_normal_width, exact_key(prompt)))).replace("\u2212", "-")
     padded = f" {text}  "
-    kept = "".join(c if _means(padded[i], c, padded[i + 2 : i + 4]) else " " for i, c in enumerate(text))
-    return " ".join(kept.split()) or text
+    meaningful = "".join(
+        c if _is_meaningful(padded[i], c, padded[i + 2 : i + 4]) else " " for i, c in enumerate(text)
+    )
+    return " ".join(meaningful.split()) or text
 
 
-def _of_one_width(character: str) -> str:
+def _normal_width(character: str) -> str:
     """The ordinary form of full-width, half-width and small letters and signs."""
     if unicodedata.decomposition(character).startswith(("<wide>", "<narrow>", "<small>")):
         return unicodedata.normalize("NFKC", character)
     return character
 
 
-def _means(before: str, character: str, after: str) -> bool:
-    """Whether a character carries meaning between the one before it and the two after it."""
+def _is_meaningful(before: str, character: str, after: str) -> bool:
+    """Whether a character has a meaning between the one before it and the two after it."""
     category = unicodedata.category(character)
     if category[0] != "P" or character in SIGNS:
         return True
@@ -78,67 +83,67 @@ def _means(before: str, character: str, after: str) -> bool:
 
 
 def flaw(prompt: str) -> str | None:
-    """Why a prompt is no text that can be encoded, or None."""
+    """Why a prompt cannot be encoded; None if it can."""
     if any("\ud800" <= c <= "\udfff" for c in prompt):
         return "half of a surrogate pair"
     return "a NUL character" if "\0" in prompt else None
 
 
 @dataclass
-class Kept:
-    """Cleaned prompts, and why the others were left out: in = kept + left out."""
+class Selection:
+    """Cleaned prompts, and the rejected ones by reason; every prompt read is in one of the two."""
 
     prompts: list[str]
-    left_out: Counter[str] = field(default_factory=Counter)
-    reasons: list[tuple[int, str]] = field(default_factory=list)  # (number in the list, why)
+    rejected: Counter[str] = field(default_factory=Counter)
+    reasons: list[tuple[int, str]] = field(default_factory=list)  # (number in the list, reason)
 
 
 @dataclass(frozen=True)
 class BlockList:
-    """Words and phrases that no prompt may have."""
+    """Words and phrases that no prompt may contain."""
 
     pattern: re.Pattern[str]
 
     @classmethod
     def load(cls, path: str | Path) -> BlockList:
-        """From a text file: one word or phrase a line; empty lines and those that start with # are skipped.
+        """Read a text file with one word or phrase per line; empty lines and comments (#) are skipped.
 
         Raises:
-            ValueError: no such file, or nothing in it.
+            ValueError: no such file, or an empty list.
         """
         if not Path(path).is_file():
-            raise ValueError(f"{path}: no block list there; look at prompts.block_list in params.yaml")
+            raise ValueError(f"{path}: no such block list; check prompts.block_list in params.yaml")
         phrases = {key(line) for line in read_prompts(path) if not line.startswith("#")} - {""}
         if not phrases:
-            raise ValueError(f"{path}: the block list is empty; leave prompts.block_list out instead")
+            raise ValueError(f"{path}: the block list is empty; set prompts.block_list to null instead")
         return cls(re.compile("|".join(map(re.escape, sorted(phrases, key=lambda p: (-len(p), p))))))
 
     def __contains__(self, name: str) -> bool:
-        """Whether a prompt's key has one of them: as whole words, or anywhere in scripts without spaces."""
+        """Whether a prompt's key contains a phrase, as complete words or in a script without spaces."""
         start = 0
         while match := self.pattern.search(name, start):
             before, after = name[: match.start()], name[match.end() :]
-            if _unspaced(match[0]) or not (_ends_within(before, match[0]) or _goes_on(match[0], after)):
+            if _unspaced(match[0]) or not (_begins_earlier(before, match[0]) or _continues(match[0], after)):
                 return True
             start = match.start() + 1
         return False
 
 
-def _ends_within(before: str, phrase: str) -> bool:
-    """Whether the text before a phrase ends within its first word, or with the minus of its number."""
+def _begins_earlier(before: str, phrase: str) -> bool:
+    """Whether the first word of a phrase begins in the text before it, or its number has a minus there."""
     minus = before[-1:] == "-" and phrase[0].isdigit() and not _in_word(before[-2:-1])
     return minus or _in_word(before[-1:])
 
 
-def _goes_on(phrase: str, after: str) -> bool:
-    """Whether the last word goes on after a phrase; C goes on in C++ and C#, longer words do not."""
+def _continues(phrase: str, after: str) -> bool:
+    """Whether the last word of a phrase continues after it; + and # continue one letter only (C++, C#)."""
     rest = after.lstrip("+#")
     named = len(phrase.rpartition(" ")[2]) == 1 and rest != after and not _in_word(rest[:1])
     return named or _in_word(after[:1])
 
 
 def _in_word(character: str) -> bool:
-    """Whether it is a letter, a mark or a digit of a script with spaces; nothing is none."""
+    """Whether a character is a letter, mark or digit of a script with spaces; False for ""."""
     return unicodedata.category(character)[0] in "LMN" and not _unspaced(character) if character else False
 
 
@@ -152,14 +157,14 @@ def select(
     max_tokens: int,
     forbidden: Iterable[str] = (),
     blocked: BlockList | None = None,
-) -> Kept:
-    """Clean prompts and leave out empty, broken, blocked, too long, repeated and forbidden ones.
+) -> Selection:
+    """Clean prompts and reject empty, broken, blocked, too long, duplicate and forbidden ones.
 
     Args:
-        length: tokens of a prompt, with start and end.
-        forbidden: keys (see `key`) of prompts that must not be among them.
+        length: counts the tokens of a prompt, start and end tokens included.
+        forbidden: keys (see `key`) of prompts that must not be selected.
     """
-    kept, never = Kept([]), set(forbidden)
+    selection, excluded = Selection([]), set(forbidden)
     texts, names = set[str](), set[str]()
     for number, raw in enumerate(prompts):
         prompt, name = clean(raw), key(raw)
@@ -168,9 +173,9 @@ def select(
             reason = "broken_text"
         elif not name:
             reason = "empty"
-        elif name in never:
+        elif name in excluded:
             reason = "elsewhere"
-        elif same(prompt) in texts:
+        elif exact_key(prompt) in texts:
             reason = "duplicate"
         elif name in names:
             reason = "near_duplicate"
@@ -179,17 +184,17 @@ def select(
         elif length(prompt) > max_tokens:
             reason = "too_long"
         if reason is None:
-            texts.add(same(prompt))
+            texts.add(exact_key(prompt))
             names.add(name)
-            kept.prompts.append(prompt)
+            selection.prompts.append(prompt)
         else:
-            kept.left_out[reason] += 1
-            kept.reasons.append((number, reason))
-    return kept
+            selection.rejected[reason] += 1
+            selection.reasons.append((number, reason))
+    return selection
 
 
 def by_hash(prompts: Sequence[str], seed: int) -> list[str]:
-    """In an order that depends on the seed and each prompt's content alone, not on the file's order."""
+    """Sort prompts by a hash of seed and content: the order does not depend on the order of the file."""
 
     def rank(prompt: str) -> bytes:
         return hashlib.sha256(f"{seed} {key(prompt)}".encode()).digest()
@@ -198,18 +203,18 @@ def by_hash(prompts: Sequence[str], seed: int) -> list[str]:
 
 
 def check_vocabulary(prompts: Iterable[str], path: str | Path) -> None:
-    """Every word of the prompts must be in the list at `path` (one a line).
+    """Check that every word of the prompts is in the list at `path` (one word per line).
 
     Raises:
-        ValueError: the first prompt with other words, which ones, and words near to them.
+        ValueError: the first prompt with unknown words, and the nearest known words.
     """
     known = set(Path(path).read_text(encoding="utf-8").split())
     for prompt in prompts:
-        strange = [w for w in prompt.casefold().split() if w not in known]
-        if strange:
-            near = [m for w in strange for m in difflib.get_close_matches(w, sorted(known), n=1)]
-            hint = f"; near to it: {', '.join(near)}" if near else ""
+        unknown = [w for w in prompt.casefold().split() if w not in known]
+        if unknown:
+            near = [m for w in unknown for m in difflib.get_close_matches(w, sorted(known), n=1)]
+            hint = f"; did you mean {', '.join(near)}?" if near else ""
             raise ValueError(
-                f"prompt {prompt!r}: {', '.join(map(repr, strange))} not in the vocabulary of the model "
+                f"prompt {prompt!r}: {', '.join(map(repr, unknown))} not in the vocabulary of the model "
                 f"({path}){hint}"
             )

@@ -1,4 +1,4 @@
-"""Files of a store behind a URL (hf://datasets/..., s3://..., memory://...), through fsspec."""
+"""Files of a remote store by URL (hf://datasets/..., s3://..., memory://...), through fsspec."""
 
 from __future__ import annotations
 
@@ -6,14 +6,17 @@ from typing import Any
 
 
 def is_remote(source: object) -> bool:
-    """Whether it is a URL, not a path."""
+    """Whether a source is a URL rather than a path."""
     return "://" in str(source)
 
 
 def find(url: str) -> tuple[Any, str, dict[str, dict[str, Any]]]:
-    """The store, the root of `url` in it, and what the store tells of each file below, by path in order.
+    """List the files below a URL.
 
-    A `*` in the last part of the URL chooses files: `hf://datasets/OWNER/NAME/data/validation_unique-*.parquet`.
+    A `*` in the last part of the URL selects files: `hf://datasets/OWNER/NAME/data/validation_unique-*.parquet`.
+
+    Returns:
+        The fsspec file system, the root of `url` in it, and its details of each file, sorted by path.
 
     Raises:
         ValueError: the store cannot be reached.
@@ -25,8 +28,8 @@ def find(url: str) -> tuple[Any, str, dict[str, dict[str, Any]]]:
         if "*" in root:
             return files, root.rpartition("/")[0], dict(sorted(files.glob(root, detail=True).items()))
         return files, root, dict(sorted(files.find(root, detail=True).items()))
-    except Exception as error:  # each store has its own kinds
+    except Exception as error:  # each store raises its own types
         raise ValueError(
-            f"{url}: cannot be reached ({type(error).__name__}); download it where there is a network "
-            "and give its folder in params.yaml"
+            f"{url}: cannot be reached ({type(error).__name__}); download it on a machine with network "
+            "access and give its folder in params.yaml"
         ) from None

@@ -1,4 +1,4 @@
-"""Preference data wherever it comes from: parquet shards in Pick-a-Pic's schema, or HPDv2's JSON."""
+"""Preference data from any source: parquet shards in Pick-a-Pic's schema, or HPDv2's JSON."""
 
 from __future__ import annotations
 
@@ -12,21 +12,31 @@ HPD = "train.json"
 
 
 def count_rows(source: str | Path) -> int:
+    """Count the rows of a source.
+
+    Raises:
+        ValueError: as `read_rows`.
+    """
     file = _hpd_file(source)
     return hpd.count_rows(file) if file else pairs.count_rows(pairs.shards(source))
 
 
 def read_rows(source: str | Path) -> Iterator[tuple[PreferencePair | None, pairs.Rejected | None]]:
-    """Every row as a pair or as a reason why it is none.
+    """Iterate over all rows, each as a pair or as its rejection.
 
     Raises:
-        ValueError: nothing is there, or a file is damaged or of another schema.
+        ValueError: no such source, or a file that is damaged or of another schema.
     """
     file = _hpd_file(source)
     return hpd.read_rows(file) if file else pairs.read_rows(pairs.shards(source))
 
 
 def read_captions(source: str | Path) -> Iterator[str]:
+    """Iterate over the captions of all rows; a caption that `read_rows` rejects is empty.
+
+    Raises:
+        ValueError: as `read_rows`, for the caption column.
+    """
     file = _hpd_file(source)
     return hpd.read_captions(file) if file else pairs.read_captions(pairs.shards(source))
 

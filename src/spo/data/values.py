@@ -1,6 +1,6 @@
-"""Captions, labels and images of preference data from the values that people store them in.
+"""Read captions, labels and images from the types in which preference data sets store them.
 
-Each function takes the name of what it reads, for its message.
+Each function takes the name of the column or key for its error messages.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ _FLAGS = {"true": True, "false": False, "1": True, "0": False, "1.0": True, "0.0
 
 
 def read_caption(name: str, value: Any) -> str:
-    """A caption from text or from UTF-8 bytes.
+    """Read a caption from text or UTF-8 bytes.
 
     Raises:
-        ValueError: it is missing, empty, or no valid text.
+        ValueError: a missing, empty or invalid text.
     """
     if value is None:
         raise ValueError(f"{name} is missing")
@@ -49,10 +49,10 @@ def read_caption(name: str, value: Any) -> str:
 
 
 def read_number(name: str, value: Any) -> float:
-    """A number from a number of any type, or from text that is one.
+    """Read a number from any numeric type or from text.
 
     Raises:
-        ValueError: it is missing, not a number, or not finite.
+        ValueError: a missing value, not a number, or not finite.
     """
     if value is None:
         raise ValueError(f"{name} is missing")
@@ -71,10 +71,10 @@ def read_number(name: str, value: Any) -> float:
 
 
 def read_labels(values: Sequence[Any], names: Sequence[str] = ("label_0", "label_1")) -> tuple[float, float]:
-    """The labels of a pair: 1 and 0, 0 and 1, or .5 each.
+    """Read the labels of a pair: 1 and 0, 0 and 1, or .5 each.
 
     Raises:
-        ValueError: they are others.
+        ValueError: other labels.
     """
     first, second = (read_number(name, value) for name, value in zip(names, values, strict=True))
     if (first, second) not in ((1, 0), (0, 1), (0.5, 0.5)):
@@ -83,10 +83,10 @@ def read_labels(values: Sequence[Any], names: Sequence[str] = ("label_0", "label
 
 
 def read_flag(name: str, value: Any) -> bool:
-    """True or false, also as 1 or 0 and as text.
+    """Read a boolean, also from 1, 0 or text.
 
     Raises:
-        ValueError: it is neither.
+        ValueError: any other value.
     """
     flag = _FLAGS.get(str(value).strip().lower())
     if flag is None:
@@ -95,13 +95,13 @@ def read_flag(name: str, value: Any) -> bool:
 
 
 def read_image(name: str, value: Any, folder: Path | None) -> bytes:
-    """An encoded image from bytes, {bytes, path}, a list of bytes, or base64 text (also a data: URL).
+    """Read an encoded image from bytes, {bytes, path}, a list of bytes, or base64 text (also a data: URL).
 
     Args:
-        folder: where a path without bytes is looked for; None: nowhere.
+        folder: of images that are stored by path; None: such images are refused.
 
     Raises:
-        ValueError: it is missing, or no image that can be read.
+        ValueError: a missing value, or an image that cannot be decoded.
     """
     if isinstance(value, dict):
         data = _of_struct(name, value, folder)
@@ -122,33 +122,33 @@ def read_image(name: str, value: Any, folder: Path | None) -> bytes:
     return data
 
 
-def read_file(folder: Path, name: Any, places: Sequence[str] = (".",)) -> bytes:
-    """The content of the file `name` in one of the `places` inside a folder.
+def read_file(folder: Path, name: Any, subfolders: Sequence[str] = (".",)) -> bytes:
+    """Read the file `name` in the first of the `subfolders` of a folder that has it.
 
     Raises:
-        ValueError: no such file there, or one that lies outside of the folder.
+        ValueError: no such file, or one outside of the folder.
     """
     shown = ascii(name)[:80]
     if not isinstance(name, str) or not name or not name.isprintable():
-        raise ValueError(f"{shown} is no name of a file")
+        raise ValueError(f"{shown} is not a file name")
     try:
-        for spelled in dict.fromkeys((name, name.replace("\\", "/"))):  # as Windows writes it
-            for place in places:
-                path = (folder / place / spelled).resolve()
+        for spelling in dict.fromkeys((name, name.replace("\\", "/"))):  # the latter: written on Windows
+            for subfolder in subfolders:
+                path = (folder / subfolder / spelling).resolve()
                 if not path.is_relative_to(folder.resolve()):
                     raise ValueError(f"{shown} leads out of the data set")
                 if path.is_file():
                     if path.stat().st_size > MAX_FILE:
                         raise ValueError(f"{shown} has more than {MAX_FILE} bytes")
                     return path.read_bytes()
-    except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle
-        reason = getattr(error, "strerror", None) or "links in a circle"
+    except (OSError, RuntimeError) as error:  # RuntimeError: a loop of symbolic links
+        reason = getattr(error, "strerror", None) or "a loop of symbolic links"
         raise ValueError(f"{shown} cannot be read ({reason})") from None
     raise ValueError(f"{shown}: no such image")
 
 
 def _of_struct(name: str, value: dict[str, Any], folder: Path | None) -> Any:
-    """As Hugging Face's `datasets` stores an image: its bytes, or none and the path of its file."""
+    """Read an image as Hugging Face's `datasets` stores it: its bytes, or null and the path of its file."""
     data, path = value.get("bytes"), value.get("path")
     if isinstance(data, np.ndarray):
         return _of_numbers(name, data)
@@ -157,7 +157,7 @@ def _of_struct(name: str, value: dict[str, Any], folder: Path | None) -> Any:
     if path is None:
         raise ValueError(f"{name} is missing: it has neither bytes nor a path")
     if folder is None:
-        raise ValueError(f"{name} has a path without bytes; such images are read beside local shards only")
+        raise ValueError(f"{name} has a path without bytes; images by path need shards in a local folder")
     try:
         return read_file(folder, path)
     except ValueError as error:
@@ -166,7 +166,7 @@ def _of_struct(name: str, value: dict[str, Any], folder: Path | None) -> Any:
 
 def _of_numbers(name: str, values: np.ndarray) -> bytes:
     if values.size and (values.dtype.kind not in "iu" or values.min() < 0 or values.max() > 255):
-        raise ValueError(f"{name} is a list whose values are not whole numbers from 0 to 255")
+        raise ValueError(f"{name} is a list whose values are not integers from 0 to 255")
     return values.astype(np.uint8).tobytes()
 
 
@@ -182,7 +182,7 @@ def _of_text(name: str, text: str) -> bytes:
     except (binascii.Error, ValueError) as error:
         shown = ascii(text[:40])
         raise ValueError(
-            f"{name} is text, but not an image in base64: {shown} ({first_line(error)})"
+            f"{name} is text, but not a base64-encoded image: {shown} ({first_line(error)})"
         ) from None
 
 

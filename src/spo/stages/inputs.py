@@ -19,7 +19,7 @@ def run(params: Params, item: str | None = None) -> None:
     with stage("inputs", params):
         for role, named in sources(params).items():
             write_json(OUTPUT / f"{role}.json", [manifest(n, revision) for n, revision in named if n])
-        write_json(OUTPUT / DEFAULTS, config.left_out(params))
+        write_json(OUTPUT / DEFAULTS, config.code_defaults(params))
 
 
 def sources(params: Params) -> dict[str, list[Source]]:

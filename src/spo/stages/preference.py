@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spo.config import Params, Preference
-from spo.runtime.files import write_json
+from spo.runtime.files import require, write_json
 from spo.runtime.fingerprint import fingerprint
 from spo.runtime.workspace import METRICS, SCRATCH, TRAINING
 from spo.stages.common import stage
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from spo.types import Backbone
 
 OUTPUT = Path("outputs/preference")
+VALIDATION_PROMPTS = Path("outputs/prompts/validation.txt")
 CODE = ("backbones", "data", "diffusion", "preference", "rewards", "training", "types.py")  # that trains
 BASELINES: dict[str, dict[str, bool]] = {
     "unconditioned": {"step_condition": False},
@@ -52,7 +53,8 @@ def run(params: Params, item: str | None = None) -> None:
             model.save_pretrained(OUTPUT)
             tokenizer.save_pretrained(OUTPUT)
         write_json(METRICS / f"{name}.json", {**report, "seconds": round(time.monotonic() - started, 1)})
-        tracked.log_metrics({f"accuracy_t{t}": a for t, a in report["accuracy"].items()}, step=0)
+        for name in ("accuracy", "local"):
+            tracked.log_metrics({f"{name}_t{t}": a for t, a in report.get(name, {}).items()}, step=0)
         shutil.rmtree(scratch, ignore_errors=True)
 
 
@@ -77,15 +79,17 @@ def _train(
         model.start_at(settings.logit_scale)
     model.to(backbone.device)
     pairs = {part: latent_pairs(params, backbone, part) for part in ("train", "validation")}
-    told: dict[str, Any] = {}
+    facts: dict[str, Any] = {}
     if settings.labels is not None:
         from spo.preference.pseudo_labels import relabelled
 
-        pairs["train"], told["pseudo_labels"] = relabelled(pairs["train"], settings, str(backbone.device))
+        pairs["train"], facts["pseudo_labels"] = relabelled(pairs["train"], settings, str(backbone.device))
     setup = spm.Setup(model, tokenizer, backbone, schedule)
     store = CheckpointStore(scratch / "checkpoints")
     spm.train(setup, pairs["train"], settings, seed=params.seed, checkpoint=store, on_metrics=curve.log)
     timesteps, guidance = settings.eval_timesteps, settings.guidance
+    if settings.local_prompts:
+        facts["local"] = _local_judgement(params, settings, setup)
     measured = spm.evaluate(setup, pairs["validation"], timesteps, guidance, seed=params.seed)
     return (
         model,
@@ -95,9 +99,39 @@ def _train(
             "n": int((pairs["validation"].label_0 != 0.5).sum()),
             "n_train": len(pairs["train"]),
             "updates": settings.steps,
-            **told,
+            **facts,
         },
     )
+
+
+def _local_judgement(params: Params, settings: Preference, setup: Any) -> dict[str, float]:
+    """Correlation with the oracle within the candidates of a step, by timestep.
+
+    Raises:
+        ValueError: there is no oracle, or too few validation prompts.
+    """
+    from spo.evaluation.local_judgement import local_judgement
+    from spo.preference.reward_model import ClipRewardModel
+    from spo.scenes.oracle import Oracle
+
+    if params.score.oracle is None:
+        raise ValueError("preference.local_prompts: needs score.oracle, which only scenes has; set it to 0")
+    prompts = require(VALIDATION_PROMPTS, "validation prompts").read_text().splitlines()
+    if len(prompts) < settings.local_prompts:
+        raise ValueError(
+            f"preference.local_prompts: {settings.local_prompts} is more than the {len(prompts)} prompts of "
+            f"{VALIDATION_PROMPTS}"
+        )
+    by_timestep = local_judgement(
+        setup.backbone,
+        ClipRewardModel(setup.model, setup.tokenizer),
+        Oracle(params.score.oracle),
+        prompts[: settings.local_prompts],
+        steps=settings.num_inference_steps,
+        guidance=settings.guidance,
+        seed=params.seed,
+    )
+    return {str(t): round(value, 4) for t, value in by_timestep.items()}
 
 
 def _scratch(params: Params, settings: Preference) -> Path:

@@ -52,7 +52,7 @@ def prepare(section: config.Prompts, seed: int, length: Callable[[str], int], ou
     lists = {"train": (train, kept), "evaluation": (evaluation, held_out)}
     summary: dict[str, Any] = {name: len(lines) for name, lines in parts.items()}
     summary["read"] = {name: len(raw) for name, (raw, _) in lists.items()}
-    summary["left_out"] = {name: dict(told.left_out) for name, (_, told) in lists.items()}
+    summary["left_out"] = {name: dict(told.rejected) for name, (_, told) in lists.items()}
     summary["not_needed"] = {name: len(told.prompts) - used[name] for name, (_, told) in lists.items()}
     _write_set_aside(output / "set_aside.csv", {name: told for name, (_, told) in lists.items()})
     write_json(output / "summary.json", summary)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from spo.config import Spo
+from spo.config import Rollout
 from spo.diffusion import ddim
 from spo.diffusion.noise import SampleNoise
 from spo.diffusion.schedule import Schedule
@@ -15,7 +15,7 @@ from spo.training import distributed
 from spo.types import Conditioning, StepPair
 
 
-def blocks(config: Spo, schedule: Schedule) -> list[list[int]]:
+def blocks(config: Rollout, schedule: Schedule) -> list[list[int]]:
     """Runs of `inner_steps` steps (indices into schedule.timesteps), each judged once at its end.
 
     Candidates part at the first step of a block. As in the official SDXL code, where a block has
@@ -44,7 +44,7 @@ def blocks(config: Spo, schedule: Schedule) -> list[list[int]]:
     return found
 
 
-def thresholds(config: Spo, schedule: Schedule, found: list[list[int]]) -> list[float]:
+def thresholds(config: Rollout, schedule: Schedule, found: list[list[int]]) -> list[float]:
     """The least gap of a valid pair in each block: from `threshold` to `threshold_end`, by its first step."""
     start = config.threshold
     end = start if config.threshold_end is None else config.threshold_end
@@ -88,7 +88,7 @@ def random_pairs(scores: Tensor, threshold: float, noise: SampleNoise) -> tuple[
 
 
 def choose(
-    config: Spo, scores: Tensor, threshold: float, noise: SampleNoise
+    config: Rollout, scores: Tensor, threshold: float, noise: SampleNoise
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The pair of each sample as config.pair_choice says; returns as `select_pairs` does."""
     if config.pair_choice == "random":
@@ -96,7 +96,7 @@ def choose(
     return select_pairs(scores, threshold)
 
 
-def resample(config: Spo, win: Tensor, lose: Tensor, noise: SampleNoise) -> Tensor:
+def resample(config: Rollout, win: Tensor, lose: Tensor, noise: SampleNoise) -> Tensor:
     """The candidate int64 [B] whose latents the rollout continues from.
 
     Continuing from the winner or from the loser collapsed training in the paper (Sec. 4.1).

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from spo.config import Spo
+from spo import config
 from spo.diffusion import ddim, finite
 from spo.diffusion.denoiser import GuidedDenoiser
 from spo.diffusion.noise import SampleNoise
@@ -66,17 +66,17 @@ class _Prompts:
 
 
 class Rollout:
-    """DDIM from x_T with `config.candidates` branches at the diverted steps."""
+    """DDIM from x_T with `settings.candidates` branches at the diverted steps."""
 
-    def __init__(self, config: Spo, schedule: Schedule, reward_model: RewardModel) -> None:
+    def __init__(self, settings: config.Rollout, schedule: Schedule, reward_model: RewardModel) -> None:
         """`schedule` has the sampler's timesteps, on the backbone's device.
 
         Raises:
-            ValueError: the config leaves no step to draw candidates at.
+            ValueError: the settings leave no step to draw candidates at.
         """
-        self.blocks = step_pairs.blocks(config, schedule)
-        self._thresholds = step_pairs.thresholds(config, schedule, self.blocks)
-        self.config, self.schedule, self.reward_model = config, schedule, reward_model
+        self.blocks = step_pairs.blocks(settings, schedule)
+        self._thresholds = step_pairs.thresholds(settings, schedule, self.blocks)
+        self.settings, self.schedule, self.reward_model = settings, schedule, reward_model
 
     def run(self, backbone: Backbone, prompts: list[str], noise: SampleNoise) -> Iterator[JudgedStep]:
         """Yield the pairs of every diverted step for B prompts; `noise` is of B samples.
@@ -85,7 +85,7 @@ class Rollout:
             ValueError: something on the way is NaN or infinite.
         """
         own = self._encode(backbone, prompts)
-        branched = own.repeat(self.config.candidates)
+        branched = own.repeat(self.settings.candidates)
         starts = {block[0]: number for number, block in enumerate(self.blocks)}
         every = torch.arange(len(prompts), device=backbone.device)
         x_t, output, i = noise.draw(), None, 0
@@ -93,22 +93,22 @@ class Rollout:
             timesteps = self.schedule.timesteps[i].expand(len(prompts))
             if output is None:
                 output = own.predict(x_t, timesteps)
-            step = ddim.transition(self.schedule, output, timesteps, x_t, self.config.eta)
+            step = ddim.transition(self.schedule, output, timesteps, x_t, self.settings.eta)
             if i not in starts:
                 x_t, output, i = ddim.sample(step, noise.draw()), None, i + 1
                 continue
             block, threshold = self.blocks[starts[i]], self._thresholds[starts[i]]
             branches = self._branch(block, step, noise, branched)
             scores, outputs = self._score(backbone, block[-1], branches[-1], branched)
-            win, lose, valid = step_pairs.choose(self.config, scores, threshold, noise)
+            win, lose, valid = step_pairs.choose(self.settings, scores, threshold, noise)
             for index, pair in self._pairs(block, x_t, branches, win, lose, own.denoiser):
                 yield JudgedStep(index, pair, valid, scores)
-            following = step_pairs.resample(self.config, win, lose, noise), every
+            following = step_pairs.resample(self.settings, win, lose, noise), every
             x_t, i = branches[-1][following], block[-1] + 1
             output = None if outputs is None else outputs[following]
 
     def _encode(self, backbone: Backbone, prompts: list[str]) -> _Prompts:
-        denoiser = GuidedDenoiser.encode(backbone, prompts, self.config.guidance)
+        denoiser = GuidedDenoiser.encode(backbone, prompts, self.settings.guidance)
         check = finite.FiniteCheck(self.schedule.timesteps)
         check.note_text(denoiser.conditioning, prompts)
         check.note_text(denoiser.unconditional, [""] * len(prompts))
@@ -118,13 +118,13 @@ class Rollout:
         self, block: list[int], step: ddim.Transition, noise: SampleNoise, prompts: _Prompts
     ) -> list[Tensor]:
         """The latents [K,B,C,h,w] of the branches after each step of the block; `step` is its first."""
-        k = self.config.candidates
+        k = self.settings.candidates
         branches = [ddim.sample(step, noise.draw_many(k))]
         for i in block[1:]:
             flat = branches[-1].flatten(0, 1)
             timesteps = self.schedule.timesteps[i].expand(len(flat))
             output = prompts.predict(flat, timesteps)
-            step = ddim.transition(self.schedule, output, timesteps, flat, self.config.eta)
+            step = ddim.transition(self.schedule, output, timesteps, flat, self.settings.eta)
             branches.append(ddim.sample(step, noise.draw_many(k).flatten(0, 1)).view_as(branches[-1]))
         return branches
 

@@ -1,0 +1,69 @@
+"""Sections of evaluation: generated images, scores, the report and the registry."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from spo.config.base import Guidance, Positive, Section, Seed
+from spo.config.models import AestheticConfig, HpsConfig, PickScoreConfig
+
+
+class Variant(Section):
+    """One model of the comparison: an adapter (or none) and a guidance scale."""
+
+    adapter: str | None = None  # a LoRA, a UNet, or a complete pipeline
+    guidance: Guidance
+
+
+class Generate(Section):
+    """Images of the evaluation prompts, and the variants that generate them."""
+
+    split: Literal["test", "validation"] = "test"  # validation: for tuning
+    num_inference_steps: Positive = 20
+    eta: Annotated[float, Field(ge=0)] = 1.0
+    seed: Seed = 0
+    batch_size: Positive = 16
+    base: Variant
+    base_high_guidance: Variant
+    spo: Variant
+    diffusion_dpo: Variant
+
+
+class Score(Section):
+    """The scorers of generated images."""
+
+    batch_size: Positive = 32
+    pickscore: PickScoreConfig
+    hps: HpsConfig
+    aesthetic: AestheticConfig
+    oracle: str | None = None  # folder of the oracle; only the scenes world has ground truth
+
+
+class Report(Section):
+    """The statistics and the image grid of the report."""
+
+    baselines: tuple[str, ...] = ("base", "base_high_guidance", "diffusion_dpo")
+    bootstrap_samples: Positive = 10_000
+    grid_prompts: Positive = 8
+
+
+class Registry(Section):
+    """The model registered in MLflow, and the gate to its alias `champion`.
+
+    Bounds are of the 95 % interval of the mean paired difference to the champion (to the baseline while
+    there is no champion), in the units of the score.
+    """
+
+    name: str | None = None  # of the registered model; None: the experiment's name
+    method: Literal["spo", "diffusion_dpo"] = "spo"
+    baseline: str = "base"
+    improves: tuple[str, ...] = ("pickscore",)  # superiority: the lower bound must exceed 0
+    holds: dict[str, Annotated[float, Field(ge=0)]] = {  # non-inferiority: it must not be below -x
+        "hps": 0.5,
+        "aesthetic": 0.05,
+    }
+
+
+VARIANTS = tuple(n for n, f in Generate.model_fields.items() if f.annotation is Variant)

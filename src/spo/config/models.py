@@ -1,0 +1,74 @@
+"""Sections of the models: the backbone and the scorers."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from spo.config.base import Positive, Section
+
+# default of backbone.config, by family: the repository whose configs describe a single-file checkpoint
+SINGLE_FILE_CONFIG = {
+    "sd": "stable-diffusion-v1-5/stable-diffusion-v1-5",
+    "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
+}
+
+
+class Scheduler(Section):
+    """Overrides of the checkpoint's scheduler_config.json; null: as the file says."""
+
+    prediction_type: Literal["epsilon", "v_prediction"] | None = None
+    rescale_betas_zero_snr: bool | None = None
+    timestep_spacing: Literal["leading", "trailing", "linspace"] | None = None
+
+
+class Backbone(Section):
+    """The base model to be aligned."""
+
+    family: Literal["sd", "sdxl"]
+    checkpoint: str  # a diffusers folder, a single .safetensors file or a hub id
+    revision: str | None = None  # of a hub id: a commit hash
+    variant: str | None = None  # of weight files, as fp16 in model.fp16.safetensors; null: the only one
+    config: str | None = None  # of a single file: the diffusers folder or hub id with its configs
+    license: str | None = None  # of the base model, for the model cards of its fine-tunes
+    vae: str | None = None  # folder or hub id of a replacement VAE (SDXL: the fp16-safe one)
+    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
+    channels_last: bool = False
+    scheduler: Scheduler = Scheduler()
+
+    @property
+    def is_single_file(self) -> bool:
+        return self.checkpoint.lower().endswith(".safetensors")
+
+    @property
+    def described_by(self) -> str:
+        """The folder or hub id with the config files and tokenizers."""
+        if self.is_single_file:
+            return self.config or SINGLE_FILE_CONFIG[self.family]
+        return self.checkpoint
+
+
+class PickScoreConfig(Section):
+    """PickScore: a folder or hub id of its CLIP."""
+
+    model: str
+    processor: str | None = None  # folder or hub id of the tokenizer; None: that of the model
+    revision: str | None = None
+    image_size: Positive = 224
+
+
+class HpsConfig(Section):
+    """Human Preference Score v2 or v2.1: an open_clip model."""
+
+    architecture: str  # an open_clip model name, or a model config file (.json)
+    checkpoint: str
+    tokenizer: str | None = None  # a folder; None: open_clip's default for the architecture
+    image_size: Positive = 224
+
+
+class AestheticConfig(Section):
+    """LAION's aesthetic predictor: a CLIP (folder or hub id) and the weights of its head."""
+
+    clip: str
+    head: str
+    revision: str | None = None
+    image_size: Positive = 224

@@ -1,0 +1,27 @@
+"""All sections of params.yaml together."""
+
+from __future__ import annotations
+
+from spo.config.base import Positive, Section, Seed
+from spo.config.data import Pairs, Prompts
+from spo.config.evaluation import Generate, Registry, Report, Score
+from spo.config.models import Backbone
+from spo.config.training import Align, Preference
+
+
+class Params(Section):
+    """An experiment."""
+
+    name: str
+    seed: Seed = 0
+    processes: Positive = 1  # of each training, generation and scoring stage; one per GPU
+    tracking: str | None = None  # MLflow's URI; None: MLFLOW_TRACKING_URI, else SQLite in the repository
+    backbone: Backbone
+    prompts: Prompts
+    pairs: Pairs
+    preference: Preference
+    align: Align
+    generate: Generate
+    score: Score
+    report: Report
+    registry: Registry = Registry()

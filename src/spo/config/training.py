@@ -1,0 +1,150 @@
+"""Sections of training: the preference model and the alignment methods."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from spo.config.base import Count, Fraction, Guidance, Positive, Rate, Section
+from spo.config.models import AestheticConfig, HpsConfig, PickScoreConfig
+
+
+class Optimizer(Section):
+    """AdamW with a linear warm-up."""
+
+    learning_rate: Rate
+    weight_decay: Annotated[float, Field(ge=0)] = 1e-4
+    beta1: Fraction = 0.9
+    beta2: Fraction = 0.999
+    epsilon: Rate = 1e-8
+    warmup_steps: Count = 0
+    max_grad_norm: Rate | None = 1.0
+    eight_bit: bool = False  # 8-bit optimizer state, by bitsandbytes
+
+
+class PseudoLabels(Section):
+    """Labels of the training pairs by one scorer, in place of the annotators' labels."""
+
+    pickscore: PickScoreConfig | None = None
+    hps: HpsConfig | None = None
+    aesthetic: AestheticConfig | None = None
+    gap: Rate = 0.1  # in the scorer's units; a smaller difference is a tie
+    batch_size: Positive = 16
+
+    @model_validator(mode="after")
+    def _one(self) -> PseudoLabels:
+        given = [n for n in ("pickscore", "hps", "aesthetic") if getattr(self, n) is not None]
+        if len(given) != 1:
+            raise ValueError(f"must name one scorer (pickscore, hps or aesthetic), not {len(given)}")
+        return self
+
+
+class Preference(Section):
+    """The step-aware preference model (SPM) and its training."""
+
+    init: str  # a CLIP-format model folder or hub id
+    revision: str | None = None
+    tokenizer: str | None = None  # folder or hub id; None: that of `init`
+    step_condition: bool = True  # False: the same CLIP without adaLN
+    noised: bool = True  # False: trained on clean images only
+    trained: Literal["all", "heads"] = "all"  # by labels; heads: projections, last norms, step condition
+    labels: PseudoLabels | None = None  # None: the annotators'
+    logit_scale: Rate | None = None  # initial value; None: that of `init`
+    optimizer: Optimizer
+    ema: Annotated[float, Field(ge=0, lt=1)] = 0.0  # decay of the average of the weights; 0: no average
+    steps: Positive
+    batch_size: Positive
+    guidance: Guidance = 5.0
+    num_inference_steps: Positive = 20
+    eval_timesteps: tuple[Count, ...] = (0, 251, 501, 701, 951)
+    local_prompts: Count = 0  # validation prompts whose candidates the oracle scores too; only scenes has one
+    gradient_accumulation: Positive = 1  # parts of an update's batch, one forward pass each
+    gradient_checkpointing: bool = False  # less memory for one more forward pass
+    checkpoint_every: Positive = 100
+
+
+class Lora(Section):
+    """A low-rank adapter of the UNet (arXiv 2106.09685)."""
+
+    rank: Positive
+    alpha: Positive
+    target_modules: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
+
+
+class Validation(Section):
+    """Validation while a method trains, by the scorers of `score`, and limits that stop the training.
+
+    None as a limit: not applied.
+    """
+
+    every: Positive  # iterations
+    prompts: Annotated[int, Field(ge=2)] = 8
+    images: Annotated[int, Field(ge=2)] = 2  # per prompt, to measure diversity
+    max_fall: Rate | None = None  # drop of a score, in standard errors of the paired difference to the start
+    max_divergence: Rate | None = None  # `kl` (SPO, nats per step) or `output_distance` (Diffusion-DPO)
+    min_diversity: Fraction | None = None  # as a fraction of the diversity at the start
+
+
+class Rollout(Section):
+    """A stepwise method's rollout: where candidates are drawn and how two of them form a pair."""
+
+    candidates: Annotated[int, Field(ge=2)] = 4  # K
+    num_inference_steps: Positive = 20
+    eta: Annotated[float, Field(gt=0)] = 1.0
+    guidance: Guidance = 5.0
+    divert_start_step: Count = 4
+    timestep_range: tuple[Count, Count] | None = None  # lowest and highest t of an x_t that gives pairs
+    inner_steps: Positive = 1  # denoising steps of the K branches before they are scored (SDXL: 3)
+    pair_choice: Literal["best_worst", "random"] = "best_worst"  # which two of the K candidates form a pair
+    resampler: Literal["random", "win", "lose"] = "random"  # the candidate from which the rollout continues
+    threshold: Fraction = 0.3  # least difference of the softmax over a pair's scores, first diverted step
+    threshold_end: Fraction | None = None  # at the last step; linear in `threshold_by`; None: constant
+    threshold_by: Literal["step", "timestep", "sigma"] = "step"  # sigma: DDIM's at eta (arXiv 2502.01051)
+
+    @field_validator("timestep_range")
+    @classmethod
+    def _ordered(cls, value: tuple[int, int] | None) -> tuple[int, int] | None:
+        if value is not None and value[0] > value[1]:
+            raise ValueError("must have the lowest timestep first, as in [0, 750]")
+        return value
+
+
+class Spo(Rollout):
+    """Step-aware Preference Optimization (arXiv 2406.04314)."""
+
+    lora: Lora | None  # null: full fine-tuning of the UNet
+    optimizer: Optimizer
+    iterations: Positive  # rollouts
+    prompts_per_iteration: Positive
+    batch_size: Positive  # pairs per optimizer update
+    beta: Rate = 10.0
+    clip: Rate = 0.1
+    gradient_accumulation: Positive = 1  # parts of an update's batch, one forward pass each
+    gradient_checkpointing: bool = False  # less memory for one more forward pass
+    checkpoint_every: Positive = 5
+    validation: Validation | None = None
+
+
+class DiffusionDpo(Section):
+    """Diffusion-DPO (arXiv 2311.12908)."""
+
+    lora: Lora | None  # null: full fine-tuning of the UNet
+    optimizer: Optimizer
+    iterations: Positive  # optimizer updates
+    batch_size: Positive  # pairs per update
+    beta: Rate = 2000.0
+    gradient_accumulation: Positive = 1  # parts of an update's batch, one forward pass each
+    gradient_checkpointing: bool = False  # less memory for one more forward pass
+    checkpoint_every: Positive = 50
+    validation: Validation | None = None
+
+
+class Align(Section):
+    """The alignment methods."""
+
+    spo: Spo
+    diffusion_dpo: DiffusionDpo
+
+
+METHODS = tuple(Align.model_fields)

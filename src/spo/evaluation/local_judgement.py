@@ -1,0 +1,87 @@
+"""How well a preference model tells the candidates of one denoising step apart, where the truth is known.
+
+SPO compares candidates of one step, which differ by little; accuracy on labelled pairs, whose images differ
+in everything, hardly shows how well it does so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from spo import config
+from spo.diffusion.noise import SampleNoise
+from spo.diffusion.schedule import Schedule
+from spo.methods.stepwise.rollout import Rollout
+from spo.scenes.oracle import Oracle
+from spo.types import Backbone, RewardModel
+
+PROMPTS_AT_ONCE = 8
+CANDIDATES = 4
+
+
+class _BesideOracle:
+    """A reward model that keeps what the oracle says of the images that it scores."""
+
+    def __init__(self, reward_model: RewardModel, oracle: Oracle) -> None:
+        self.reward_model, self.oracle = reward_model, oracle
+        self.aesthetics: list[Tensor] = []
+
+    def encode_text(self, prompts: Sequence[str]) -> Tensor:
+        return self.reward_model.encode_text(prompts)
+
+    def score_images(self, images: Tensor, text: Tensor, timesteps: Tensor) -> Tensor:
+        quality, _ = self.oracle.model.perceive(images.clamp(-1, 1).float().cpu())
+        self.aesthetics.append(quality.mean(1))
+        return self.reward_model.score_images(images, text, timesteps)
+
+    def taken(self) -> Tensor:
+        """The oracle's aesthetics [N] of all images since the last call."""
+        values, self.aesthetics = torch.cat(self.aesthetics), []
+        return values
+
+
+def local_judgement(
+    backbone: Backbone,
+    reward_model: RewardModel,
+    oracle: Oracle,
+    prompts: Sequence[str],
+    *,
+    steps: int,
+    guidance: float,
+    seed: int,
+) -> dict[int, float]:
+    """Correlation of scores and the oracle's aesthetics within the candidates of a step, by its timestep.
+
+    Every step of rollouts of the base model over `steps` timesteps; the images are those that SPO's
+    candidates are judged by. The names are x_t's timesteps.
+    """
+    schedule = Schedule.from_config(backbone.scheduler_config, steps).to(backbone.device)
+    settings = config.Rollout(
+        candidates=CANDIDATES, num_inference_steps=steps, guidance=guidance, divert_start_step=0
+    )
+    beside = _BesideOracle(reward_model, oracle)
+    rollout = Rollout(settings, schedule, beside)
+    scores: dict[int, list[Tensor]] = {}
+    truth: dict[int, list[Tensor]] = {}
+    for start in tqdm(range(0, len(prompts), PROMPTS_AT_ONCE), "local judgement", unit="batch"):
+        part = list(prompts[start : start + PROMPTS_AT_ONCE])
+        keys = [f"local judgement {i}" for i in range(start, start + len(part))]
+        with backbone.inference():
+            noise = SampleNoise(seed, keys, backbone.latent_shape, backbone.device)
+            for judged in rollout.run(backbone, part, noise):
+                t = int(schedule.timesteps[judged.step])
+                scores.setdefault(t, []).append(judged.scores.float().cpu())
+                truth.setdefault(t, []).append(beside.taken().view(CANDIDATES, len(part)))
+    return {t: within_correlation(torch.cat(scores[t], 1), torch.cat(truth[t], 1)) for t in scores}
+
+
+def within_correlation(scores: Tensor, truth: Tensor) -> float:
+    """Pearson's correlation of scores [K,B] and truth [K,B] after each sample's mean over K is taken off; 0
+    where one of them does not vary."""
+    a, b = (x.double() - x.double().mean(0) for x in (scores, truth))
+    spread = float((a.square().sum() * b.square().sum()).sqrt())
+    return float((a * b).sum()) / spread if spread > 0 else 0.0

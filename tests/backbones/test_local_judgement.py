@@ -1,0 +1,37 @@
+"""Local judgement on a real backbone, by an oracle that agrees or disagrees."""
+
+import pytest
+import torch
+
+from spo.evaluation import local_judgement as module
+from spo.evaluation.local_judgement import local_judgement
+
+
+class Brightness:
+    """Scores images by their mean; the oracle of this test does so too, or says the opposite."""
+
+    def encode_text(self, prompts):
+        return torch.zeros(len(prompts), 1)
+
+    def score_images(self, images, text, timesteps):
+        return images.mean((1, 2, 3))
+
+
+class Sign:
+    def __init__(self, sign: float) -> None:
+        self.model, self.sign = self, sign
+
+    def perceive(self, images, captions=()):
+        return self.sign * images.mean((1, 2, 3)).view(-1, 1).expand(-1, 4), []
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_every_step_of_the_rollout_is_measured(load, monkeypatch, sign: float) -> None:
+    monkeypatch.setattr(module, "PROMPTS_AT_ONCE", 2)
+    backbone = load("sd")
+    measured = local_judgement(
+        backbone, Brightness(), Sign(sign), ["a circle", "a star", "a ring"], steps=4, guidance=2.0, seed=0
+    )
+    assert len(measured) == 4 and list(measured) == sorted(measured, reverse=True)
+    # images beyond [-1, 1] are clamped for the oracle alone
+    assert all(sign * value > 0.9 for value in measured.values())
