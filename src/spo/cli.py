@@ -1,4 +1,7 @@
-"""The command line. Imports nothing heavy before a command runs; a user's mistake is one line, exit 2."""
+"""The command line: nothing heavy is imported before a command runs; a failure is one line.
+
+Exit codes: 2 for a mistake in parameters or data, 75 for what may pass by itself, 130 when stopped.
+"""
 
 from __future__ import annotations
 
@@ -6,15 +9,15 @@ import argparse
 import importlib
 import math
 import os
-import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from spo import config
-from spo.runtime import interrupt, launch
-from spo.runtime.messages import redact
+from spo.runtime import launch, signals
+from spo.runtime.exit_codes import MISTAKE, STOPPED, exit_code, leave_exit_code
+from spo.runtime.messages import first_line, redact
 
 # stage: (what it does, its items)
 STAGES: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -30,9 +33,9 @@ STAGES: dict[str, tuple[str, tuple[str, ...]]] = {
 
 
 def entry() -> int:
-    """`main`, and the certainty that Ctrl-C ends a stage."""
+    """Run `main`; in a stage, Ctrl-C has a limit after which the kernel ends the process."""
     if sys.argv[1:2] and sys.argv[1] in STAGES:
-        interrupt.install()
+        signals.arm_ctrl_c()
     return main()
 
 
@@ -46,15 +49,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not _launched(told, arguments):
             told.run(told)
     except (ValueError, FloatingPointError, OSError) as error:
-        return _fail(redact(str(error)))
+        return _fail(redact(str(error)), exit_code(error))
     except Exception as error:
         if (reason := _shortage(error)) is None:
             raise
-        return _fail(reason)
+        return _fail(reason, MISTAKE)
     except KeyboardInterrupt as stop:
         if launch.is_main_process():
             print(f"spo: {stop or 'stopped'}", file=sys.stderr)
-        return 130
+        return STOPPED
     return 0
 
 
@@ -66,7 +69,7 @@ def _launched(told: argparse.Namespace, arguments: Sequence[str]) -> bool:
     processes = config.load(told.params).processes
     if not launch.wanted(stage, processes):
         return False
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # the processes may take their time to save
+    signals.disarm_ctrl_c()
     launch.run(arguments, processes)
     return True
 
@@ -76,19 +79,21 @@ def _say(result: object) -> None:
         print(result)
 
 
-def _fail(reason: str) -> int:
-    if not launch.tell_launcher(reason):
+def _fail(reason: str, code: int) -> int:
+    """Say the reason once, in the outermost process; return the exit code, which a flow gets too."""
+    if not launch.report_to_launcher(reason, code):
         print(f"spo: {reason}", file=sys.stderr)
-    return 2
+    leave_exit_code(code)
+    return code
 
 
 def _shortage(error: Exception) -> str | None:
     """One line for what the machine has too little of; None for a mistake of ours."""
-    text = (str(error).splitlines() or [""])[0]
+    text = first_line(error, 200)
     if isinstance(error, MemoryError) or "can't allocate memory" in text or "out of memory" in text:
-        return f"out of memory ({text[:200] or 'this process'}); lower the stage's batch_size in params.yaml"
+        return f"out of memory ({text}); lower the stage's batch_size in params.yaml"
     if type(error).__name__ == "SafetensorError":  # its writer has no OSError
-        return f"weights cannot be read or written ({text[:200]})"
+        return f"weights cannot be read or written ({text})"
     return None
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
 
-from spo.data.reasons import first_line
+from spo.runtime.messages import first_line
 
 MAX_PIXELS = 64_000_000  # more is no image of a preference data set, but a bomb
 FORMATS = ("JPEG", "PNG", "WEBP")  # not all that Pillow knows: some start other programs

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from spo.data import columns
-from spo.data.reasons import first_line
+from spo.runtime.messages import first_line
 
 COLUMNS = ("caption", "prompt", "text")  # looked for in this order, whatever their case
 DELIMITERS = {".csv": ",;\t", ".tsv": "\t"}  # spreadsheets write semicolons where the comma is decimal

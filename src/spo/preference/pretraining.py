@@ -26,8 +26,9 @@ from spo.diffusion.noise import generator, shuffled
 from spo.preference.degradations import Draws, degrade
 from spo.preference.model import STEP_CONDITION, StepAwarePreferenceModel, token_ids
 from spo.preference.trainer import check_pairs, take_step
+from spo.runtime.signals import stop_on_signal
 from spo.training import distributed
-from spo.training.checkpoint import CheckpointStore, stop_on_signal
+from spo.training.checkpoint import CheckpointStore
 from spo.training.optimizer import adamw
 from spo.types import Backbone, LatentPairs
 

@@ -25,8 +25,9 @@ from spo.diffusion.schedule import Schedule
 from spo.preference.loss import preference_loss
 from spo.preference.model import StepAwarePreferenceModel, token_ids
 from spo.preference.noising import clean_pair, draw, noised_pair
+from spo.runtime.signals import stop_on_signal
 from spo.training import distributed
-from spo.training.checkpoint import CheckpointStore, stop_on_signal
+from spo.training.checkpoint import CheckpointStore
 from spo.training.optimizer import adamw
 from spo.types import Backbone, LatentPairs
 

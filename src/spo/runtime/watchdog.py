@@ -16,13 +16,12 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from spo.runtime.ancestors import dvc_ancestor
+from spo.runtime.signals import LAUNCHED, WATCHDOG_KILL, WATCHDOG_POLL
 
 if TYPE_CHECKING:
     import psutil
 
-PERIOD = 0.5  # seconds between two looks
-GRACE = 120.0  # seconds to finish and save the step in hand
-STAGE, LAUNCHED = "DVC_STAGE", "TORCHELASTIC_RUN_ID"  # set by DVC and by torch's launcher for what they start
+STAGE = "DVC_STAGE"  # set by DVC for what it starts
 
 
 @contextmanager
@@ -57,13 +56,13 @@ def tied_to_starter() -> Iterator[None]:
 
 
 def _watch(above: dict[str, psutil.Process], done: threading.Event) -> None:
-    while not done.wait(PERIOD):
+    while not done.wait(WATCHDOG_POLL):
         gone = next((name for name, process in above.items() if not _is_alive(process)), None)
         if gone is None:
             continue
         print(f"spo: the {gone} above (process {above[gone].pid}) is gone: stopping", file=sys.stderr)
         os.kill(os.getpid(), signal.SIGTERM)
-        if not done.wait(GRACE):
+        if not done.wait(WATCHDOG_KILL):
             os._exit(128 + signal.SIGTERM)
         return
 

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from spo.config import Params
+from spo.runtime.exit_codes import TransientError
 from spo.runtime.launch import is_main_process
 from spo.runtime.watchdog import tied_to_starter
 from spo.runtime.workspace import METRICS, SCRATCH
@@ -21,7 +22,7 @@ def stage(name: str, params: Params, item: str | None = None) -> Iterator[Any]:
     """One writer at a time, and one MLflow run; yields the run.
 
     Raises:
-        ValueError: another process runs this very stage.
+        TransientError: another process runs this very stage.
     """
     full = f"{name}-{item}" if item else name
     lock = SCRATCH / "locks" / full
@@ -31,7 +32,8 @@ def stage(name: str, params: Params, item: str | None = None) -> Iterator[Any]:
             if is_main_process():  # the processes of one training hold it together
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(f"stage {full} already runs in this folder; wait for it or stop it") from None
+            message = f"stage {full} already runs in this folder; wait for it or stop it"
+            raise TransientError(message) from None
         started = time.monotonic()
         began = time.time()
         with runs.stage_run(name, params.model_dump(), name=item) as run, tied_to_starter():

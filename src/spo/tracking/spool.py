@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from spo.runtime.files import write_json
 from spo.runtime.messages import redact
 from spo.runtime.workspace import home
 
@@ -120,10 +121,9 @@ class Spool:
             return {}  # what is delivered twice changes nothing
 
     def mark(self, store: str, run_id: str | None, offset: int) -> None:
-        path = self.path.with_suffix(".state")
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps({**self.state(), store: {"run_id": run_id, "offset": offset}}))
-        partial.replace(path)
+        """Note up to where a store has the records, and the run's id there."""
+        state = self.state() | {store: {"run_id": run_id, "offset": offset}}
+        write_json(self.path.with_suffix(".state"), state)
 
     def left(self, store: str | None = None) -> int:
         """Records that this store has not; None: that no store has."""

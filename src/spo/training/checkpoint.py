@@ -7,14 +7,14 @@ import io
 import itertools
 import os
 import shutil
-import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from spo.runtime.files import atomic
 
 
 class CheckpointStore:
@@ -39,21 +39,18 @@ class CheckpointStore:
         buffer = io.BytesIO()
         torch.save(state, buffer)
         data = buffer.getvalue()
-        partial = self.folder / ".partial"
         try:
-            with partial.open("wb") as file:
+            with atomic(self._path(step)) as partial, partial.open("wb") as file:
                 file.write(_digest(step, data) + data)
                 file.flush()
                 os.fsync(file.fileno())
-            partial.rename(self._path(step))
             self._flush_folder()
         except OSError as error:
-            with suppress(OSError):  # a read-only folder does not let it go either
-                partial.unlink()
             reason = f"checkpoint not written ({error.strerror}); the one before is whole"
             raise OSError(error.errno, reason, str(self.folder)) from None
-        for old in self._files()[: -self.keep] if self.keep else ():
-            old.unlink()
+        old = self._files()[: -self.keep] if self.keep else []
+        for path in (*old, *self.folder.glob(".*.partial")):  # of kills in the middle of a write
+            path.unlink()
 
     def latest(self) -> tuple[int, dict[str, Any]] | None:
         """The newest state that is whole; torn or altered ones are named and passed over."""
@@ -102,24 +99,3 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 def _digest(step: int, data: bytes) -> bytes:
     return hashlib.sha256(b"%08d" % step + data).digest()
-
-
-@contextmanager
-def stop_on_signal() -> Iterator[list[int]]:
-    """A list that is filled when SIGTERM or Ctrl-C arrives, so that the step in hand is finished and saved.
-
-    A second signal stops at once.
-    """
-    stopped: list[int] = []
-
-    def note(number: int, frame: Any) -> None:
-        if stopped:
-            raise KeyboardInterrupt("stopped at once; the last checkpoint is whole")
-        stopped.append(number)
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield stopped
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -7,19 +7,16 @@ however they were started (`processes` in params.yaml, `accelerate launch`, `tor
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from spo.runtime.signals import COLLECTIVE
 from spo.types import Conditioning
 
 if TYPE_CHECKING:
     from accelerate import PartialState
-
-# The others wait while the first encodes a data set. A process that has died is noticed at once.
-PATIENCE = timedelta(days=1)
 
 S = TypeVar("S", bound=Any)
 T = TypeVar("T")
@@ -31,7 +28,7 @@ def state() -> PartialState:
 
     # without being told so, accelerate joins no processes on the CPU
     cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
-    return PartialState(cpu, timeout=PATIENCE)
+    return PartialState(cpu, timeout=COLLECTIVE)
 
 
 def device() -> str:

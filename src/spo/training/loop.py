@@ -19,8 +19,9 @@ from tqdm import tqdm
 from spo import config
 from spo.diffusion import finite
 from spo.diffusion.guidance import guided, is_guided
+from spo.runtime.signals import stop_on_signal
 from spo.training import distributed
-from spo.training.checkpoint import CheckpointStore, stop_on_signal
+from spo.training.checkpoint import CheckpointStore
 from spo.training.optimizer import adamw
 from spo.types import Backbone, Batch, Method
 

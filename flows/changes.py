@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from spo import config
+from spo.runtime.files import atomic
 
 FILE = Path("params.yaml")
 
 
 def parse(text: str) -> tuple[str, Any]:
-    """`key=value` of a command line, the value as YAML 1.2 reads it (1e-4 is a number)."""
+    """Split `key=value` of a command line; the value is read as YAML 1.2 does (1e-4 is a number)."""
     from ruamel.yaml import YAML
     from ruamel.yaml.error import YAMLError
 
@@ -28,10 +29,10 @@ def parse(text: str) -> tuple[str, Any]:
 
 
 def merged(overrides: Mapping[str, Any]) -> config.Params:
-    """params.yaml with the overrides, checked.
+    """Return params.yaml with the overrides, checked.
 
     Raises:
-        ConfigError: one line; for a mistyped key with the nearest one.
+        ConfigError: one line; for a mistyped key, with the nearest one.
     """
     import yaml
 
@@ -41,7 +42,7 @@ def merged(overrides: Mapping[str, Any]) -> config.Params:
 
 
 def override(raw: Any, overrides: Mapping[str, Any]) -> Any:
-    """A copy of nested mappings in which dotted keys have new values.
+    """Return a copy of nested mappings in which dotted keys have new values.
 
     Raises:
         ConfigError: a key goes through a value.
@@ -67,7 +68,5 @@ def write(overrides: Mapping[str, Any]) -> None:
     yaml = YAML()
     yaml.preserve_quotes, yaml.width = True, 110
     content = override(yaml.load(FILE.read_text(encoding="utf-8")), overrides)
-    partial = FILE.with_name(f".{FILE.name}.new")
-    with partial.open("w", encoding="utf-8") as file:
-        yaml.dump(content, file)
-    partial.replace(FILE)
+    with atomic(FILE) as partial:
+        yaml.dump(content, partial)
