@@ -14,7 +14,6 @@ import contextlib
 import fcntl
 import json
 import os
-import signal
 import subprocess
 import sys
 import tempfile
@@ -40,6 +39,7 @@ from prefect.cache_policies import NO_CACHE  # noqa: E402
 from spo import config
 from spo.runtime.exit_codes import EXIT_FILE, TRANSIENT
 from spo.runtime.messages import redact
+from spo.runtime.signals import exit_on_sigterm
 from spo.tracking import dvc_lock, runs
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -218,9 +218,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.serve:
             pipeline.serve(name="spo", cron=options.cron, parameters=parameters)
         else:
-            # by an exit, which ends Prefect's temporary server too
-            signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
-            pipeline(**parameters)
+            with exit_on_sigterm():  # which ends Prefect's temporary server too
+                pipeline(**parameters)
     except (config.ConfigError, StageError) as error:
         print(f"pipeline: {error}", file=sys.stderr)
         return 2

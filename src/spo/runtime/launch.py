@@ -1,4 +1,4 @@
-"""A stage in several processes on this machine (`processes` in params.yaml), by torch's own launcher."""
+"""Run a stage in several processes on this machine (`processes` in params.yaml), by torch's own launcher."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""A stage ends when what started it (`dvc repro`, the launcher of its processes) is gone, however it went.
+"""End a stage when what started it (`dvc repro`, the launcher of its processes) is gone, however it went.
 
 DVC killed by SIGKILL or SIGTERM leaves its stages alive and writing. The kernel's own signal at a
 parent's death would not do: between DVC and the stage there is a shell, which lives on, and the signal
-follows the thread that started the process, not the process. So a thread looks after those above.
+follows the thread that started the process, not the process. So a thread polls the processes above.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ STAGE = "DVC_STAGE"  # set by DVC for what it starts
 
 @contextmanager
 def tied_to_starter() -> Iterator[None]:
-    """Within it, the end of the `dvc repro` or the launcher above this process is SIGTERM to it.
+    """Send SIGTERM to this process when the `dvc repro` or the launcher above it ends meanwhile.
 
-    Started by neither, nothing happens.
+    Nothing happens to a process that neither of them started.
 
     Raises:
-        ValueError: the one that started this process is gone already.
+        ValueError: what started this process is gone already.
     """
     import psutil
 
     parents = psutil.Process().parents()
-    found = dvc_ancestor((p.pid, p.create_time(), _command(p)) for p in parents)
+    repro = dvc_ancestor((p.pid, p.create_time(), _command(p)) for p in parents)
     above: dict[str, psutil.Process] = {}
-    if found:
-        above["`dvc repro`"] = next(p for p in parents if p.pid == found[0])
+    if repro:
+        above["`dvc repro`"] = next(p for p in parents if p.pid == repro[0])
     if STAGE in os.environ and not above:  # it took seconds to get here
         raise ValueError("the `dvc repro` that started this stage is gone: stopped before it wrote anything")
     if LAUNCHED in os.environ and parents:
@@ -48,7 +48,7 @@ def tied_to_starter() -> Iterator[None]:
         yield
         return
     done = threading.Event()
-    threading.Thread(target=_watch, args=(above, done), name="lifeline", daemon=True).start()
+    threading.Thread(target=_watch, args=(above, done), name="watchdog", daemon=True).start()
     try:
         yield
     finally:

@@ -1,4 +1,4 @@
-"""What every stage does around its one library call: lock, time, track, write."""
+"""Lock, watchdog, clock and MLflow run around the one library call of a stage."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from spo.tracking.dvc_lock import read_metrics
 
 @contextmanager
 def stage(name: str, params: Params, item: str | None = None) -> Iterator[Any]:
-    """One writer at a time, and one MLflow run; yields the run.
+    """Let one process at a time run a stage, in one MLflow run; yield the run.
 
     Raises:
         TransientError: another process runs this very stage.
@@ -43,7 +43,7 @@ def stage(name: str, params: Params, item: str | None = None) -> Iterator[Any]:
 
 
 def _log_written(run: runs.Run, full: str, began: float) -> None:
-    """What the stage wrote for `dvc metrics` goes to MLflow too, unless it was logged."""
+    """Log to MLflow what the stage wrote for `dvc metrics`, unless it was logged already."""
     name = "comparisons" if full == "report" else full.replace("-", "_")
     path = METRICS / f"{name}.json"
     if path.exists() and path.stat().st_mtime >= began - 1:

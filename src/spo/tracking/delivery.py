@@ -16,7 +16,7 @@ PERIOD, PAUSE = 5.0, 30.0  # seconds between deliveries, and after one that fail
 
 
 class Delivery:
-    """Delivers spools in a thread, so that a slow or missing server costs the stage nothing.
+    """Deliver spools in a thread, so that a slow or missing server costs the stage nothing.
 
     `watch` is called every PERIOD seconds, before a delivery.
     """

@@ -1,4 +1,4 @@
-"""Where a run comes from: its parameters, code, packages and machine."""
+"""Provenance of a run: its parameters, code, packages and machine."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ def section(params: Mapping[str, Any], stage: str, name: str | None) -> dict[str
 
 def versions() -> dict[str, str]:
     """Return the versions of Python and the packages that figures depend on, as far as installed."""
-    found = {"python": platform.python_version()}
+    installed = {"python": platform.python_version()}
     for package in PACKAGES:
         with suppress(metadata.PackageNotFoundError):
-            found[package] = metadata.version(package)
-    return found
+            installed[package] = metadata.version(package)
+    return installed
 
 
 def hardware() -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""MLflow: every stage is a run under one parent a `dvc repro`. A stage never fails or waits for it.
+"""MLflow runs: one for every stage, under one parent a `dvc repro`. No stage fails or waits for MLflow.
 
 What is logged is written to the spool at once; a thread delivers it every few seconds, and `spo sync`
 delivers what a server that was away did not get.
@@ -47,7 +47,7 @@ class Run:
 
     @property
     def key(self) -> str:
-        """What SPO_PARENT_RUN takes."""
+        """Return the value for SPO_PARENT_RUN."""
         return self.spool.key if self.spool else ""
 
     def log_metrics(self, metrics: Mapping[str, float], step: int = 0) -> None:
@@ -94,7 +94,7 @@ class Run:
 
 @contextmanager
 def stage_run(stage: str, params: Mapping[str, Any], name: str | None = None) -> Iterator[Run]:
-    """The MLflow run of a stage, named `stage` or `stage-name`; `params` is the whole params.yaml.
+    """Open the MLflow run of a stage, named `stage` or `stage-name`; `params` is the whole params.yaml.
 
     An exception passes on; the run is FAILED (KILLED if interrupted) with its message as tag `error`.
     """

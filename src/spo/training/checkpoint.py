@@ -1,4 +1,4 @@
-"""Resume state on disk: atomic, verified when read, the last good ones kept."""
+"""Resume state on disk: written in one step, verified when read, the newest ones retained."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class CheckpointStore:
 
     A file is a SHA-256 (32 bytes) of its number and the rest, then torch's own format. It is written
     beside its final name, flushed to disk and renamed, so that a kill at any moment leaves the older
-    ones whole. One process at a time writes to a folder.
+    ones complete. One process at a time writes to a folder.
     """
 
     def __init__(self, folder: Path, keep: int | None = 2) -> None:
@@ -46,14 +46,14 @@ class CheckpointStore:
                 os.fsync(file.fileno())
             self._flush_folder()
         except OSError as error:
-            reason = f"checkpoint not written ({error.strerror}); the one before is whole"
+            reason = f"checkpoint not written ({error.strerror}); the one before is complete"
             raise OSError(error.errno, reason, str(self.folder)) from None
         old = self._files()[: -self.keep] if self.keep else []
         for path in (*old, *self.folder.glob(".*.partial")):  # of kills in the middle of a write
             path.unlink()
 
     def latest(self) -> tuple[int, dict[str, Any]] | None:
-        """The newest state that is whole; torn or altered ones are named and passed over."""
+        """Return the newest complete state; torn or altered ones are named and skipped."""
         for path in reversed(self._files()):
             state = _read(path)
             if state is not None:
@@ -62,7 +62,7 @@ class CheckpointStore:
         return None
 
     def whole(self) -> Iterator[dict[str, Any]]:
-        """The states 0, 1, 2, ... as far as they are there and whole."""
+        """Yield the states 0, 1, 2, ... as far as they are there and complete."""
         for step in itertools.count():
             path = self._path(step)
             state = _read(path) if path.exists() else None
@@ -80,7 +80,7 @@ class CheckpointStore:
         return sorted(p for p in self.folder.glob("*.ckpt") if p.stem.isdecimal())
 
     def _flush_folder(self) -> None:
-        """The rename itself survives a power cut."""
+        """Make the rename survive a power cut."""
         folder = os.open(self.folder, os.O_RDONLY)
         try:
             os.fsync(folder)
@@ -89,7 +89,7 @@ class CheckpointStore:
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    """The state of a file; None if it is torn, altered or under another number."""
+    """Read the state of a file; None if it is torn, altered or under another number."""
     data = path.read_bytes()
     if _digest(int(path.stem), data[32:]) != data[:32]:
         return None
