@@ -77,12 +77,12 @@ def _read(parent: Spool) -> tuple[dict[str, str] | None, dict[str, Record]]:
         if record["op"] == "lock":
             before = record.get("hashes")
         elif record["op"] == "entry":
-            hashes[record.get("key")] = record.get("hash")
+            hashes[str(record.get("key"))] = record.get("hash")
         elif record["op"] == "end" and record.get("stage"):
             fields = ("status", "key", "hash", "cached")
             ends[str(record["stage"])] = {field: record.get(field) for field in fields}
     for end in ends.values():
-        end["hash"] = end["hash"] or hashes.get(end["key"])
+        end["hash"] = end["hash"] or hashes.get(str(end["key"]))
     return before if isinstance(before, dict) else None, ends
 
 
