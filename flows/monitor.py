@@ -3,7 +3,7 @@
     python flows/monitor.py data/new_prompts.txt --at-least pickscore=0.1          run now
     python flows/monitor.py new.txt --serve --cron "0 6 * * 1"   every Monday; needs a server
 
-Draws the prompts by the champion of MLflow's registry and by the base model, from the same seeds, and scores
+Generates images by the champion of MLflow's registry and by the base model, from the same seeds, and scores
 both. Where the champion's mean gain over the base is below its bound, the flow emits the event
 `spo.champion.dropped`, which an automation can answer, and fails.
 """
@@ -39,15 +39,15 @@ class QualityDropped(RuntimeError):
 
 @flow(name="spo-monitor")
 def monitor(prompts: str, at_least: dict[str, float] | None = None, seed: int = 0) -> list[dict[str, Any]]:
-    """The champion against the base model on new prompts: rows as in reports/comparisons.json.
+    """Compare the champion with the base model on new prompts: rows as in reports/comparisons.json.
 
     Args:
         prompts: a file: .txt (one a line), .json, .jsonl, .csv, .tsv or .parquet.
         at_least: {score: the smallest mean gain over the base}; none: 0 for those of the registry's gate.
-        seed: of the first picture; the next have the next ones.
+        seed: of the first image; the next ones have the next seeds.
 
     Raises:
-        ValueError: no such file, model or score; nothing was drawn then.
+        ValueError: no such file, model or score; no image was generated then.
         QualityDropped: after the event.
     """
     with contextlib.chdir(ROOT):
@@ -55,19 +55,19 @@ def monitor(prompts: str, at_least: dict[str, float] | None = None, seed: int = 
         lines = new_prompts(Path(prompts))
         bounds = at_least or dict.fromkeys(params.registry.improves, 0.0)
         rows, version = measure(params, lines, seed)
-        told = dropped(rows, bounds)
+        reasons = dropped(rows, bounds)
         create_table_artifact(
             [*rows], key="spo-monitor", description=f"champion: {version}, n = {len(lines)}"
         )
-        if told:
+        if reasons:
             resource = {"prefect.resource.id": f"spo.model.{params.registry.name or params.name}"}
-            emit_event(EVENT, resource=resource, payload={"version": version, "reasons": told})
-            raise QualityDropped("; ".join(told))
+            emit_event(EVENT, resource=resource, payload={"version": version, "reasons": reasons})
+            raise QualityDropped("; ".join(reasons))
     return rows
 
 
 def new_prompts(path: Path) -> list[str]:
-    """The prompts of a file of any kind that params.yaml may name, those that are not empty.
+    """Read the prompts of a file of any kind that params.yaml may name, those that are not empty.
 
     Raises:
         ValueError: no such file, nothing in it, or a prompt that cannot be encoded.
@@ -86,7 +86,7 @@ def new_prompts(path: Path) -> list[str]:
 
 
 def measure(params: config.Params, prompts: list[str], seed: int) -> tuple[list[dict[str, Any]], str]:
-    """(rows of the comparison, the champion's folder name, which holds its version)."""
+    """Return the rows of the comparison, and the champion's folder name, which holds its version."""
     from pandas import DataFrame
 
     from spo import backbones
@@ -105,15 +105,15 @@ def measure(params: config.Params, prompts: list[str], seed: int) -> tuple[list[
         backbone = backbones.load(params.backbone, distributed.device())
         if name == "champion":
             backbone.load_lora(adapter)
-        pictures = list(generation.draw(backbone, params, variant, prompts, seeds))
-        scores = score_images(params, pictures, prompts, distributed.device())
+        images = list(generation.draw(backbone, params, variant, prompts, seeds))
+        scores = score_images(params, images, prompts, distributed.device())
         tables[name] = DataFrame({"index": range(len(prompts)), "prompt": prompts, "seed": seeds, **scores})
     rows = statistics.comparisons(tables, ("base",), params.report.bootstrap_samples, params.seed)
     return rows, adapter.parents[1].name
 
 
 def dropped(rows: Sequence[Mapping[str, Any]], bounds: Mapping[str, float]) -> list[str]:
-    """What is below its bound, one sentence each.
+    """List what is below its bound, one sentence each.
 
     Raises:
         ValueError: a bound for a score that there is not.
@@ -146,15 +146,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--at-least", action="append", type=bound, default=[], metavar="SCORE=GAIN")
     parser.add_argument("--seed", type=int, default=0)
     serving.add_options(parser, CRON)
-    told = parser.parse_args(arguments)
-    serving.check(parser, told, CRON)
+    options = parser.parse_args(arguments)
+    serving.check(parser, options, CRON)
     os.chdir(ROOT)
-    parameters = {"prompts": told.prompts, "at_least": dict(told.at_least) or None, "seed": told.seed}
+    parameters = {
+        "prompts": options.prompts,
+        "at_least": dict(options.at_least) or None,
+        "seed": options.seed,
+    }
     try:
         config.load()
-        new_prompts(Path(told.prompts))
-        if told.serve:
-            monitor.serve(name="spo-monitor", cron=told.cron, parameters=parameters)
+        new_prompts(Path(options.prompts))
+        if options.serve:
+            monitor.serve(name="spo-monitor", cron=options.cron, parameters=parameters)
         else:
             monitor(**parameters)
     except QualityDropped as error:

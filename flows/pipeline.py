@@ -14,10 +14,9 @@ import contextlib
 import fcntl
 import json
 import os
-import re
-import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -26,6 +25,7 @@ from typing import Any
 os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
 os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "120")  # a busy machine
 
+import changes
 import serving
 import subprocesses
 from prefect import flow, get_run_logger, task  # noqa: E402
@@ -37,34 +37,29 @@ from prefect.artifacts import (  # noqa: E402
 from prefect.cache_policies import NO_CACHE  # noqa: E402
 
 from spo import config
-from spo.config import overrides as changes
+from spo.runtime.exit_codes import EXIT_FILE, TRANSIENT
 from spo.runtime.messages import redact
-from spo.tracking import runs
+from spo.runtime.signals import exit_on_sigterm
+from spo.tracking import dvc_lock, runs
 
 ROOT = Path(__file__).resolve().parents[1]
 DVC = [sys.executable, "-m", "dvc"]
 CRON = "0 3 * * *"  # every day at 3
-# what a later attempt may not meet again: locks of DVC and of a stage, and the network
-PASSING = re.compile(
-    r"Unable to acquire lock|is being blocked by|already runs in this folder|database is locked"
-    r"|Connection (refused|reset|aborted|error)|ConnectionError|ConnectTimeout|Read timed out"
-    r"|Temporary failure in name resolution|Max retries exceeded|\b(429|502|503|504) (Client|Server) Error"
-)
 
 
 class StageError(RuntimeError):
-    """A stage that failed; `passing` if another attempt may do better."""
+    """A stage that failed; `transient` if another attempt may succeed."""
 
-    def __init__(self, message: str, passing: bool) -> None:
+    def __init__(self, message: str, transient: bool) -> None:
         super().__init__(message)
-        self.passing = passing
+        self.transient = transient
 
 
 @flow(name="spo")
 def pipeline(
     overrides: dict[str, Any] | None = None, force: bool = False, wait_minutes: float = 0
 ) -> list[dict[str, Any]]:
-    """Run the experiment; what each stage did: {stage, result, seconds}.
+    """Run the experiment; return what each stage did: {stage, result, seconds}.
 
     Args:
         overrides: changes of params.yaml by dotted key, e.g. {"align.spo.beta": 20}; they stay in the file.
@@ -93,73 +88,78 @@ def pipeline(
                 raise
             finally:
                 parent.set_tags({f"dvc.{row['stage']}": row["result"] for row in done})
-                skipped = [row["stage"] for row in done if row["result"] != "ran"]
-                runs.close_parent(parent, params.model_dump(), status, skipped)
+                runs.close_parent(parent, params.model_dump(), status, [row["stage"] for row in done])
                 runs.sync(params.tracking)
             publish(done, params.tracking)
     return done
 
 
 def publish(done: Sequence[Mapping[str, Any]], configured: str | None) -> None:
-    """What Prefect's page shows: results and timings, the grid of pictures, where the MLflow runs are."""
+    """Show results and timings, the grid of images and where the MLflow runs are on Prefect's page."""
     create_markdown_artifact(summary(done, comparisons()), key="spo-results")
     uri = redact(runs.tracking_uri(configured))
     if uri.startswith("http"):
         create_link_artifact(uri, key="spo-mlflow", link_text="the runs in MLflow")
     grid = Path("reports/grid.png")
     if grid.exists():  # in the page itself: a server elsewhere cannot read this folder
-        picture = base64.b64encode(grid.read_bytes()).decode()
-        create_image_artifact(f"data:image/png;base64,{picture}", key="spo-grid")
+        image = base64.b64encode(grid.read_bytes()).decode()
+        create_image_artifact(f"data:image/png;base64,{image}", key="spo-grid")
 
 
-def can_pass(task: Any, run: Any, state: Any) -> bool:
-    """Prefect asks this before it tries a failed stage again."""
+def is_retryable(task: Any, run: Any, state: Any) -> bool:
+    """Tell Prefect whether to try a failed stage again."""
     try:
         state.result()
     except StageError as error:
-        return error.passing
+        return error.transient
     except Exception:
         return False
     return False
 
 
-@task(retries=2, retry_delay_seconds=[10, 60], retry_condition_fn=can_pass, cache_policy=NO_CACHE)
+@task(retries=2, retry_delay_seconds=[10, 60], retry_condition_fn=is_retryable, cache_policy=NO_CACHE)
 def run_stage(stage: str, force: bool = False, parent: str = "") -> dict[str, Any]:
-    """One stage by DVC: {stage, result (ran, restored or unchanged), seconds}.
+    """Run one stage by DVC: {stage, result (ran, restored or unchanged), seconds}.
 
     Raises:
-        StageError: with the last lines of what it said.
+        StageError: with the last lines of its output; transient if `spo` ended with that exit code.
     """
-    line = [*DVC, "repro", "--single-item", *(["--force"] if force else []), stage]
-    variables = {runs.PARENT_VARIABLE: parent} if parent else {}
-    started = time.monotonic()
-    code, lines = subprocesses.execute(line, variables, get_run_logger().info)
-    if code != 0:
-        told = [line for line in lines if line.strip() and not line.startswith("tracking:")]
-        passing = any(PASSING.search(line) for line in told)
-        raise StageError(f"stage {stage} failed: " + " | ".join(told[-4:]), passing)
-    return {"stage": stage, "result": result(lines), "seconds": round(time.monotonic() - started, 1)}
+    command = [*DVC, "repro", "--single-item", *(["--force"] if force else []), stage]
+    before, started = dvc_lock.read(), time.monotonic()
+    with tempfile.NamedTemporaryFile("r") as exit_file:
+        variables = {EXIT_FILE: exit_file.name} | ({runs.PARENT_VARIABLE: parent} if parent else {})
+        code, lines = subprocesses.execute(command, variables, get_run_logger().info)
+        if code != 0:
+            output = [line for line in lines if line.strip() and not line.startswith("tracking:")]
+            transient = exit_file.read().strip() == str(TRANSIENT)
+            raise StageError(f"stage {stage} failed: " + " | ".join(output[-4:]), transient)
+    done = "ran" if force else result(stage, before.get(stage), dvc_lock.read().get(stage), parent)
+    return {"stage": stage, "result": done, "seconds": round(time.monotonic() - started, 1)}
 
 
-def result(lines: Sequence[str]) -> str:
-    """What DVC did, from what it said."""
-    text = "\n".join(lines)
-    if "Running stage" in text:
+def result(stage: str, before: dvc_lock.Entry | None, after: dvc_lock.Entry | None, parent: str) -> str:
+    """Tell from dvc.lock before and after whether a stage ran, was restored by DVC or is unchanged.
+
+    A stage that is not one of `spo`, ran and gave the same as before counts as unchanged.
+    """
+    if runs.ran(parent, stage):
         return "ran"
-    return "restored" if "is cached - skipping run" in text else "unchanged"
+    if before == after:
+        return "unchanged"
+    return "restored" if parent and after is not None and after.is_tracked else "ran"
 
 
 def stages() -> list[str]:
-    """All stages of dvc.yaml in its order, where each comes after those that it needs."""
+    """List all stages of dvc.yaml in its order, where each comes after those that it needs."""
     done = subprocess.run([*DVC, "stage", "list", "--name-only"], capture_output=True, text=True)
     if done.returncode != 0:
-        raise StageError(f"dvc stage list: {done.stderr.strip()}", passing=False)
+        raise StageError(f"dvc stage list: {done.stderr.strip()}", transient=False)
     return done.stdout.split()
 
 
 @contextlib.contextmanager
 def alone(wait_minutes: float = 0) -> Iterator[None]:
-    """One flow at a time in a folder, so that overrides of one do not get into another.
+    """Hold the folder for one flow at a time, so that overrides of one do not get into another.
 
     Raises:
         StageError: another flow runs, after `wait_minutes` still.
@@ -174,8 +174,8 @@ def alone(wait_minutes: float = 0) -> Iterator[None]:
                 break
             except BlockingIOError:
                 if time.monotonic() >= end:
-                    told = f"another flow runs in {ROOT}; wait for it (wait_minutes) or cancel it"
-                    raise StageError(told, passing=True) from None
+                    message = f"another flow runs in {ROOT}; wait for it (wait_minutes) or cancel it"
+                    raise StageError(message, transient=True) from None
                 time.sleep(1)
         yield
 
@@ -186,7 +186,7 @@ def comparisons() -> list[dict[str, Any]]:
 
 
 def summary(done: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]]) -> str:
-    """The page that Prefect shows: comparisons, and what each stage did in what time."""
+    """Write the page that Prefect shows: comparisons, and what each stage did in what time."""
     lines = ["## Comparisons", ""]
     if rows:
         lines += ["| method | baseline | metric | difference | 95 % interval | win rate | n |"]
@@ -209,18 +209,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--force", action="store_true", help="run every stage, changed or not")
     parser.add_argument("--wait", type=float, default=0, metavar="MINUTES", help="for another flow to end")
     serving.add_options(parser, CRON)
-    told = parser.parse_args(arguments)
-    serving.check(parser, told, CRON)
-    parameters = {"overrides": dict(told.set), "force": told.force, "wait_minutes": told.wait}
+    options = parser.parse_args(arguments)
+    serving.check(parser, options, CRON)
+    parameters = {"overrides": dict(options.set), "force": options.force, "wait_minutes": options.wait}
     os.chdir(ROOT)
     try:
         changes.merged(parameters["overrides"])  # before a server starts
-        if told.serve:
-            pipeline.serve(name="spo", cron=told.cron, parameters=parameters)
+        if options.serve:
+            pipeline.serve(name="spo", cron=options.cron, parameters=parameters)
         else:
-            # by an exit, which ends Prefect's temporary server too
-            signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
-            pipeline(**parameters)
+            with exit_on_sigterm():  # which ends Prefect's temporary server too
+                pipeline(**parameters)
     except (config.ConfigError, StageError) as error:
         print(f"pipeline: {error}", file=sys.stderr)
         return 2

@@ -14,15 +14,15 @@ def add_options(parser: argparse.ArgumentParser, example: str) -> None:
     parser.add_argument("--cron", help=f'when, in UTC, e.g. "{example}" (with --serve)')
 
 
-def check(parser: argparse.ArgumentParser, told: argparse.Namespace, example: str) -> None:
+def check(parser: argparse.ArgumentParser, options: argparse.Namespace, example: str) -> None:
     """One line and exit 2 for a schedule that could never run."""
     from prefect.settings import PREFECT_API_URL
 
-    if told.cron and not told.serve:
+    if options.cron and not options.serve:
         parser.error("--cron needs --serve")
-    if told.cron is not None and not valid_cron(told.cron):
-        parser.error(f'--cron {told.cron!r} is no cron expression, e.g. "{example}"')
-    if not told.serve:
+    if options.cron is not None and not valid_cron(options.cron):
+        parser.error(f'--cron {options.cron!r} is no cron expression, e.g. "{example}"')
+    if not options.serve:
         return
     url = PREFECT_API_URL.value()
     if url is None:  # a temporary server schedules nothing

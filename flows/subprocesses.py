@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-GRACE = 10.0  # seconds between SIGTERM and SIGKILL
+from spo.runtime.signals import FLOW_KILL
 
 
 def execute(
@@ -48,10 +48,10 @@ def execute(
 
 
 def end_group(process: subprocess.Popen[str]) -> None:
-    """SIGTERM to the group, and SIGKILL to what of it is left after GRACE seconds."""
+    """Send SIGTERM to the group, and SIGKILL to what of it is left after FLOW_KILL seconds."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGTERM)
-        end = time.monotonic() + GRACE
+        end = time.monotonic() + FLOW_KILL
         while time.monotonic() < end:
             process.poll()
             os.killpg(process.pid, 0)  # raises when nobody is left

@@ -1,6 +1,6 @@
-"""`spo`, also as `python -m spo`: Ctrl-C is one line from here on, while our imports go on (0.2 s) as well.
+"""Start `spo`, also as `python -m spo`: Ctrl-C is one line from here on, also while our imports run (0.2 s).
 
-What comes earlier, the first 20 ms, is Python's own start and answers with Python's own words.
+In the first 20 ms before that, Python starts, and answers Ctrl-C with its own traceback.
 """
 
 import os
@@ -8,7 +8,7 @@ import sys
 
 
 def entry() -> int:
-    """What `spo` on the command line runs; returns the exit status."""
+    """Run the command line; return the exit status."""
     try:
         from spo import cli
 

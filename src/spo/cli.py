@@ -1,4 +1,7 @@
-"""The command line. Imports nothing heavy before a command runs; a user's mistake is one line, exit 2."""
+"""The command line: nothing heavy is imported before a command runs; a failure is one line.
+
+Exit codes: 2 for a mistake in parameters or data, 75 for what may pass by itself, 130 when stopped.
+"""
 
 from __future__ import annotations
 
@@ -6,15 +9,15 @@ import argparse
 import importlib
 import math
 import os
-import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from spo import config
-from spo.runtime import interrupt, launch
-from spo.runtime.messages import redact
+from spo.runtime import launch, signals
+from spo.runtime.exit_codes import MISTAKE, STOPPED, exit_code, leave_exit_code
+from spo.runtime.messages import first_line, redact
 
 # stage: (what it does, its items)
 STAGES: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -30,43 +33,43 @@ STAGES: dict[str, tuple[str, tuple[str, ...]]] = {
 
 
 def entry() -> int:
-    """`main`, and the certainty that Ctrl-C ends a stage."""
+    """Run `main`; in a stage, Ctrl-C has a limit after which the kernel ends the process."""
     if sys.argv[1:2] and sys.argv[1] in STAGES:
-        interrupt.install()
+        signals.arm_ctrl_c()
     return main()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    told = parser().parse_args(arguments)
+    options = parser().parse_args(arguments)
     if not launch.is_main_process():
         os.environ["TQDM_DISABLE"] = "1"
     try:
-        if not _launched(told, arguments):
-            told.run(told)
+        if not _launched(options, arguments):
+            options.run(options)
     except (ValueError, FloatingPointError, OSError) as error:
-        return _fail(redact(str(error)))
+        return _fail(redact(str(error)), exit_code(error))
     except Exception as error:
         if (reason := _shortage(error)) is None:
             raise
-        return _fail(reason)
+        return _fail(reason, MISTAKE)
     except KeyboardInterrupt as stop:
         if launch.is_main_process():
             print(f"spo: {stop or 'stopped'}", file=sys.stderr)
-        return 130
+        return STOPPED
     return 0
 
 
-def _launched(told: argparse.Namespace, arguments: Sequence[str]) -> bool:
+def _launched(options: argparse.Namespace, arguments: Sequence[str]) -> bool:
     """Whether the command ran in several processes, as params.yaml wants it."""
-    stage = getattr(told, "stage", None)
-    if stage not in launch.STAGES or told.dry_run:
+    stage = getattr(options, "stage", None)
+    if stage not in launch.STAGES or options.dry_run:
         return False
-    processes = config.load(told.params).processes
+    processes = config.load(options.params).processes
     if not launch.wanted(stage, processes):
         return False
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # the processes may take their time to save
+    signals.disarm_ctrl_c()
     launch.run(arguments, processes)
     return True
 
@@ -76,19 +79,21 @@ def _say(result: object) -> None:
         print(result)
 
 
-def _fail(reason: str) -> int:
-    if not launch.tell_launcher(reason):
+def _fail(reason: str, code: int) -> int:
+    """Say the reason once, in the outermost process; return the exit code, which a flow gets too."""
+    if not launch.report_to_launcher(reason, code):
         print(f"spo: {reason}", file=sys.stderr)
-    return 2
+    leave_exit_code(code)
+    return code
 
 
 def _shortage(error: Exception) -> str | None:
     """One line for what the machine has too little of; None for a mistake of ours."""
-    text = (str(error).splitlines() or [""])[0]
+    text = first_line(error, 200)
     if isinstance(error, MemoryError) or "can't allocate memory" in text or "out of memory" in text:
-        return f"out of memory ({text[:200] or 'this process'}); lower the stage's batch_size in params.yaml"
+        return f"out of memory ({text}); lower the stage's batch_size in params.yaml"
     if type(error).__name__ == "SafetensorError":  # its writer has no OSError
-        return f"weights cannot be read or written ({text[:200]})"
+        return f"weights cannot be read or written ({text})"
     return None
 
 
@@ -106,7 +111,7 @@ def parser() -> argparse.ArgumentParser:
             stage.add_argument("item", choices=items, nargs=optional, help="which one")
         stage.add_argument("--params", type=Path, default=Path("params.yaml"), metavar="FILE")
         stage.add_argument(
-            "--dry-run", action="store_true", help="resolve all, tell sizes and steps, run nothing"
+            "--dry-run", action="store_true", help="resolve all, show sizes and steps, run nothing"
         )
         stage.set_defaults(run=_stage, stage=name, item=None)
         if name in _ELSEWHERE:
@@ -119,7 +124,7 @@ def parser() -> argparse.ArgumentParser:
         "register", help="the aligned model to MLflow's registry, through the gate"
     )
     register.set_defaults(run=_run_register)
-    repro = commands.add_parser("repro", help="dvc repro, with the stages that it skips in MLflow too")
+    repro = commands.add_parser("repro", help="dvc repro, with cached stages in MLflow too")
     repro.add_argument("arguments", nargs=argparse.REMAINDER, help="of dvc repro")
     repro.set_defaults(run=_run_repro)
     return top
@@ -136,67 +141,77 @@ def _guidance(text: str) -> float:
     return value
 
 
-def _stage(told: argparse.Namespace) -> None:
-    params = config.load(told.params)
-    if told.dry_run:
+def _stage(options: argparse.Namespace) -> None:
+    params = config.load(options.params)
+    if options.dry_run:
         from spo.commands import dry_run
 
-        print("\n".join(dry_run.lines(params, told.stage, told.item)))
+        print("\n".join(dry_run.lines(params, options.stage, options.item)))
         return
-    importlib.import_module(f"spo.stages.{told.stage}").run(params, told.item)
+    importlib.import_module(f"spo.stages.{options.stage}").run(params, options.item)
 
 
 def _generate_elsewhere(command: argparse.ArgumentParser) -> None:
-    told = command.add_argument_group("instead of a variant: an external model or external images")
-    told.add_argument(
+    group = command.add_argument_group("instead of a variant: an external model or external images")
+    group.add_argument(
         *("--lora", "--unet", "--checkpoint"),
         type=Path,
         metavar="PATH",
         help="a LoRA or UNet (file or folder) on the base, or a whole model (diffusers folder, .safetensors)",
     )
-    told.add_argument("--prompts", type=Path, metavar="FILE", help="default: the experiment's own")
-    told.add_argument("--guidance", type=_guidance, help="default: that of generate.base")
-    told.add_argument("--output", type=Path, metavar="FOLDER", help="default: outputs/judged/NAME")
+    group.add_argument("--prompts", type=Path, metavar="FILE", help="default: the experiment's own")
+    group.add_argument("--guidance", type=_guidance, help="default: that of generate.base")
+    group.add_argument("--output", type=Path, metavar="FOLDER", help="default: outputs/judged/NAME")
     command.set_defaults(run=_run_generate)
 
 
-def _run_generate(told: argparse.Namespace) -> None:
-    if not _elsewhere(told, "lora", ("prompts", "guidance", "output")):
-        return _stage(told)
+def _run_generate(options: argparse.Namespace) -> None:
+    if not _elsewhere(options, "lora", ("prompts", "guidance", "output")):
+        return _stage(options)
     from spo.commands import external
 
-    _say(external.generate(config.load(told.params), told.lora, told.prompts, told.guidance, told.output))
+    _say(
+        external.generate(
+            config.load(options.params), options.lora, options.prompts, options.guidance, options.output
+        )
+    )
 
 
 def _score_elsewhere(command: argparse.ArgumentParser) -> None:
-    told = command.add_argument_group("instead of a variant: an external model or external images")
-    told.add_argument("--images", type=Path, metavar="FOLDER", help="picture files, or what generate wrote")
-    told.add_argument("--prompts", type=Path, metavar="FILE", help="one for each, in the order of file names")
-    told.add_argument(
+    group = command.add_argument_group("instead of a variant: an external model or external images")
+    group.add_argument("--images", type=Path, metavar="FOLDER", help="image files, or what generate wrote")
+    group.add_argument(
+        "--prompts", type=Path, metavar="FILE", help="one for each, in the order of file names"
+    )
+    group.add_argument(
         "--baseline", type=Path, metavar="FOLDER", help="compare with these, for the same prompts"
     )
-    told.add_argument("--output", type=Path, metavar="FOLDER", help="default: outputs/judged/NAME")
+    group.add_argument("--output", type=Path, metavar="FOLDER", help="default: outputs/judged/NAME")
     command.set_defaults(run=_run_score)
 
 
-def _run_score(told: argparse.Namespace) -> None:
-    if not _elsewhere(told, "images", ("prompts", "baseline", "output")):
-        return _stage(told)
+def _run_score(options: argparse.Namespace) -> None:
+    if not _elsewhere(options, "images", ("prompts", "baseline", "output")):
+        return _stage(options)
     from spo.commands import external
 
-    _say(external.score(config.load(told.params), told.images, told.prompts, told.baseline, told.output))
-
-
-def _elsewhere(told: argparse.Namespace, option: str, others: tuple[str, ...]) -> bool:
-    """Whether `option` stands in for the item; one of them there must be."""
-    given = getattr(told, option) is not None
-    if given == (told.item is not None):
-        raise ValueError(
-            f"{told.stage}: give a variant ({', '.join(config.VARIANTS)}) or --{option}, not both"
+    _say(
+        external.score(
+            config.load(options.params), options.images, options.prompts, options.baseline, options.output
         )
-    stray = [name for name in others if not given and getattr(told, name) is not None]
+    )
+
+
+def _elsewhere(options: argparse.Namespace, option: str, others: tuple[str, ...]) -> bool:
+    """Whether `option` stands in for the item; one of them there must be."""
+    given = getattr(options, option) is not None
+    if given == (options.item is not None):
+        raise ValueError(
+            f"{options.stage}: give a variant ({', '.join(config.VARIANTS)}) or --{option}, not both"
+        )
+    stray = [name for name in others if not given and getattr(options, name) is not None]
     if stray:
-        raise ValueError(f"{told.stage}: --{stray[0]} goes with --{option} only")
+        raise ValueError(f"{options.stage}: --{stray[0]} goes with --{option} only")
     return given
 
 
@@ -210,23 +225,25 @@ def _sample(command: argparse.ArgumentParser) -> None:
     command.add_argument("--seed", type=int, default=0)
     command.add_argument("--guidance", type=_guidance, help="default: the variant's own")
     command.add_argument("--output", type=Path, default=Path("sample.png"), metavar="FILE")
-    command.add_argument("-n", type=int, default=1, help="pictures, side by side (default 1)")
+    command.add_argument("-n", type=int, default=1, help="images, side by side (default 1)")
     command.add_argument("--params", type=Path, default=Path("params.yaml"), metavar="FILE")
     command.set_defaults(run=_run_sample)
 
 
-def _run_sample(told: argparse.Namespace) -> None:
+def _run_sample(options: argparse.Namespace) -> None:
     from spo.commands import sample
 
-    params = config.load(told.params)
-    if told.n < 1:
-        raise ValueError(f"-n {told.n}: must be at least 1")
-    method, adapter = told.method, None
-    if told.model is not None:
+    params = config.load(options.params)
+    if options.n < 1:
+        raise ValueError(f"-n {options.n}: must be at least 1")
+    method, adapter = options.method, None
+    if options.model is not None:
         from spo.commands import registry
 
-        adapter, method = registry.fetch(params, told.model)
-    path = sample.run(params, told.prompt, method, told.seed, told.guidance, told.output, told.n, adapter)
+        adapter, method = registry.fetch(params, options.model)
+    path = sample.run(
+        params, options.prompt, method, options.seed, options.guidance, options.output, options.n, adapter
+    )
     print(path)
 
 
@@ -237,15 +254,15 @@ def _preset(command: argparse.ArgumentParser) -> None:
     command.set_defaults(run=_run_preset)
 
 
-def _run_preset(told: argparse.Namespace) -> None:
-    text = config.preset(told.name)
-    if told.output.exists() and told.output.read_text() != text and not told.force:
-        raise ValueError(f"{told.output} is there and differs; --force replaces it")
-    told.output.write_text(text)
-    print(f"{told.output}: {told.name}")
+def _run_preset(options: argparse.Namespace) -> None:
+    text = config.preset(options.name)
+    if options.output.exists() and options.output.read_text() != text and not options.force:
+        raise ValueError(f"{options.output} is there and differs; --force replaces it")
+    options.output.write_text(text)
+    print(f"{options.output}: {options.name}")
 
 
-def _run_sync(told: argparse.Namespace) -> None:
+def _run_sync(options: argparse.Namespace) -> None:
     from spo.commands import repro
     from spo.tracking import runs
 
@@ -257,12 +274,10 @@ def _run_sync(told: argparse.Namespace) -> None:
     delivered, left = runs.sync(uri)
     print(f"{delivered} records delivered, {left} left")
     if left:
-        raise ValueError(
-            f"sync: {left} records are left, for the reasons above; `spo sync` goes on from there"
-        )
+        raise ValueError(f"sync: {left} records are left, for the reasons above; `spo sync` tries again")
 
 
-def _run_register(told: argparse.Namespace) -> None:
+def _run_register(options: argparse.Namespace) -> None:
     from spo.commands import registry
 
     verdict = registry.register(config.load())
@@ -271,7 +286,7 @@ def _run_register(told: argparse.Namespace) -> None:
         print(f"  {reason}")
 
 
-def _run_repro(told: argparse.Namespace) -> None:
+def _run_repro(options: argparse.Namespace) -> None:
     from spo.commands import repro
 
-    sys.exit(repro.run(config.load(), told.arguments))
+    sys.exit(repro.run(config.load(), options.arguments))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import signal
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import changes
 import psutil
 import pytest
 import subprocesses
@@ -19,16 +21,19 @@ import yaml
 from prefect.logging import disable_run_logger
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
-from spo.config import ConfigError, overrides
+from spo.config import ConfigError
+from spo.tracking import dvc_lock, runs
+
+PARAMS: dict[str, Any] = {"name": "tiny", "tracking": None}
 
 
 def test_overrides_are_checked_before_anything_is_written(pipeline: ModuleType, project: Path) -> None:
     before = (project / "params.yaml").read_text()
     for key, told in (("align.spo.beat", "did you mean 'beta'"), ("sead", "did you mean 'seed'")):
         with pytest.raises(ConfigError, match=told):
-            overrides.merged({key: 20})
+            changes.merged({key: 20})
     with pytest.raises(ConfigError, match="'seed' is a value, not a section"):
-        overrides.merged({"seed.x": 1})
+        changes.merged({"seed.x": 1})
     with pytest.raises(ConfigError, match="align.spo.beta"):
         pipeline.pipeline.fn({"align.spo.beta": "much"})
     assert (project / "params.yaml").read_text() == before
@@ -63,13 +68,13 @@ def test_a_cron_that_is_none_is_one_line(
 
 def test_overrides_change_their_keys_and_keep_comments(pipeline: ModuleType, project: Path) -> None:
     before = (project / "params.yaml").read_text()
-    changes = {"align.spo.beta": 20, "align.spo.optimizer.learning_rate": 1e-4, "seed": 7}
-    overrides.write(changes)
+    new = {"align.spo.beta": 20, "align.spo.optimizer.learning_rate": 1e-4, "seed": 7}
+    changes.write(new)
     after = (project / "params.yaml").read_text()
-    assert yaml.safe_load(after) == overrides.override(yaml.safe_load(before), changes)
+    assert yaml.safe_load(after) == changes.override(yaml.safe_load(before), new)
     assert after.splitlines()[0] == before.splitlines()[0] and after.startswith("#")
-    assert overrides.merged({}) == overrides.merged(changes)
-    assert overrides.merged({}).align.spo.optimizer.learning_rate == 1e-4
+    assert changes.merged({}) == changes.merged(new)
+    assert changes.merged({}).align.spo.optimizer.learning_rate == 1e-4
 
 
 @pytest.mark.parametrize(
@@ -82,12 +87,12 @@ def test_overrides_change_their_keys_and_keep_comments(pipeline: ModuleType, pro
     ],
 )
 def test_values_of_the_command_line(pipeline: ModuleType, text: str, expected: Any) -> None:
-    assert overrides.parse(text) == expected
+    assert changes.parse(text) == expected
 
 
 def test_a_value_without_key_is_refused(pipeline: ModuleType) -> None:
     with pytest.raises(argparse.ArgumentTypeError, match="KEY=VALUE"):
-        overrides.parse("align.spo.beta")
+        changes.parse("align.spo.beta")
 
 
 def test_a_stage_runs_is_skipped_is_forced_and_fails(pipeline: ModuleType, project: Path) -> None:
@@ -99,12 +104,14 @@ def test_a_stage_runs_is_skipped_is_forced_and_fails(pipeline: ModuleType, proje
         assert run("first")["result"] == "unchanged"
         assert run("second", force=True, parent="key-of-parent")["result"] == "ran"
         assert "SPO_PARENT_RUN=key-of-parent" in (project / "environment").read_text()
-        (project / "second.sh").write_text(
-            "echo 'tracking: Connection refused'; echo 'spo: params.yaml: no such thing'; exit 2\n"
-        )
-        with pytest.raises(pipeline.StageError, match="second.*no such thing") as failure:
-            run("second")
-        assert not failure.value.passing, "a tracking server that is away fails no stage"
+        for code in (2, 75):
+            (project / "second.sh").write_text(
+                "echo 'tracking: Connection refused'; echo 'spo: params.yaml: no such thing'\n"
+                f"echo {code} > $SPO_EXIT_FILE; exit {code}\n"  # as `spo` does
+            )
+            with pytest.raises(pipeline.StageError, match="second.*no such thing") as failure:
+                run("second")
+            assert failure.value.transient == (code == 75), "DVC itself ends with 255"
 
 
 class State:
@@ -116,19 +123,24 @@ class State:
             raise self.error
 
 
-def test_only_failures_that_can_pass_are_tried_again(pipeline: ModuleType) -> None:
-    assert pipeline.can_pass(None, None, State(pipeline.StageError("lock", passing=True)))
-    assert not pipeline.can_pass(None, None, State(pipeline.StageError("typo", passing=False)))
-    assert not pipeline.can_pass(None, None, State(TypeError("bug")))
+def test_only_transient_failures_are_tried_again(pipeline: ModuleType) -> None:
+    assert pipeline.is_retryable(None, None, State(pipeline.StageError("server", transient=True)))
+    assert not pipeline.is_retryable(None, None, State(pipeline.StageError("typo", transient=False)))
+    assert not pipeline.is_retryable(None, None, State(TypeError("bug")))
     assert pipeline.run_stage.retries == 2
-    for line in (
-        "ERROR: Unable to acquire lock. Most likely another DVC process is running or was terminated",
-        "ERROR: '/x/outputs/pairs' is busy, it is being blocked by:",
-        "spo: stage pairs already runs in this folder; wait for it or stop it",
-        "urllib3: Temporary failure in name resolution",
-    ):
-        assert pipeline.PASSING.search(line), line
-    assert not pipeline.PASSING.search("spo: params.yaml: unknown key 'sead'; did you mean 'seed'?")
+
+
+def test_the_lock_before_and_after_tells_what_dvc_did(pipeline: ModuleType, project: Path) -> None:
+    """A stage of `spo` that ran has a run; without one, a new entry was restored from the cache of runs."""
+    parent = runs.open_parent(PARAMS)
+    old = dvc_lock.Entry("pairs", "spo pairs", {}, {"outputs/pairs": "1"}, {})
+    new, other = (dataclasses.replace(old, **change) for change in ({"outs": {}}, {"cmd": "sh x.sh"}))
+    assert pipeline.result("pairs", old, old, parent.key) == "unchanged"
+    assert pipeline.result("pairs", old, new, parent.key) == "restored"
+    assert pipeline.result("pairs", None, new, parent.key) == "restored"
+    assert pipeline.result("pairs", old, other, parent.key) == "ran"
+    parent.end("FINISHED", child="pairs", stage="pairs", key="key-of-run")
+    assert pipeline.result("pairs", old, old, parent.key) == "ran", "and gave the same"
 
 
 def alive(pid: int) -> bool:
@@ -142,7 +154,7 @@ def test_cancelling_ends_the_whole_group(
     pipeline: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A stage's child that ignores SIGTERM is gone too."""
-    monkeypatch.setattr(subprocesses, "GRACE", 0.5)
+    monkeypatch.setattr(subprocesses, "FLOW_KILL", 0.5)
     pids: list[int] = []
     script = "trap '' TERM; sleep 300 & echo $$ $!; wait; wait"
     previous = signal.signal(signal.SIGUSR1, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
@@ -189,7 +201,7 @@ def test_the_summary_is_a_table_of_both(pipeline: ModuleType) -> None:
 def test_the_flow_by_a_prefect_server(
     pipeline: ModuleType, project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All stages under one parent in MLflow; a failure that passes is tried again."""
+    """All stages under one parent in MLflow; a transient failure is tried again."""
     import mlflow
     from prefect.client.orchestration import get_client
     from prefect.testing.utilities import prefect_test_harness
@@ -198,7 +210,7 @@ def test_the_flow_by_a_prefect_server(
     quick = pipeline.run_stage.with_options(retry_delay_seconds=0)
     monkeypatch.setattr(pipeline, "run_stage", quick)
     (project / "second.sh").write_text(
-        "[ -e tried ] || { touch tried; echo ConnectionError; exit 1; }\n"
+        "[ -e tried ] || { touch tried; echo 75 > $SPO_EXIT_FILE; exit 75; }\n"
         f"{sys.executable} - <<'END'\n"
         "from spo import config\n"
         "from spo.tracking import runs\n"

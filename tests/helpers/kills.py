@@ -128,7 +128,7 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def partials(folder: Path) -> list[Path]:
-    return _found(folder, ".partial")
+    return _found(folder, ".*.partial")
 
 
 def _found(folder: Path, name: str) -> list[Path]:

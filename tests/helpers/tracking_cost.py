@@ -32,7 +32,7 @@ def measured() -> Iterator[Cost]:
     cost = Cost()
     calls = [
         *((runs.Run, n) for n in ("log_metrics", "log_params", "log_artifact", "set_tags", "end")),
-        *((runs, n) for n in ("_parent", "_record_before", "_start")),
+        *((runs, n) for n in ("_parent", "_settle", "_start")),
         *((delivery.Delivery, n) for n in ("__init__", "finish")),
     ]
     with ExitStack() as stack:

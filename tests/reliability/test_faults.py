@@ -83,7 +83,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path: Path) -> None:
     try:
         store = CheckpointStore(tmp_path)
         store.save(1, {"x": torch.ones(100)})
-        with pytest.raises(OSError, match="No space left.*the one before is whole"):
+        with pytest.raises(OSError, match="No space left.*the one before is complete"):
             store.save(2, {"x": torch.zeros(100_000)})
         assert store.latest()[0] == 1 and len(list(tmp_path.iterdir())) == 1
     finally:

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from spo.tracking.delivery import Store, load_mlflow
+from spo.tracking.records import load_mlflow
+from spo.tracking.store import Store
 
 
 @pytest.fixture(scope="session")

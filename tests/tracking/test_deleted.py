@@ -16,10 +16,10 @@ from typing import Any
 import pytest
 
 from spo import cli
-from spo.tracking import delivery
-from spo.tracking.delivery import Store, load_mlflow
+from spo.tracking.records import load_mlflow
 from spo.tracking.runs import open_parent, stage_run, sync
 from spo.tracking.spool import Spool, spools
+from spo.tracking.store import Store
 
 PARAMS: dict[str, Any] = {"name": "tiny", "seed": 3, "tracking": None, "align": {"spo": {"beta": 10}}}
 CONNECT = Store.connect
@@ -266,13 +266,13 @@ def test_a_store_that_takes_nothing_is_said_to_be_the_reason_and_nothing_is_lost
         file.write_bytes(content)
     else:
         limits = {"full": "PRAGMA max_page_count = 1", "read only": "PRAGMA query_only = 1"}
-        monkeypatch.setattr(delivery.Store, "connect", _with_pragma(delivery.Store.connect, limits[spoil]))
+        monkeypatch.setattr(Store, "connect", _with_pragma(Store.connect, limits[spoil]))
     notes = {str(i): "x" * 5000 for i in range(30)}  # more than the free room of a full file
     run_stage(params=PARAMS | {"notes": notes, "tracking": f"sqlite:///{file}"})
     line = told(capsys)
     assert re.search(reason, line) and line.endswith("`spo sync` delivers them")
     assert not list(folder.glob(".spo/spool/*.refused"))
-    monkeypatch.setattr(delivery.Store, "connect", CONNECT)
+    monkeypatch.setattr(Store, "connect", CONNECT)
     assert sync(f"sqlite:///{folder / 'mlflow.db'}")[1] == 0 and spools() == []
     delivered(folder, client)
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from spo.tracking.delivery import load_mlflow
+from spo.tracking.records import load_mlflow
 from spo.tracking.runs import open_parent, stage_run, sync
 
 pytestmark = pytest.mark.services

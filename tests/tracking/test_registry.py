@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 
 from spo import config
 from spo.commands import registry
-from spo.tracking.delivery import load_mlflow
+from spo.tracking.records import load_mlflow
 
 
 def params(**changes: Any) -> config.Params:

@@ -12,9 +12,9 @@ import pytest
 
 from spo.runtime.messages import one_line, redact
 from spo.tracking import spool
-from spo.tracking.delivery import Store
 from spo.tracking.records import BATCH, batches
 from spo.tracking.spool import Spool, close_dead
+from spo.tracking.store import Store
 
 
 def new(uri: str = "x", name: str = "align-spo", **changes: Any) -> Spool:

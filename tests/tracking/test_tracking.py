@@ -19,7 +19,8 @@ from spo.runtime import ancestors
 from spo.runtime.ancestors import dvc_ancestor
 from spo.runtime.files import locked
 from spo.tracking import delivery
-from spo.tracking.delivery import load_mlflow
+from spo.tracking import store as stores
+from spo.tracking.records import load_mlflow
 from spo.tracking.runs import open_parent, stage_run, sync
 from spo.tracking.spool import spools
 
@@ -178,7 +179,7 @@ def test_the_next_stage_delivers_what_was_left(
     folder: Path, runs: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(delivery.Store, "deliver", lambda *_: 1 / 0)
+        patch.setattr(stores.Store, "deliver", lambda *_: 1 / 0)
         with stage_run("pairs", PARAMS):
             pass
     assert len(spools()) == 1 and runs() == {}
@@ -190,7 +191,7 @@ def test_the_next_stage_delivers_what_was_left(
 def test_a_silent_server_does_not_hold_a_stage_up(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setitem(delivery.PATIENCE, "remote", 0.5)
+    monkeypatch.setitem(delivery.DELIVERY, "remote", 0.5)
     load_mlflow()
     with socket.create_server(("127.0.0.1", 0)) as server:  # takes connections, never answers
         params = PARAMS | {"tracking": f"http://127.0.0.1:{server.getsockname()[1]}"}
@@ -234,8 +235,8 @@ def test_no_password_reaches_the_store(folder: Path, runs: Any, monkeypatch: pyt
 def test_one_process_at_a_time_opens_a_sqlite_store(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Several at once break MLflow's migration of a new file, which its client does when it is made."""
     opened: list[str] = []
-    monkeypatch.setattr(delivery, "load_mlflow", lambda: SimpleNamespace(MlflowClient=opened.append))
-    store = delivery.Store(f"sqlite:///{folder / 'mlflow.db'}")
+    monkeypatch.setattr(stores, "load_mlflow", lambda: SimpleNamespace(MlflowClient=opened.append))
+    store = stores.Store(f"sqlite:///{folder / 'mlflow.db'}")
     with locked(folder / "mlflow.db.lock"):
         other = threading.Thread(target=store.connect)
         other.start()

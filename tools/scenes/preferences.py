@@ -21,6 +21,7 @@ from spo import backbones, config
 from spo.diffusion.noise import SampleNoise
 from spo.diffusion.rollout import sample_latents
 from spo.diffusion.schedule import Schedule
+from spo.runtime.files import atomic
 from spo.scenes import world
 from spo.scenes.annotators import Annotators, blend
 from spo.scenes.oracle import Perception, fidelity
@@ -86,8 +87,8 @@ def generate(base: Path, early: Path, captions: list[str], which: Tensor, cache:
             for name in PARTS:
                 getattr(backbone, name).load_state_dict(weights[GENERATORS[g].early][name])
             pixels = _draw(backbone, GENERATORS[g], [captions[i] for i in index.tolist()], index, seed)
-            torch.save(pixels, kept.with_suffix(".tmp"))
-            kept.with_suffix(".tmp").rename(kept)
+            with atomic(kept) as partial:
+                torch.save(pixels, partial)
         out[index] = torch.load(kept, weights_only=True)
     return out
 

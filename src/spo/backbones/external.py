@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from spo.backbones import lora_file, weights
+from spo.runtime.messages import first_line
 
 UNET_STEM = "diffusion_pytorch_model"
 LORA_FILES = tuple(
@@ -171,7 +172,7 @@ def read_json(file: Path) -> Mapping[str, Any]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{file}: no valid JSON ({weights.first_line(error)})") from None
+        raise ValueError(f"{file}: no valid JSON ({first_line(error, 200)})") from None
     if not isinstance(content, dict):
         raise ValueError(f"{file}: holds a {type(content).__name__}, not settings by name")
     return content

@@ -8,6 +8,7 @@ from typing import Any
 from safetensors import safe_open
 
 from spo import config
+from spo.runtime.messages import first_line
 
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
 TEXT = {
@@ -48,8 +49,7 @@ class Header:
                 self.metadata: Mapping[str, str] = file.metadata() or {}
                 self.shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
         except Exception as error:  # safetensors raises several kinds
-            reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
-            raise ValueError(f"{self.where} is no readable safetensors file ({reason})") from None
+            raise ValueError(f"{self.where} is no readable safetensors file ({first_line(error)})") from None
 
     def count(self, prefix: str) -> int:
         return sum(1 for n in self.shapes if n.startswith(prefix) and not any(u in n for u in UNUSED))

@@ -12,6 +12,7 @@ from spo import config
 from spo.backbones import scheduler
 from spo.backbones.checks import latent_side
 from spo.backbones.parts import settings_of
+from spo.runtime.messages import first_line
 
 TEXT_TOKENS = 77
 
@@ -77,7 +78,7 @@ def _config(settings: config.Backbone, file: str, load: Callable[[], Any]) -> di
     try:
         content = load()
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0][:160]
+        reason = first_line(error)
         key = "config" if settings.is_single_file else "checkpoint"
         raise ValueError(
             f"backbone: {settings.described_by} cannot be reached ({reason}); give the folder of a local "

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spo.runtime.messages import first_line
+
 PICKLED = (".bin", ".pt", ".pth")
 ENDINGS = (".safetensors", *PICKLED)
 
@@ -32,10 +34,6 @@ def read(file: Path) -> dict[str, Tensor]:
                 f"{file}: {key} is a {kind}, not a tensor; save the tensors alone as .safetensors"
             )
     return state
-
-
-def first_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def check_numbers(file: Path, key: str, value: Tensor) -> None:
@@ -76,14 +74,14 @@ def _opened(file: Path) -> Any:
     try:
         return safe_open(file, framework="pt")
     except Exception as error:  # safetensors raises several kinds
-        raise ValueError(f"{file}: cannot be read as weights ({first_line(error)})") from None
+        raise ValueError(f"{file}: cannot be read as weights ({first_line(error, 200)})") from None
 
 
 def _pickled(file: Path) -> dict[str, Tensor]:
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # zip and pickle raise several kinds
-        reason = first_line(error)
+        reason = first_line(error, 200)
         raise ValueError(f"{file}: no pickle of tensors alone ({reason}); save it as .safetensors") from None
     if not isinstance(state, dict):
         raise ValueError(f"{file}: holds a {type(state).__name__}, not tensors by name")

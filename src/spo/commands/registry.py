@@ -21,10 +21,10 @@ from spo.runtime.files import locked
 from spo.runtime.messages import redact
 from spo.runtime.workspace import home
 from spo.tracking import dvc_lock
-from spo.tracking.delivery import Store, load_mlflow
 from spo.tracking.provenance import code, flatten
-from spo.tracking.records import literal, reason
+from spo.tracking.records import literal, load_mlflow, reason
 from spo.tracking.runs import tracking_uri
+from spo.tracking.store import Store
 
 if TYPE_CHECKING:
     from pandas import DataFrame

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
 
-from spo.data.reasons import first_line
+from spo.runtime.messages import first_line
 
 MAX_PIXELS = 64_000_000  # beyond any preference data set: a decompression bomb
 FORMATS = ("JPEG", "PNG", "WEBP")  # not all of Pillow's: some of its decoders start other programs

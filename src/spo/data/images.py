@@ -14,7 +14,8 @@ from PIL import Image
 from torch import Tensor
 
 from spo.data.decoding import MAX_PIXELS, open_image
-from spo.data.reasons import first_line
+from spo.runtime.files import atomic
+from spo.runtime.messages import first_line
 
 # mean and standard deviation of the pixels of CLIP's training images, [3,1,1], in [0,1]
 CLIP_MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)
@@ -82,11 +83,15 @@ def fit(image: Image.Image, size: tuple[int, int]) -> Image.Image:
 def save_images(
     folder: Path, images: Iterable[Image.Image], prompts: Sequence[str], seeds: Sequence[int]
 ) -> None:
+<<<<<<< HEAD
     """Write `folder`/images.zip atomically: 00000.png, ... and index.csv (file, prompt, seed)."""
     folder.mkdir(parents=True, exist_ok=True)
     partial = folder / f".{ARCHIVE}.partial"
+=======
+    """Write `folder`/images.zip: 00000.png ... and index.csv (file, prompt, seed), all or nothing."""
+>>>>>>> signals
     rows = []
-    with zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
+    with atomic(folder / ARCHIVE) as partial, zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
         for number, (image, prompt, seed) in enumerate(zip(images, prompts, seeds, strict=True)):
             buffer = io.BytesIO()
             image.save(buffer, format="PNG")
@@ -97,7 +102,6 @@ def save_images(
         writer = csv.writer(text, lineterminator="\n")
         writer.writerows([("file", "prompt", "seed"), *rows])
         archive.writestr(zipfile.ZipInfo(INDEX, _EPOCH), text.getvalue())
-    partial.rename(folder / ARCHIVE)
 
 
 def load_images(folder: Path) -> Iterator[tuple[Image.Image, str, int]]:

@@ -16,6 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from spo.diffusion import finite
+from spo.runtime.files import write_json
 from spo.types import Backbone, PreferencePair
 
 BATCH = 32  # pairs per forward pass of the encoder
@@ -72,9 +73,7 @@ def encode(
         folder.mkdir(parents=True)
         file = _allocate(folder / "latents.f16", shape)
         rows = _write(pairs, backbone, decode_image, file)
-        partial = done.with_suffix(".tmp")
-        partial.write_text(json.dumps(rows))
-        partial.rename(done)
+        write_json(done, rows)
     rows = json.loads(done.read_text())
     if len(rows["captions"]) != total:
         raise ValueError(

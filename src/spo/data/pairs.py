@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from spo.data import columns, remote, values
-from spo.data.reasons import first_line
+from spo.runtime.messages import first_line
 from spo.types import PreferencePair
 
 REQUIRED = ("caption", "jpg_0", "jpg_1", "label_0", "label_1")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from spo.data import columns
-from spo.data.reasons import first_line
+from spo.runtime.messages import first_line
 
 COLUMNS = ("caption", "prompt", "text")  # in order of precedence; case does not matter
 DELIMITERS = {".csv": ",;\t", ".tsv": "\t"}  # spreadsheets write semicolons where the decimal sign is a comma

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from spo.data.decoding import open_image
-from spo.data.reasons import first_line
+from spo.runtime.messages import first_line
 
 MAX_FILE = 1 << 28  # bytes of an image file
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)

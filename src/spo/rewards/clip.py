@@ -16,6 +16,7 @@ from transformers import CLIPModel, CLIPTokenizer
 
 from spo.data.images import CLIP_MEAN, CLIP_STD
 from spo.runtime.hub import is_hub_id
+from spo.runtime.messages import first_line
 from spo.training import distributed
 
 LONG = 16  # times as long as wide: such an image is cropped while it is resized, not after
@@ -160,7 +161,7 @@ def load_state(file: Path, where: str) -> Mapping[str, Tensor]:
             return load_file(file)
         state = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch, pickle and safetensors raise several kinds
-        raise ValueError(f"{where} cannot be read ({_first_line(error)})") from None
+        raise ValueError(f"{where} cannot be read ({first_line(error, 200)})") from None
     state = state.get("state_dict", state) if isinstance(state, dict) else None
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         raise ValueError(f"{where} holds no weights by name")
@@ -186,11 +187,7 @@ def _reach(loader: Callable[[], Any], name: str, key: str) -> Any:
     try:
         return loader()
     except Exception as error:  # transformers, safetensors and the hub's client raise a dozen kinds
+        reason = first_line(error, 200)
         raise ValueError(
-            f"{key}: {name} cannot be loaded ({_first_line(error)}); without a network, give the folder of a "
-            "local copy"
+            f"{key}: {name} cannot be loaded ({reason}); without a network, give the folder of a local copy"
         ) from None
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

@@ -1,4 +1,4 @@
-"""The `dvc repro` that a process was started by, if any."""
+"""The `dvc repro` that started a process, if any."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 
 
 def dvc_ancestor(processes: Iterable[tuple[int, float, list[str]]]) -> tuple[int, float] | None:
-    """(pid, start time) of the nearest process that is `dvc repro` or `dvc exp`; nearest first."""
+    """Return (pid, start time) of the first process that is `dvc repro` or `dvc exp`; nearest first."""
     for pid, started, command in processes:
         for i, word in enumerate(command):
             program = word == "dvc" or word.endswith(("/dvc", "/dvc/__main__.py"))
@@ -16,6 +16,7 @@ def dvc_ancestor(processes: Iterable[tuple[int, float, list[str]]]) -> tuple[int
 
 
 def of_this_process() -> Iterator[tuple[int, float, list[str]]]:
+    """Yield (pid, start time, command) of the processes above this one."""
     import psutil
 
     for process in psutil.Process().parents():

@@ -1,38 +1,52 @@
-"""Files: written whole, read with the command that makes them, locked, hashed."""
+"""Files: written in one step, read with the command that makes them, locked, hashed."""
 
 from __future__ import annotations
 
 import fcntl
 import hashlib
 import json
-import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Atomically, so that an interrupted stage leaves no half file."""
+@contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """Yield a file to write, which then replaces `path` in one step: nobody ever sees half a file.
+
+    The folder is made if it is not there. After an error `path` is as it was. One process at a time.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    partial.rename(path)
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        yield partial
+        partial.replace(path)
+    finally:
+        with suppress(OSError):  # a read-only folder does not let it go either
+            partial.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a JSON file in one step."""
+    with atomic(path) as partial:
+        partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def read_json(path: str | Path, what: str) -> Any:
-    """
+    """Read a JSON file.
+
     Raises:
-        ValueError: it is not there or not whole; with the command that makes it.
+        ValueError: it is not there, truncated or invalid; with the command that makes it.
     """
     try:
         return json.loads(require(path, what).read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: not whole ({error}); run `make repro`") from None
+        raise ValueError(f"{path}: truncated or invalid JSON ({error}); run `make repro`") from None
 
 
 def require(path: str | Path, what: str) -> Path:
-    """A path that must be there.
+    """Return a path that must be there.
 
     Raises:
         ValueError: with the command that makes it.
@@ -45,14 +59,14 @@ def require(path: str | Path, what: str) -> Path:
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """One process at a time."""
+    """Hold a file's lock, which one process at a time can have."""
     with path.open("a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
 def digest(path: Path) -> str | None:
-    """SHA-256 of a file's content; None if there is no such file."""
+    """Return the SHA-256 of a file's content; None if there is no such file."""
     if not path.is_file():
         return None
     with path.open("rb") as file:

@@ -1,4 +1,4 @@
-"""Names of resume states and caches: by all that they are made from."""
+"""Names of resume states and caches, by all that they are made from."""
 
 from __future__ import annotations
 

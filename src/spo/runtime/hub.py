@@ -1,4 +1,4 @@
-"""Ids of models on the hub, told from paths."""
+"""Ids of models on the hub, as against paths."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A stage in several processes on this machine (`processes` in params.yaml), by torch's own launcher."""
+"""Run a stage in several processes on this machine (`processes` in params.yaml), by torch's own launcher."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ import sys
 import time
 from collections.abc import Sequence
 
+from spo.runtime.exit_codes import STOPPED, TRANSIENT, TransientError
+from spo.runtime.signals import LAUNCHER_KILL
+
 STAGES = ("preference", "align", "generate", "score")  # the others take one process
-GRACE = 120  # seconds to finish and save the step in hand
 
 
 def wanted(stage: str, processes: int) -> bool:
@@ -19,7 +21,7 @@ def wanted(stage: str, processes: int) -> bool:
 
 
 def run(arguments: Sequence[str], processes: int) -> None:
-    """`spo ARGUMENTS` in each of several processes; the first of them writes, tracks and shows.
+    """Run `spo ARGUMENTS` in each of several processes; the main process writes, tracks and shows.
 
     Raises:
         ValueError: one of them failed, with its one line; or there are fewer GPUs than processes.
@@ -43,30 +45,31 @@ def run(arguments: Sequence[str], processes: int) -> None:
         rdzv_endpoint="127.0.0.1:0",
         local_addr="127.0.0.1",
         max_restarts=0,
-        shutdown_timeout=GRACE,
+        shutdown_timeout=int(LAUNCHER_KILL),
     )
     try:
         elastic_launch(settings, sys.executable)("-m", "spo", *arguments)
     except ChildFailedError as failed:
         rank, failure = failed.get_first_failure()
-        if failure.exitcode == 130:
-            raise KeyboardInterrupt("stopped; run it again to go on from there") from None
-        told = failure.error_file_data.get("message")
-        raise ValueError(told or f"process {rank} of {processes} ended with {failure.exitcode}") from None
+        if failure.exitcode == STOPPED:
+            raise KeyboardInterrupt("stopped; run it again to resume") from None
+        reported = failure.error_file_data
+        message = reported.get("message") or f"process {rank} of {processes} ended with {failure.exitcode}"
+        raise (TransientError if reported.get("code") == TRANSIENT else ValueError)(message) from None
     except SignalException:
-        raise KeyboardInterrupt("stopped; run it again to go on from there") from None
+        raise KeyboardInterrupt("stopped; run it again to resume") from None
 
 
 def is_main_process() -> bool:
-    """Whether this is the only process or the first of several; asked before any of them is connected."""
+    """Whether this is the only process or rank 0 of several; can be asked before they are connected."""
     return os.environ.get("RANK", "0") == "0"
 
 
-def tell_launcher(message: str) -> bool:
-    """Hand an error to `run` in the process above, so that it is said once; False if none waits for it."""
+def report_to_launcher(message: str, code: int) -> bool:
+    """Hand an error to `run` in the launching process, so that it is said once; False if there is none."""
     file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if not file:
         return False
     with open(file, "w", encoding="utf-8") as out:
-        json.dump({"message": message, "timestamp": str(int(time.time()))}, out)
+        json.dump({"message": message, "code": code, "timestamp": str(int(time.time()))}, out)
     return True

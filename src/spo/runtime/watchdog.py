@@ -1,8 +1,8 @@
-"""A stage ends when what started it (`dvc repro`, the launcher of its processes) is gone, however it went.
+"""End a stage when what started it (`dvc repro`, the launcher of its processes) is gone, however it went.
 
 DVC killed by SIGKILL or SIGTERM leaves its stages alive and writing. The kernel's own signal at a
 parent's death would not do: between DVC and the stage there is a shell, which lives on, and the signal
-follows the thread that started the process, not the process. So a thread looks after those above.
+follows the thread that started the process, not the process. So a thread polls the processes above.
 """
 
 from __future__ import annotations
@@ -16,31 +16,30 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from spo.runtime.ancestors import dvc_ancestor
+from spo.runtime.signals import LAUNCHED, WATCHDOG_KILL, WATCHDOG_POLL
 
 if TYPE_CHECKING:
     import psutil
 
-PERIOD = 0.5  # seconds between two looks
-GRACE = 120.0  # seconds to finish and save the step in hand
-STAGE, LAUNCHED = "DVC_STAGE", "TORCHELASTIC_RUN_ID"  # set by DVC and by torch's launcher for what they start
+STAGE = "DVC_STAGE"  # set by DVC for what it starts
 
 
 @contextmanager
 def tied_to_starter() -> Iterator[None]:
-    """Within it, the end of the `dvc repro` or the launcher above this process is SIGTERM to it.
+    """Send SIGTERM to this process when the `dvc repro` or the launcher above it ends meanwhile.
 
-    Started by neither, nothing happens.
+    Nothing happens to a process that neither of them started.
 
     Raises:
-        ValueError: the one that started this process is gone already.
+        ValueError: what started this process is gone already.
     """
     import psutil
 
     parents = psutil.Process().parents()
-    found = dvc_ancestor((p.pid, p.create_time(), _command(p)) for p in parents)
+    repro = dvc_ancestor((p.pid, p.create_time(), _command(p)) for p in parents)
     above: dict[str, psutil.Process] = {}
-    if found:
-        above["`dvc repro`"] = next(p for p in parents if p.pid == found[0])
+    if repro:
+        above["`dvc repro`"] = next(p for p in parents if p.pid == repro[0])
     if STAGE in os.environ and not above:  # it took seconds to get here
         raise ValueError("the `dvc repro` that started this stage is gone: stopped before it wrote anything")
     if LAUNCHED in os.environ and parents:
@@ -49,7 +48,7 @@ def tied_to_starter() -> Iterator[None]:
         yield
         return
     done = threading.Event()
-    threading.Thread(target=_watch, args=(above, done), name="lifeline", daemon=True).start()
+    threading.Thread(target=_watch, args=(above, done), name="watchdog", daemon=True).start()
     try:
         yield
     finally:
@@ -57,13 +56,13 @@ def tied_to_starter() -> Iterator[None]:
 
 
 def _watch(above: dict[str, psutil.Process], done: threading.Event) -> None:
-    while not done.wait(PERIOD):
+    while not done.wait(WATCHDOG_POLL):
         gone = next((name for name, process in above.items() if not _is_alive(process)), None)
         if gone is None:
             continue
         print(f"spo: the {gone} above (process {above[gone].pid}) is gone: stopping", file=sys.stderr)
         os.kill(os.getpid(), signal.SIGTERM)
-        if not done.wait(GRACE):
+        if not done.wait(WATCHDOG_KILL):
             os._exit(128 + signal.SIGTERM)
         return
 

@@ -1,4 +1,4 @@
-"""Where an experiment keeps its files, seen from the folder it runs in."""
+"""Places of an experiment's files, seen from the folder it runs in."""
 
 from __future__ import annotations
 
@@ -12,5 +12,5 @@ EXPERIMENT = re.compile(r"/\.dvc/tmp/exps/.*")  # where DVC runs experiments, an
 
 
 def home() -> Path:
-    """The workspace: of an experiment that DVC runs in a temporary folder, the one that started it."""
+    """Return the workspace: for an experiment in a temporary folder of DVC, the one that started it."""
     return Path(EXPERIMENT.sub("", str(Path.cwd())))

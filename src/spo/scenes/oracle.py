@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from spo.runtime.messages import first_line
 from spo.scenes import world
 from spo.scenes.world import ABSENT, CHOICES, QUALITY
 
@@ -82,7 +83,7 @@ class Perception(nn.Module):
             weights = load_file(folder / "model.safetensors")
             model.load_state_dict({k: v.float() for k, v in weights.items()})
         except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
+            reason = first_line(error)
             raise ValueError(f"{folder}: no whole oracle ({reason}); run `dvc pull data.dvc`") from None
         return model.eval().requires_grad_(False)
 

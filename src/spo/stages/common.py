@@ -1,4 +1,4 @@
-"""What every stage does around its one library call: lock, time, track, write."""
+"""Lock, watchdog, clock and MLflow run around the one library call of a stage."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from spo.config import Params
+from spo.runtime.exit_codes import TransientError
 from spo.runtime.launch import is_main_process
 from spo.runtime.watchdog import tied_to_starter
 from spo.runtime.workspace import METRICS, SCRATCH
@@ -18,10 +19,10 @@ from spo.tracking.dvc_lock import read_metrics
 
 @contextmanager
 def stage(name: str, params: Params, item: str | None = None) -> Iterator[Any]:
-    """One writer at a time, and one MLflow run; yields the run.
+    """Let one process at a time run a stage, in one MLflow run; yield the run.
 
     Raises:
-        ValueError: another process runs this very stage.
+        TransientError: another process runs this very stage.
     """
     full = f"{name}-{item}" if item else name
     lock = SCRATCH / "locks" / full
@@ -31,7 +32,8 @@ def stage(name: str, params: Params, item: str | None = None) -> Iterator[Any]:
             if is_main_process():  # the processes of one training hold it together
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(f"stage {full} already runs in this folder; wait for it or stop it") from None
+            message = f"stage {full} already runs in this folder; wait for it or stop it"
+            raise TransientError(message) from None
         started = time.monotonic()
         began = time.time()
         with runs.stage_run(name, params.model_dump(), name=item) as run, tied_to_starter():
@@ -41,7 +43,7 @@ def stage(name: str, params: Params, item: str | None = None) -> Iterator[Any]:
 
 
 def _log_written(run: runs.Run, full: str, began: float) -> None:
-    """What the stage wrote for `dvc metrics` goes to MLflow too, unless it was logged."""
+    """Log to MLflow what the stage wrote for `dvc metrics`, unless it was logged already."""
     name = "comparisons" if full == "report" else full.replace("-", "_")
     path = METRICS / f"{name}.json"
     if path.exists() and path.stat().st_mtime >= began - 1:

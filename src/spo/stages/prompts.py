@@ -10,6 +10,7 @@ from typing import Any
 from spo import config
 from spo.config import Params
 from spo.runtime.files import write_json
+from spo.runtime.messages import first_line
 from spo.stages.common import stage
 
 OUTPUT = Path("outputs/prompts")
@@ -92,6 +93,5 @@ def _token_counter(params: Params) -> Callable[[str], int]:
             name, subfolder="tokenizer", revision=params.backbone.revision
         )
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0][:200]
-        raise ValueError(f"backbone.checkpoint: no tokenizer in {name} ({reason})") from None
+        raise ValueError(f"backbone.checkpoint: no tokenizer in {name} ({first_line(error, 200)})") from None
     return lambda prompt: len(tokenizer(prompt).input_ids)

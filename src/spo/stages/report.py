@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterable
-from importlib import metadata
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spo.config import METHODS, VARIANTS, Params
-from spo.runtime.files import require, write_json
+from spo.runtime.files import atomic, require, write_json
 from spo.runtime.workspace import METRICS, TRAINING
 from spo.stages.common import stage
+from spo.tracking.provenance import git, versions
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -24,10 +21,6 @@ if TYPE_CHECKING:
 SCORES, IMAGES, REPORTS = Path("outputs/scores"), Path("outputs/images"), Path("reports")
 SHEET_PROMPTS = 6  # on the picture for the README
 SHEET_VARIANTS = {"base": "Base", "diffusion_dpo": "Diffusion-DPO", "spo": "SPO"}
-PACKAGES = (
-    *("torch", "torchvision", "diffusers", "transformers", "peft", "accelerate", "open_clip_torch"),
-    *("numpy", "pandas", "pillow", "dvc", "mlflow", "prefect"),
-)
 SPM_BASELINES = ("preference_unconditioned", "preference_clean_only")
 CODE = ("src", "flows", "dvc.yaml", "params.yaml")  # a change here is a change of the experiment
 
@@ -173,30 +166,15 @@ def _flat(rows: list[dict[str, Any]]) -> dict[str, float]:
     }
 
 
-def versions() -> dict[str, str]:
-    """Of Python and the packages that figures depend on; those not installed are left out."""
-    installed = {d.metadata["Name"].lower().replace("-", "_"): d.version for d in metadata.distributions()}
-    found = {p: installed[p.lower()] for p in PACKAGES if p.lower() in installed}
-    return {"python": ".".join(map(str, sys.version_info[:3])), **found}
-
-
 def commit() -> str:
-    """The git commit, and whether code or parameters differ from it."""
-    try:
-        head = _git("rev-parse", "HEAD").strip()
-        changed = _git("status", "--porcelain", "--", *CODE).strip()
-    except (OSError, subprocess.CalledProcessError):
+    """Name the git commit, and say whether code or parameters differ from it."""
+    head = git("rev-parse", "HEAD")
+    if not head:
         return "not in a git repository"
+    changed = git("status", "--porcelain", "--", *CODE)
     return f"{head} (with changes in {', '.join(CODE)})" if changed else head
 
 
-def _git(*arguments: str) -> str:
-    return subprocess.run(["git", *arguments], check=True, capture_output=True, text=True).stdout
-
-
 def _write(path: Path, content: bytes) -> None:
-    """Atomically, as `write_json` does."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_bytes(content)
-    partial.rename(path)
+    with atomic(path) as partial:
+        partial.write_bytes(content)

@@ -1,285 +1,22 @@
-"""From the spool to an MLflow store: records become calls, in a thread of the stage or by `spo sync`.
-
-A record keeps the time at which it was written, and a run is found again by its key, so a record that is
-delivered twice (a stage was killed between the call and its mark) changes nothing.
-"""
+"""Delivery of spools to an MLflow store, in a thread of the stage."""
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import sqlite3
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
-from spo.runtime.files import locked
-from spo.runtime.messages import redact
-from spo.tracking.records import (
-    DELETED,
-    Gone,
-    Waiting,
-    batches,
-    call,
-    check_experiment,
-    is_missing,
-    is_refusal,
-    literal,
-    load_mlflow,
-    reason,
-)
+from spo.runtime.signals import DELIVERY, STOPPED_DELIVERY
+from spo.tracking.records import Waiting, is_refusal, load_mlflow, reason
 from spo.tracking.spool import Spool, spools, warn
+from spo.tracking.store import Store
 
 PERIOD, PAUSE = 5.0, 30.0  # seconds between deliveries, and after one that failed
-PATIENCE = {"local": 120.0, "remote": 15.0}  # seconds that the end of a stage waits for the last delivery
-AGAIN = "`spo sync` tries again"
-
-
-class Store:
-    """An MLflow store, and how records become calls."""
-
-    def __init__(self, uri: str) -> None:
-        self.uri, self.name = uri, redact(uri)
-        local = uri.startswith("sqlite:///")
-        self._file = Path(uri.removeprefix("sqlite:///").split("?")[0]).absolute() if local else None
-        self._client: Any = None
-
-    def deliver(self, spool: Spool) -> int:
-        """Send the records that this store has not had; their number.
-
-        Raises:
-            Waiting: experiment or run were deleted; the records stay.
-            Exception: MLflow cannot be reached. What went before stays delivered.
-        """
-        if not spool.path.exists():
-            return 0
-        with spool.path.open("rb") as file:  # one process at a time delivers it
-            fcntl.flock(file, fcntl.LOCK_EX)
-            try:
-                sent = self._deliver(spool)
-            except Gone as error:  # the spool has all that was ever logged, so it can make the run anew
-                warn(
-                    f"{self.name}: {error}, e.g. deleted for good; what is in {spool.path} goes to a new one"
-                )
-                spool.mark(self.name, None, 0)
-                sent = self._deliver(spool)
-            # in this order: what is written while it is sent is not sent; after the end nothing is written
-            if sent and spool.ended() and not spool.left(self.name):
-                spool.remove()
-        return sent
-
-    def _deliver(self, spool: Spool) -> int:
-        known = spool.state().get(self.name, {"run_id": None, "offset": 0})
-        run_id, sent = known["run_id"], 0
-        for offset, records in batches(spool.read(known["offset"])):
-            if records[0]["op"] == "create":
-                run_id = self._create(spool.key, records[0])
-            elif records[0]["op"] == "adopt":
-                run_id = records[0]["run_id"]
-            elif records[0]["op"] == "find":
-                run_id = self._find(self._experiment(records[0]["experiment"]), records[0]["key"])
-            elif run_id is None:
-                for record in records:
-                    spool.set_aside(record, "the store has not the run that it belongs to")
-            else:
-                run_id = self._send_or_lose(spool, run_id, records)
-            spool.mark(self.name, run_id, offset)
-            sent += len(records)
-        return sent
-
-    def _send_or_lose(self, spool: Spool, run_id: str, records: list[dict[str, Any]]) -> str | None:
-        """The run's id; None if the store has no such run and it was not this spool that made it.
-
-        Raises:
-            Gone: the store has no such run, which this spool made.
-        """
-        try:
-            self._send(spool, run_id, records)
-        except Gone as error:
-            if spool.header().get("op") == "create":
-                raise
-            for record in records:
-                spool.set_aside(record, str(error))
-            return None
-        return run_id
-
-    def connect(self) -> Any:
-        """The client. A new sqlite file is set up by one process: several at once break its migration."""
-        if self._client is None:
-            mlflow = load_mlflow()
-            if self._file is None:
-                self._client = mlflow.MlflowClient(self.uri)
-                return self._client
-            self._file.parent.mkdir(parents=True, exist_ok=True)
-            with locked(self._file.with_name(f"{self._file.name}.lock")):
-                with contextlib.closing(sqlite3.connect(self._file)) as connection:
-                    connection.execute("PRAGMA schema_version")  # MLflow tries a broken file for minutes
-                self._client = mlflow.MlflowClient(self.uri)
-        return self._client
-
-    def start_run(self, experiment: str, name: str, tags: dict[str, str], params: dict[str, str]) -> str:
-        """A run without a spool; its id."""
-        from mlflow.entities import Param
-
-        client = self.connect()
-        run = client.create_run(self._experiment(experiment), run_name=name, tags=tags)
-        pairs = [Param(k, v) for k, v in redact(params).items()]
-        for start in range(0, len(pairs), 100):
-            client.log_batch(run.info.run_id, params=pairs[start : start + 100])
-        return str(run.info.run_id)
-
-    def _experiment(self, name: str) -> str:
-        """Its id; made if it is new. Artifacts of a sqlite store lie in `mlartifacts` beside it.
-
-        Raises:
-            Waiting: it was deleted, or MLflow takes no such name.
-        """
-        client = self.connect()
-        folder = (self._file.parent / "mlartifacts").as_uri() if self._file else None
-        try:
-            if client.get_experiment_by_name(name) is None:
-                try:
-                    client.create_experiment(name, artifact_location=folder)
-                except Exception:
-                    if client.get_experiment_by_name(name) is None:  # or another process was faster
-                        raise
-            experiment = client.get_experiment_by_name(name)
-        except Exception as error:
-            if not is_refusal(error):
-                raise
-            why = f"MLflow takes no experiment of the name {name[:80]!r} ({reason(error)[:120]})"
-            then = "but no store will take them under this name"
-            raise Waiting(f"{why}; give another `name` in params.yaml", then) from None
-        check_experiment(experiment)
-        return str(experiment.experiment_id)
-
-    def _check_run(self, run_id: str) -> None:
-        """Why it takes nothing, if that is the run's fault.
-
-        Raises:
-            Waiting: it, or its experiment, was deleted.
-            Gone: there is none.
-        """
-        try:
-            info = self.connect().get_run(run_id).info
-        except Exception as error:
-            if is_missing(error):
-                raise Gone(f"there is no run {run_id}") from None
-            raise
-        if info.lifecycle_stage == DELETED:
-            check_experiment(self.connect().get_experiment(info.experiment_id))
-            raise Waiting(f"run {run_id} was deleted; `mlflow runs restore --run-id {run_id}` brings it back")
-
-    def _create(self, key: str, record: dict[str, Any]) -> str:
-        experiment = self._experiment(record["experiment"])
-        found = self._find(experiment, key)
-        if found is not None:
-            return found
-        tags = {**record["tags"], "spo.key": key}
-        if record["parent"]:
-            parent = self._parent(experiment, record["parent"])
-            tags |= {"mlflow.parentRunId": parent} if parent else {}
-        named = {"start_time": record["time"], "run_name": record["name"], "tags": tags}
-        try:
-            return str(self.connect().create_run(experiment, **named).info.run_id)
-        except Exception as error:
-            if not is_refusal(error):
-                raise
-            raise Waiting(f"MLflow refuses the run {record['name']!r} ({reason(error)})", AGAIN) from None
-
-    def _parent(self, experiment: str, key: str) -> str | None:
-        """The id of a run by its key; a deleted run is still the parent."""
-        spool = Spool.find(key)
-        if spool is None:
-            return self._find(experiment, key)
-        waiting = None
-        try:
-            self.deliver(spool)
-        except Waiting as error:
-            waiting = error
-        run_id = self._run_of(spool)
-        if run_id is None and waiting is not None:
-            raise waiting
-        try:
-            if run_id is not None and spool.header().get("op") == "create":
-                self._check_run(run_id)
-        except Waiting:
-            pass
-        except Gone:
-            spool.mark(self.name, None, 0)
-            self.deliver(spool)
-        return self._run_of(spool)
-
-    def _run_of(self, spool: Spool) -> str | None:
-        run_id = spool.state().get(self.name, {}).get("run_id")
-        return None if run_id is None else str(run_id)
-
-    def _link(self, run_id: str, record: dict[str, Any]) -> None:
-        """A skipped stage: the run that made what it gave, and its figures, here and in the parent.
-
-        Of the origin only metrics of the whole run count, not curves: those that are at step 0.
-        """
-        from mlflow.entities import Metric, RunTag
-
-        client = self.connect()
-        experiment = client.get_run(run_id).info.experiment_id
-        made = f"tags.`dvc.lock_hash` = {literal(record['hash'])} and tags.`dvc.cached` = 'false'"
-        found = client.search_runs([experiment], made, order_by=["start_time DESC"], max_results=1)
-        metrics = record["metrics"]
-        if found:
-            metrics = {m.key: m.value for m in found[0].data._metric_objs if m.step == 0} or metrics
-        origin = found[0].info.run_id if found else "not in this store"
-        now, title = record["time"], record["title"]
-        client.log_batch(
-            run_id,
-            metrics=[Metric(k, v, now, 0) for k, v in metrics.items()],
-            tags=[RunTag("origin_run_id", origin)],
-        )
-        parent = self._parent(experiment, record["parent"])
-        if parent is None:
-            return
-        points = [Metric(f"{title}/{k}", v, now, 0) for k, v in metrics.items()]
-        try:
-            client.log_batch(parent, metrics=points)
-        except Exception as error:
-            if is_refusal(error):
-                self._check_run(parent)
-            raise
-
-    def _find(self, experiment: str, key: str) -> str | None:
-        """The id of a run by its key, deleted or not: a second one would be made otherwise."""
-        from mlflow.entities import ViewType
-
-        wanted, every = f"tags.`spo.key` = {literal(key)}", ViewType.ALL
-        found = self.connect().search_runs([experiment], wanted, run_view_type=every, max_results=1)
-        return str(found[0].info.run_id) if found else None
-
-    def _send(self, spool: Spool, run_id: str, records: list[dict[str, Any]]) -> None:
-        """What MLflow refuses for good is set aside, so that it does not block the rest.
-
-        Raises:
-            Waiting, Gone: see `_check_run`.
-        """
-        try:
-            if records[0]["op"] == "origin":
-                self._link(run_id, records[0])
-            else:
-                call(self.connect(), spool, run_id, records)
-        except Exception as error:
-            if not is_refusal(error):
-                raise
-            self._check_run(run_id)
-            if len(records) == 1:
-                spool.set_aside(records[0], reason(error))
-            else:
-                for record in records:
-                    self._send(spool, run_id, [record])
 
 
 class Delivery:
-    """Delivers spools in a thread, so that a slow or missing server costs the stage nothing.
+    """Deliver spools in a thread, so that a slow or missing server costs the stage nothing.
 
     `watch` is called every PERIOD seconds, before a delivery.
     """
@@ -292,10 +29,14 @@ class Delivery:
         self._thread = threading.Thread(target=self._work, name="tracking", daemon=True)
         self._thread.start()
 
-    def finish(self) -> None:
-        """The last delivery, and one line of warning if something could not be delivered."""
+    def finish(self, stopped: bool = False) -> None:
+        """Deliver once more, and warn in one line if something could not be delivered.
+
+        `stopped`: by Ctrl-C or SIGTERM, so that somebody waits.
+        """
         self._stop.set()
-        self._thread.join(PATIENCE["local" if self._store.uri.startswith("sqlite") else "remote"])
+        place = "local" if self._store.uri.startswith("sqlite") else "remote"
+        self._thread.join(STOPPED_DELIVERY if stopped else DELIVERY[place])
         left = sum(spool.left() for spool in self._spools)
         if left:
             why = reason(self._error)[:300] if self._error else "no answer yet"
@@ -314,7 +55,7 @@ class Delivery:
         self._try([*self._spools, *earlier])
 
     def _try(self, which: list[Spool]) -> None:
-        """A spool that has to wait does not hold up the others; a store that is away does."""
+        """Deliver spools: one that has to wait does not hold up the others; a store that is away does."""
         if time.monotonic() - self._failed_at < PAUSE:
             return
         self._error = None

@@ -1,4 +1,4 @@
-"""dvc.lock: what every stage was last made from and gave."""
+"""dvc.lock: the hashes of what every stage last read and wrote."""
 
 from __future__ import annotations
 
@@ -27,13 +27,18 @@ class Entry:
 
     @property
     def words(self) -> tuple[str, str | None]:
-        """(stage, item) of an `spo STAGE [ITEM]` command; of another command (DVC's name, None)."""
+        """Split `spo STAGE [ITEM]` into (stage, item); of another command (DVC's name, None)."""
         match self.cmd.split():
             case ["spo", stage]:
                 return stage, None
             case ["spo", stage, item]:
                 return stage, item
         return self.stage, None
+
+    @property
+    def is_tracked(self) -> bool:
+        """Whether its command is a stage of `spo`, which logs a run itself."""
+        return self.cmd.split()[:1] == ["spo"]
 
     @property
     def title(self) -> str:
@@ -43,12 +48,12 @@ class Entry:
 
     @property
     def hash(self) -> str:
-        """SHA-256 of command, parameters and the hashes of all that it read and wrote."""
+        """Return the SHA-256 of command, parameters and the hashes of all that it read and wrote."""
         content = {"cmd": self.cmd, "deps": self.deps, "outs": self.outs, "params": self.params}
         return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
     def tags(self) -> dict[str, str]:
-        """For MLflow: the hash of the whole and of each path."""
+        """Return tags for MLflow: the hash of the entry and of each path."""
         return {
             "dvc.lock_hash": self.hash,
             **{f"dvc.dep.{path}": value for path, value in self.deps.items()},
@@ -56,21 +61,17 @@ class Entry:
         }
 
     def data(self) -> list[dict[str, str]]:
-        """The data among the deps (not code), for MLflow's dataset inputs."""
-        found = ((path, value) for path, value in self.deps.items() if not path.startswith("src/"))
-        return [{"name": path, "digest": value} for path, value in found]
+        """Return the data among the deps (not code), for MLflow's dataset inputs."""
+        return [{"name": p, "digest": value} for p, value in self.deps.items() if not p.startswith("src/")]
 
     def metrics(self) -> dict[str, float]:
-        """The numbers in the metrics files that the stage wrote, with / between nested keys."""
-        found: dict[str, float] = {}
-        for path in self.outs:
-            if path.startswith(METRICS) and path.endswith(".json"):
-                found |= read_metrics(Path(path))
-        return found
+        """Return the numbers in the metrics files that the stage wrote, with / between nested keys."""
+        files = [path for path in self.outs if path.startswith(METRICS) and path.endswith(".json")]
+        return {name: value for path in files for name, value in read_metrics(Path(path)).items()}
 
 
 def read_metrics(path: Path) -> dict[str, float]:
-    """Numbers of a metrics file by nested key; none if it is not there or not readable."""
+    """Return the numbers of a metrics file by nested key; none if it is not there or not readable."""
     try:
         flat = flatten(json.loads(path.read_text(encoding="utf-8")), separator="/")
     except (OSError, ValueError, AttributeError):
@@ -79,12 +80,17 @@ def read_metrics(path: Path) -> dict[str, float]:
 
 
 def read(path: Path = Path("dvc.lock")) -> dict[str, Entry]:
-    """All stages by name, in the file's order; none if there is no readable file."""
+    """Read all stages by name, in the file's order; none if there is no readable file."""
     try:
         stages = (yaml.safe_load(path.read_text(encoding="utf-8")) or {}).get("stages", {})
         return {name: _entry(name, stage) for name, stage in stages.items()}
     except (OSError, yaml.YAMLError, AttributeError, KeyError, TypeError):
         return {}
+
+
+def hashes() -> dict[str, str]:
+    """Return the hash of every stage by its name."""
+    return {name: entry.hash for name, entry in read().items()}
 
 
 def _entry(name: str, stage: dict[str, Any]) -> Entry:
@@ -96,18 +102,18 @@ def _entry(name: str, stage: dict[str, Any]) -> Entry:
 
 
 def ancestors(entries: dict[str, Entry], stage: str) -> list[str]:
-    """The stages whose outputs `stage` is made from, directly or not, in the file's order."""
-    found: set[str] = set()
+    """Return the stages whose outputs `stage` is made from, directly or not, in the file's order."""
+    above: set[str] = set()
     waiting = [stage]
     while waiting:
         deps = entries[name].deps if (name := waiting.pop()) in entries else {}
         for other, entry in entries.items():
-            if other not in found and any(_meets(out, dep) for out in entry.outs for dep in deps):
-                found.add(other)
+            if other not in above and any(_overlap(out, dep) for out in entry.outs for dep in deps):
+                above.add(other)
                 waiting.append(other)
-    return [name for name in entries if name in found - {stage}]
+    return [name for name in entries if name in above - {stage}]
 
 
-def _meets(out: str, dep: str) -> bool:
-    """Whether one is the other, or lies in it."""
+def _overlap(out: str, dep: str) -> bool:
+    """Whether one path is the other, or lies in it."""
     return out == dep or dep.startswith(f"{out}/") or out.startswith(f"{dep}/")

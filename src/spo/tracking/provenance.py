@@ -1,25 +1,27 @@
-"""Where a run comes from: its parameters, code, packages and machine."""
+"""Provenance of a run: its parameters, code, packages and machine."""
 
 from __future__ import annotations
 
-import hashlib
 import os
 import platform
 import subprocess
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from spo.runtime.files import digest
+
 PACKAGES = (
     *("spo", "torch", "torchvision", "diffusers", "transformers", "peft", "accelerate"),
-    *("open_clip_torch", "numpy", "dvc", "mlflow"),
+    *("open_clip_torch", "numpy", "pandas", "pillow", "dvc", "mlflow", "prefect"),
 )
 
 
 def flatten(params: Mapping[str, Any], prefix: str = "", separator: str = ".") -> dict[str, Any]:
-    """Nested sections as dotted keys."""
+    """Return nested sections as one mapping with dotted keys."""
     flat: dict[str, Any] = {}
     for key, value in params.items():
         if isinstance(value, Mapping):
@@ -30,25 +32,23 @@ def flatten(params: Mapping[str, Any], prefix: str = "", separator: str = ".") -
 
 
 def section(params: Mapping[str, Any], stage: str, name: str | None) -> dict[str, Any]:
-    """What a stage is about: its section (of an item its own part) and the seed."""
-    found = params.get(stage, {})
-    own = {k: v for k, v in found.items() if not (name in found and k != name and isinstance(v, dict))}
+    """Return the parameters of a stage: its section (of an item its own part) and the seed."""
+    every = params.get(stage, {})
+    own = {k: v for k, v in every.items() if not (name in every and k != name and isinstance(v, dict))}
     return {"seed": params.get("seed"), **flatten({stage: own})}
 
 
 def versions() -> dict[str, str]:
-    """Tags: Python and the packages that figures depend on, as far as installed."""
-    tags = {"version.python": platform.python_version()}
+    """Return the versions of Python and the packages that figures depend on, as far as installed."""
+    installed = {"python": platform.python_version()}
     for package in PACKAGES:
-        try:
-            tags[f"version.{package}"] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return tags
+        with suppress(metadata.PackageNotFoundError):
+            installed[package] = metadata.version(package)
+    return installed
 
 
 def hardware() -> dict[str, Any]:
-    """Tags: processor, memory, accelerator (if torch was loaded), operating system."""
+    """Return tags: processor, memory, accelerator (if torch was loaded), operating system."""
     import psutil
 
     tags: dict[str, Any] = {
@@ -65,7 +65,7 @@ def hardware() -> dict[str, Any]:
 
 
 def _processor() -> str:
-    """Its name by Linux, else what Python knows."""
+    """Return the processor's name by Linux, else what Python knows."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -75,16 +75,17 @@ def _processor() -> str:
 
 
 def code() -> dict[str, str]:
-    """Tags: the git commit, whether files differ from it, and dvc.lock's SHA-256."""
-    commit, changes = _git("rev-parse", "HEAD"), _git("status", "--porcelain", "--untracked-files=no")
-    lock = Path("dvc.lock")
-    tags = {"dvc.lock": hashlib.sha256(lock.read_bytes()).hexdigest()} if lock.exists() else {}
-    if commit:
+    """Return tags: the git commit, whether files differ from it, and dvc.lock's SHA-256."""
+    lock = digest(Path("dvc.lock"))
+    tags = {"dvc.lock": lock} if lock else {}
+    if commit := git("rev-parse", "HEAD"):
+        changes = git("status", "--porcelain", "--untracked-files=no")
         tags |= {"mlflow.source.git.commit": commit, "git.dirty": str(bool(changes)).lower()}
     return tags
 
 
-def _git(*arguments: str) -> str:
+def git(*arguments: str) -> str:
+    """Return what a git command prints; nothing if it fails, as outside a repository."""
     try:
         done = subprocess.run(["git", *arguments], capture_output=True, text=True, timeout=20)
     except (OSError, subprocess.TimeoutExpired):

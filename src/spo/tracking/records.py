@@ -1,4 +1,4 @@
-"""How records of a spool become MLflow's calls, and what its answers mean."""
+"""Records of a spool as calls of MLflow, and the meaning of its answers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Refused(ValueError):
 
 
 class Waiting(RuntimeError):
-    """What MLflow takes only when somebody has done what the message says; until then the records stay.
+    """MLflow takes the records only when somebody has done what the message says; until then they stay.
 
     `then` says what becomes of them.
     """
@@ -49,14 +49,15 @@ def is_refusal(error: BaseException) -> bool:
 
 
 def reason(error: BaseException) -> str:
-    """The error in one line; without the name of its type where the message is ours."""
+    """Return the error in one line; without the name of its type where the message is ours."""
     return redact(str(error)) if isinstance(error, Waiting | Gone) else one_line(error)
 
 
 def check_experiment(experiment: Any) -> None:
-    """
+    """Check that an experiment is not deleted; whoever deleted it restores it, not we.
+
     Raises:
-        Waiting: it was deleted. Whoever did that restores it, not we.
+        Waiting: it was deleted.
     """
     if experiment.lifecycle_stage == DELETED:
         restore = f"mlflow experiments restore --experiment-id {experiment.experiment_id}"
@@ -64,7 +65,7 @@ def check_experiment(experiment: Any) -> None:
 
 
 def load_mlflow() -> Any:
-    """MLflow, told to give up soon, to be quiet and to tell nobody. Its import takes 3 s."""
+    """Import MLflow with short timeouts, no logs and no telemetry. The import takes 3 s."""
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
@@ -77,7 +78,7 @@ def load_mlflow() -> Any:
 
 
 def literal(text: str) -> str:
-    """`text` as a string of MLflow's filter language, which knows no escapes.
+    """Quote `text` for MLflow's filter language, which knows no escapes.
 
     Raises:
         Refused: it would end the string.
@@ -90,7 +91,7 @@ def literal(text: str) -> str:
 def batches(
     records: Iterable[tuple[int, dict[str, Any]]],
 ) -> Iterator[tuple[int, list[dict[str, Any]]]]:
-    """Metrics that follow each other go together, up to BATCH points; all else one by one."""
+    """Group metrics that follow each other, up to BATCH points; all else comes one by one."""
     batch: list[dict[str, Any]] = []
     points, end = 0, 0
     for offset, record in records:
@@ -105,7 +106,7 @@ def batches(
 
 
 def call(client: Any, spool: Spool, run_id: str, records: list[dict[str, Any]]) -> None:
-    """Records of one kind, as one of MLflow's calls."""
+    """Send records of one kind by one of MLflow's calls."""
     from mlflow.entities import Metric, Param, RunTag
 
     record = records[0]
@@ -130,7 +131,7 @@ def call(client: Any, spool: Spool, run_id: str, records: list[dict[str, Any]]) 
 
 
 def _dataset(name: str, digest: str) -> Any:
-    """What a stage read, as MLflow's dataset: the path, and DVC's hash, by which `dvc` finds it again."""
+    """Return what a stage read as MLflow's dataset: path and DVC's hash, by which `dvc` finds it again."""
     from mlflow.entities import Dataset, DatasetInput
 
     source = json.dumps({"path": name, "md5": digest})
@@ -138,7 +139,7 @@ def _dataset(name: str, digest: str) -> Any:
 
 
 def _status(spool: Spool, record: dict[str, Any]) -> str:
-    """Of a run that children share: the worst of what their last attempts came to."""
+    """Return a run's status; of one that children share, the worst of their last attempts."""
     if "child" not in record:
         return str(record["status"])
     ends = {r["child"]: r["status"] for _, r in spool.read() if r["op"] == "end" and "child" in r}

@@ -1,4 +1,4 @@
-"""MLflow: every stage is a run under one parent a `dvc repro`. A stage never fails or waits for it.
+"""MLflow runs: one for every stage, under one parent a `dvc repro`. No stage fails or waits for MLflow.
 
 What is logged is written to the spool at once; a thread delivers it every few seconds, and `spo sync`
 delivers what a server that was away did not get.
@@ -10,9 +10,7 @@ import itertools
 import json
 import os
 import re
-import signal
-import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
@@ -20,24 +18,27 @@ from typing import Any
 
 from spo.runtime import ancestors
 from spo.runtime.files import digest, locked
+from spo.runtime.launch import is_main_process
 from spo.runtime.messages import one_line, redact
+from spo.runtime.signals import exit_on_sigterm
 from spo.runtime.workspace import home
 from spo.tracking import cached_stages, dvc_lock, system
-from spo.tracking.delivery import Delivery, Store
+from spo.tracking.delivery import Delivery
 from spo.tracking.provenance import code, flatten, hardware, section, versions
 from spo.tracking.records import Waiting, is_refusal, reason
 from spo.tracking.spool import Spool, close_dead, spools, warn
+from spo.tracking.store import Store
 
 PARENT_VARIABLE = "SPO_PARENT_RUN"  # a parent's key, or the id of a run that MLflow has
 
 
 def tracking_uri(configured: str | None = None) -> str:
-    """params.yaml's, else the environment's, else a sqlite file in this folder."""
+    """Return params.yaml's URI, else the environment's, else that of a sqlite file in this folder."""
     return configured or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home() / 'mlflow.db'}"
 
 
 class Run:
-    """A run's logging calls. Without a spool (no place to write, or not the first process) it is mute."""
+    """A run's logging calls: no-ops without a spool (no place to write, or not the main process)."""
 
     def __init__(self, spool: Spool | None) -> None:
         self.spool = spool
@@ -46,11 +47,11 @@ class Run:
 
     @property
     def key(self) -> str:
-        """What SPO_PARENT_RUN takes."""
+        """Return the value for SPO_PARENT_RUN."""
         return self.spool.key if self.spool else ""
 
     def log_metrics(self, metrics: Mapping[str, float], step: int = 0) -> None:
-        """Numbers at a step; those of a whole run (seconds, accuracy) at step 0."""
+        """Log numbers at a step; those of a whole run (seconds, accuracy) at step 0."""
         values = {k: float(v) for k, v in metrics.items()}
         if step == 0:
             self._at_zero |= values
@@ -62,7 +63,7 @@ class Run:
         self._write("params", params={k: str(v) for k, v in params.items()})
 
     def log_artifact(self, path: Path | str, folder: str | None = None) -> None:
-        """A small file, by reference: if it changes before it is delivered, it is not sent."""
+        """Log a small file by reference: if it changes before it is delivered, it is not sent."""
         path = Path(path).absolute()
         self._write("artifact", path=str(path), folder=folder, sha256=digest(path))
 
@@ -70,11 +71,15 @@ class Run:
         self._write("tags", tags={k: str(v) for k, v in tags.items()})
 
     def end(self, status: str, **child: str | None) -> None:
-        """`child` (its name), `stage` (of DVC), `key`: the run is shared, and this child has ended."""
+        """End the run; with `child` (its name), `stage` (of DVC) and `key`, a child of a shared run."""
         self._write("end", status=status, **child)
 
+    def note_lock(self) -> None:
+        """Note dvc.lock as it is now, before DVC changes it."""
+        self._write("lock", hashes=dvc_lock.hashes())
+
     def summary(self) -> dict[str, float]:
-        """The metrics of the whole run: all that were only given at step 0."""
+        """Return the metrics of the whole run: all that were only logged at step 0."""
         return {k: v for k, v in self._at_zero.items() if k not in self._curves}
 
     def _write(self, op: str, **fields: Any) -> None:
@@ -89,23 +94,24 @@ class Run:
 
 @contextmanager
 def stage_run(stage: str, params: Mapping[str, Any], name: str | None = None) -> Iterator[Run]:
-    """The MLflow run of a stage, named `stage` or `stage-name`; `params` is the whole params.yaml.
+    """Open the MLflow run of a stage, named `stage` or `stage-name`; `params` is the whole params.yaml.
 
     An exception passes on; the run is FAILED (KILLED if interrupted) with its message as tag `error`.
     """
-    if os.environ.get("RANK", "0") != "0":  # of the processes of one training, the first logs
+    if not is_main_process():
         yield Run(None)
         return
     title = f"{stage}-{name}" if name else stage
     parent = _parent(params)
-    _record_before(parent, params)
+    if stage_of_dvc := os.environ.get("DVC_STAGE"):  # DVC is through with all that this stage is made from
+        _settle(parent, params, dvc_lock.ancestors(dvc_lock.read(), stage_of_dvc))
     run = _start(params, title, parent)
     run.log_params(section(params, stage, name) if parent.spool else flatten(params))
     own = [r.spool for r in (parent, run) if r.spool]
     delivery = Delivery(tracking_uri(params.get("tracking")), own, _watched(run))
     status = "FINISHED"
     try:
-        with _terminable():
+        with exit_on_sigterm():
             yield run
     except BaseException as error:
         status = "KILLED" if isinstance(error, KeyboardInterrupt | SystemExit) else "FAILED"
@@ -117,45 +123,44 @@ def stage_run(stage: str, params: Mapping[str, Any], name: str | None = None) ->
         run.set_tags(hardware())
         run.end(status)
         parent.end(status, child=title, stage=os.environ.get("DVC_STAGE"), key=run.key)
-        delivery.finish()
+        delivery.finish(stopped=status == "KILLED")
 
 
 def _watched(run: Run) -> Callable[[], None]:
-    """Logs the system metrics; their steps count from 1."""
+    """Return a function that logs the system metrics; their steps count from 1."""
     steps = itertools.count(1)
     return lambda: run.log_metrics(system.sample(), step=next(steps))
 
 
 def open_parent(params: Mapping[str, Any], name: str | None = None) -> Run:
-    """A run for others to be children of, by its `key` in SPO_PARENT_RUN. Logs all parameters."""
+    """Open a run for others to be children of, by its `key` in SPO_PARENT_RUN; log all parameters."""
     run = _create(params, name or f"repro {datetime.now():%Y-%m-%d %H:%M:%S}", None, True, code())
     run.log_params(flatten(params))
-    try:
-        last_covers()
-        if run.spool:
-            _last().parent.mkdir(parents=True, exist_ok=True)
-            _last().write_text(run.key)
-    except OSError as error:
-        warn(f"the repro before gets no hashes: {one_line(error)}")
+    run.note_lock()
     return run
 
 
-def close_parent(run: Run, params: Mapping[str, Any], status: str, stages: Iterable[str]) -> list[str]:
-    """End a parent: those of `stages` that did not run are recorded as cached; their names."""
-    cached: list[str] = []
-    if run.spool:
-        where = _where(params)
-        cached_stages.seal(run.spool, where)
-        cached = cached_stages.record(run.spool, params, where, stages)
+def close_parent(run: Run, params: Mapping[str, Any], status: str, reached: Collection[str]) -> list[str]:
+    """End a parent, and return the names of the stages that are recorded as cached.
+
+    `reached`: the stages that DVC came to and ended well, whether they ran or not.
+    """
+    cached = _settle(run, params, reached)
     run.set_tags(code() | {"dvc.stages_cached": " ".join(cached)})
     run.end(status)
     return cached
 
 
+def ran(parent: str, stage: str) -> bool:
+    """Whether a stage ran to its end under the parent of this key."""
+    spool = Spool.find(parent)
+    return spool is not None and cached_stages.has_run(spool, stage)
+
+
 def sync(uri: str | None = None) -> tuple[int, int]:
     """Deliver every spool to `uri`, or to where stages would log: (records delivered, records left).
 
-    Why some are left is said, each reason once.
+    It says why some are left, each reason once.
     """
     close_dead()
     store, delivered = Store(uri or tracking_uri()), 0
@@ -180,35 +185,18 @@ def _parents() -> Path:
     return home() / ".spo/parents"
 
 
-def _last() -> Path:
-    """Names the parent that was opened last here."""
-    return Path(".spo/parents/last")
-
-
-def last_covers() -> bool:
-    """Whether the last repro here has a run for every stage; its last stage gets its hashes now."""
-    spool = Spool.find(_last().read_text()) if _last().exists() else None
-    if spool is None:
-        return False
-    head = spool.header()
-    cached_stages.seal(spool, {"uri": head.get("uri", ""), "experiment": head.get("experiment", "")})
-    return cached_stages.covers(spool)
-
-
-def _record_before(parent: Run, params: Mapping[str, Any]) -> None:
-    """What this stage is made from and did not run in this repro, DVC has skipped: now is the time to say."""
-    stage = os.environ.get("DVC_STAGE")
-    if parent.spool is None or stage is None:
-        return
+def _settle(parent: Run, params: Mapping[str, Any], reached: Collection[str]) -> list[str]:
+    if parent.spool is None:
+        return []
     try:
-        cached_stages.seal(parent.spool, _where(params))
-        cached_stages.record(parent.spool, params, _where(params), dvc_lock.ancestors(dvc_lock.read(), stage))
+        return cached_stages.settle(parent.spool, params, _where(params), reached)
     except OSError as error:
-        warn(f"skipped stages are not recorded: {one_line(error)}")
+        warn(f"cached stages are not recorded: {one_line(error)}")
+        return []
 
 
 def _start(params: Mapping[str, Any], title: str, parent: Run) -> Run:
-    tags = versions()
+    tags = {f"version.{package}": version for package, version in versions().items()}
     if "DVC_STAGE" in os.environ:
         tags |= {"dvc.stage": os.environ["DVC_STAGE"], "dvc.cached": "false"}
     if parent.spool is None:
@@ -228,7 +216,7 @@ def _create(
 
 
 def _parent(params: Mapping[str, Any]) -> Run:
-    """The parent named by the environment, or that of the `dvc repro` above this process; else none."""
+    """Find the parent named by the environment, or that of the `dvc repro` above this process; else none."""
     given = os.environ.get(PARENT_VARIABLE)
     try:
         if given:
@@ -244,7 +232,7 @@ def _parent(params: Mapping[str, Any]) -> Run:
 
 
 def _parent_of(repro: tuple[int, float], params: Mapping[str, Any]) -> Run:
-    """One parent for all stages of a repro: the first makes it, the others find it under the pid."""
+    """Return the one parent of all stages of a repro: the first makes it, the others find it by the pid."""
     pid, started = repro
     _parents().mkdir(parents=True, exist_ok=True)
     record = _parents() / f"{pid}.json"
@@ -257,21 +245,3 @@ def _parent_of(repro: tuple[int, float], params: Mapping[str, Any]) -> Run:
         run = open_parent(params)
         record.write_text(json.dumps({"started": started, "run": run.key}))
         return run
-
-
-@contextmanager
-def _terminable() -> Iterator[None]:
-    """SIGTERM (a cancelled flow, a scheduler) ends the stage by an exception, so the run ends too."""
-
-    def stop(number: int, frame: Any) -> None:
-        raise SystemExit(128 + number)
-
-    main = threading.current_thread() is threading.main_thread()
-    if not main or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
-        yield
-        return
-    signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -1,4 +1,4 @@
-"""What is logged goes to a local file first: one file a run, one JSON record a line."""
+"""Local files that logs go to first: one file a run, one JSON record a line."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from spo.runtime.files import write_json
 from spo.runtime.messages import redact
 from spo.runtime.workspace import home
 
@@ -42,7 +43,7 @@ class Spool:
 
     @classmethod
     def create(cls, **record: Any) -> Spool:
-        """A new spool; `record` has uri, experiment, name, parent (a key or None), shared, tags."""
+        """Make a new spool; `record` has uri, experiment, name, parent (a key or None), shared, tags."""
         import psutil
 
         folder().mkdir(parents=True, exist_ok=True)
@@ -54,7 +55,7 @@ class Spool:
 
     @classmethod
     def find(cls, key: str) -> Spool | None:
-        """The spool of a key, or a new one for the id of an MLflow run."""
+        """Return the spool of a key, or a new one for the id of an MLflow run."""
         spool = cls(folder() / f"{key}.jsonl")
         if not spool.path.exists():
             if not re.fullmatch("[0-9a-f]{32}", key):
@@ -65,7 +66,7 @@ class Spool:
 
     @classmethod
     def after(cls, key: str, where: Mapping[str, str], *records: dict[str, Any]) -> Spool:
-        """A second spool, for a run that has ended, in `where` (uri, experiment): all it will ever hold."""
+        """Make a second spool for a run that has ended in `where` (uri, experiment), with all its records."""
         spool = cls(folder() / f"{key}.sealed.jsonl")  # sorts behind the first
         spool._write({"op": "find", "key": key, "shared": False, **where}, *records)
         return spool
@@ -74,7 +75,7 @@ class Spool:
         self._write({"op": op, **fields})
 
     def _write(self, *records: dict[str, Any]) -> None:
-        """All in one write. A record starts on a line of its own, even after a torn one."""
+        """Append records in one write; each starts on a line of its own, even after a torn one."""
         now = int(time.time() * 1000)
         line = "".join(f"\n{json.dumps(redact({'time': now, **record}))}\n" for record in records).encode()
         file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
@@ -85,7 +86,7 @@ class Spool:
             os.close(file)
 
     def read(self, offset: int = 0) -> Iterator[tuple[int, dict[str, Any]]]:
-        """(where it ends, record) of each whole line from `offset` on; a torn line is passed over."""
+        """Yield (where it ends, record) of each complete line from `offset` on; torn lines are skipped."""
         if not self.path.exists():
             return
         with self.path.open("rb") as file:
@@ -103,11 +104,11 @@ class Spool:
         return next(self.read(), (0, {}))[1]
 
     def state(self) -> dict[str, dict[str, Any]]:
-        """By store: the run's id there, and up to where the store has the records."""
+        """Return for each store the run's id there, and up to where it has the records."""
         path = self.path.with_suffix(".state")
         try:
-            told = json.loads(path.read_bytes())
-            return {s: {"run_id": v["run_id"], "offset": max(0, int(v["offset"]))} for s, v in told.items()}
+            stores = json.loads(path.read_bytes())
+            return {s: {"run_id": v["run_id"], "offset": max(0, int(v["offset"]))} for s, v in stores.items()}
         except (
             FileNotFoundError,
             ValueError,
@@ -120,13 +121,12 @@ class Spool:
             return {}  # what is delivered twice changes nothing
 
     def mark(self, store: str, run_id: str | None, offset: int) -> None:
-        path = self.path.with_suffix(".state")
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps({**self.state(), store: {"run_id": run_id, "offset": offset}}))
-        partial.replace(path)
+        """Note up to where a store has the records, and the run's id there."""
+        state = self.state() | {store: {"run_id": run_id, "offset": offset}}
+        write_json(self.path.with_suffix(".state"), state)
 
     def left(self, store: str | None = None) -> int:
-        """Records that this store has not; None: that no store has."""
+        """Count the records that a store has not got; without a store, those that none has."""
         had = [state["offset"] for name, state in self.state().items() if store in (None, name)]
         return sum(1 for _ in self.read(max(had, default=0)))
 
@@ -148,7 +148,7 @@ class Spool:
 
 
 def spools() -> list[Spool]:
-    """All that are here, oldest first, so a parent comes before its children."""
+    """List all spools of this folder, oldest first, so that a parent comes before its children."""
     return [Spool(path) for path in sorted(folder().glob("*.jsonl"))]
 
 

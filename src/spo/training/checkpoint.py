@@ -1,4 +1,4 @@
-"""Resume state on disk: atomic, verified when read, the last good ones kept."""
+"""Resume state on disk: written in one step, verified when read, the newest ones retained."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import io
 import itertools
 import os
 import shutil
-import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from spo.runtime.files import atomic
 
 
 class CheckpointStore:
@@ -22,7 +22,7 @@ class CheckpointStore:
 
     A file is a SHA-256 (32 bytes) of its number and the rest, then torch's own format. It is written
     beside its final name, flushed to disk and renamed, so that a kill at any moment leaves the older
-    ones whole. One process at a time writes to a folder.
+    ones complete. One process at a time writes to a folder.
     """
 
     def __init__(self, folder: Path, keep: int | None = 2) -> None:
@@ -39,24 +39,21 @@ class CheckpointStore:
         buffer = io.BytesIO()
         torch.save(state, buffer)
         data = buffer.getvalue()
-        partial = self.folder / ".partial"
         try:
-            with partial.open("wb") as file:
+            with atomic(self._path(step)) as partial, partial.open("wb") as file:
                 file.write(_digest(step, data) + data)
                 file.flush()
                 os.fsync(file.fileno())
-            partial.rename(self._path(step))
             self._flush_folder()
         except OSError as error:
-            with suppress(OSError):  # a read-only folder does not let it go either
-                partial.unlink()
-            reason = f"checkpoint not written ({error.strerror}); the one before is whole"
+            reason = f"checkpoint not written ({error.strerror}); the one before is complete"
             raise OSError(error.errno, reason, str(self.folder)) from None
-        for old in self._files()[: -self.keep] if self.keep else ():
-            old.unlink()
+        old = self._files()[: -self.keep] if self.keep else []
+        for path in (*old, *self.folder.glob(".*.partial")):  # of kills in the middle of a write
+            path.unlink()
 
     def latest(self) -> tuple[int, dict[str, Any]] | None:
-        """The newest state that is whole; torn or altered ones are named and passed over."""
+        """Return the newest complete state; torn or altered ones are named and skipped."""
         for path in reversed(self._files()):
             state = _read(path)
             if state is not None:
@@ -65,7 +62,7 @@ class CheckpointStore:
         return None
 
     def whole(self) -> Iterator[dict[str, Any]]:
-        """The states 0, 1, 2, ... as far as they are there and whole."""
+        """Yield the states 0, 1, 2, ... as far as they are there and complete."""
         for step in itertools.count():
             path = self._path(step)
             state = _read(path) if path.exists() else None
@@ -83,7 +80,7 @@ class CheckpointStore:
         return sorted(p for p in self.folder.glob("*.ckpt") if p.stem.isdecimal())
 
     def _flush_folder(self) -> None:
-        """The rename itself survives a power cut."""
+        """Make the rename survive a power cut."""
         folder = os.open(self.folder, os.O_RDONLY)
         try:
             os.fsync(folder)
@@ -92,7 +89,7 @@ class CheckpointStore:
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    """The state of a file; None if it is torn, altered or under another number."""
+    """Read the state of a file; None if it is torn, altered or under another number."""
     data = path.read_bytes()
     if _digest(int(path.stem), data[32:]) != data[:32]:
         return None
@@ -102,24 +99,3 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 def _digest(step: int, data: bytes) -> bytes:
     return hashlib.sha256(b"%08d" % step + data).digest()
-
-
-@contextmanager
-def stop_on_signal() -> Iterator[list[int]]:
-    """A list that is filled when SIGTERM or Ctrl-C arrives, so that the step in hand is finished and saved.
-
-    A second signal stops at once.
-    """
-    stopped: list[int] = []
-
-    def note(number: int, frame: Any) -> None:
-        if stopped:
-            raise KeyboardInterrupt("stopped at once; the last checkpoint is whole")
-        stopped.append(number)
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield stopped
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -1,25 +1,22 @@
-"""Several processes as one: which of them this is, its share of the work, and sums and gathers over all.
+"""Several processes as one: the rank of this one, its shard of the work, sums and gathers over all.
 
-With one process every function gives back what it was given. The group of processes is accelerate's,
+With one process all functions are identities. The group of processes is accelerate's,
 however they were started (`processes` in params.yaml, `accelerate launch`, `torchrun`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from spo.runtime.signals import COLLECTIVE
 from spo.types import Conditioning
 
 if TYPE_CHECKING:
     from accelerate import PartialState
-
-# The others wait while the first encodes a data set. A process that has died is noticed at once.
-PATIENCE = timedelta(days=1)
 
 S = TypeVar("S", bound=Any)
 T = TypeVar("T")
@@ -29,13 +26,13 @@ def state() -> PartialState:
     from accelerate import PartialState
     from accelerate.utils import parse_flag_from_env
 
-    # without being told so, accelerate joins no processes on the CPU
+    # without this flag accelerate joins no processes on the CPU
     cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
-    return PartialState(cpu, timeout=PATIENCE)
+    return PartialState(cpu, timeout=COLLECTIVE)
 
 
 def device() -> str:
-    """The accelerator of this process if it has one."""
+    """Return the accelerator of this process, or the CPU."""
     return str(state().device)
 
 
@@ -49,7 +46,7 @@ def is_main_process() -> bool:
 
 
 def shard(items: S) -> S:
-    """The part of a sequence or tensor that is this process's: contiguous, sizes differ by one at most."""
+    """Return this process's part of a sequence or tensor: contiguous, sizes differ by one at most."""
     n, rank, size = count(), state().process_index, len(items)
     return items[size * rank // n : size * (rank + 1) // n]
 
@@ -64,7 +61,7 @@ def check_shards(size: int, key: str) -> None:
 
 
 def all_reduce_sum(value: Tensor) -> Tensor:
-    """The sum over all processes."""
+    """Return the sum over all processes."""
     if count() == 1:
         return value
     value = value.detach().clone()
@@ -78,14 +75,14 @@ def any_rank(flag: bool) -> bool:
 
 
 def broadcast_int(number: int) -> int:
-    """The number that the first process has."""
+    """Return the number that the main process has."""
     if count() == 1:
         return number
     return int(all_reduce_sum(torch.tensor(number if is_main_process() else 0, device=state().device)))
 
 
 def gather(rows: Tensor) -> Tensor:
-    """The rows [n,...] of all processes in the order of their ranks; n may differ."""
+    """Return the rows [n,...] of all processes in the order of their ranks; n may differ."""
     if count() == 1:
         return rows
     plain = rows.to(torch.uint8) if rows.dtype == torch.bool else rows
@@ -99,14 +96,14 @@ def gather(rows: Tensor) -> Tensor:
     return torch.cat([p[: int(s)] for p, s in zip(parts, sizes, strict=True)]).to(rows.dtype)
 
 
-def gather_conditioning(told: Conditioning) -> Conditioning:
+def gather_conditioning(conditioning: Conditioning) -> Conditioning:
     if count() == 1:
-        return told
-    return Conditioning({name: gather(value) for name, value in sorted(told.tensors.items())})
+        return conditioning
+    return Conditioning({name: gather(value) for name, value in sorted(conditioning.tensors.items())})
 
 
 def sum_gradients(parameters: Sequence[torch.nn.Parameter]) -> list[Tensor]:
-    """Every gradient becomes its sum over processes, in one flat tensor; returns them, zeros where none."""
+    """Replace every gradient by its sum over processes, in one flat tensor; return them, zeros where none."""
     if count() > 1:
         gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
         flat = all_reduce_sum(torch.cat([g.flatten() for g in gradients]))
@@ -116,7 +113,7 @@ def sum_gradients(parameters: Sequence[torch.nn.Parameter]) -> list[Tensor]:
 
 
 def map_round_robin(function: Callable[[Any], T], items: Sequence[Any]) -> Iterator[T]:
-    """function(item) of each item in order: with n processes each computes every n-th, and all get all.
+    """Yield function(item) of each item in order: with n processes each computes every n-th, all get all.
 
     The items are the same whatever n is, so the results are too.
     """

@@ -1,4 +1,4 @@
-"""Stages that DVC skipped are runs too, with their figures and a link to the run that made them."""
+"""Cached stages are runs too, with their metrics and a link to the run that made their outputs."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ import yaml
 
 from spo.commands import repro
 from spo.runtime.workspace import home
-from spo.tracking import dvc_lock, runs
-from spo.tracking.delivery import load_mlflow
+from spo.tracking import cached_stages, dvc_lock, runs
+from spo.tracking.records import load_mlflow
 from spo.tracking.runs import close_parent, open_parent, stage_run, sync
 from spo.tracking.spool import spools
 
@@ -86,7 +86,6 @@ def stage(
         run.log_metrics({"loss": 9.0}, step=3)
         run.log_metrics(metrics)
     monkeypatch.delenv("DVC_STAGE")
-    os.utime("dvc.lock")  # DVC writes it when the stage is over
 
 
 def children(folder: Path, parent: str) -> dict[str, Any]:
@@ -103,7 +102,7 @@ def find_parent(folder: Path, name: str) -> Any:
     return found
 
 
-def test_skipped_stages_are_linked_and_the_parents_compare(
+def test_cached_stages_are_linked_and_the_parents_compare(
     locked_folder: Path, runs: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = open_parent(PARAMS, "first")
@@ -155,17 +154,69 @@ def test_a_repro_in_which_nothing_ran(locked_folder: Path, runs: Any) -> None:
     assert found.data.metrics == {"align-spo/updates": 7.0, "align-spo/by_step/1": 0.5}
 
 
-def test_an_entry_of_a_later_checkout_is_not_the_runs(
-    locked_folder: Path, runs: Any, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("reached", "written", "known"),
+    [((), False, False), ((), True, True), (("pairs",), False, True), (("align@spo",), True, True)],
+)
+def test_a_run_gets_an_entry_that_was_written_since_or_that_dvc_came_to(
+    locked_folder: Path,
+    runs: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    reached: tuple[str, ...],
+    written: bool,
+    known: bool,
 ) -> None:
+    """Not the old one of a stage that ended well and that DVC did not come through with."""
     parent = open_parent(PARAMS, "parent")
     monkeypatch.setenv("SPO_PARENT_RUN", parent.key)
     stage(monkeypatch, "pairs", "pairs", None, PARAMS)
-    later = (locked_folder / "dvc.lock").stat().st_mtime + 10_000
-    os.utime(locked_folder / "dvc.lock", (later, later))
-    close_parent(parent, PARAMS, "FINISHED", ())
+    if written:
+        write_lock(locked_folder, **{"p1.dir": "p2.dir"})
+    close_parent(parent, PARAMS, "FAILED", reached)
     sync()
-    assert "dvc.lock_hash" not in runs()["pairs"].data.tags
+    tags = runs()["pairs"].data.tags
+    assert ("dvc.lock_hash" in tags) == known
+    assert tags.get("dvc.out.outputs/pairs") == (("p2.dir" if written else "p1.dir") if known else None)
+
+
+def test_nothing_is_guessed_of_what_is_written_after_the_last_stage(
+    locked_folder: Path, runs: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By DVC, or by a checkout of another result: under a plain `dvc repro` nobody can know."""
+    monkeypatch.setenv("SPO_PARENT_RUN", open_parent(PARAMS, "parent").key)
+    stage(monkeypatch, "report", "report", None, PARAMS)
+    write_lock(locked_folder, r1="r2")
+    open_parent(PARAMS, "next")
+    sync()
+    assert "dvc.lock_hash" not in runs()["report"].data.tags
+
+
+def test_a_stage_that_logs_no_run_is_cached_if_its_entry_is_as_before(locked_folder: Path, runs: Any) -> None:
+    parent = open_parent(PARAMS, "parent")
+    write_lock(
+        locked_folder, o1="o2", **{"p1.dir": "p2.dir"}
+    )  # `sh other.sh` ran; outputs/pairs were restored
+    assert close_parent(parent, PARAMS, "FINISHED", ("pairs", "other")) == ["pairs"]
+    parent = open_parent(PARAMS, "next")
+    assert close_parent(parent, PARAMS, "FINISHED", ("pairs", "other")) == ["pairs", "other"]
+
+
+def test_a_lock_is_recorded_when_every_stage_of_it_has_a_run(
+    locked_folder: Path, runs: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert not cached_stages.is_recorded()
+    parent = open_parent(PARAMS, "parent")
+    monkeypatch.setenv("SPO_PARENT_RUN", parent.key)
+    stage(monkeypatch, "pairs", "pairs", None, PARAMS)
+    assert not cached_stages.is_recorded()
+    close_parent(parent, PARAMS, "FINISHED", dvc_lock.read())
+    assert cached_stages.is_recorded()
+    write_lock(locked_folder, r1="r2")
+    assert not cached_stages.is_recorded(), "another result, e.g. pulled"
+    write_lock(locked_folder)
+    assert cached_stages.is_recorded()
+    (locked_folder / "dvc.lock").unlink()
+    assert cached_stages.is_recorded(), "nothing to record"
 
 
 def test_experiments_in_dvcs_temporary_folders_log_to_the_workspace(

@@ -1,0 +1,130 @@
+"""How a process is stopped: the signals, and how long each step of a stop may take.
+
+A stop is Ctrl-C (SIGINT) or SIGTERM. The limits below stand in the order in which they end; a later one is
+longer than all that must be over before it, so that no process is killed while it still saves or delivers.
+
+1. A stage that is not training ends at once. Its last delivery to MLflow takes STOPPED_DELIVERY at most.
+2. Where Python loses the Ctrl-C (raised in a finaliser, or leaving another thread waiting for an import),
+   the kernel ends the stage after CTRL_C.
+3. A training finishes the step in hand and saves it, within SAVE, and delivers like 1.
+4. The launcher of several processes kills those that have not ended after LAUNCHER_KILL.
+5. A stage whose `dvc repro` or launcher is gone stops itself as 3, and exits after WATCHDOG_KILL.
+6. A cancelled flow kills what is left of `dvc repro` and its stage after FLOW_KILL.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from types import FrameType
+from typing import Any
+
+# All in seconds. MLflow gets its last records when a stage has done its work: a sqlite file, which may have
+# to be set up first (8 s on two cores, more when they are busy), is sure to take them; a server that has not
+# answered after three requests of 5 s is away, and `spo sync` delivers later.
+DELIVERY = {"local": 120.0, "remote": 15.0}
+STOPPED_DELIVERY = 10.0  # whoever pressed Ctrl-C waits; the records stay in the spool
+CTRL_C = 20  # whole seconds, for the kernel's clock; twice the delivery before it
+SAVE = 120.0  # a step of the default experiment is saved within 9 s on two cores; larger models take longer
+LAUNCHER_KILL = SAVE + 20.0  # a save, a delivery and Python's exit
+WATCHDOG_POLL = 0.5  # how soon an orphan notices; one look costs microseconds
+WATCHDOG_KILL = LAUNCHER_KILL + 10.0  # an orphaned launcher has ended its processes by then
+FLOW_KILL = WATCHDOG_KILL + 10.0  # the flow is the outermost; what ends earlier is not waited for
+# The others wait while the main process encodes a data set. A process that has died is noticed at once.
+COLLECTIVE = timedelta(days=1)
+
+LAUNCHED = "TORCHELASTIC_RUN_ID"  # set by torch's launcher for what it starts
+
+Handler = Callable[[int, FrameType | None], Any]
+
+
+def arm_ctrl_c() -> None:
+    """Let the kernel end this process CTRL_C seconds after a Ctrl-C, whatever Python makes of it."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        if signal.getitimer(signal.ITIMER_REAL)[0] == 0:
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
+            signal.alarm(CTRL_C)
+        signal.default_int_handler(number, frame)
+
+    signal.signal(signal.SIGINT, interrupt)
+
+
+def disarm_ctrl_c() -> None:
+    """Leave Ctrl-C without a limit: the processes that this one starts may take their time to save."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@contextmanager
+def stop_on_signal() -> Iterator[list[int]]:
+    """Yield a list that is filled when SIGTERM or Ctrl-C arrives, so that the step in hand is saved.
+
+    A second Ctrl-C stops at once. A second SIGTERM does not: it comes from the watchdog when `dvc repro` got
+    the first one too. Under a launcher no second signal does: it passes on what the terminal sent already.
+    """
+    stopped: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and stopped and LAUNCHED not in os.environ:
+            raise KeyboardInterrupt("stopped at once; the last checkpoint is complete")
+        stopped.append(number)
+
+    with _handlers({signal.SIGTERM: note, signal.SIGINT: note}):
+        yield stopped
+
+
+@contextmanager
+def exit_on_sigterm() -> Iterator[None]:
+    """Turn SIGTERM (a cancelled flow, a scheduler) into an exception, so that the MLflow run is ended too.
+
+    Where another handler is set already, or outside the main thread, nothing changes.
+    """
+    main = threading.current_thread() is threading.main_thread()
+    if not main or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        yield
+        return
+    with _handlers({signal.SIGTERM: lambda number, _: sys.exit(128 + number)}):
+        yield
+
+
+def run_in_foreground(command: Sequence[str], environment: Mapping[str, str] | None = None) -> int:
+    """Run a command that gets the terminal's Ctrl-C itself; return its exit status.
+
+    This process waits until the command has ended; SIGTERM is passed on to it.
+
+    Raises:
+        KeyboardInterrupt: after the command has ended, if there was a Ctrl-C.
+        SystemExit: the same for SIGTERM.
+    """
+    received: list[int] = []
+    with _handlers({signal.SIGINT: lambda number, _: received.append(number)}):
+        process = subprocess.Popen(command, env=environment)
+
+        def pass_on(number: int, frame: FrameType | None) -> None:
+            received.append(number)
+            process.send_signal(number)
+
+        with _handlers({signal.SIGTERM: pass_on}):
+            code = process.wait()
+    if signal.SIGTERM in received:
+        raise SystemExit(128 + signal.SIGTERM)
+    if received:
+        raise KeyboardInterrupt
+    return code
+
+
+@contextmanager
+def _handlers(handlers: Mapping[int, Handler]) -> Iterator[None]:
+    """Set signal handlers, and put back those that were there."""
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

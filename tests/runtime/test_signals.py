@@ -1,0 +1,151 @@
+"""Ctrl-C and SIGTERM in processes of their own, and the order of the limits."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from spo.runtime import signals
+
+
+def test_every_limit_is_longer_than_what_must_be_over_before_it() -> None:
+    assert signals.STOPPED_DELIVERY <= min(signals.DELIVERY.values())
+    assert signals.STOPPED_DELIVERY < signals.CTRL_C
+    saved = signals.SAVE + signals.STOPPED_DELIVERY
+    assert saved < signals.LAUNCHER_KILL < signals.WATCHDOG_KILL < signals.FLOW_KILL
+    assert signals.WATCHDOG_KILL - signals.LAUNCHER_KILL > signals.WATCHDOG_POLL
+    assert signals.FLOW_KILL < signals.COLLECTIVE.total_seconds()
+
+
+PROGRAM = """
+import sys, time
+from spo import cli
+from spo.runtime import signals
+sys.argv = ["spo", "pairs"]
+signals.CTRL_C = {limit}
+class Slow:
+    def __del__(self):
+        print("ready", flush=True)
+        {finaliser}
+def work():
+    Slow()
+    try:
+        print("on", flush=True)
+        time.sleep(60)
+    except KeyboardInterrupt:
+        {answer}
+cli.main = work
+sys.exit(cli.entry())
+"""
+
+
+def interrupted(limit: int, finaliser: str, answer: str) -> int:
+    """Return how the program ended after one Ctrl-C: in its finaliser or, if that does nothing, after it."""
+    code = PROGRAM.format(limit=limit, finaliser=finaliser, answer=answer)
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    ) as process:
+        assert process.stdout is not None and process.stdout.readline() == "ready\n"
+        if finaliser == "pass":
+            assert process.stdout.readline() == "on\n"
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        return process.wait(timeout=30)
+
+
+def test_a_ctrl_c_is_a_keyboard_interrupt() -> None:
+    assert interrupted(20, "pass", "return 130") == 130
+
+
+@pytest.mark.parametrize(
+    ("finaliser", "answer"),
+    [
+        ("time.sleep(0.5)", "return 130"),  # Python ignores it, and the stage goes on
+        ("pass", "time.sleep(60)"),  # it comes, and nothing ends
+    ],
+)
+def test_a_ctrl_c_that_is_lost_ends_the_process_all_the_same(finaliser: str, answer: str) -> None:
+    assert interrupted(1, finaliser, answer) == -signal.SIGALRM
+
+
+def send(*numbers: int) -> None:
+    for number in numbers:
+        os.kill(os.getpid(), number)
+        time.sleep(0.01)
+
+
+def test_a_second_ctrl_c_stops_at_once_but_not_a_second_sigterm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A group's SIGTERM ends `dvc repro` too, whose absence is another SIGTERM by the watchdog."""
+    monkeypatch.delenv(signals.LAUNCHED, raising=False)
+    with signals.stop_on_signal() as stopped:
+        send(signal.SIGTERM, signal.SIGTERM)
+    assert stopped == [signal.SIGTERM, signal.SIGTERM]
+    with pytest.raises(KeyboardInterrupt, match="at once"), signals.stop_on_signal():
+        send(signal.SIGINT, signal.SIGINT)
+
+
+def test_what_the_launcher_passes_on_is_no_second_ctrl_c(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(signals.LAUNCHED, "1")
+    with signals.stop_on_signal() as stopped:
+        send(signal.SIGINT, signal.SIGINT)
+    assert len(stopped) == 2
+
+
+FOREGROUND = """
+import sys
+from spo.runtime.signals import run_in_foreground
+child = '''
+import signal, sys, time
+def stop(number, frame):
+    time.sleep(1)
+    print("saved", flush=True)
+    sys.exit(3)
+signal.signal(signal.SIGINT, stop)
+signal.signal(signal.SIGTERM, stop)
+print("ready", flush=True)
+time.sleep(60)
+'''
+try:
+    print(run_in_foreground([sys.executable, "-c", child]))
+except KeyboardInterrupt:
+    print("interrupted")
+    sys.exit(130)
+"""
+
+
+@pytest.mark.parametrize(
+    ("number", "to_group", "output", "code"),
+    [(signal.SIGINT, True, ["saved", "interrupted"], 130), (signal.SIGTERM, False, ["saved"], 143)],
+)
+def test_a_command_in_the_foreground_may_end_in_its_own_time(
+    number: int, to_group: bool, output: list[str], code: int
+) -> None:
+    """subprocess.run would kill it a quarter of a second after the terminal's Ctrl-C."""
+    with subprocess.Popen(
+        [sys.executable, "-c", FOREGROUND], stdout=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        assert process.stdout is not None and process.stdout.readline() == "ready\n"
+        (os.killpg if to_group else os.kill)(process.pid, number)
+        assert process.stdout.read().split() == output
+        assert process.wait(timeout=30) == code
+
+
+EARLY = """
+import os, runpy, signal, sys
+class Interrupted:
+    def find_spec(self, name, path=None, target=None):
+        if name == "spo.config.sections":
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Interrupted())
+sys.argv = ["spo", "pairs"]
+runpy.run_module("spo", run_name="__main__")
+"""
+
+
+def test_a_ctrl_c_while_spo_is_imported_is_one_line() -> None:
+    """A Ctrl-C in the first 0.2 s had been answered by a traceback."""
+    done = subprocess.run([sys.executable, "-c", EARLY], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr, done.stdout) == (130, "spo: stopped\n", "")
