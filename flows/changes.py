@@ -15,15 +15,11 @@ FILE = Path("params.yaml")
 
 
 def parse(text: str) -> tuple[str, Any]:
-<<<<<<< HEAD:src/spo/config/overrides.py
     """Split `key=value` of a command line; the value is read as YAML 1.2 (1e-4 is a number).
 
     Raises:
         ArgumentTypeError: no `=`, no key, or a value that is not YAML.
     """
-=======
-    """Split `key=value` of a command line; the value is read as YAML 1.2 does (1e-4 is a number)."""
->>>>>>> signals:flows/changes.py
     from ruamel.yaml import YAML
     from ruamel.yaml.error import YAMLError
 
@@ -37,17 +33,10 @@ def parse(text: str) -> tuple[str, Any]:
 
 
 def merged(overrides: Mapping[str, Any]) -> config.Params:
-<<<<<<< HEAD:src/spo/config/overrides.py
     """Read params.yaml with the overrides, without writing it.
 
     Raises:
         ConfigError: one line, as `config.load`.
-=======
-    """Return params.yaml with the overrides, checked.
-
-    Raises:
-        ConfigError: one line; for a mistyped key, with the nearest one.
->>>>>>> signals:flows/changes.py
     """
     import yaml
 
@@ -57,11 +46,7 @@ def merged(overrides: Mapping[str, Any]) -> config.Params:
 
 
 def override(raw: Any, overrides: Mapping[str, Any]) -> Any:
-<<<<<<< HEAD:src/spo/config/overrides.py
     """Copy nested mappings, with new values at dotted keys.
-=======
-    """Return a copy of nested mappings in which dotted keys have new values.
->>>>>>> signals:flows/changes.py
 
     Raises:
         ConfigError: a part of a key before the last names a value instead of a section.

@@ -83,13 +83,7 @@ def fit(image: Image.Image, size: tuple[int, int]) -> Image.Image:
 def save_images(
     folder: Path, images: Iterable[Image.Image], prompts: Sequence[str], seeds: Sequence[int]
 ) -> None:
-<<<<<<< HEAD
-    """Write `folder`/images.zip atomically: 00000.png, ... and index.csv (file, prompt, seed)."""
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / f".{ARCHIVE}.partial"
-=======
     """Write `folder`/images.zip: 00000.png ... and index.csv (file, prompt, seed), all or nothing."""
->>>>>>> signals
     rows = []
     with atomic(folder / ARCHIVE) as partial, zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
         for number, (image, prompt, seed) in enumerate(zip(images, prompts, seeds, strict=True)):

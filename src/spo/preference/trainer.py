@@ -20,19 +20,10 @@ from spo.diffusion.noise import SampleNoise, shuffled
 from spo.diffusion.schedule import Schedule
 from spo.preference.loss import preference_loss
 from spo.preference.model import StepAwarePreferenceModel, token_ids
-<<<<<<< HEAD
 from spo.preference.noising import clean_pair, noised_pair
 from spo.training import distributed, loop
 from spo.training.checkpoint import CheckpointStore
 from spo.types import Backbone, Batch, LatentPairs, Mean
-=======
-from spo.preference.noising import clean_pair, draw, noised_pair
-from spo.runtime.signals import stop_on_signal
-from spo.training import distributed
-from spo.training.checkpoint import CheckpointStore
-from spo.training.optimizer import adamw
-from spo.types import Backbone, LatentPairs
->>>>>>> signals
 
 EVALUATION_BATCH = 64  # pairs
 

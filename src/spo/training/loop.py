@@ -17,23 +17,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from spo import config
-<<<<<<< HEAD
 from spo.diffusion.finite import NotFiniteError
-from spo.training import distributed
-from spo.training.checkpoint import CheckpointStore, stop_on_signal
-from spo.training.state import TrainingState
-from spo.types import Batch, Mean, Objective
-=======
-from spo.diffusion import finite
-from spo.diffusion.guidance import guided, is_guided
 from spo.runtime.signals import stop_on_signal
 from spo.training import distributed
 from spo.training.checkpoint import CheckpointStore
-from spo.training.optimizer import adamw
-from spo.types import Backbone, Batch, Method
-
-LEAST_SCALE = 2.0**-10  # of the loss; gradients that overflow below it are infinite
->>>>>>> signals
+from spo.training.state import TrainingState
+from spo.types import Batch, Mean, Objective
 
 Log = Callable[[Mapping[str, float], int], None]
 
