@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from spo.data.tokens import tokenize
 from spo.types import Conditioning
 
 
@@ -62,9 +63,9 @@ class SdxlText:
 
     @staticmethod
     def unet_arguments(conditioning: Conditioning) -> dict[str, Any]:
-        told = conditioning.tensors
-        added = {"text_embeds": told["pooled"], "time_ids": told["time_ids"]}
-        return {"encoder_hidden_states": told["text"], "added_cond_kwargs": added}
+        tensors = conditioning.tensors
+        added = {"text_embeds": tensors["pooled"], "time_ids": tensors["time_ids"]}
+        return {"encoder_hidden_states": tensors["text"], "added_cond_kwargs": added}
 
 
 def tokenized(tokenizer: Any, prompts: Sequence[str], encoder: Any) -> Any:
@@ -73,5 +74,4 @@ def tokenized(tokenizer: Any, prompts: Sequence[str], encoder: Any) -> Any:
     A tokenizer file without `model_max_length` announces no length of its own: the encoder's is taken.
     """
     length = min(tokenizer.model_max_length, encoder.config.max_position_embeddings)
-    options = {"padding": "max_length", "truncation": True, "max_length": length, "return_tensors": "pt"}
-    return tokenizer(list(prompts), **options).to(encoder.device)
+    return tokenize(tokenizer, prompts, length).to(encoder.device)

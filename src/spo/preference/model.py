@@ -1,7 +1,7 @@
-"""The step-aware preference model (SPM; arXiv 2406.04314, Sec. 4.2): a CLIP that is told the timestep.
+"""The step-aware preference model (SPM; arXiv 2406.04314, Sec. 4.2): a timestep-conditioned CLIP.
 
 Every vision layer, and the pooled output, is modulated by adaLN (arXiv 2212.09748) of the timestep;
-modulation starts as the identity, so that training starts from the CLIP it was made of.
+modulation starts as the identity, so that training starts from the CLIP as it is.
 
 Departures from the official code:
 1. Scores are computed row by row; the official scorer does the same, its trainer scores N x N.
@@ -26,10 +26,12 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoTokenizer, CLIPConfig, CLIPModel
 
 from spo.data.images import CLIP_MEAN, CLIP_STD
+from spo.data.tokens import tokenize
+from spo.runtime.messages import first_line
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 FREQUENCIES = 256  # sinusoids of the timestep
-# what `preference.trained: heads` trains
+# modules trained by `preference.trained: heads`, with the step condition
 HEADS = ("visual_projection", "text_projection", "final_layer_norm", "post_layernorm", "logit_scale")
 STEP_CONDITION = ("adaLN_modulation", "t_embedder")
 
@@ -56,21 +58,25 @@ class StepAwarePreferenceModel(nn.Module):
     def from_clip(
         cls, name: str, step_condition: bool = True, revision: str | None = None
     ) -> StepAwarePreferenceModel:
-        """From any CLIP-format folder or hub id, with modulation at identity, in fp32."""
+        """Load any CLIP-format folder or hub id in fp32, with modulation at identity.
+
+        Raises:
+            ValueError: it cannot be loaded, or tensors are missing.
+        """
         try:
             settings: dict[str, Any] = {"revision": revision, "dtype": torch.float32}
             loaded: Any = CLIPModel.from_pretrained(name, output_loading_info=True, **settings)
         except (OSError, ValueError, SafetensorError) as error:
-            reason = str(error).strip().splitlines()[0][:200]
+            reason = first_line(error, 200)
             raise ValueError(f"preference.init: {name} cannot be loaded ({reason})") from None
-        clip, told = loaded
-        if missing := sorted(told["missing_keys"]):
-            raise ValueError(f"preference.init: {name} is no whole CLIP: {missing[0]} is missing")
+        clip, info = loaded
+        if missing := sorted(info["missing_keys"]):
+            raise ValueError(f"preference.init: {name} is an incomplete CLIP: {missing[0]} is missing")
         return cls(clip, step_condition)
 
     @classmethod
     def from_official_checkpoint(cls, path: str | Path, config: CLIPConfig) -> StepAwarePreferenceModel:
-        """A released `*_step-aware_preference_model.bin`; `config` is that of the CLIP it was made of.
+        """Load a released `*_step-aware_preference_model.bin`; `config` is that of its CLIP.
 
         Raises:
             ValueError: keys are missing, unknown, or of another shape.
@@ -83,7 +89,7 @@ class StepAwarePreferenceModel(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> StepAwarePreferenceModel:
-        """A folder written by `save_pretrained`."""
+        """Load a folder written by `save_pretrained`."""
         folder = Path(folder)
         if not (folder / CONFIG).exists() or not (folder / WEIGHTS).exists():
             raise ValueError(f"{folder}: no preference model there; run `make repro` or `spo preference`")
@@ -95,7 +101,7 @@ class StepAwarePreferenceModel(nn.Module):
         return model.eval()
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """config.json and model.safetensors: CLIPModel's keys and those of the modulation."""
+        """Write config.json and model.safetensors: CLIPModel's keys and those of the modulation."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         state = {k: v.detach().cpu().contiguous() for k, v in self.model.state_dict().items()}
@@ -104,27 +110,32 @@ class StepAwarePreferenceModel(nn.Module):
         (folder / CONFIG).write_text(json.dumps(settings, indent=1, sort_keys=True) + "\n")
 
     def save_official_checkpoint(self, path: str | Path) -> None:
-        """The format of the released SPMs: a state dict whose keys start with `model.`."""
+        """Write the format of the released SPMs: a state dict whose keys start with `model.`."""
         torch.save({k: v.detach().cpu() for k, v in self.state_dict().items()}, path)
 
-    def start_at(self, logit_scale: float) -> None:
-        """Set exp(logit_scale). A CLIP is sharper than noisy labels can be; training on few pairs would
-        first flatten its features (in scenes, right colour against wrong colour fell from 100 to 57 %)."""
+    def set_logit_scale(self, logit_scale: float) -> None:
+        """Set exp(logit_scale).
+
+        A CLIP is sharper than noisy labels can be; training on few pairs would first flatten its features
+        (in scenes, the accuracy on right against wrong colours fell from 100 to 57 %).
+        """
         self.model.logit_scale.data.fill_(math.log(logit_scale))
 
     def train_heads(self) -> None:
-        """Only projections, last norms, scale and step condition learn from now on. Few labels teach a whole
-        CLIP their pairs by heart (log loss on held-out pairs of scenes .667, with heads alone .661)."""
+        """Freeze all but projections, last norms, scale and step condition.
+
+        Full fine-tuning overfits small label sets (log loss on held-out pairs of scenes .667, heads .661).
+        """
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(any(part in name for part in (*HEADS, *STEP_CONDITION)))
 
     def checkpoint_gradients(self) -> None:
-        """In training, activations inside the layers are computed again in the backward pass, not kept."""
+        """Recompute the activations inside the layers in the backward pass instead of storing them."""
         self._checkpointed = True
         self.model.text_model.gradient_checkpointing_enable()
 
     def score(self, images: Tensor, input_ids: Tensor, timesteps: Tensor) -> Tensor:
-        """exp(logit_scale) * cos [B] of images [B,3,H,W] in [-1,1] and their own texts int64 [B,L]."""
+        """Return exp(logit_scale) * cos [B] of images [B,3,H,W] in [-1,1] and their own texts int64 [B,L]."""
         return self.score_features(images, self.encode_text(input_ids), timesteps)
 
     def encode_text(self, input_ids: Tensor) -> Tensor:
@@ -140,26 +151,26 @@ class StepAwarePreferenceModel(nn.Module):
     def encode_image(self, images: Tensor, timesteps: Tensor) -> Tensor:
         """Projected image features [B,D], not normalised."""
         vision = self.model.vision_model
-        keep = not (self._checkpointed and self.training)
+        recompute = self._checkpointed and self.training
         hidden = vision.pre_layrnorm(vision.embeddings(self._pixels(images)))
-        told = self.model.t_embedder(timesteps) if self.step_condition else None
+        condition = self.model.t_embedder(timesteps) if self.step_condition else None
         for layer in vision.encoder.layers:
-            if keep:
-                hidden = _layer(layer, hidden, told)
+            if recompute:
+                hidden = checkpoint(_layer, layer, hidden, condition, use_reentrant=False)
             else:
-                hidden = checkpoint(_layer, layer, hidden, told, use_reentrant=False)
+                hidden = _layer(layer, hidden, condition)
         pooled = vision.post_layernorm(hidden[:, 0])
-        if told is not None:
-            shift, scale = vision.adaLN_modulation(told).chunk(2, dim=-1)
+        if condition is not None:
+            shift, scale = vision.adaLN_modulation(condition).chunk(2, dim=-1)
             pooled = pooled * (1 + scale) + shift
         return self.model.visual_projection(pooled)
 
     def _pixels(self, images: Tensor) -> Tensor:
-        """Fitted, clamped, normalised."""
+        """Fit, clamp and normalise images."""
         return ((self.fitted(images) / 2 + 0.5).clamp(0, 1) - self._mean) / self._std
 
     def fitted(self, images: Tensor) -> Tensor:
-        """Shortest side to image_size (bicubic, no antialias), centre crop: [B,3,image_size,image_size]."""
+        """Resize the shortest side (bicubic, no antialias), crop the centre: [B,3,image_size,image_size]."""
         images = images.to(self._mean)
         height, width = images.shape[-2:]
         scale = self.image_size / min(height, width)
@@ -171,7 +182,7 @@ class StepAwarePreferenceModel(nn.Module):
 
 
 class TimestepEmbedder(nn.Module):
-    """Timesteps int64 [B] to [B,width]: sinusoids and a small MLP."""
+    """Embeds timesteps int64 [B] as [B,width]: sinusoids and a small MLP."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -189,30 +200,28 @@ class TimestepEmbedder(nn.Module):
 
 
 def load_tokenizer(name: str, revision: str | None = None) -> Any:
-    """The tokenizer that lies with a CLIP (folder or hub id)."""
+    """Load the tokenizer of a CLIP's folder or hub id."""
     try:
         return AutoTokenizer.from_pretrained(name, revision=revision)
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0][:200]
-        raise ValueError(f"{name}: no tokenizer can be loaded from there ({reason})") from None
+        raise ValueError(
+            f"{name}: no tokenizer can be loaded from there ({first_line(error, 200)})"
+        ) from None
 
 
 def token_ids(tokenizer: Any, prompts: Sequence[str], model: StepAwarePreferenceModel) -> Tensor:
     """int64 [B,L] on the model's device, padded and cut to the length the text tower takes."""
     length = model.model.config.text_config.max_position_embeddings
-    told = tokenizer(
-        list(prompts), padding="max_length", truncation=True, max_length=length, return_tensors="pt"
-    )
-    return told.input_ids.to(model.model.logit_scale.device)
+    return tokenize(tokenizer, prompts, length).input_ids.to(model.model.logit_scale.device)
 
 
-def _layer(layer: Any, hidden: Tensor, told: Tensor | None) -> Tensor:
-    """A vision layer of CLIP; with `told` [B,d] (the timestep), each half shifted, scaled and gated."""
-    if told is None:
+def _layer(layer: Any, hidden: Tensor, condition: Tensor | None) -> Tensor:
+    """Run a vision layer of CLIP; with a condition [B,d], each half is shifted, scaled and gated by it."""
+    if condition is None:
         attended = layer.self_attn(layer.layer_norm1(hidden), attention_mask=None)[0]
         hidden = hidden + attended
         return hidden + layer.mlp(layer.layer_norm2(hidden))
-    modulation = layer.adaLN_modulation(told)[:, None].chunk(6, dim=-1)
+    modulation = layer.adaLN_modulation(condition)[:, None].chunk(6, dim=-1)
     shift_attention, scale_attention, gate_attention, shift_mlp, scale_mlp, gate_mlp = modulation
     x = layer.layer_norm1(hidden) * (1 + scale_attention) + shift_attention
     hidden = hidden + gate_attention * layer.self_attn(x, attention_mask=None)[0]
@@ -221,18 +230,18 @@ def _layer(layer: Any, hidden: Tensor, told: Tensor | None) -> Tensor:
 
 
 def _add_modulation(clip: Any) -> None:
-    """Modules under the official names; at identity: shift and scale 0, gate 1."""
+    """Add modules under the official names, at identity: shift and scale 0, gate 1."""
     vision, width = clip.vision_model, clip.config.vision_config.hidden_size
     clip.t_embedder = TimestepEmbedder(width)
     for layer in vision.encoder.layers:
-        layer.adaLN_modulation = _silent(width, 6)
+        layer.adaLN_modulation = _zero_linear(width, 6)
         with torch.no_grad():
             bias = layer.adaLN_modulation[1].bias.view(6, width)
             bias[2], bias[5] = 1, 1  # the gates
-    vision.adaLN_modulation = _silent(width, 2)
+    vision.adaLN_modulation = _zero_linear(width, 2)
 
 
-def _silent(width: int, parts: int) -> nn.Sequential:
+def _zero_linear(width: int, parts: int) -> nn.Sequential:
     linear = nn.Linear(width, parts * width)
     nn.init.zeros_(linear.weight)
     nn.init.zeros_(linear.bias)

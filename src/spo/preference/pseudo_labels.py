@@ -1,4 +1,4 @@
-"""Labels of preference pairs by a scorer in the place of people's, as the published SDXL recipe has them."""
+"""Pseudo-labels: a scorer labels preference pairs in place of annotators, as in the published SDXL recipe."""
 
 from __future__ import annotations
 
@@ -19,29 +19,31 @@ if TYPE_CHECKING:
 CODE = ("data", "preference/pseudo_labels.py", "rewards")  # that scores the images of the pairs
 
 
-def relabelled(pairs: EncodedPairs, settings: Preference, device: str) -> tuple[EncodedPairs, dict[str, Any]]:
-    """The training pairs with the labels of settings.labels, and what is told of them.
+def pseudo_label(
+    pairs: EncodedPairs, settings: Preference, device: str
+) -> tuple[EncodedPairs, dict[str, Any]]:
+    """Replace the labels of the training pairs by those of settings.labels; also returns facts about them.
 
     Raises:
-        ValueError: a scorer that cannot be loaded, or finds every pair a tie.
+        ValueError: the scorer cannot be loaded, or finds every pair a tie.
     """
     import torch
 
     from spo.training import distributed
 
-    told = settings.labels
-    assert told is not None
+    labels = settings.labels
+    assert labels is not None
     folder = require(Path("outputs/pairs/train"), "preference pairs")
-    kept = SCRATCH / "labels" / f"{fingerprint(('labels', told), [folder], CODE)}.json"
+    cached = SCRATCH / "labels" / f"{fingerprint(('labels', labels), [folder], CODE)}.json"
     with distributed.state().main_process_first():
-        if not kept.exists():
-            write_json(kept, list(_differences(told, folder, len(pairs), device)))
-    difference = torch.tensor(json.loads(kept.read_text()))
-    label_0 = torch.where(difference.abs() < told.gap, 0.5, (difference > 0).float())
+        if not cached.exists():
+            write_json(cached, list(_differences(labels, folder, len(pairs), device)))
+    difference = torch.tensor(json.loads(cached.read_text()))
+    label_0 = torch.where(difference.abs() < labels.gap, 0.5, (difference > 0).float())
     decided = label_0 != 0.5
     if not decided.any():
         raise ValueError(
-            f"preference.labels.gap: no pair's scores differ by {told.gap}; they differ by "
+            f"preference.labels.gap: no pair's scores differ by {labels.gap}; they differ by "
             f"{float(difference.abs().max()):.3g} at most; lower it"
         )
     both = decided & (pairs.label_0 != 0.5)
@@ -51,7 +53,7 @@ def relabelled(pairs: EncodedPairs, settings: Preference, device: str) -> tuple[
 
 
 def _differences(settings: PseudoLabels, folder: Path, total: int, device: str) -> Iterator[float]:
-    """Score of the first picture less that of the second, pair by pair, in the order of the shards."""
+    """Yield the score of the first image less that of the second, in the order of the shards."""
     from tqdm import tqdm
 
     from spo.data.decoding import open_image
@@ -90,5 +92,5 @@ def _scorer(settings: PseudoLabels, device: str) -> Any:
         (Hps, settings.hps),
         (Aesthetic, settings.aesthetic),
     )
-    kind, told = next((kind, told) for kind, told in kinds if told is not None)
-    return kind(told, device=device, batch_size=settings.batch_size)
+    kind, section = next((kind, section) for kind, section in kinds if section is not None)
+    return kind(section, device=device, batch_size=settings.batch_size)

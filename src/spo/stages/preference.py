@@ -1,8 +1,8 @@
 """Stage `preference`: train the step-aware preference model (SPM) and measure it by timestep.
 
-Its two baselines (the same CLIP without the step condition; the same SPM trained on clean pictures
-only) are stages of their own, whose accuracies are kept in git: they run again only when their
-inputs or code change.
+Its two baselines (the same CLIP without the step condition; the same CLIP trained on clean images only) are
+stages of their own, whose accuracies are committed to git: they run again only when their inputs or code
+change.
 """
 
 from __future__ import annotations
@@ -20,11 +20,13 @@ from spo.stages.common import stage
 from spo.tracking.curve import Curve
 
 if TYPE_CHECKING:
+    from spo.preference.trainer import Setup
     from spo.types import Backbone
 
 OUTPUT = Path("outputs/preference")
 VALIDATION_PROMPTS = Path("outputs/prompts/validation.txt")
-CODE = ("backbones", "data", "diffusion", "preference", "rewards", "training", "types.py")  # that trains
+# the code that trains
+CODE = ("backbones", "data", "diffusion", "preference", "rewards", "training", "types.py")
 BASELINES: dict[str, dict[str, bool]] = {
     "unconditioned": {"step_condition": False},
     "clean_only": {"step_condition": False, "noised": False},
@@ -44,67 +46,67 @@ def run(params: Params, item: str | None = None) -> None:
         backbone = backbones.load(params.backbone, device())
         scratch = _scratch(params, settings)
         curve = Curve(tracked, scratch)
-        model, tokenizer, report = _train(params, settings, backbone, scratch, curve, tracked)
+        setup = _setup(params, settings, backbone)
+        report = _train(params, settings, setup, scratch, curve)
         if not distributed.is_main_process():
             return
         if item is None:
             curve.write(TRAINING / f"{name}.csv")
             shutil.rmtree(OUTPUT, ignore_errors=True)
-            model.save_pretrained(OUTPUT)
-            tokenizer.save_pretrained(OUTPUT)
+            setup.model.save_pretrained(OUTPUT)
+            setup.tokenizer.save_pretrained(OUTPUT)
         write_json(METRICS / f"{name}.json", {**report, "seconds": round(time.monotonic() - started, 1)})
         for name in ("accuracy", "local"):
             tracked.log_metrics({f"{name}_t{t}": a for t, a in report.get(name, {}).items()}, step=0)
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _train(
-    params: Params, settings: Preference, backbone: Backbone, scratch: Path, curve: Curve, tracked: Any
-) -> tuple[Any, Any, dict[str, Any]]:
-    """The model, its tokenizer, and accuracy by timestep on validation pairs."""
+def _setup(params: Params, settings: Preference, backbone: Backbone) -> Setup:
+    """The preference model before training, with its tokenizer, backbone and noise schedule."""
     import torch
 
-    from spo.data.latent_cache import latent_pairs
     from spo.diffusion.schedule import Schedule
-    from spo.preference import trainer as spm
     from spo.preference.model import StepAwarePreferenceModel, load_tokenizer
-    from spo.training.checkpoint import CheckpointStore
+    from spo.preference.trainer import Setup
 
     schedule = Schedule.from_config(backbone.scheduler_config, settings.num_inference_steps)
     named = settings.tokenizer is not None
     tokenizer = load_tokenizer(settings.tokenizer or settings.init, None if named else settings.revision)
-    torch.manual_seed(params.seed)  # the timestep's embedding is drawn
+    torch.manual_seed(params.seed)  # the timestep embedding is drawn at random
     model = StepAwarePreferenceModel.from_clip(settings.init, settings.step_condition, settings.revision)
     if settings.logit_scale is not None:
-        model.start_at(settings.logit_scale)
-    model.to(backbone.device)
-    pairs = {part: latent_pairs(params, backbone, part) for part in ("train", "validation")}
+        model.set_logit_scale(settings.logit_scale)
+    return Setup(model.to(backbone.device), tokenizer, backbone, schedule)
+
+
+def _train(params: Params, settings: Preference, setup: Setup, scratch: Path, curve: Curve) -> dict[str, Any]:
+    """Train setup.model; returns its accuracy by timestep on validation pairs, and facts."""
+    from spo.data.latent_cache import latent_pairs
+    from spo.preference import trainer
+    from spo.preference.pseudo_labels import pseudo_label
+    from spo.training.checkpoint import CheckpointStore
+
+    pairs = {part: latent_pairs(params, setup.backbone, part) for part in ("train", "validation")}
     facts: dict[str, Any] = {}
     if settings.labels is not None:
-        from spo.preference.pseudo_labels import relabelled
-
-        pairs["train"], facts["pseudo_labels"] = relabelled(pairs["train"], settings, str(backbone.device))
-    setup = spm.Setup(model, tokenizer, backbone, schedule)
+        device = str(setup.backbone.device)
+        pairs["train"], facts["pseudo_labels"] = pseudo_label(pairs["train"], settings, device)
     store = CheckpointStore(scratch / "checkpoints")
-    spm.train(setup, pairs["train"], settings, seed=params.seed, checkpoint=store, on_metrics=curve.log)
-    timesteps, guidance = settings.eval_timesteps, settings.guidance
+    trainer.train(setup, pairs["train"], settings, seed=params.seed, checkpoint=store, on_metrics=curve.log)
     if settings.local_prompts:
         facts["local"] = _local_judgement(params, settings, setup)
-    measured = spm.evaluate(setup, pairs["validation"], timesteps, guidance, seed=params.seed)
-    return (
-        model,
-        tokenizer,
-        {
-            "accuracy": {str(t): round(m["accuracy"], 4) for t, m in measured.items()},
-            "n": int((pairs["validation"].label_0 != 0.5).sum()),
-            "n_train": len(pairs["train"]),
-            "updates": settings.steps,
-            **facts,
-        },
-    )
+    timesteps, guidance = settings.eval_timesteps, settings.guidance
+    measured = trainer.evaluate(setup, pairs["validation"], timesteps, guidance, seed=params.seed)
+    return {
+        "accuracy": {str(t): round(m["accuracy"], 4) for t, m in measured.items()},
+        "n": int((pairs["validation"].label_0 != 0.5).sum()),
+        "n_train": len(pairs["train"]),
+        "updates": settings.steps,
+        **facts,
+    }
 
 
-def _local_judgement(params: Params, settings: Preference, setup: Any) -> dict[str, float]:
+def _local_judgement(params: Params, settings: Preference, setup: Setup) -> dict[str, float]:
     """Correlation with the oracle within the candidates of a step, by timestep.
 
     Raises:
