@@ -41,14 +41,14 @@ def test_two_processes_train_the_preference_model_as_one(load, model, words, pai
 
 
 def test_two_processes_learn_degradations_as_one(load, model, words, pairs) -> None:
-    """Five pictures an update: two and three."""
+    """Five images per update: two and three."""
     settings = config.Degradations(steps=3, batch_size=5, optimizer=OPTIMIZER)
     backbone = load("sd")
 
     def body() -> dict:
         seen: list[dict] = []
-        told = ("adaLN", "t_embedder", "logit_scale")  # not trained here: no sum over processes
-        learned = [p for n, p in model.named_parameters() if not any(part in n for part in told)]
+        frozen = ("adaLN", "t_embedder", "logit_scale")  # not trained here: no sum over processes
+        learned = [p for n, p in model.named_parameters() if not any(part in n for part in frozen)]
 
         def note(metrics, step) -> None:
             gradients = [p.grad.flatten().clone() for p in learned] if step == 1 else []
@@ -59,11 +59,11 @@ def test_two_processes_learn_degradations_as_one(load, model, words, pairs) -> N
 
     (one,), several = run_in(1, body), run_in(2, body)
     assert torch.equal(several[0]["weights"], several[1]["weights"])
-    for told in several:
-        first, alone = told["seen"][0], one["seen"][0]
+    for result in several:
+        first, alone = result["seen"][0], one["seen"][0]
         assert first["metrics"] == pytest.approx(alone["metrics"], rel=1e-5)
         error = (first["gradients"] - alone["gradients"]).abs().max() / alone["gradients"].abs().max()
         assert error < 1e-5
         # AdamW makes more of rounding where gradients are small; a wrong share gives .1 and more
-        for later, alone in zip(told["seen"], one["seen"], strict=True):
+        for later, alone in zip(result["seen"], one["seen"], strict=True):
             assert later["metrics"] == pytest.approx(alone["metrics"], rel=1e-4)
