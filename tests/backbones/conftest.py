@@ -21,7 +21,7 @@ from spo.scenes import world
 from tools.scenes import clips, tokenizer
 
 WIDTH, SECOND_WIDTH = 32, 48  # of the text encoders
-SIDE = 16  # of a picture
+SIDE = 16  # of an image, in pixels
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
 
 
@@ -122,7 +122,7 @@ def checkpoints(words, tmp_path_factory):
 
 
 def livelier(pipeline) -> None:
-    """Random layers tell little of prompt and latents; make them say more, so that tests can see it."""
+    """Scale up random layers, so that prompt and latents have a measurable effect."""
     with torch.no_grad():
         for name, parameter in pipeline.unet.named_parameters():
             if "attn2" in name or "conv_out" in name or "add_embedding" in name:

@@ -52,7 +52,7 @@ def test_a_file_without_an_offset_is_read_as_the_pipeline_reads_it(copy, family:
     assert_equal(ours(used, 3.0), theirs(folder, 3.0, clip_sample=False, steps_offset=offset))
 
 
-def test_betas_that_a_file_leaves_out_are_those_of_its_class(copy) -> None:
+def test_betas_that_a_file_omits_are_those_of_its_class(copy) -> None:
     folder = copy("sd")
     path = folder / "scheduler/scheduler_config.json"
     edit(path, drop=("beta_start", "beta_end", "beta_schedule"), _class_name="HeunDiscreteScheduler")
@@ -74,7 +74,9 @@ def test_betas_that_a_file_leaves_out_are_those_of_its_class(copy) -> None:
         ("DDIMScheduler", {"prediction_type": "sample"}, "prediction_type"),
     ],
 )
-def test_what_is_no_discrete_ddpm_is_refused(copy, family: str, name: str, fields: dict, word: str) -> None:
+def test_other_processes_than_a_discrete_ddpm_are_refused(
+    copy, family: str, name: str, fields: dict, word: str
+) -> None:
     folder = copy(family)
     path = folder / "scheduler/scheduler_config.json"
     edit(path, _class_name=name, **fields)
@@ -106,17 +108,17 @@ def test_params_override_the_file_and_are_saved_with_a_full_fine_tune(copy, fami
 def test_missing_unknown_and_infinite_tensors_are_refused(copy, family: str, part: str) -> None:
     folder = copy(family)
     file = folder / part / (WEIGHTS if part != "text_encoder" else "model.safetensors")
-    whole = file.read_bytes()
+    content = file.read_bytes()
     name = sorted(load_file(file))[3]
     edit_weights(file, lambda state: state.pop(name))
-    refused(folder, family, part, "misses tensors", name.removeprefix("text_model."))
-    file.write_bytes(whole)
+    refused(folder, family, part, "lacks tensors", name.removeprefix("text_model."))
+    file.write_bytes(content)
     edit_weights(file, lambda state: state.update(foreign=torch.zeros(1)))
     refused(folder, family, part, "unknown tensors", "foreign")
-    file.write_bytes(whole)
+    file.write_bytes(content)
     edit_weights(file, lambda state: state[name].view(-1)[:1].fill_(float("nan")))
-    refused(folder, family, part, "NaN or infinite")
-    file.write_bytes(whole)
+    refused(folder, family, part, "NaN or infinity")
+    file.write_bytes(content)
     edit_weights(file, lambda state: state.update({name: state[name][..., None].repeat_interleave(2, -1)}))
     refused(folder, family, part)
 
@@ -237,11 +239,11 @@ def test_variants_by_file_name() -> None:
 
 
 def test_parts_given_as_a_checkpoint_say_where_they_belong(checkpoints, tmp_path) -> None:
-    refused(checkpoints["sd"] / "unet", "sd", "model_index.json", "--checkpoint")
+    refused(checkpoints["sd"] / "unet", "sd", "model_index.json", "--unet")
     (tmp_path / "pytorch_lora_weights.safetensors").write_bytes(b"")
     refused(tmp_path, "sd", "model_index.json", "--lora")
     (tmp_path / "model.ckpt").write_bytes(b"")
-    refused(tmp_path / "model.ckpt", "sd", "no .safetensors file")
+    refused(tmp_path / "model.ckpt", "sd", "not a .safetensors file")
 
 
 def test_another_autoencoder_as_vae_is_refused(checkpoints, tmp_path) -> None:
@@ -279,7 +281,7 @@ def test_negative_guidance_is_refused() -> None:
         ("tokenizer/tokenizer_config.json", {"model_max_length": "x"}, ("tokenizer", "model_max_length")),
     ],
 )
-def test_values_that_mean_nothing_are_refused(copy, family: str, file: str, changes: dict, said) -> None:
+def test_invalid_values_are_refused(copy, family: str, file: str, changes: dict, said) -> None:
     folder = copy(family)
     edit(folder / file, **changes)
     refused(folder, family, *said)
@@ -287,21 +289,21 @@ def test_values_that_mean_nothing_are_refused(copy, family: str, file: str, chan
 
 @ANY
 @pytest.mark.parametrize("file", ["unet/config.json", "model_index.json", "scheduler/scheduler_config.json"])
-def test_a_config_file_that_is_no_mapping_is_refused(copy, family: str, file: str) -> None:
+def test_a_config_file_that_is_not_an_object_is_refused(copy, family: str, file: str) -> None:
     folder = copy(family)
     for content in ("[]", "3", "null"):
         (folder / file).write_text(content)
-        refused(folder, family, file, "not settings by name")
+        refused(folder, family, file, "must be a JSON object")
 
 
 @ANY
 def test_a_tokenizer_without_its_files_is_refused(copy, family: str) -> None:
-    """transformers makes up one that knows no words, so every prompt would be the same."""
+    """transformers builds one with an empty vocabulary, for which every prompt is the same."""
     folder = copy(family)
     (folder / "tokenizer/tokenizer.json").unlink()
-    refused(folder, family, "tokenizer knows no words")
+    refused(folder, family, "tokenizer has an empty vocabulary")
     shutil.rmtree(folder / "tokenizer")
-    refused(folder, family, "tokenizer knows no words")
+    refused(folder, family, "tokenizer has an empty vocabulary")
 
 
 def test_tokenizers_of_two_lengths_are_refused(copy) -> None:
@@ -310,7 +312,7 @@ def test_tokenizers_of_two_lengths_are_refused(copy) -> None:
     refused(folder, "sdxl", "tokenizer_2", "model_max_length")
 
 
-def test_an_offset_that_is_no_number_is_refused(copy) -> None:
+def test_an_offset_that_is_not_a_number_is_refused(copy) -> None:
     folder = copy("sdxl")  # diffusers' Stable Diffusion pipeline sets it itself
     for value in ("1", None, -1):
         edit(folder / "scheduler/scheduler_config.json", steps_offset=value)

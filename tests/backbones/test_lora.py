@@ -33,7 +33,7 @@ backbone.save_lora(Path(sys.argv[2]))
 @pytest.mark.smoke  # three processes that load diffusers
 def test_equal_adapters_are_equal_files(checkpoints, tmp_path) -> None:
     """Whatever the order of hash tables in a process is: DVC names files by their bytes."""
-    found = []
+    files = []
     for number in range(3):
         folder = tmp_path / str(number)
         environment = {**os.environ, "PYTHONHASHSEED": str(number)}
@@ -43,14 +43,14 @@ def test_equal_adapters_are_equal_files(checkpoints, tmp_path) -> None:
             capture_output=True,
             env=environment,
         )
-        found.append((folder / "pytorch_lora_weights.safetensors").read_bytes())
-    assert found[0] == found[1] == found[2]
-    header = json.loads(found[0][8 : 8 + int.from_bytes(found[0][:8], "little")])
+        files.append((folder / "pytorch_lora_weights.safetensors").read_bytes())
+    assert files[0] == files[1] == files[2]
+    header = json.loads(files[0][8 : 8 + int.from_bytes(files[0][:8], "little")])
     assert header["__metadata__"] and list(header) == sorted(header)
 
 
 def test_mlflows_flavor_gives_the_champion_back(load, checkpoints, tmp_path, monkeypatch) -> None:
-    """Loaded from the registry it draws our picture, and none of the files there is a pickle."""
+    """The model from the registry draws the same image, and none of its files is a pickle."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     backbone = load("sd")

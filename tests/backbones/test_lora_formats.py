@@ -1,4 +1,4 @@
-"""Adapters of every maker against the same changes merged into the weights by hand."""
+"""Adapters of every trainer against the same changes merged into the weights by hand."""
 
 import json
 import math
@@ -263,11 +263,11 @@ def test_a_uniform_adapter_is_that_of_diffusers_pipeline(load, family, checkpoin
     pipe.load_lora_weights(file)
     backbone.load_lora(file)
     with torch.no_grad():
-        told = pipe.encode_prompt(
+        embeddings = pipe.encode_prompt(
             PROMPTS, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=False
         )
     ours = encoded(backbone)
-    text = told[0].clone()
+    text = embeddings[0].clone()
     if family == "sdxl":  # their pipeline makes the empty negative prompt all zeros, ours every empty prompt
         text[1] = 0
     assert torch.allclose(ours["text"], text, atol=1e-4)

@@ -1,4 +1,4 @@
-"""What an adapter's file announces and spo does not take is refused in one line, by its name."""
+"""Announcements of an adapter file that are not supported are refused by name in one line."""
 
 import json
 
@@ -15,7 +15,7 @@ KEY = "lora_unet_" + Q.replace(".", "_")
 
 @pytest.fixture(scope="module")
 def backbone(checkpoints):
-    """Nothing of what is refused may change it, so that one serves all."""
+    """One backbone for all tests: no refused file may change it."""
     return backbones.load(config.Backbone(family="sd", checkpoint=str(checkpoints["sd"])), "cpu")
 
 
@@ -45,21 +45,21 @@ OTHER_KINDS = {
     "bias_values": "a bias",
     "on_input": r"\(IA\)3",
     "scalar": "LyCORIS' scalar",
-    "something_new": "no part of a LoRA",
+    "something_new": "not part of a LoRA",
 }
 
 
 @pytest.mark.parametrize("part, kind", OTHER_KINDS.items())
 def test_other_adapters_are_refused_by_name(backbone, good, tmp_path, part, kind) -> None:
     state = {**good, f"{KEY}.{part}": torch.ones(4, 4)}
-    message = rf"lora.safetensors: {KEY}.{part} is {kind}; taken are LoRA, LoCon and DoRA"
+    message = rf"lora.safetensors: {KEY}.{part} is {kind}; only LoRA, LoCon and DoRA"
     refused(backbone, adapters.write(tmp_path / "lora.safetensors", state), message)
 
 
 @pytest.mark.parametrize("part", ["hada_w1_a", "lokr_w1", "oft_blocks", "a1.weight", "diff"])
 def test_a_file_of_another_adapter_alone_is_refused_by_name(backbone, tmp_path, part) -> None:
     state = {f"{KEY}.{part}": torch.ones(4, 4), f"{KEY}.alpha": torch.tensor(1.0)}
-    refused(backbone, adapters.write(tmp_path / "lora.safetensors", state), f"{part} is .*; taken are LoRA")
+    refused(backbone, adapters.write(tmp_path / "lora.safetensors", state), f"{part} is .*; only LoRA")
 
 
 def changed(state, part, value):
@@ -72,10 +72,10 @@ SPOILT = {
         lambda s: {k: v for k, v in s.items() if "lora_down" not in k},
         "has no down matrix beside it",
     ),
-    "alpha 0": (lambda s: changed(s, "alpha", torch.tensor(0.0)), "alpha is 0; alpha is one number"),
+    "alpha 0": (lambda s: changed(s, "alpha", torch.tensor(0.0)), "alpha is 0; alpha must be one number"),
     "alphas": (lambda s: changed(s, "alpha", torch.ones(2)), r"alpha is of shape \[2\]"),
-    "NaN": (lambda s: changed(s, "lora_up.weight", s[f"{KEY}.lora_up.weight"] * torch.nan), "holds NaN"),
-    "alpha NaN": (lambda s: changed(s, "alpha", torch.tensor(torch.nan)), "holds NaN"),
+    "NaN": (lambda s: changed(s, "lora_up.weight", s[f"{KEY}.lora_up.weight"] * torch.nan), "has NaN"),
+    "alpha NaN": (lambda s: changed(s, "alpha", torch.tensor(torch.nan)), "has NaN"),
     "int8": (lambda s: changed(s, "lora_up.weight", s[f"{KEY}.lora_up.weight"].to(torch.int8)), "is int8"),
     "ranks": (
         lambda s: changed(s, "lora_up.weight", torch.ones(64, 3)),
@@ -96,13 +96,13 @@ SPOILT = {
     ),
     "second text encoder": (
         lambda s: {**s, "lora_te2_text_model_encoder_layers_0_mlp_fc1.alpha": torch.tensor(1.0)},
-        "is for text_encoder_2, which this backbone has not",
+        "is for text_encoder_2, which this backbone lacks",
     ),
 }
 
 
 @pytest.mark.parametrize("spoil, message", SPOILT.values(), ids=SPOILT)
-def test_what_is_not_whole_or_does_not_fit_is_refused(backbone, good, tmp_path, spoil, message) -> None:
+def test_an_incomplete_or_misfitting_file_is_refused(backbone, good, tmp_path, spoil, message) -> None:
     refused(backbone, adapters.write(tmp_path / "lora.safetensors", spoil(good)), message)
 
 
@@ -118,7 +118,7 @@ ANNOUNCED = {
     "modelspec.architecture": ("stable-diffusion-xl-v1-base/lora", "backbone.family is 'sd'"),
     "ss_v_parameterization": ("True", "the backbone predicts epsilon"),
     "modelspec.prediction_type": ("v", "the backbone predicts epsilon"),
-    "ss_network_alpha": ("0.5", "rank 1 and no alpha beside it"),
+    "ss_network_alpha": ("0.5", "rank 1 and no alpha tensor"),
 }
 
 
@@ -166,34 +166,34 @@ def test_other_architectures_are_refused_for_both_families(tmp_path, announced) 
 
 
 PEFT = {
-    "peft_type": ("LOHA", "peft_type is LOHA; taken is LORA"),
+    "peft_type": ("LOHA", "peft_type is LOHA; only LORA"),
     "bias": ("all", "bias is 'all'"),
     "init_lora_weights": ("pissa_niter_4", "changes the base's weights too"),
-    "modules_to_save": (["conv_in"], "modules_to_save is .*not taken"),
-    "use_qalora": (True, "use_qalora is True, which is not taken"),
+    "modules_to_save": (["conv_in"], "modules_to_save is .*not supported"),
+    "use_qalora": (True, "use_qalora is True, which is not supported"),
     "lora_alpha": (None, "lora_alpha is None"),
-    "r": (7, "r is 7 where .* has rank 1"),
+    "r": (7, "r is 7, but .* has rank 1"),
     "use_dora": (True, "has no DoRA magnitude"),
-    "alpha_pattern": ({"to_q": "8"}, "alpha_pattern of to_q is '8', not a number"),
-    "rank_pattern": ({"(": 8}, "no valid pattern"),
+    "alpha_pattern": ({"to_q": "8"}, "alpha_pattern of to_q is '8'; it must be a number"),
+    "rank_pattern": ({"(": 8}, "not a valid pattern"),
 }
 
 
 @pytest.mark.parametrize("key", PEFT)
-def test_settings_of_peft_that_are_not_taken_are_refused(backbone, tmp_path, key) -> None:
+def test_unsupported_settings_of_peft_are_refused(backbone, tmp_path, key) -> None:
     value, message = PEFT[key]
     adapter = adapters.changes(backbone.unet, [Q])
     state = {f"base_model.model.{Q}.lora_A.weight": adapter[Q].down}
     state |= {f"base_model.model.{Q}.lora_B.weight": adapter[Q].up}
     file = adapters.write(tmp_path / "adapter_model.safetensors", state)
-    told = tmp_path / "adapter_config.json"
+    path = tmp_path / "adapter_config.json"
     with pytest.raises(ValueError, match="put that file beside this one"):
         backbone.load_lora(file)
-    told.write_text(json.dumps(adapters.settings(adapter, **{key: value})))
+    path.write_text(json.dumps(adapters.settings(adapter, **{key: value})))
     with pytest.raises(ValueError, match=f"adapter_(config.json|model.safetensors): .*{message}"):
         backbone.load_lora(file)
-    told.write_text("{")
-    with pytest.raises(ValueError, match="adapter_config.json: no valid JSON"):
+    path.write_text("{")
+    with pytest.raises(ValueError, match="adapter_config.json: not valid JSON"):
         backbone.load_lora(file)
 
 
@@ -201,30 +201,30 @@ def test_two_announced_strengths_that_differ_are_refused(backbone, good, tmp_pat
     adapter = adapters.changes(backbone.unet, [Q])
     metadata = adapters.diffusers_metadata(adapter, lora_alpha=adapter[Q].alpha * 2)
     file = adapters.write(tmp_path / "lora.safetensors", good, **metadata)
-    refused(backbone, file, "makes .* strong, the alpha beside it")
+    refused(backbone, file, "gives .* the strength .* its alpha tensor")
 
 
 def test_pickles_that_run_code_are_refused(backbone, tmp_path) -> None:
     for name, content in {"code.bin": {"a": print}, "list.pt": [1], "step.pt": {"step": 3}}.items():
         torch.save(content, tmp_path / name)
         refused(
-            backbone, tmp_path / name, "no pickle of tensors alone|holds a list|step is a int, not a tensor"
+            backbone,
+            tmp_path / name,
+            "not a pickle of tensors only|must be tensors by name, not a list|step is a int, not a tensor",
         )
     (tmp_path / "lora.ckpt").write_bytes(b"")
-    refused(backbone, tmp_path / "lora.ckpt", "taken are .safetensors, .bin, .pt, .pth")
+    refused(backbone, tmp_path / "lora.ckpt", "not a supported file .*.safetensors, .bin, .pt, .pth")
 
 
-def test_of_several_files_in_a_folder_none_is_guessed(backbone, good, tmp_path) -> None:
+def test_several_files_in_a_folder_are_refused(backbone, good, tmp_path) -> None:
     (tmp_path / "none").mkdir()
-    refused(backbone, tmp_path / "none", "no LoRA weights there")
+    refused(backbone, tmp_path / "none", "no LoRA weights, no UNet")
     for name in ("epoch1", "epoch2"):
         adapters.write(tmp_path / "some" / f"{name}.safetensors", good)
-    refused(
-        backbone, tmp_path / "some", r"several files of weights \(epoch1.safetensors, epoch2.safetensors\)"
-    )
+    refused(backbone, tmp_path / "some", r"several weights files \(epoch1.safetensors, epoch2.safetensors\)")
     for name in ("pytorch_lora_weights", "adapter_model"):
         adapters.write(tmp_path / "both" / f"{name}.safetensors", good)
-    refused(backbone, tmp_path / "both", "several files of weights")
+    refused(backbone, tmp_path / "both", "several weights files")
     adapters.write(tmp_path / "peft/unet/adapter_model.safetensors", good)
     adapters.write(tmp_path / "peft/text_encoder/adapter_model.safetensors", good)
     refused(backbone, tmp_path / "peft", "weights lie in .*text_encoder, .*unet: give one")

@@ -99,18 +99,18 @@ def test_generate_stops_at_a_poisoned_part(
     checkpoints, tmp_path, experiment, capsys, weight, value, named
 ) -> None:
     experiment(poisoned(checkpoints, tmp_path, *weight, value))
-    told = refusal(capsys, "generate", "base")
-    assert named in told and "prompt 'a circle'" in told and "weights" in told
+    line = refusal(capsys, "generate", "base")
+    assert named in line and "prompt 'a circle'" in line and "weights" in line
 
 
 def test_generate_names_the_prompt_of_a_poisoned_word(
     checkpoints, tmp_path, experiment, words, capsys
 ) -> None:
     experiment(poisoned_word(checkpoints, tmp_path, words))
-    told = refusal(capsys, "generate", "base")
-    assert "text encoder output, prompt 'a blue star on sand'" in told
-    told = refusal(capsys, "sample", "a star", "--method", "base")
-    assert "text encoder output, prompt 'a star'" in told
+    line = refusal(capsys, "generate", "base")
+    assert "text encoder output, prompt 'a blue star on sand'" in line
+    line = refusal(capsys, "sample", "a star", "--method", "base")
+    assert "text encoder output, prompt 'a star'" in line
     assert cli.main(["sample", "a circle", "--method", "base"]) == 0 and Path("sample.png").exists()
 
 
@@ -120,8 +120,8 @@ def test_generate_stops_at_a_poisoned_lora(load, checkpoints, tmp_path, experime
     backbone.trainable_parameters()[0].data[0, 0] = NAN
     backbone.save_lora(tmp_path / "lora")
     experiment(checkpoints["sd"])
-    told = refusal(capsys, "generate", "--lora", "lora", "--output", "elsewhere")
-    assert "lora/pytorch_lora_weights.safetensors" in told and "holds NaN or infinity" in told
+    line = refusal(capsys, "generate", "--lora", "lora", "--output", "elsewhere")
+    assert "lora/pytorch_lora_weights.safetensors" in line and "has NaN or infinite values" in line
 
 
 @pytest.mark.parametrize("part", ["unet", "vae"])
@@ -134,9 +134,9 @@ def test_overflow_in_half_precision_says_so(checkpoints, tmp_path, experiment, c
     state[weight] = 60_000 * torch.sign(state[weight] + 1e-9)
     save_file(state, file, metadata={"format": "pt"})
     experiment(folder, dtype="fp16")
-    told = refusal(capsys, "generate", "base")
-    assert "if backbone.dtype is fp16, set bf16 or fp32" in told
-    assert ("backbone.vae" in told) == (part == "vae")
+    line = refusal(capsys, "generate", "base")
+    assert "if backbone.dtype is fp16, set bf16 or fp32" in line
+    assert ("backbone.vae" in line) == (part == "vae")
 
 
 def test_validation_images_are_refused(checkpoints, tmp_path, load) -> None:
@@ -164,7 +164,7 @@ def spo_method(backbone, model, words) -> SpoMethod:
 
 @pytest.mark.parametrize("value", [NAN, INF])
 def test_rollouts_stop_at_a_poisoned_part(load, model, words, value) -> None:
-    """Infinite pixels would be clamped before the judge sees them."""
+    """Infinite pixels would be clamped before the preference model scores them."""
     backbone = load("sd")
     backbone.vae.decoder.conv_out.bias.data[0] = value
     with pytest.raises(ValueError, match=r"VAE decoder output at step 4 of 4 \(t=\d+\), prompt 'a "):
@@ -228,14 +228,18 @@ def test_preference_training_and_its_evaluation_stop(load, model, words, pairs) 
 
 @pytest.mark.parametrize(
     ("value", "named"),
-    [(NAN, "NaN or infinity in the VAE encoder output"), (INF, "VAE encoder"), (1e6, "beyond the 65504")],
+    [
+        (NAN, "NaN or infinity in the VAE encoder output"),
+        (INF, "VAE encoder"),
+        (1e6, "beyond float16.s 65504"),
+    ],
 )
-def test_latents_that_float16_does_not_hold_are_refused(load, tmp_path, value, named) -> None:
+def test_latents_beyond_float16_are_refused(load, tmp_path, value, named) -> None:
     backbone = load("sd")
     backbone.vae.quant_conv.bias.data[0] = value
-    judged = [PreferencePair("a star", b"0", b"1", 1.0, 0.0)]
+    labelled = [PreferencePair("a star", b"0", b"1", 1.0, 0.0)]
     with pytest.raises(ValueError, match=f"{named}.*, prompt 'a star'"):
-        encode(judged, 1, backbone, lambda data: torch.zeros(3, 16, 16), tmp_path / "latents")
+        encode(labelled, 1, backbone, lambda data: torch.zeros(3, 16, 16), tmp_path / "latents")
     assert not (tmp_path / "latents/pairs.json").exists()
 
 
@@ -243,7 +247,7 @@ def test_weights_that_are_not_finite_are_named(load) -> None:
     backbone = load("sd")
     check_finite_weights(backbone.unet, "base")
     backbone.unet.conv_out.bias.data[1] = NAN
-    with pytest.raises(ValueError, match="base: weight conv_out.bias is NaN or infinite"):
+    with pytest.raises(ValueError, match="base: NaN or infinity in weight conv_out.bias"):
         check_finite_weights(backbone.unet, "base")
 
 
@@ -257,6 +261,6 @@ def test_a_process_that_meets_it_ends_all_with_one_line(
     Path("params.yaml").write_text(yaml.safe_dump(params))
     assert cli.main(["generate", "base"]) == 2
     error = capfd.readouterr().err
-    told = [line for line in error.splitlines() if line.startswith("spo: ")]
-    assert len(told) == 1 and "text_encoder: weight" in told[0] and "NaN or infinite" in told[0]
+    lines = [line for line in error.splitlines() if line.startswith("spo: ")]
+    assert len(lines) == 1 and "text_encoder: NaN or infinity in weight" in lines[0]
     assert "Traceback" not in error and not Path("outputs/images/base/images.zip").exists()

@@ -1,4 +1,4 @@
-"""What others release, on the base: UNets alone and whole models, through `spo generate` and params.yaml."""
+"""Released models on the base: UNets and complete pipelines, through `spo generate` and params.yaml."""
 
 import json
 import shutil
@@ -45,22 +45,22 @@ def tuned(checkpoints, family, tmp_path):
     state = load_file(folder / FILE)
     noise = {k: 1 + 0.3 * torch.randn(v.shape, generator=generator) for k, v in state.items()}
     save_file({key: value * noise[key] for key, value in state.items()}, folder / FILE)
-    whole = shutil.copytree(checkpoints[family], tmp_path / "whole")
-    shutil.copytree(folder, whole / "unet", dirs_exist_ok=True)
-    expected = predict(backbones.load(config.Backbone(family=family, checkpoint=str(whole)), "cpu"))
-    return folder, whole, expected
+    pipeline = shutil.copytree(checkpoints[family], tmp_path / "pipeline")
+    shutil.copytree(folder, pipeline / "unet", dirs_exist_ok=True)
+    expected = predict(backbones.load(config.Backbone(family=family, checkpoint=str(pipeline)), "cpu"))
+    return folder, pipeline, expected
 
 
-def test_a_unet_is_taken_in_every_way_that_it_is_released(aligned, tuned, family, tmp_path, capsys) -> None:
-    folder, whole, expected = tuned
+def test_a_unet_is_loaded_from_every_release_format(aligned, tuned, family, tmp_path, capsys) -> None:
+    folder, pipeline, expected = tuned
     file = shutil.copy(folder / FILE, tmp_path / "my unet.safetensors")
     half = shutil.copytree(folder, tmp_path / "half")
     (half / FILE).rename(half / "diffusion_pytorch_model.fp16.safetensors")
     pickled = shutil.copytree(folder, tmp_path / "pickled")
     torch.save(load_file(pickled / FILE), pickled / "diffusion_pytorch_model.bin")
     (pickled / FILE).unlink()
-    single = tmp_path / "whole.safetensors"
-    single_file.write(whole, single, layers=1, vae_blocks=2)
+    single = tmp_path / "pipeline.safetensors"
+    single_file.write(pipeline, single, layers=1, vae_blocks=2)
     alone = {k: v for k, v in load_file(single).items() if k.startswith("model.diffusion_model.")}
     save_file(alone, tmp_path / "original names.safetensors")
     ways = [folder, folder.parent, folder / FILE, tmp_path / "my unet.safetensors", half, pickled]
@@ -69,7 +69,7 @@ def test_a_unet_is_taken_in_every_way_that_it_is_released(aligned, tuned, family
         assert torch.allclose(predict(backbone), expected, atol=1e-5), path
         assert backbone.trainable_parameters() == []
         assert "UNet, " in capsys.readouterr().err
-    for path in (whole, single):
+    for path in (pipeline, single):
         assert torch.allclose(predict(aligned(path)), expected, atol=1e-5), path
     assert (predict(aligned(None)) - expected).abs().max() > 0.01
     assert file.exists()
@@ -96,13 +96,13 @@ def refused(attempt, path, message: str) -> None:
 
 def test_a_unet_of_another_architecture_is_refused(aligned, tuned, tmp_path) -> None:
     folder, *_ = tuned
-    told = json.loads((folder / "config.json").read_text())
+    settings = json.loads((folder / "config.json").read_text())
     for key, value in (("sample_size", 96), ("cross_attention_dim", 2048), ("time_cond_proj_dim", 256)):
-        (folder / "config.json").write_text(json.dumps({**told, key: value}))
-        refused(aligned, folder, f"config.json: {key} is {value}, the backbone's UNet has")
-    (folder / "config.json").write_text(json.dumps({**told, "_class_name": "SD3Transformer2DModel"}))
+        (folder / "config.json").write_text(json.dumps({**settings, key: value}))
+        refused(aligned, folder, f"config.json: {key} is {value}, but the backbone's UNet has")
+    (folder / "config.json").write_text(json.dumps({**settings, "_class_name": "SD3Transformer2DModel"}))
     refused(aligned, folder, "config.json: _class_name is SD3Transformer2DModel")
-    same = {**told, "mid_block_type": "UNetMidBlock2DCrossAttn", "upcast_attention": None, "dropout": 0.0}
+    same = {**settings, "mid_block_type": "UNetMidBlock2DCrossAttn", "upcast_attention": None, "dropout": 0.0}
     same.pop("act_fn")
     (folder / "config.json").write_text(json.dumps(same))
     aligned(folder)
@@ -110,36 +110,39 @@ def test_a_unet_of_another_architecture_is_refused(aligned, tuned, tmp_path) -> 
     good = load_file(folder / FILE)
     weight = good["conv_in.weight"]
     spoilt = {
-        "has no conv_in.bias": {k: v for k, v in good.items() if k != "conv_in.bias"},
-        "has an unknown conv_new.bias and 1 more": {
+        "no tensor conv_in.bias": {k: v for k, v in good.items() if k != "conv_in.bias"},
+        "unknown tensor conv_new.bias and 1 more": {
             **good,
             "conv_new.bias": weight,
             "conv_new.weight": weight,
         },
-        r"conv_in.weight is \[32, 9, 3, 3\], the base's": {**good, "conv_in.weight": torch.ones(32, 9, 3, 3)},
-        "conv_in.weight holds NaN": {**good, "conv_in.weight": weight * torch.nan},
+        r"conv_in.weight is \[32, 9, 3, 3\], but the base's": {
+            **good,
+            "conv_in.weight": torch.ones(32, 9, 3, 3),
+        },
+        "conv_in.weight has NaN": {**good, "conv_in.weight": weight * torch.nan},
     }
     for message, state in spoilt.items():
         refused(aligned, adapters.write(tmp_path / "bad" / "unet.safetensors", state), message)
 
 
-def test_what_lies_beside_a_unet_is_not_dropped(aligned, tuned, checkpoints, family) -> None:
+def test_files_beside_a_unet_are_not_ignored(aligned, tuned, checkpoints, family) -> None:
     folder, *_ = tuned
     shutil.copytree(checkpoints[family] / "text_encoder", folder.parent / "text_encoder")
-    refused(aligned, folder.parent, "holds text_encoder beside the UNet, and no model_index.json")
+    refused(aligned, folder.parent, "contains text_encoder beside the UNet, but no model_index.json")
     adapters.write(folder / "pytorch_lora_weights.safetensors", {"a": torch.ones(1)})
-    refused(aligned, folder, "holds pytorch_lora_weights.safetensors beside the UNet")
+    refused(aligned, folder, "contains pytorch_lora_weights.safetensors beside the UNet")
     (folder / "pytorch_lora_weights.safetensors").unlink()
     (folder / FILE).rename(folder / "diffusion_pytorch_model.non_ema.safetensors")
     shutil.copy(
         folder / "diffusion_pytorch_model.non_ema.safetensors",
         folder / "diffusion_pytorch_model.v2.safetensors",
     )
-    refused(aligned, folder, "no single file of weights .*non_ema.*v2.safetensors")
+    refused(aligned, folder, "must contain one weights file, not .*non_ema.*v2.safetensors")
 
 
 def test_spo_generate_draws_with_it(tuned, checkpoints, family, tmp_path, monkeypatch, capsys) -> None:
-    folder, whole, _ = tuned
+    folder, pipeline, _ = tuned
     monkeypatch.chdir(tmp_path)
     (tmp_path / "prompts.txt").write_text("a red circle\na blue star\n")
     params = yaml.safe_load(config.preset("smoke"))
@@ -152,7 +155,7 @@ def test_spo_generate_draws_with_it(tuned, checkpoints, family, tmp_path, monkey
     drawn = {}
     for option, path, name in (
         ("--unet", folder, "release"),
-        ("--checkpoint", whole, "whole"),
+        ("--checkpoint", pipeline, "pipeline"),
         ("--lora", lora, "style.v2"),
     ):
         assert cli.main(["generate", option, str(path), "--prompts", "prompts.txt"]) == 0
@@ -161,6 +164,6 @@ def test_spo_generate_draws_with_it(tuned, checkpoints, family, tmp_path, monkey
         drawn[name] = [image.tobytes() for image, *_ in load_images(tmp_path / out.strip())]
         if option == "--lora":
             assert f"spo: {lora}: LoRA, changes {len(adapter)} layers of the unet" in err
-    assert drawn["release"] == drawn["whole"] != drawn["style.v2"]
+    assert drawn["release"] == drawn["pipeline"] != drawn["style.v2"]
     assert cli.main(["generate", "--lora", str(tmp_path / "prompts.txt"), "--prompts", "prompts.txt"]) == 2
-    assert "prompts.txt: taken are .safetensors" in capsys.readouterr().err.splitlines()[-1]
+    assert "prompts.txt: not a supported file (.safetensors" in capsys.readouterr().err.splitlines()[-1]

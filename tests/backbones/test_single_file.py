@@ -1,4 +1,4 @@
-"""Checkpoints of one .safetensors file, with the names of the original releases."""
+"""Single-file checkpoints (.safetensors), with the tensor names of the original releases."""
 
 import pytest
 import single_file
@@ -21,13 +21,15 @@ def one(request, checkpoints, tmp_path_factory) -> config.Backbone:
 
 def test_it_is_the_model_of_the_folder(one, load) -> None:
     ours, theirs = backbones.load(one, "cpu"), load(one.family)
-    told = [b.encode_prompts(["a large red circle on sand"]) for b in (ours, theirs)]
+    embeddings = [b.encode_prompts(["a large red circle on sand"]) for b in (ours, theirs)]
     x_t, t = torch.randn(1, *theirs.latent_shape), torch.tensor([501])
     for part in (n for n, m in theirs.pipeline.components.items() if isinstance(m, torch.nn.Module)):
         weights = [getattr(b.pipeline, part).state_dict() for b in (ours, theirs)]
         assert weights[0].keys() == weights[1].keys()
         assert all(torch.equal(weights[0][name], value) for name, value in weights[1].items()), part
-    assert torch.allclose(ours.predict(x_t, t, told[0]), theirs.predict(x_t, t, told[1]), atol=1e-5)
+    assert torch.allclose(
+        ours.predict(x_t, t, embeddings[0]), theirs.predict(x_t, t, embeddings[1]), atol=1e-5
+    )
     assert torch.allclose(ours.decode(x_t), theirs.decode(x_t), atol=1e-5)
     assert ours.scheduler_config["beta_schedule"] == theirs.scheduler_config["beta_schedule"]
 

@@ -56,7 +56,7 @@ def test_metadata_of_a_single_file_is_honoured(single) -> None:
         assert used.scheduler_config["prediction_type"] == meant
 
 
-def test_params_go_before_the_marks_of_a_single_file(single) -> None:
+def test_params_override_the_marks_of_a_single_file(single) -> None:
     used = backbones.load(single(mark("v_pred"), scheduler={"prediction_type": "epsilon"}), "cpu")
     assert used.scheduler_config["prediction_type"] == "epsilon"
 
@@ -98,8 +98,8 @@ def test_a_single_file_with_missing_or_unknown_tensors_is_refused(single) -> Non
         refused_file(single(without(prefix)), "tensors", prefix)
         refused_file(single(lambda s, p=prefix: s.update({f"{p}more": torch.zeros(1)})), "tensors", prefix)
     text = "cond_stage_model." if single().family == "sd" else "conditioner.embedders.1."
-    refused_file(single(without(text)), "text_encoder", "misses tensors")
-    Path(single().checkpoint).write_bytes(b"torn")
+    refused_file(single(without(text)), "text_encoder", "lacks tensors")
+    Path(single().checkpoint).write_bytes(b"truncated")
     settings = single()
-    Path(settings.checkpoint).write_bytes(b"torn")
-    refused_file(settings, "no readable safetensors file")
+    Path(settings.checkpoint).write_bytes(b"truncated")
+    refused_file(settings, "not a readable safetensors file")

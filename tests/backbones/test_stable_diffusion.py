@@ -60,9 +60,9 @@ def test_only_the_adapter_trains(load, family) -> None:
         assert any(f".{target}.lora_B." in name for name in trained)
     assert all("lora_" in n and p.dtype == torch.float32 for n, p in trained.items())
 
-    told = backbone.predict(*inputs(backbone))
-    assert told.dtype == torch.float32
-    told.square().mean().backward()
+    output = backbone.predict(*inputs(backbone))
+    assert output.dtype == torch.float32
+    output.square().mean().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in trained.values())
     frozen = [p for m in (backbone.unet, backbone.vae, backbone.text_encoder) for p in m.parameters()]
     assert all(p.grad is None for p in frozen if not p.requires_grad)
@@ -104,11 +104,13 @@ def test_the_seed_alone_decides_the_adapter(load, family) -> None:
 def test_the_prompt_and_the_timestep_reach_the_unet(load, family) -> None:
     backbone = load(family)
     x_t, timesteps, conditioning = inputs(backbone)
-    told = backbone.predict(x_t, timesteps, conditioning)
-    assert not torch.allclose(backbone.predict(x_t, timesteps, conditioning.select([1, 0])), told, atol=1e-4)
-    assert not torch.allclose(backbone.predict(x_t, timesteps.flip(0), conditioning), told, atol=1e-4)
+    output = backbone.predict(x_t, timesteps, conditioning)
+    assert not torch.allclose(
+        backbone.predict(x_t, timesteps, conditioning.select([1, 0])), output, atol=1e-4
+    )
+    assert not torch.allclose(backbone.predict(x_t, timesteps.flip(0), conditioning), output, atol=1e-4)
     alone = backbone.predict(x_t[1:], timesteps[1:], conditioning.select(slice(1, 2)))
-    assert torch.allclose(alone, told[1:], atol=1e-5)
+    assert torch.allclose(alone, output[1:], atol=1e-5)
 
 
 def test_saved_adapter_loads_here_and_in_diffusers(load, family, checkpoints, tmp_path) -> None:
@@ -129,11 +131,11 @@ def test_saved_adapter_loads_here_and_in_diffusers(load, family, checkpoints, tm
     x_t, timesteps, conditioning = inputs(backbone)
     arguments = backbone._text.unet_arguments(conditioning)
     with torch.no_grad():
-        told = pipe.unet(x_t, timesteps, **arguments).sample
-    assert torch.allclose(told, expected, atol=1e-5)
+        output = pipe.unet(x_t, timesteps, **arguments).sample
+    assert torch.allclose(output, expected, atol=1e-5)
 
 
-def picture_pipeline(folder):
+def image_pipeline(folder):
     """diffusers' own, with the DDIM sampler."""
     pipe = DiffusionPipeline.from_pretrained(folder)
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
@@ -142,7 +144,7 @@ def picture_pipeline(folder):
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_pictures_are_those_of_diffusers(load, family, checkpoints, channels_last) -> None:
+def test_images_are_those_of_diffusers(load, family, checkpoints, channels_last) -> None:
     backbone = load(family, channels_last=channels_last)
     schedule = Schedule.from_config(backbone.scheduler_config, 6)
 
@@ -152,16 +154,16 @@ def test_pictures_are_those_of_diffusers(load, family, checkpoints, channels_las
     latents = sample_latents(backbone, schedule, PROMPTS, noise(), guidance=3.0, eta=0.0)
     decoded = backbone.decode(latents)
     assert decoded.shape == (2, 3, *backbone.image_size)
-    pictures = (decoded.clamp(-1, 1).permute(0, 2, 3, 1).numpy() + 1) / 2
+    images = (decoded.clamp(-1, 1).permute(0, 2, 3, 1).numpy() + 1) / 2
 
-    pipe = picture_pipeline(checkpoints[family])
+    pipe = image_pipeline(checkpoints[family])
     how = {"prompt": PROMPTS, "num_inference_steps": 6, "eta": 0.0}
     expected = pipe(**how, latents=noise().draw(), guidance_scale=3.0, output_type="latent").images
     assert (latents - expected).abs().max() < 1e-4 * expected.abs().max()
     theirs = pipe(**how, latents=noise().draw(), guidance_scale=3.0, output_type="np").images
-    assert abs(pictures - theirs).max() * 255 <= 2
+    assert abs(images - theirs).max() * 255 <= 2
     other = pipe(**how, latents=noise().draw(), guidance_scale=2.0, output_type="np").images
-    assert abs(pictures - other).max() * 255 > 4  # a difference is one that can be seen here
+    assert abs(images - other).max() * 255 > 4  # a difference is one that can be seen here
 
 
 def test_encode_is_the_scaled_mean_and_the_inverse_of_decodes_scale(load, family) -> None:
@@ -195,15 +197,17 @@ def refused(message: str, attempt) -> None:
 def test_wrong_checkpoints_are_one_line(load, family, checkpoints, tmp_path) -> None:
     other = {"sd": "sdxl", "sdxl": "sd"}[family]
     refused(
-        f"holds a StableDiffusion.*Pipeline, but backbone.family is '{family}'",
+        f"is a StableDiffusion.*Pipeline, but backbone.family is '{family}'",
         lambda: load(family, checkpoint=str(checkpoints[other])),
     )
-    refused("backbone.checkpoint: no data/nowhere there", lambda: load(family, checkpoint="data/nowhere"))
-    refused("is no diffusers folder", lambda: load(family, checkpoint=str(tmp_path)))
+    refused(
+        "backbone.checkpoint: data/nowhere: no such file", lambda: load(family, checkpoint="data/nowhere")
+    )
+    refused("is not a diffusers pipeline", lambda: load(family, checkpoint=str(tmp_path)))
     refused("nowhere: cannot be loaded", lambda: load(family, vae=str(tmp_path / "nowhere")))
 
     spoilt = shutil.copytree(checkpoints[family], tmp_path / "spoilt")
-    (spoilt / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"torn")
+    (spoilt / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"truncated")
     refused("spoilt: unet: cannot be loaded", lambda: load(family, checkpoint=str(spoilt)))
 
 
@@ -213,30 +217,30 @@ def test_an_adapter_that_does_not_fit_is_refused(load, family, tmp_path) -> None
     backbone.save_lora(tmp_path)
     good = load_file(tmp_path / lora.FILE)
     first = next(k for k in good if k.endswith("lora.down.weight"))
-    elsewhere = first.replace("down_blocks.1", "down_blocks.7")
+    unknown = first.replace("down_blocks.1", "down_blocks.7")
     bad = {
         "wide": {k: torch.cat([v, v], dim=1) if k == first else v for k, v in good.items()},
-        "more": {**good, elsewhere: good[first].clone()},
+        "more": {**good, unknown: good[first].clone()},
         "text": {**good, "text_encoder.layers.0.lora_A.weight": good[first].clone()},
         "base": {"conv_in.weight": torch.zeros(2, 2)},
     }
     for name, state in bad.items():
         save_file(state, tmp_path / f"{name}.safetensors")
-    (tmp_path / "torn.safetensors").write_bytes(b"torn")
+    (tmp_path / "truncated.safetensors").write_bytes(b"truncated")
 
     refused(
         "wide.safetensors: does not fit this UNet: ",
         lambda: load(family).load_lora(tmp_path / "wide.safetensors"),
     )
     refused(
-        "more.safetensors: does not fit this UNet: it has no layer for unet.down_blocks.7",
+        "more.safetensors: does not fit this UNet, which has no layer for unet.down_blocks.7",
         lambda: load(family).load_lora(tmp_path / "more.safetensors"),
     )
     messages = {
-        "text.safetensors": "does not fit text_encoder: it has no layer for text_encoder.layers.0",
-        "base.safetensors": "holds a unet, not a LoRA",
-        "torn.safetensors": "cannot be read as weights",
-        "nowhere": "not there; give a LoRA",
+        "text.safetensors": "does not fit text_encoder, which has no layer for text_encoder.layers.0",
+        "base.safetensors": "contains a unet, not a LoRA",
+        "truncated.safetensors": "cannot be read as weights",
+        "nowhere": "no such file or folder; give a LoRA",
     }
     for name, message in messages.items():
         refused(f"{name}: {message}", lambda name=name: load(family).load_lora(tmp_path / name))
@@ -289,8 +293,8 @@ def test_a_full_fine_tune_keeps_its_reference_and_loads_here_and_in_diffusers(lo
     pipe = DiffusionPipeline.from_pretrained(tmp_path)
     x_t, timesteps, conditioning = inputs(backbone)
     with torch.no_grad():
-        told = pipe.unet(x_t, timesteps, **backbone._text.unet_arguments(conditioning)).sample
-    assert torch.allclose(told, changed, atol=1e-5)
+        output = pipe.unet(x_t, timesteps, **backbone._text.unet_arguments(conditioning)).sample
+    assert torch.allclose(output, changed, atol=1e-5)
 
 
 def test_a_full_fine_tune_in_half_precision_has_fp32_weights(load, family, tmp_path) -> None:

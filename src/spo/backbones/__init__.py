@@ -1,4 +1,4 @@
-"""Text-to-image models behind `types.Backbone`; all that knows diffusers and model families."""
+"""Text-to-image models behind `types.Backbone`: the only package that knows diffusers and model families."""
 
 from spo.backbones.stable_diffusion import StableDiffusion, load, load_aligned
 

@@ -1,4 +1,4 @@
-"""Weights that are not finite, found when they are loaded."""
+"""Refuse weights that are not finite when they are loaded."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from torch import nn
 
 
 def check_finite_weights(module: nn.Module, where: str) -> None:
-    """Look at all parameters and buffers of a module that was loaded from `where`; waits for the GPU once.
+    """Check all parameters and buffers of a module loaded from `where`; synchronises with the GPU once.
 
     Raises:
-        ValueError: one is NaN or infinite; the line names the first.
+        ValueError: the first tensor with a NaN or an infinity.
     """
     tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     names = [name for name, value in tensors.items() if value.is_floating_point() and value.numel()]
@@ -20,4 +20,4 @@ def check_finite_weights(module: nn.Module, where: str) -> None:
     bad = [name for name, good in zip(names, finite, strict=True) if not good]
     if bad:
         more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
-        raise ValueError(f"{where}: weight {bad[0]}{more} is NaN or infinite; get the file again")
+        raise ValueError(f"{where}: NaN or infinity in weight {bad[0]}{more}; get the file again")

@@ -1,4 +1,4 @@
-"""Names of the layers of UNets and text encoders: diffusers', the original releases', kohya's."""
+"""Layer names of UNets and text encoders in the formats of diffusers, the original releases and kohya."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ UNET, TEXT, TEXT_2 = "unet", "text_encoder", "text_encoder_2"
 COMPONENTS = (UNET, TEXT, TEXT_2)
 
 _PREFIXES = {
-    "base_model.model.": None,  # peft; of whichever model was adapted
+    "base_model.model.": None,  # peft, for any component
     "unet.": UNET,
     "text_encoder.": TEXT,
     "text_encoder_2.": TEXT_2,
@@ -45,7 +45,7 @@ _PROJECTIONS = {"q_proj": "to_q", "k_proj": "to_k", "v_proj": "to_v", "out_proj"
 
 
 def split_component(stem: str) -> tuple[str, str]:
-    """(component, layer) of the part of a key before `.lora_down.weight` and the like."""
+    """Split the part of a key before `.lora_down.weight` and the like into (component, layer)."""
     component = None
     while prefix := next((p for p in _PREFIXES if stem.startswith(p)), None):
         component, stem = component or _PREFIXES[prefix], stem.removeprefix(prefix)
@@ -65,11 +65,12 @@ class LayerNames:
         self._by_alias = {_flat(alias): name for alias, name in aliases(model, self.modules)}
 
     def find(self, layer: str) -> str | None:
+        """The module name of a layer; None if the model has no such layer."""
         return self._by_alias.get(_flat(layer.replace(".processor.", ".")))
 
 
 def _flat(name: str) -> str:
-    """As kohya writes it: dots and underscores are the same."""
+    """The name in kohya's form, which writes dots as underscores."""
     return name.replace(".", "_")
 
 
@@ -78,12 +79,12 @@ def _unet_aliases(unet: Any, modules: dict[str, Any]) -> Iterator[tuple[str, str
     for name in modules:
         for alias in filter(None, (name, original.get(name))):
             yield alias, name
-            if alias.endswith("to_out.0"):  # attention processors call it so
+            if alias.endswith("to_out.0"):  # `to_out` in keys of attention processors
                 yield alias.removesuffix(".0"), name
 
 
 def _text_aliases(_: Any, modules: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """With and without the `text_model` that some versions of transformers have around the encoder."""
+    """Aliases with and without the `text_model` wrapper of some versions of transformers."""
     for name in modules:
         bare = name.removeprefix("text_model.")
         head, _, last = bare.rpartition(".")
@@ -93,10 +94,10 @@ def _text_aliases(_: Any, modules: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def original_names(unet: Any) -> dict[str, str]:
-    """diffusers' module names to the original ones of SD 1.5 and SDXL (`input_blocks.4.1...`)."""
+    """Map diffusers' module names to the original names of SD 1.5 and SDXL (`input_blocks.4.1...`)."""
     layers = unet.config.layers_per_block
     if not isinstance(layers, int):
-        return {}  # the original releases have as many layers in every block
+        return {}  # the original format has the same number of layers in every block
     attended = {
         name.split(".")[1] for name, _ in unet.named_modules() if "up_blocks" in name and "attentions" in name
     }

@@ -1,4 +1,4 @@
-"""Low-rank adapters (arXiv 2106.09685): saved in diffusers' own file format, loaded in any (lora_file.py)."""
+"""Low-rank adapters (arXiv 2106.09685): saved in diffusers' format, loaded in any format of lora_file.py."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ADAPTER = "default"
 
 
 def add(unet: Any, lora: config.Lora, seed: int) -> None:
-    """Add a trainable fp32 adapter; A is Gaussian by `seed`, B is zero, so it starts as the base."""
+    """Add a trainable fp32 adapter: A is Gaussian by `seed` and B is zero, so the output is unchanged."""
     from peft import LoraConfig
 
     with torch.random.fork_rng(devices=[]):
@@ -38,11 +38,12 @@ def add(unet: Any, lora: config.Lora, seed: int) -> None:
 
 
 def trainable(unet: Any) -> list[torch.nn.Parameter]:
+    """The parameters that require gradients."""
     return [p for p in unet.parameters() if p.requires_grad]
 
 
 def save(unet: Any, pipeline_class: Any, folder: Path) -> None:
-    """A folder for `pipe.load_lora_weights(folder)` of diffusers."""
+    """Write the adapter to a folder for diffusers' `pipe.load_lora_weights(folder)`."""
     from diffusers.utils import convert_state_dict_to_diffusers
     from peft.utils import get_peft_model_state_dict
 
@@ -59,8 +60,11 @@ def save(unet: Any, pipeline_class: Any, folder: Path) -> None:
 
 
 def _sort_header(file: Path) -> None:
-    """safetensors writes metadata in the random order of a hash table: equal adapters would differ as files,
-    and in their DVC hashes. Offsets of tensors count from the header's end, so the header can be replaced."""
+    """Sort the metadata of a safetensors file, so that equal adapters are equal files with equal DVC hashes.
+
+    safetensors writes metadata in the random order of a hash table. Tensor offsets are relative to the end of
+    the header, so that the header can be replaced.
+    """
     content = file.read_bytes()
     size = int.from_bytes(content[:8], "little")
     header = json.dumps(json.loads(content[8 : 8 + size]), sort_keys=True, separators=(",", ":")).encode()
@@ -69,20 +73,20 @@ def _sort_header(file: Path) -> None:
 
 
 def load(models: Mapping[str, Any], file: Path) -> dict[str, int]:
-    """Load a LoRA file, made here or elsewhere, into the UNet and text encoders it is for.
+    """Load a LoRA file of any supported format into the UNet and the text encoders.
 
     Args:
-        models: by component: unet, text_encoder, text_encoder_2.
+        models: modules by component: unet, text_encoder, text_encoder_2.
 
     Returns:
-        How many layers it changes, by component.
+        The number of changed layers by component.
 
     Raises:
-        ValueError: anything in it that is not understood or does not fit.
+        ValueError: a key that is not supported or does not fit the models.
     """
     updates = lora_file.read(file, models)
     if not any(update.changes() for layers in updates.values() for update in layers.values()):
-        raise ValueError(f"{file}: changes no layer, for all of its weights are 0 (or there are none)")
+        raise ValueError(f"{file}: changes no layer: all of its weights are 0, or it has none")
     for component, layers in updates.items():
         _inject(models[component], layers)
     return {component: sum(u.changes() for u in layers.values()) for component, layers in updates.items()}
@@ -100,7 +104,7 @@ def _inject(model: Any, layers: Mapping[str, lora_file.Update]) -> None:
         use_dora=any(update.magnitude is not None for update in layers.values()),
     )
     names = dict.fromkeys((f"{name}.lora_A.weight" for name in layers), torch.empty(0))
-    with torch.random.fork_rng(devices=[]):  # peft draws what is replaced below
+    with torch.random.fork_rng(devices=[]):  # peft draws initial weights, which _fill replaces
         inject_adapter_in_model(settings, model, adapter_name=ADAPTER, state_dict=names)
     model._hf_peft_config_loaded = True
     for name, update in layers.items():
@@ -109,7 +113,7 @@ def _inject(model: Any, layers: Mapping[str, lora_file.Update]) -> None:
 
 @torch.no_grad()
 def _fill(layer: Any, update: lora_file.Update) -> None:
-    """Set a layer's own weights and strength: peft's config has one alpha for many layers."""
+    """Set the weights and the strength of one layer: peft's config has one alpha for many layers."""
     layer.lora_A[ADAPTER].weight.copy_(update.down)
     layer.lora_B[ADAPTER].weight.copy_(update.up)
     if update.magnitude is not None:
@@ -119,7 +123,7 @@ def _fill(layer: Any, update: lora_file.Update) -> None:
 
 
 def _rank_pattern(layers: Mapping[str, lora_file.Update], common: int) -> dict[str, int]:
-    """One pattern for each rank: peft tries all of them for each layer."""
+    """One pattern per rank, not per layer: peft tries every pattern for every layer."""
     by_rank: dict[int, list[str]] = {}
     for name, update in layers.items():
         if update.rank != common:
@@ -128,7 +132,7 @@ def _rank_pattern(layers: Mapping[str, lora_file.Update], common: int) -> dict[s
 
 
 def _plain(value: Any) -> Any:
-    """What JSON can hold."""
+    """Convert a setting to a type that JSON supports."""
     if isinstance(value, set | frozenset | tuple | list):
         items: Iterable[Any] = value
         return sorted(items, key=str)

@@ -1,7 +1,8 @@
-"""LoRA files of any maker: their keys as low-rank updates of layers, each with its own strength.
+"""Read LoRA files of any trainer as low-rank updates of layers, each with its own strength.
 
-kohya's keys (`lora_unet_..._to_q.lora_down.weight`), three of diffusers' (`unet....to_q.lora_A.weight`,
-`unet....to_q.lora.down.weight`, `...attn1.processor.to_q_lora.down.weight`), peft's (`base_model.model....`).
+Supported are the keys of kohya (`lora_unet_..._to_q.lora_down.weight`), three formats of diffusers
+(`unet....to_q.lora_A.weight`, `unet....to_q.lora.down.weight`, `...attn1.processor.to_q_lora.down.weight`)
+and peft (`base_model.model....`).
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ _OTHER_KINDS = {
 
 @dataclass(frozen=True)
 class _Layer:
-    """A layer of the model, and the keys of the file that are for it, by part."""
+    """A layer of the model, and its keys in the file by part."""
 
     component: str
     name: str
@@ -52,7 +53,7 @@ class _Layer:
 
 @dataclass(frozen=True)
 class Update:
-    """What an adapter adds to one layer: `scale * up @ down`; with `magnitude`, the rows' norms (DoRA)."""
+    """The update of one layer: `scale * up @ down`; with DoRA, also the norms of the rows (`magnitude`)."""
 
     key: str  # a key of the file, for messages
     down: Tensor
@@ -65,11 +66,12 @@ class Update:
         return self.down.shape[0]
 
     def changes(self) -> bool:
+        """Whether the update is not zero."""
         return self.magnitude is not None or bool(self.up.any() and self.down.any())
 
 
 def is_adapter(keys: list[str]) -> bool:
-    """Whether they are keys of LoRA or of its relatives, rather than of a whole model."""
+    """Whether keys belong to a LoRA or a related adapter rather than to a complete model."""
     parts = [_PARTS[part] for part in ("down", "up", "mid", "magnitude")]
     kinds = [kind for kind, name in _OTHER_KINDS.items() if name != "a bias"]
     return any(re.search(f"({pattern})$", key) for key in keys for pattern in parts) or any(
@@ -78,10 +80,10 @@ def is_adapter(keys: list[str]) -> bool:
 
 
 def read(file: Path, models: Mapping[str, torch.nn.Module]) -> dict[str, dict[str, Update]]:
-    """The updates by component (unet, text_encoder, text_encoder_2) and layer.
+    """Read the updates by component (unet, text_encoder, text_encoder_2) and layer.
 
     Raises:
-        ValueError: anything in the file that has no place in `models`, or whose strength is not known.
+        ValueError: a key without a layer in `models`, or a layer of unknown strength.
     """
     state = weights.read(file)
     names = {component: LayerNames(component, model) for component, model in models.items()}
@@ -103,10 +105,10 @@ def _by_layer(file: Path, state: dict[str, Tensor], names: dict[str, LayerNames]
         part, stem = _part(file, key)
         component, alias = split_component(stem)
         if component not in names:
-            raise ValueError(f"{file}: {key} is for {_said(component)}, which this backbone has not")
+            raise ValueError(f"{file}: {key} is for {_title(component)}, which this backbone lacks")
         name = names[component].find(alias)
         if name is None:
-            raise ValueError(f"{file}: does not fit {_said(component)}: it has no layer for {key}")
+            raise ValueError(f"{file}: does not fit {_title(component)}, which has no layer for {key}")
         weight: Tensor = names[component].modules[name].weight
         layer = layers.setdefault((component, name), _Layer(component, name, weight, {}))
         if other := layer.keys.get(part):
@@ -116,17 +118,17 @@ def _by_layer(file: Path, state: dict[str, Tensor], names: dict[str, LayerNames]
 
 
 def _part(file: Path, key: str) -> tuple[str, str]:
-    """(part, the key before it)."""
+    """Split a key into (part, the key without it)."""
     for part, pattern in _PARTS.items():
         suffix = f"({pattern})(\\.weight)?$" if part == "magnitude" else f"({pattern})$"
         if match := re.search(suffix, key):
             return part, key[: match.start()]
     kind = next(
-        (name for pattern, name in _OTHER_KINDS.items() if re.search(pattern, key)), "no part of a LoRA"
+        (name for pattern, name in _OTHER_KINDS.items() if re.search(pattern, key)), "not part of a LoRA"
     )
     raise ValueError(
-        f"{file}: {key} is {kind}; taken are LoRA, LoCon and DoRA: "
-        "merge other adapters into the UNet, and give that"
+        f"{file}: {key} is {kind}; only LoRA, LoCon and DoRA are supported: merge other adapters into the "
+        "UNet, and give the UNet"
     )
 
 
@@ -135,7 +137,7 @@ def _update(file: Path, layer: _Layer, state: dict[str, Tensor], strengths: Stre
     missing = next((part for part in ("down", "up") if part not in keys), None)
     if missing:
         key = next(iter(keys.values()))
-        raise ValueError(f"{file}: {key} has no {missing} matrix beside it; the file is not whole")
+        raise ValueError(f"{file}: {key} has no {missing} matrix beside it; the file is incomplete")
     for key in keys.values():
         weights.check_numbers(file, key, state[key].float() if key.endswith("alpha") else state[key])
     down, up = _matrices(file, layer, state)
@@ -148,10 +150,10 @@ def _update(file: Path, layer: _Layer, state: dict[str, Tensor], strengths: Stre
 
 
 def _matrices(file: Path, layer: _Layer, state: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """down and up in the shapes of the layer: 1x1 kernels and matrices are the same."""
+    """The matrices down and up in the shapes of the layer; a 1x1 kernel may be stored as a matrix."""
     keys = layer.keys
     down, up = state[keys["down"]], state[keys["up"]]
-    if "mid" in keys:  # Tucker: the kernel lies between two matrices; the first one goes into it
+    if "mid" in keys:  # Tucker decomposition: the kernel is between two matrices; fold the first into it
         middle = state[keys["mid"]]
         if middle.ndim != 4 or middle.shape[1] != down.shape[0] or down[0].numel() != down[0].shape[0]:
             raise ValueError(
@@ -164,8 +166,8 @@ def _matrices(file: Path, layer: _Layer, state: dict[str, Tensor]) -> tuple[Tens
     for part, value in (("down", down), ("up", up)):
         if rank == 0 or _bare(value.shape) != _bare(wanted[part]):
             raise ValueError(
-                f"{file}: does not fit {_said(layer.component)}: {keys[part]} is {list(value.shape)}, "
-                f"where the layer takes {list(wanted[part])}"
+                f"{file}: does not fit {_title(layer.component)}: {keys[part]} is {list(value.shape)}, "
+                f"but the layer takes {list(wanted[part])}"
             )
     return down.reshape(wanted["down"]), up.reshape(wanted["up"])
 
@@ -175,22 +177,22 @@ def _bare(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _magnitude(file: Path, key: str, value: Tensor, weight: Tensor) -> Tensor:
-    """A norm for each output, in peft's shape."""
+    """The norm of each output, in peft's shape."""
     outputs, by_lycoris = weight.shape[0], key.endswith("dora_scale")
     if value.numel() != outputs or (by_lycoris and value.shape[:1] != (outputs,)):
         raise ValueError(
-            f"{file}: {key} is {list(value.shape)}; taken is DoRA with a norm for each of {outputs} outputs"
+            f"{file}: {key} is {list(value.shape)}; DoRA must have a norm for each of {outputs} outputs"
         )
     return value.reshape((outputs,) if weight.ndim == 2 else (1, outputs, 1, 1))
 
 
 def _check_magnitudes(file: Path, updates: dict[str, dict[str, Update]], strengths: Strengths) -> None:
     for component, layers in updates.items():
-        with_it = [u for u in layers.values() if u.magnitude is not None]
+        with_magnitude = [u for u in layers.values() if u.magnitude is not None]
         without = next((u for u in layers.values() if u.magnitude is None), None)
-        if without and (with_it or strengths.announces_dora(component)):
+        if without and (with_magnitude or strengths.announces_dora(component)):
             raise ValueError(f"{file}: {without.key} has no DoRA magnitude, though the file announces DoRA")
 
 
-def _said(component: str) -> str:
+def _title(component: str) -> str:
     return {"unet": "this UNet"}.get(component, component)

@@ -1,4 +1,4 @@
-"""How strong a LoRA is in each layer: alpha / rank, or alpha / sqrt(rank), as its file announces."""
+"""The strength of a LoRA in each layer, as its file announces: alpha / rank, or alpha / sqrt(rank)."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from spo.backbones.layer_names import COMPONENTS, UNET
 
 PEFT_CONFIG = "adapter_config.json"
 
-# settings of peft that say nothing on what a trained adapter does
-_NO_MATTER = {
+# settings of peft without an effect on a trained adapter
+_WITHOUT_EFFECT = {
     *(
         "r",
         "lora_alpha",
@@ -39,20 +39,27 @@ _NO_MATTER = {
     *("fan_in_fan_out", "megatron_core", "loftq_config", "eva_config", "corda_config", "lora_ga_config"),
     *("qalora_group_size", "runtime_config", "ensure_weight_tying"),
 }
-_BASE_STAYS = {"none", "true", "false", "gaussian", "eva", "orthogonal"}  # others change the base's weights
+_BASE_UNCHANGED = {
+    "none",
+    "true",
+    "false",
+    "gaussian",
+    "eva",
+    "orthogonal",
+}  # other inits change the base too
 
 
 class Strengths:
-    """Knows what one file announces: alphas as tensors, diffusers' metadata or peft's adapter_config.json."""
+    """The strengths in a file (alpha tensors, diffusers' metadata or peft's adapter_config.json)."""
 
     def __init__(self, file: Path, metadata: Mapping[str, str], peft: bool, has_alphas: bool) -> None:
         """
         Args:
-            peft: keys as peft itself writes them, which leaves alpha to adapter_config.json.
-            has_alphas: alphas lie among the tensors.
+            peft: whether the keys are in peft's own format, which writes alpha to adapter_config.json.
+            has_alphas: whether the file has alpha tensors.
 
         Raises:
-            ValueError: settings that are not taken, or peft's keys with no settings.
+            ValueError: unsupported settings, or peft's keys without settings.
         """
         self.file, self._trained_alpha = file, _number(metadata.get("ss_network_alpha"))
         self._settings: Mapping[str, Mapping[str, Any]] = {}
@@ -72,13 +79,22 @@ class Strengths:
             _check(self._source, settings)
 
     def alpha(self, key: str, value: Tensor) -> float:
+        """The number in an alpha tensor.
+
+        Raises:
+            ValueError: 0, or not one number.
+        """
         if value.numel() != 1 or float(value) == 0:
-            told = "0" if value.numel() == 1 else f"of shape {list(value.shape)}"
-            raise ValueError(f"{self.file}: {key} is {told}; alpha is one number that is not 0")
+            shown = "0" if value.numel() == 1 else f"of shape {list(value.shape)}"
+            raise ValueError(f"{self.file}: {key} is {shown}; alpha must be one number other than 0")
         return float(value)
 
     def scale(self, component: str, layer: str, key: str, rank: int, alpha: float | None) -> float:
-        """
+        """The strength of one layer; 1 if the file announces none.
+
+        Args:
+            alpha: the layer's alpha tensor, if any.
+
         Raises:
             ValueError: two announcements that contradict each other.
         """
@@ -87,18 +103,19 @@ class Strengths:
         if by_tensor is not None and by_settings is not None:
             if not math.isclose(by_tensor, by_settings, rel_tol=1e-3):
                 raise ValueError(
-                    f"{self._source} makes {key} {by_settings:g} strong, the alpha beside it {by_tensor:g}; "
-                    "remove the wrong one"
+                    f"{self._source} gives {key} the strength {by_settings:g}, its alpha tensor "
+                    f"{by_tensor:g}; remove the wrong one"
                 )
         if by_tensor is None and by_settings is None and self._trained_alpha not in (None, float(rank)):
             raise ValueError(
                 f"{self.file}: ss_network_alpha is {self._trained_alpha:g}, but {key} has rank {rank} and no "
-                "alpha beside it; add .alpha to each layer"
+                "alpha tensor; add .alpha to each layer"
             )
         strength = by_tensor if by_settings is None else by_settings
         return 1.0 if strength is None else strength
 
     def announces_dora(self, component: str) -> bool:
+        """Whether the settings of a component say use_dora."""
         return bool(self._settings.get(component, {}).get("use_dora"))
 
     def _by_settings(self, component: str, layer: str, key: str, rank: int) -> float | None:
@@ -107,13 +124,13 @@ class Strengths:
             return None
         r = _of_layer(settings.get("rank_pattern"), layer, settings["r"])
         if r != rank:
-            raise ValueError(f"{self._source}: r is {r} where {key} in {self.file.name} has rank {rank}")
+            raise ValueError(f"{self._source}: r is {r}, but {key} in {self.file.name} has rank {rank}")
         alpha = _of_layer(settings.get("alpha_pattern"), layer, settings["lora_alpha"])
         return alpha / math.sqrt(rank) if settings.get("use_rslora") else alpha / rank
 
 
 def _of_layer(patterns: Mapping[str, Any] | None, layer: str, default: Any) -> Any:
-    """As peft matches them: the first pattern that is the layer's name or its end."""
+    """The value of the first pattern that matches a layer's name or its end, as in peft."""
     for pattern, value in (patterns or {}).items():
         if any(re.match(rf"(.*\.)?({pattern})$", name) for name in (layer, f"text_model.{layer}")):
             return value
@@ -121,7 +138,7 @@ def _of_layer(patterns: Mapping[str, Any] | None, layer: str, default: Any) -> A
 
 
 def _by_component(settings: Mapping[str, Any]) -> Mapping[str, Mapping[str, Any]]:
-    """`unet.r` of diffusers' metadata; without a prefix it is the UNet's."""
+    """Group diffusers' metadata (`unet.r`) by component; keys without a prefix belong to the UNet."""
     parts: dict[str, dict[str, Any]] = {}
     for key, value in settings.items():
         component, _, name = key.partition(".")
@@ -133,54 +150,56 @@ def _by_component(settings: Mapping[str, Any]) -> Mapping[str, Mapping[str, Any]
 def _check(source: str, settings: Mapping[str, Any]) -> None:
     method = str(settings.get("peft_type") or "LORA").rpartition(".")[2]
     if method != "LORA":
-        raise ValueError(f"{source}: peft_type is {method}; taken is LORA")
+        raise ValueError(f"{source}: peft_type is {method}; only LORA is supported")
     for key in ("r", "lora_alpha"):
         value = settings.get(key)
         if not isinstance(value, int | float) or isinstance(value, bool) or value == 0:
-            raise ValueError(f"{source}: {key} is {value!r}; it must say the adapter's {key}")
+            raise ValueError(
+                f"{source}: {key} is {value!r}; it must be the adapter's {key}, a number other than 0"
+            )
     for key in ("rank_pattern", "alpha_pattern"):
         _check_pattern(source, key, settings.get(key) or {})
     if settings.get("bias", "none") != "none":
         raise ValueError(
-            f"{source}: bias is {settings['bias']!r}; taken are adapters without biases ('none')"
+            f"{source}: bias is {settings['bias']!r}; only adapters without biases ('none') are supported"
         )
     start = settings.get("init_lora_weights")
-    if str(start).lower() not in _BASE_STAYS:
+    if str(start).lower() not in _BASE_UNCHANGED:
         raise ValueError(
             f"{source}: init_lora_weights is {start!r}, which changes the base's weights too; "
             "convert the adapter to plain LoRA (peft: path_initial_model_for_weight_conversion)"
         )
     for key, value in settings.items():
-        if key not in _NO_MATTER and value:
+        if key not in _WITHOUT_EFFECT and value:
             raise ValueError(
-                f"{source}: {key} is {value!r}, which is not taken; merge the adapter into the UNet"
+                f"{source}: {key} is {value!r}, which is not supported; merge the adapter into the UNet"
             )
 
 
 def _check_pattern(source: str, key: str, patterns: Any) -> None:
     if not isinstance(patterns, dict):
-        raise ValueError(f"{source}: {key} is {patterns!r}, not numbers by layer")
+        raise ValueError(f"{source}: {key} is {patterns!r}; it must map layers to numbers")
     for pattern, value in patterns.items():
         if not isinstance(value, int | float) or value == 0:
-            raise ValueError(f"{source}: {key} of {pattern} is {value!r}, not a number other than 0")
+            raise ValueError(f"{source}: {key} of {pattern} is {value!r}; it must be a number other than 0")
         try:
             re.compile(pattern)
         except re.error as error:
-            raise ValueError(f"{source}: {key} has {pattern!r}, no valid pattern ({error})") from None
+            raise ValueError(f"{source}: {key}: {pattern!r} is not a valid pattern ({error})") from None
 
 
 def _json(source: str, text: str) -> dict[str, Any]:
     try:
         settings = json.loads(text)
     except json.JSONDecodeError as error:
-        raise ValueError(f"{source}: no valid JSON ({error})") from None
+        raise ValueError(f"{source}: not valid JSON ({error})") from None
     if not isinstance(settings, dict):
-        raise ValueError(f"{source}: holds a {type(settings).__name__}, not settings by name")
+        raise ValueError(f"{source}: must be a JSON object, not a {type(settings).__name__}")
     return settings
 
 
 def _number(text: str | None) -> float | None:
     try:
         return float(text) if text is not None else None
-    except ValueError:  # "None", "Dynamic": what holds then lies in the tensors
+    except ValueError:  # "None", "Dynamic": the alpha tensors decide
         return None

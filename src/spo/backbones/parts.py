@@ -1,4 +1,4 @@
-"""The parts of a diffusers folder or hub id: which files are read, and that every tensor had its place."""
+"""Load the parts of a diffusers folder or hub id, and check that every tensor was loaded."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 from spo import config
 
-# part: the only class of it that is supported
+# the supported class of each part
 PARTS = {
     "sd": {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL", "text_encoder": "CLIPTextModel"},
     "sdxl": {
@@ -27,18 +27,18 @@ SHARD = re.compile(r"-\d{5}-of-\d{5}")
 
 
 def load(settings: config.Backbone, dtype: torch.dtype, where: str) -> dict[str, Any]:
-    """UNet, VAE and text encoders of a folder or hub id.
+    """Load UNet, VAE (unless `backbone.vae` replaces it) and text encoders of a folder or hub id.
 
     Raises:
-        ValueError: nothing there, no network, or tensors missing, unknown or misshapen.
+        ValueError: no such checkpoint, no network, or tensors that are missing, unknown or of another shape.
     """
     name, revision = settings.checkpoint, settings.revision
-    wanted = [part for part in PARTS[settings.family] if part != "vae" or settings.vae is None]
+    names = [part for part in PARTS[settings.family] if part != "vae" or settings.vae is None]
     files = reach(where, name, lambda: weight_files(name, revision))
-    variants = choose_variants({part: files.get(part, []) for part in wanted}, settings.variant, where)
+    variants = choose_variants({part: files.get(part, []) for part in names}, settings.variant, where)
     return {
         part: load_part(PARTS[settings.family][part], name, part, revision, variants[part], dtype, where)
-        for part in wanted
+        for part in names
     }
 
 
@@ -51,10 +51,10 @@ def load_part(
     dtype: Any,
     where: str,
 ) -> Any:
-    """One model, whose tensors are all from its files.
+    """Load one model and check that all of its tensors come from its files.
 
     Raises:
-        ValueError: tensors missing, unknown or of other shapes, or a file that cannot be read.
+        ValueError: tensors that are missing, unknown or of another shape, or an unreadable file.
     """
     import diffusers
     import transformers
@@ -66,18 +66,18 @@ def load_part(
         model, report = reach(
             place, name, lambda: cls.from_pretrained(name, output_loading_info=True, **options)
         )
-    for title, key in (("misses", "missing_keys"), ("holds unknown", "unexpected_keys")):
+    for title, key in (("lacks", "missing_keys"), ("has unknown", "unexpected_keys")):
         names = sorted(n for n in report[key] if not n.endswith("position_ids"))
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             raise ValueError(
-                f"{place} {title} tensors: {names[0]}{more}; fetch it again, or it is of another model"
+                f"{place} {title} tensors: {names[0]}{more}; damaged, or of another model: get it again"
             )
     return model
 
 
 def load_vae(name: str, dtype: torch.dtype) -> Any:
-    """`backbone.vae`: a folder or hub id of an AutoencoderKL, or of a pipeline that has one.
+    """Load `backbone.vae`: a folder or hub id of an AutoencoderKL, or of a pipeline with one.
 
     Raises:
         ValueError: as `load_part`, and for an autoencoder of another class.
@@ -86,7 +86,7 @@ def load_vae(name: str, dtype: torch.dtype) -> Any:
     path = Path(name)
     if path.is_file():
         raise ValueError(
-            f"{where} is a file; give the folder that diffusers' AutoencoderKL.save_pretrained writes"
+            f"{where} is a file; give a folder written by diffusers' AutoencoderKL.save_pretrained"
         )
     inner = (path / "vae" / "config.json").exists() and not (path / "config.json").exists()
     subfolder = "vae" if inner else None
@@ -101,10 +101,10 @@ def load_vae(name: str, dtype: torch.dtype) -> Any:
 
 
 def index_of(settings: config.Backbone, where: str) -> Mapping[str, Any]:
-    """The content of model_index.json.
+    """Read model_index.json.
 
     Raises:
-        ValueError: it cannot be reached.
+        ValueError: a file that cannot be reached or read.
     """
     import diffusers
 
@@ -114,13 +114,13 @@ def index_of(settings: config.Backbone, where: str) -> Mapping[str, Any]:
 
 
 def settings_of(content: Any, place: str) -> dict[str, Any]:
-    """The content of a config file, which must be settings by name.
+    """Check that the content of a config file is a JSON object, and return it.
 
     Raises:
-        ValueError: valid JSON of another kind.
+        ValueError: JSON of another type.
     """
     if not isinstance(content, dict):
-        raise ValueError(f"{place} holds a {type(content).__name__}, not settings by name")
+        raise ValueError(f"{place} must be a JSON object, not a {type(content).__name__}")
     return content
 
 
@@ -128,29 +128,34 @@ def check_index(index: Mapping[str, Any], family: str, where: str) -> None:
     """Refuse a model_index.json of another pipeline, or with parts of other classes.
 
     Raises:
-        ValueError: with the key and what would serve.
+        ValueError: the key, its value and the expected value.
     """
-    found = index.get("_class_name")
-    if found != PIPELINES[family]:
-        raise ValueError(f"{where} holds a {found}, but backbone.family is {family!r} ({PIPELINES[family]})")
+    pipeline = index.get("_class_name")
+    if pipeline != PIPELINES[family]:
+        raise ValueError(f"{where} is a {pipeline}, but backbone.family is {family!r} ({PIPELINES[family]})")
     if index.get("requires_aesthetics_score"):
         raise ValueError(
             f"{where}: model_index.json: requires_aesthetics_score announces a refiner; give a base model"
         )
-    for part, wanted in PARTS[family].items():
-        said = index.get(part) or [None, None]
-        if not isinstance(said, list | tuple) or len(said) != 2:
-            raise ValueError(f"{where}: model_index.json: {part} is {said!r}, not [library, class]")
-        check_class(said[1], wanted, f"{where}: model_index.json: {part}")
+    for part, supported in PARTS[family].items():
+        entry = index.get(part) or [None, None]
+        if not isinstance(entry, list | tuple) or len(entry) != 2:
+            raise ValueError(f"{where}: model_index.json: {part} is {entry!r}, not [library, class]")
+        check_class(entry[1], supported, f"{where}: model_index.json: {part}")
 
 
-def check_class(found: Any, wanted: str, where: str) -> None:
-    if found != wanted:
-        raise ValueError(f"{where} is {found or 'missing'}; only {wanted} is supported")
+def check_class(announced: Any, supported: str, where: str) -> None:
+    """Refuse a part of another class than the supported one.
+
+    Raises:
+        ValueError: the announced class and the supported one.
+    """
+    if announced != supported:
+        raise ValueError(f"{where} is {announced or 'missing'}; only {supported} is supported")
 
 
 def weight_files(name: str, revision: str | None) -> dict[str, list[str]]:
-    """{subfolder: names of its files} of a local folder or a hub id; "" is the root."""
+    """List the files of a local folder or hub id as {subfolder: file names}; "" is the root."""
     path = Path(name)
     if path.is_dir():
         paths = [p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file()]
@@ -164,27 +169,27 @@ def weight_files(name: str, revision: str | None) -> dict[str, list[str]]:
 
 
 def _hub_files(name: str, revision: str | None) -> list[str]:
-    """Of the hub, or without a network of its cache on this machine."""
+    """List the files of a hub id, or without a network those of its local cache."""
     from huggingface_hub import HfApi, snapshot_download
 
     try:
         return list(HfApi().list_repo_files(name, revision=revision))
-    except Exception:  # the hub's client raises a dozen kinds
+    except Exception:  # the hub's client raises many types
         root = Path(snapshot_download(name, revision=revision, local_files_only=True))
         return [p.relative_to(root).as_posix() for p in root.rglob("*") if p.is_file()]
 
 
 def choose_variants(files: Mapping[str, list[str]], wanted: str | None, where: str) -> dict[str, str | None]:
-    """The variant to load of each part: the one named, else the plain files, else the only one that is there.
+    """Choose the variant of each part: the one named, else files without a variant, else the only variant.
 
     Raises:
-        ValueError: a part without weights, several variants to choose from, or none of the name.
+        ValueError: a part without weights, several variants to choose from, or an unknown variant.
     """
     present = {part: variants_of(names) for part, names in files.items()}
     if wanted is not None and not any(wanted in variants for variants in present.values()):
         known = sorted({v or "none" for variants in present.values() for v in variants})
         raise ValueError(
-            f"backbone.variant: {wanted!r} is not among the weights of {where}; there are: {', '.join(known)}"
+            f"backbone.variant: {wanted!r} is not among the variants of {where}: {', '.join(known)}"
         )
     chosen: dict[str, str | None] = {}
     for part, variants in present.items():
@@ -200,23 +205,23 @@ def choose_variants(files: Mapping[str, list[str]], wanted: str | None, where: s
 
 
 def variants_of(names: list[str]) -> set[str | None]:
-    """Variants among weight files, those of safetensors if there is any; None is a file without one."""
+    """The variants among weight files, of .safetensors files if there are any; None: a file without one."""
     matches = [m for n in names if (m := FILE.fullmatch(SHARD.sub("", n)))]
     safe = [m for m in matches if m[2] == "safetensors"]
     return {m[1] for m in safe or matches}
 
 
 def reach(where: str, name: str, loader: Callable[[], Any]) -> Any:
-    """What a loader of diffusers or transformers gives for the path or hub id `name`.
+    """Call a loader of diffusers or transformers for the path or hub id `name`.
 
     Raises:
-        ValueError: in one line, for whatever it raises but lack of memory.
+        ValueError: one line for any error of the loader except a lack of memory.
     """
     try:
         return loader()
     except MemoryError:
         raise
-    except Exception as error:  # outside loaders and the hub's client raise dozens of kinds
+    except Exception as error:  # these loaders and the hub's client raise dozens of types
         if "out of memory" in str(error) or "can't allocate memory" in str(error):
             raise
         reason = " ".join(str(error).split())[:200] or type(error).__name__
@@ -225,13 +230,13 @@ def reach(where: str, name: str, loader: Callable[[], Any]) -> Any:
 
 
 class quiet:
-    """Silences what transformers and diffusers report of missing tensors: `load_part` says it in one line."""
+    """Silences the reports of missing tensors of transformers and diffusers; `load_part` gives one line."""
 
     def __enter__(self) -> None:
-        import diffusers.utils.logging as of_diffusers
-        import transformers.utils.logging as of_transformers
+        import diffusers.utils.logging as diffusers_logging
+        import transformers.utils.logging as transformers_logging
 
-        self._before = [(log, log.get_verbosity()) for log in (of_diffusers, of_transformers)]
+        self._before = [(log, log.get_verbosity()) for log in (diffusers_logging, transformers_logging)]
         for log, _ in self._before:
             log.set_verbosity_error()
 

@@ -1,4 +1,4 @@
-"""What a checkpoint announces of its noise schedule, and what params.yaml says instead."""
+"""The noise schedule that a checkpoint announces, with the overrides of params.yaml."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from spo import config
 from spo.backbones.parts import reach, settings_of
 from spo.diffusion.schedule import Schedule, check_process
 
-# What a model was trained with: keys that a file leaves out have the defaults of the file's own class.
+# Settings of training: keys that a file omits have the defaults of the scheduler class that it names.
 TRAINED_WITH = (
     *("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas"),
     *("prediction_type", "rescale_betas_zero_snr", "variance_type", "timestep_type", "use_flow_sigmas"),
 )
-# What diffusers' Stable Diffusion pipeline sets in a file's place, whatever it says.
+# Keys that diffusers' Stable Diffusion pipeline overwrites, whatever the file says.
 SET_BY_PIPELINE = ("steps_offset", "clip_sample")
 
 
 def load(name: str, revision: str | None, where: str) -> Any:
-    """The scheduler of a diffusers folder or hub id, by the class that its own file names.
+    """Load the scheduler of a diffusers folder or hub id, with the class that its config names.
 
     Raises:
-        ValueError: none there, or one of a model that is no discrete-time DDPM.
+        ValueError: no scheduler, or one of a model that is not a discrete-time DDPM.
     """
     import diffusers
 
@@ -34,7 +34,7 @@ def load(name: str, revision: str | None, where: str) -> Any:
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
     kind = getattr(diffusers, announced.get("_class_name", base.__name__))
-    if hasattr(kind, "_backends"):  # a stand-in for a sampler that needs a library which is not installed
+    if hasattr(kind, "_backends"):  # diffusers' placeholder for a sampler whose library is not installed
         kind = base
     return reach(where, name, lambda: kind.from_config(announced))
 
@@ -42,19 +42,18 @@ def load(name: str, revision: str | None, where: str) -> Any:
 def effective(
     scheduler: Any, family: str, marks: Mapping[str, Any], override: config.Scheduler, where: str
 ) -> dict[str, Any]:
-    """The scheduler_config that a checkpoint is used with.
+    """The scheduler config with which a checkpoint is used.
 
-    Keys that say how the saved sampler steps, and that the file leaves out, are left out here too: DDIM has
-    its own defaults for them.
+    Sampler settings that the file omits are omitted here too: DDIM has its own defaults for them.
 
     Args:
-        scheduler: the one of the diffusers pipeline.
-        marks: of a single file, see `single_file.marks`; they go before the file's description.
-        override: `backbone.scheduler` of params.yaml, which goes before both.
-        where: names the checkpoint in errors.
+        scheduler: of the diffusers pipeline.
+        marks: of a single file, see `single_file.marks`; they take precedence over the scheduler's config.
+        override: `backbone.scheduler` of params.yaml, which takes precedence over both.
+        where: the checkpoint's name in errors.
 
     Raises:
-        ValueError: no discrete-time DDPM, or settings that are not supported.
+        ValueError: a model that is not a discrete-time DDPM, or unsupported settings.
     """
     announced = dict(scheduler.config)
     assumed = set(announced.pop("_use_default_values", ())) - set(TRAINED_WITH)
@@ -67,11 +66,11 @@ def effective(
         Schedule.from_config(used, 1)
     except ValueError as error:
         raise ValueError(
-            f"{where}: {error}; what the file says wrongly, backbone.scheduler can set"
+            f"{where}: {error}; if the file is wrong, override it by backbone.scheduler"
         ) from None
     return used
 
 
 def overridden(override: config.Scheduler) -> dict[str, Any]:
-    """The keys that params.yaml sets."""
+    """The scheduler keys that params.yaml overrides."""
     return {k: v for k, v in override.model_dump().items() if v is not None}

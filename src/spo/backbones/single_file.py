@@ -1,4 +1,4 @@
-"""Checkpoints of one .safetensors file, with the names of the original releases."""
+"""Single-file checkpoints (.safetensors), with the tensor names of the original releases."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ TEXT = {
     "sd": ("cond_stage_model.",),
     "sdxl": ("conditioner.embedders.0.", "conditioner.embedders.1."),
 }
-# Empty tensors by which trainers and user interfaces mark a file.
+# Empty tensors with which trainers and user interfaces mark a file.
 V_PREDICTION, ZERO_SNR = "v_pred", "ztsnr"
 EDM = {
     "edm_mean": "EDM",
@@ -31,35 +31,37 @@ PREDICTION_TYPES = {
 }
 ARCHITECTURES = {"sd": ("stable-diffusion-v1", "stable-diffusion-v2"), "sdxl": ("stable-diffusion-xl-v1",)}
 NOT_TEXT_TO_IMAGE = ("inpaint", "edit", "refiner", "depth", "upscal", "lora", "controlnet")
-ON_TOP = "give its base model here, and this file to `spo generate --lora` or generate.VARIANT.adapter"
-UNUSED = (".loss.", "model_ema.")  # of an autoencoder's training
+AS_ADAPTER = "give its base model here, and this file to `spo generate --lora` or generate.VARIANT.adapter"
+UNUSED = (".loss.", "model_ema.")  # tensors of the autoencoder's training
 
 
 class Header:
-    """Names, shapes and metadata of a file; no weights are read."""
+    """Tensor names, shapes and metadata of a file; no weights are read."""
 
     def __init__(self, path: str) -> None:
         """
         Raises:
-            ValueError: no safetensors file.
+            ValueError: not a readable safetensors file.
         """
         self.where = f"backbone.checkpoint: {path}"
         try:
             with safe_open(path, framework="pt") as file:
                 self.metadata: Mapping[str, str] = file.metadata() or {}
                 self.shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
-        except Exception as error:  # safetensors raises several kinds
-            raise ValueError(f"{self.where} is no readable safetensors file ({first_line(error)})") from None
+        except Exception as error:  # safetensors raises several types
+            reason = first_line(error)
+            raise ValueError(f"{self.where} is not a readable safetensors file ({reason})") from None
 
     def count(self, prefix: str) -> int:
+        """Count the tensors with a prefix, without UNUSED ones."""
         return sum(1 for n in self.shapes if n.startswith(prefix) and not any(u in n for u in UNUSED))
 
 
 def check(header: Header, settings: config.Backbone) -> None:
-    """Refuse what is no whole text-to-image checkpoint of the family, in one line that says what it is.
+    """Refuse a file that is not a complete text-to-image checkpoint of the family.
 
     Raises:
-        ValueError: a LoRA, a part alone, another family or architecture, or tensors missing or unknown.
+        ValueError: a LoRA, a single part, another family or architecture, or missing or unknown tensors.
     """
     _check_architecture(header, settings.family)
     _check_kind(header)
@@ -68,54 +70,57 @@ def check(header: Header, settings: config.Backbone) -> None:
         raise ValueError(f"{header.where} is of family {other!r}, but backbone.family is {settings.family!r}")
     if missing := [p for p in TEXT[settings.family] if not header.count(p)]:
         raise ValueError(
-            f"{header.where} holds no text encoder ({missing[0]}*); give a diffusers folder instead"
+            f"{header.where} has no text encoder ({missing[0]}*); give a diffusers folder instead"
         )
     if settings.vae is None and not header.count(VAE):
-        raise ValueError(f"{header.where} holds no VAE ({VAE}*); name a VAE's folder in backbone.vae")
+        raise ValueError(f"{header.where} has no VAE ({VAE}*); name a VAE's folder in backbone.vae")
     _check_counts(header, settings)
 
 
 def marks(header: Header, override: config.Scheduler) -> dict[str, Any]:
-    """Scheduler keys that a file announces: `v_pred`, `ztsnr`, and the metadata modelspec.prediction_type.
+    """The scheduler keys that a file announces: `v_pred`, `ztsnr`, the metadata modelspec.prediction_type.
 
     Args:
-        override: of params.yaml; it settles marks that contradict each other.
+        override: of params.yaml; takes precedence over marks that contradict each other.
 
     Raises:
-        ValueError: EDM, another prediction type, or contradicting marks.
+        ValueError: EDM, an unsupported prediction type, or contradictory marks.
     """
     for name, kind in EDM.items():
         if name in header.shapes:
             reason = f"tensor {name!r} marks a model trained as {kind}"
             raise ValueError(f"{header.where}: {reason}; only discrete-time DDPM is supported")
     key = "modelspec.prediction_type"
-    said = header.metadata.get(key)
-    if said is not None and said.strip().lower() not in PREDICTION_TYPES and override.prediction_type is None:
-        raise ValueError(f"{header.where}: metadata {key} {said!r} is not supported; epsilon and v are")
-    found: dict[str, Any] = {}
-    if said is not None and override.prediction_type is None:
-        found["prediction_type"] = PREDICTION_TYPES[said.strip().lower()]
+    value = header.metadata.get(key)
+    announced = None if value is None else PREDICTION_TYPES.get(value.strip().lower())
+    if value is not None and announced is None and override.prediction_type is None:
+        raise ValueError(
+            f"{header.where}: metadata {key} {value!r} is not supported; only epsilon and v_prediction are"
+        )
+    keys: dict[str, Any] = {}
+    if announced is not None and override.prediction_type is None:
+        keys["prediction_type"] = announced
     if V_PREDICTION in header.shapes:
-        if found.get("prediction_type", "v_prediction") != "v_prediction":
+        if keys.get("prediction_type", "v_prediction") != "v_prediction":
             raise ValueError(
-                f"{header.where}: tensor 'v_pred' and metadata {key} {said!r} contradict each other; "
+                f"{header.where}: tensor 'v_pred' and metadata {key} {value!r} contradict each other; "
                 "set backbone.scheduler.prediction_type"
             )
-        found["prediction_type"] = "v_prediction"
+        keys["prediction_type"] = "v_prediction"
     if ZERO_SNR in header.shapes:
-        found["rescale_betas_zero_snr"] = True
-    return found
+        keys["rescale_betas_zero_snr"] = True
+    return keys
 
 
 def _check_architecture(header: Header, family: str) -> None:
-    said = header.metadata.get("modelspec.architecture")
-    if said is None:
+    architecture = header.metadata.get("modelspec.architecture")
+    if architecture is None:
         return
-    name = said.lower()
+    name = architecture.lower()
     if any(kind in name for kind in NOT_TEXT_TO_IMAGE) or not name.startswith(ARCHITECTURES[family]):
         raise ValueError(
-            f"{header.where}: metadata modelspec.architecture is {said!r}; backbone.family {family!r} takes "
-            f"{' and '.join(ARCHITECTURES[family])}"
+            f"{header.where}: metadata modelspec.architecture is {architecture!r}; backbone.family "
+            f"{family!r} takes {' and '.join(ARCHITECTURES[family])}"
         )
 
 
@@ -124,18 +129,18 @@ def _check_kind(header: Header) -> None:
         return
     names = list(header.shapes)
     if any("lora" in n or "hada_" in n or "lokr_" in n for n in names):
-        what = f"an adapter; {ON_TOP}"
+        kind = f"an adapter; {AS_ADAPTER}"
     elif any(n.startswith(("down_blocks.", "unet.down_blocks.", "input_blocks.")) for n in names):
-        what = f"a UNet alone; {ON_TOP}"
+        kind = f"a UNet alone; {AS_ADAPTER}"
     elif any(n.startswith(("encoder.down", "decoder.up")) for n in names):
-        what = "a VAE alone; its diffusers folder goes to backbone.vae"
+        kind = "a VAE alone; give its diffusers folder in backbone.vae"
     else:
-        what = f"no Stable Diffusion checkpoint (no {UNET}*)"
-    raise ValueError(f"{header.where} is {what}")
+        kind = f"not a Stable Diffusion checkpoint (no {UNET}*)"
+    raise ValueError(f"{header.where} is {kind}")
 
 
 def _check_counts(header: Header, settings: config.Backbone) -> None:
-    """Names are one to one between the two formats for UNet and VAE, so their numbers must agree."""
+    """Compare the number of tensors: UNet and VAE have one tensor each per name in both formats."""
     from spo.backbones import sizes
 
     unet, vae = sizes.empty_models(settings)
@@ -144,6 +149,6 @@ def _check_counts(header: Header, settings: config.Backbone) -> None:
         has, needs = header.count(prefix), len(model.state_dict())
         if has != needs:
             raise ValueError(
-                f"{header.where}: {has} tensors {prefix}* in the file, {needs} in the {name} that "
-                f"{settings.described_by} describes; a damaged file, or backbone.config is of another model"
+                f"{header.where}: {has} tensors {prefix}* in the file, but {needs} in the {name} that "
+                f"{settings.described_by} describes; a damaged file, or backbone.config of another model"
             )

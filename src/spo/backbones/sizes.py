@@ -1,4 +1,4 @@
-"""What a checkpoint weighs and costs, from its config files alone: no weights are read."""
+"""Parameters and FLOPs of a checkpoint, from its config files alone: no weights are read."""
 
 from __future__ import annotations
 
@@ -19,17 +19,20 @@ TEXT_TOKENS = 77
 
 @dataclass(frozen=True)
 class Sizes:
+    """Sizes and compute of a checkpoint."""
+
     unet_parameters: int
     vae_parameters: int
     latent_shape: tuple[int, int, int]
-    unet_flops: int  # of one sample's forward
+    unet_flops: int  # of one sample's forward pass
     scheduler_config: dict[str, Any]
 
 
 def measure(settings: config.Backbone) -> Sizes:
-    """
+    """Measure a checkpoint on the meta device.
+
     Raises:
-        ValueError: a checkpoint, or what describes a single file, that cannot be reached.
+        ValueError: config files that cannot be reached.
     """
     from diffusers import DDIMScheduler
 
@@ -44,10 +47,10 @@ def measure(settings: config.Backbone) -> Sizes:
 
 
 def empty_models(settings: config.Backbone) -> tuple[Any, Any]:
-    """UNet and VAE as their configs describe them, without weights.
+    """Build UNet and VAE from their configs on the meta device, without weights.
 
     Raises:
-        ValueError: configs that cannot be reached.
+        ValueError: config files that cannot be reached.
     """
     from diffusers import AutoencoderKL, UNet2DConditionModel
 
@@ -61,10 +64,10 @@ def empty_models(settings: config.Backbone) -> tuple[Any, Any]:
 
 
 def unet_config(settings: config.Backbone) -> dict[str, Any]:
-    """The content of the UNet's config.json.
+    """Read the UNet's config.json.
 
     Raises:
-        ValueError: it cannot be reached.
+        ValueError: a file that cannot be reached or read.
     """
     from diffusers import UNet2DConditionModel
 
@@ -88,7 +91,7 @@ def _config(settings: config.Backbone, file: str, load: Callable[[], Any]) -> di
 
 
 def lora_parameters(settings: config.Backbone, lora: config.Lora) -> int:
-    """Numbers in an adapter: rank * (inputs + outputs) of every target layer."""
+    """Count the parameters of an adapter: rank * (inputs + outputs) of every target layer."""
     unet, _ = empty_models(settings)
     return sum(
         lora.rank * (layer.in_features + layer.out_features)

@@ -1,4 +1,4 @@
-"""Stable Diffusion 1.5 and XL checkpoints of diffusers as one `types.Backbone`."""
+"""Stable Diffusion 1.5 and XL checkpoints of diffusers as a `types.Backbone`."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from spo.types import Conditioning
 
 
 class StableDiffusion:
-    """UNet, VAE and text of one checkpoint, frozen but for an adapter, or for the whole UNet.
+    """UNet, VAE and text encoders of one checkpoint; trainable is an adapter, the full UNet, or nothing.
 
-    Timesteps and latents are the caller's: this class draws no random number. The VAE may have
-    another dtype than the UNet (SDXL's own overflows in fp16); that stays behind encode and decode.
+    The caller provides timesteps and latents: this class draws no random number. The VAE may have another
+    dtype than the UNet (SDXL's own overflows in fp16), which encode and decode hide.
     """
 
     def __init__(
@@ -37,7 +37,7 @@ class StableDiffusion:
         scheduler_config: Mapping[str, Any],
     ) -> None:
         self.pipeline, self.pipeline_class = pipeline, type(pipeline)
-        self._reference: Any = None  # of full fine-tuning; an adapter is switched off instead
+        self._reference: Any = None  # only for full fine-tuning; an adapter is disabled instead
         self.unet, self.vae, self._text = pipeline.unet, pipeline.vae, text
         self.text_encoder = pipeline.text_encoder
         self.scheduler_config = scheduler_config
@@ -67,7 +67,7 @@ class StableDiffusion:
     def predict(
         self, x_t: Tensor, timesteps: Tensor, conditioning: Conditioning, *, reference: bool = False
     ) -> Tensor:
-        """fp32 [B,C,h,w]; `reference`: by the frozen copy, or with the adapter off (then no second UNet)."""
+        """Predict in fp32 [B,C,h,w]; `reference`: by the frozen copy, or with the adapter disabled."""
         if reference and self._reference is not None:
             return self._run(self._reference, x_t, timesteps, conditioning)
         adapted = reference and self._has_adapter()
@@ -80,7 +80,7 @@ class StableDiffusion:
                 self.unet.enable_adapters()
 
     def _run(self, unet: Any, x_t: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
-        """fp32 weights of a half-precision model, as full fine-tuning keeps them, run in its precision."""
+        """Run a UNet in the model's precision; full fine-tuning holds its weights in fp32 (autocast)."""
         x_t = x_t.to(unet.dtype).contiguous(memory_format=self._format)
         mixed = unet.dtype != self._dtype
         with torch.autocast(x_t.device.type, self._dtype, enabled=mixed):
@@ -105,7 +105,7 @@ class StableDiffusion:
         return self.vae.decode(latents, return_dict=False)[0].float()
 
     def _statistics(self, key: str) -> Tensor | None:
-        """By latent channel [1,C,1,1], where the VAE announces them."""
+        """Statistics per latent channel [1,C,1,1]; None if the VAE announces none."""
         values = self.vae.config.get(key)
         return None if values is None else torch.tensor(values, device=self.vae.device).view(1, -1, 1, 1)
 
@@ -115,34 +115,36 @@ class StableDiffusion:
 
     @contextmanager
     def inference(self) -> Iterator[None]:
-        """No gradients. (Not `inference_mode`: what a rollout makes is used in training afterwards.)"""
+        """Disable gradients. (Not `inference_mode`: training uses the latents of a rollout afterwards.)"""
         with torch.no_grad():
             yield
 
     def checkpoint_gradients(self) -> None:
-        """Activations inside the UNet's blocks are computed again in the backward pass, not kept."""
+        """Recompute the activations of the UNet's blocks in the backward pass instead of storing them."""
         self.unet.enable_gradient_checkpointing()
 
     def train_fully(self) -> None:
-        """All of the UNet, in fp32; the reference is a frozen copy of it."""
+        """Make the full UNet trainable, in fp32; the reference becomes a frozen copy."""
         self._reference = copy.deepcopy(self.unet)
         self.unet.to(torch.float32).requires_grad_(True)
 
     def save_pipeline(self, folder: Path) -> None:
-        """The whole pipeline as a folder for `from_pretrained`, in the precision that it was loaded in."""
-        same = self.unet.dtype == self._dtype  # a copy otherwise: training may go on
+        """Save the complete pipeline for `from_pretrained`, in the precision in which it was loaded."""
+        same = self.unet.dtype == self._dtype  # else a copy: training may continue in fp32
         self.pipeline.unet = self.unet if same else copy.deepcopy(self.unet).to(self._dtype)
         self.pipeline.save_pretrained(folder)
         self.pipeline.unet = self.unet
 
     def add_lora(self, settings: config.Lora, seed: int) -> None:
+        """Add a trainable adapter to the UNet."""
         lora.add(self.unet, settings, seed)
 
     def save_lora(self, folder: Path) -> None:
+        """Save the adapter for diffusers' `pipe.load_lora_weights(folder)`."""
         lora.save(self.unet, self.pipeline_class, folder)
 
     def load_lora(self, path: Path) -> str:
-        """A LoRA (file or folder) on UNet and text encoders; returns what it changes, for a person."""
+        """Load a LoRA (file or folder) into UNet and text encoders; returns a summary of its changes."""
         file = external.lora_file_of(path)
         external.check_prediction(file, self._prediction)
         names = [name for name in COMPONENTS if getattr(self.pipeline, name, None) is not None]
@@ -155,9 +157,13 @@ class StableDiffusion:
         )
 
     def load_unet(self, files: Sequence[Path], described_by: Path | None) -> str:
-        """Another UNet of the same architecture; returns what it changes, for a person."""
+        """Load the weights of another UNet of the same architecture; returns a summary of its changes.
+
+        Args:
+            described_by: its config.json, if any.
+        """
         changed, total = unet_file.load(self.unet, files, described_by)
-        return f"{files[0]}: UNet, {changed} of {total} tensors are not the base's"
+        return f"{files[0]}: UNet, {changed} of {total} tensors differ from the base's"
 
     @property
     def _prediction(self) -> str:
@@ -171,11 +177,11 @@ class StableDiffusion:
 
 
 def load(settings: config.Backbone, device: torch.device | str) -> StableDiffusion:
-    """A checkpoint from a diffusers folder, a single .safetensors file or a hub id.
+    """Load a checkpoint from a diffusers folder, a single .safetensors file or a hub id.
 
     Raises:
-        ValueError: nothing there, no network, another family, parts that are missing, damaged or do not fit
-            each other, or a model that is no discrete-time DDPM.
+        ValueError: no such checkpoint, no network, another family, parts that are missing, damaged or do not
+            fit each other, or a model that is not a discrete-time DDPM.
     """
     sdxl = settings.family == "sdxl"
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[settings.dtype]
@@ -191,7 +197,7 @@ def load(settings: config.Backbone, device: torch.device | str) -> StableDiffusi
     pipeline = _pipeline(settings, dtype, where)
     checks.check(pipeline, sdxl, where)
     used = scheduler.effective(pipeline.scheduler, settings.family, marks, settings.scheduler, where)
-    # a full fine-tune that is saved announces it too
+    # so that a saved full fine-tune announces the same
     pipeline.scheduler.register_to_config(**{**marks, **scheduler.overridden(settings.scheduler)})
     pipeline.to(device)
     if sdxl and dtype == torch.float16 and (settings.vae is None or pipeline.vae.config.force_upcast):
@@ -200,7 +206,7 @@ def load(settings: config.Backbone, device: torch.device | str) -> StableDiffusi
 
 
 def _pipeline(settings: config.Backbone, dtype: torch.dtype, where: str) -> Any:
-    """The diffusers pipeline, of parts that were loaded and checked one by one."""
+    """Build the diffusers pipeline from parts that are loaded and checked one by one."""
     import diffusers
 
     kind = getattr(diffusers, parts.PIPELINES[settings.family])
@@ -221,10 +227,10 @@ def _pipeline(settings: config.Backbone, dtype: torch.dtype, where: str) -> Any:
 def load_aligned(
     settings: config.Backbone, adapter: str | Path | None, device: torch.device | str
 ) -> StableDiffusion:
-    """The base model with what `adapter` holds on it: a LoRA, a UNet, or a whole model in its place.
+    """Load the base model with an adapter: a LoRA, a UNet, or a complete pipeline that replaces it.
 
     Raises:
-        ValueError: as `load`, and for what does not fit, or cannot be told from its files.
+        ValueError: as `load`, and for an adapter that does not fit or is not recognised by its files.
     """
     if adapter is None:
         return load(settings, device)
@@ -232,18 +238,18 @@ def load_aligned(
     if source.files[0].is_file():
         external.check_family(source.files[0], settings.family)
     if source.kind == "pipeline":
-        whole = {"checkpoint": str(source.files[0]), "revision": None, "config": settings.described_by}
-        backbone = load(settings.model_copy(update=whole), device)
+        replaced = {"checkpoint": str(source.files[0]), "revision": None, "config": settings.described_by}
+        backbone = load(settings.model_copy(update=replaced), device)
         if source.files[0].is_file():
             external.check_prediction(source.files[0], backbone._prediction)
         return backbone
     backbone = load(settings, device)
     if source.kind == "unet":
-        changes = backbone.load_unet(source.files, source.config)
+        summary = backbone.load_unet(source.files, source.config)
     else:
-        changes = backbone.load_lora(source.files[0])
+        summary = backbone.load_lora(source.files[0])
     if distributed.is_main_process():
-        print(f"spo: {changes}", file=sys.stderr)
+        print(f"spo: {summary}", file=sys.stderr)
     return backbone
 
 
@@ -257,24 +263,28 @@ def _text(pipeline: Any, sdxl: bool) -> SdText | SdxlText:
 
 
 def _check_folder(settings: config.Backbone) -> None:
-    """A path must be there and a pipeline; a hub id has the form OWNER/NAME."""
+    """Check that a checkpoint is a diffusers pipeline folder, or has the form OWNER/NAME of a hub id.
+
+    Raises:
+        ValueError: what the path is instead.
+    """
     name = settings.checkpoint
     path, where = Path(name), f"backbone.checkpoint: {name}"
     if not path.exists():
         if is_hub_id(name):
             return
-        raise ValueError(f"backbone.checkpoint: no {name} there; run `make repro` or `dvc pull data.dvc`")
+        raise ValueError(f"{where}: no such file or folder; run `make repro` or `dvc pull data.dvc`")
     if path.is_file():
-        raise ValueError(f"{where} is no .safetensors file; convert it, or give a diffusers folder")
+        raise ValueError(f"{where} is not a .safetensors file; convert it, or give a diffusers folder")
     if (path / "model_index.json").exists():
         return
-    reason = "is no diffusers folder (it has no model_index.json)"
+    reason = "is not a diffusers pipeline (no model_index.json)"
     if (path / "adapter_config.json").exists() or (path / lora.FILE).exists():
         reason += (
-            "; a LoRA goes to `spo generate --lora` or generate.VARIANT.adapter, on top of its base model"
+            "; give a LoRA by `spo generate --lora` or generate.VARIANT.adapter, and its base model here"
         )
     elif (path / "config.json").exists():
         reason += (
-            "; a UNet goes to `spo generate --checkpoint` or generate.VARIANT.adapter, on its base model"
+            "; give a UNet by `spo generate --unet` or generate.VARIANT.adapter, and its base model here"
         )
     raise ValueError(f"{where} {reason}")

@@ -1,4 +1,4 @@
-"""Prompts to a UNet's conditioning: all that differs between Stable Diffusion 1.5 and XL."""
+"""Encode prompts to a UNet's conditioning: the only difference between Stable Diffusion 1.5 and XL."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from spo.types import Conditioning
 
 
 class SdText:
-    """One CLIP: its last hidden states."""
+    """Conditioning by the last hidden states of one CLIP."""
 
     def __init__(self, tokenizer: Any, text_encoder: Any) -> None:
         self.tokenizer, self.text_encoder = tokenizer, text_encoder
 
     def __call__(self, prompts: Sequence[str]) -> Conditioning:
         tokens = tokenized(self.tokenizer, prompts, self.text_encoder)
-        # announced by some text encoders; without it what follows the end token is seen by the UNet as it is
+        # some text encoders announce it; without a mask the UNet attends to the padding too
         masked = getattr(self.text_encoder.config, "use_attention_mask", False)
         mask = tokens.attention_mask if masked else None
         return Conditioning(
@@ -28,12 +28,13 @@ class SdText:
 
     @staticmethod
     def unet_arguments(conditioning: Conditioning) -> dict[str, Any]:
+        """The keyword arguments of the UNet's forward."""
         return {"encoder_hidden_states": conditioning.tensors["text"]}
 
 
 class SdxlText:
-    """Two CLIPs: their penultimate hidden states side by side, the second one's pooled projection, and
-    the time ids (original size, crop, target size; arXiv 2307.01952, Sec. 2.2)."""
+    """Conditioning by two CLIPs: concatenated penultimate hidden states, pooled projection of the second one,
+    and time ids (original size, crop, target size; arXiv 2307.01952, Sec. 2.2)."""
 
     def __init__(
         self, tokenizers: Sequence[Any], text_encoders: Sequence[Any], side: int, zeros: bool = True
@@ -41,7 +42,7 @@ class SdxlText:
         """
         Args:
             side: of the square images, in pixels.
-            zeros: the empty prompt is all zeros (`force_zeros_for_empty_prompt` of model_index.json).
+            zeros: encode the empty prompt as zeros (`force_zeros_for_empty_prompt` of model_index.json).
         """
         self.tokenizers, self.text_encoders, self.zeros = tokenizers, text_encoders, zeros
         self.time_ids = [side, side, 0, 0, side, side]
@@ -52,26 +53,27 @@ class SdxlText:
             output = encoder(tokenized(tokenizer, prompts, encoder).input_ids, output_hidden_states=True)
             states.append(output.hidden_states[-2])
             pooled = output[0]
-        said = torch.tensor([float(p != "" or not self.zeros) for p in prompts], device=states[0].device)
+        mask = torch.tensor([float(p != "" or not self.zeros) for p in prompts], device=states[0].device)
         assert pooled is not None
         text = torch.cat(states, dim=-1)
         time_ids = torch.tensor([self.time_ids] * len(prompts), dtype=text.dtype, device=text.device)
-        said = said.to(text.dtype)
+        mask = mask.to(text.dtype)
         return Conditioning(
-            {"text": text * said.view(-1, 1, 1), "pooled": pooled * said.view(-1, 1), "time_ids": time_ids}
+            {"text": text * mask.view(-1, 1, 1), "pooled": pooled * mask.view(-1, 1), "time_ids": time_ids}
         )
 
     @staticmethod
     def unet_arguments(conditioning: Conditioning) -> dict[str, Any]:
+        """The keyword arguments of the UNet's forward."""
         tensors = conditioning.tensors
         added = {"text_embeds": tensors["pooled"], "time_ids": tensors["time_ids"]}
         return {"encoder_hidden_states": tensors["text"], "added_cond_kwargs": added}
 
 
 def tokenized(tokenizer: Any, prompts: Sequence[str], encoder: Any) -> Any:
-    """input_ids and attention_mask int64 [B,L] on the encoder's device, padded and cut to its length.
+    """Tokenize to input_ids and attention_mask int64 [B,L] on the encoder's device, padded and truncated.
 
-    A tokenizer file without `model_max_length` announces no length of its own: the encoder's is taken.
+    L is the encoder's length where a tokenizer has no `model_max_length`.
     """
     length = min(tokenizer.model_max_length, encoder.config.max_position_embeddings)
     return tokenize(tokenizer, prompts, length).to(encoder.device)

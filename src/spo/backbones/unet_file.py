@@ -1,4 +1,4 @@
-"""A UNet released alone, on a base model: its file must be of the base's architecture, tensor by tensor."""
+"""Load a UNet that was released without its pipeline; it must have the base's architecture."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ def load(unet: Any, files: Iterable[Path], config: Path | None) -> tuple[int, in
     """Replace the weights of `unet`, in its own precision.
 
     Args:
-        config: the config.json beside them, if any.
+        config: the config.json of the new weights, if any.
 
     Returns:
-        How many tensors differ from the base's, and of how many.
+        The number of tensors that differ from the base's, and the number of all tensors.
 
     Raises:
         ValueError: another architecture; a tensor that is missing, unknown, of another shape or not finite.
@@ -48,7 +48,7 @@ def load(unet: Any, files: Iterable[Path], config: Path | None) -> tuple[int, in
 
 
 def _diffusers_names(unet: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """diffusers' names for those of the original release; others stay as they are."""
+    """Rename tensors from the original release's names to diffusers' names."""
     prefix = next((p for p in _ORIGINAL if f"{p}input_blocks.0.0.weight" in state), None)
     if prefix is None:
         return state
@@ -62,13 +62,14 @@ def _diffusers_names(unet: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _check_tensors(file: Path, state: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> None:
-    """
+    """Compare the tensors of a file with the base's.
+
     Raises:
-        ValueError: the first difference, and how many there are of its kind.
+        ValueError: the first difference, and the number of its kind.
     """
     problems = {
-        "has no": [key for key in base if key not in state],
-        "has an unknown": [key for key in state if key not in base],
+        "no tensor": [key for key in base if key not in state],
+        "unknown tensor": [key for key in state if key not in base],
     }
     for problem, keys in problems.items():
         if keys:
@@ -77,8 +78,8 @@ def _check_tensors(file: Path, state: Mapping[str, Tensor], base: Mapping[str, T
     for key, value in state.items():
         if value.shape != base[key].shape:
             raise ValueError(
-                f"{file}: not the backbone's UNet: {key} is {list(value.shape)}, "
-                f"the base's {list(base[key].shape)}"
+                f"{file}: not the backbone's UNet: {key} is {list(value.shape)}, but the base's is "
+                f"{list(base[key].shape)}"
             )
         weights.check_numbers(file, key, value)
 
@@ -87,18 +88,18 @@ def _check_config(unet: Any, file: Path) -> None:
     config = read_json(file)
     name = config.get("_class_name", "UNet2DConditionModel")
     if name != "UNet2DConditionModel":
-        raise ValueError(f"{file}: _class_name is {name}; the backbone has a UNet2DConditionModel")
+        raise ValueError(f"{file}: _class_name is {name}, but the backbone has a UNet2DConditionModel")
     for key, default in inspect.signature(type(unet).__init__).parameters.items():
         if key not in unet.config:
             continue
         announced, base = config.get(key, default.default), unet.config[key]
         if _plain(announced) != _plain(base):
-            raise ValueError(f"{file}: {key} is {announced!r}, the backbone's UNet has {base!r}")
+            raise ValueError(f"{file}: {key} is {announced!r}, but the backbone's UNet has {base!r}")
 
 
 def _plain(value: Any) -> Any:
-    """[8, 8] is 8 for every block, and null is false: different versions of diffusers write the same so."""
+    """Unify spellings of different versions of diffusers: [8, 8] is 8 for every block, null is false."""
     if isinstance(value, list | tuple):
-        items = [_plain(item) for item in value]
-        return items[0] if items and all(item == items[0] for item in items) else items
+        elements = [_plain(element) for element in value]
+        return elements[0] if elements and all(e == elements[0] for e in elements) else elements
     return value or None

@@ -1,4 +1,4 @@
-"""Files of weights, read without running code of theirs."""
+"""Read weights files without executing code from them."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ ENDINGS = (".safetensors", *PICKLED)
 
 
 def read(file: Path) -> dict[str, Tensor]:
-    """Tensors by their keys.
+    """Read the tensors of a file by key.
 
     Raises:
-        ValueError: a file that is not there, torn, of another kind, or with something else than tensors.
+        ValueError: a file that is missing, truncated or of another format, or a value that is not a tensor.
     """
     if file.suffix not in ENDINGS:
-        raise ValueError(f"{file}: takes weights as {', '.join(ENDINGS)} only; save it as .safetensors")
+        raise ValueError(f"{file}: not a weights file ({', '.join(ENDINGS)}); save it as .safetensors")
     if file.suffix != ".safetensors":
         state = _pickled(file)
     else:
@@ -37,19 +37,22 @@ def read(file: Path) -> dict[str, Tensor]:
 
 
 def check_numbers(file: Path, key: str, value: Tensor) -> None:
-    """
+    """Check that a tensor has finite floating-point numbers.
+
     Raises:
-        ValueError: integers of a quantised model, or a NaN or infinity, which spoils every image.
+        ValueError: integers (of a quantised model), or a NaN or infinity.
     """
     if not value.is_floating_point():
         kind = str(value.dtype).removeprefix("torch.")
         raise ValueError(f"{file}: {key} is {kind}, not floating point; save the weights in fp16 or fp32")
     if not torch.isfinite(value.float()).all():
-        raise ValueError(f"{file}: {key} holds NaN or infinity; the file is damaged or its training diverged")
+        raise ValueError(
+            f"{file}: {key} has NaN or infinite values; the file is damaged or its training diverged"
+        )
 
 
 def keys(file: Path) -> list[str]:
-    """The names of the tensors; of a .safetensors file no tensor is read.
+    """The names of the tensors; from a .safetensors file no tensor is read.
 
     Raises:
         ValueError: as `read`.
@@ -61,7 +64,7 @@ def keys(file: Path) -> list[str]:
 
 
 def metadata(file: Path) -> dict[str, str]:
-    """The header's; pickled files have none."""
+    """The metadata in a .safetensors header; empty for pickles."""
     if file.suffix != ".safetensors":
         return {}
     with _opened(file) as weights:
@@ -73,16 +76,18 @@ def _opened(file: Path) -> Any:
 
     try:
         return safe_open(file, framework="pt")
-    except Exception as error:  # safetensors raises several kinds
+    except Exception as error:  # safetensors raises several types
         raise ValueError(f"{file}: cannot be read as weights ({first_line(error, 200)})") from None
 
 
 def _pickled(file: Path) -> dict[str, Tensor]:
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # zip and pickle raise several kinds
+    except Exception as error:  # zip and pickle raise several types
         reason = first_line(error, 200)
-        raise ValueError(f"{file}: no pickle of tensors alone ({reason}); save it as .safetensors") from None
+        raise ValueError(
+            f"{file}: not a pickle of tensors only ({reason}); save it as .safetensors"
+        ) from None
     if not isinstance(state, dict):
-        raise ValueError(f"{file}: holds a {type(state).__name__}, not tensors by name")
+        raise ValueError(f"{file}: must be tensors by name, not a {type(state).__name__}")
     return {str(key): value for key, value in state.items()}

@@ -42,12 +42,12 @@ def generate(
         ValueError: nothing there, or weights that do not fit the backbone.
     """
     from spo import backbones
-    from spo.backbones.external import TAKEN
+    from spo.backbones.external import SUPPORTED
     from spo.evaluation.generation import draw, save
     from spo.training.distributed import device
 
     if not adapter.exists():
-        raise ValueError(f"{adapter}: not there; give {TAKEN}")
+        raise ValueError(f"{adapter}: no such file or folder; give {SUPPORTED}")
     split = params.generate.split
     file = prompts_file or require(f"outputs/prompts/{split}.txt", f"{split} prompts")
     prompts = _prompts(file)
