@@ -1,0 +1,72 @@
+"""Supervised fine-tuning on the preferred images: a third method, as small as one can be."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from spo.diffusion.noise import SampleNoise, shuffled
+from spo.diffusion.schedule import Schedule
+from spo.methods.spec import BACKWARD, Cost, MethodSpec
+from spo.types import UNetBatch
+
+
+@dataclass(frozen=True, kw_only=True)
+class SftBatch(UNetBatch):
+    target: torch.Tensor  # [P,C,h,w]
+
+
+class Sft:
+    guidance = 1.0
+
+    def __init__(self, config, schedule, pairs, seed) -> None:
+        self.config, self.schedule, self.pairs, self.seed = config, schedule, pairs, seed
+        self.iterations = config.iterations
+
+    def collect(self, backbone, iteration):
+        order = shuffled(len(self.pairs.captions), iteration * 4, 4, self.seed)
+        indices = torch.tensor([i for _, i in order])
+        first, second = self.pairs.read(indices)
+        win = torch.where(self.pairs.label_0[indices].view(-1, 1, 1, 1) > 0.5, first, second)
+        noise = SampleNoise(self.seed, [f"sft {e} {i}" for e, i in order], win.shape[1:])
+        timesteps, eps = noise.integers(self.schedule.num_train_timesteps), noise.draw()
+        prompts = [self.pairs.captions[i] for i in indices.tolist()]
+        with torch.no_grad():
+            conditioning = backbone.encode_prompts(prompts)
+        batch = SftBatch(
+            x_t=self.schedule.add_noise(win, eps, timesteps),
+            timesteps=timesteps,
+            conditioning=conditioning,
+            weight=self.pairs.weight[indices],
+            prompts=prompts,
+            target=self.schedule.training_target(win, eps, timesteps),
+        )
+        return [[batch]], {}
+
+    def loss(self, policy, reference, batch):
+        distance = (policy - reference).square().flatten(1).mean(1)
+        return (policy - batch.target).square().flatten(1).mean(1), {"output_distance": distance}
+
+
+def _build(params, backbone):
+    from spo.data.latent_cache import latent_pairs
+
+    schedule = Schedule.from_config(backbone.scheduler_config, 20)
+    return Sft(params.align.sft, schedule, latent_pairs(params, backbone, "train"), params.seed)
+
+
+def _cost(config, scheduler_config) -> Cost:
+    return Cost(4 * config.iterations * (2 + BACKWARD), f"{config.iterations} updates of 4 images")
+
+
+SPEC = MethodSpec(
+    name="sft",
+    title="Supervised fine-tuning",
+    paper="supervised fine-tuning on preferred images",
+    reads=("outputs/pairs/train", "outputs/pairs/summary.json"),
+    trained_first=(),
+    divergence="output_distance",
+    build=_build,
+    cost=_cost,
+)

@@ -1,0 +1,89 @@
+"""A method is one file: what a third one touches, applied to a copy and run to the report.
+
+`EDITS` is the whole change beside the method's own file (tests/helpers/third_method/sft.py): one line in the
+dict of methods, its section and variant in the configuration, their values in params.yaml, and its entries in
+dvc.yaml.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from clones import must
+
+pytestmark = [pytest.mark.smoke, pytest.mark.timeout(1500)]  # the first test waits for the DAG
+
+FILE = Path(__file__).parents[1] / "helpers/third_method/sft.py"
+SECTION = '''class Sft(Section):
+    """Supervised fine-tuning."""
+
+    lora: Lora | None
+    optimizer: Optimizer
+    iterations: Positive
+    gradient_checkpointing: bool = False
+    checkpoint_every: Positive = 50
+    validation: Validation | None = None
+
+
+class Align(Section):'''
+EDITS = {  # file: (text, what it becomes)
+    "src/spo/methods/__init__.py": [('MODULES = {"spo"', 'MODULES = {"sft": "spo.methods.sft", "spo"')],
+    "src/spo/config/training.py": [
+        ("class Align(Section):", SECTION),
+        ("    spo: Spo\n", "    spo: Spo\n    sft: Sft\n"),
+    ],
+    "src/spo/config/evaluation.py": [("    spo: Variant\n", "    spo: Variant\n    sft: Variant\n")],
+    "params.yaml": [
+        (
+            "align:\n",
+            "align:\n  sft: {lora: {rank: 2, alpha: 2}, optimizer: {learning_rate: 1.0e-3}, iterations: 2}\n",
+        ),
+        ("generate:\n", "generate:\n  sft: {adapter: outputs/align/sft, guidance: 2.0}\n"),
+    ],
+    "dvc.yaml": [
+        (
+            "      diffusion_dpo:\n        learns_from",
+            "      sft:\n"
+            "        learns_from: outputs/pairs/train\n"
+            "        examples: outputs/pairs/summary.json\n"
+            "        code: src/spo/data\n"
+            "        pairs: src/spo/data/latent_cache.py\n"
+            "      diffusion_dpo:\n        learns_from",
+        ),
+        (
+            "      diffusion_dpo: {adapter",
+            "      sft: {adapter: outputs/align/sft}\n      diffusion_dpo: {adapter",
+        ),
+    ],
+}
+
+
+@pytest.fixture
+def extended(copy: Path) -> Path:
+    shutil.copy(FILE, copy / "src/spo/methods/sft.py")
+    for name, edits in EDITS.items():
+        text = (copy / name).read_text()
+        for old, new in edits:
+            assert text.count(old) == 1, (name, old)
+            text = text.replace(old, new)
+        (copy / name).write_text(text)
+    return copy
+
+
+def test_a_third_method_is_one_file_and_its_entries(extended: Path) -> None:
+    stages = {line.split()[0] for line in must(extended, "dvc", "stage", "list").splitlines()}
+    assert {"align@sft", "generate@sft", "score@sft"} <= stages
+    plan = must(extended, "spo", "align", "sft", "--dry-run")
+    assert "2 updates of 4 images" in plan and "outputs/pairs/train" in plan
+    for command in ("inputs", "align sft", "generate sft", "score sft", "report"):
+        must(extended, "spo", *command.split())
+    assert json.loads((extended / "reports/metrics/align_sft.json").read_text())["updates"] == 2
+    rows = json.loads((extended / "reports/comparisons.json").read_text())
+    assert {r["method"] for r in rows} >= {"sft", "spo"}
+    assert "Supervised fine-tuning" in (extended / "reports/report.html").read_text()
+    card = (extended / "outputs/align/sft/README.md").read_text()
+    assert "supervised fine-tuning on preferred images" in card
+    must(extended, "spo", "sample", "a large red circle on sand", "--method", "sft", "--output", "sft.png")
