@@ -128,8 +128,8 @@ def test_the_page_tells_the_figures(tracked: Tracked) -> None:
         "+2.00000",  # SPO's PickScore over base: the noise is shared, so the interval has no width
         "100.0 %",
         "81.2",  # the SPM's accuracy at t = 0
-        "SPO took 120 s: 30 s for its preference model and 90 s",
-        "Diffusion-DPO took 60 s, 0.50 times as long",
+        "SPO took 120 s (30 s for Step-aware (the SPM) and 90 s for alignment)",
+        "Diffusion-DPO took 60 s.",
         "The first 3 test prompts",
         "13,600",
         "0123456789ab",

@@ -43,7 +43,7 @@ def test_blocks(backbone, count, changes, expected) -> None:
 def test_a_range_without_a_step_is_one_line(schedule) -> None:
     with pytest.raises(ValueError, match=r"leaves no step of 5 within timestep_range \[300, 350\]"):
         step_pairs.blocks(settings(timestep_range=(300, 350)), schedule)
-    with pytest.raises(ValueError, match="lowest timestep comes first"):
+    with pytest.raises(ValueError, match="must have the lowest timestep first"):
         settings(timestep_range=(750, 0))
 
 

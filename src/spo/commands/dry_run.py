@@ -95,9 +95,10 @@ def _work(params: Params, stage: str, item: str | None, size: Sizes) -> tuple[in
         steps = f"{count} pictures of {settings.num_inference_steps} steps, guidance {variant.guidance:g}"
         return count * settings.num_inference_steps * doubled, steps
     if stage == "preference":
+        from spo.preference.trainer import unet_samples
+
         p = params.preference
-        doubled = 1 + is_guided(p.guidance)
-        return 2 * p.steps * p.batch_size * doubled, f"{p.steps} updates of {p.batch_size} pairs"
+        return unet_samples(p), f"{p.steps} updates of {p.batch_size} pairs"
     cost = method_spec(item or "spo").cost(getattr(params.align, item or "spo"), size.scheduler_config)
     return cost.unet_samples, cost.text
 

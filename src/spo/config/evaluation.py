@@ -57,7 +57,7 @@ class Registry(Section):
     """
 
     name: str | None = None  # of the registered model; None: the experiment's name
-    method: Literal["spo", "diffusion_dpo"] = "spo"
+    method: str = "spo"  # one of `align`
     baseline: str = "base"
     improves: tuple[str, ...] = ("pickscore",)  # superiority: the lower bound must exceed 0
     holds: dict[str, Annotated[float, Field(ge=0)]] = {  # non-inferiority: it must not be below -x

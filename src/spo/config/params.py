@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pydantic import model_validator
+
 from spo.config.base import Positive, Section, Seed
 from spo.config.data import Pairs, Prompts
 from spo.config.evaluation import Generate, Registry, Report, Score
 from spo.config.models import Backbone
-from spo.config.training import Align, Preference
+from spo.config.training import METHODS, Align, Preference
 
 
 class Params(Section):
@@ -25,3 +27,9 @@ class Params(Section):
     score: Score
     report: Report
     registry: Registry = Registry()
+
+    @model_validator(mode="after")
+    def _registered_method(self) -> Params:
+        if self.registry.method not in METHODS:
+            raise ValueError(f"registry.method: there are {', '.join(METHODS)}, not {self.registry.method}")
+        return self

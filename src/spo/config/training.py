@@ -84,6 +84,8 @@ class Validation(Section):
     max_fall: Rate | None = None  # drop of a score, in standard errors of the paired difference to the start
     max_divergence: Rate | None = None  # `kl` (SPO, nats per step) or `output_distance` (Diffusion-DPO)
     min_diversity: Fraction | None = None  # as a fraction of the diversity at the start
+    # the best validated weights by the mean standardised gain of these scorers are the result; None: the last
+    select: tuple[Literal["pickscore", "hps", "aesthetic"], ...] | None = None
 
 
 class Rollout(Section):

@@ -16,6 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from spo.config import Preference
+from spo.diffusion.denoiser import is_guided
 from spo.diffusion.noise import SampleNoise, shuffled
 from spo.diffusion.schedule import Schedule
 from spo.preference.loss import preference_loss
@@ -80,8 +81,8 @@ def train(
     seed: int,
     checkpoint: CheckpointStore | None = None,
     on_metrics: Callable[[Mapping[str, float], int], None] = lambda metrics, step: None,
-) -> None:
-    """Train `setup.model` in place for settings.steps updates.
+) -> dict[str, Any]:
+    """Train `setup.model` in place for settings.steps updates; returns as `training.loop.fit`.
 
     Raises:
         ValueError: there are no pairs.
@@ -94,7 +95,7 @@ def train(
     model.train()
     if settings.gradient_checkpointing:
         model.checkpoint_gradients()
-    loop.fit(
+    summary = loop.fit(
         LabelObjective(setup, pairs, settings, seed),
         settings.optimizer,
         checkpoints=checkpoint,
@@ -103,6 +104,13 @@ def train(
         ema=settings.ema,
     )
     model.eval()
+    return summary
+
+
+def unet_samples(settings: Preference) -> int:
+    """UNet forwards of one sample in a training; guidance counts twice."""
+    each = 2 * (1 + is_guided(settings.guidance)) if settings.noised else 0
+    return settings.steps * settings.batch_size * each
 
 
 @dataclass(frozen=True, kw_only=True)

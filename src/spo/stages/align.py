@@ -16,7 +16,7 @@ from spo.stages.common import stage
 from spo.tracking.curve import Curve
 
 if TYPE_CHECKING:
-    from spo.types import Backbone, Method
+    from spo.training.alignment import Alignment
 
 OUTPUT = Path("outputs/align")
 CODE = (  # that trains, and that judges on the way
@@ -25,99 +25,135 @@ CODE = (  # that trains, and that judges on the way
 )
 
 
-def run(params: Params, item: str) -> None:
+def run(params: Params, method: str) -> None:
+    """Fine-tune the base model by `method`, a section of `align`."""
     from spo import backbones
-    from spo.evaluation import model_card
     from spo.methods import method_spec
     from spo.training import distributed, loop, optimizer
     from spo.training.alignment import Alignment
     from spo.training.checkpoint import CheckpointStore
     from spo.training.distributed import device
 
-    section = getattr(params.align, item)
+    section = getattr(params.align, method)
     optimizer.check(section.optimizer)
-    with stage("align", params, item) as tracked:
+    with stage("align", params, method) as tracked:
         started = time.monotonic()
         backbone = backbones.load(params.backbone, device())
-        if section.lora is None:
-            backbone.train_fully()
-        else:
-            backbone.add_lora(section.lora, params.seed)
-        if section.gradient_checkpointing:
-            backbone.checkpoint_gradients()
-        method = method_spec(item).build(params, backbone)
-        scratch = _scratch(params, item)
+        _make_trainable(backbone, section, params.seed)
+        objective = Alignment(f"align.{method}", backbone, method_spec(method).build(params, backbone))
+        scratch = _scratch(params, method)
         curve = Curve(tracked, scratch)
+        watch = _watch(params, method, objective, curve, scratch)
         try:
             summary = loop.fit(
-                Alignment(f"align.{item}", backbone, method),
+                objective,
                 section.optimizer,
                 checkpoints=CheckpointStore(scratch / "checkpoints"),
                 checkpoint_every=section.checkpoint_every,
                 on_metrics=curve.log,
-                watch=_watch(params, item, backbone, method, curve, scratch),
+                watch=watch,
                 scale_loss=params.backbone.dtype == "fp16",
             )
         except validation.Collapse:
-            _show(tracked, scratch / "samples")
+            _log_samples(tracked, scratch / "samples")
             raise
         if not distributed.is_main_process():
             return
-        curve.write(TRAINING / f"{item}.csv")
-        folder = OUTPUT / item
-        shutil.rmtree(folder, ignore_errors=True)
-        _save(backbone, section.lora is None, folder)
-        model_card.write(folder, params, item, summary)
-        if (scratch / "samples").exists():
-            shutil.copytree(scratch / "samples", folder / "samples")
-            _show(tracked, folder / "samples")
+        curve.write(TRAINING / f"{method}.csv")
+        cost = method_spec(method).cost(section, backbone.scheduler_config)
+        summary |= {
+            "unet_samples": cost.unet_samples,
+            **_write(params, method, backbone, watch, summary, scratch),
+        }
         seconds = round(time.monotonic() - started, 1)
-        write_json(METRICS / f"align_{item}.json", {**summary, "seconds": seconds})
+        write_json(METRICS / f"align_{method}.json", {**summary, "seconds": seconds})
+        _log_samples(tracked, OUTPUT / method / "samples")
         if section.lora is None:  # too large to be stored twice: DVC has it
-            tracked.set_tags({"model": str(folder)})
+            tracked.set_tags({"model": str(OUTPUT / method)})
         else:
-            tracked.log_artifact(folder / "pytorch_lora_weights.safetensors", "adapter")
+            tracked.log_artifact(OUTPUT / method / "pytorch_lora_weights.safetensors", "adapter")
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _save(backbone: Any, whole: bool, folder: Path) -> None:
-    if whole:
+def _make_trainable(backbone: Any, section: Any, seed: int) -> None:
+    if section.lora is None:
+        backbone.train_fully()
+    else:
+        backbone.add_lora(section.lora, seed)
+    if section.gradient_checkpointing:
+        backbone.checkpoint_gradients()
+
+
+def _write(
+    params: Params,
+    method: str,
+    backbone: Any,
+    watch: validation.Watch | None,
+    summary: dict[str, Any],
+    scratch: Path,
+) -> dict[str, Any]:
+    """Write the output folder: weights (the last or the selected ones), model card and validation images.
+
+    Returns:
+        Which validated weights were selected, if any were.
+    """
+    from spo.evaluation import model_card
+
+    folder, full = OUTPUT / method, getattr(params.align, method).lora is None
+    shutil.rmtree(folder, ignore_errors=True)
+    selected = watch.selected() if watch else None
+    if watch and selected is not None:
+        shutil.copytree(watch.best, folder, ignore=shutil.ignore_patterns(validation.MARK))
+    else:
+        _save(backbone, full, folder)
+    facts = {f"selected_{name}": value for name, value in (selected or {}).items()}
+    model_card.write(folder, params, method, {**summary, **facts})
+    if (scratch / "samples").exists():
+        shutil.copytree(scratch / "samples", folder / "samples")
+    return facts
+
+
+def _save(backbone: Any, full: bool, folder: Path) -> None:
+    if full:
         backbone.save_pipeline(folder)
     else:
         backbone.save_lora(folder)
 
 
-def _show(tracked: Any, samples: Path) -> None:
-    """The validation pictures before, during and after training, as artifacts named by the update."""
-    for picture in sorted(samples.glob("*.png")):
-        tracked.log_artifact(picture, "samples")
+def _log_samples(tracked: Any, samples: Path) -> None:
+    """Log the validation images before, during and after training as artifacts named by the update."""
+    for image in sorted(samples.glob("*.png")):
+        tracked.log_artifact(image, "samples")
 
 
 def _watch(
-    params: Params, item: str, backbone: Backbone, method: Method, curve: Curve, scratch: Path
+    params: Params, method: str, objective: Alignment, curve: Curve, scratch: Path
 ) -> validation.Watch | None:
-    section = getattr(params.align, item)
+    from spo.methods import method_spec
+
+    section, backbone = getattr(params.align, method), objective.backbone
     settings = section.validation
     if settings is None:
         return None
     return validation.Watch(
         settings,
-        judge=lambda: validation.judged(backbone, params, settings, item),
-        keep=lambda folder: _save(backbone, section.lora is None, folder),
+        validate=lambda: validation.validate(backbone, params, settings, method),
+        save=lambda folder: _save(backbone, section.lora is None, folder),
         curve=curve,
         scratch=scratch,
-        name=f"align.{item}",
-        iterations=method.iterations,
+        name=objective.name,
+        iterations=objective.iterations,
+        divergence=method_spec(method).divergence,
     )
 
 
-def _scratch(params: Params, item: str) -> Path:
+def _scratch(params: Params, method: str) -> Path:
     from spo.methods import method_spec
 
-    inputs = [Path(p) for p in (*method_spec(item).reads, "outputs/inputs/base.json")]
-    section = getattr(params.align, item)
-    sections = [item, params.seed, params.backbone, section]
-    if section.validation is not None:  # what was at the start is kept there
+    inputs = [Path(p) for p in (*method_spec(method).reads, "outputs/inputs/base.json")]
+    section = getattr(params.align, method)
+    sections = [method, params.seed, params.backbone, section]
+    if section.validation is not None:  # the scores at the start are stored there
         inputs.append(validation.PROMPTS)
         sections += validation.sections(params)
-    return SCRATCH / "resume" / f"align-{item}-{fingerprint(sections, inputs, CODE)}"
+    return SCRATCH / "resume" / f"align-{method}-{fingerprint(sections, inputs, CODE)}"

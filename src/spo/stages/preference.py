@@ -92,7 +92,9 @@ def _train(params: Params, settings: Preference, setup: Setup, scratch: Path, cu
         device = str(setup.backbone.device)
         pairs["train"], facts["pseudo_labels"] = pseudo_label(pairs["train"], settings, device)
     store = CheckpointStore(scratch / "checkpoints")
-    trainer.train(setup, pairs["train"], settings, seed=params.seed, checkpoint=store, on_metrics=curve.log)
+    summary = trainer.train(
+        setup, pairs["train"], settings, seed=params.seed, checkpoint=store, on_metrics=curve.log
+    )
     if settings.local_prompts:
         facts["local"] = _local_judgement(params, settings, setup)
     timesteps, guidance = settings.eval_timesteps, settings.guidance
@@ -102,6 +104,8 @@ def _train(params: Params, settings: Preference, setup: Setup, scratch: Path, cu
         "n": int((pairs["validation"].label_0 != 0.5).sum()),
         "n_train": len(pairs["train"]),
         "updates": settings.steps,
+        "training_seconds": summary["training_seconds"],
+        "unet_samples": trainer.unet_samples(settings),
         **facts,
     }
 

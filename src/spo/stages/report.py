@@ -20,13 +20,12 @@ if TYPE_CHECKING:
 
 SCORES, IMAGES, REPORTS = Path("outputs/scores"), Path("outputs/images"), Path("reports")
 SHEET_PROMPTS = 6  # on the picture for the README
-SHEET_VARIANTS = {"base": "Base", "diffusion_dpo": "Diffusion-DPO", "spo": "SPO"}
 SPM_BASELINES = ("preference_unconditioned", "preference_clean_only")
 CODE = ("src", "flows", "dvc.yaml", "params.yaml")  # a change here is a change of the experiment
 
 
 def run(params: Params, item: str | None = None) -> None:
-    from spo.evaluation import plots, report, statistics
+    from spo.evaluation import plots, report, statistics, verdict
 
     settings = params.report
     with stage("report", params) as tracked:
@@ -39,22 +38,23 @@ def run(params: Params, item: str | None = None) -> None:
         prompts, pictures = read_pictures(scores, max(settings.grid_prompts, SHEET_PROMPTS))
         shown = {v: pictures[v][: settings.grid_prompts] for v in scores}
         page = report.render(
-            report.Run(
+            report.RunResults(
                 params=params.model_dump(mode="json", exclude={"processes", "tracking", "registry"}),
                 scores=scores,
                 comparisons=rows,
                 prompts=prompts[: settings.grid_prompts],
-                pictures=shown,
+                images=shown,
                 **_measured(),
                 versions=versions(),
                 commit=commit(),
             )
         )
-        columns = {t: pictures[v][:SHEET_PROMPTS] for v, t in SHEET_VARIANTS.items() if v in pictures}
+        compared = [v for v in pictures if v == "base" or v in METHODS]
+        columns = {verdict.name(v): pictures[v][:SHEET_PROMPTS] for v in compared}
         write_json(REPORTS / "comparisons.json", rows)
         write_json(METRICS / "comparisons.json", summary(rows))
         _write(REPORTS / "report.html", page.encode())
-        _write(REPORTS / "grid.png", plots.sheet(prompts[:SHEET_PROMPTS], columns))
+        _write(REPORTS / "grid.png", plots.grid(prompts[:SHEET_PROMPTS], columns))
         tracked.log_metrics(_flat(rows), step=0)
         for name in ("report.html", "comparisons.json", "grid.png"):
             tracked.log_artifact(REPORTS / name, "report")

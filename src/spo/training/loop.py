@@ -48,7 +48,8 @@ def fit(
         ema, scale_loss: as of TrainingState.
 
     Returns:
-        updates, pairs trained on, iterations, and seconds of this process; with scale_loss, skipped_updates.
+        updates, pairs trained on, iterations, and this process's seconds of training (without `watch`); with
+        scale_loss, skipped_updates.
 
     Raises:
         FloatingPointError: a loss or gradient is not finite; the weights are those before the update.
@@ -59,11 +60,12 @@ def fit(
         raise ValueError(f"{objective.name}: nothing to train: the model has no trainable parameters")
     state = TrainingState(parameters, optimizer, ema, scale_loss)
     first = state.resume(checkpoints)
-    started, done, total = time.monotonic(), first, objective.iterations
+    started, validating, done, total = time.monotonic(), 0.0, first, objective.iterations
     bar = tqdm(total=total, initial=first, desc=objective.name, unit="iteration")
     with stop_on_signal() as stopped, bar:
         if watch and first == 0:
             watch(0, {}, 0)
+            started = time.monotonic()
         for iteration in range(first, total):
             metrics = _iteration(objective, iteration, state)
             on_metrics(metrics, state.updates)
@@ -71,7 +73,9 @@ def fit(
             bar.set_postfix(loss=f"{metrics.get('loss', float('nan')):.4f}", pairs=state.pairs, refresh=False)
             done = iteration + 1
             if watch:
+                paused = time.monotonic()
                 watch(done, metrics, state.updates)
+                validating += time.monotonic() - paused
             stop = distributed.any_rank(bool(stopped))
             if checkpoints and (done % checkpoint_every == 0 or done == total or stop):
                 state.save(checkpoints, done)
@@ -79,7 +83,7 @@ def fit(
                 raise KeyboardInterrupt(f"stopped after iteration {done}; run it again to resume from there")
     state.finish()
     counts = {"skipped_updates": state.skipped} if scale_loss else {}
-    seconds = round(time.monotonic() - started, 1)
+    seconds = round(time.monotonic() - started - validating, 1)
     return {
         "updates": state.updates,
         "pairs": state.pairs,

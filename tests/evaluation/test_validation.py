@@ -1,0 +1,150 @@
+"""Validation while a method trains: when it happens, what stops the training, which weights are selected."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from spo.config import Validation
+from spo.evaluation import validation
+from spo.evaluation.validation import Collapse, Validated, Watch
+
+
+class Curve:
+    def __init__(self) -> None:
+        self.rows: list[tuple[int, dict[str, float]]] = []
+
+    def log(self, metrics: dict[str, float], step: int) -> None:
+        self.rows.append((step, metrics))
+
+
+class Trained:
+    """Stands for the model: its scores and diversity at each validation, and the folders it was saved to."""
+
+    def __init__(self, *validations: tuple[list[float], float]) -> None:
+        self.validations, self.asked, self.saved = list(validations), 0, 0
+
+    def validate(self) -> Validated:
+        scores, diversity = self.validations[self.asked]
+        self.asked += 1
+        row = Image.new("RGB", (8, 8), (self.asked, 0, 0))
+        return Validated({"hps": scores}, {"oracle_aesthetic": 0.5}, diversity, row)
+
+    def save(self, folder: Path) -> None:
+        folder.mkdir()
+        self.saved += 1
+        (folder / "model").write_text(str(self.asked))
+
+
+def watch(tmp_path: Path, model: Trained, iterations: int = 5, **limits) -> tuple[Watch, Curve]:
+    settings, curve = Validation(every=2, prompts=2, **limits), Curve()
+    arguments = (settings, model.validate, model.save, curve, tmp_path, "align.spo", iterations, "kl")
+    return Watch(*arguments), curve
+
+
+GOOD = ([1.0, 2.0], 0.4)
+
+
+def test_it_validates_before_every_few_iterations_and_after_the_last(tmp_path: Path) -> None:
+    model = Trained(GOOD, ([2.0, 3.0], 0.3), ([2.0, 5.0], 0.2), ([3.0, 5.0], 0.2))
+    callback, curve = watch(tmp_path, model)
+    for iteration in range(6):
+        callback(iteration, {"loss": 1.0}, 10 * iteration)
+    assert [step for step, _ in curve.rows] == [0, 20, 40, 50]
+    assert curve.rows[1][1] == {
+        "validation/hps": 2.5,
+        "validation/oracle_aesthetic": 0.5,
+        "validation/diversity": 0.3,
+        "validation/iteration": 2,
+    }
+    samples = sorted((tmp_path / "samples").glob("*.png"))
+    assert [p.stem for p in samples] == ["000000", "000020", "000040", "000050"]
+    assert (tmp_path / "good/model").read_text() == "3"  # of iteration 4; the stage saves the last
+    assert model.saved == 2 and callback.selected() is None
+
+
+def test_the_best_validation_by_the_named_scorers_is_selected(tmp_path: Path) -> None:
+    """Gains of 1, 3 and 2 in scores whose standard deviation at the start is sqrt(.5)."""
+    model = Trained(GOOD, ([2.0, 3.0], 0.4), ([4.0, 5.0], 0.4), ([3.0, 4.0], 0.4))
+    callback, curve = watch(tmp_path, model, select=("hps",))
+    for iteration in range(6):
+        callback(iteration, {}, iteration)
+    gains = [row["validation/gain"] for _, row in curve.rows]
+    assert gains == pytest.approx([g / 0.5**0.5 for g in (0, 1, 3, 2)])
+    assert callback.selected() == {"iteration": 4, "gain": pytest.approx(3 / 0.5**0.5)}
+    assert (tmp_path / "best/model").read_text() == "3"
+
+
+def test_a_resumed_stage_knows_the_best_so_far(tmp_path: Path) -> None:
+    first, _ = watch(tmp_path, Trained(GOOD, ([4.0, 5.0], 0.4)), select=("hps",))
+    first(0, {}, 0)
+    first(2, {}, 2)
+    again, _ = watch(tmp_path, Trained(([2.0, 3.0], 0.4)), select=("hps",))
+    again(4, {}, 4)
+    assert again.selected()["iteration"] == 2
+
+
+def test_the_gain_does_not_depend_on_a_scorers_units() -> None:
+    start = {"hps": [20.0, 22.0, 24.0], "aesthetic": [5.0, 5.5, 6.0]}
+    now = {"hps": [22.0, 24.0, 26.0], "aesthetic": [4.0, 4.5, 5.0]}
+    # +2 at a standard deviation of 2, -1 at .5
+    assert validation.standardised_gain(start, now, ["hps"]) == pytest.approx(1)
+    assert validation.standardised_gain(start, now, ["hps", "aesthetic"]) == pytest.approx((1 - 2) / 2)
+    assert validation.standardised_gain({"hps": [1.0, 1.0]}, {"hps": [2.0, 2.0]}, ["hps"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("bad", "limits", "why"),
+    [
+        # differences -4 and -6: mean -5, standard deviation sqrt 2, standard error 1
+        (([-3.0, -4.0], 0.4), {"max_fall": 4.9}, r"hps of validation prompts fell by 5, more than 4.9"),
+        (
+            ([1.0, 2.0], 0.19),
+            {"min_diversity": 0.5},
+            r"diversity fell from 0.4 to 0.19 \(min_",
+        ),
+    ],
+)
+def test_a_collapse_stops_and_names_the_last_good_model(tmp_path: Path, bad, limits, why: str) -> None:
+    callback, curve = watch(tmp_path, Trained(GOOD, GOOD, bad), **limits)
+    callback(0, {}, 0)
+    callback(2, {}, 2)
+    with pytest.raises(Collapse, match=rf"align.spo: stopped at iteration 4: {why}.* iteration 2, in .*good"):
+        callback(4, {}, 4)
+    assert curve.rows[-1][0] == 4, "the scores are logged before it stops"
+    assert json.loads((tmp_path / "good/validation.json").read_text()) == {"iteration": 2}
+    milder = {name: value + 0.2 if name == "max_fall" else value - 0.1 for name, value in limits.items()}
+    callback, _ = watch(tmp_path / "again", Trained(GOOD, GOOD, bad), **milder)
+    for iteration in (0, 2, 4):
+        callback(iteration, {}, iteration)
+
+
+def test_divergence_is_watched_at_every_iteration(tmp_path: Path) -> None:
+    callback, _ = watch(tmp_path, Trained(GOOD), max_divergence=2.0)
+    callback(0, {}, 0)
+    callback(1, {"kl": 1.9, "output_distance": 9.0}, 1)
+    with pytest.raises(Collapse, match="iteration 3: kl to the reference is 2.5 .max_divergence 2.; .*none"):
+        callback(3, {"kl": 2.5}, 3)
+
+
+def test_a_resumed_stage_compares_with_its_own_start(tmp_path: Path) -> None:
+    callback, _ = watch(tmp_path, Trained(GOOD, GOOD), max_fall=1.0)
+    callback(0, {}, 0)
+    again, _ = watch(tmp_path, Trained(([-3.0, -4.0], 0.4)), max_fall=1.0)
+    with pytest.raises(Collapse, match="hps"):
+        again(2, {}, 2)
+
+
+def test_diversity_is_one_minus_the_mean_cosine_of_images_of_a_prompt() -> None:
+    east, north = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])
+    assert validation.diversity(torch.stack([torch.stack([east, east])])) == pytest.approx(0)
+    assert validation.diversity(torch.stack([torch.stack([east, north])])) == pytest.approx(1)
+    # three images: cosines 1, 0 and 0 of three pairs; and a prompt whose images are the same
+    one = torch.stack([east, east, north])
+    assert validation.diversity(torch.stack([one, torch.stack([north] * 3)])) == pytest.approx(
+        (2 / 3 + 0) / 2
+    )
