@@ -15,6 +15,7 @@ from tqdm import tqdm
 from transformers import CLIPModel, CLIPTokenizer
 
 from spo.data.images import CLIP_MEAN, CLIP_STD
+from spo.data.tokens import tokenize
 from spo.runtime.hub import is_hub_id
 from spo.runtime.messages import first_line
 from spo.training import distributed
@@ -135,10 +136,7 @@ def token_ids(tokenizer: Any, prompts: Sequence[str], length: int) -> Tensor:
 
     No mask is needed: attention is causal, so tokens after the end token do not affect the text embedding.
     """
-    tokens = tokenizer(
-        list(prompts), padding="max_length", truncation=True, max_length=length, return_tensors="pt"
-    )
-    return tokens.input_ids
+    return tokenize(tokenizer, prompts, length).input_ids
 
 
 def fill(model: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
