@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(reason, MISTAKE)
     except KeyboardInterrupt as stop:
         if launch.is_main_process():
-            print(f"spo: {stop or 'stopped'}", file=sys.stderr)
+            print(f"spo: {str(stop) or 'stopped'}", file=sys.stderr)
         return STOPPED
     return 0
 

@@ -3,9 +3,9 @@
 A stop is Ctrl-C (SIGINT) or SIGTERM. The limits below stand in the order in which they end; a later one is
 longer than all that must be over before it, so that no process is killed while it still saves or delivers.
 
-1. A stage that is not training ends at once. Its last delivery to MLflow takes STOPPED_DELIVERY at most.
-2. Where Python loses the Ctrl-C (raised in a finaliser, or leaving another thread waiting for an import),
-   the kernel ends the stage after CTRL_C.
+1. A stage that is not training ends at once; where Python drops the Ctrl-C, it comes again after REPEAT.
+   The stage's last delivery to MLflow takes STOPPED_DELIVERY at most.
+2. A stage that hangs (a broken import can leave another thread waiting) is ended by the kernel after CTRL_C.
 3. A training finishes the step in hand and saves it, within SAVE, and delivers like 1.
 4. The launcher of several processes kills those that have not ended after LAUNCHER_KILL.
 5. A stage whose `dvc repro` or launcher is gone stops itself as 3, and exits after WATCHDOG_KILL.
@@ -20,7 +20,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from types import FrameType
 from typing import Any
@@ -29,11 +29,12 @@ from typing import Any
 # to be set up first (8 s on two cores, more when they are busy), is sure to take them; a server that has not
 # answered after three requests of 5 s is away, and `spo sync` delivers later.
 DELIVERY = {"local": 120.0, "remote": 15.0}
+REPEAT = 0.05  # until Ctrl-C comes again where Python dropped it (2 of 8 times in `generate`, in sqlalchemy)
 STOPPED_DELIVERY = 10.0  # whoever pressed Ctrl-C waits; the records stay in the spool
-CTRL_C = 20  # whole seconds, for the kernel's clock; twice the delivery before it
+CTRL_C = 40  # whole seconds, for the kernel's clock: on overloaded cores 9 to 13 s pass beside the delivery
 SAVE = 120.0  # a step of the default experiment is saved within 9 s on two cores; larger models take longer
 LAUNCHER_KILL = SAVE + 20.0  # a save, a delivery and Python's exit
-WATCHDOG_POLL = 0.5  # how soon an orphan notices; one look costs microseconds
+WATCHDOG_POLL = 0.5  # how soon an orphan notices that it is one
 WATCHDOG_KILL = LAUNCHER_KILL + 10.0  # an orphaned launcher has ended its processes by then
 FLOW_KILL = WATCHDOG_KILL + 10.0  # the flow is the outermost; what ends earlier is not waited for
 # The others wait while the main process encodes a data set. A process that has died is noticed at once.
@@ -45,7 +46,11 @@ Handler = Callable[[int, FrameType | None], Any]
 
 
 def arm_ctrl_c() -> None:
-    """Let the kernel end this process CTRL_C seconds after a Ctrl-C, whatever Python makes of it."""
+    """Let the kernel end this process CTRL_C seconds after a Ctrl-C, whatever Python makes of it.
+
+    Python drops an exception that is raised in a finaliser or a callback of a weak reference, and tells
+    `sys.unraisablehook`: then Ctrl-C comes once more.
+    """
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         if signal.getitimer(signal.ITIMER_REAL)[0] == 0:
@@ -53,7 +58,16 @@ def arm_ctrl_c() -> None:
             signal.alarm(CTRL_C)
         signal.default_int_handler(number, frame)
 
+    def repeat(dropped: Any) -> None:
+        if not issubclass(dropped.exc_type, KeyboardInterrupt):
+            return sys.__unraisablehook__(dropped)
+        timer = threading.Timer(REPEAT, os.kill, (os.getpid(), signal.SIGINT))
+        timer.daemon = True
+        with suppress(RuntimeError):  # no thread can start any more: the process is ending
+            timer.start()
+
     signal.signal(signal.SIGINT, interrupt)
+    sys.unraisablehook = repeat
 
 
 def disarm_ctrl_c() -> None:
