@@ -28,9 +28,9 @@ def score_images(
     """
     from spo.training import distributed
 
-    done = distributed.broadcast_int(sum(1 for _ in cache.whole()) if cache else 0)
+    done = distributed.broadcast_int(sum(1 for _ in cache.states()) if cache else 0)
     columns: dict[str, list[float]] = {}
-    for state in cache.whole() if cache and distributed.is_main_process() else ():
+    for state in cache.states() if cache and distributed.is_main_process() else ():
         columns |= state
     for number, score in enumerate(_scorers(params, device)):
         if number < done:

@@ -199,7 +199,7 @@ def _build(params: Params, backbone: Backbone) -> SpoMethod:
 def _cost(config: Spo, scheduler_config: Mapping[str, Any]) -> Cost:
     blocks = step_pairs.blocks(config, Schedule.from_config(scheduler_config, config.num_inference_steps))
     pairs = sum(len(block) for block in blocks)  # of a prompt
-    plain = blocks[0][0] + 1  # later blocks go on from the outputs at the candidates
+    plain = blocks[0][0] + 1  # later blocks continue from the outputs at the candidates
     final = blocks[-1][-1] + 1 == config.num_inference_steps  # final latents are judged as they are
     branched = config.candidates * (pairs - final)
     trained = sum(2 * len(block) - 1 for block in blocks)  # two samples where the branches have parted

@@ -252,7 +252,7 @@ class Store:
         return str(matching[0].info.run_id) if matching else None
 
     def _send(self, spool: Spool, run_id: str, records: list[dict[str, Any]]) -> None:
-        """Send records; what MLflow refuses for good is set aside, so that it does not block the rest.
+        """Send records; what MLflow refuses for good is stored apart, so that it does not block the rest.
 
         Raises:
             Waiting, Gone: see `_check_run`.

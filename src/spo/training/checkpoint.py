@@ -61,7 +61,7 @@ class CheckpointStore:
             print(f"spo: {path}: damaged checkpoint, using the one before", file=sys.stderr)
         return None
 
-    def whole(self) -> Iterator[dict[str, Any]]:
+    def states(self) -> Iterator[dict[str, Any]]:
         """Yield the states 0, 1, 2, ... as far as they are there and complete."""
         for step in itertools.count():
             path = self._path(step)

@@ -38,19 +38,19 @@ def blocks(config: Rollout, schedule: Schedule) -> list[list[int]]:
             f"align.spo.divert_start_step: {config.divert_start_step} leaves no step of {count}{where} "
             "to draw candidates at; lower it"
         )
-    found = [steps[start : start + inner] for start in range(0, len(steps), inner)]
-    if inner > 1 and len(found) > 1 and found[-1] == [count - 1]:
-        found[-2:] = [found[-2] + found[-1]]
-    return found
+    runs = [steps[start : start + inner] for start in range(0, len(steps), inner)]
+    if inner > 1 and len(runs) > 1 and runs[-1] == [count - 1]:
+        runs[-2:] = [runs[-2] + runs[-1]]
+    return runs
 
 
-def thresholds(config: Rollout, schedule: Schedule, found: list[list[int]]) -> list[float]:
+def thresholds(config: Rollout, schedule: Schedule, blocks: list[list[int]]) -> list[float]:
     """The least gap of a valid pair in each block: from `threshold` to `threshold_end`, by its first step."""
     start = config.threshold
     end = start if config.threshold_end is None else config.threshold_end
     if config.threshold_by == "step":
-        return torch.linspace(start, end, len(found)).tolist()
-    timesteps = schedule.timesteps[torch.tensor([block[0] for block in found])]
+        return torch.linspace(start, end, len(blocks)).tolist()
+    timesteps = schedule.timesteps[torch.tensor([block[0] for block in blocks])]
     if config.threshold_by == "timestep":
         values = timesteps.double()
     else:
