@@ -104,7 +104,7 @@ def test_a_torch_file_without_weights_is_refused(tmp_path) -> None:
     (tmp_path / "text.pt").write_text("not a torch file")
     for name in ("list.pt", "text.pt", "missing.pt"):
         with pytest.raises(
-            ValueError, match=f"{name} (holds no weights|cannot be read|is not there)"
+            ValueError, match=f"{name}( is not a state dict| cannot be read|: no such file)"
         ) as error:
             clip.load_state(tmp_path / name, name)
         assert "\n" not in str(error.value)

@@ -99,7 +99,7 @@ def test_open_clips_own_names_bring_their_tokenizer(monkeypatch, hps_settings, t
         text = model.encode_text(open_clip.get_tokenizer("ViT-H-14")(["Two dogs"]), normalize=True)
         expected = 100 * (model.encode_image(preprocess(images[0], 48)[None], normalize=True) * text).sum()
     assert Hps(settings).score(images[:1], ["Two dogs"])[0] == pytest.approx(float(expected), abs=1e-4)
-    with pytest.raises(ValueError, match="score.hps.tokenizer: name its folder"):
+    with pytest.raises(ValueError, match="score.hps.tokenizer: must name a folder"):
         Hps(settings.model_copy(update={"architecture": str(tmp_path / "small.json")}))
 
 
@@ -115,16 +115,16 @@ def test_mistakes_are_one_line(hps_settings, tmp_path) -> None:
     (tmp_path / "not.json").write_text("{")
     (tmp_path / "strange.json").write_text('{"hidden_size": 3}')
     cases = {
-        "score.hps.architecture: open_clip knows no 'ViT-Q'": {"architecture": "ViT-Q"},
-        "score.hps.architecture: no nowhere.json there": {"architecture": "nowhere.json"},
+        "score.hps.architecture: 'ViT-Q' is not a model of open_clip": {"architecture": "ViT-Q"},
+        "score.hps.architecture: nowhere.json: no such file": {"architecture": "nowhere.json"},
         "not.json is not valid JSON": {"architecture": str(tmp_path / "not.json")},
-        "strange.json is no CLIP config": {"architecture": str(tmp_path / "strange.json")},
-        "score.hps.checkpoint: nowhere.pt is not there": {"checkpoint": "nowhere.pt"},
-        "fewer.pt misses weights: visual.proj;": {"checkpoint": str(tmp_path / "fewer.pt")},
-        "more.pt holds unknown weights: extra;": {"checkpoint": str(tmp_path / "more.pt")},
+        "strange.json is not a CLIP config": {"architecture": str(tmp_path / "strange.json")},
+        "score.hps.checkpoint: nowhere.pt: no such file": {"checkpoint": "nowhere.pt"},
+        "fewer.pt lacks weights: visual.proj;": {"checkpoint": str(tmp_path / "fewer.pt")},
+        "more.pt has unknown weights: extra;": {"checkpoint": str(tmp_path / "more.pt")},
         "other.pt does not fit: size mismatch for visual.proj": {"checkpoint": str(tmp_path / "other.pt")},
-        "score.hps.tokenizer: no nowhere there": {"tokenizer": "nowhere"},
-        "score.hps.tokenizer: .* holds no CLIP tokenizer": {"tokenizer": str(tmp_path)},
+        "score.hps.tokenizer: nowhere: no such file": {"tokenizer": "nowhere"},
+        "score.hps.tokenizer: .* has no CLIP tokenizer": {"tokenizer": str(tmp_path)},
         "score.hps.image_size: is 224, but the model's is 48": {"image_size": 224},
     }
     for message, change in cases.items():

@@ -56,7 +56,7 @@ def test_tokenizer_from_another_folder(pickscore_settings, scorer, copied, tmp_p
     for file in [*copied.glob("vocab*"), *copied.glob("merges*")]:
         file.rename(tmp_path / "processor" / file.name)
     settings = pickscore_settings.model_copy(update={"model": str(copied)})
-    with pytest.raises(ValueError, match="score.pickscore.model: .* holds no CLIP tokenizer"):
+    with pytest.raises(ValueError, match="score.pickscore.model: .* has no CLIP tokenizer"):
         PickScore(settings)
     apart = settings.model_copy(update={"processor": str(tmp_path / "processor")})
     assert PickScore(apart).score(images, prompts) == scorer.score(images, prompts)
@@ -70,9 +70,9 @@ def test_mistakes_are_one_line(pickscore_settings, copied) -> None:
         {"format": "pt"},
     )
     cases = {
-        "score.pickscore.model: no .*nowhere there": {"model": "data/nowhere"},
+        "score.pickscore.model: .*nowhere: no such file": {"model": "data/nowhere"},
         "score.pickscore.image_size: is 224, but the model's is 48": {"image_size": 224},
-        "misses weights: logit_scale": {"model": str(copied)},
+        "lacks weights: logit_scale": {"model": str(copied)},
     }
     for message, change in cases.items():
         with pytest.raises(ValueError, match=message) as error:
@@ -83,5 +83,5 @@ def test_mistakes_are_one_line(pickscore_settings, copied) -> None:
 def test_weights_that_are_not_finite_name_the_prompt(pickscore_settings, images, prompts) -> None:
     scorer = PickScore(pickscore_settings)
     scorer.model.logit_scale.data.fill_(float("nan"))
-    with pytest.raises(ValueError, match="pickscore: the score of prompt 'a red circle' is nan"):
+    with pytest.raises(ValueError, match="pickscore: the score for prompt 'a red circle' is nan"):
         scorer.score(images, prompts)

@@ -64,9 +64,9 @@ def test_what_is_not_finite_gets_no_score(tmp_path: Path, value: float) -> None:
         oracle.score(torch.zeros(2, 3, 48, 48), ["a circle", CAPTION])
 
 
-def test_mistakes_are_told_in_one_line(tmp_path: Path) -> None:
+def test_mistakes_are_one_line(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="dvc pull data.dvc"):
         Oracle(tmp_path)
     Perception(8).save(tmp_path / "oracle")
-    with pytest.raises(ValueError, match="2 images but 1 prompts"):
+    with pytest.raises(ValueError, match="2 images, but 1 prompts"):
         Oracle(tmp_path / "oracle").score(torch.zeros(2, 3, 48, 48), [CAPTION])

@@ -1,4 +1,4 @@
-"""LAION's aesthetic predictor v2: a linear head on CLIP's image embedding; blind to the prompt."""
+"""LAION's aesthetic predictor v2: a linear head on CLIP's image embedding, independent of the prompt."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["Aesthetic", "AestheticHead", "preprocess"]
 
 
 class AestheticHead(nn.Module):
-    """D-1024-128-64-16-1, linear throughout: the released head has no activations."""
+    """A linear network D-1024-128-64-16-1: the released head has no activations."""
 
     def __init__(self, dimension: int) -> None:
         super().__init__()
@@ -33,15 +33,15 @@ class AestheticHead(nn.Module):
         )
 
     def forward(self, embeddings: Tensor) -> Tensor:
-        """Ratings [N], about 1 to 10, of projected CLIP image embeddings [N,D], normalised here."""
+        """Rate projected CLIP image embeddings [N,D], which are normalised here; [N], about 1 to 10."""
         return self.layers(nn.functional.normalize(embeddings.float(), dim=-1))[:, 0]
 
     @classmethod
     def load(cls, path: str | Path) -> AestheticHead:
-        """A head in evaluation mode from a .pth or .safetensors file; D is the file's.
+        """Load a head in evaluation mode from a .pth or .safetensors file, which determines D.
 
         Raises:
-            ValueError: no file there, or weights of something else.
+            ValueError: no such file, or weights of another model.
         """
         where = f"aesthetic head {path}"
         state = clip.load_state(Path(path), where)
@@ -52,7 +52,7 @@ class AestheticHead(nn.Module):
 
 
 class Aesthetic:
-    """About 1 to 10 with the released weights, on OpenAI's ViT-L/14. The prompt does not matter."""
+    """The aesthetic score of images, about 1 to 10 with the released head on OpenAI's ViT-L/14."""
 
     name = "aesthetic"
 
@@ -61,33 +61,33 @@ class Aesthetic:
     ) -> None:
         """
         Raises:
-            ValueError: a CLIP or a head that is not there, or that do not fit each other.
+            ValueError: a CLIP or a head that is missing, or that do not fit each other.
         """
         self.device, self.batch_size, self.size = device, batch_size, settings.image_size
         self.clip = clip.load_model(
             settings.clip, settings.revision, settings.image_size, "score.aesthetic.clip", device
         )
         self.head = AestheticHead.load(settings.head).to(device)
-        has, needs = self.clip.config.projection_dim, self.head.layers[0].in_features
-        if has != needs:
+        width, expected = self.clip.config.projection_dim, self.head.layers[0].in_features
+        if width != expected:
             raise ValueError(
-                f"score.aesthetic.head: {settings.head} is for embeddings of {needs} numbers, "
-                f"but {settings.clip} gives {has}; they must belong together"
+                f"score.aesthetic.head: {settings.head} takes embeddings of {expected} numbers, "
+                f"but {settings.clip} gives {width}; give the CLIP that the head was trained on"
             )
 
     def score(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> list[float]:
-        """One score for each image; the prompts only name it in errors.
+        """Score each image; prompts only name images in errors.
 
         Raises:
-            ValueError: as many prompts as images are needed; a score that is not finite.
+            ValueError: another number of prompts than images, or a score that is not finite.
         """
         return clip.in_batches(self._score, images, prompts, name=self.name, batch_size=self.batch_size)
 
     def embed(self, images: Sequence[Image.Image]) -> Tensor:
-        """The CLIP's normalised embeddings [N,D] of N images.
+        """Embed N images: CLIP's normalised embeddings [N,D].
 
         Raises:
-            ValueError: one is not finite.
+            ValueError: an embedding that is not finite.
         """
         rows = []
         with torch.no_grad():
@@ -96,7 +96,7 @@ class Aesthetic:
                 rows.append(clip.image_features(self.clip, torch.stack(part).to(self.device)))
         embeddings = nn.functional.normalize(torch.cat(rows).float(), dim=-1)
         if not embeddings.isfinite().all():
-            raise ValueError(f"{self.name}: an embedding of its CLIP is not finite; check the weights")
+            raise ValueError(f"{self.name}: an embedding of its CLIP is not finite; check its weights")
         return embeddings
 
     def _score(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:

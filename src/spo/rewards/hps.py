@@ -1,4 +1,4 @@
-"""Human Preference Score v2 and v2.1 (arXiv 2306.09341): an open_clip model; 100 * cos."""
+"""Human Preference Score v2 and v2.1 (arXiv 2306.09341): 100 * cos of an open_clip model."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from spo.rewards import clip
 
 
 def preprocess(image: Image.Image, size: int = 224) -> Tensor:
-    """Normalised pixels [3,size,size]: longest side to `size`, zero-padded to a square.
+    """Resize the longest side to `size`, zero-pad to a square and normalise: [3,size,size].
 
-    As the released scorer, not as open_clip's transforms: bicubic with antialias on the tensor, without
-    clamping what overshoots [0,1]; padding comes before normalising, so it is black.
+    Like the released scorer, unlike open_clip's transforms: bicubic with antialiasing on the tensor, without
+    clamping to [0,1]; padding precedes normalisation, so it is black.
     """
     pixels = clip.to_unit(image)
     scale = size / max(image.size)
@@ -32,7 +32,7 @@ def preprocess(image: Image.Image, size: int = 224) -> Tensor:
 
 
 class Hps:
-    """About 20 to 35 with the released weights. v2 and v2.1 do not compare with each other."""
+    """HPS of images for prompts, about 20 to 35 with the released weights; v2 and v2.1 are not comparable."""
 
     name = "hps"
 
@@ -41,7 +41,7 @@ class Hps:
     ) -> None:
         """
         Raises:
-            ValueError: an unknown architecture, or weights or a tokenizer that are not there or do not fit.
+            ValueError: an unknown architecture, or weights or a tokenizer that are missing or do not fit.
         """
         self.device, self.batch_size, self.size = device, batch_size, settings.image_size
         model_config = _model_config(settings.architecture)
@@ -53,10 +53,10 @@ class Hps:
         self.tokens = _tokenizer(settings, self.model)
 
     def score(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> list[float]:
-        """One score for each image and its own prompt.
+        """Score each image for its own prompt.
 
         Raises:
-            ValueError: as many prompts as images are needed; a score that is not finite.
+            ValueError: another number of prompts than images, or a score that is not finite.
         """
         return clip.in_batches(self._score, images, prompts, name=self.name, batch_size=self.batch_size)
 
@@ -67,18 +67,20 @@ class Hps:
 
 
 def _model_config(architecture: str) -> dict[str, Any]:
-    """{embed_dim, vision_cfg, text_cfg} of one of open_clip's names, or from a JSON file."""
+    """The model config (embed_dim, vision_cfg, text_cfg) of an open_clip model name or a JSON file."""
     key = "score.hps.architecture"
     if not architecture.endswith(".json"):
         known = open_clip.get_model_config(architecture) if architecture in open_clip.list_models() else None
         if known is None:
-            raise ValueError(f"{key}: open_clip knows no {architecture!r}; for HPSv2 it is ViT-H-14")
+            raise ValueError(f"{key}: {architecture!r} is not a model of open_clip; HPSv2 is a ViT-H-14")
         return known
     try:
-        told = json.loads(Path(architecture).read_text(encoding="utf-8"))
-        return told.get("model_cfg", told)  # as open_clip writes it for the hub
+        content = json.loads(Path(architecture).read_text(encoding="utf-8"))
+        return content.get("model_cfg", content)  # nested in open_clip's files for the hub
     except FileNotFoundError:
-        raise ValueError(f"{key}: no {architecture} there; run `make repro` or `dvc pull data.dvc`") from None
+        raise ValueError(
+            f"{key}: {architecture}: no such file; run `make repro` or `dvc pull data.dvc`"
+        ) from None
     except ValueError as error:
         raise ValueError(f"{key}: {architecture} is not valid JSON ({error})") from None
 
@@ -88,8 +90,8 @@ def _model(model_config: dict[str, Any], architecture: str) -> open_clip.CLIP:
         return open_clip.CLIP(**model_config)
     except (TypeError, AttributeError) as error:
         raise ValueError(
-            f"score.hps.architecture: {architecture} is no CLIP config of embed_dim, vision_cfg and text_cfg "
-            f"({error})"
+            f"score.hps.architecture: {architecture} is not a CLIP config with embed_dim, vision_cfg and "
+            f"text_cfg ({error})"
         ) from None
 
 
@@ -99,6 +101,6 @@ def _tokenizer(settings: config.HpsConfig, model: open_clip.CLIP) -> Callable[[S
         tokenizer = clip.load_tokenizer(settings.tokenizer, None, model.vocab_size, key)
         return lambda prompts: clip.token_ids(tokenizer, prompts, model.context_length)
     if settings.architecture.endswith(".json"):
-        raise ValueError("score.hps.tokenizer: name its folder; an architecture from a file has no own one")
+        raise ValueError("score.hps.tokenizer: must name a folder if score.hps.architecture is a file")
     own = open_clip.get_tokenizer(settings.architecture)
     return lambda prompts: own(list(prompts))

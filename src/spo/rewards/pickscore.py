@@ -1,4 +1,4 @@
-"""PickScore (arXiv 2305.01569): a CLIP fine-tuned on Pick-a-Pic; exp(logit_scale) * cos."""
+"""PickScore (arXiv 2305.01569): exp(logit_scale) * cos of a CLIP fine-tuned on Pick-a-Pic."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["PickScore", "preprocess"]
 
 
 class PickScore:
-    """About 17 to 24 with the released weights (`yuvalkirstain/PickScore_v1`)."""
+    """PickScore of images for prompts, about 17 to 24 with the released `yuvalkirstain/PickScore_v1`."""
 
     name = "pickscore"
 
@@ -27,7 +27,7 @@ class PickScore:
     ) -> None:
         """
         Raises:
-            ValueError: a model or tokenizer that is not there or does not fit.
+            ValueError: a model or a tokenizer that is missing or does not fit.
         """
         self.device, self.batch_size, self.size = device, batch_size, settings.image_size
         self.model = clip.load_model(
@@ -42,10 +42,10 @@ class PickScore:
         self.length = min(self.tokenizer.model_max_length, text.max_position_embeddings)
 
     def score(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> list[float]:
-        """One score for each image and its own prompt.
+        """Score each image for its own prompt.
 
         Raises:
-            ValueError: as many prompts as images are needed; a score that is not finite.
+            ValueError: another number of prompts than images, or a score that is not finite.
         """
         return clip.in_batches(self._score, images, prompts, name=self.name, batch_size=self.batch_size)
 

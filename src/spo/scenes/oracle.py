@@ -1,8 +1,8 @@
-"""Measures any picture of the world: how good it is, and whether it shows what its caption says.
+"""Measure an image of the world: its quality, and whether it shows its caption.
 
-The oracle is a network that learned from (picture, truth). It judges results and nothing else: no
-model, label or checkpoint is ever chosen by it. The synthetic annotators look through a second
-network of the same class but another size, seed and training set (see `tools.scenes`).
+The oracle is a network that was trained on (image, ground truth). It only measures results: no model, label
+or checkpoint is chosen by it. The synthetic annotators see through a second network of the same class but of
+another size, seed and training set (see `tools.scenes`).
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from spo.scenes import world
 from spo.scenes.world import ABSENT, CHOICES, QUALITY
 
-CHUNK = 128  # pictures a forward
+CHUNK = 128  # images per forward pass
 
 
 class Perception(nn.Module):
-    """A small convolutional network from a picture to its quality and attributes."""
+    """A small convolutional network that predicts the quality and the attributes of an image."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -44,19 +44,21 @@ class Perception(nn.Module):
         self.attributes = nn.ModuleList(nn.Linear(256, len(c) + 1) for c in CHOICES)  # the last: absent
 
     def forward(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Images [N,3,48,48] in [-1,1] to quality [N,4] and, for each attribute, logits [N,choices+1]."""
+        """Predict quality [N,4] and logits [N,choices+1] per attribute of images [N,3,48,48] in [-1,1]."""
         features = self.features(images)
         return self.quality(features), [head(features) for head in self.attributes]
 
     @torch.no_grad()
     def perceive(self, images: Tensor, captions: Sequence[str] = ()) -> tuple[Tensor, list[Tensor]]:
-        """Quality [N,4] in [0,1] and log-probabilities of each attribute.
+        """Predict quality [N,4] in [0,1] and the log-probabilities of each attribute.
+
+        Args:
+            captions: name images in errors.
 
         Raises:
-            ValueError: pixels, or what the network makes of them, are NaN or infinite; `captions` are for
-                that message.
+            ValueError: NaN or infinity in the pixels or in the network's output.
         """
-        _check_finite(images, captions, "the pixels are", "check the model that they come from")
+        _check_finite(images, captions, "the pixels are", "check the model that generated them")
         parts = [self(chunk) for chunk in images.split(CHUNK)]
         quality = torch.cat([p[0] for p in parts])
         logits = [torch.cat(columns) for columns in zip(*(p[1] for p in parts), strict=True)]
@@ -65,6 +67,7 @@ class Perception(nn.Module):
         return quality.clamp(0, 1), [column.log_softmax(-1) for column in logits]
 
     def save(self, folder: Path) -> None:
+        """Write model.safetensors (fp16) and config.json."""
         folder.mkdir(parents=True, exist_ok=True)
         save_file(
             {k: v.half().contiguous() for k, v in self.state_dict().items()}, folder / "model.safetensors"
@@ -73,17 +76,21 @@ class Perception(nn.Module):
 
     @classmethod
     def load(cls, folder: str | Path) -> Perception:
-        """Raises ValueError naming the folder when it is not there."""
+        """Load a network in evaluation mode.
+
+        Raises:
+            ValueError: a missing or damaged folder.
+        """
         folder = Path(folder)
         if not (folder / "config.json").exists():
-            raise ValueError(f"{folder}: no oracle there; run `make repro` or `dvc pull data.dvc`")
+            raise ValueError(f"{folder}: no such oracle; run `make repro` or `dvc pull data.dvc`")
         try:
             model = cls(**json.loads((folder / "config.json").read_text()))
             weights = load_file(folder / "model.safetensors")
             model.load_state_dict({k: v.float() for k, v in weights.items()})
         except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
-            raise ValueError(f"{folder}: no whole oracle ({reason}); run `dvc pull data.dvc`") from None
+            raise ValueError(f"{folder}: a damaged oracle ({reason}); run `dvc pull data.dvc`") from None
         return model.eval().requires_grad_(False)
 
 
@@ -106,7 +113,7 @@ class _Residual(nn.Module):
 
 
 def named_attributes(captions: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """What captions name: attributes int64 [N,8] with absent ones at the last class, and a mask [N,8]."""
+    """The attributes int64 [N,8] that captions name, the last class for absent ones, and their mask [N,8]."""
     attributes = torch.stack([world.parse(c) for c in captions])
     named = attributes != ABSENT
     last = torch.tensor([len(c) for c in CHOICES])
@@ -114,7 +121,7 @@ def named_attributes(captions: Sequence[str]) -> tuple[Tensor, Tensor]:
 
 
 def fidelity(log_probs: Sequence[Tensor], captions: Sequence[str], soft: bool = False) -> Tensor:
-    """Share [N] of the named attributes that the picture shows (soft: their mean probability)."""
+    """The fraction [N] of the named attributes that an image shows; `soft`: their mean probability."""
     attributes, named = named_attributes(captions)
     columns = []
     for i, column in enumerate(log_probs):
@@ -126,8 +133,11 @@ def fidelity(log_probs: Sequence[Tensor], captions: Sequence[str], soft: bool = 
 
 
 class Oracle:
-    """`oracle_aesthetic`: mean of the four quality factors. `oracle_alignment`: share of what the caption
-    names that the picture shows. Both in [0,1]."""
+    """The oracle as a scorer, with two metrics in [0,1].
+
+    `oracle_aesthetic` is the mean of the four quality factors, `oracle_alignment` the fraction of the
+    attributes named in the caption that the image shows.
+    """
 
     metrics = ("oracle_aesthetic", "oracle_alignment")
 
@@ -135,9 +145,13 @@ class Oracle:
         self.model = Perception.load(folder)
 
     def score(self, images: Tensor, captions: Sequence[str]) -> dict[str, list[float]]:
-        """Images [N,3,48,48] in [-1,1], one caption each."""
+        """Score images [N,3,48,48] in [-1,1], each for its own caption.
+
+        Raises:
+            ValueError: another number of captions than images, or values that are not finite.
+        """
         if len(images) != len(captions):
-            raise ValueError(f"oracle: {len(images)} images but {len(captions)} prompts")
+            raise ValueError(f"oracle: {len(images)} images, but {len(captions)} prompts")
         quality, log_probs = self.model.perceive(images, captions)
         return {
             "oracle_aesthetic": quality.mean(1).tolist(),

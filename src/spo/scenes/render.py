@@ -1,4 +1,4 @@
-"""Draws scenes: signed distances to shapes, then colour, then the four quality factors."""
+"""Render scenes: signed distances to shapes, then colour, then the four quality factors."""
 
 from __future__ import annotations
 
@@ -10,14 +10,20 @@ from torch import Tensor
 
 from spo.scenes.world import ABSENT, COLOURS, PLACES
 
-SIZE = 48  # pixels a side
+SIZE = 48  # side of an image, in pixels
 RADIUS = (6.6, 10.4)  # small, large, in pixels
-PLACE_CENTRES = ((0, 0), (0, -11), (0, 11), (-11, 0), (11, 0))  # of a single shape, from the middle
-PAIR_OFFSET = 11.5
+PLACE_CENTRES = (
+    (0, 0),
+    (0, -11),
+    (0, 11),
+    (-11, 0),
+    (11, 0),
+)  # of a single shape, from the centre, in pixels
+PAIR_OFFSET = 11.5  # of each shape of a pair from the centre, in pixels
 SOFT_EDGE = (7.0, 0.8)  # edge width in pixels at sharp = 0 and 1
 GRAIN = 0.12  # amplitude at clean = 0
 LEAST_SATURATION = 0.25  # at saturated = 0
-SHADOW = 0.75  # share of light lost on the dark side at lit = 0
+SHADOW = 0.75  # fraction of light lost on the dark side at lit = 0
 
 COLOUR_RGB = torch.tensor(
     [[220, 38, 38], [242, 138, 28], [238, 215, 45], [35, 165, 70], [40, 80, 220], [150, 55, 190]]
@@ -27,12 +33,12 @@ LUMA = torch.tensor([0.299, 0.587, 0.114])
 
 
 def render(attributes: Tensor, quality: Tensor, generator: torch.Generator) -> Tensor:
-    """Draw N scenes.
+    """Render N scenes.
 
     Args:
         attributes: int64 [N,8], see `spo.scenes.world`.
         quality: [N,4] in [0,1].
-        generator: small jitter of place, size and rotation, the grain, and the shadow's direction.
+        generator: of a small jitter of place, size and rotation, the grain, and the shadow's direction.
 
     Returns:
         images [N,3,48,48] in [-1,1].
@@ -53,13 +59,13 @@ def render(attributes: Tensor, quality: Tensor, generator: torch.Generator) -> T
 
 
 def _centres(layout: Tensor, slot: int) -> Tensor:
-    """Centres [N,2] as (x, y) from the middle of the picture."""
+    """The centres [N,2] of shapes as (x, y) from the centre of the image, in pixels."""
     o = -PAIR_OFFSET if slot == 0 else PAIR_OFFSET
     return torch.tensor([*PLACE_CENTRES, (0, o), (o, 0)], dtype=torch.float32)[layout]
 
 
 def _distance(shape: Tensor, centres: Tensor, size: Tensor, generator: torch.Generator) -> Tensor:
-    """Signed distance [N,48,48] in pixels, negative inside."""
+    """The signed distance [N,48,48] to a shape in pixels, negative inside."""
     n = len(shape)
     centres = centres + torch.rand(n, 2, generator=generator) * 2 - 1
     radius = torch.tensor(RADIUS)[size.clamp(min=0)] * (0.95 + 0.1 * torch.rand(n, generator=generator))
@@ -79,12 +85,12 @@ def _circle(x: Tensor, y: Tensor, r: Tensor) -> Tensor:
 
 def _triangle(x: Tensor, y: Tensor, r: Tensor) -> Tensor:
     side = math.sqrt(3) / 2
-    y = y - 0.22 * r  # the centroid lies low: move it to the middle of the box
+    y = y - 0.22 * r  # the centroid is below the centre of the bounding box: shift it there
     return torch.maximum(y - 0.6 * r, side * x.abs() - 0.5 * y - 0.6 * r)
 
 
 def _star(x: Tensor, y: Tensor, r: Tensor) -> Tensor:
-    """Five points: in each fifth of the circle, the line from an outer to an inner corner."""
+    """The distance to a star of five points: in each fifth, to the line from an outer to an inner corner."""
     fifth = 2 * math.pi / 5
     angle = torch.atan2(x, -y)
     angle = (angle - fifth * torch.round(angle / fifth)).abs()
@@ -112,7 +118,7 @@ def _saturate(image: Tensor, saturation: Tensor) -> Tensor:
 
 
 def _light(lit: Tensor, generator: torch.Generator) -> Tensor:
-    """A shadow that falls off along a random direction, [N,1,48,48]."""
+    """The light [N,1,48,48], with a shadow along a random direction."""
     angle = torch.rand(len(lit), generator=generator).view(-1, 1, 1) * 2 * math.pi
     axis = torch.linspace(-1, 1, SIZE)
     y, x = torch.meshgrid(axis, axis, indexing="ij")
@@ -121,7 +127,7 @@ def _light(lit: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _grain(n: int, generator: torch.Generator) -> Tensor:
-    """Mottled noise [N,3,48,48]: blotches of four pixels, the VAE's f (finer ones cost it the colours)."""
+    """Mottled noise [N,3,48,48] in blotches of four pixels, the VAE's factor (finer noise costs colours)."""
     side = SIZE // 4
     luma = torch.randn(n, 1, side, side, generator=generator)
     chroma = torch.randn(n, 3, side, side, generator=generator)

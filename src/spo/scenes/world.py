@@ -1,12 +1,12 @@
-"""What a scene is: its attributes, its captions, and the quality that captions never name.
+"""The world of scenes: attributes, captions, and the quality that captions never name.
 
 A batch of N scenes is two tensors:
 
 * attributes int64 [N,8], one column per name in `ATTRIBUTES`. Slot 0 is the upper or left shape of
-  a pair, so "a above b" and "b below a" are the same scene. Scenes of one shape have `ABSENT` in the
-  columns of slot 1.
+  a pair, so that "a above b" and "b below a" are the same scene. Scenes of one shape have `ABSENT` in
+  the columns of slot 1.
 * quality [N,4] in [0,1], one column per name in `QUALITY`, independent of each other and of the
-  attributes. Aesthetics is their mean.
+  attributes. The aesthetic quality is the mean of the four.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ ABSENT = -1
 
 
 def vocabulary() -> list[str]:
-    """Every word that a caption can contain, sorted."""
+    """List every word that a caption can contain, sorted."""
     texts = (*SHAPES, *COLOURS, *SIZES, *BACKGROUNDS, *LAYOUTS, *REVERSED.values(), "a", "on")
     return sorted({word for text in texts for word in text.split()})
 
@@ -55,7 +55,7 @@ def random_quality(n: int, generator: torch.Generator) -> Tensor:
 
 
 def caption(attributes: Sequence[int], reverse: bool = False) -> str:
-    """Say a scene (one row of attributes); `reverse` tells a pair from its second shape."""
+    """Describe a scene (one row of attributes); `reverse` begins with the second shape of a pair."""
     layout, background, *slots = attributes
     first = _phrase(slots[:3])
     if layout < len(PLACES):
@@ -67,22 +67,22 @@ def caption(attributes: Sequence[int], reverse: bool = False) -> str:
 
 
 def captions(attributes: Tensor, generator: torch.Generator) -> list[str]:
-    """Say N scenes; about half of the pairs are told from their second shape."""
+    """Describe N scenes; about half of the captions of pairs begin with the second shape."""
     reverse = torch.rand(len(attributes), generator=generator) < 0.5
     return [caption(a, bool(r)) for a, r in zip(attributes.tolist(), reverse, strict=True)]
 
 
 def parse(text: str) -> Tensor:
-    """The attributes int64 [8] that a caption names; the inverse of `caption`.
+    """Parse a caption to its attributes int64 [8]; the inverse of `caption`.
 
     Raises:
-        ValueError: naming the caption, when it is not one of this world's sentences.
+        ValueError: a text that is not a caption of this world.
     """
     try:
         scene, background = text.split(" on ")
         for relation in (*LAYOUTS[len(PLACES) :], *REVERSED.values()):
-            first, found, second = scene.partition(f" {relation} a ")
-            if found:
+            first, separator, second = scene.partition(f" {relation} a ")
+            if separator:
                 return _parse_pair(relation, first, f"a {second}", background)
         words = scene.split()
         place = LAYOUTS.index(" ".join(words[4:]) or PLACES[0])
