@@ -1,6 +1,6 @@
-"""`spo`, also as `python -m spo`: Ctrl-C is one line from here on, while our imports go on (0.2 s) as well.
+"""The entry point of `spo` and `python -m spo`: Ctrl-C gives one line, also during our imports (0.2 s).
 
-What comes earlier, the first 20 ms, is Python's own start and answers with Python's own words.
+Before that, in the first 20 ms, Python itself answers Ctrl-C with a traceback.
 """
 
 import os
@@ -8,7 +8,7 @@ import sys
 
 
 def entry() -> int:
-    """What `spo` on the command line runs; returns the exit status."""
+    """Run the command line; returns the exit status."""
     try:
         from spo import cli
 

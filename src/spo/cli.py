@@ -1,4 +1,4 @@
-"""The command line. Imports nothing heavy before a command runs; a user's mistake is one line, exit 2."""
+"""The command line: no heavy import before a command runs; a user's mistake is one line and exit status 2."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from spo import config
 from spo.runtime import interrupt, launch
 from spo.runtime.messages import redact
 
-# stage: (what it does, its items)
+# stage: (description, variants or methods that it takes as an argument)
 STAGES: dict[str, tuple[str, tuple[str, ...]]] = {
-    "inputs": ("pin every outside input by its content", ()),
+    "inputs": ("pin every external input by its content", ()),
     "prompts": ("clean and split the prompts", ()),
     "pairs": ("check, filter and shard the preference pairs", ()),
     "preference": ("train the step-aware preference model", ("unconditioned", "clean_only")),
     "align": ("fine-tune the base model by one method", config.METHODS),
-    "generate": ("images of the base or an aligned model", config.VARIANTS),
-    "score": ("PickScore, HPS and aesthetic score of those images", config.VARIANTS),
-    "report": ("statistics, tables and grids on one page", ()),
+    "generate": ("generate images by the base or an aligned model", config.VARIANTS),
+    "score": ("score those images by PickScore, HPS and the aesthetic predictor", config.VARIANTS),
+    "report": ("write statistics, tables and image grids to one page", ()),
 }
 
 
 def entry() -> int:
-    """`main`, and the certainty that Ctrl-C ends a stage."""
+    """Run `main` with a handler that makes sure that Ctrl-C ends a stage."""
     if sys.argv[1:2] and sys.argv[1] in STAGES:
         interrupt.install()
     return main()
@@ -39,12 +39,12 @@ def entry() -> int:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    told = parser().parse_args(arguments)
+    args = parser().parse_args(arguments)
     if not launch.is_main_process():
         os.environ["TQDM_DISABLE"] = "1"
     try:
-        if not _launched(told, arguments):
-            told.run(told)
+        if not _launched(args, arguments):
+            args.run(args)
     except (ValueError, FloatingPointError, OSError) as error:
         return _fail(redact(str(error)))
     except Exception as error:
@@ -58,20 +58,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _launched(told: argparse.Namespace, arguments: Sequence[str]) -> bool:
-    """Whether the command ran in several processes, as params.yaml wants it."""
-    stage = getattr(told, "stage", None)
-    if stage not in launch.STAGES or told.dry_run:
+def _launched(args: argparse.Namespace, arguments: Sequence[str]) -> bool:
+    """Launch the command in several processes if params.yaml says so; returns whether it did."""
+    stage = getattr(args, "stage", None)
+    if stage not in launch.STAGES or args.dry_run:
         return False
-    processes = config.load(told.params).processes
+    processes = config.load(args.params).processes
     if not launch.wanted(stage, processes):
         return False
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # the processes may take their time to save
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # no deadline: the processes may need time to save
     launch.run(arguments, processes)
     return True
 
 
-def _say(result: object) -> None:
+def _print(result: object) -> None:
     if launch.is_main_process():
         print(result)
 
@@ -83,50 +85,62 @@ def _fail(reason: str) -> int:
 
 
 def _shortage(error: Exception) -> str | None:
-    """One line for what the machine has too little of; None for a mistake of ours."""
+    """One line if memory or disk space ran out; None for any other error."""
     text = (str(error).splitlines() or [""])[0]
     if isinstance(error, MemoryError) or "can't allocate memory" in text or "out of memory" in text:
         return f"out of memory ({text[:200] or 'this process'}); lower the stage's batch_size in params.yaml"
-    if type(error).__name__ == "SafetensorError":  # its writer has no OSError
+    if type(error).__name__ == "SafetensorError":  # its writer raises no OSError on a full disk
         return f"weights cannot be read or written ({text[:200]})"
     return None
 
 
 def parser() -> argparse.ArgumentParser:
+    """Build the parser of all commands."""
     top = argparse.ArgumentParser(
         prog="spo",
         description="Align text-to-image models with human preferences, step by step.",
         epilog="`make repro` or `dvc repro` runs all stages in order, each only when something changed.",
     )
     commands = top.add_subparsers(required=True, metavar="command")
-    for name, (text, items) in STAGES.items():
+    for name, (text, variants) in STAGES.items():
         stage = commands.add_parser(name, help=f"stage: {text}", description=text)
-        if items:
-            optional = "?" if name in ("preference", *_ELSEWHERE) else None
-            stage.add_argument("item", choices=items, nargs=optional, help="which one")
+        if variants:
+            optional = "?" if name in ("preference", *_EXTERNAL) else None
+            stage.add_argument(
+                "variant",
+                choices=variants,
+                nargs=optional,
+                help="the method" if name == "align" else "the variant",
+            )
         stage.add_argument("--params", type=Path, default=Path("params.yaml"), metavar="FILE")
         stage.add_argument(
-            "--dry-run", action="store_true", help="resolve all, tell sizes and steps, run nothing"
+            "--dry-run", action="store_true", help="check inputs, print sizes and steps, run nothing"
         )
-        stage.set_defaults(run=_stage, stage=name, item=None)
-        if name in _ELSEWHERE:
-            _ELSEWHERE[name](stage)
-    _sample(commands.add_parser("sample", help="an image of one prompt by the base or an aligned model"))
-    _preset(commands.add_parser("preset", help="write a ready-made params.yaml"))
-    sync = commands.add_parser("sync", help="deliver to MLflow what was logged while its server was away")
-    sync.set_defaults(run=_run_sync)
-    register = commands.add_parser(
-        "register", help="the aligned model to MLflow's registry, through the gate"
+        stage.set_defaults(run=_stage, stage=name, variant=None)
+        if name in _EXTERNAL:
+            _EXTERNAL[name](stage)
+    _sample(
+        commands.add_parser("sample", help="generate an image of a prompt by the base or an aligned model")
     )
+    _preset(commands.add_parser("preset", help="write a ready-made params.yaml"))
+    sync = commands.add_parser(
+        "sync", help="deliver records to MLflow that were logged while it was unreachable"
+    )
+    sync.set_defaults(run=_run_sync)
+    register = commands.add_parser("register", help="register the aligned model in MLflow, through the gate")
     register.set_defaults(run=_run_register)
-    repro = commands.add_parser("repro", help="dvc repro, with the stages that it skips in MLflow too")
+    repro = commands.add_parser("repro", help="run dvc repro and log its cached stages to MLflow too")
     repro.add_argument("arguments", nargs=argparse.REMAINDER, help="of dvc repro")
     repro.set_defaults(run=_run_repro)
     return top
 
 
 def _guidance(text: str) -> float:
-    """Check a scale of classifier-free guidance as params.yaml's is checked."""
+    """Parse a guidance scale, with the bounds of params.yaml.
+
+    Raises:
+        ArgumentTypeError: not a finite number of at least 0.
+    """
     try:
         value = float(text)
     except ValueError:
@@ -136,116 +150,122 @@ def _guidance(text: str) -> float:
     return value
 
 
-def _stage(told: argparse.Namespace) -> None:
-    params = config.load(told.params)
-    if told.dry_run:
+def _stage(args: argparse.Namespace) -> None:
+    params = config.load(args.params)
+    if args.dry_run:
         from spo.commands import dry_run
 
-        print("\n".join(dry_run.lines(params, told.stage, told.item)))
+        print("\n".join(dry_run.lines(params, args.stage, args.variant)))
         return
-    importlib.import_module(f"spo.stages.{told.stage}").run(params, told.item)
+    importlib.import_module(f"spo.stages.{args.stage}").run(params, args.variant)
 
 
-def _generate_elsewhere(command: argparse.ArgumentParser) -> None:
-    told = command.add_argument_group("instead of a variant: an external model or external images")
-    told.add_argument(
+def _generate_external(command: argparse.ArgumentParser) -> None:
+    group = command.add_argument_group("an external model instead of a variant")
+    group.add_argument(
         *("--lora", "--unet", "--checkpoint"),
         type=Path,
         metavar="PATH",
-        help="a LoRA or UNet (file or folder) on the base, or a whole model (diffusers folder, .safetensors)",
+        help="a LoRA or UNet (file or folder) on the base, or a pipeline (diffusers folder, .safetensors)",
     )
-    told.add_argument("--prompts", type=Path, metavar="FILE", help="default: the experiment's own")
-    told.add_argument("--guidance", type=_guidance, help="default: that of generate.base")
-    told.add_argument("--output", type=Path, metavar="FOLDER", help="default: outputs/judged/NAME")
+    group.add_argument("--prompts", type=Path, metavar="FILE", help="default: the experiment's prompts")
+    group.add_argument("--guidance", type=_guidance, help="default: that of generate.base")
+    group.add_argument("--output", type=Path, metavar="FOLDER", help="default: outputs/judged/NAME")
     command.set_defaults(run=_run_generate)
 
 
-def _run_generate(told: argparse.Namespace) -> None:
-    if not _elsewhere(told, "lora", ("prompts", "guidance", "output")):
-        return _stage(told)
+def _run_generate(args: argparse.Namespace) -> None:
+    if not _is_external(args, "lora", ("prompts", "guidance", "output")):
+        return _stage(args)
     from spo.commands import external
 
-    _say(external.generate(config.load(told.params), told.lora, told.prompts, told.guidance, told.output))
+    _print(external.generate(config.load(args.params), args.lora, args.prompts, args.guidance, args.output))
 
 
-def _score_elsewhere(command: argparse.ArgumentParser) -> None:
-    told = command.add_argument_group("instead of a variant: an external model or external images")
-    told.add_argument("--images", type=Path, metavar="FOLDER", help="picture files, or what generate wrote")
-    told.add_argument("--prompts", type=Path, metavar="FILE", help="one for each, in the order of file names")
-    told.add_argument(
-        "--baseline", type=Path, metavar="FOLDER", help="compare with these, for the same prompts"
+def _score_external(command: argparse.ArgumentParser) -> None:
+    group = command.add_argument_group("external images instead of a variant")
+    group.add_argument(
+        "--images", type=Path, metavar="FOLDER", help="image files, or the output of spo generate"
     )
-    told.add_argument("--output", type=Path, metavar="FOLDER", help="default: outputs/judged/NAME")
+    group.add_argument(
+        "--prompts", type=Path, metavar="FILE", help="one per image, in the order of the file names"
+    )
+    group.add_argument(
+        "--baseline", type=Path, metavar="FOLDER", help="images of the same prompts to compare with"
+    )
+    group.add_argument("--output", type=Path, metavar="FOLDER", help="default: outputs/judged/NAME")
     command.set_defaults(run=_run_score)
 
 
-def _run_score(told: argparse.Namespace) -> None:
-    if not _elsewhere(told, "images", ("prompts", "baseline", "output")):
-        return _stage(told)
+def _run_score(args: argparse.Namespace) -> None:
+    if not _is_external(args, "images", ("prompts", "baseline", "output")):
+        return _stage(args)
     from spo.commands import external
 
-    _say(external.score(config.load(told.params), told.images, told.prompts, told.baseline, told.output))
+    _print(external.score(config.load(args.params), args.images, args.prompts, args.baseline, args.output))
 
 
-def _elsewhere(told: argparse.Namespace, option: str, others: tuple[str, ...]) -> bool:
-    """Whether `option` stands in for the item; one of them there must be."""
-    given = getattr(told, option) is not None
-    if given == (told.item is not None):
-        raise ValueError(
-            f"{told.stage}: give a variant ({', '.join(config.VARIANTS)}) or --{option}, not both"
-        )
-    stray = [name for name in others if not given and getattr(told, name) is not None]
+def _is_external(args: argparse.Namespace, option: str, others: tuple[str, ...]) -> bool:
+    """Whether `option` replaces the variant.
+
+    Raises:
+        ValueError: both or neither of them, or an option of `others` without `option`.
+    """
+    given = getattr(args, option) is not None
+    if given == (args.variant is not None):
+        raise ValueError(f"{args.stage}: give either a variant ({', '.join(config.VARIANTS)}) or --{option}")
+    stray = [name for name in others if not given and getattr(args, name) is not None]
     if stray:
-        raise ValueError(f"{told.stage}: --{stray[0]} goes with --{option} only")
+        raise ValueError(f"{args.stage}: --{stray[0]} needs --{option}")
     return given
 
 
-_ELSEWHERE: dict[str, Any] = {"generate": _generate_elsewhere, "score": _score_elsewhere}
+_EXTERNAL: dict[str, Any] = {"generate": _generate_external, "score": _score_external}
 
 
 def _sample(command: argparse.ArgumentParser) -> None:
     command.add_argument("prompt")
     command.add_argument("--method", default="spo", choices=config.VARIANTS)
-    command.add_argument("--model", metavar="ALIAS", help="from MLflow's registry: champion, or a version")
+    command.add_argument("--model", metavar="ALIAS", help="of MLflow's registry: champion, or a version")
     command.add_argument("--seed", type=int, default=0)
     command.add_argument("--guidance", type=_guidance, help="default: the variant's own")
     command.add_argument("--output", type=Path, default=Path("sample.png"), metavar="FILE")
-    command.add_argument("-n", type=int, default=1, help="pictures, side by side (default 1)")
+    command.add_argument("-n", type=int, default=1, help="number of images, side by side (default 1)")
     command.add_argument("--params", type=Path, default=Path("params.yaml"), metavar="FILE")
     command.set_defaults(run=_run_sample)
 
 
-def _run_sample(told: argparse.Namespace) -> None:
+def _run_sample(args: argparse.Namespace) -> None:
     from spo.commands import sample
 
-    params = config.load(told.params)
-    if told.n < 1:
-        raise ValueError(f"-n {told.n}: must be at least 1")
-    method, adapter = told.method, None
-    if told.model is not None:
+    params = config.load(args.params)
+    if args.n < 1:
+        raise ValueError(f"-n {args.n}: must be at least 1")
+    method, adapter = args.method, None
+    if args.model is not None:
         from spo.commands import registry
 
-        adapter, method = registry.fetch(params, told.model)
-    path = sample.run(params, told.prompt, method, told.seed, told.guidance, told.output, told.n, adapter)
+        adapter, method = registry.fetch(params, args.model)
+    path = sample.run(params, args.prompt, method, args.seed, args.guidance, args.output, args.n, adapter)
     print(path)
 
 
 def _preset(command: argparse.ArgumentParser) -> None:
     command.add_argument("name", choices=config.preset_names())
     command.add_argument("--output", type=Path, default=Path("params.yaml"), metavar="FILE")
-    command.add_argument("--force", action="store_true", help="replace a file that is there")
+    command.add_argument("--force", action="store_true", help="overwrite an existing file")
     command.set_defaults(run=_run_preset)
 
 
-def _run_preset(told: argparse.Namespace) -> None:
-    text = config.preset(told.name)
-    if told.output.exists() and told.output.read_text() != text and not told.force:
-        raise ValueError(f"{told.output} is there and differs; --force replaces it")
-    told.output.write_text(text)
-    print(f"{told.output}: {told.name}")
+def _run_preset(args: argparse.Namespace) -> None:
+    text = config.preset(args.name)
+    if args.output.exists() and args.output.read_text() != text and not args.force:
+        raise ValueError(f"{args.output} exists and differs; --force overwrites it")
+    args.output.write_text(text)
+    print(f"{args.output}: {args.name}")
 
 
-def _run_sync(told: argparse.Namespace) -> None:
+def _run_sync(args: argparse.Namespace) -> None:
     from spo.commands import repro
     from spo.tracking import runs
 
@@ -257,12 +277,10 @@ def _run_sync(told: argparse.Namespace) -> None:
     delivered, left = runs.sync(uri)
     print(f"{delivered} records delivered, {left} left")
     if left:
-        raise ValueError(
-            f"sync: {left} records are left, for the reasons above; `spo sync` goes on from there"
-        )
+        raise ValueError(f"sync: {left} records are left, for the reasons above; run `spo sync` again")
 
 
-def _run_register(told: argparse.Namespace) -> None:
+def _run_register(args: argparse.Namespace) -> None:
     from spo.commands import registry
 
     verdict = registry.register(config.load())
@@ -271,7 +289,7 @@ def _run_register(told: argparse.Namespace) -> None:
         print(f"  {reason}")
 
 
-def _run_repro(told: argparse.Namespace) -> None:
+def _run_repro(args: argparse.Namespace) -> None:
     from spo.commands import repro
 
-    sys.exit(repro.run(config.load(), told.arguments))
+    sys.exit(repro.run(config.load(), args.arguments))

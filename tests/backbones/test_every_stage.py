@@ -255,9 +255,9 @@ def test_a_dry_run_tells_what_a_stage_does_and_writes_nothing(experiment, tmp_pa
     pairs, samples = (16, 248) if sd else (12, 184)
     assert f"4 rollouts in 2 iterations; at most {pairs} pairs, 4 updates" in told["align"]
     assert f"time: {samples} UNet samples" in told["align"]
-    assert "2 pictures of 4 steps, guidance 2" in told["generate"]
+    assert "2 images of 4 steps, guidance 2" in told["generate"]
     for stage in ("preference", "align", "generate"):
-        assert "memory: " in told[stage] and "GFLOP a UNet sample" in told[stage]
+        assert "memory: " in told[stage] and "GFLOP per UNet sample" in told[stage]
 
 
 def test_a_dry_run_without_network_names_what_cannot_be_reached(experiment, capsys) -> None:

@@ -150,7 +150,7 @@ def test_validation_images_are_refused(checkpoints, tmp_path, load) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path)
         with pytest.raises(ValueError, match="VAE decoder output, prompt 'a circle'"):
-            validation.pictures(backbone, params, settings, 2.0)
+            validation.generate(backbone, params, settings, 2.0)
 
 
 def spo_method(backbone, model, words) -> SpoMethod:

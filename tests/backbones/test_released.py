@@ -116,7 +116,10 @@ def test_a_unet_of_another_architecture_is_refused(aligned, tuned, tmp_path) -> 
             "conv_new.bias": weight,
             "conv_new.weight": weight,
         },
-        r"conv_in.weight is \[32, 9, 3, 3\], but the base's": {**good, "conv_in.weight": torch.ones(32, 9, 3, 3)},
+        r"conv_in.weight is \[32, 9, 3, 3\], but the base's": {
+            **good,
+            "conv_in.weight": torch.ones(32, 9, 3, 3),
+        },
         "conv_in.weight has NaN": {**good, "conv_in.weight": weight * torch.nan},
     }
     for message, state in spoilt.items():

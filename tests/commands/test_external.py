@@ -93,14 +93,14 @@ def test_mistakes_are_one_line(capsys, tmp_path, experiment, pictures) -> None:
     cases = [
         (["--images", mine, "--prompts", tmp_path / "two.txt"], "3 images, but .*two.txt has 2 prompts"),
         (["--images", mine, "--prompts", tmp_path / "gap.txt"], "gap.txt: prompt 2 is empty"),
-        (["--images", mine, "--prompts", tmp_path / "none.txt"], "holds no prompts"),
+        (["--images", mine, "--prompts", tmp_path / "none.txt"], "none.txt: is empty"),
         (["--images", mine], "give --prompts FILE"),
         (["--images", torn, "--prompts", tmp_path / "three.txt"], "picture11.png: not a readable image"),
-        (["--images", tmp_path / "empty", "--prompts", tmp_path / "three.txt"], "no images there"),
-        (["--images", tmp_path / "nowhere", "--prompts", tmp_path / "three.txt"], "no folder there"),
-        (["base", "--images", mine], "not both"),
-        ([], "give a variant .* or --images"),
-        (["base", "--prompts", tmp_path / "two.txt"], "--prompts goes with --images only"),
+        (["--images", tmp_path / "empty", "--prompts", tmp_path / "three.txt"], "no images in this folder"),
+        (["--images", tmp_path / "nowhere", "--prompts", tmp_path / "three.txt"], "no such folder"),
+        (["base", "--images", mine], "give either a variant"),
+        ([], "give either a variant .* or --images"),
+        (["base", "--prompts", tmp_path / "two.txt"], "--prompts needs --images"),
     ]
     for arguments, message in cases:
         status, _, error = run(capsys, "score", *arguments, "--params", experiment)
@@ -108,7 +108,7 @@ def test_mistakes_are_one_line(capsys, tmp_path, experiment, pictures) -> None:
         with pytest.raises(ValueError, match=message):
             raise ValueError(error)
     status, _, error = run(capsys, "generate", "--lora", tmp_path / "nowhere", "--params", experiment)
-    assert status == 2 and "nowhere: not there; give a LoRA" in error
+    assert status == 2 and "nowhere: no such file or folder; give a LoRA" in error
 
 
 def test_images_of_every_shape_and_kind_are_scored(capsys, tmp_path, experiment) -> None:
@@ -135,10 +135,10 @@ def test_an_archive_beside_other_images_is_refused(capsys, tmp_path, experiment)
     save_images(tmp_path / "both", [Image.new("RGB", (8, 8))], PROMPTS[:1], [0])
     Image.new("RGB", (8, 8)).save(tmp_path / "both/1.png")
     status, _, error = run(capsys, "score", "--images", tmp_path / "both", "--params", experiment)
-    assert status == 2 and "holds images.zip and 1.png" in error
+    assert status == 2 and "contains images.zip and 1.png" in error
     save_images(tmp_path / "none", [], [], [])
     status, _, error = run(capsys, "score", "--images", tmp_path / "none", "--params", experiment)
-    assert status == 2 and "no images there" in error
+    assert status == 2 and "no images in this archive" in error
 
 
 @pytest.mark.parametrize(
@@ -149,7 +149,7 @@ def test_an_archive_beside_other_images_is_refused(capsys, tmp_path, experiment)
         ("p.json", r'["a\u0000b"]', "p.json: prompt 1 has a NUL character"),
         ("p.txt", "a\0b\n", "p.txt: line 1 has a NUL character"),
         ("p.csv", "prompt,id\na,1\n,2\n", "p.csv: prompt 2 is empty"),
-        ("p.csv", "prompt,id\n", "p.csv: holds no prompts"),
+        ("p.csv", "prompt,id\n", "p.csv: is empty"),
         ("p.md", "a", "not .md"),
         ("folder", None, "not a folder"),
     ],

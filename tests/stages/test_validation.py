@@ -65,16 +65,18 @@ def test_it_looks_before_every_few_iterations_and_after_the_last(tmp_path: Path)
     [
         # differences -4 and -6: mean -5, standard deviation sqrt 2, standard error 1
         (([-3.0, -4.0], 0.4), {"max_fall": 4.9}, r"hps of validation prompts fell by 5, more than 4.9"),
-        (([1.0, 2.0], 0.19), {"min_diversity": 0.5}, r"diversity is 0.19, it was 0.4 \(min_diversity 0.5\)"),
+        (
+            ([1.0, 2.0], 0.19),
+            {"min_diversity": 0.5},
+            r"diversity fell from 0.4 to 0.19 \(min_diversity 0.5\)",
+        ),
     ],
 )
 def test_a_collapse_stops_and_names_the_last_good_model(tmp_path: Path, bad, limits, why: str) -> None:
     seen, curve = watch(tmp_path, Trained(GOOD, GOOD, bad), **limits)
     seen(0, {}, 0)
     seen(2, {}, 2)
-    with pytest.raises(
-        Collapse, match=rf"align.spo: stopped at iteration 4: {why}.* iteration 2 is in .*good"
-    ):
+    with pytest.raises(Collapse, match=rf"align.spo: stopped at iteration 4: {why}.* iteration 2, in .*good"):
         seen(4, {}, 4)
     assert curve.rows[-1][0] == 4, "what was seen is logged before it stops"
     assert json.loads((tmp_path / "good/iteration.json").read_text()) == 2

@@ -1,4 +1,4 @@
-"""Images of prompts by a model: drawn batch by batch, resumable."""
+"""Generate images of prompts batch by batch; an interrupted run can be resumed."""
 
 from __future__ import annotations
 
@@ -21,12 +21,15 @@ def draw(
     variant: Variant,
     prompts: list[str],
     seeds: list[int],
-    kept: CheckpointStore | None = None,
+    cache: CheckpointStore | None = None,
 ) -> Iterator[Image.Image]:
-    """One picture a prompt; its noise belongs to its seed, whatever the batch.
+    """Generate one image per prompt; its noise depends on its seed, not on the batch.
 
     Args:
-        kept: each batch is saved there by the first process, and those that are there are not drawn again.
+        cache: the main process saves each batch there; cached batches are not generated again.
+
+    Raises:
+        ValueError: values that are not finite; the line names the prompt.
     """
     from itertools import islice
 
@@ -52,25 +55,25 @@ def draw(
 
     size = settings.batch_size
     parts = [slice(start, start + size) for start in range(0, len(prompts), size)]
-    done = distributed.broadcast_int(sum(1 for _ in kept.whole()) if kept else 0)
+    done = distributed.broadcast_int(sum(1 for _ in cache.whole()) if cache else 0)
     with tqdm(total=len(prompts), desc="generate", unit="image") as bar:
-        for state in islice(kept.whole(), done) if kept and done else ():
+        for state in islice(cache.whole(), done) if cache and done else ():
             yield from unpack(state["pixels"])
             bar.update(len(state["pixels"]))
         for number, drawn in enumerate(distributed.map_round_robin(batch, parts[done:]), start=done):
-            if kept and distributed.is_main_process():
-                kept.save(number, {"pixels": pack(drawn)})
+            if cache and distributed.is_main_process():
+                cache.save(number, {"pixels": pack(drawn)})
             yield from drawn
             bar.update(len(drawn))
 
 
-def save(folder: Path, pictures: Iterator[Image.Image], prompts: list[str], seeds: list[int]) -> None:
-    """Written by the first process; the others only draw their share."""
-    from spo.data import images
+def save(folder: Path, images: Iterator[Image.Image], prompts: list[str], seeds: list[int]) -> None:
+    """Save images from the main process; the other processes only generate their part."""
+    from spo.data.images import save_images
     from spo.training import distributed
 
     if distributed.is_main_process():
-        images.save_images(folder, pictures, prompts, seeds)
+        save_images(folder, images, prompts, seeds)
     else:
-        for _ in pictures:
+        for _ in images:
             pass

@@ -1,7 +1,7 @@
-"""The model card of what a stage or the registry hands on: what it was made of, how, and how it scored.
+"""The model card of an aligned model: base model, data, recipe and scores.
 
-Written for `README.md` beside the weights, with the front matter that model hubs read. The same run gives
-the same text: it is part of a DVC output.
+It is the `README.md` beside the weights, with the front matter that model hubs read. The same run gives the
+same text, because the card is part of a DVC output.
 """
 
 from __future__ import annotations
@@ -19,16 +19,20 @@ NAMES = {
     "spo": "Step-aware Preference Optimization (arXiv 2406.04314)",
     "diffusion_dpo": "Diffusion-DPO (arXiv 2311.12908)",
 }
-UNTRAINED = ("seconds", "training_seconds")  # of the machine, not of the model
+TIMES = ("seconds", "training_seconds")  # differ between runs, so they are not on the card
 
 
 def write(folder: Path, params: Params, method: str, trained: Mapping[str, Any]) -> None:
-    """`folder`/README.md. `trained`: counts of the training, its times are left out."""
+    """Write `folder`/README.md.
+
+    Args:
+        trained: counts of the training; its times are omitted.
+    """
     (folder / "README.md").write_text(text(params, method, trained), encoding="utf-8")
 
 
 def text(params: Params, method: str, trained: Mapping[str, Any]) -> str:
-    """Without the passwords of URLs."""
+    """The text of the card, without the passwords of URLs."""
     return redact(_text(params, method, trained))
 
 
@@ -44,14 +48,14 @@ def _text(params: Params, method: str, trained: Mapping[str, Any]) -> str:
         "tags": ["text-to-image", *(["lora"] if section.lora is not None else []), method.replace("_", "-")],
     }
     at = f", revision {base.revision}" if base.revision else ""
-    terms = known or "not stated; ask its makers before you share what was made of it"
+    terms = known or "not stated; ask its authors before you share this model"
     load = (
         'pipe.load_lora_weights("this folder")'
         if section.lora is not None
         else 'pipe = DiffusionPipeline.from_pretrained("this folder")'
     )
     recipe = yaml.safe_dump(section.model_dump(mode="json", exclude_none=True), sort_keys=False)
-    counts = "\n".join(f"- {k.replace('_', ' ')}: {v}" for k, v in trained.items() if k not in UNTRAINED)
+    counts = "\n".join(f"- {k.replace('_', ' ')}: {v}" for k, v in trained.items() if k not in TIMES)
     return f"""---
 {yaml.safe_dump(head, sort_keys=False).strip()}
 ---
@@ -76,7 +80,7 @@ def _text(params: Params, method: str, trained: Mapping[str, Any]) -> str:
 
 
 def licence(checkpoint: str) -> str | None:
-    """What the front matter of the README in a local checkpoint's folder says."""
+    """The licence in the front matter of the README of a local checkpoint; None if there is none."""
     path = Path(checkpoint) / "README.md"
     if not path.is_file():
         return None
@@ -84,15 +88,15 @@ def licence(checkpoint: str) -> str | None:
     if len(parts) < 3 or parts[0].strip():
         return None
     try:
-        told = yaml.safe_load(parts[1])
+        front_matter = yaml.safe_load(parts[1])
     except yaml.YAMLError:
         return None
-    found = told.get("license") if isinstance(told, dict) else None
-    return found if isinstance(found, str) else None
+    name = front_matter.get("license") if isinstance(front_matter, dict) else None
+    return name if isinstance(name, str) else None
 
 
 def scores(rows: Sequence[Mapping[str, Any]], method: str) -> str:
-    """The section of the card with rows of reports/comparisons.json."""
+    """The section with the scores of a method, from the rows of reports/comparisons.json."""
     lines = [
         "## Scores",
         "",

@@ -1,4 +1,4 @@
-"""The pictures of the report: curves by matplotlib, sheets of generated pictures by PIL. All as PNG bytes."""
+"""The figures of the report as PNG bytes: curves by matplotlib, grids of generated images by PIL."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ if TYPE_CHECKING:
     from PIL import Image, ImageFont
 
 COLOURS = ("#1f6fd1", "#d1701f", "#5a8f3c", "#8a5ab5", "#7d838c")
-WIDTH = 10.0  # inches, of every figure, so that all have letters of one size
+WIDTH = 10.0  # inches, the same for every figure, so that all have the same font size
 INK, FAINT = "#30343a", "#dfe3e8"
-SMOOTHING = 15  # windows a curve: the dark line is the mean of a fifteenth of it
-WANTED = ("score", "loss", "accuracy", "implicit_accuracy", "valid_fraction", "gradient_norm")
+SMOOTHING = 15  # the running mean is over a fifteenth of a curve
+METRICS = ("score", "loss", "accuracy", "implicit_accuracy", "valid_fraction", "gradient_norm")
 
-CELL, GAP, MARGIN = 144, 4, 12  # pixels of the sheet for the README
+CELL, GAP, MARGIN = 144, 4, 12  # pixels, of the grid for the README
 TEXT, LINE, HEADER = 14, 19, 26
-BLOCKS = 2  # prompts side by side
+BLOCKS = 2  # prompts per row
 
 
 def accuracy(models: Mapping[str, Mapping[str, float]], n: int) -> bytes:
-    """Accuracy of preference models by timestep, with the 95 % binomial interval of n pairs."""
+    """Plot the accuracy of preference models by timestep, with the 95 % binomial interval of n pairs."""
     figure, (axes,) = _figure(1, height=3.0)
     for (name, by_step), colour in zip(models.items(), _colours(), strict=False):
         steps = sorted(int(t) for t in by_step)
@@ -33,13 +33,13 @@ def accuracy(models: Mapping[str, Mapping[str, float]], n: int) -> bytes:
         margins = [1.96 * math.sqrt(v * (100 - v) / max(n, 1)) for v in values]
         axes.errorbar(steps, values, margins, color=colour, marker="o", ms=4, capsize=3, lw=1.6, label=name)
     axes.axhline(50, color=INK, lw=0.8, ls=":")
-    axes.set(xlabel="timestep (0: the finished picture)", ylabel="accuracy, %")
+    axes.set(xlabel="timestep (0: the clean image)", ylabel="accuracy, %")
     axes.legend(frameon=False, fontsize=8)
     return _png(figure)
 
 
 def differences(rows: Sequence[Mapping[str, Any]], names: Mapping[str, str]) -> bytes:
-    """One panel a metric: each method's mean difference from one baseline, with its interval."""
+    """Plot each method's mean difference from one baseline with its interval, one panel per metric."""
     metrics = list(dict.fromkeys(r["metric"] for r in rows))
     methods = list(dict.fromkeys(r["method"] for r in rows))
     figure, panels = _figure(len(metrics), height=0.9 + 0.4 * len(methods))
@@ -60,11 +60,15 @@ def differences(rows: Sequence[Mapping[str, Any]], names: Mapping[str, str]) -> 
 
 
 def curves(table: DataFrame, colour: str = COLOURS[0]) -> bytes:
-    """Training metrics over steps: what was measured, faint, and its running mean."""
-    columns = [c for c in WANTED if c in table.columns] or [c for c in table.columns if c != "step"]
+    """Plot training metrics over updates: measured values (faint) and their running mean.
+
+    Raises:
+        ValueError: a table without a metric.
+    """
+    columns = [c for c in METRICS if c in table.columns] or [c for c in table.columns if c != "step"]
     columns = [c for c in columns if table[c].notna().any()][:4]
     if not columns:
-        raise ValueError(f"a training curve without a metric; its columns: {', '.join(table.columns)}")
+        raise ValueError(f"a training curve has no metric; its columns: {', '.join(table.columns)}")
     figure, panels = _figure(len(columns), height=2.2)
     for axes, column in zip(panels, columns, strict=True):
         known = table[["step", column]].dropna()
@@ -77,7 +81,7 @@ def curves(table: DataFrame, colour: str = COLOURS[0]) -> bytes:
 
 
 def validation(table: DataFrame, colour: str = COLOURS[1]) -> bytes | None:
-    """Scores and diversity of the validation pictures over updates; None where none were drawn."""
+    """Plot scores and diversity of the validation images over updates; None without validation."""
     columns = [c for c in table.columns if c.startswith("validation/") and table[c].notna().any()]
     if not columns:
         return None
@@ -121,37 +125,38 @@ def _png(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
-def row(pictures: Sequence[Image.Image]) -> Image.Image:
-    """Side by side, CELL pixels each."""
+def row(images: Sequence[Image.Image]) -> Image.Image:
+    """Place images side by side, CELL pixels each."""
     from PIL import Image
 
-    sheet = Image.new("RGB", (len(pictures) * (CELL + GAP) - GAP, CELL), "white")
-    for i, picture in enumerate(pictures):
-        sheet.paste(enlarged(picture, CELL), (i * (CELL + GAP), 0))
-    return sheet
+    page = Image.new("RGB", (len(images) * (CELL + GAP) - GAP, CELL), "white")
+    for i, image in enumerate(images):
+        page.paste(resized(image, CELL), (i * (CELL + GAP), 0))
+    return page
 
 
-def enlarged(picture: Image.Image, side: int) -> Image.Image:
-    """RGB, the longer side `side` pixels: small pictures grow (bicubic), large ones shrink (Lanczos)."""
+def resized(image: Image.Image, side: int) -> Image.Image:
+    """Resize to RGB with a longer side of `side` pixels: bicubic to enlarge, Lanczos to shrink."""
     from PIL import Image
 
-    factor = side / max(picture.size)
-    size = (max(1, round(picture.width * factor)), max(1, round(picture.height * factor)))
+    factor = side / max(image.size)
+    size = (max(1, round(image.width * factor)), max(1, round(image.height * factor)))
     kind = Image.Resampling.BICUBIC if factor > 1 else Image.Resampling.LANCZOS
-    return picture.convert("RGB").resize(size, kind)
+    return image.convert("RGB").resize(size, kind)
 
 
-def as_png(picture: Image.Image) -> bytes:
+def as_png(image: Image.Image) -> bytes:
+    """Encode an image as PNG."""
     buffer = io.BytesIO()
-    picture.save(buffer, format="PNG")
+    image.save(buffer, format="PNG")
     return buffer.getvalue()
 
 
-def sheet(prompts: Sequence[str], columns: Mapping[str, Sequence[Image.Image]]) -> bytes:
-    """A grid for the README: two prompts side by side, under each its pictures, one a variant.
+def grid(prompts: Sequence[str], columns: Mapping[str, Sequence[Image.Image]]) -> bytes:
+    """Draw the grid for the README: two prompts per row, below each its images, one per variant.
 
     Args:
-        columns: title of a variant to its pictures, one a prompt.
+        columns: images by title of a variant, one per prompt.
     """
     from PIL import Image, ImageDraw
 
@@ -172,14 +177,14 @@ def sheet(prompts: Sequence[str], columns: Mapping[str, Sequence[Image.Image]]) 
         for number, line in enumerate(text):
             draw.text((x, y + number * LINE), line, font=font, fill=INK)
         y += row_height - CELL - 2 * GAP - MARGIN
-        for c, pictures in enumerate(columns.values()):
-            page.paste(enlarged(pictures[i], CELL), (x + c * (CELL + GAP), y))
+        for c, images in enumerate(columns.values()):
+            page.paste(resized(images[i], CELL), (x + c * (CELL + GAP), y))
     return as_png(page)
 
 
 def wrap(text: str, font: ImageFont.FreeTypeFont, width: int, lines: int) -> list[str]:
-    """Break `text` at spaces into at most `lines` of `width` pixels; what does not fit becomes '…'."""
-    found: list[str] = []
+    """Wrap `text` at spaces into at most `lines` of `width` pixels; the rest becomes '…'."""
+    wrapped: list[str] = []
     line = ""
     for word in text.split():
         longer = f"{line} {word}".strip()
@@ -187,11 +192,12 @@ def wrap(text: str, font: ImageFont.FreeTypeFont, width: int, lines: int) -> lis
             line = longer
             continue
         if line:
-            found.append(line)
+            wrapped.append(line)
         line = word
-    found.append(line)
+    wrapped.append(line)
     return [
-        _shortened(x, font, width, i == lines - 1 and len(found) > lines) for i, x in enumerate(found[:lines])
+        _shortened(x, font, width, i == lines - 1 and len(wrapped) > lines)
+        for i, x in enumerate(wrapped[:lines])
     ]
 
 
@@ -204,7 +210,7 @@ def _shortened(line: str, font: ImageFont.FreeTypeFont, width: int, more: bool) 
 
 
 def _font(name: str) -> Any:
-    """A font that comes with matplotlib, so that the sheet looks the same on every machine."""
+    """Load a font that matplotlib ships, so that the grid is the same on every machine."""
     from pathlib import Path
 
     import matplotlib

@@ -1,4 +1,4 @@
-"""The page a person looks at: from what a run measured to one HTML file that needs nothing else."""
+"""Render the self-contained HTML report of a run."""
 
 from __future__ import annotations
 
@@ -18,50 +18,54 @@ if TYPE_CHECKING:
     from pandas import DataFrame
     from PIL import Image
 
-PICTURE = 192  # pixels a side on the page
+IMAGE_SIDE = 192  # of images on the page, in pixels
 
 
 @dataclass(frozen=True)
-class Run:
-    """All that the page tells. Names of variants and metrics are those of the score tables."""
+class RunResults:
+    """All results that the page shows. Names of variants and metrics are those of the score tables."""
 
     params: Mapping[str, Any]
     scores: Mapping[str, DataFrame]  # in the order of the columns; the first is the base model
     comparisons: Sequence[Mapping[str, Any]]  # rows of reports/comparisons.json
-    prompts: Sequence[str]  # of the pictures
-    pictures: Mapping[str, Sequence[Image.Image]]  # by variant, one a prompt
+    prompts: Sequence[str]  # of the images
+    images: Mapping[str, Sequence[Image.Image]]  # by variant, one per prompt
     preference: Mapping[str, Mapping[str, Any]]  # metrics files by name
     alignment: Mapping[str, Mapping[str, Any]]  # by method
     curves: Mapping[str, DataFrame]  # training CSVs by name
     summaries: Mapping[str, Mapping[str, Any]]  # of prompts and pairs
     versions: Mapping[str, str]
     commit: str
-    samples: Mapping[str, Sequence[tuple[int, Image.Image]]]  # by method: (update, a row of pictures)
+    samples: Mapping[
+        str, Sequence[tuple[int, Image.Image]]
+    ]  # by method: (update, a row of validation images)
     world: Mapping[str, Any] | None = None
     lock: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)
 class Table:
+    """A table of the page."""
+
     title: str
     columns: Sequence[str]
-    rows: Sequence[Sequence[str]]  # the first cell heads its row
+    rows: Sequence[Sequence[str]]  # the first cell is the row's header
     note: str = ""
 
 
-def render(run: Run) -> str:
-    """The page. The same run gives the same text."""
+def render(run: RunResults) -> str:
+    """Render the page; the same results give the same text."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     folder = Path(__file__).with_name("templates")
     pages = Environment(
         loader=FileSystemLoader(folder),
-        autoescape=True,  # a prompt may hold HTML
+        autoescape=True,  # a prompt may contain HTML
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    shown = {k: v for k, v in run.params.items() if k != "tracking"}  # its address may hold a password
+    shown = {k: v for k, v in run.params.items() if k != "tracking"}  # its URI may contain a password
     return pages.get_template("report.html.j2").render(
         run=run,
         n=len(next(iter(run.scores.values()))),
@@ -93,26 +97,28 @@ def render(run: Run) -> str:
 
 
 def data_uri(png: bytes) -> str:
+    """Encode a PNG as a data: URI."""
     return "data:image/png;base64," + base64.b64encode(png).decode()
 
 
-def _grid(run: Run) -> list[tuple[str, list[tuple[str, str]]]]:
-    """(prompt, [(variant, picture)]) for each row."""
+def _grid(run: RunResults) -> list[tuple[str, list[tuple[str, str]]]]:
+    """The rows of the image grid: (prompt, [(variant, data: URI)])."""
     rows = []
     for i, prompt in enumerate(run.prompts):
-        cells = [(v, plots.enlarged(p[i], PICTURE)) for v, p in run.pictures.items()]
-        rows.append((prompt, [(v, data_uri(plots.as_png(picture))) for v, picture in cells]))
+        cells = [(v, plots.resized(images[i], IMAGE_SIDE)) for v, images in run.images.items()]
+        rows.append((prompt, [(v, data_uri(plots.as_png(image))) for v, image in cells]))
     return rows
 
 
-def means(run: Run) -> Table:
+def means(run: RunResults) -> Table:
+    """The table of mean scores by variant and metric."""
     metrics = list(dict.fromkeys(r["metric"] for r in run.comparisons))
     rows = [[name(v), *(f"{t[m].mean():.3f}" for m in metrics)] for v, t in run.scores.items()]
     return Table("Means", ["", *map(name, metrics)], rows)
 
 
 def _pairs(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[tuple[str, Mapping[str, Any]]]]]:
-    """Comparisons by (method, baseline), each row with its outcome."""
+    """Group comparisons by method and baseline, each row with its outcome."""
     groups: dict[str, list[tuple[str, Mapping[str, Any]]]] = {}
     for row in rows:
         title = f"{name(row['method'])} − {name(row['baseline'])}"
@@ -120,13 +126,13 @@ def _pairs(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[tuple[str,
     return list(groups.items())
 
 
-def _differences(run: Run) -> str:
+def _differences(run: RunResults) -> str:
     base = next(iter(run.scores))
     return data_uri(plots.differences([r for r in run.comparisons if r["baseline"] == base], NAMES))
 
 
-def _accuracy(run: Run) -> tuple[Table, str] | None:
-    """Accuracy of the preference models by timestep: a table and its picture."""
+def _accuracy(run: RunResults) -> tuple[Table, str] | None:
+    """The accuracy of the preference models by timestep: a table and a figure."""
     if not run.preference:
         return None
     models = {name(k): v["accuracy"] for k, v in run.preference.items()}
@@ -140,26 +146,26 @@ def _accuracy(run: Run) -> tuple[Table, str] | None:
     return table, data_uri(plots.accuracy(models, n))
 
 
-def times(run: Run) -> Table:
-    """What training took; numbers of the metrics files, whichever there are."""
+def times(run: RunResults) -> Table:
+    """The table of training times and counts, from the metrics files that exist."""
     stages = {**run.preference, **{f"align_{k}": v for k, v in run.alignment.items()}}
-    wanted = ("seconds", "training_seconds", "updates", "pairs", "iterations", "n_train")
-    columns = [c for c in wanted if any(c in v for v in stages.values())]
+    known = ("seconds", "training_seconds", "updates", "pairs", "iterations", "n_train")
+    columns = [c for c in known if any(c in v for v in stages.values())]
     rows = [[k, *(number(v[c]) if c in v else "–" for c in columns)] for k, v in stages.items()]
     return Table("", ["stage", *map(name, columns)], rows)
 
 
-def equal_compute(run: Run) -> str:
-    """SPO's time with its preference model's, against Diffusion-DPO's; empty where one is not known."""
+def equal_compute(run: RunResults) -> str:
+    """Compare the time of SPO and its preference model with Diffusion-DPO's; empty if one is unknown."""
     stages = {**run.alignment, "preference": run.preference.get("preference", {})}
-    judge, spo, dpo = (
+    spm, spo, dpo = (
         float(stages.get(k, {}).get("seconds", 0)) for k in ("preference", "spo", "diffusion_dpo")
     )
-    if not (judge and spo and dpo):
+    if not (spm and spo and dpo):
         return ""
     return (
-        f"SPO took {judge + spo:,.0f} s: {judge:,.0f} s for its preference model and {spo:,.0f} s for the "
-        f"alignment. Diffusion-DPO took {dpo:,.0f} s, {dpo / (judge + spo):.2f} times as long."
+        f"SPO took {spm + spo:,.0f} s: {spm:,.0f} s for its preference model and {spo:,.0f} s for the "
+        f"alignment. Diffusion-DPO took {dpo:,.0f} s, {dpo / (spm + spo):.2f} times as long."
     )
 
 
@@ -174,11 +180,11 @@ def _outs(lock: Mapping[str, Any] | None) -> list[tuple[str, str, str]]:
 
 
 def tables(title: str, facts: Mapping[str, Any]) -> Iterator[Table]:
-    """Any nested facts as tables: groups of plain values become the rows of one."""
+    """Turn nested facts into tables; groups of plain values become the rows of one table."""
     plain = {k: v for k, v in facts.items() if not isinstance(v, Mapping)}
     groups = {k: v for k, v in facts.items() if isinstance(v, Mapping)}
     flat = {k: v for k, v in groups.items() if not any(isinstance(x, Mapping) for x in v.values())}
-    if len(flat) == 1:  # one row reads better as a column, below
+    if len(flat) == 1:  # a single row is more readable as a column, below
         flat = {}
     note = ""
     if plain and flat and len(plain) <= 3:

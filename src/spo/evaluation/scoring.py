@@ -1,4 +1,4 @@
-"""Scores of images by every scorer of the experiment."""
+"""Score images by every scorer of the experiment."""
 
 from __future__ import annotations
 
@@ -13,43 +13,45 @@ if TYPE_CHECKING:
 
 def score_images(
     params: Params,
-    pictures: list[Any],
+    images: list[Any],
     prompts: list[str],
     device: str,
-    kept: CheckpointStore | None = None,
+    cache: CheckpointStore | None = None,
 ) -> dict[str, list[float]]:
-    """Each scorer's numbers, one scorer in memory at a time.
+    """Score images by each scorer, with one scorer in memory at a time.
 
     Args:
-        kept: each scorer's are saved there by the first process, and those that are there are not made again.
+        cache: the main process saves the scores of each scorer there; cached scores are not computed again.
+
+    Returns:
+        A list of scores by metric.
     """
     from spo.training import distributed
 
-    done = distributed.broadcast_int(sum(1 for _ in kept.whole()) if kept else 0)
+    done = distributed.broadcast_int(sum(1 for _ in cache.whole()) if cache else 0)
     columns: dict[str, list[float]] = {}
-    for state in kept.whole() if kept and distributed.is_main_process() else ():
+    for state in cache.whole() if cache and distributed.is_main_process() else ():
         columns |= state
     for number, score in enumerate(_scorers(params, device)):
         if number < done:
             continue
-        found = score(pictures, prompts)
-        if kept and distributed.is_main_process():
-            kept.save(number, found)
-        columns |= found
+        scores = score(images, prompts)
+        if cache and distributed.is_main_process():
+            cache.save(number, scores)
+        columns |= scores
     return columns
 
 
-def held_apart(
-    params: Params, pictures: list[Any], prompts: list[str], device: str
+def score_without_oracle(
+    params: Params, images: list[Any], prompts: list[str], device: str
 ) -> dict[str, list[float]]:
-    """The numbers of the scorers alone, without the oracle's."""
-    score = params.score
-    alone = score.model_copy(update={"oracle": None})
-    return score_images(params.model_copy(update={"score": alone}), pictures, prompts, device)
+    """Score images by all scorers but the oracle, which chooses nothing."""
+    scorers = params.score.model_copy(update={"oracle": None})
+    return score_images(params.model_copy(update={"score": scorers}), images, prompts, device)
 
 
 def _scorers(params: Params, device: str) -> list[Callable[[list[Any], list[str]], dict[str, list[float]]]]:
-    """(pictures, prompts) to named numbers; each loads its model when it is called, and lets it go."""
+    """Functions of (images, prompts) that give scores by metric; each loads and releases its model."""
     from functools import partial
 
     from spo.rewards.aesthetic import Aesthetic
@@ -58,18 +60,18 @@ def _scorers(params: Params, device: str) -> list[Callable[[list[Any], list[str]
 
     score = params.score
 
-    def reward(kind: Any, settings: Any, pictures: list[Any], prompts: list[str]) -> dict[str, list[float]]:
+    def reward(kind: Any, settings: Any, images: list[Any], prompts: list[str]) -> dict[str, list[float]]:
         scorer = kind(settings, device=device, batch_size=score.batch_size)
-        return {scorer.name: scorer.score(pictures, prompts)}
+        return {scorer.name: scorer.score(images, prompts)}
 
-    def oracle(pictures: list[Any], prompts: list[str]) -> dict[str, list[float]]:
+    def oracle(images: list[Any], prompts: list[str]) -> dict[str, list[float]]:
         import torch
 
         from spo.data.images import to_tensor
         from spo.scenes.oracle import Oracle
 
         assert score.oracle is not None
-        return Oracle(score.oracle).score(torch.stack([to_tensor(p) for p in pictures]), prompts)
+        return Oracle(score.oracle).score(torch.stack([to_tensor(p) for p in images]), prompts)
 
     kinds: tuple[tuple[Any, Any], ...] = (
         (PickScore, score.pickscore),

@@ -1,7 +1,7 @@
-"""Paired statistics: two variants drew the same prompts from the same seeds; which one is better?
+"""Paired statistics of variants that generated images of the same prompts from the same seeds.
 
 Pure functions of arrays and tables. Intervals are percentile bootstrap intervals of the mean paired
-difference (Efron and Tibshirani 1993, Sec. 13.3): prompts are resampled, each with both its pictures.
+difference (Efron and Tibshirani 1993, Sec. 13.3): prompts are resampled, each with both of its images.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-KEYS = ("index", "prompt", "seed")  # what a row of scores belongs to; all other columns are metrics
+KEYS = ("index", "prompt", "seed")  # identify a row of scores; all other columns are metrics
 CONFIDENCE = 0.95
 CHUNK = 1_000_000  # resampled differences in memory at a time
-DECIMALS = 8  # of what is written down
+DECIMALS = 8  # of written results
 
 
 def compare(
@@ -34,7 +34,7 @@ def compare(
 
     Returns:
         mean_method, mean_baseline, mean_difference (method - baseline), ci_low and ci_high (95 %),
-        win_rate (share of rows where the method is better; a tie counts half) and n.
+        win_rate (fraction of rows where the method is better; a tie counts half) and n.
 
     Raises:
         ValueError: different lengths, no rows, or a score that is not finite.
@@ -42,7 +42,7 @@ def compare(
     method, baseline = np.asarray(method_scores, float), np.asarray(baseline_scores, float)
     if method.ndim != 1 or method.shape != baseline.shape or not len(method):
         raise ValueError(
-            f"paired scores must be two lists of one length, not {method.shape}, {baseline.shape}"
+            f"paired scores must be two lists of the same length, not {method.shape} and {baseline.shape}"
         )
     for name, values in (("method", method), ("baseline", baseline)):
         bad = np.flatnonzero(~np.isfinite(values))
@@ -62,7 +62,7 @@ def compare(
 
 
 def mean_interval(scores: NDArray[np.floating], n_bootstrap: int, seed: int) -> tuple[float, float, float]:
-    """The mean of scores [n] and its 95 % bootstrap interval.
+    """The mean of scores [n], and the ends of its 95 % bootstrap interval.
 
     Raises:
         ValueError: no scores, or one that is not finite.
@@ -90,20 +90,20 @@ def _interval(differences: NDArray[np.floating], n_bootstrap: int, seed: int) ->
 def comparisons(
     scores: Mapping[str, DataFrame], baselines: Sequence[str], n_bootstrap: int, seed: int
 ) -> list[dict[str, Any]]:
-    """Every variant against every baseline on every metric: the rows of reports/comparisons.json.
+    """Compare every variant with every baseline on every metric: the rows of reports/comparisons.json.
 
-    `baselines` go from the plainest on: a variant that is a baseline itself is held against those
-    before it only, so that no pair comes twice and none with itself.
+    `baselines` are in order from the plainest: a variant that is a baseline itself is compared only with the
+    baselines before it, so that no pair occurs twice.
 
     Args:
-        scores: a table for each variant: columns index, prompt, seed, and one for each metric.
+        scores: a table per variant, with columns index, prompt, seed, and one per metric.
 
     Raises:
-        ValueError: a baseline without scores, other metrics or other rows than the rest, bad values.
+        ValueError: a baseline without scores, tables with different metrics or rows, or invalid values.
     """
     missing = [b for b in baselines if b not in scores]
     if missing:
-        raise ValueError(f"report.baselines: no scores of {missing[0]!r}; there are {', '.join(scores)}")
+        raise ValueError(f"report.baselines: no scores of {missing[0]!r}; known: {', '.join(scores)}")
     rows: list[dict[str, Any]] = []
     aligned = [v for v in scores if v not in baselines]
     for method in (*aligned, *reversed(baselines)):
@@ -121,23 +121,23 @@ def _one_pair(
     rows = []
     for metric in metrics(one):
         try:
-            found = compare(one[metric].to_numpy(), other[metric].to_numpy(), n_bootstrap, seed)
+            result = compare(one[metric].to_numpy(), other[metric].to_numpy(), n_bootstrap, seed)
         except ValueError as error:
             raise ValueError(f"{metric} of {method} and {baseline}: {error}") from None
-        rows.append({"method": method, "baseline": baseline, "metric": metric, **found})
+        rows.append({"method": method, "baseline": baseline, "metric": metric, **result})
     return rows
 
 
 def metrics(table: DataFrame) -> list[str]:
-    """The columns that are scores."""
+    """The columns of a table that are metrics."""
     return [str(c) for c in table.columns if c not in KEYS]
 
 
 def check_same_rows(method: str, one: DataFrame, baseline: str, other: DataFrame) -> None:
-    """Two tables of scores must hold the same metrics, and the same prompts and seeds in the same order.
+    """Check that two tables have the same metrics, and the same prompts and seeds in the same order.
 
     Raises:
-        ValueError: naming the first row that differs.
+        ValueError: different metrics or lengths, or the first row that differs.
     """
     if metrics(one) != metrics(other):
         raise ValueError(
@@ -146,7 +146,7 @@ def check_same_rows(method: str, one: DataFrame, baseline: str, other: DataFrame
         )
     if len(one) != len(other):
         raise ValueError(
-            f"{method} has {len(one)} rows, {baseline} {len(other)}; generate and score both again"
+            f"{method} has {len(one)} rows, {baseline} has {len(other)}; generate and score both again"
         )
     for column in ("prompt", "seed"):
         different = np.flatnonzero(one[column].to_numpy() != other[column].to_numpy())

@@ -1,4 +1,4 @@
-"""What comparisons say in words: names, numbers, the verdict, and where scores contradict each other."""
+"""Comparisons in words: names, numbers, the verdict, and scores that contradict each other."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ NAMES = {
     "oracle_alignment": "Oracle: alignment",
     "n_train": "training pairs",
     "preference": "Step-aware (the SPM)",
-    "preference_unconditioned": "Same, not told the step",
-    "preference_clean_only": "Same, clean pictures only",
+    "preference_unconditioned": "Without step conditioning",
+    "preference_clean_only": "Trained on clean images only",
 }
 PROSE = {
     "hps": "HPS",
@@ -29,16 +29,16 @@ PROSE = {
     "oracle_aesthetic": "the oracle's aesthetics",
     "oracle_alignment": "the oracle's alignment",
 }
-ALIGNMENT = "oracle_alignment"  # does the picture show its caption? All other metrics measure quality
+ALIGNMENT = "oracle_alignment"  # whether an image shows its caption; all other metrics measure quality
 
 
 def name(key: str) -> str:
-    """What the page calls a variant, metric, model or fact."""
+    """The display name of a variant, metric, model or fact."""
     return NAMES.get(key, key.replace("_", " "))
 
 
 def number(value: Any) -> str:
-    """A short text of a fact: floats with four digits, lists joined."""
+    """Format a fact: floats with four digits, lists joined."""
     if isinstance(value, float):
         return f"{value:,.4g}" if abs(value) < 1000 else f"{value:,.0f}"
     if isinstance(value, (list, tuple)):
@@ -49,7 +49,7 @@ def number(value: Any) -> str:
 
 
 def signed(value: float, row: Mapping[str, Any]) -> str:
-    """A difference or an end of its interval: three decimals, five where the interval is narrow."""
+    """Format a difference or an end of its interval: three decimals, five for a narrow interval."""
     text = f"{value:+.{3 if row['ci_high'] - row['ci_low'] >= 0.004 else 5}f}"
     return text.replace("-", "−") if float(text) else text[1:]
 
@@ -62,7 +62,7 @@ def outcome(row: Mapping[str, Any]) -> str:
 
 
 def headline(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The verdict on the first method: a sentence against the base, one against the other method."""
+    """The verdict on the first method: a sentence each on the first and on the last baseline."""
     method = rows[0]["method"]
     own = [r for r in rows if r["method"] == method]
     baselines = list(dict.fromkeys(r["baseline"] for r in own))
@@ -70,9 +70,9 @@ def headline(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def contradictions(rows: Sequence[Mapping[str, Any]], curves: Mapping[str, DataFrame]) -> str:
-    """A sentence for each method some of whose scores clearly rise and others fall; or nothing.
+    """A sentence for each method of which some scores clearly rise and others fall; empty if there is none.
 
-    The score that a method was trained to raise counts as risen if it did so over its curve.
+    The preference model's own score, which a method is trained to raise, is judged by its training curve.
     """
     sentences = []
     for method in dict.fromkeys(r["method"] for r in rows if not r["method"].startswith("base")):
@@ -86,18 +86,18 @@ def contradictions(rows: Sequence[Mapping[str, Any]], curves: Mapping[str, DataF
             ]
             for kind in ("better", "worse")
         )
-        up += _trained_for(curves.get(method))
+        up += _training_score(curves.get(method))
         if up and down:
             rival = name(own[0]["baseline"])
             sentences.append(
                 f"Beware: with {name(method)}, {listed(up)} rose while {listed(down)} fell "
-                f"(against {rival}): what rose may have been won at the cost of what fell."
+                f"(against {rival}): the gain may have come at the cost of the loss."
             )
     return " ".join(sentences)
 
 
-def _trained_for(curve: DataFrame | None) -> list[str]:
-    """The preference model's own score, if its mean over the last quarter of training is above the first."""
+def _training_score(curve: DataFrame | None) -> list[str]:
+    """The preference model's own score, if it is higher in the last quarter of training than in the first."""
     if curve is None or "score" not in curve or len(known := curve["score"].dropna()) < 4:
         return []
     quarter = len(known) // 4
@@ -119,33 +119,34 @@ def _sentence(method: str, baseline: str, rows: Sequence[Mapping[str, Any]]) -> 
     return f"{name(method)} {listed(parts)}; {_alignment(rows, baseline)}."
 
 
-def listed(items: Sequence[str]) -> str:
-    """a, b and c."""
-    return " and ".join([", ".join(items[:-1]), items[-1]] if len(items) > 1 else items)
+def listed(words: Sequence[str]) -> str:
+    """Join words to "a, b and c"."""
+    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
 
 
 def _alignment(rows: Sequence[Mapping[str, Any]], baseline: str) -> str:
-    found = [r for r in rows if r["baseline"] == baseline and r["metric"] == ALIGNMENT]
-    if not found:
-        return "no measure of prompt alignment alone was taken"
-    change = {"better": "rises", "worse": "falls", "unclear": "does not clearly change"}[outcome(found[0])]
-    return f"alignment with the prompt {change} ({interval(found[0])})"
+    rows = [r for r in rows if r["baseline"] == baseline and r["metric"] == ALIGNMENT]
+    if not rows:
+        return "prompt alignment was not measured separately"
+    change = {"better": "rises", "worse": "falls", "unclear": "does not clearly change"}[outcome(rows[0])]
+    return f"alignment with the prompt {change} ({interval(rows[0])})"
 
 
 def interval(row: Mapping[str, Any]) -> str:
+    """Format a mean difference with its interval."""
     middle, low, high = (signed(row[k], row) for k in ("mean_difference", "ci_low", "ci_high"))
     return f"{middle}, {low} to {high}"
 
 
 def details(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
-    """For each baseline of the first method: what is better, worse and unclear, with intervals."""
+    """List the metrics of the first method that are better, worse and unclear, for each baseline."""
     own = [r for r in rows if r["method"] == rows[0]["method"]]
-    found = []
+    entries = []
     for baseline in dict.fromkeys(r["baseline"] for r in own):
         parts = []
         for kind, words in (("better", "higher"), ("worse", "lower"), ("unclear", "not clearly different")):
             those = [r for r in own if r["baseline"] == baseline and outcome(r) == kind]
             if those:
                 parts.append(f"{words}: " + ", ".join(f"{name(r['metric'])} ({interval(r)})" for r in those))
-        found.append((f"{name(rows[0]['method'])} against {name(baseline)}", "; ".join(parts) + "."))
-    return found
+        entries.append((f"{name(rows[0]['method'])} against {name(baseline)}", "; ".join(parts) + "."))
+    return entries
