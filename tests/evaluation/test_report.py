@@ -1,4 +1,4 @@
-"""The page and its picture, from a small run folder of known figures."""
+"""The page and its figures, from a small run folder with known values."""
 
 from __future__ import annotations
 
@@ -272,17 +272,17 @@ def test_the_verdict_follows_the_intervals() -> None:
     )
 
 
-def test_a_score_that_rises_while_another_falls_is_told() -> None:
+def test_a_score_that_rises_while_another_falls_is_shown() -> None:
     better, worse, unclear = (0.1, 0.3), (-0.3, -0.1), (-0.1, 0.2)
     rising = pd.DataFrame({"step": range(8), "score": [1.0, 1, 2, 2, 3, 3, 4, 4]})
     falls = [row("oracle_alignment", *worse)]
-    told = verdict.contradictions([row("hps", *better), *falls], {})
-    assert told == (
+    text = verdict.contradictions([row("hps", *better), *falls], {})
+    assert text == (
         "Beware: with SPO, HPS (+0.200, +0.100 to +0.300) rose while the oracle's alignment "
         "(−0.200, −0.300 to −0.100) fell (against Base): the gain may have come at the cost of the loss."
     )
-    told = verdict.contradictions([row("hps", *unclear), *falls], {"spo": rising})
-    assert "the preference model's own score (1 to 4) rose while the oracle's alignment" in told
+    text = verdict.contradictions([row("hps", *unclear), *falls], {"spo": rising})
+    assert "the preference model's own score (1 to 4) rose while the oracle's alignment" in text
     assert not verdict.contradictions([row("hps", *unclear), *falls], {"spo": rising[::-1]})
     assert not verdict.contradictions([row("hps", *better), row("aesthetic", *unclear)], {"spo": rising})
     # the first method's baseline alone: what is worse against another method is not said twice

@@ -1,4 +1,4 @@
-"""Looks at pictures while a method trains, and the rule that stops it."""
+"""Validation during training, and the limits that stop it."""
 
 from __future__ import annotations
 
@@ -105,11 +105,11 @@ def test_a_resumed_stage_compares_with_its_own_start(tmp_path: Path) -> None:
         again(2, {}, 2)
 
 
-def test_diversity_is_one_minus_the_mean_cosine_of_pictures_of_a_prompt() -> None:
+def test_diversity_is_one_minus_the_mean_cosine_of_images_of_a_prompt() -> None:
     east, north = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])
     assert validation.diversity(torch.stack([torch.stack([east, east])])) == pytest.approx(0)
     assert validation.diversity(torch.stack([torch.stack([east, north])])) == pytest.approx(1)
-    # three pictures: cosines 1, 0 and 0 of three pairs; and a prompt whose pictures are one
+    # three images: cosines 1, 0 and 0 of three pairs; and a prompt whose images are equal
     one = torch.stack([east, east, north])
     assert validation.diversity(torch.stack([one, torch.stack([north] * 3)])) == pytest.approx(
         (2 / 3 + 0) / 2
