@@ -58,7 +58,7 @@ def test_the_licence_is_that_of_the_checkpoint_s_own_card(tmp_path: Path) -> Non
         readme.write_text(broken)
         assert model_card.licence(str(tmp_path)) is None
     raw = yaml.safe_load(config.preset("scenes"))
-    assert "not stated; ask its authors" in model_card.text(config.validate(raw), "spo", {})
+    assert "not stated; ask its makers" in model_card.text(config.validate(raw), "spo", {})
 
 
 def test_scores_are_those_of_the_method() -> None:
