@@ -1,6 +1,6 @@
-"""Start `spo`, also as `python -m spo`: Ctrl-C is one line from here on, also while our imports run (0.2 s).
+"""The entry point of `spo` and `python -m spo`: Ctrl-C gives one line, also during our imports (0.2 s).
 
-In the first 20 ms before that, Python starts, and answers Ctrl-C with its own traceback.
+Before that, in the first 20 ms, Python itself answers Ctrl-C with a traceback.
 """
 
 import os
@@ -8,7 +8,7 @@ import sys
 
 
 def entry() -> int:
-    """Run the command line; return the exit status."""
+    """Run the command line; returns the exit status."""
     try:
         from spo import cli
 

@@ -1,6 +1,6 @@
-"""The command line: nothing heavy is imported before a command runs; a failure is one line.
+"""The command line: no heavy import before a command runs; a failure is one line.
 
-Exit codes: 2 for a mistake in parameters or data, 75 for what may pass by itself, 130 when stopped.
+Exit codes: 2 for a mistake in parameters or data, 75 for a transient failure, 130 when stopped.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ from spo.runtime import launch, signals
 from spo.runtime.exit_codes import MISTAKE, STOPPED, exit_code, leave_exit_code
 from spo.runtime.messages import first_line, redact
 
-# stage: (what it does, its items)
+# stage: (description, variants or methods that it takes as an argument)
 STAGES: dict[str, tuple[str, tuple[str, ...]]] = {
-    "inputs": ("pin every outside input by its content", ()),
+    "inputs": ("pin every external input by its content", ()),
     "prompts": ("clean and split the prompts", ()),
     "pairs": ("check, filter and shard the preference pairs", ()),
     "preference": ("train the step-aware preference model", ("unconditioned", "clean_only")),
     "align": ("fine-tune the base model by one method", config.METHODS),
-    "generate": ("images of the base or an aligned model", config.VARIANTS),
-    "score": ("PickScore, HPS and aesthetic score of those images", config.VARIANTS),
-    "report": ("statistics, tables and grids on one page", ()),
+    "generate": ("generate images by the base or an aligned model", config.VARIANTS),
+    "score": ("score those images by PickScore, HPS and the aesthetic predictor", config.VARIANTS),
+    "report": ("write statistics, tables and image grids to one page", ()),
 }
 
 
 def entry() -> int:
-    """Run `main`; in a stage, Ctrl-C has a limit after which the kernel ends the process."""
+    """Run `main` with a handler that makes sure that Ctrl-C ends a stage."""
     if sys.argv[1:2] and sys.argv[1] in STAGES:
         signals.arm_ctrl_c()
     return main()
@@ -42,12 +42,12 @@ def entry() -> int:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    options = parser().parse_args(arguments)
+    args = parser().parse_args(arguments)
     if not launch.is_main_process():
         os.environ["TQDM_DISABLE"] = "1"
     try:
-        if not _launched(options, arguments):
-            options.run(options)
+        if not _launched(args, arguments):
+            args.run(args)
     except (ValueError, FloatingPointError, OSError) as error:
         return _fail(redact(str(error)), exit_code(error))
     except Exception as error:
@@ -61,20 +61,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _launched(options: argparse.Namespace, arguments: Sequence[str]) -> bool:
-    """Whether the command ran in several processes, as params.yaml wants it."""
-    stage = getattr(options, "stage", None)
-    if stage not in launch.STAGES or options.dry_run:
+def _launched(args: argparse.Namespace, arguments: Sequence[str]) -> bool:
+    """Launch the command in several processes if params.yaml says so; returns whether it did."""
+    stage = getattr(args, "stage", None)
+    if stage not in launch.STAGES or args.dry_run:
         return False
-    processes = config.load(options.params).processes
+    processes = config.load(args.params).processes
     if not launch.wanted(stage, processes):
         return False
-    signals.disarm_ctrl_c()
+    signals.disarm_ctrl_c()  # no deadline: the processes may need time to save
     launch.run(arguments, processes)
     return True
 
 
-def _say(result: object) -> None:
+def _print(result: object) -> None:
     if launch.is_main_process():
         print(result)
 
@@ -88,50 +88,62 @@ def _fail(reason: str, code: int) -> int:
 
 
 def _shortage(error: Exception) -> str | None:
-    """One line for what the machine has too little of; None for a mistake of ours."""
+    """One line if memory or disk space ran out; None for any other error."""
     text = first_line(error, 200)
     if isinstance(error, MemoryError) or "can't allocate memory" in text or "out of memory" in text:
         return f"out of memory ({text}); lower the stage's batch_size in params.yaml"
-    if type(error).__name__ == "SafetensorError":  # its writer has no OSError
+    if type(error).__name__ == "SafetensorError":  # its writer raises no OSError on a full disk
         return f"weights cannot be read or written ({text})"
     return None
 
 
 def parser() -> argparse.ArgumentParser:
+    """Build the parser of all commands."""
     top = argparse.ArgumentParser(
         prog="spo",
         description="Align text-to-image models with human preferences, step by step.",
         epilog="`make repro` or `dvc repro` runs all stages in order, each only when something changed.",
     )
     commands = top.add_subparsers(required=True, metavar="command")
-    for name, (text, items) in STAGES.items():
+    for name, (text, variants) in STAGES.items():
         stage = commands.add_parser(name, help=f"stage: {text}", description=text)
-        if items:
-            optional = "?" if name in ("preference", *_ELSEWHERE) else None
-            stage.add_argument("item", choices=items, nargs=optional, help="which one")
+        if variants:
+            optional = "?" if name in ("preference", *_EXTERNAL) else None
+            stage.add_argument(
+                "variant",
+                choices=variants,
+                nargs=optional,
+                help="the method" if name == "align" else "the variant",
+            )
         stage.add_argument("--params", type=Path, default=Path("params.yaml"), metavar="FILE")
         stage.add_argument(
-            "--dry-run", action="store_true", help="resolve all, show sizes and steps, run nothing"
+            "--dry-run", action="store_true", help="check inputs, print sizes and steps, run nothing"
         )
-        stage.set_defaults(run=_stage, stage=name, item=None)
-        if name in _ELSEWHERE:
-            _ELSEWHERE[name](stage)
-    _sample(commands.add_parser("sample", help="an image of one prompt by the base or an aligned model"))
-    _preset(commands.add_parser("preset", help="write a ready-made params.yaml"))
-    sync = commands.add_parser("sync", help="deliver to MLflow what was logged while its server was away")
-    sync.set_defaults(run=_run_sync)
-    register = commands.add_parser(
-        "register", help="the aligned model to MLflow's registry, through the gate"
+        stage.set_defaults(run=_stage, stage=name, variant=None)
+        if name in _EXTERNAL:
+            _EXTERNAL[name](stage)
+    _sample(
+        commands.add_parser("sample", help="generate an image of a prompt by the base or an aligned model")
     )
+    _preset(commands.add_parser("preset", help="write a ready-made params.yaml"))
+    sync = commands.add_parser(
+        "sync", help="deliver records to MLflow that were logged while it was unreachable"
+    )
+    sync.set_defaults(run=_run_sync)
+    register = commands.add_parser("register", help="register the aligned model in MLflow, through the gate")
     register.set_defaults(run=_run_register)
-    repro = commands.add_parser("repro", help="dvc repro, with cached stages in MLflow too")
+    repro = commands.add_parser("repro", help="run dvc repro and log its cached stages to MLflow too")
     repro.add_argument("arguments", nargs=argparse.REMAINDER, help="of dvc repro")
     repro.set_defaults(run=_run_repro)
     return top
 
 
 def _guidance(text: str) -> float:
-    """Check a scale of classifier-free guidance as params.yaml's is checked."""
+    """Parse a guidance scale, with the bounds of params.yaml.
+
+    Raises:
+        ArgumentTypeError: not a finite number of at least 0.
+    """
     try:
         value = float(text)
     except ValueError:
@@ -141,128 +153,122 @@ def _guidance(text: str) -> float:
     return value
 
 
-def _stage(options: argparse.Namespace) -> None:
-    params = config.load(options.params)
-    if options.dry_run:
+def _stage(args: argparse.Namespace) -> None:
+    params = config.load(args.params)
+    if args.dry_run:
         from spo.commands import dry_run
 
-        print("\n".join(dry_run.lines(params, options.stage, options.item)))
+        print("\n".join(dry_run.lines(params, args.stage, args.variant)))
         return
-    importlib.import_module(f"spo.stages.{options.stage}").run(params, options.item)
+    importlib.import_module(f"spo.stages.{args.stage}").run(params, args.variant)
 
 
-def _generate_elsewhere(command: argparse.ArgumentParser) -> None:
-    group = command.add_argument_group("instead of a variant: an external model or external images")
+def _generate_external(command: argparse.ArgumentParser) -> None:
+    group = command.add_argument_group("an external model instead of a variant")
     group.add_argument(
         *("--lora", "--unet", "--checkpoint"),
         type=Path,
         metavar="PATH",
-        help="a LoRA or UNet (file or folder) on the base, or a whole model (diffusers folder, .safetensors)",
+        help="a LoRA or UNet (file or folder) on the base, or a pipeline (diffusers folder, .safetensors)",
     )
-    group.add_argument("--prompts", type=Path, metavar="FILE", help="default: the experiment's own")
+    group.add_argument("--prompts", type=Path, metavar="FILE", help="default: the experiment's prompts")
     group.add_argument("--guidance", type=_guidance, help="default: that of generate.base")
     group.add_argument("--output", type=Path, metavar="FOLDER", help="default: outputs/judged/NAME")
     command.set_defaults(run=_run_generate)
 
 
-def _run_generate(options: argparse.Namespace) -> None:
-    if not _elsewhere(options, "lora", ("prompts", "guidance", "output")):
-        return _stage(options)
+def _run_generate(args: argparse.Namespace) -> None:
+    if not _is_external(args, "lora", ("prompts", "guidance", "output")):
+        return _stage(args)
     from spo.commands import external
 
-    _say(
-        external.generate(
-            config.load(options.params), options.lora, options.prompts, options.guidance, options.output
-        )
-    )
+    _print(external.generate(config.load(args.params), args.lora, args.prompts, args.guidance, args.output))
 
 
-def _score_elsewhere(command: argparse.ArgumentParser) -> None:
-    group = command.add_argument_group("instead of a variant: an external model or external images")
-    group.add_argument("--images", type=Path, metavar="FOLDER", help="image files, or what generate wrote")
+def _score_external(command: argparse.ArgumentParser) -> None:
+    group = command.add_argument_group("external images instead of a variant")
     group.add_argument(
-        "--prompts", type=Path, metavar="FILE", help="one for each, in the order of file names"
+        "--images", type=Path, metavar="FOLDER", help="image files, or the output of spo generate"
     )
     group.add_argument(
-        "--baseline", type=Path, metavar="FOLDER", help="compare with these, for the same prompts"
+        "--prompts", type=Path, metavar="FILE", help="one per image, in the order of the file names"
+    )
+    group.add_argument(
+        "--baseline", type=Path, metavar="FOLDER", help="images of the same prompts to compare with"
     )
     group.add_argument("--output", type=Path, metavar="FOLDER", help="default: outputs/judged/NAME")
     command.set_defaults(run=_run_score)
 
 
-def _run_score(options: argparse.Namespace) -> None:
-    if not _elsewhere(options, "images", ("prompts", "baseline", "output")):
-        return _stage(options)
+def _run_score(args: argparse.Namespace) -> None:
+    if not _is_external(args, "images", ("prompts", "baseline", "output")):
+        return _stage(args)
     from spo.commands import external
 
-    _say(
-        external.score(
-            config.load(options.params), options.images, options.prompts, options.baseline, options.output
-        )
-    )
+    _print(external.score(config.load(args.params), args.images, args.prompts, args.baseline, args.output))
 
 
-def _elsewhere(options: argparse.Namespace, option: str, others: tuple[str, ...]) -> bool:
-    """Whether `option` stands in for the item; one of them there must be."""
-    given = getattr(options, option) is not None
-    if given == (options.item is not None):
-        raise ValueError(
-            f"{options.stage}: give a variant ({', '.join(config.VARIANTS)}) or --{option}, not both"
-        )
-    stray = [name for name in others if not given and getattr(options, name) is not None]
+def _is_external(args: argparse.Namespace, option: str, others: tuple[str, ...]) -> bool:
+    """Whether `option` replaces the variant.
+
+    Raises:
+        ValueError: both or neither of them, or an option of `others` without `option`.
+    """
+    given = getattr(args, option) is not None
+    if given == (args.variant is not None):
+        raise ValueError(f"{args.stage}: give either a variant ({', '.join(config.VARIANTS)}) or --{option}")
+    stray = [name for name in others if not given and getattr(args, name) is not None]
     if stray:
-        raise ValueError(f"{options.stage}: --{stray[0]} goes with --{option} only")
+        raise ValueError(f"{args.stage}: --{stray[0]} needs --{option}")
     return given
 
 
-_ELSEWHERE: dict[str, Any] = {"generate": _generate_elsewhere, "score": _score_elsewhere}
+_EXTERNAL: dict[str, Any] = {"generate": _generate_external, "score": _score_external}
 
 
 def _sample(command: argparse.ArgumentParser) -> None:
     command.add_argument("prompt")
     command.add_argument("--method", default="spo", choices=config.VARIANTS)
-    command.add_argument("--model", metavar="ALIAS", help="from MLflow's registry: champion, or a version")
+    command.add_argument("--model", metavar="ALIAS", help="of MLflow's registry: champion, or a version")
     command.add_argument("--seed", type=int, default=0)
     command.add_argument("--guidance", type=_guidance, help="default: the variant's own")
     command.add_argument("--output", type=Path, default=Path("sample.png"), metavar="FILE")
-    command.add_argument("-n", type=int, default=1, help="images, side by side (default 1)")
+    command.add_argument("-n", type=int, default=1, help="number of images, side by side (default 1)")
     command.add_argument("--params", type=Path, default=Path("params.yaml"), metavar="FILE")
     command.set_defaults(run=_run_sample)
 
 
-def _run_sample(options: argparse.Namespace) -> None:
+def _run_sample(args: argparse.Namespace) -> None:
     from spo.commands import sample
 
-    params = config.load(options.params)
-    if options.n < 1:
-        raise ValueError(f"-n {options.n}: must be at least 1")
-    method, adapter = options.method, None
-    if options.model is not None:
+    params = config.load(args.params)
+    if args.n < 1:
+        raise ValueError(f"-n {args.n}: must be at least 1")
+    method, adapter = args.method, None
+    if args.model is not None:
         from spo.commands import registry
 
-        adapter, method = registry.fetch(params, options.model)
-    path = sample.run(
-        params, options.prompt, method, options.seed, options.guidance, options.output, options.n, adapter
-    )
+        adapter, method = registry.fetch(params, args.model)
+    path = sample.run(params, args.prompt, method, args.seed, args.guidance, args.output, args.n, adapter)
     print(path)
 
 
 def _preset(command: argparse.ArgumentParser) -> None:
     command.add_argument("name", choices=config.preset_names())
     command.add_argument("--output", type=Path, default=Path("params.yaml"), metavar="FILE")
-    command.add_argument("--force", action="store_true", help="replace a file that is there")
+    command.add_argument("--force", action="store_true", help="overwrite an existing file")
     command.set_defaults(run=_run_preset)
 
 
-def _run_preset(options: argparse.Namespace) -> None:
-    text = config.preset(options.name)
-    if options.output.exists() and options.output.read_text() != text and not options.force:
-        raise ValueError(f"{options.output} is there and differs; --force replaces it")
-    options.output.write_text(text)
-    print(f"{options.output}: {options.name}")
+def _run_preset(args: argparse.Namespace) -> None:
+    text = config.preset(args.name)
+    if args.output.exists() and args.output.read_text() != text and not args.force:
+        raise ValueError(f"{args.output} exists and differs; --force overwrites it")
+    args.output.write_text(text)
+    print(f"{args.output}: {args.name}")
 
 
-def _run_sync(options: argparse.Namespace) -> None:
+def _run_sync(args: argparse.Namespace) -> None:
     from spo.commands import repro
     from spo.tracking import runs
 
@@ -274,10 +280,10 @@ def _run_sync(options: argparse.Namespace) -> None:
     delivered, left = runs.sync(uri)
     print(f"{delivered} records delivered, {left} left")
     if left:
-        raise ValueError(f"sync: {left} records are left, for the reasons above; `spo sync` tries again")
+        raise ValueError(f"sync: {left} records are left, for the reasons above; run `spo sync` again")
 
 
-def _run_register(options: argparse.Namespace) -> None:
+def _run_register(args: argparse.Namespace) -> None:
     from spo.commands import registry
 
     verdict = registry.register(config.load())
@@ -286,7 +292,7 @@ def _run_register(options: argparse.Namespace) -> None:
         print(f"  {reason}")
 
 
-def _run_repro(options: argparse.Namespace) -> None:
+def _run_repro(args: argparse.Namespace) -> None:
     from spo.commands import repro
 
-    sys.exit(repro.run(config.load(), options.arguments))
+    sys.exit(repro.run(config.load(), args.arguments))

@@ -32,7 +32,7 @@ TRAINED = {
 
 
 def pairs(folder, captions: list[str]) -> None:
-    """Pick-a-Pic's columns; the first picture is preferred in every other row."""
+    """Pick-a-Pic's columns; the first image is preferred in every other row."""
     generator = torch.Generator().manual_seed(0)
 
     def picture() -> bytes:
@@ -142,7 +142,7 @@ def test_every_stage_runs(experiment, tmp_path) -> None:
         run("align", method)
         assert not (tmp_path / "outputs/align" / method / "samples").exists()
     for name, value in weights(tmp_path).items():
-        assert torch.equal(value, watched[name]), "looking at pictures changed what was trained"
+        assert torch.equal(value, watched[name]), "validation changed the training"
 
     for method in config.METHODS:
         experiment["align"][method]["lora"] = None
@@ -158,7 +158,7 @@ def test_every_stage_runs(experiment, tmp_path) -> None:
 
 @pytest.mark.smoke
 @pytest.mark.parametrize("experiment", ["sd"], indirect=True)
-def test_a_scorer_labels_in_the_place_of_people(experiment, tmp_path, capsys) -> None:
+def test_a_scorer_labels_in_place_of_the_annotators(experiment, tmp_path, capsys) -> None:
     scorer = experiment["score"]["pickscore"]
     for stage in ("inputs", "prompts", "pairs"):
         run(stage)
@@ -212,13 +212,13 @@ def weights(folder) -> dict[str, torch.Tensor]:
 def test_stages_start_themselves_in_two_processes(experiment, tmp_path, capfd) -> None:
     for stage in (("inputs",), ("prompts",), ("pairs",), ("generate", "base"), ("score", "base")):
         run(*stage)
-    pictures, scores = tmp_path / "outputs/images/base/images.zip", tmp_path / "outputs/scores/base.csv"
-    before = pictures.read_bytes(), list(csv.DictReader(scores.open()))
-    pictures.unlink(), scores.unlink()
+    archive, scores = tmp_path / "outputs/images/base/images.zip", tmp_path / "outputs/scores/base.csv"
+    before = archive.read_bytes(), list(csv.DictReader(scores.open()))
+    archive.unlink(), scores.unlink()
     write(experiment | {"processes": 2, "generate": experiment["generate"] | {"batch_size": 1}})
     for stage in (("generate", "base"), ("score", "base"), ("preference",), ("align", "spo")):
         run(*stage)
-    for ours, theirs in zip(pixels(pictures), pixels(io.BytesIO(before[0])), strict=True):
+    for ours, theirs in zip(pixels(archive), pixels(io.BytesIO(before[0])), strict=True):
         assert (ours - theirs).abs().max() <= 1
     for ours, theirs in zip(csv.DictReader(scores.open()), before[1], strict=True):
         for name in ("pickscore", "hps", "aesthetic"):
@@ -229,35 +229,35 @@ def test_stages_start_themselves_in_two_processes(experiment, tmp_path, capfd) -
     capfd.readouterr()
     (tmp_path / "outputs/prompts/train.txt").unlink()
     assert cli.main(["align", "spo"]) == 2
-    told = [line for line in capfd.readouterr().err.splitlines() if line.startswith("spo: ")]
-    assert len(told) == 1 and "no training prompts there" in told[0]
+    errors = [line for line in capfd.readouterr().err.splitlines() if line.startswith("spo: ")]
+    assert len(errors) == 1 and "no training prompts there" in errors[0]
 
 
 def pixels(archive) -> list[torch.Tensor]:
-    with zipfile.ZipFile(archive) as found:
-        pictures = [Image.open(io.BytesIO(found.read(n))) for n in found.namelist() if n.endswith(".png")]
-    return [torch.frombuffer(bytearray(p.tobytes()), dtype=torch.uint8).int() for p in pictures]
+    with zipfile.ZipFile(archive) as file:
+        images = [Image.open(io.BytesIO(file.read(n))) for n in file.namelist() if n.endswith(".png")]
+    return [torch.frombuffer(bytearray(p.tobytes()), dtype=torch.uint8).int() for p in images]
 
 
-def test_a_dry_run_tells_what_a_stage_does_and_writes_nothing(experiment, tmp_path, capsys) -> None:
+def test_a_dry_run_shows_what_a_stage_does_and_writes_nothing(experiment, tmp_path, capsys) -> None:
     before = sorted(tmp_path.rglob("*"))
-    told = {}
-    for stage, item in (("inputs", None), ("preference", None), ("align", "spo"), ("generate", "spo")):
-        run(stage, *([item] if item else []), "--dry-run")
-        told[stage] = capsys.readouterr().out
+    plans = {}
+    for stage, variant in (("inputs", None), ("preference", None), ("align", "spo"), ("generate", "spo")):
+        run(stage, *([variant] if variant else []), "--dry-run")
+        plans[stage] = capsys.readouterr().out
     assert sorted(tmp_path.rglob("*")) == before
-    assert "preference.init: data/clip" in told["inputs"]
-    assert "2 updates of 4 pairs" in told["preference"]
+    assert "preference.init: data/clip" in plans["inputs"]
+    assert "2 updates of 4 pairs" in plans["preference"]
     # K = 2, two prompts, two iterations. sd: four steps in two blocks of two; a prompt takes 1 + 2 * 3
-    # forwards to draw and judge, 2 * 3 samples trained on, each 4 forwards; guided: 2 * 4 * 31 in all.
+    # forwards to generate and score, 2 * 3 samples trained on, each 4 forwards; guided: 2 * 4 * 31 in all.
     # sdxl: its scheduler's last step has no variance, so the second block is one step: 1 + 2 * 3 + 4 * 4
     sd = experiment["backbone"]["family"] == "sd"
     pairs, samples = (16, 248) if sd else (12, 184)
-    assert f"4 rollouts in 2 iterations; at most {pairs} pairs, 4 updates" in told["align"]
-    assert f"time: {samples} UNet samples" in told["align"]
-    assert "2 pictures of 4 steps, guidance 2" in told["generate"]
+    assert f"4 rollouts in 2 iterations; at most {pairs} pairs, 4 updates" in plans["align"]
+    assert f"time: {samples} UNet samples" in plans["align"]
+    assert "2 images of 4 steps, guidance 2" in plans["generate"]
     for stage in ("preference", "align", "generate"):
-        assert "memory: " in told[stage] and "GFLOP a UNet sample" in told[stage]
+        assert "memory: " in plans[stage] and "GFLOP per UNet sample" in plans[stage]
 
 
 def test_a_dry_run_without_network_names_what_cannot_be_reached(experiment, capsys) -> None:

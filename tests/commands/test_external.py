@@ -1,4 +1,4 @@
-"""Judging what was made elsewhere: tiny scorers in their real formats, pictures as files."""
+"""External models and images: tiny scorers in their real formats, images as files."""
 
 import json
 
@@ -33,8 +33,8 @@ def experiment(tmp_path_factory):
 
 
 @pytest.fixture
-def pictures(tmp_path):
-    """picture 2 comes before picture 10."""
+def images(tmp_path):
+    """image 2 comes before image 10."""
 
     def make(name: str, seed: int, count: int = 3):
         folder = tmp_path / name
@@ -42,8 +42,8 @@ def pictures(tmp_path):
         generator = torch.Generator().manual_seed(seed)
         for number in (2, 10, 11)[:count]:
             pixels = torch.randint(256, (48, 48, 3), generator=generator, dtype=torch.uint8)
-            Image.fromarray(pixels.numpy()).save(folder / f"picture{number}.png")
-        (folder / "notes.md").write_text("no picture")
+            Image.fromarray(pixels.numpy()).save(folder / f"image{number}.png")
+        (folder / "notes.md").write_text("not an image")
         return folder
 
     return make
@@ -55,12 +55,12 @@ def run(capsys, *arguments) -> tuple[int, str, str]:
     return status, captured.out, captured.err.splitlines()[-1] if captured.err else ""
 
 
-def test_a_folder_is_scored_and_compared(capsys, tmp_path, experiment, pictures) -> None:
+def test_a_folder_is_scored_and_compared(capsys, tmp_path, experiment, images) -> None:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("\n".join(PROMPTS) + "\n")
-    told = ("--prompts", prompts, "--params", experiment, "--output", tmp_path / "judged")
-    mine, other = pictures("mine", 0), pictures("other", 1)
-    status, out, _ = run(capsys, "score", "--images", mine, "--baseline", other, *told)
+    options = ("--prompts", prompts, "--params", experiment, "--output", tmp_path / "judged")
+    mine, other = images("mine", 0), images("other", 1)
+    status, out, _ = run(capsys, "score", "--images", mine, "--baseline", other, *options)
     assert status == 0 and "pickscore" in out and "% better" in out
     rows = json.loads((tmp_path / "judged/comparisons.json").read_text())
     assert {r["metric"] for r in rows} == {"pickscore", "hps", "aesthetic"}
@@ -68,7 +68,7 @@ def test_a_folder_is_scored_and_compared(capsys, tmp_path, experiment, pictures)
     first = (tmp_path / "judged/scores.csv").read_text().splitlines()
     assert [line.split(",")[1] for line in first[1:]] == PROMPTS
 
-    assert run(capsys, "score", "--images", other, *told)[0] == 0
+    assert run(capsys, "score", "--images", other, *options)[0] == 0
     means = {}
     for line in (tmp_path / "judged/scores.csv").read_text().splitlines()[1:]:
         for name, value in zip(("pickscore", "hps", "aesthetic"), line.split(",")[3:], strict=True):
@@ -77,30 +77,30 @@ def test_a_folder_is_scored_and_compared(capsys, tmp_path, experiment, pictures)
         assert row["mean_baseline"] == pytest.approx(sum(means[row["metric"]]) / 3, abs=1e-5)
 
 
-def test_pictures_come_in_the_order_of_their_numbers(pictures) -> None:
+def test_images_come_in_the_order_of_their_numbers(images) -> None:
     from spo.data.folders import list_images
 
-    assert [p.name for p in list_images(pictures("mine", 0))] == [f"picture{n}.png" for n in (2, 10, 11)]
+    assert [p.name for p in list_images(images("mine", 0))] == [f"image{n}.png" for n in (2, 10, 11)]
 
 
-def test_mistakes_are_one_line(capsys, tmp_path, experiment, pictures) -> None:
+def test_mistakes_are_one_line(capsys, tmp_path, experiment, images) -> None:
     lists = {"three": PROMPTS, "two": PROMPTS[:2], "gap": [PROMPTS[0], " ", PROMPTS[1]], "none": []}
     for name, lines in lists.items():
         (tmp_path / f"{name}.txt").write_text("".join(f"{line}\n" for line in lines))
-    mine, torn = pictures("mine", 0), pictures("torn", 0)
-    (torn / "picture11.png").write_bytes(b"torn")
+    mine, truncated = images("mine", 0), images("truncated", 0)
+    (truncated / "image11.png").write_bytes(b"truncated")
     (tmp_path / "empty").mkdir()
     cases = [
         (["--images", mine, "--prompts", tmp_path / "two.txt"], "3 images, but .*two.txt has 2 prompts"),
         (["--images", mine, "--prompts", tmp_path / "gap.txt"], "gap.txt: prompt 2 is empty"),
-        (["--images", mine, "--prompts", tmp_path / "none.txt"], "holds no prompts"),
+        (["--images", mine, "--prompts", tmp_path / "none.txt"], "none.txt: is empty"),
         (["--images", mine], "give --prompts FILE"),
-        (["--images", torn, "--prompts", tmp_path / "three.txt"], "picture11.png: not a readable image"),
-        (["--images", tmp_path / "empty", "--prompts", tmp_path / "three.txt"], "no images there"),
-        (["--images", tmp_path / "nowhere", "--prompts", tmp_path / "three.txt"], "no folder there"),
-        (["base", "--images", mine], "not both"),
-        ([], "give a variant .* or --images"),
-        (["base", "--prompts", tmp_path / "two.txt"], "--prompts goes with --images only"),
+        (["--images", truncated, "--prompts", tmp_path / "three.txt"], "image11.png: not a readable image"),
+        (["--images", tmp_path / "empty", "--prompts", tmp_path / "three.txt"], "no images in this folder"),
+        (["--images", tmp_path / "nowhere", "--prompts", tmp_path / "three.txt"], "no such folder"),
+        (["base", "--images", mine], "give either a variant"),
+        ([], "give either a variant .* or --images"),
+        (["base", "--prompts", tmp_path / "two.txt"], "--prompts needs --images"),
     ]
     for arguments, message in cases:
         status, _, error = run(capsys, "score", *arguments, "--params", experiment)
@@ -108,7 +108,7 @@ def test_mistakes_are_one_line(capsys, tmp_path, experiment, pictures) -> None:
         with pytest.raises(ValueError, match=message):
             raise ValueError(error)
     status, _, error = run(capsys, "generate", "--lora", tmp_path / "nowhere", "--params", experiment)
-    assert status == 2 and "nowhere: not there; give a LoRA" in error
+    assert status == 2 and "nowhere: no such file or folder; give a LoRA" in error
 
 
 def test_images_of_every_shape_and_kind_are_scored(capsys, tmp_path, experiment) -> None:
@@ -119,13 +119,13 @@ def test_images_of_every_shape_and_kind_are_scored(capsys, tmp_path, experiment)
         kind = {"webp": "WEBP", "jfif": "JPEG", "JPG": "JPEG"}.get(ending, "PNG")
         Image.new("RGB", shape, (200, 30, 90)).save(folder / f"{number}.{ending}", kind)
     prompts.write_text(f"{PROMPTS[0]}\n" * len(shapes))
-    told = ("--prompts", prompts, "--params", experiment, "--output", tmp_path / "judged")
-    status, _, error = run(capsys, "score", "--images", folder, *told)
+    options = ("--prompts", prompts, "--params", experiment, "--output", tmp_path / "judged")
+    status, _, error = run(capsys, "score", "--images", folder, *options)
     assert status == 0, error
     assert len((tmp_path / "judged/scores.csv").read_text().splitlines()) == 1 + len(shapes)
     (folder / "2.bmp").write_bytes(b"BM" + bytes(60))
     prompts.write_text(f"{PROMPTS[0]}\n" * (len(shapes) + 1))
-    status, _, error = run(capsys, "score", "--images", folder, *told)
+    status, _, error = run(capsys, "score", "--images", folder, *options)
     assert status == 2 and "2.bmp: not a readable image (BMP; give JPEG, PNG or WebP)" in error
 
 
@@ -135,10 +135,10 @@ def test_an_archive_beside_other_images_is_refused(capsys, tmp_path, experiment)
     save_images(tmp_path / "both", [Image.new("RGB", (8, 8))], PROMPTS[:1], [0])
     Image.new("RGB", (8, 8)).save(tmp_path / "both/1.png")
     status, _, error = run(capsys, "score", "--images", tmp_path / "both", "--params", experiment)
-    assert status == 2 and "holds images.zip and 1.png" in error
+    assert status == 2 and "contains images.zip and 1.png" in error
     save_images(tmp_path / "none", [], [], [])
     status, _, error = run(capsys, "score", "--images", tmp_path / "none", "--params", experiment)
-    assert status == 2 and "no images there" in error
+    assert status == 2 and "no images in this archive" in error
 
 
 @pytest.mark.parametrize(
@@ -149,7 +149,7 @@ def test_an_archive_beside_other_images_is_refused(capsys, tmp_path, experiment)
         ("p.json", r'["a\u0000b"]', "p.json: prompt 1 has a NUL character"),
         ("p.txt", "a\0b\n", "p.txt: line 1 has a NUL character"),
         ("p.csv", "prompt,id\na,1\n,2\n", "p.csv: prompt 2 is empty"),
-        ("p.csv", "prompt,id\n", "p.csv: holds no prompts"),
+        ("p.csv", "prompt,id\n", "p.csv: is empty"),
         ("p.md", "a", "not .md"),
         ("folder", None, "not a folder"),
     ],
@@ -163,8 +163,8 @@ def test_prompts_that_cannot_be_drawn_are_one_line(
     else:
         path.write_text(content)
     (tmp_path / "lora").mkdir()
-    told = ("--lora", tmp_path / "lora", "--prompts", path, "--params", experiment)
-    assert cli.main(["generate", *map(str, told)]) == 2
+    options = ("--lora", tmp_path / "lora", "--prompts", path, "--params", experiment)
+    assert cli.main(["generate", *map(str, options)]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert message in line
 

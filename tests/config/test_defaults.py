@@ -43,7 +43,7 @@ def test_a_changed_default_of_an_omitted_key_reruns_every_stage(experiment) -> N
     assert defaults(experiment) == {"align.spo.beta": 12.0}
 
 
-def test_where_a_run_is_logged_is_no_reason_to_run_again(experiment) -> None:
+def test_where_a_run_is_logged_reruns_no_stage(experiment) -> None:
     path = experiment.folder / "params.yaml"
     lines = path.read_text().splitlines(keepends=True)
     gate = next(i for i, line in enumerate(lines) if line.startswith("registry:"))

@@ -56,7 +56,7 @@ def test_every_row_is_written_filtered_or_rejected(tmp_path) -> None:
 def test_a_row_that_goes_uncounted_is_an_error(tmp_path, monkeypatch) -> None:
     frame(20).to_parquet(tmp_path / "a.parquet")
     monkeypatch.setattr(sources, "count_rows", lambda source: 21)
-    with pytest.raises(ValueError, match="21 rows announced, 20 found"):
+    with pytest.raises(ValueError, match="21 rows announced, 20 read"):
         pairs_stage.prepare(section(tmp_path), 0, tmp_path / "out")
 
 

@@ -21,34 +21,34 @@ def front_matter(text: str) -> dict:
 
 
 def test_it_tells_base_licence_data_recipe_and_counts_but_no_times() -> None:
-    told = model_card.text(
+    card = model_card.text(
         params(revision="abc123"), "spo", {"updates": 7, "seconds": 12.5, "training_seconds": 11.0}
     )
-    head = front_matter(told)
+    head = front_matter(card)
     assert head["base_model"] == "stable-diffusion-v1-5/stable-diffusion-v1-5"
     assert head["license"] == "creativeml-openrail-m" and head["library_name"] == "diffusers"
     assert head["tags"] == ["text-to-image", "lora", "spo"]
     for text in ("revision abc123", "own/prompts/train.json", "own/pairs", "- updates: 7", "candidates: 4"):
-        assert text in told, text
-    assert "12.5" not in told and "11.0" not in told and "load_lora_weights" in told
-    recipe = yaml.safe_load(told.split("```yaml\n")[1].split("```")[0])
+        assert text in card, text
+    assert "12.5" not in card and "11.0" not in card and "load_lora_weights" in card
+    recipe = yaml.safe_load(card.split("```yaml\n")[1].split("```")[0])
     assert recipe["lora"]["rank"] == 4 and recipe["beta"] == 10
 
 
 def test_a_full_fine_tune_is_loaded_otherwise() -> None:
     raw = yaml.safe_load(config.preset("sd15"))
     raw["align"]["spo"]["lora"] = None
-    told = model_card.text(config.validate(raw), "spo", {})
-    assert "from_pretrained" in told and "load_lora_weights" not in told
-    assert "lora" not in front_matter(told)["tags"]
+    card = model_card.text(config.validate(raw), "spo", {})
+    assert "from_pretrained" in card and "load_lora_weights" not in card
+    assert "lora" not in front_matter(card)["tags"]
 
 
 def test_the_licence_is_that_of_the_checkpoint_s_own_card(tmp_path: Path) -> None:
     assert model_card.licence(str(tmp_path)) is None
     readme = tmp_path / "README.md"
     readme.write_text("---\nlicense: mit\ntags: [a]\n---\n# A model\n")
-    told = model_card.text(params(checkpoint=str(tmp_path), license="other"), "spo", {})
-    assert front_matter(told)["license"] == "mit"
+    card = model_card.text(params(checkpoint=str(tmp_path), license="other"), "spo", {})
+    assert front_matter(card)["license"] == "mit"
     for broken in (
         "# no front matter\n",
         "---\n- a list\n---\n",
@@ -62,6 +62,6 @@ def test_the_licence_is_that_of_the_checkpoint_s_own_card(tmp_path: Path) -> Non
 
 
 def test_scores_are_those_of_the_method() -> None:
-    told = model_card.scores([ROW, {**ROW, "method": "diffusion_dpo", "metric": "pickscore"}], "spo")
-    assert "| hps | 27.100 | base | +1.100 | +0.900 to +1.300 | 81 % | 256 |" in told
-    assert "pickscore" not in told
+    card = model_card.scores([ROW, {**ROW, "method": "diffusion_dpo", "metric": "pickscore"}], "spo")
+    assert "| hps | 27.100 | base | +1.100 | +0.900 to +1.300 | 81 % | 256 |" in card
+    assert "pickscore" not in card

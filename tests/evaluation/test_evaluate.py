@@ -85,7 +85,7 @@ def test_scores_that_are_not_finite_are_refused(bad: float) -> None:
 
 @pytest.mark.parametrize(("method", "baseline"), [([1.0, 2.0], [1.0]), ([], []), ([[1.0]], [[1.0]])])
 def test_other_shapes_are_refused(method: list, baseline: list) -> None:
-    with pytest.raises(ValueError, match="one length"):
+    with pytest.raises(ValueError, match="the same length"):
         compare(method, baseline)
 
 
@@ -114,7 +114,7 @@ def test_other_prompts_seeds_rows_or_metrics_are_refused() -> None:
     for spo, message in (
         (other_prompt, r"row 1 of the scores: spo has prompt 'x', base has 'p1'"),
         (other_seed, r"row 2 of the scores: spo has seed 7, base has 2"),
-        (base[:2], "spo has 2 rows, base 3"),
+        (base[:2], "spo has 2 rows, base has 3"),
         (base.rename(columns={"hps": "pickscore"}), "different metrics: pickscore; hps"),
         (
             base.assign(hps=[1.0, 2.0, float("nan")]),
@@ -126,5 +126,5 @@ def test_other_prompts_seeds_rows_or_metrics_are_refused() -> None:
 
 
 def test_a_baseline_without_scores_is_named() -> None:
-    with pytest.raises(ValueError, match="no scores of 'dpo'; there are base"):
+    with pytest.raises(ValueError, match="no scores of 'dpo'; known: base"):
         statistics.comparisons({"base": table(hps=[1.0])}, ("base", "dpo"), 10, 0)

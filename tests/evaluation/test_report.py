@@ -1,4 +1,4 @@
-"""The page and its picture, from a small run folder of known figures."""
+"""The page and its figures, from a small run folder with known values."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def tracked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Tracked:
 def write_run(root: Path) -> None:
     noise = np.random.default_rng(0).normal(size=(N, 2))
     for variant, shift in SHIFT.items():
-        write_pictures(root / "outputs/images" / variant, int(60 * shift) + 40)
+        write_images(root / "outputs/images" / variant, int(60 * shift) + 40)
         columns = {"prompt": PROMPTS, "seed": range(7, 7 + N), "pickscore": 20 + shift + noise[:, 0]}
         alignment = 0.75 - 0.125 * (variant == "spo") + 0.01 * noise[:, 1]
         columns |= {"oracle_aesthetic": 0.25 + shift / 8, "oracle_alignment": alignment}
@@ -94,7 +94,7 @@ def write_run(root: Path) -> None:
     (root / "dvc.lock").write_text(yaml.safe_dump({"stages": {"generate@spo": {"outs": [out]}}}))
 
 
-def write_pictures(folder: Path, level: int) -> None:
+def write_images(folder: Path, level: int) -> None:
     folder.mkdir(parents=True)
     index = io.StringIO()
     writer = csv.writer(index)
@@ -133,12 +133,12 @@ def test_the_page_tells_the_figures(tracked: Tracked) -> None:
         "The first 3 test prompts",
         "13,600",
         "0123456789ab",
-        "share a renderer",
+        "trained on images of the same renderer",
         "0.0903",
         f"iterations: {params().align.spo.iterations}",
         "Before training",
         "After 58 updates",
-        "Scores of validation pictures of spo",
+        "Scores of validation images of spo",
     ):
         assert text in page, text
     assert page.count('<tr class="') == 6 * (1 + 3)  # pairs of variants: a heading and three metrics
@@ -219,7 +219,7 @@ def test_the_same_run_gives_the_same_files(tracked: Tracked) -> None:
     assert [(Path("reports") / n).read_bytes() for n in names] == first
 
 
-def test_a_run_without_oracle_or_facts_says_what_is_not_there(tracked: Tracked) -> None:
+def test_a_run_without_oracle_or_facts_says_what_is_missing(tracked: Tracked) -> None:
     for path in Path("outputs/scores").glob("*.csv"):
         table = pd.read_csv(path, keep_default_na=False)
         table[["index", "prompt", "seed", "pickscore"]].to_csv(path, index=False)
@@ -227,17 +227,17 @@ def test_a_run_without_oracle_or_facts_says_what_is_not_there(tracked: Tracked) 
         path.unlink()
     stage.run(params())
     page = Path("reports/report.html").read_text()
-    assert "no measure of prompt alignment alone was taken" in page
-    assert "share a renderer" not in page and "oracle was checked" not in page
-    for missing in ("No accuracies", "No training curves", "No stage times"):
+    assert "prompt alignment was not measured separately" in page
+    assert "the same renderer" not in page and "Validation of the oracle" not in page
+    for missing in ("no accuracies", "no training curves", "no stage times"):
         assert missing in page
 
 
-def test_pictures_that_were_not_scored_are_refused(tracked: Tracked) -> None:
+def test_images_that_were_not_scored_are_refused(tracked: Tracked) -> None:
     for path in Path("outputs/scores").glob("*.csv"):
         table = pd.read_csv(path, keep_default_na=False)
         table.assign(seed=table["seed"] + 1).to_csv(path, index=False)
-    with pytest.raises(ValueError, match="not the pictures scored in outputs/scores/base.csv"):
+    with pytest.raises(ValueError, match="not the images scored in outputs/scores/base.csv"):
         stage.run(params())
 
 
@@ -247,7 +247,7 @@ def test_scores_that_are_missing_or_have_no_prompt_are_refused(tracked: Tracked)
         stage.run(params())
     for path in Path("outputs/scores").glob("*.csv"):
         path.unlink()
-    with pytest.raises(ValueError, match="no scores there; run `make repro`"):
+    with pytest.raises(ValueError, match="no scores in this folder; run `make repro`"):
         stage.run(params())
 
 
@@ -268,22 +268,21 @@ def test_the_verdict_follows_the_intervals() -> None:
         "SPO beats the base model by HPS, is worse by PickScore and does not clearly differ by the aesthetic "
         "score; alignment with the prompt rises (+0.200, +0.100 to +0.300). SPO beats Diffusion-DPO by no "
         "measure of quality and does not clearly differ by HPS; "
-        "no measure of prompt alignment alone was taken."
+        "prompt alignment was not measured separately."
     )
 
 
-def test_a_score_that_rises_while_another_falls_is_told() -> None:
+def test_a_score_that_rises_while_another_falls_is_shown() -> None:
     better, worse, unclear = (0.1, 0.3), (-0.3, -0.1), (-0.1, 0.2)
     rising = pd.DataFrame({"step": range(8), "score": [1.0, 1, 2, 2, 3, 3, 4, 4]})
     falls = [row("oracle_alignment", *worse)]
-    told = verdict.contradictions([row("hps", *better), *falls], {})
-    assert told == (
+    text = verdict.contradictions([row("hps", *better), *falls], {})
+    assert text == (
         "Beware: with SPO, HPS (+0.200, +0.100 to +0.300) rose while the oracle's alignment "
-        "(−0.200, −0.300 to −0.100) fell (against Base): what rose may have been won at the cost "
-        "of what fell."
+        "(−0.200, −0.300 to −0.100) fell (against Base): the gain may have come at the cost of the loss."
     )
-    told = verdict.contradictions([row("hps", *unclear), *falls], {"spo": rising})
-    assert "the preference model's own score (1 to 4) rose while the oracle's alignment" in told
+    text = verdict.contradictions([row("hps", *unclear), *falls], {"spo": rising})
+    assert "the preference model's own score (1 to 4) rose while the oracle's alignment" in text
     assert not verdict.contradictions([row("hps", *unclear), *falls], {"spo": rising[::-1]})
     assert not verdict.contradictions([row("hps", *better), row("aesthetic", *unclear)], {"spo": rising})
     # the first method's baseline alone: what is worse against another method is not said twice
@@ -324,5 +323,5 @@ def test_long_prompts_are_wrapped_and_cut() -> None:
 
 
 def test_a_curve_without_a_metric_is_refused() -> None:
-    with pytest.raises(ValueError, match="without a metric"):
+    with pytest.raises(ValueError, match="has no metric"):
         plots.curves(pd.DataFrame({"step": [1, 2], "loss": [np.nan, np.nan]}))

@@ -48,7 +48,7 @@ def tear(path: Path) -> None:
         (
             tear,
             "a",
-            r"a.parquet: damaged after row|400 rows announced, \d+ found; is the source being written",
+            r"a.parquet: damaged after row|400 rows announced, \d+ read; is the source being written",
         ),
     ],
 )

@@ -36,8 +36,8 @@ def section(folder, **changes) -> config.Prompts:
     empty = folder / "pairs"
     empty.mkdir(exist_ok=True)
     pd.DataFrame({"caption": ["another"]}).to_parquet(empty / "0.parquet")
-    told = {"train": f"{DATA}/train-*.parquet", "evaluation": f"{DATA}/validation_unique-*.parquet"}
-    return config.Prompts(**told, pairs=str(empty), n_train=8, n_validation=0, n_test=6, **changes)
+    sources = {"train": f"{DATA}/train-*.parquet", "evaluation": f"{DATA}/validation_unique-*.parquet"}
+    return config.Prompts(**sources, pairs=str(empty), n_train=8, n_validation=0, n_test=6, **changes)
 
 
 def test_lists_are_made_of_a_data_set_s_splits(data_set, tmp_path) -> None:

@@ -1,4 +1,4 @@
-"""`spo STAGE --dry-run`: what a stage reads, how much it computes, and about how long; nothing is written."""
+"""`spo STAGE --dry-run`: a stage's inputs, compute, memory and approximate time; nothing is written."""
 
 from __future__ import annotations
 
@@ -12,33 +12,33 @@ if TYPE_CHECKING:
     from spo.backbones.sizes import Sizes
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
-EFFICIENCY = 0.5  # of a large matrix product, that a UNet reaches
+EFFICIENCY = 0.5  # FLOP/s of a UNet, as a fraction of those of a large matrix product
 
 
-def lines(params: Params, stage: str, item: str | None) -> list[str]:
+def lines(params: Params, stage: str, variant: str | None) -> list[str]:
     """The plan of a stage, line by line.
 
     Raises:
-        ValueError: an input that is neither here, nor in reach, nor made by an earlier stage.
+        ValueError: an input that neither exists, nor can be reached, nor is an output of an earlier stage.
     """
-    told = [f"{stage}{f' {item}' if item else ''} ({params.name}): dry run, nothing is written"]
-    told += [_reach(key, name, revision) for key, name, revision in _inputs(params, stage, item)]
+    plan = [f"{stage}{f' {variant}' if variant else ''} ({params.name}): dry run, nothing is written"]
+    plan += [_reach(key, name, revision) for key, name, revision in _inputs(params, stage, variant)]
     if stage not in ("preference", "align", "generate"):
-        return told
+        return plan
     from spo.backbones import sizes
 
     size = sizes.measure(params.backbone)
-    told.append(
+    plan.append(
         f"UNet {size.unet_parameters / 1e6:.1f} M, VAE {size.vae_parameters / 1e6:.1f} M parameters; "
-        f"latents {list(size.latent_shape)}; {size.unet_flops / 1e9:.1f} GFLOP a UNet sample"
+        f"latents {list(size.latent_shape)}; {size.unet_flops / 1e9:.1f} GFLOP per UNet sample"
     )
-    samples, text = _work(params, stage, item, size)
-    told += [text, _memory(params, stage, item, size), _time(size, samples, params.backbone.dtype)]
-    return told
+    samples, text = _work(params, stage, variant, size)
+    plan += [text, _memory(params, stage, variant, size), _time(size, samples, params.backbone.dtype)]
+    return plan
 
 
-def _inputs(params: Params, stage: str, item: str | None) -> list[tuple[str, str, str | None]]:
-    """(key, path or hub id, revision) of what the stage reads."""
+def _inputs(params: Params, stage: str, variant: str | None) -> list[tuple[str, str, str | None]]:
+    """The inputs of a stage: (key, path or hub id, revision)."""
     from spo.methods import method_spec
 
     b, p, s = params.backbone, params.preference, params.score
@@ -55,15 +55,16 @@ def _inputs(params: Params, stage: str, item: str | None) -> list[tuple[str, str
         ("score.aesthetic.clip", s.aesthetic.clip, s.aesthetic.revision),
         ("score.aesthetic.head", s.aesthetic.head, None),
     ]
-    learned = [("learns from", path, None) for path in method_spec(item or "spo").reads]
+    method = variant if stage == "align" and variant else "spo"
+    trained_on = [("trained on", path, None) for path in method_spec(method).reads]
     reads: dict[str, list[tuple[str, str | None, str | None]]] = {
         "inputs": [*base, *clip, *lists, *pairs, *scorers],
         "prompts": [*lists, *pairs, base[0]],
         "pairs": [*pairs],
         "preference": [*base, *clip, ("pairs", "outputs/pairs", None)],
-        "align": [*base, *learned],
-        "generate": [*base, ("adapter", getattr(params.generate, item or "base").adapter, None)],
-        "score": [*scorers, ("pictures", f"outputs/images/{item}", None)],
+        "align": [*base, *trained_on],
+        "generate": [*base, ("adapter", getattr(params.generate, variant or "base").adapter, None)],
+        "score": [*scorers, ("images", f"outputs/images/{variant}", None)],
         "report": [("scores", "outputs/scores", None)],
     }
     return [(key, name, revision) for key, name, revision in reads[stage] if name is not None]
@@ -75,42 +76,43 @@ def _reach(key: str, name: str, revision: str | None) -> str:
     if Path(name).exists():
         return f"{key}: {name}"
     if name.startswith("outputs/"):
-        return f"{key}: {name} (an earlier stage makes it)"
+        return f"{key}: {name} (output of an earlier stage)"
     try:
-        found = manifest(name, revision)
-        return f"{key}: {name} at {found['revision']}" if "revision" in found else f"{key}: {name}"
+        pins = manifest(name, revision)
+        return f"{key}: {name} at {pins['revision']}" if "revision" in pins else f"{key}: {name}"
     except ValueError as error:
         raise ValueError(f"{key}: {error}") from None
 
 
-def _work(params: Params, stage: str, item: str | None, size: Sizes) -> tuple[int, str]:
-    """UNet samples in forwards, guidance included, and what they are for."""
+def _work(params: Params, stage: str, variant: str | None, size: Sizes) -> tuple[int, str]:
+    """The UNet samples of a stage in forward passes, guidance included, and a line about them."""
     from spo.diffusion.denoiser import is_guided
     from spo.methods import method_spec
 
     if stage == "generate":
-        variant, settings = getattr(params.generate, item or "base"), params.generate
+        guidance, settings = getattr(params.generate, variant or "base").guidance, params.generate
         count = params.prompts.n_test if settings.split == "test" else params.prompts.n_validation
-        doubled = 1 + is_guided(variant.guidance)
-        steps = f"{count} pictures of {settings.num_inference_steps} steps, guidance {variant.guidance:g}"
+        doubled = 1 + is_guided(guidance)
+        steps = f"{count} images of {settings.num_inference_steps} steps, guidance {guidance:g}"
         return count * settings.num_inference_steps * doubled, steps
     if stage == "preference":
         from spo.preference.trainer import unet_samples
 
         p = params.preference
         return unet_samples(p), f"{p.steps} updates of {p.batch_size} pairs"
-    cost = method_spec(item or "spo").cost(getattr(params.align, item or "spo"), size.scheduler_config)
+    method = variant or "spo"
+    cost = method_spec(method).cost(getattr(params.align, method), size.scheduler_config)
     return cost.unet_samples, cost.text
 
 
-def _memory(params: Params, stage: str, item: str | None, size: Sizes) -> str:
+def _memory(params: Params, stage: str, variant: str | None, size: Sizes) -> str:
     from spo.backbones import sizes
 
     width = BYTES[params.backbone.dtype]
     total, kind = width * (size.unet_parameters + size.vae_parameters), "weights of UNet and VAE"
     if stage == "align":
-        section = getattr(params.align, item or "spo")
-        state = 2 if section.optimizer.eight_bit else 8  # Adam's two moments; weight and gradient are fp32
+        section = getattr(params.align, variant or "spo")
+        state = 2 if section.optimizer.eight_bit else 8  # bytes of Adam's two moments; weight, gradient: fp32
         if section.lora is None:
             total += (4 + 4 + state) * size.unet_parameters
             kind += ", full fine-tuning (fp32 weights, gradients, Adam; frozen reference)"
@@ -118,9 +120,7 @@ def _memory(params: Params, stage: str, item: str | None, size: Sizes) -> str:
             trained = sizes.lora_parameters(params.backbone, section.lora)
             total += (4 + 4 + state) * trained
             kind += f", a LoRA of {trained / 1e6:.2f} M with its gradients and Adam"
-    return (
-        f"memory: {total / 2**30:.2f} GiB for {kind}; text encoders, preference model and activations on top"
-    )
+    return f"memory: {total / 2**30:.2f} GiB for {kind}; plus text encoders, preference model and activations"
 
 
 def _time(size: Sizes, samples: int, dtype: str) -> str:

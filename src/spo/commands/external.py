@@ -1,7 +1,7 @@
-"""Judge what was made elsewhere, without training: pictures in a folder, a LoRA or a fine-tuned checkpoint.
+"""Generate images by an external model and score external images, without training.
 
-No stage of the DAG: `spo generate --lora PATH` draws, `spo score --images FOLDER --prompts FILE` scores, with
-the scorers, tables and intervals of the experiment.
+Not stages of the DAG: `spo generate --lora PATH` generates images, `spo score --images FOLDER --prompts FILE`
+scores them, with the scorers, tables and intervals of the experiment.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 OUTPUT = Path("outputs/judged")
-_USUAL = ("unet", "pytorch_lora_weights", "adapter_model", "diffusion_pytorch_model")
+_GENERIC = ("unet", "pytorch_lora_weights", "adapter_model", "diffusion_pytorch_model")
 
 
 def generate(
@@ -29,17 +29,17 @@ def generate(
     guidance: float | None = None,
     output: Path | None = None,
 ) -> Path:
-    """Pictures of `adapter` on params.backbone: a LoRA or a UNet (file or folder), or a whole model.
+    """Generate images by params.backbone with `adapter`: a LoRA, a UNet or a complete pipeline.
 
     Args:
-        prompts_file: a list of prompts; None: the experiment's own, at its own seeds.
+        prompts_file: a list of prompts; None: the experiment's prompts, with its seeds.
         guidance: None: that of generate.base.
 
     Returns:
-        The folder of the pictures.
+        The folder of the images.
 
     Raises:
-        ValueError: nothing there, or weights that do not fit the backbone.
+        ValueError: no such adapter, or weights that do not fit the backbone.
     """
     from spo import backbones
     from spo.backbones.external import SUPPORTED
@@ -60,10 +60,10 @@ def generate(
 
 
 def _name(adapter: Path) -> str:
-    """Of the file or folder; of the folder around it where all releases call it the same."""
+    """The name of the file or folder; that of its parent for generic names, which many releases share."""
     path = adapter.resolve()
     name = path.stem if path.is_file() else path.name
-    return path.parent.name if name.split(".")[0] in _USUAL else name
+    return path.parent.name if name.split(".")[0] in _GENERIC else name
 
 
 def score(
@@ -73,29 +73,29 @@ def score(
     baseline: Path | None = None,
     output: Path | None = None,
 ) -> str:
-    """Score the pictures of `folder`, and compare them with those of `baseline` for the same prompts.
+    """Score the images of `folder`, and compare them with those of `baseline` for the same prompts.
 
-    Writes scores.csv and, with a baseline, comparisons.json as reports/comparisons.json.
+    Writes scores.csv and, with a baseline, comparisons.json in the format of reports/comparisons.json.
 
     Returns:
-        The tables, for a person.
+        The tables as text.
 
     Raises:
-        ValueError: N prompts with M pictures, an unreadable picture, or no prompts.
+        ValueError: another number of prompts than images, an unreadable image, or no prompts.
     """
     from spo.evaluation import statistics
     from spo.training.distributed import device
 
-    names = {"method": folder, **({"baseline": baseline} if baseline else {})}
-    read = {name: _pictures(path, prompts_file) for name, path in names.items()}
-    tables = {name: _table(params, *told, device()) for name, told in read.items()}
+    folders = {"method": folder, **({"baseline": baseline} if baseline else {})}
+    inputs = {name: _images(path, prompts_file) for name, path in folders.items()}
+    tables = {name: _table(params, *read, device()) for name, read in inputs.items()}
     if not is_main_process():
         return ""
     output = output or OUTPUT / folder.stem
     output.mkdir(parents=True, exist_ok=True)
     tables["method"].to_csv(output / "scores.csv", index=False, float_format="%.6f")
     samples, seed = params.report.bootstrap_samples, params.seed
-    lines = [f"{folder}: {len(tables['method'])} pictures, scores in {output / 'scores.csv'}"]
+    lines = [f"{folder}: {len(tables['method'])} images, scores in {output / 'scores.csv'}"]
     for metric in statistics.metrics(tables["method"]):
         mean, low, high = statistics.mean_interval(tables["method"][metric].to_numpy(), samples, seed)
         lines.append(f"  {metric:18} {mean:9.4f} [{low:.4f}, {high:.4f}]")
@@ -114,12 +114,12 @@ def _line(row: Mapping[str, Any]) -> str:
     return f"  {row['metric']:18} {row['mean_difference']:+9.4f} {interval}, {better}"
 
 
-def _table(params: Params, pictures: list[Image.Image], prompts: list[str], device: str) -> DataFrame:
+def _table(params: Params, images: list[Image.Image], prompts: list[str], device: str) -> DataFrame:
     import pandas as pd
 
     from spo.evaluation.scoring import score_images
 
-    columns = score_images(params, pictures, prompts, device)
+    columns = score_images(params, images, prompts, device)
     rows = range(len(prompts))
     return pd.DataFrame({"index": rows, "prompt": prompts, "seed": rows, **columns})
 
@@ -130,17 +130,17 @@ def _prompts(file: Path) -> list[str]:
 
     prompts = read_prompts(file)
     if not prompts:
-        raise ValueError(f"{file}: holds no prompts")
+        raise ValueError(f"{file}: is empty; it must have at least one prompt")
     for row, prompt in enumerate(prompts, start=1):
         if not prompt.strip():
-            raise ValueError(f"{file}: prompt {row} is empty; every image needs its own")
+            raise ValueError(f"{file}: prompt {row} is empty; every image needs a prompt")
         if reason := flaw(prompt):
             raise ValueError(f"{file}: prompt {row} has {reason}; it cannot be encoded")
     return prompts
 
 
-def _pictures(folder: Path, prompts_file: Path | None) -> tuple[list[Image.Image], list[str]]:
-    """The images in the order of their names (2 before 10) or of our archive, and their prompts."""
+def _images(folder: Path, prompts_file: Path | None) -> tuple[list[Image.Image], list[str]]:
+    """The images in the order of their names (2 before 10) or of an archive, and their prompts."""
     from spo.data.folders import list_images
     from spo.data.images import ARCHIVE
 
@@ -151,26 +151,30 @@ def _pictures(folder: Path, prompts_file: Path | None) -> tuple[list[Image.Image
     else:
         images = [_open(path) for path in list_images(folder)]
         if prompts_file is None:
-            raise ValueError(f"{folder}: give --prompts FILE, a prompt for each of {len(images)} images")
+            raise ValueError(
+                f"{folder}: give --prompts FILE with a prompt for each of the {len(images)} images"
+            )
     prompts = _prompts(prompts_file)
     if len(prompts) != len(images):
         raise ValueError(
             f"{folder}: {len(images)} images, but {prompts_file} has {len(prompts)} prompts; "
-            "give one prompt for each image, in the order of the file names"
+            "give one prompt per image, in the order of the file names"
         )
     return images, prompts
 
 
 def _archive(folder: Path) -> tuple[list[Image.Image], list[str]]:
-    """The images and prompts that `spo generate` wrote to `folder`, which holds no other images."""
+    """The images and prompts that `spo generate` wrote to `folder`; other images beside them are refused."""
     from spo.data.folders import find_images
     from spo.data.images import ARCHIVE, load_images
 
     if others := find_images(folder):
-        raise ValueError(f"{folder}: holds {ARCHIVE} and {others[0].name}; give a folder with one of the two")
+        raise ValueError(
+            f"{folder}: contains {ARCHIVE} and {others[0].name}; give a folder with one of the two"
+        )
     rows = list(load_images(folder))
     if not rows:
-        raise ValueError(f"{folder / ARCHIVE}: no images there")
+        raise ValueError(f"{folder / ARCHIVE}: no images in this archive")
     return [image for image, _, _ in rows], [prompt for _, prompt, _ in rows]
 
 
@@ -178,7 +182,7 @@ def _open(path: Path) -> Image.Image:
     from spo.data.decoding import open_image
 
     if path.exists() and not path.is_file():  # a pipe or a device would be read without end
-        raise ValueError(f"{path}: no regular file")
+        raise ValueError(f"{path}: not a regular file")
     try:
         return open_image(path.read_bytes())
     except ValueError as error:

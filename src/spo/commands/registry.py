@@ -1,7 +1,7 @@
-"""MLflow's registry: every aligned model a version, the best one the `champion`.
+"""Register aligned models in MLflow: each is a version, and the best version has the alias `champion`.
 
-The alias `champion` moves only to a version that passes the gate of params.yaml's `registry` against the
-champion, or against the baseline while there is none; else the version is `challenger`, with reasons.
+A version gets the alias `champion` only if it passes the gate of params.yaml's `registry` against the current
+champion, or against the baseline while there is none; else it gets the alias `challenger`, with the reasons.
 """
 
 from __future__ import annotations
@@ -36,46 +36,47 @@ SCORERS = ("pickscore", "hps", "aesthetic", "oracle")
 
 @dataclass(frozen=True)
 class Verdict:
-    """A version, its alias, and why it is not the champion (empty: it is)."""
+    """A version, its alias, and the reasons why it is not the champion."""
 
     name: str
     version: str
     alias: str
-    reasons: list[str]
+    reasons: list[str]  # empty for the champion
     new: bool
 
 
 def model_name(params: Params) -> str:
-    """
+    """The name of the registered model.
+
     Raises:
-        ValueError: MLflow takes no model of that name.
+        ValueError: a name that MLflow does not accept.
     """
     name = params.registry.name or params.name
-    key = "registry.name" if params.registry.name else "no registry.name, so name"
+    key = "registry.name" if params.registry.name else "name (registry.name is null)"
     if any(c in name for c in "/:") or not name.strip() or name in (".", "..") or len(name.encode()) > 200:
-        rule = "MLflow takes none with / or :, none that is blank, . or .., and files none above 200 bytes"
+        rule = "it must not be blank, . or .., contain / or :, or have more than 200 bytes"
         raise ValueError(
-            f"params.yaml: {key} {name[:80]!r} is no model name: {rule}; set another registry.name"
+            f"params.yaml: {key} {name[:80]!r} is not a model name for MLflow: {rule}; set registry.name"
         )
     return name
 
 
 def register(params: Params) -> Verdict:
-    """The aligned model of `registry.method` as a version with adapter, scores and report; then the gate.
+    """Register the model of `registry.method` with adapter, scores and report, and apply the gate.
 
-    A model that is registered already keeps its version and is judged again.
+    A model that is already registered keeps its version; the gate is applied again.
 
     Raises:
-        ValueError: it was not trained and scored, or MLflow is away or refuses.
+        ValueError: a model without an adapter or scores, or MLflow is unreachable or refuses.
     """
     method, name = params.registry.method, model_name(params)
     table = _scores(Path(f"outputs/scores/{method}.csv"))
     adapter = Path("outputs/align") / method
     if not any(adapter.glob("*.safetensors")):
-        raise ValueError(f"{adapter}: no adapter there; run `make repro`")
+        raise ValueError(f"{adapter}: no adapter; run `make repro`")
     lock_file = home() / ".spo/registry.lock"
     lock_file.parent.mkdir(parents=True, exist_ok=True)
-    with _reached(params) as store, locked(lock_file):
+    with _connected(params) as store, locked(lock_file):
         client = store.connect()
         tags = {"method": method, "adapter": _digest(adapter), "scored_by": scored_by()}
         known = _find(client, name, tags)
@@ -84,29 +85,36 @@ def register(params: Params) -> Verdict:
         if champion is not None and str(champion.version) == str(version.version):
             return Verdict(name, str(version.version), CHAMPION, [], known is None)
         against, baseline = _opponent(store, params, champion)
-        found = gate(params, table, baseline, against)
+        failures = gate(params, table, baseline, against)
         if champion is not None and champion.tags.get("scored_by") != tags["scored_by"]:
-            found = {"scorers": f"{against} was scored by other scorers: register it again after a repro"}
-        return _place(client, name, version, found, known is None)
+            failures = {"scorers": f"{against} was scored by other scorers: register it again after a repro"}
+        return _set_alias(client, name, version, failures, known is None)
 
 
 def gate(params: Params, candidate: DataFrame, baseline: DataFrame, against: str) -> dict[str, str]:
-    """{metric: why the candidate fails on it}; empty if it passes. Paired by prompt and seed."""
+    """Apply the gate to scores that are paired by prompt and seed.
+
+    Returns:
+        The reason of failure by metric; empty if the candidate passes.
+
+    Raises:
+        ValueError: a metric of the gate without scores.
+    """
     from spo.evaluation import statistics
 
     settings = params.registry
-    wanted = (*settings.improves, *settings.holds)
-    unknown = [m for m in wanted if m not in statistics.metrics(candidate)]
+    metrics = (*settings.improves, *settings.holds)
+    unknown = [m for m in metrics if m not in statistics.metrics(candidate)]
     if unknown:
         raise ValueError(
-            f"registry: no score {unknown[0]!r}; there are {', '.join(statistics.metrics(candidate))}"
+            f"registry: unknown score {unknown[0]!r}; known: {', '.join(statistics.metrics(candidate))}"
         )
     try:
         statistics.check_same_rows("the candidate", candidate, against, baseline)
     except ValueError as error:
         return {"rows": str(error)}
     reasons = {}
-    for metric in dict.fromkeys(wanted):
+    for metric in dict.fromkeys(metrics):
         bound = 0.0 if metric in settings.improves else -settings.holds[metric]
         row = statistics.compare(
             candidate[metric].to_numpy(),
@@ -123,13 +131,16 @@ def gate(params: Params, candidate: DataFrame, baseline: DataFrame, against: str
 
 
 def fetch(params: Params, alias: str) -> tuple[Path, str]:
-    """(folder of the adapter, method) of a version, by alias or number; downloaded once.
+    """Download a version by alias or number, unless it is cached.
+
+    Returns:
+        The folder of its adapter, and its method.
 
     Raises:
-        ValueError: there is none, or MLflow is away.
+        ValueError: no such version, or MLflow is unreachable.
     """
     name = model_name(params)
-    with _reached(params) as store:
+    with _connected(params) as store:
         client = store.connect()
         try:
             version = (
@@ -141,7 +152,7 @@ def fetch(params: Params, alias: str) -> tuple[Path, str]:
             if not _is_missing(error):
                 raise
             raise ValueError(
-                f"registry: no {alias!r} of the model {name!r} in {store.name}; `spo register` makes one"
+                f"registry: no version {alias!r} of the model {name!r} in {store.name}; run `spo register`"
             ) from None
         target = home() / ".spo/models" / f"{name}-{version.version}-{version.tags['adapter'][:12]}"
         folder = _download(store, version, "model/adapter_weights", target)
@@ -149,7 +160,7 @@ def fetch(params: Params, alias: str) -> tuple[Path, str]:
 
 
 def scored_by() -> str:
-    """SHA-256 of the hashes of the scorers, by which figures of two repros can be compared."""
+    """SHA-256 of the hashes of the scorers: scores with the same value are comparable."""
     entries = dvc_lock.read()
     deps = {k: v for e in entries.values() for k, v in (e.deps | e.outs).items()}
     used = {k: v for k, v in deps.items() if Path(k).stem in SCORERS or k.startswith("src/spo/rewards")}
@@ -157,55 +168,55 @@ def scored_by() -> str:
 
 
 def _create(store: Store, params: Params, adapter: Path, tags: dict[str, str]) -> Any:
-    """A run that holds all of the candidate, and the version that points to it."""
+    """Create a run with all files of the candidate, and the version that points to it."""
     client, name = store.connect(), model_name(params)
-    try:  # first, for MLflow may refuse the name
+    try:  # before the run, because MLflow may refuse the name
         client.create_registered_model(name)
     except Exception as error:
         if getattr(error, "error_code", "") != "RESOURCE_ALREADY_EXISTS":
             raise
     entry = dvc_lock.read().get(f"align@{tags['method']}")
-    told = {k: str(v) for k, v in flatten(params.model_dump()).items()}
+    logged = {k: str(v) for k, v in flatten(params.model_dump()).items()}
     source = {"dvc.lock_hash": entry.hash} if entry else {}
-    run_id = store.start_run(params.name, f"candidate-{tags['method']}", {**code(), **tags, **source}, told)
+    run_id = store.start_run(params.name, f"candidate-{tags['method']}", {**code(), **tags, **source}, logged)
     with tempfile.TemporaryDirectory() as folder:
         load_mlflow().diffusers.save_model(str(adapter), f"{folder}/model", _base(params))
         client.log_artifacts(run_id, folder)
     for file in (p for p in map(Path("reports").joinpath, REPORT) if p.exists()):
         client.log_artifact(run_id, str(file), "report")
     client.log_artifact(run_id, f"outputs/scores/{tags['method']}.csv", "scores")
-    if told_of := _card(adapter, tags["method"]):
-        client.log_text(run_id, told_of, "model/README.md")
+    if card := _card(adapter, tags["method"]):
+        client.log_text(run_id, card, "model/README.md")
     client.set_terminated(run_id)
     artifacts = client.get_run(run_id).info.artifact_uri
     return client.create_model_version(name, f"{artifacts}/model", run_id, tags={**tags, **source})
 
 
 def _card(adapter: Path, method: str) -> str | None:
-    """The model card that `align` wrote, with its scores."""
+    """The model card that `align` wrote, with the scores; None without a card or comparisons."""
     written, compared = adapter / "README.md", Path("reports/comparisons.json")
     if not written.exists() or not compared.exists():
         return None
     return f"{written.read_text()}\n{model_card.scores(json.loads(compared.read_text()), method)}"
 
 
-def _place(client: Any, name: str, version: Any, found: Mapping[str, str], new: bool) -> Verdict:
-    """Alias and tags after the gate."""
+def _set_alias(client: Any, name: str, version: Any, failures: Mapping[str, str], new: bool) -> Verdict:
+    """Set alias and tags of a version by the result of the gate."""
     number = str(version.version)
-    for tag in (t for t in version.tags if t.startswith("gate.") and t.removeprefix("gate.") not in found):
+    for tag in (t for t in version.tags if t.startswith("gate.") and t.removeprefix("gate.") not in failures):
         client.delete_model_version_tag(name, number, tag)
-    for metric, failure in found.items():
+    for metric, failure in failures.items():
         client.set_model_version_tag(name, number, f"gate.{metric}", failure)
-    client.set_model_version_tag(name, number, "gate", "failed" if found else "passed")
-    alias = CHALLENGER if found else CHAMPION
+    client.set_model_version_tag(name, number, "gate", "failed" if failures else "passed")
+    alias = CHALLENGER if failures else CHAMPION
     client.set_registered_model_alias(name, alias, number)
-    if not found and str(client.get_registered_model(name).aliases.get(CHALLENGER)) == number:
+    if not failures and str(client.get_registered_model(name).aliases.get(CHALLENGER)) == number:
         client.delete_registered_model_alias(name, CHALLENGER)
-    return Verdict(name, number, alias, list(found.values()), new)
+    return Verdict(name, number, alias, list(failures.values()), new)
 
 
 def _opponent(store: Store, params: Params, champion: Any) -> tuple[str, DataFrame]:
-    """(what to call it, its scores)."""
+    """The name and the scores of the champion, or of the baseline while there is no champion."""
     if champion is None:
         baseline = params.registry.baseline
         return baseline, _scores(Path(f"outputs/scores/{baseline}.csv"))
@@ -215,17 +226,17 @@ def _opponent(store: Store, params: Params, champion: Any) -> tuple[str, DataFra
 
 
 def _download(store: Store, version: Any, path: str, target: Path) -> Path:
-    """An artifact of a version's run; what is there already was written whole.
+    """Download an artifact of a version's run, unless it is cached; the download is atomic.
 
     Raises:
-        ValueError: the run or the artifact is not in the store any more.
+        ValueError: a run or an artifact that was deleted from the store.
     """
     done = target / path
     if not done.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent) as partial:
             try:
-                found = store.connect().download_artifacts(version.run_id, path, partial)
+                downloaded = store.connect().download_artifacts(version.run_id, path, partial)
             except Exception as error:
                 if not _is_missing(error) and not isinstance(error, OSError):
                     raise
@@ -234,7 +245,7 @@ def _download(store: Store, version: Any, path: str, target: Path) -> Path:
                     f"{store.name} ({reason(error)}); delete that version in MLflow and register again"
                 ) from None
             done.parent.mkdir(parents=True, exist_ok=True)
-            Path(found).rename(done)
+            Path(downloaded).rename(done)
     return done
 
 
@@ -242,14 +253,14 @@ def _scores(path: Path) -> DataFrame:
     from pandas import read_csv
 
     if not path.exists():
-        raise ValueError(f"{path}: no scores there; run `make repro`")
+        raise ValueError(f"{path}: no such scores; run `make repro`")
     return read_csv(path, keep_default_na=False, dtype={"prompt": str})
 
 
 def _find(client: Any, name: str, tags: Mapping[str, str]) -> Any:
-    """The version of this very adapter, scored by these scorers; None if there is none."""
-    wanted = f"tags.`adapter` = {literal(tags['adapter'])}"  # not by name, which may have quotes
-    for version in client.search_model_versions(wanted):
+    """The version with the same adapter and scorers; None if there is none."""
+    query = f"tags.`adapter` = {literal(tags['adapter'])}"  # not by name, which may contain quotes
+    for version in client.search_model_versions(query):
         if version.name == name and all(version.tags.get(k) == v for k, v in tags.items()):
             return version
     return None
@@ -276,14 +287,14 @@ def _digest(folder: Path) -> str:
 
 
 def _base(params: Params) -> str:
-    """A folder as ./folder, which MLflow does not look up on the hub."""
+    """The base checkpoint; a relative folder as ./folder, so that MLflow does not look it up on the hub."""
     path = params.backbone.checkpoint
     return f"./{path}" if Path(path).exists() and not Path(path).is_absolute() else path
 
 
 @contextmanager
-def _reached(params: Params) -> Iterator[Store]:
-    """MLflow's store; whatever it raises is one line."""
+def _connected(params: Params) -> Iterator[Store]:
+    """Connect to MLflow's store; any error of MLflow becomes one line."""
     store = Store(tracking_uri(params.tracking))
     try:
         yield store

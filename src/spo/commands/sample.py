@@ -1,4 +1,4 @@
-"""`spo sample`: a picture of one prompt by the base model or an aligned one."""
+"""`spo sample`: generate images of one prompt by the base or an aligned model."""
 
 from __future__ import annotations
 
@@ -17,10 +17,13 @@ def run(
     n: int = 1,
     adapter: Path | None = None,
 ) -> Path:
-    """Write n pictures, side by side, at seeds seed, seed+1, ...; `adapter` instead of the method's own.
+    """Write n images side by side, with seeds seed, seed+1, ...
+
+    Args:
+        adapter: replaces the variant's own adapter.
 
     Raises:
-        ValueError: unknown variant, words outside the vocabulary, or nothing trained yet.
+        ValueError: an unknown variant, words outside the vocabulary, or a missing adapter.
     """
     from spo import backbones
     from spo.data.prompts import check_vocabulary, flaw
@@ -31,7 +34,7 @@ def run(
     if reason := flaw(prompt):
         raise ValueError(f"the prompt has {reason}; it cannot be encoded")
     if method not in VARIANTS:
-        raise ValueError(f"--method {method}: there are {', '.join(VARIANTS)}")
+        raise ValueError(f"--method {method}: unknown variant; known: {', '.join(VARIANTS)}")
     variant = getattr(params.generate, method)
     if guidance is not None:
         variant = variant.model_copy(update={"guidance": guidance})
@@ -43,19 +46,19 @@ def run(
         require(variant.adapter, f"adapter of {method}")
     backbone = backbones.load_aligned(params.backbone, variant.adapter, distributed.device())
     seeds = [seed + i for i in range(n)]
-    pictures = list(generation.draw(backbone, params, variant, [prompt] * n, seeds))
-    _side_by_side(pictures, output)
+    images = list(generation.draw(backbone, params, variant, [prompt] * n, seeds))
+    _side_by_side(images, output)
     return output
 
 
-def _side_by_side(pictures: list, output: Path) -> None:
-    """Small pictures are enlarged to about 384 pixels a side, so that a person can look at them."""
+def _side_by_side(images: list, output: Path) -> None:
+    """Write images side by side; small ones are enlarged to a side of about 384 pixels for viewing."""
     from PIL import Image
 
-    width, height = pictures[0].size
+    width, height = images[0].size
     factor = max(1, 384 // max(width, height))
-    sheet = Image.new("RGB", (width * len(pictures), height))
-    for i, picture in enumerate(pictures):
-        sheet.paste(picture, (i * width, 0))
+    sheet = Image.new("RGB", (width * len(images), height))
+    for i, image in enumerate(images):
+        sheet.paste(image, (i * width, 0))
     output.parent.mkdir(parents=True, exist_ok=True)
     sheet.resize((sheet.width * factor, sheet.height * factor), Image.Resampling.BICUBIC).save(output)

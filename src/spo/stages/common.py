@@ -1,4 +1,4 @@
-"""Lock, watchdog, clock and MLflow run around the one library call of a stage."""
+"""The frame of every stage: lock, MLflow run, watchdog, time and metrics."""
 
 from __future__ import annotations
 
@@ -18,32 +18,35 @@ from spo.tracking.dvc_lock import read_metrics
 
 
 @contextmanager
-def stage(name: str, params: Params, item: str | None = None) -> Iterator[Any]:
-    """Let one process at a time run a stage, in one MLflow run; yield the run.
+def stage(name: str, params: Params, variant: str | None = None) -> Iterator[Any]:
+    """Run the body as the only process of a stage, within an MLflow run; yields the run.
+
+    Args:
+        variant: of the stage; for `align`, the method.
 
     Raises:
-        TransientError: another process runs this very stage.
+        TransientError: another process already runs the same stage.
     """
-    full = f"{name}-{item}" if item else name
+    full = f"{name}-{variant}" if variant else name
     lock = SCRATCH / "locks" / full
     lock.parent.mkdir(parents=True, exist_ok=True)
     with lock.open("w") as file:
         try:
-            if is_main_process():  # the processes of one training hold it together
+            if is_main_process():  # one lock for all processes of a training
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             message = f"stage {full} already runs in this folder; wait for it or stop it"
             raise TransientError(message) from None
         started = time.monotonic()
         began = time.time()
-        with runs.stage_run(name, params.model_dump(), name=item) as run, tied_to_starter():
+        with runs.stage_run(name, params.model_dump(), name=variant) as run, tied_to_starter():
             yield run
             _log_written(run, full, began)
             run.log_metrics({"seconds": time.monotonic() - started}, step=0)
 
 
 def _log_written(run: runs.Run, full: str, began: float) -> None:
-    """Log to MLflow what the stage wrote for `dvc metrics`, unless it was logged already."""
+    """Log the metrics file that the stage wrote for DVC to MLflow too, except metrics already logged."""
     name = "comparisons" if full == "report" else full.replace("-", "_")
     path = METRICS / f"{name}.json"
     if path.exists() and path.stat().st_mtime >= began - 1:

@@ -1,4 +1,4 @@
-"""Stage `inputs`: pin every outside input by content, so that DVC reruns just what a change touches."""
+"""Stage `inputs`: pin every external input by its content, so that DVC reruns only affected stages."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from spo.runtime.files import write_json
 from spo.stages.common import stage
 
 OUTPUT = Path("outputs/inputs")
-DEFAULTS = "defaults.json"  # not a source: what params.yaml leaves to the code
+DEFAULTS = "defaults.json"  # the defaults of keys that params.yaml omits
 Source = tuple[str | None, str | None]  # a path, hub id or URL, and the revision of a hub id
 
 
-def run(params: Params, item: str | None = None) -> None:
+def run(params: Params, variant: str | None = None) -> None:
+    """Write outputs/inputs: the pins of every role, and the defaults of the code."""
     with stage("inputs", params):
         for role, named in sources(params).items():
             write_json(OUTPUT / f"{role}.json", [manifest(n, revision) for n, revision in named if n])
@@ -23,7 +24,7 @@ def run(params: Params, item: str | None = None) -> None:
 
 
 def sources(params: Params) -> dict[str, list[Source]]:
-    """What is pinned in `outputs/inputs/ROLE.json`, by role; None where params.yaml names none."""
+    """The sources that `outputs/inputs/ROLE.json` pins, by role; a path is None if params.yaml has none."""
     base, preference, prompts = params.backbone, params.preference, params.prompts
     described = base.described_by if base.described_by != base.checkpoint else None
     lists = (prompts.train, prompts.evaluation, prompts.vocabulary, prompts.block_list, prompts.pairs)
@@ -44,19 +45,19 @@ def sources(params: Params) -> dict[str, list[Source]]:
 
 
 def _of_scorers(section: config.Score | config.PseudoLabels | None) -> dict[str, list[Source]]:
-    """The sources of each scorer that the section names."""
-    found: dict[str, list[Source]] = {}
+    """The sources of each scorer in a section."""
+    sources: dict[str, list[Source]] = {}
     if section and (pickscore := section.pickscore):
-        found["pickscore"] = [(pickscore.model, pickscore.revision), (pickscore.processor, None)]
+        sources["pickscore"] = [(pickscore.model, pickscore.revision), (pickscore.processor, None)]
     if section and (hps := section.hps):
-        own = hps.architecture if hps.architecture.endswith(".json") else None  # else a name of open_clip's
-        found["hps"] = [(hps.checkpoint, None), (hps.tokenizer, None), (own, None)]
+        own = hps.architecture if hps.architecture.endswith(".json") else None  # else an open_clip model name
+        sources["hps"] = [(hps.checkpoint, None), (hps.tokenizer, None), (own, None)]
     if section and (aesthetic := section.aesthetic):
-        found["aesthetic"] = [(aesthetic.clip, aesthetic.revision), (aesthetic.head, None)]
-    return found
+        sources["aesthetic"] = [(aesthetic.clip, aesthetic.revision), (aesthetic.head, None)]
+    return sources
 
 
 def _adapters(section: config.Generate) -> list[str]:
-    """What the variants load; those of the stage `align` lie in outputs/, and DVC knows them."""
-    named = [getattr(section, variant).adapter for variant in config.VARIANTS]
-    return [adapter for adapter in named if adapter is not None]
+    """The adapters of the variants; those in outputs/ are outputs of `align`, which DVC tracks."""
+    adapters = [getattr(section, variant).adapter for variant in config.VARIANTS]
+    return [adapter for adapter in adapters if adapter is not None]

@@ -1,4 +1,4 @@
-"""Stage `pairs`: check every row, set bad ones aside with their reason, split by caption, write shards."""
+"""Stage `pairs`: check every row, reject bad rows with the reason, split by caption, write shards."""
 
 from __future__ import annotations
 
@@ -17,19 +17,23 @@ OUTPUT = Path("outputs/pairs")
 PARTS = ("train", "validation")
 
 
-def run(params: Params, item: str | None = None) -> None:
+def run(params: Params, variant: str | None = None) -> None:
+    """Write outputs/pairs."""
     with stage("pairs", params) as tracked:
         summary = prepare(params.pairs, params.seed, OUTPUT)
         tracked.log_metrics({name: float(summary[name]) for name in (*PARTS, "set_aside")}, step=0)
 
 
 def prepare(section: config.Pairs, seed: int, output: Path) -> dict[str, Any]:
-    """Shards of `train` and `validation`, set_aside.csv and summary.json in `output`; the summary.
+    """Write the shards of `train` and `validation`, set_aside.csv and summary.json to `output`.
 
     Memory does not grow with the number of rows.
 
+    Returns:
+        The summary.
+
     Raises:
-        ValueError: too many bad rows, none left for a part, or a row that went uncounted.
+        ValueError: too many bad rows, no rows for a part, or a row that was not counted.
     """
     from tqdm import tqdm
 
@@ -38,37 +42,37 @@ def prepare(section: config.Pairs, seed: int, output: Path) -> dict[str, Any]:
     total = sources.count_rows(section.source)
     shutil.rmtree(output, ignore_errors=True)
     parts = {name: pairs.ShardWriter(output / name, section.rows_per_shard) for name in PARTS}
-    left_out, bad = Counter[str](), 0
+    filtered, rejected = Counter[str](), 0
     with (output / "set_aside.csv").open("w", newline="", encoding="utf-8", errors="replace") as file:
-        aside = csv.writer(file, lineterminator="\n")
-        aside.writerow(["shard", "row", "reason"])
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["shard", "row", "reason"])
         for pair, reason in tqdm(sources.read_rows(section.source), "check pairs", total, unit="pair"):
             if pair is None:
-                bad += 1
-                aside.writerow([reason.shard, reason.row, reason.reason] if reason else ["", "", ""])
+                rejected += 1
+                writer.writerow([reason.shard, reason.row, reason.reason] if reason else ["", "", ""])
             elif section.drop_ties and pair.label_0 == 0.5:
-                left_out["ties"] += 1
+                filtered["ties"] += 1
             else:
                 validation = pairs.is_validation(pair.caption, section.validation_fraction, seed)
                 parts["validation" if validation else "train"].add(pair)
-    for writer in parts.values():
-        writer.close()
-    counts = {name: writer.count for name, writer in parts.items()}
-    summary = {"read": total, **counts, "set_aside": bad, "left_out": dict(left_out)}
-    found = sum(counts.values()) + bad + left_out.total()
-    if found != total:
-        raise ValueError(f"pairs: {total} rows announced, {found} found; is the source being written to?")
-    labels = {name: dict(writer.labels) for name, writer in parts.items()}
+    for part in parts.values():
+        part.close()
+    counts = {name: part.count for name, part in parts.items()}
+    summary = {"read": total, **counts, "set_aside": rejected, "left_out": dict(filtered)}
+    count = sum(counts.values()) + rejected + filtered.total()
+    if count != total:
+        raise ValueError(f"pairs: {total} rows announced, {count} read; is the source being written to?")
+    labels = {name: dict(part.labels) for name, part in parts.items()}
     write_json(output / "summary.json", {**summary, "labels": labels})
     _check(summary, section.max_bad_fraction, output)
     return summary
 
 
 def _check(summary: dict[str, Any], bound: float, output: Path) -> None:
-    total, bad = summary["read"], summary["set_aside"]
-    if bad > bound * total:
+    total, rejected = summary["read"], summary["set_aside"]
+    if rejected > bound * total:
         raise ValueError(
-            f"pairs: {bad} of {total} rows are bad, more than pairs.max_bad_fraction ({bound}); "
+            f"pairs: {rejected} of {total} rows are bad, more than pairs.max_bad_fraction ({bound}); "
             f"the reasons are in {output}/set_aside.csv"
         )
     for name in PARTS:

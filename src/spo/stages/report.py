@@ -1,4 +1,4 @@
-"""Stage `report`: compare the variants, and put all that the run measured on one page."""
+"""Stage `report`: compare the variants, and show all results on one page."""
 
 from __future__ import annotations
 
@@ -19,12 +19,13 @@ if TYPE_CHECKING:
     from PIL import Image
 
 SCORES, IMAGES, REPORTS = Path("outputs/scores"), Path("outputs/images"), Path("reports")
-SHEET_PROMPTS = 6  # on the picture for the README
+GRID_PROMPTS = 6  # of the image grid for the README
 SPM_BASELINES = ("preference_unconditioned", "preference_clean_only")
-CODE = ("src", "flows", "dvc.yaml", "params.yaml")  # a change here is a change of the experiment
+CODE = ("src", "flows", "dvc.yaml", "params.yaml")  # uncommitted changes here are shown on the page
 
 
-def run(params: Params, item: str | None = None) -> None:
+def run(params: Params, variant: str | None = None) -> None:
+    """Write the page, the comparisons and the image grid to reports/."""
     from spo.evaluation import plots, report, statistics, verdict
 
     settings = params.report
@@ -33,10 +34,11 @@ def run(params: Params, item: str | None = None) -> None:
         rows = statistics.comparisons(scores, settings.baselines, settings.bootstrap_samples, params.seed)
         if not rows:
             raise ValueError(
-                f"nothing to compare: {SCORES} and report.baselines hold {', '.join(scores)} alone"
+                f"nothing to compare: {SCORES} has only {', '.join(scores)}; add another variant's scores or "
+                "another one of report.baselines"
             )
-        prompts, pictures = read_pictures(scores, max(settings.grid_prompts, SHEET_PROMPTS))
-        shown = {v: pictures[v][: settings.grid_prompts] for v in scores}
+        prompts, images = read_images(scores, max(settings.grid_prompts, GRID_PROMPTS))
+        shown = {v: images[v][: settings.grid_prompts] for v in scores}
         page = report.render(
             report.RunResults(
                 params=params.model_dump(mode="json", exclude={"processes", "tracking", "registry"}),
@@ -49,65 +51,67 @@ def run(params: Params, item: str | None = None) -> None:
                 commit=commit(),
             )
         )
-        compared = [v for v in pictures if v == "base" or v in METHODS]
-        columns = {verdict.name(v): pictures[v][:SHEET_PROMPTS] for v in compared}
+        compared = [v for v in images if v == "base" or v in METHODS]
+        columns = {verdict.name(v): images[v][:GRID_PROMPTS] for v in compared}
         write_json(REPORTS / "comparisons.json", rows)
         write_json(METRICS / "comparisons.json", summary(rows))
         _write(REPORTS / "report.html", page.encode())
-        _write(REPORTS / "grid.png", plots.grid(prompts[:SHEET_PROMPTS], columns))
+        _write(REPORTS / "grid.png", plots.grid(prompts[:GRID_PROMPTS], columns))
         tracked.log_metrics(_flat(rows), step=0)
         for name in ("report.html", "comparisons.json", "grid.png"):
             tracked.log_artifact(REPORTS / name, "report")
 
 
 def read_scores(baselines: tuple[str, ...]) -> dict[str, DataFrame]:
-    """Each variant's table, baselines first in their order, then the others.
+    """Read the table of each variant: the baselines in their order, then the others.
 
     Raises:
-        ValueError: no tables, or a table without a column that it must have.
+        ValueError: no tables, a damaged table, or one without a required column.
     """
     from pandas import read_csv
 
     files = {p.stem: p for p in sorted(require(SCORES, "scores").glob("*.csv"))}
     if not files:
-        raise ValueError(f"{SCORES}: no scores there; run `make repro`")
+        raise ValueError(f"{SCORES}: no scores in this folder; run `make repro`")
     tables = {}
     for name in dict.fromkeys(n for n in (*baselines, *VARIANTS, *files) if n in files):
-        try:  # a prompt may be "NA"
-            tables[name] = read_csv(files[name], keep_default_na=False, dtype={"prompt": str})
-        except ValueError as error:  # pandas's own are ValueErrors
-            raise ValueError(f"{files[name]}: not a whole table ({error}); run `spo score {name}`") from None
+        try:
+            tables[name] = read_csv(
+                files[name], keep_default_na=False, dtype={"prompt": str}
+            )  # a prompt: "NA"
+        except ValueError as error:  # pandas' errors are ValueErrors
+            raise ValueError(f"{files[name]}: a damaged table ({error}); run `spo score {name}`") from None
         missing = {"prompt", "seed"} - set(tables[name].columns)
         if missing:
             raise ValueError(f"{files[name]}: no column {min(missing)!r}; run `spo score {name}` again")
     return tables
 
 
-def read_pictures(scores: dict[str, DataFrame], n: int) -> tuple[list[str], dict[str, list[Image.Image]]]:
-    """The first n prompts and their pictures by each variant.
+def read_images(scores: dict[str, DataFrame], n: int) -> tuple[list[str], dict[str, list[Image.Image]]]:
+    """Read the first n prompts, and their images by each variant.
 
     Raises:
-        ValueError: the pictures are not those that were scored.
+        ValueError: images that are not those that were scored.
     """
     from spo.data.images import load_images
 
     prompts: list[str] = []
-    pictures: dict[str, list[Image.Image]] = {}
+    images: dict[str, list[Image.Image]] = {}
     for variant, table in scores.items():
-        found = list(islice(load_images(require(IMAGES / variant, f"pictures of {variant}")), n))
+        generated = list(islice(load_images(require(IMAGES / variant, f"images of {variant}")), n))
         scored = list(zip(table["prompt"][:n], table["seed"][:n], strict=True))
-        if [(prompt, seed) for _, prompt, seed in found] != scored:
+        if [(prompt, seed) for _, prompt, seed in generated] != scored:
             raise ValueError(
-                f"{IMAGES / variant}: not the pictures scored in {SCORES / variant}.csv; "
+                f"{IMAGES / variant}: not the images scored in {SCORES / variant}.csv; "
                 f"run `spo score {variant}` again"
             )
-        pictures[variant] = [picture for picture, _, _ in found]
+        images[variant] = [image for image, _, _ in generated]
         prompts = [prompt for prompt, _ in scored]
-    return prompts, pictures
+    return prompts, images
 
 
 def _measured() -> dict[str, Any]:
-    """What earlier stages wrote about themselves; each is there or told to be missing on the page."""
+    """Read the metrics, curves and summaries of earlier stages; the page says which are missing."""
     import pandas as pd
     import yaml
 
@@ -122,13 +126,13 @@ def _measured() -> dict[str, Any]:
         "alignment": {p.stem.removeprefix("align_"): json.loads(p.read_text()) for p in align},
         "curves": {p.stem: pd.read_csv(p) for p in curves},
         "summaries": {k: json.loads(p.read_text()) for k, p in summaries.items() if p.exists()},
-        "samples": {m: [(int(p.stem), _picture(p)) for p in rows] for m, rows in samples.items()},
+        "samples": {m: [(int(p.stem), _open(p)) for p in rows] for m, rows in samples.items()},
         "world": json.loads(world.read_text()) if world.exists() else None,
         "lock": yaml.safe_load(lock.read_text()) if lock.exists() else None,
     }
 
 
-def _picture(path: Path) -> Image.Image:
+def _open(path: Path) -> Image.Image:
     from spo.data.decoding import open_image
 
     try:
@@ -138,21 +142,21 @@ def _picture(path: Path) -> Image.Image:
 
 
 def _in_order(files: Iterable[Path], first: list[str]) -> list[Path]:
-    """Those named in `first` in its order, then the others by name."""
+    """Sort files: those named in `first` in its order, then the others by name."""
     return sorted(files, key=lambda p: (first.index(p.stem) if p.stem in first else len(first), p.stem))
 
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, dict[str, dict[str, dict[str, float]]]]:
-    """method -> baseline -> metric -> difference and win rate: for `dvc metrics show`."""
-    found: dict[str, dict[str, dict[str, dict[str, float]]]] = {}
+    """Nest differences and win rates as method -> baseline -> metric, for `dvc metrics show`."""
+    nested: dict[str, dict[str, dict[str, dict[str, float]]]] = {}
     for row in rows:
         cell = {"difference": round(row["mean_difference"], 4), "win_rate": round(row["win_rate"], 4)}
-        found.setdefault(row["method"], {}).setdefault(row["baseline"], {})[row["metric"]] = cell
-    return found
+        nested.setdefault(row["method"], {}).setdefault(row["baseline"], {})[row["metric"]] = cell
+    return nested
 
 
 def _flat(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """For MLflow: spo_vs_base/oracle_aesthetic/difference and the like."""
+    """Flatten comparisons to metrics for MLflow, such as spo_vs_base/oracle_aesthetic/difference."""
     kinds = {
         "difference": "mean_difference",
         "ci_low": "ci_low",
@@ -167,7 +171,7 @@ def _flat(rows: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def commit() -> str:
-    """Name the git commit, and say whether code or parameters differ from it."""
+    """The git commit, and whether code or parameters have uncommitted changes."""
     head = git("rev-parse", "HEAD")
     if not head:
         return "not in a git repository"
