@@ -136,7 +136,7 @@ EARLY = """
 import os, runpy, signal, sys
 class Interrupted:
     def find_spec(self, name, path=None, target=None):
-        if name == "spo.config.sections":
+        if name == "spo.config.training":
             os.kill(os.getpid(), signal.SIGINT)
 sys.meta_path.insert(0, Interrupted())
 sys.argv = ["spo", "pairs"]

@@ -146,7 +146,7 @@ def _lora_folder(path: Path) -> Source:
         inner = [
             str(folder) for folder in sorted(path.iterdir()) if folder.is_dir() and _weights(folder, "*")
         ]
-        hint = f"give a folder with weights ({', '.join(inner)})" if inner else f"give {SUPPORTED}"
+        hint = f"weights lie in {', '.join(inner)}: give one" if inner else f"give {SUPPORTED}"
         raise ValueError(f"{path}: no LoRA weights, no UNet and no model_index.json; {hint}")
     return _of_file(files[0])
 

@@ -45,7 +45,7 @@ def _text(params: Params, method: str, trained: Mapping[str, Any]) -> str:
         "tags": ["text-to-image", *(["lora"] if section.lora is not None else []), method.replace("_", "-")],
     }
     at = f", revision {base.revision}" if base.revision else ""
-    terms = known or "not stated; ask its authors before you share this model"
+    terms = known or "not stated; ask its makers before you share what was made of it"
     load = (
         'pipe.load_lora_weights("this folder")'
         if section.lora is not None
