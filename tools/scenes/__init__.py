@@ -135,9 +135,9 @@ def _compared(build: Build, kind: str) -> Pairs:
 
 
 def _clip(build: Build) -> None:
-    from tools.scenes import scorers
+    from tools.scenes import contrastive, scorers
 
-    scorers.start_clip(build, "clip", SEED_CLIP)
+    scorers.start_clip(build, "clip", SEED_CLIP, contrastive.Size())
 
 
 def _pairs(build: Build) -> None:

@@ -75,8 +75,8 @@ def prefer(
     """Fine-tune a whole CLIP on judged pairs (cross-entropy of the two scores), in place. A high rate or
     a logit scale of its own forgets what the start CLIP sees of quality."""
     ids = tokens(tokenizer, judged.captions)
-    with torch.no_grad():
-        model.logit_scale.fill_(math.log(LOGIT_SCALE))
+    logit_scale: Any = model.logit_scale
+    logit_scale.data.fill_(math.log(LOGIT_SCALE))
 
     def loss(generator: torch.Generator) -> Tensor:
         index = torch.randint(len(ids), (PREFERENCE_BATCH,), generator=generator)

@@ -27,11 +27,22 @@ from tools.scenes.clips import Features
 from tools.scenes.fit import fit
 from tools.scenes.perception import through_vae
 
-SCENES, BATCH = 30_000, 96
-STEPS, RATE = 1600, 1e-3
-HEAD_STEPS, HEAD_RATE, HEAD_WEIGHT = 800, 7e-4, 20.0
+BATCH = 96
+RATE, HEAD_RATE, HEAD_WEIGHT = 1e-3, 7e-4, 20.0
 SHAPE_COLUMNS = (ATTRIBUTES.index("shape_0"), ATTRIBUTES.index("shape_1"))
 WRONG = 3  # wrong captions of each picture: one with another attribute, two with another grade
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much a CLIP learns from."""
+
+    scenes: int = 30_000
+    steps: int = 1600  # contrastive alone
+    steps_with_head: int = 800
+
+
+SMALLER = Size(12_000, 700, 350)  # of the scorers that only evaluate
 
 
 @dataclass(frozen=True)
@@ -65,6 +76,7 @@ def train(
     features: Features,
     tokenizer: CLIPTokenizer,
     pictures: WebPictures,
+    size: Size,
     work: Path,
     seed: int,
 ) -> None:
@@ -73,7 +85,7 @@ def train(
     def contrastive(generator: torch.Generator) -> Tensor:
         return _loss(features, tokenizer, pictures, generator)[0]
 
-    fit(name, model, contrastive, steps=STEPS, lr=RATE, work=work, seed=seed, ema=0.99)
+    fit(name, model, contrastive, steps=size.steps, lr=RATE, work=work, seed=seed, ema=0.99)
     torch.manual_seed(seed)
     both = WithHead(model)
 
@@ -81,7 +93,7 @@ def train(
         value, image, index = _loss(features, tokenizer, pictures, generator)
         return value + HEAD_WEIGHT * F.mse_loss(both.head(image), pictures.seen[index])
 
-    settings: dict[str, Any] = {"steps": HEAD_STEPS, "lr": HEAD_RATE, "ema": 0.99}
+    settings: dict[str, Any] = {"steps": size.steps_with_head, "lr": HEAD_RATE, "ema": 0.99}
     fit(f"{name} with head", both, with_head, work=work, seed=seed + 1, **settings)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import CLIPModel, CLIPTokenizer
 
 from spo.scenes import world
@@ -21,7 +21,7 @@ from tools import scenes as world_build
 from tools.scenes import clips, contrastive, preferences, probes, shards, tokenizer, words
 from tools.scenes.base_model import random_scenes, to_float
 from tools.scenes.clips import Judgements
-from tools.scenes.contrastive import WebPictures
+from tools.scenes.contrastive import Size, WebPictures
 from tools.scenes.preferences import Pairs
 
 HELD_OUT = 0.2  # of the pairs that the scorers' teachers compare
@@ -36,17 +36,18 @@ def vocabulary(build: Build) -> CLIPTokenizer:
     return tokenizer.save(texts, build.work / "clip tokenizer", tokenizer.CLIP_MAX_LENGTH)
 
 
-def web_pictures(build: Build, seed: int) -> WebPictures:
-    eyes = Perception.load(build.work / "web")
-    return WebPictures.collect(contrastive.SCENES, build.vae(), eyes, seed)
+def learn_from_the_web(
+    build: Build, name: str, model: nn.Module, features: clips.Features, size: Size, seed: int
+) -> None:
+    pictures = WebPictures.collect(size.scenes, build.vae(), Perception.load(build.work / "web"), seed)
+    contrastive.train(name, model, features, vocabulary(build), pictures, size, build.work, seed)
 
 
-def start_clip(build: Build, name: str, own: int) -> None:
+def start_clip(build: Build, name: str, own: int, size: Size) -> None:
     """Train a CLIP on the web's pictures and captions, into the work folder."""
     seed, texts = build.seed + own, vocabulary(build)
     model = clips.fresh_clip(texts, seed)
-    features = clips.clip_features(model)
-    contrastive.train(name, model, features, texts, web_pictures(build, seed), build.work, seed)
+    learn_from_the_web(build, name, model, clips.clip_features(model), size, seed)
     clips.save_pickscore(model, texts, build.work / name)
 
 
@@ -67,7 +68,9 @@ def pickscore(build: Build) -> dict[str, Any]:
     }
 
 
-def _seen(build: Build, features: clips.Features, texts: CLIPTokenizer, held_out: Judgements) -> dict[str, Any]:
+def _seen(
+    build: Build, features: clips.Features, texts: CLIPTokenizer, held_out: Judgements
+) -> dict[str, Any]:
     """Of a CLIP: agreement with labels it has not seen, captions told apart, and linear probes (R2)."""
     oracle = Perception.load(build.output / "oracle")
     drawn = torch.cat([held_out.pixels_0[:PROBED], held_out.pixels_1[:PROBED]])
@@ -87,7 +90,7 @@ def hps(build: Build, compared: Pairs) -> dict[str, Any]:
     judged = _join(train, rendered)
     torch.manual_seed(seed)
     model, settings, features = clips.new_open_clip(texts)
-    contrastive.train("hps clip", model, features, texts, web_pictures(build, seed), build.work, seed)
+    learn_from_the_web(build, "hps clip", model, features, contrastive.SMALLER, seed)
     clips.prefer("hps", model, features, judged, texts, build.work, seed + 1)
     clips.save_hps(model, settings, texts, build.output / "scorers" / "hps")
     _, held_out = shards.read(build.output / "pairs")
@@ -158,7 +161,7 @@ def _altered(attributes: Tensor, generator: torch.Generator) -> Tensor:
 def aesthetic(build: Build, compared: Pairs) -> dict[str, Any]:
     """Train and save the aesthetic predictor; its correlations with what pictures are worth."""
     seed, texts = build.seed + world_build.SEED_AESTHETIC, vocabulary(build)
-    start_clip(build, "aesthetic clip", world_build.SEED_AESTHETIC)
+    start_clip(build, "aesthetic clip", world_build.SEED_AESTHETIC, contrastive.SMALLER)
     clip = CLIPModel.from_pretrained(build.work / "aesthetic clip")
     generator = torch.Generator().manual_seed(seed + 2)
     _, quality, pixels, _ = random_scenes(world_build.N_RATED_RENDERS + 1000, seed + 2)
