@@ -112,7 +112,7 @@ def _pictures(build: Build) -> None:
 
 
 def _draw(build: Build, kind: str) -> tuple[Any, Any, Any]:
-    """Captions [N], generators [N,2] and pictures [N,2,3,48,48] of the preference pairs or of the pairs
+    """Captions [N], pictures [N,2,3,48,48] and generators [N,2] of the preference pairs or of the pairs
     that the scorers' teachers compare."""
     from tools.scenes import preferences
 
@@ -122,7 +122,7 @@ def _draw(build: Build, kind: str) -> tuple[Any, Any, Any]:
     cache = build.work / f"{kind} pictures"
     base = build.output / "base"
     pixels = preferences.draw_pairs(base, captions, which, cache, seed, build.processes)
-    return captions, which, pixels
+    return captions, pixels, which
 
 
 def _compared(build: Build, kind: str) -> Pairs:

@@ -42,7 +42,7 @@ class Size:
     steps_with_head: int = 800
 
 
-SMALLER = Size(12_000, 700, 350)  # of the scorers that only evaluate
+SMALLER = Size(12_000, 500, 300)  # of the scorers that only evaluate
 
 
 @dataclass(frozen=True)
