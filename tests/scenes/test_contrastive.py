@@ -8,7 +8,7 @@ def test_wrong_captions_differ_in_one_attribute_or_one_grade() -> None:
     generator = torch.Generator().manual_seed(0)
     attributes = world.random_attributes(40, generator)
     grades = torch.randint(words.GRADES, (40, 4), generator=generator)
-    texts = contrastive.right_and_wrong(attributes, grades, generator)
+    texts = contrastive.right_and_wrong(attributes, grades, contrastive.WORDS_ALONE, generator)
     right, other, *regraded = (texts[i : i + 40] for i in range(0, 160, 40))
     quality = set(words.all_words())
     for i in range(40):

@@ -15,7 +15,7 @@ def test_grades_are_quartiles() -> None:
 
 
 def test_captions_name_one_to_three_factors_and_sharp_more_often() -> None:
-    named = words.choose(3000, torch.Generator().manual_seed(0))
+    named = words.choose(3000, 1, torch.Generator().manual_seed(0))
     counts = torch.bincount(named.sum(1), minlength=5)
     assert counts[0] == counts[4] == 0 and counts[1:4].min() > 900
     shares = named.float().mean(0)
@@ -24,7 +24,7 @@ def test_captions_name_one_to_three_factors_and_sharp_more_often() -> None:
 
 def test_another_grade_changes_one_named_factor() -> None:
     generator = torch.Generator().manual_seed(0)
-    named = words.choose(500, generator)
+    named = words.choose(500, 1, generator)
     grades = torch.randint(4, (500, 4), generator=generator)
     changed = words.another_grade(grades, named, generator) != grades
     assert (changed.sum(1) == 1).all() and not (changed & ~named).any()

@@ -28,9 +28,21 @@ from tools.scenes.fit import fit
 from tools.scenes.perception import through_vae
 
 BATCH = 96
-RATE, HEAD_RATE, HEAD_WEIGHT = 1e-3, 7e-4, 20.0
+HEAD_WEIGHT = 20.0
 SHAPE_COLUMNS = (ATTRIBUTES.index("shape_0"), ATTRIBUTES.index("shape_1"))
-WRONG = 3  # wrong captions of each picture: one with another attribute, two with another grade
+
+
+@dataclass(frozen=True)
+class Texts:
+    """What captions of a part of the training name, and how many wrong ones each picture must tell apart."""
+
+    least: int  # factors named
+    other_attributes: int  # wrong captions with one attribute changed
+    other_grades: int  # wrong captions with one grade changed
+
+
+WORDS_ALONE, BESIDE_HEAD = Texts(1, 1, 2), Texts(0, 3, 0)  # the head sees to the grades
+RATES = (1e-3, 7e-4)
 
 
 @dataclass(frozen=True)
@@ -39,10 +51,10 @@ class Size:
 
     scenes: int = 30_000
     steps: int = 1600  # contrastive alone
-    steps_with_head: int = 800
+    steps_with_head: int = 1100
 
 
-SMALLER = Size(12_000, 500, 300)  # of the scorers that only evaluate
+SMALLER = Size(12_000, 500, 400)  # of the scorers that only evaluate
 
 
 @dataclass(frozen=True)
@@ -83,43 +95,51 @@ def train(
     """Train a CLIP in place: contrastive alone, then beside a regression head that is thrown away."""
 
     def contrastive(generator: torch.Generator) -> Tensor:
-        return _loss(features, tokenizer, pictures, generator)[0]
+        return _loss(features, tokenizer, pictures, WORDS_ALONE, generator)[0]
 
-    fit(name, model, contrastive, steps=size.steps, lr=RATE, work=work, seed=seed, ema=0.99)
+    fit(name, model, contrastive, steps=size.steps, lr=RATES[0], work=work, seed=seed, ema=0.99)
     torch.manual_seed(seed)
     both = WithHead(model)
 
     def with_head(generator: torch.Generator) -> Tensor:
-        value, image, index = _loss(features, tokenizer, pictures, generator)
+        value, image, index = _loss(features, tokenizer, pictures, BESIDE_HEAD, generator)
         return value + HEAD_WEIGHT * F.mse_loss(both.head(image), pictures.seen[index])
 
-    settings: dict[str, Any] = {"steps": size.steps_with_head, "lr": HEAD_RATE, "ema": 0.99}
+    settings: dict[str, Any] = {"steps": size.steps_with_head, "lr": RATES[1], "ema": 0.99}
     fit(f"{name} with head", both, with_head, work=work, seed=seed + 1, **settings)
 
 
 def _loss(
-    features: Features, tokenizer: CLIPTokenizer, pictures: WebPictures, generator: torch.Generator
+    features: Features,
+    tokenizer: CLIPTokenizer,
+    pictures: WebPictures,
+    kinds: Texts,
+    generator: torch.Generator,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """CLIP's loss with hard negatives (as NegCLIP, arXiv 2210.01936), the image features [B,D] and which
     pictures [B] they are of. With random batches alone colours and places suffice, and shapes stay unseen
     (74 % right against wrong)."""
     index = torch.randint(len(pictures.pixels), (BATCH,), generator=generator)
-    ids = tokens(tokenizer, right_and_wrong(pictures.attributes[index], pictures.grades[index], generator))
-    image, text, scale = features(to_float(pictures.pixels[index]), ids)
-    right, wrong = text[:BATCH], text[BATCH:].view(WRONG, BATCH, -1)
+    texts = right_and_wrong(pictures.attributes[index], pictures.grades[index], kinds, generator)
+    image, text, scale = features(to_float(pictures.pixels[index]), tokens(tokenizer, texts))
+    right, wrong = text[:BATCH], text[BATCH:].unflatten(0, (-1, BATCH))
     logits, target = scale * image @ right.T, torch.arange(BATCH)
     hard = scale * torch.einsum("bd,kbd->bk", image, wrong)
     of_images = F.cross_entropy(torch.cat([logits, hard], dim=1), target)
     return (of_images + F.cross_entropy(logits.T, target)) / 2, image, index
 
 
-def right_and_wrong(attributes: Tensor, grades: Tensor, generator: torch.Generator) -> list[str]:
-    """Captions of N pictures, then N with another attribute, then twice N with another grade."""
-    named = words.choose(len(attributes), generator)
+def right_and_wrong(
+    attributes: Tensor, grades: Tensor, kinds: Texts, generator: torch.Generator
+) -> list[str]:
+    """Captions of N pictures, then as many of each wrong kind: with another attribute, with another grade."""
+    named = words.choose(len(attributes), kinds.least, generator)
     captions = world.captions(attributes, generator)
-    other = world.captions(another_attribute(attributes, generator), generator)
-    texts = words.say(captions, grades, named) + words.say(other, grades, named)
-    for _ in range(WRONG - 1):
+    texts = words.say(captions, grades, named)
+    for _ in range(kinds.other_attributes):
+        other = world.captions(another_attribute(attributes, generator), generator)
+        texts += words.say(other, grades, named)
+    for _ in range(kinds.other_grades):
         texts += words.say(captions, words.another_grade(grades, named, generator), named)
     return texts
 

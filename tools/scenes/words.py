@@ -34,10 +34,10 @@ def quartiles(seen: Tensor) -> Tensor:
     return (seen.unsqueeze(0) > bounds.unsqueeze(1)).sum(0)
 
 
-def choose(n: int, generator: torch.Generator) -> Tensor:
-    """Which factors each of n captions names: a mask [n,4], one to MOST of them."""
+def choose(n: int, least: int, generator: torch.Generator) -> Tensor:
+    """Which factors each of n captions names: a mask [n,4], `least` to MOST of them."""
     order = torch.multinomial(OFTEN.expand(n, -1), MOST, generator=generator)
-    count = torch.randint(1, MOST + 1, (n, 1), generator=generator)
+    count = torch.randint(least, MOST + 1, (n, 1), generator=generator)
     named = torch.zeros(n, len(QUALITY), dtype=torch.bool)
     return named.scatter(1, order, torch.arange(MOST) < count)
 
