@@ -19,9 +19,9 @@ def test_wrong_captions_differ_in_one_attribute_or_one_grade() -> None:
         wrong = world.parse(" ".join(other[i].split()[len(prefix) :]))
         assert (wrong != attributes[i]).sum() == 1
         for caption in (regraded[0][i], regraded[1][i]):
-            told = caption.split()
-            assert told[len(prefix) :] == rest
-            assert sum(a != b for a, b in zip(told, prefix, strict=False)) == 1
+            changed = caption.split()
+            assert changed[len(prefix) :] == rest
+            assert sum(a != b for a, b in zip(changed, prefix, strict=False)) == 1
 
 
 def test_another_attribute_is_never_the_layout_and_keeps_absent_ones() -> None:

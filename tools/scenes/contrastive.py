@@ -54,7 +54,7 @@ class Size:
     steps_with_head: int = 1100
 
 
-SMALLER = Size(12_000, 500, 400)  # of the scorers that only evaluate
+SMALLER = Size(12_000, 300, 400)  # of the scorers that only evaluate
 
 
 @dataclass(frozen=True)

@@ -63,8 +63,8 @@ def draw(
 ) -> Tensor:
     """Pictures uint8 [N,3,48,48] of captions by GENERATORS[which[i]].
 
-    Every picture's noise is its own, so neither batches nor processes change it. Each batch is kept in
-    `cache`, and an interrupted drawing goes on after the last one.
+    Every picture's noise is its own, so neither batches nor processes change it. Each batch is
+    saved in `cache`, and an interrupted drawing goes on after the last one.
     """
     batches = []
     for g, source in enumerate(GENERATORS):

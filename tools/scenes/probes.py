@@ -31,8 +31,8 @@ def linear_probe(features: Tensor, truth: Tensor) -> dict[str, float]:
     x = torch.cat([features, torch.ones(len(features), 1)], dim=1).double()
     half, y = len(x) // 2, truth.double()
     gram = x[:half].T @ x[:half] + RIDGE * torch.eye(x.shape[1], dtype=torch.float64)
-    told = x[half:] @ torch.linalg.solve(gram, x[:half].T @ y[:half])
-    left = (told - y[half:]).square().sum(0) / (y[half:] - y[half:].mean(0)).square().sum(0)
+    predicted = x[half:] @ torch.linalg.solve(gram, x[:half].T @ y[:half])
+    left = (predicted - y[half:]).square().sum(0) / (y[half:] - y[half:].mean(0)).square().sum(0)
     return {name: round(1 - part, 4) for name, part in zip(QUALITY, left.tolist(), strict=True)}
 
 

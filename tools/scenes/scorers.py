@@ -71,13 +71,13 @@ def pickscore(build: Build) -> dict[str, Any]:
 def _seen(
     build: Build, features: clips.Features, texts: CLIPTokenizer, held_out: Judgements
 ) -> dict[str, Any]:
-    """Of a CLIP: agreement with labels it has not seen, captions told apart, and linear probes (R2)."""
+    """Of a CLIP: agreement with labels it has not seen, right captions against wrong ones, and linear probes (R2)."""
     oracle = Perception.load(build.output / "oracle")
     drawn = torch.cat([held_out.pixels_0[:PROBED], held_out.pixels_1[:PROBED]])
     seed = build.seed + world_build.SEED_CHECK
     return {
         "held_out": probes.agreement(features, held_out, texts),
-        "captions_told_apart": probes.caption_accuracy(features, texts, seed + 1),
+        "caption_accuracy": probes.caption_accuracy(features, texts, seed + 1),
         "linear_probe_r2": probes.probes(features, texts, oracle, drawn, seed + 2),
     }
 

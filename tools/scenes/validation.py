@@ -71,18 +71,18 @@ def _freely_drawn(oracle: Perception, eyes: Perception, build: Build, seed: int)
     cache = build.work / "validation pictures"
     pixels = pictures.draw(build.output / "base", captions, which, cache, seed, build.processes)
     images = to_float(pixels)
-    told, log_probs = oracle.perceive(images)
-    seen, seen_log_probs = eyes.perceive(images)
+    by_oracle, log_probs = oracle.perceive(images)
+    by_eyes, eyes_log_probs = eyes.perceive(images)
     measures = _pixel_measures(images)
     report: dict[str, object] = {"n": len(captions)}
     for i, name in enumerate(QUALITY):
-        with_eyes = torch.corrcoef(torch.stack([told[:, i], seen[:, i]]))[0, 1].item()
-        with_pixels = torch.corrcoef(torch.stack([told[:, i], measures[name]]))[0, 1].item()
+        with_eyes = torch.corrcoef(torch.stack([by_oracle[:, i], by_eyes[:, i]]))[0, 1].item()
+        with_pixels = torch.corrcoef(torch.stack([by_oracle[:, i], measures[name]]))[0, 1].item()
         report[name] = {"correlation_eyes": round(with_eyes, 4), "correlation_pixels": round(with_pixels, 4)}
-    told_mean, seen_mean = told.mean(1), seen.mean(1)
-    together = torch.corrcoef(torch.stack([told_mean, seen_mean]))[0, 1].item()
-    report["aesthetics"] = {"correlation_eyes": round(together, 4), "mean": round(told_mean.mean().item(), 4)}
-    alignment = [fidelity(p, captions) for p in (log_probs, seen_log_probs)]
+    means = by_oracle.mean(1), by_eyes.mean(1)
+    together = torch.corrcoef(torch.stack(means))[0, 1].item()
+    report["aesthetics"] = {"correlation_eyes": round(together, 4), "mean": round(means[0].mean().item(), 4)}
+    alignment = [fidelity(p, captions) for p in (log_probs, eyes_log_probs)]
     same = torch.corrcoef(torch.stack(alignment))[0, 1].item()
     report["alignment"] = {"correlation_eyes": round(same, 4), "mean": round(alignment[0].mean().item(), 4)}
     return report
