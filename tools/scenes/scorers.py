@@ -71,7 +71,7 @@ def pickscore(build: Build) -> dict[str, Any]:
 def _seen(
     build: Build, features: clips.Features, texts: CLIPTokenizer, held_out: Judgements
 ) -> dict[str, Any]:
-    """Of a CLIP: agreement with labels it has not seen, right captions against wrong ones, and linear probes (R2)."""
+    """Of a CLIP: agreement with held-out labels, right captions against wrong ones, linear probes (R2)."""
     oracle = Perception.load(build.output / "oracle")
     drawn = torch.cat([held_out.pixels_0[:PROBED], held_out.pixels_1[:PROBED]])
     seed = build.seed + world_build.SEED_CHECK
