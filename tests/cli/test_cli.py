@@ -66,8 +66,10 @@ def test_missing_inputs_are_one_line(capsys, tmp_path, monkeypatch) -> None:
 def test_an_unknown_build_step_is_named(tmp_path) -> None:
     from tools import scenes
 
-    with pytest.raises(ValueError, match="'bass'.*base"):
-        scenes.run(tmp_path / "d", tmp_path / "w", "bass")
+    build = scenes.Build(tmp_path / "d", tmp_path / "w")
+    for asked in ({"until": "bass"}, {"only": "bass"}):
+        with pytest.raises(ValueError, match="'bass'.*base"):
+            scenes.run(build, **asked)
 
 
 def test_a_folder_that_is_not_there_is_one_line(capsys, tmp_path) -> None:

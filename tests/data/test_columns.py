@@ -222,7 +222,7 @@ def test_damaged_images_give_the_same_reasons_in_each_run(tmp_path) -> None:
     section = config.Pairs(source=str(tmp_path / "in"), validation_fraction=0.3, max_bad_fraction=1)
     tables = []
     for name in "ab":
-        pairs_stage.prepare(section, 0, tmp_path / name)
+        pairs_stage.prepare(section, tmp_path / name)
         tables.append((tmp_path / name / "set_aside.csv").read_bytes())
     assert tables[0] == tables[1] and len(tables[0].splitlines()) == 1 + len(bad)
     assert b"0x" not in tables[0] and str(tmp_path).encode() not in tables[0]

@@ -85,9 +85,8 @@ def test_shards_are_written_in_order_and_none_is_lost(tmp_path) -> None:
 
 def test_the_split_is_by_caption_and_stable() -> None:
     captions = [f"caption {i}" for i in range(4000)]
-    chosen = [pairs.is_validation(c, 0.15, 0) for c in captions]
+    chosen = [pairs.is_validation(c, 0.15) for c in captions]
     assert abs(sum(chosen) / 4000 - 0.15) < 0.02
-    assert chosen == [pairs.is_validation(c, 0.15, 0) for c in captions]
-    assert chosen != [pairs.is_validation(c, 0.15, 1) for c in captions]
-    assert not any(pairs.is_validation(c, 0.0, 0) for c in captions)
-    assert all(pairs.is_validation(c, 1.0, 0) for c in captions)
+    assert chosen == [pairs.is_validation(c, 0.15) for c in captions]
+    assert not any(pairs.is_validation(c, 0.0) for c in captions)
+    assert all(pairs.is_validation(c, 1.0) for c in captions)

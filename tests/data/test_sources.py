@@ -43,7 +43,7 @@ def test_every_row_is_written_filtered_or_rejected(tmp_path) -> None:
     frame(40, bad=5, ties=7).to_parquet(tmp_path / "a.parquet")
     frame(50).tail(10).to_parquet(tmp_path / "b.parquet")
     out = tmp_path / "out"
-    summary = pairs_stage.prepare(section(tmp_path, drop_ties=True), 0, out)
+    summary = pairs_stage.prepare(section(tmp_path, drop_ties=True), out)
     assert summary["read"] == 50 and summary["set_aside"] == 5 and summary["left_out"] == {"ties": 7}
     assert summary["train"] + summary["validation"] + 5 + 7 == 50
     written = [p for part in ("train", "validation") for p in pairs.read_pairs(out / part)]
@@ -57,13 +57,13 @@ def test_a_row_that_goes_uncounted_is_an_error(tmp_path, monkeypatch) -> None:
     frame(20).to_parquet(tmp_path / "a.parquet")
     monkeypatch.setattr(sources, "count_rows", lambda source: 21)
     with pytest.raises(ValueError, match="21 rows announced, 20 read"):
-        pairs_stage.prepare(section(tmp_path), 0, tmp_path / "out")
+        pairs_stage.prepare(section(tmp_path), tmp_path / "out")
 
 
 def test_more_bad_rows_than_the_bound_is_an_error(tmp_path) -> None:
     frame(20, bad=5).to_parquet(tmp_path / "a.parquet")
     with pytest.raises(ValueError, match=r"5 of 20 rows are bad.*set_aside.csv"):
-        pairs_stage.prepare(section(tmp_path), 0, tmp_path / "out")
+        pairs_stage.prepare(section(tmp_path), tmp_path / "out")
     assert len((tmp_path / "out/set_aside.csv").read_text().splitlines()) == 6
 
 
@@ -93,7 +93,7 @@ def test_hpd_comes_back_in_order_with_its_labels(tmp_path, monkeypatch, block: i
     rows = [pair for pair, _ in sources.read_rows(tmp_path / "h")]
     assert [p.label_0 for p in rows[:3]] == [1, 0, 0.5] and rows[29].caption == "p 29, «é»"
     assert list(sources.read_captions(tmp_path / "h"))[2] == "p 2, «é»"
-    summary = pairs_stage.prepare(section(tmp_path / "h"), 0, tmp_path / "out")
+    summary = pairs_stage.prepare(section(tmp_path / "h"), tmp_path / "out")
     assert summary["read"] == 30 == summary["train"] + summary["validation"]
 
 

@@ -67,7 +67,7 @@ def test_a_shard_that_goes_while_it_is_read_is_one_line(tmp_path, monkeypatch, h
     monkeypatch.setattr(sources, "read_rows", read_rows)
     section = config.Pairs(source=str(tmp_path), validation_fraction=0.3)
     with pytest.raises(ValueError, match=message) as told:
-        pairs_stage.prepare(section, 0, tmp_path / "out")
+        pairs_stage.prepare(section, tmp_path / "out")
     assert "\n" not in str(told.value)
     assert not (tmp_path / "out/summary.json").exists()
 

@@ -1,8 +1,9 @@
 """`python -m tools.scenes`: makes the default world's models and data, once, from a seed.
 
-Every step keeps what it made in the work folder, so that an interrupted build goes on. The people
-who label the preference pairs, the people who taught the scorers, and the oracle have different
-seeds, training scenes and networks; they share the renderer.
+Every step keeps what it made in the work folder, so that an interrupted build goes on. Three networks
+see pictures: the oracle judges results; the annotators' eyes label the preference pairs; the web's eyes
+grade the captions that CLIPs learn from, and see for the people who taught HPS and the aesthetic score.
+They have different seeds and training scenes; they share the renderer.
 """
 
 from __future__ import annotations
@@ -10,118 +11,179 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-N_PAIRS, N_PAIR_CAPTIONS = 4000, 2000
-N_SCORER_PAIRS, N_SCORER_CAPTIONS = 1400, 900
+if TYPE_CHECKING:
+    from tools.scenes.preferences import Pairs
+
+N_PAIRS, N_PAIR_CAPTIONS = 16_700, 6000
+N_SCORER_PAIRS, N_SCORER_CAPTIONS = 1600, 1000
 N_RATED_RENDERS = 6000
 N_TRAIN_PROMPTS, N_EVALUATION_PROMPTS = 1400, 420
 # one seed for each thing that must not share its randomness with another
-SEED_BASE, SEED_EYES, SEED_ORACLE, SEED_CLIP, SEED_SCORER_CLIP, SEED_HPS = range(0, 60, 10)
+SEED_BASE, SEED_EYES, SEED_ORACLE, SEED_CLIP, SEED_AESTHETIC, SEED_HPS = range(0, 60, 10)
 SEED_PAIRS, SEED_SCORER_PAIRS, SEED_TRAIN_PROMPTS, SEED_EVALUATION, SEED_CHECK = range(60, 110, 10)
+SEED_WEB = 110
 EYES_WIDTH, ORACLE_WIDTH = 24, 32
 
 
-def run(output: Path, work: Path, until: str | None = None, seed: int = 0) -> None:
-    """Make `output` (the content of data/); each step is skipped when its mark lies in `work`.
+@dataclass(frozen=True)
+class Build:
+    """Where the world is made, and from what."""
+
+    output: Path  # the content of data/
+    work: Path  # marks, checkpoints and what is not shipped
+    seed: int = 0
+    processes: int = 1  # that draw pictures
+
+    @property
+    def evaluation(self) -> list[str]:
+        """The prompts that no caption of a pair may be."""
+        return (self.output / "prompts/evaluation.txt").read_text().splitlines()
+
+    def vae(self) -> Any:
+        from diffusers import AutoencoderKL
+
+        return AutoencoderKL.from_pretrained(self.output / "base" / "vae").float().eval()
+
+    def report(self, name: str, content: dict[str, Any]) -> None:
+        """Facts about the world, shipped with it: world.json."""
+        path = self.output / "world.json"
+        facts = json.loads(path.read_text()) if path.exists() else {}
+        path.write_text(json.dumps({**facts, name: content}, indent=1) + "\n")
+
+
+def run(build: Build, until: str | None = None, only: str | None = None) -> None:
+    """Each step in turn, skipped when its mark lies in the work folder; or one step alone.
 
     Raises:
-        ValueError: `until` names no step.
+        ValueError: `until` or `only` names no step.
     """
-    if until is not None and until not in STEPS:
-        raise ValueError(f"no step {until!r} in `python -m tools.scenes`; there are: {', '.join(STEPS)}")
-    work.mkdir(parents=True, exist_ok=True)
-    for name, step in STEPS.items():
-        mark = work / f"{name}.done"
+    for name in (until, only):
+        if name is not None and name not in STEPS:
+            raise ValueError(f"no step {name!r} in `python -m tools.scenes`; there are: {', '.join(STEPS)}")
+    build.work.mkdir(parents=True, exist_ok=True)
+    for name in [only] if only else STEPS:
+        mark = build.work / f"{name}.done"
         if not mark.exists():
             print(f"== {name}", flush=True)
-            step(output, work, seed)
+            STEPS[name](build)
             mark.touch()
         if name == until:
             break
 
 
-def _base(output: Path, work: Path, seed: int) -> None:
+def _base(build: Build) -> None:
     from tools.scenes import base_model
 
-    base_model.build(output, work, seed + SEED_BASE)
+    base_model.build(build.output, build.work, build.seed + SEED_BASE)
 
 
-def _prompts(output: Path, work: Path, seed: int) -> None:
+def _prompts(build: Build) -> None:
     from spo.scenes import world
-    from tools.scenes.preferences import draw_captions
+    from tools.scenes.pictures import different_captions
 
-    folder = output / "prompts"
+    folder = build.output / "prompts"
     folder.mkdir(parents=True, exist_ok=True)
     lists = {
-        "train": draw_captions(N_TRAIN_PROMPTS, seed + SEED_TRAIN_PROMPTS),
-        "evaluation": draw_captions(N_EVALUATION_PROMPTS, seed + SEED_EVALUATION),
+        "train": different_captions(N_TRAIN_PROMPTS, build.seed + SEED_TRAIN_PROMPTS),
+        "evaluation": different_captions(N_EVALUATION_PROMPTS, build.seed + SEED_EVALUATION),
         "vocabulary": world.vocabulary(),
     }
     for name, lines in lists.items():
         (folder / f"{name}.txt").write_text("\n".join(lines) + "\n")
 
 
-def _perception(output: Path, work: Path, seed: int) -> None:
-    from diffusers import AutoencoderKL
+def _perception(name: str, width: int, own: int) -> Callable[[Build], None]:
+    def step(build: Build) -> None:
+        from tools.scenes import perception
 
-    from tools.scenes import perception
+        folder = build.output if name == "oracle" else build.work
+        perception.train(name, width, build.vae(), build.work, build.seed + own).save(folder / name)
 
-    vae = AutoencoderKL.from_pretrained(output / "base" / "vae").float().eval()
-    for name, width, own, folder in (
-        ("eyes", EYES_WIDTH, SEED_EYES, work / "eyes"),
-        ("oracle", ORACLE_WIDTH, SEED_ORACLE, output / "oracle"),
-    ):
-        perception.train(name, width, vae, work, seed + own).save(folder)
+    return step
 
 
-def _pairs(output: Path, work: Path, seed: int) -> None:
+def _pictures(build: Build) -> None:
+    for kind in ("pair", "scorer"):
+        _draw(build, kind)
+
+
+def _draw(build: Build, kind: str) -> tuple[Any, Any, Any]:
+    """Captions [N], pictures [N,2,3,48,48] and generators [N,2] of the preference pairs or of the pairs
+    that the scorers' teachers compare."""
+    from tools.scenes import preferences
+
+    sizes = {"pair": (N_PAIRS, N_PAIR_CAPTIONS), "scorer": (N_SCORER_PAIRS, N_SCORER_CAPTIONS)}
+    seed = build.seed + {"pair": SEED_PAIRS, "scorer": SEED_SCORER_PAIRS}[kind]
+    captions, which = preferences.ask(*sizes[kind], build.evaluation, seed)
+    cache = build.work / f"{kind} pictures"
+    base = build.output / "base"
+    pixels = preferences.draw_pairs(base, captions, which, cache, seed, build.processes)
+    return captions, pixels, which
+
+
+def _compared(build: Build, kind: str) -> Pairs:
     from spo.scenes.oracle import Perception
     from tools.scenes import preferences
 
-    models = (output / "base", work / "early.safetensors", Perception.load(work / "eyes"))
-    cache = work / "preference pictures"
-    pairs = preferences.compare(*models, N_PAIRS, N_PAIR_CAPTIONS, cache, seed + SEED_PAIRS)
-    shutil.rmtree(output / "pairs", ignore_errors=True)
-    preferences.write(pairs, output / "pairs")
-    _report(output, "labels", preferences.statistics(pairs))
+    eyes = Perception.load(build.work / {"pair": "eyes", "scorer": "web"}[kind])
+    seed = build.seed + {"pair": SEED_PAIRS, "scorer": SEED_SCORER_PAIRS}[kind]
+    return preferences.compare(*_draw(build, kind), eyes, seed)
 
 
-def _clip(output: Path, work: Path, seed: int) -> None:
-    from tools.scenes import clips
-    from tools.scenes.tokenizer import load
+def _clip(build: Build) -> None:
+    from tools.scenes import contrastive, scorers
 
-    tokenizer = load(work / "tokenizer")
-    model = clips.fresh_clip(tokenizer, seed + SEED_CLIP)
-    clips.contrastive("clip", model, clips.clip_features(model), tokenizer, work, seed + SEED_CLIP)
-    clips.save_pickscore(model, tokenizer, output / "clip")
+    scorers.start_clip(build, "clip", SEED_CLIP, contrastive.Size())
 
 
-def _scorers(output: Path, work: Path, seed: int) -> None:
+def _pairs(build: Build) -> None:
+    from tools.scenes import preferences, shards
+
+    pairs = _compared(build, "pair")
+    shutil.rmtree(build.output / "pairs", ignore_errors=True)
+    shards.write(pairs, build.output / "pairs")
+    build.report("labels", preferences.statistics(pairs))
+
+
+def _pickscore(build: Build) -> None:
     from tools.scenes import scorers
 
-    _report(output, "scorers", scorers.build(output, work, seed))
+    build.report("pickscore", scorers.pickscore(build))
 
 
-def _validate(output: Path, work: Path, seed: int) -> None:
+def _hps(build: Build) -> None:
+    from tools.scenes import scorers
+
+    build.report("hps", scorers.hps(build, _compared(build, "scorer")))
+
+
+def _aesthetic(build: Build) -> None:
+    from tools.scenes import scorers
+
+    build.report("aesthetic", scorers.aesthetic(build, _compared(build, "scorer")))
+
+
+def _validation(build: Build) -> None:
     from tools.scenes import validation
 
-    _report(output, "oracle", validation.validate(output, work, seed + SEED_CHECK))
+    build.report("oracle", validation.validate(build, build.seed + SEED_CHECK))
 
 
-def _report(output: Path, name: str, content: dict) -> None:
-    """Facts about the world, shipped with it: data/world.json."""
-    path = output / "world.json"
-    facts = json.loads(path.read_text()) if path.exists() else {}
-    path.write_text(json.dumps({**facts, name: content}, indent=1) + "\n")
-
-
-STEPS: dict[str, Callable[[Path, Path, int], None]] = {
+STEPS: dict[str, Callable[[Build], None]] = {
     "base": _base,
     "prompts": _prompts,
-    "perception": _perception,
+    "oracle": _perception("oracle", ORACLE_WIDTH, SEED_ORACLE),
+    "eyes": _perception("eyes", EYES_WIDTH, SEED_EYES),
+    "web": _perception("web", EYES_WIDTH, SEED_WEB),
+    "pictures": _pictures,
     "clip": _clip,
     "pairs": _pairs,
-    "scorers": _scorers,
-    "oracle": _validate,
+    "pickscore": _pickscore,
+    "hps": _hps,
+    "aesthetic": _aesthetic,
+    "validation": _validation,
 }

@@ -6,20 +6,27 @@ import argparse
 import sys
 from pathlib import Path
 
-from tools.scenes import STEPS, run
+import torch
+
+from tools.scenes import STEPS, Build, run
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m tools.scenes", description="About an hour on 2 cores; resumes where it was stopped."
+        prog="python -m tools.scenes", description="About two hours on 2 cores; resumes where it was stopped."
     )
     parser.add_argument("--output", type=Path, default=Path("data"), metavar="FOLDER")
     parser.add_argument("--work", type=Path, default=Path(".spo/scenes"), metavar="FOLDER")
     parser.add_argument("--until", choices=STEPS, help="stop after this step")
+    parser.add_argument("--only", choices=STEPS, help="this step alone; what it needs must be there")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--processes", type=int, default=2, help="that draw pictures, one thread each")
+    parser.add_argument("--threads", type=int, default=2, help="of everything else")
     options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    build = Build(options.output, options.work, options.seed, options.processes)
     try:
-        run(options.output, options.work, options.until, options.seed)
+        run(build, options.until, options.only)
     except (ValueError, OSError) as error:
         print(f"tools.scenes: {error}", file=sys.stderr)
         return 2

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -28,7 +27,6 @@ LATENT_CHANNELS = 8  # four lost edges: shape accuracy .90 -> .75, correlation o
 VAE_STEPS, VAE_BATCH, VAE_SCENES = 2600, 16, 16_000
 COLOUR = 4.0  # extra weight of colour errors: without it red came back orange, blue purple
 UNET_STEPS, UNET_BATCH = 3400, 48
-EARLY_STEP = 1500  # an undertrained model, one of the generators of preference images
 TRAINING_SCENES = 40_000
 CAPTION_DROP = 0.1
 # the base model learns from mostly mediocre pictures, as the web's are: quality is uniform ** SKEW
@@ -151,8 +149,8 @@ def text_config(vocabulary_size: int, tokenizer: CLIPTokenizer) -> CLIPTextConfi
 
 def train_denoiser(
     vae: Any, pixels: Tensor, captions: list[str], tokenizer: CLIPTokenizer, work: Path, seed: int
-) -> tuple[Denoiser, dict[str, Tensor]]:
-    """The text encoder and UNet, and the weights of an early, undertrained state."""
+) -> Denoiser:
+    """The text encoder and UNet."""
     torch.manual_seed(seed)
     model = Denoiser(len(tokenizer), tokenizer)
     scheduler = ddim_scheduler()
@@ -172,8 +170,8 @@ def train_denoiser(
         return (error * (snr[timesteps].clamp(max=5) / snr[timesteps])).mean()
 
     settings: dict[str, Any] = {"steps": UNET_STEPS, "lr": 1.5e-3, "ema": 0.997}
-    kept = fit("unet", model, loss, work=work, seed=seed + 1, snapshots=(EARLY_STEP,), **settings)
-    return model.requires_grad_(False), kept[EARLY_STEP]
+    fit("unet", model, loss, work=work, seed=seed + 1, **settings)
+    return model.requires_grad_(False)
 
 
 def ddim_scheduler() -> Any:
@@ -204,10 +202,9 @@ def save_pipeline(vae: Any, model: Denoiser, tokenizer: CLIPTokenizer, folder: P
 
 
 def build(output: Path, work: Path, seed: int) -> None:
-    """Train and save `output`/base, and the early UNet's weights in `work`/early.safetensors."""
+    """Train and save `output`/base."""
     tokenizer = save_tokenizer(world.vocabulary(), work / "tokenizer")
     vae = train_vae(random_scenes(VAE_SCENES, seed + 1)[2], work, seed)
     _, _, pixels, captions = random_scenes(TRAINING_SCENES, seed, SKEW)
-    denoiser, early = train_denoiser(vae, pixels, captions, tokenizer, work, seed)
-    save_file({k: v.half().contiguous() for k, v in early.items()}, work / "early.safetensors")
+    denoiser = train_denoiser(vae, pixels, captions, tokenizer, work, seed)
     save_pipeline(vae, denoiser, tokenizer, output / "base")

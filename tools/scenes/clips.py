@@ -1,4 +1,4 @@
-"""The CLIPs: the start of the preference model, and the three scorers in their real formats."""
+"""The CLIPs: PickScore, HPS and aesthetic in their real formats, and their training on what people said."""
 
 from __future__ import annotations
 
@@ -16,16 +16,12 @@ from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer, CLIPVisionConfig
 
 from spo.data.images import CLIP_MEAN, CLIP_STD
-from spo.scenes import world
 from spo.scenes.render import SIZE
-from spo.scenes.world import ABSENT, ATTRIBUTES, CHOICES
-from tools.scenes.base_model import WIDTH, random_scenes, text_config, to_float, tokens
+from tools.scenes.base_model import WIDTH, text_config, to_float, tokens
 from tools.scenes.fit import fit
 
-CONTRASTIVE_STEPS, CONTRASTIVE_BATCH = 1300, 96
-CONTRASTIVE_SCENES, TWINS = 24_000, 3
-SHAPE_COLUMNS = (ATTRIBUTES.index("shape_0"), ATTRIBUTES.index("shape_1"))
-PREFERENCE_STEPS, PREFERENCE_BATCH = 600, 48
+PREFERENCE_STEPS, PREFERENCE_BATCH, PREFERENCE_RATE = 500, 64, 1e-4
+LOGIT_SCALE = 8.0  # at the start of the training on preferences
 
 # (images in [-1,1], token ids) -> normalised image features, normalised text features, scale
 Features = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
@@ -67,44 +63,6 @@ def clip_features(model: CLIPModel) -> Features:
     return features
 
 
-def contrastive(
-    name: str, model: nn.Module, features: Features, tokenizer: CLIPTokenizer, work: Path, seed: int
-) -> None:
-    """CLIP's own training on scenes and captions, in place, with hard negatives (as NegCLIP,
-    arXiv 2210.01936): each picture must also tell its caption from TWINS that differ in one word. With random
-    batches alone colours and places suffice, and shapes stay unseen (74 % right against wrong)."""
-    attributes, _, pixels, captions = random_scenes(CONTRASTIVE_SCENES, seed)
-    drawn = torch.Generator().manual_seed(seed)
-    ids = tokens(tokenizer, captions)
-    twins = torch.stack([tokens(tokenizer, _twins(attributes, drawn)) for _ in range(TWINS)], dim=1)
-
-    def loss(generator: torch.Generator) -> Tensor:
-        index = torch.randint(len(pixels), (CONTRASTIVE_BATCH,), generator=generator)
-        texts = torch.cat([ids[index], twins[index].flatten(0, 1)])
-        image, text, scale = features(to_float(pixels[index]), texts)
-        right, wrong = text[:CONTRASTIVE_BATCH], text[CONTRASTIVE_BATCH:].view(CONTRASTIVE_BATCH, TWINS, -1)
-        logits, target = scale * image @ right.T, torch.arange(CONTRASTIVE_BATCH)
-        hard = scale * torch.einsum("bd,bkd->bk", image, wrong)
-        of_images = F.cross_entropy(torch.cat([logits, hard], dim=1), target)
-        return (of_images + F.cross_entropy(logits.T, target)) / 2
-
-    fit(name, model, loss, steps=CONTRASTIVE_STEPS, lr=1e-3, work=work, seed=seed, ema=0.99)
-
-
-def _twins(attributes: Tensor, generator: torch.Generator) -> list[str]:
-    """Captions of scenes with one attribute changed: half of the time a shape, else any but the layout."""
-    n, rows = len(attributes), torch.arange(len(attributes))
-    column = torch.randint(1, len(CHOICES), (n,), generator=generator)
-    shape = torch.where(torch.rand(n, generator=generator) < 0.5, SHAPE_COLUMNS[0], SHAPE_COLUMNS[1])
-    column = torch.where(torch.rand(n, generator=generator) < 0.5, shape, column)
-    column = torch.where(attributes[rows, column] == ABSENT, SHAPE_COLUMNS[0], column)
-    sizes = torch.tensor([len(c) for c in CHOICES])[column]
-    step = 1 + (torch.rand(n, generator=generator) * (sizes - 1)).long()
-    other = attributes.clone()
-    other[rows, column] = (attributes[rows, column] + step) % sizes
-    return world.captions(other, generator)
-
-
 def prefer(
     name: str,
     model: nn.Module,
@@ -114,31 +72,21 @@ def prefer(
     work: Path,
     seed: int,
 ) -> None:
-    """Fine-tune on judged pairs (cross-entropy of the two scores), in place."""
+    """Fine-tune a whole CLIP on judged pairs (cross-entropy of the two scores), in place. A high rate or
+    a logit scale of its own forgets what the start CLIP sees of quality."""
     ids = tokens(tokenizer, judged.captions)
+    logit_scale: Any = model.logit_scale
+    logit_scale.data.fill_(math.log(LOGIT_SCALE))
 
     def loss(generator: torch.Generator) -> Tensor:
         index = torch.randint(len(ids), (PREFERENCE_BATCH,), generator=generator)
         images = to_float(torch.cat([judged.pixels_0[index], judged.pixels_1[index]]))
-        image, text, scale = features(images, ids[index].repeat(2, 1))
-        score_0, score_1 = (scale * (image * text).sum(-1)).chunk(2)
+        image, text, scale = features(images, ids[index])
+        score_0, score_1 = (scale * (image * text.repeat(2, 1)).sum(-1)).chunk(2)
         return F.binary_cross_entropy_with_logits(score_0 - score_1, judged.label_0[index])
 
-    settings: dict[str, Any] = {"steps": PREFERENCE_STEPS, "lr": 3e-4, "weight_decay": 0.1, "ema": 0.98}
-    fit(name, model, loss, work=work, seed=seed, **settings)
-
-
-def agreement(features: Features, judged: Judgements, tokenizer: CLIPTokenizer) -> float:
-    """Share of clear labels that a model of preferences agrees with."""
-    ids, scores = tokens(tokenizer, judged.captions), []
-    with torch.no_grad():
-        for pixels in (judged.pixels_0, judged.pixels_1):
-            chunks = zip(pixels.split(256), ids.split(256), strict=True)
-            scores.append(
-                torch.cat([(f[0] * f[1]).sum(-1) for f in (features(to_float(p), i) for p, i in chunks)])
-            )
-    clear = judged.label_0 != 0.5
-    return ((scores[0] > scores[1]) == (judged.label_0 > 0.5))[clear].float().mean().item()
+    settings: dict[str, Any] = {"steps": PREFERENCE_STEPS, "lr": PREFERENCE_RATE, "warm": 0.06}
+    fit(name, model, loss, work=work, seed=seed, weight_decay=0.1, ema=0.98, **settings)
 
 
 def save_pickscore(model: CLIPModel, tokenizer: CLIPTokenizer, folder: Path) -> None:

@@ -26,22 +26,21 @@ def fit(
     seed: int,
     ema: float = 0.0,
     weight_decay: float = 1e-2,
-    snapshots: tuple[int, ...] = (),
-) -> dict[int, dict[str, Tensor]]:
+    warm: float = 0.04,
+) -> None:
     """Train `module` in place on `loss(generator)`; the generator depends on (seed, step) alone.
 
-    With `ema` the module ends with the exponential average of its weights. Returns copies of that
-    average at the steps named in `snapshots`.
+    With `ema` the module ends with the exponential average of its weights. `warm` is the share of the steps
+    over which the learning rate rises.
     """
     averaged = {k: v.detach().clone() for k, v in module.state_dict().items()}
     optimizer = torch.optim.AdamW(module.parameters(), lr=lr, weight_decay=weight_decay, betas=(0.9, 0.99))
-    kept: dict[int, dict[str, Tensor]] = {}
     store, start = CheckpointStore(work / "checkpoints" / name), 0
     if found := store.latest():
         start, state = found
         module.load_state_dict(state["module"])
         optimizer.load_state_dict(state["optimizer"])
-        averaged, kept = state["averaged"], state["kept"]
+        averaged = state["averaged"]
     module.train()
     bar = tqdm(range(start, steps), initial=start, total=steps, desc=name, mininterval=5)
     for step in bar:
@@ -52,22 +51,19 @@ def fit(
         value.backward()
         nn.utils.clip_grad_norm_(list(module.parameters()), 1.0)
         for group in optimizer.param_groups:
-            group["lr"] = lr * _warm_cosine(step, steps)
+            group["lr"] = lr * _warm_cosine(step, steps, warm)
         optimizer.step()
         _average(averaged, module, min(ema, step / (step + 10)))
-        if step + 1 in snapshots:
-            kept[step + 1] = {k: v.clone() for k, v in averaged.items()}
         if (step + 1) % EVERY == 0 or step + 1 == steps:
             state = {"module": module.state_dict(), "optimizer": optimizer.state_dict()}
-            store.save(step + 1, {**state, "averaged": averaged, "kept": kept})
+            store.save(step + 1, {**state, "averaged": averaged})
         if step % 25 == 0:
             bar.set_postfix(loss=f"{value.item():.4f}", refresh=False)
     module.load_state_dict(averaged)
     module.eval()
-    return kept
 
 
-def _warm_cosine(step: int, steps: int, warm: float = 0.04) -> float:
+def _warm_cosine(step: int, steps: int, warm: float) -> float:
     """Share of the learning rate: up over the first `warm` of the steps, then a cosine to zero."""
     if step < warm * steps:
         return (step + 1) / (warm * steps + 1)

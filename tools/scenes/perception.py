@@ -34,9 +34,9 @@ def train(name: str, width: int, vae: Any, work: Path, seed: int) -> Perception:
         index = torch.randint(len(pixels), (BATCH,), generator=generator)
         images = to_float(pixels[index])
         images = images + 0.02 * torch.randn(images.shape, generator=generator)
-        told_quality, logits = model(images)
+        seen_quality, logits = model(images)
         cross_entropy = sum(F.cross_entropy(z, classes[index, i]) for i, z in enumerate(logits))
-        return cross_entropy / len(logits) + 10 * F.mse_loss(told_quality, quality[index])
+        return cross_entropy / len(logits) + 10 * F.mse_loss(seen_quality, quality[index])
 
     fit(name, model, loss, steps=STEPS, lr=1.5e-3, work=work, seed=seed, ema=0.99, weight_decay=0.05)
     return model.requires_grad_(False)
@@ -55,13 +55,13 @@ def through_vae(vae: Any, pixels: Tensor) -> Tensor:
 
 def validate(model: Perception, images: Tensor, attributes: Tensor, quality: Tensor) -> dict[str, object]:
     """Correlation and mean error of each quality factor, accuracy of each attribute where it is there."""
-    told_quality, log_probs = model.perceive(images)
+    seen_quality, log_probs = model.perceive(images)
     report: dict[str, object] = {"n": len(images)}
-    columns = [*zip(QUALITY, told_quality.T, quality.T, strict=True)]
-    columns.append(("aesthetics", told_quality.mean(1), quality.mean(1)))
-    for name, told, truth in columns:
-        correlation = torch.corrcoef(torch.stack([told, truth]))[0, 1].item()
-        error = (told - truth).abs().mean().item()
+    columns = [*zip(QUALITY, seen_quality.T, quality.T, strict=True)]
+    columns.append(("aesthetics", seen_quality.mean(1), quality.mean(1)))
+    for name, seen, truth in columns:
+        correlation = torch.corrcoef(torch.stack([seen, truth]))[0, 1].item()
+        error = (seen - truth).abs().mean().item()
         report[name] = {"correlation": round(correlation, 4), "mean_error": round(error, 4)}
     for i, name in enumerate(ATTRIBUTES):
         there = attributes[:, i] != ABSENT

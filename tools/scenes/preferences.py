@@ -1,55 +1,20 @@
-"""Preference data in Pick-a-Pic's schema: pictures of several generators, judged by many people."""
+"""Preference data as Pick-a-Pic's: two pictures of a caption, compared by one of many people."""
 
 from __future__ import annotations
 
-import hashlib
-import io
-from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
 
-import pandas as pd
 import torch
-from PIL import Image
-from safetensors.torch import load_file
 from torch import Tensor
-from tqdm import tqdm
 
-from spo import backbones, config
-from spo.diffusion.noise import SampleNoise
-from spo.diffusion.rollout import sample_latents
-from spo.diffusion.schedule import Schedule
-from spo.runtime.files import atomic
-from spo.scenes import world
 from spo.scenes.annotators import Annotators, blend
 from spo.scenes.oracle import Perception, fidelity
+from tools.scenes.base_model import to_float
+from tools.scenes.pictures import GENERATORS, draw, draw_captions
 
 ANNOTATORS = 60
-ROWS_PER_SHARD = 500
-BATCH = 64
-PARTS = ("unet", "text_encoder")
-
-
-@dataclass(frozen=True)
-class Generator:
-    """One source of pictures, as Pick-a-Pic's models are."""
-
-    name: str
-    early: bool  # the undertrained UNet
-    guidance: float
-    steps: int
-
-
-GENERATORS = (
-    Generator("base-g2", False, 2.0, 20),
-    Generator("base-g4", False, 4.0, 20),
-    Generator("base-g2-10steps", False, 2.0, 10),
-    Generator("base-g1", False, 1.0, 20),
-    Generator("early-g3", True, 3.0, 20),
-    Generator("early-g5-10steps", True, 5.0, 10),
-)
 
 
 @dataclass(frozen=True)
@@ -66,74 +31,35 @@ class Pairs:
     label_0: Tensor
 
 
-def draw_captions(n: int, seed: int) -> list[str]:
-    """n different captions."""
+def ask(n: int, n_captions: int, without: Sequence[str], seed: int) -> tuple[list[str], Tensor]:
+    """n captions, drawn from n_captions, and the two GENERATORS [n,2] that answer each."""
     generator = torch.Generator().manual_seed(seed)
-    attributes = world.random_attributes(2 * n + 100, generator)
-    return list(dict.fromkeys(world.captions(attributes, generator)))[:n]
+    texts = draw_captions(n_captions, seed, without)
+    captions = [texts[i] for i in torch.randint(len(texts), (n,), generator=generator).tolist()]
+    return captions, torch.randint(len(GENERATORS), (n, 2), generator=generator)
 
 
-def generate(base: Path, early: Path, captions: list[str], which: Tensor, cache: Path, seed: int) -> Tensor:
-    """Pictures uint8 [N,3,48,48] of captions by GENERATORS[which[i]]; each batch is kept in `cache`."""
-    backbone = backbones.load(config.Backbone(family="sd", checkpoint=str(base), channels_last=True), "cpu")
-    weights = _weights(backbone, early)
-    out = torch.zeros(len(captions), 3, 48, 48, dtype=torch.uint8)
-    rows = [(g, _rows(which == g)) for g in range(len(GENERATORS))]
-    batches = [(g, part) for g, index in rows if len(index) for part in index.split(BATCH)]
-    cache.mkdir(parents=True, exist_ok=True)
-    for number, (g, index) in enumerate(tqdm(batches, desc=cache.name, mininterval=5)):
-        kept = cache / f"{number:05d}.pt"
-        if not kept.exists():
-            for name in PARTS:
-                getattr(backbone, name).load_state_dict(weights[GENERATORS[g].early][name])
-            pixels = _draw(backbone, GENERATORS[g], [captions[i] for i in index.tolist()], index, seed)
-            with atomic(kept) as partial:
-                torch.save(pixels, partial)
-        out[index] = torch.load(kept, weights_only=True)
-    return out
+def draw_pairs(
+    base: Path, captions: Sequence[str], which: Tensor, cache: Path, seed: int, processes: int
+) -> Tensor:
+    """Two pictures uint8 [N,2,3,48,48] of each caption by the generators `which` [N,2]."""
+    twice = [c for c in captions for _ in range(2)]
+    return draw(base, twice, which.flatten(), cache, seed, processes).unflatten(0, (-1, 2))
 
 
-def _rows(mask: Tensor) -> Tensor:
-    return mask.nonzero()[:, 0]
-
-
-def _weights(backbone: Any, early: Path) -> dict[bool, dict[str, dict[str, Tensor]]]:
-    """Of the final (False) and the early (True) model, by part."""
-    final = {n: {k: v.clone() for k, v in getattr(backbone, n).state_dict().items()} for n in PARTS}
-    first: dict[str, dict[str, Tensor]] = {n: {} for n in PARTS}
-    for key, value in load_file(early).items():
-        part, name = key.split(".", 1)
-        first[part][name] = value.float()
-    return {False: final, True: first}
-
-
-def _draw(backbone: Any, source: Generator, prompts: list[str], keys: Tensor, seed: int) -> Tensor:
-    schedule = Schedule.from_config(backbone.scheduler_config, source.steps)
-    noise = SampleNoise(seed, keys.tolist(), backbone.latent_shape)
-    with backbone.inference():
-        x_0 = sample_latents(backbone, schedule, prompts, noise, source.guidance, 1.0)
-        images = backbone.decode(x_0).clamp(-1, 1)
-    return ((images + 1) * 127.5).round().to(torch.uint8).contiguous()
-
-
-def compare(
-    base: Path, early: Path, eyes: Perception, n_pairs: int, n_captions: int, cache: Path, seed: int
-) -> Pairs:
-    """n_pairs comparisons over n_captions captions, each pair by one annotator."""
-    generator = torch.Generator().manual_seed(seed)
-    texts = draw_captions(n_captions, seed)
-    captions = [texts[i] for i in torch.randint(len(texts), (n_pairs,), generator=generator).tolist()]
-    which = torch.randint(len(GENERATORS), (n_pairs, 2), generator=generator)
-    doubled = [c for c in captions for _ in range(2)]
-    pixels = generate(base, early, doubled, which.flatten(), cache, seed)
-    quality, log_probs = eyes.perceive(pixels.float() / 127.5 - 1)
-    layout = fidelity(log_probs, doubled, soft=True).view(n_pairs, 2)
-    quality = quality.view(n_pairs, 2, -1)
+def compare(captions: list[str], pixels: Tensor, which: Tensor, eyes: Perception, seed: int) -> Pairs:
+    """Every pair is seen through `eyes` and judged by one annotator."""
+    generator = torch.Generator().manual_seed(seed + 1)
+    twice = [c for c in captions for _ in range(2)]
+    n = len(captions)
+    quality, log_probs = eyes.perceive(to_float(pixels.flatten(0, 1)))
+    layout = fidelity(log_probs, twice, soft=True).view(n, 2)
+    quality = quality.view(n, 2, -1)
     people = Annotators.draw(ANNOTATORS, generator)
-    who = torch.randint(ANNOTATORS, (n_pairs,), generator=generator)
+    who = torch.randint(ANNOTATORS, (n,), generator=generator)
     values = [people.value(who, quality[:, i], layout[:, i]) for i in (0, 1)]
     labels = people.compare(who, values[0], values[1], generator)
-    return Pairs(captions, pixels.view(n_pairs, 2, *pixels.shape[1:]), which, quality, layout, who, labels)
+    return Pairs(captions, pixels, which, quality, layout, who, labels)
 
 
 def statistics(pairs: Pairs) -> dict[str, float | int]:
@@ -150,34 +76,3 @@ def statistics(pairs: Pairs) -> dict[str, float | int]:
     report["mean_aesthetics"] = round(pairs.quality.mean().item(), 4)
     report["mean_layout"] = round(pairs.layout.mean().item(), 4)
     return report
-
-
-def write(pairs: Pairs, folder: Path) -> None:
-    """Parquet shards with the columns of Pick-a-Pic v2."""
-    folder.mkdir(parents=True, exist_ok=True)
-    counts = Counter(pairs.captions)
-    rows = []
-    for i, caption in enumerate(pairs.captions):
-        jpgs = [_jpg(pairs.pixels[i, side]) for side in (0, 1)]
-        uids = [hashlib.sha256(f"{i}/{side}/".encode() + jpgs[side]).hexdigest()[:32] for side in (0, 1)]
-        label = pairs.label_0[i].item()
-        row = {"are_different": label != 0.5, "best_image_uid": uids[0] if label == 1 else uids[1]}
-        if label == 0.5:
-            row["best_image_uid"] = "tie"
-        row |= {"caption": caption, "created_at": datetime(2026, 1, 1, tzinfo=UTC) + timedelta(minutes=i)}
-        row |= {"has_label": True, "ranking_id": i, "user_id": int(pairs.who[i])}
-        for side in (0, 1):
-            row |= {f"image_{side}_uid": uids[side], f"image_{side}_url": "", f"jpg_{side}": jpgs[side]}
-            row[f"model_{side}"] = GENERATORS[int(pairs.generators[i, side])].name
-        row |= {"label_0": label, "label_1": 1 - label, "num_example_per_prompt": counts[caption]}
-        rows.append(row)
-    for shard, start in enumerate(range(0, len(rows), ROWS_PER_SHARD)):
-        frame = pd.DataFrame(rows[start : start + ROWS_PER_SHARD])
-        frame.to_parquet(folder / f"train-{shard:05d}.parquet", index=False)
-
-
-def _jpg(pixels: Tensor) -> bytes:
-    buffer = io.BytesIO()
-    image = Image.fromarray(pixels.permute(1, 2, 0).numpy())
-    image.save(buffer, format="JPEG", quality=95, subsampling=0, optimize=True)
-    return buffer.getvalue()

@@ -1,13 +1,16 @@
-"""PickScore, HPS and aesthetic for the default world: the real formats, taught by people, pictures
-and captions that the preference pairs never meet."""
+"""The CLIPs that people taught: PickScore on the shipped pairs, as the real one on Pick-a-Pic, and HPS and
+aesthetic on pictures, captions and labels of their own, which the preference pairs never meet.
+
+Each starts from a CLIP of its own that learned from pictures and captions of the web.
+"""
 
 from __future__ import annotations
 
-import copy
-from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import CLIPModel, CLIPTokenizer
 
 from spo.scenes import world
 from spo.scenes.annotators import Annotators
@@ -15,54 +18,92 @@ from spo.scenes.oracle import Perception
 from spo.scenes.render import render
 from spo.scenes.world import ABSENT, CHOICES
 from tools import scenes as world_build
-from tools.scenes import clips, preferences, tokenizer
+from tools.scenes import clips, contrastive, preferences, probes, shards, tokenizer, words
 from tools.scenes.base_model import random_scenes, to_float
 from tools.scenes.clips import Judgements
+from tools.scenes.contrastive import Size, WebPictures
 from tools.scenes.preferences import Pairs
 
-HELD_OUT = 0.15
+HELD_OUT = 0.2  # of the pairs that the scorers' teachers compare
+PROBED = 2500  # held-out pairs whose pictures are probed
+
+Build = world_build.Build
 
 
-def build(output: Path, work: Path, seed: int) -> dict[str, object]:
-    """Train and save the three scorers under `output`/scorers.
+def vocabulary(build: Build) -> CLIPTokenizer:
+    """The tokenizer of CLIPs: it has the words of quality, which the base model's has not."""
+    texts = [*world.vocabulary(), *words.all_words()]
+    return tokenizer.save(texts, build.work / "clip tokenizer", tokenizer.CLIP_MAX_LENGTH)
 
-    Returns:
-        how often each agrees with held-out clear labels, and the aesthetic head's correlation.
-    """
-    own = seed + world_build.SEED_SCORER_PAIRS
-    eyes, words = Perception.load(work / "eyes"), tokenizer.load(work / "tokenizer")
-    sizes = (world_build.N_SCORER_PAIRS, world_build.N_SCORER_CAPTIONS)
-    models = (output / "base", work / "early.safetensors", eyes)
-    drawn = preferences.compare(*models, *sizes, work / "scorer pictures", own)
-    rendered = _rendered_pairs(world_build.N_RATED_RENDERS, own + 1)
-    train, held_out = _split(drawn)
+
+def learn_from_the_web(
+    build: Build, name: str, model: nn.Module, features: clips.Features, size: Size, seed: int
+) -> None:
+    pictures = WebPictures.collect(size.scenes, build.vae(), Perception.load(build.work / "web"), seed)
+    contrastive.train(name, model, features, vocabulary(build), pictures, size, build.work, seed)
+
+
+def start_clip(build: Build, name: str, own: int, size: Size) -> None:
+    """Train a CLIP on the web's pictures and captions, into the work folder."""
+    seed, texts = build.seed + own, vocabulary(build)
+    model = clips.fresh_clip(texts, seed)
+    learn_from_the_web(build, name, model, clips.clip_features(model), size, seed)
+    clips.save_pickscore(model, texts, build.work / name)
+
+
+def pickscore(build: Build) -> dict[str, Any]:
+    """Fine-tune the start CLIP on the training part of the shipped pairs; what it saw before and after."""
+    train, held_out = shards.read(build.output / "pairs")
+    texts, model = vocabulary(build), CLIPModel.from_pretrained(build.work / "clip")
+    features, seed = clips.clip_features(model), build.seed + world_build.SEED_CLIP
+    before = _seen(build, features, texts, held_out)
+    clips.prefer("pickscore", model, features, train, texts, build.work, seed + 1)
+    clips.save_pickscore(model, texts, build.output / "scorers" / "pickscore")
+    return {
+        "pairs_of_training": len(train.captions),
+        "pairs_held_out": len(held_out.captions),
+        "start_clip": before,
+        "training": probes.agreement(features, train, texts),
+        **_seen(build, features, texts, held_out),
+    }
+
+
+def _seen(
+    build: Build, features: clips.Features, texts: CLIPTokenizer, held_out: Judgements
+) -> dict[str, Any]:
+    """Of a CLIP: agreement with held-out labels, right captions against wrong ones, linear probes (R2)."""
+    oracle = Perception.load(build.output / "oracle")
+    drawn = torch.cat([held_out.pixels_0[:PROBED], held_out.pixels_1[:PROBED]])
+    seed = build.seed + world_build.SEED_CHECK
+    return {
+        "held_out": probes.agreement(features, held_out, texts),
+        "caption_accuracy": probes.caption_accuracy(features, texts, seed + 1),
+        "linear_probe_r2": probes.probes(features, texts, oracle, drawn, seed + 2),
+    }
+
+
+def hps(build: Build, compared: Pairs) -> dict[str, Any]:
+    """Train and save HPS; how often it agrees with its own people, and with those of the shipped pairs."""
+    seed, texts = build.seed + world_build.SEED_HPS, vocabulary(build)
+    train, own_held_out = _split(compared)
+    rendered = _rendered_pairs(world_build.N_RATED_RENDERS, build.seed + world_build.SEED_SCORER_PAIRS + 2)
     judged = _join(train, rendered)
-
-    clip = clips.fresh_clip(words, seed + world_build.SEED_SCORER_CLIP)
-    clip_seed = seed + world_build.SEED_SCORER_CLIP
-    clips.contrastive("scorer clip", clip, clips.clip_features(clip), words, work, clip_seed)
-    pickscore = copy.deepcopy(clip)
-    clips.prefer("pickscore", pickscore, clips.clip_features(pickscore), judged, words, work, clip_seed + 1)
-    clips.save_pickscore(pickscore, words, output / "scorers" / "pickscore")
-
-    torch.manual_seed(seed + world_build.SEED_HPS)
-    hps, settings, features = clips.new_open_clip(words)
-    clips.contrastive("hps clip", hps, features, words, work, seed + world_build.SEED_HPS)
-    clips.prefer("hps", hps, features, judged, words, work, seed + world_build.SEED_HPS + 1)
-    clips.save_hps(hps, settings, words, output / "scorers" / "hps")
-
-    correlation = _aesthetic(clip, drawn, words, output, work, clip_seed + 2)
+    torch.manual_seed(seed)
+    model, settings, features = clips.new_open_clip(texts)
+    learn_from_the_web(build, "hps clip", model, features, contrastive.SMALLER, seed)
+    clips.prefer("hps", model, features, judged, texts, build.work, seed + 1)
+    clips.save_hps(model, settings, texts, build.output / "scorers" / "hps")
+    _, held_out = shards.read(build.output / "pairs")
     return {
         "annotated_pairs": len(judged.captions),
-        "statistics_of_generated_pairs": preferences.statistics(drawn),
-        "pickscore_agreement": round(clips.agreement(clips.clip_features(pickscore), held_out, words), 4),
-        "hps_agreement": round(clips.agreement(features, held_out, words), 4),
-        "aesthetic_correlation_with_quality_of_rendered_pictures": round(correlation, 4),
+        "statistics_of_generated_pairs": preferences.statistics(compared),
+        "own_held_out": probes.agreement(features, own_held_out, texts),
+        **_seen(build, features, texts, held_out),
     }
 
 
 def _split(pairs: Pairs) -> tuple[Judgements, Judgements]:
-    """Annotated generated pictures, the last part held out."""
+    """Generated pairs, the last part of them held out."""
     cut = int(len(pairs.captions) * (1 - HELD_OUT))
     parts = []
     for part in (slice(0, cut), slice(cut, None)):
@@ -117,21 +158,34 @@ def _altered(attributes: Tensor, generator: torch.Generator) -> Tensor:
     return out
 
 
-def _aesthetic(
-    clip: clips.CLIPModel, drawn: Pairs, words: clips.CLIPTokenizer, output: Path, work: Path, seed: int
-) -> float:
-    """The rated CLIP, on generated and rendered pictures; its correlation on new rendered ones."""
-    generator = torch.Generator().manual_seed(seed)
-    _, quality, pixels, _ = random_scenes(world_build.N_RATED_RENDERS + 500, seed)
-    all_pixels = torch.cat([drawn.pixels.flatten(0, 1), pixels[:-500]])
-    all_quality = torch.cat([drawn.quality.flatten(0, 1), quality[:-500]])
+def aesthetic(build: Build, compared: Pairs) -> dict[str, Any]:
+    """Train and save the aesthetic predictor; its correlations with what pictures are worth."""
+    seed, texts = build.seed + world_build.SEED_AESTHETIC, vocabulary(build)
+    start_clip(build, "aesthetic clip", world_build.SEED_AESTHETIC, contrastive.SMALLER)
+    clip = CLIPModel.from_pretrained(build.work / "aesthetic clip")
+    generator = torch.Generator().manual_seed(seed + 2)
+    _, quality, pixels, _ = random_scenes(world_build.N_RATED_RENDERS + 1000, seed + 2)
+    all_pixels = torch.cat([compared.pixels.flatten(0, 1), pixels[:-1000]])
+    all_quality = torch.cat([compared.quality.flatten(0, 1), quality[:-1000]])
     people = Annotators.draw(preferences.ANNOTATORS, generator)
     who = torch.randint(preferences.ANNOTATORS, (len(all_pixels),), generator=generator)
     ratings = people.rate(who, all_quality, generator)
     torch.manual_seed(seed)
-    model = clips.RatedClip(copy.deepcopy(clip))
-    clips.train_aesthetic(model, all_pixels, ratings, work, seed)
-    clips.save_aesthetic(model, words, output / "scorers" / "aesthetic")
-    with torch.no_grad():
-        told = model(to_float(pixels[-500:]))
-    return torch.corrcoef(torch.stack([told, quality[-500:].mean(1)]))[0, 1].item()
+    model = clips.RatedClip(clip)
+    clips.train_aesthetic(model, all_pixels, ratings, build.work, seed)
+    clips.save_aesthetic(model, texts, build.output / "scorers" / "aesthetic")
+    _, held_out = shards.read(build.output / "pairs")
+    drawn = torch.cat([held_out.pixels_0, held_out.pixels_1])
+    seen, _ = Perception.load(build.output / "oracle").perceive(to_float(drawn))
+    return {
+        "rated_pictures": len(all_pixels),
+        "correlation_renders": _correlation(model, pixels[-1000:], quality[-1000:]),
+        "correlation_drawn": _correlation(model, drawn, seen),
+    }
+
+
+@torch.no_grad()
+def _correlation(model: clips.RatedClip, pixels: Tensor, quality: Tensor) -> float:
+    """Of the score with the mean [N] of the four factors [N,4]."""
+    scores = torch.cat([model(to_float(part)) for part in pixels.split(256)])
+    return round(torch.corrcoef(torch.stack([scores, quality.mean(1)]))[0, 1].item(), 4)

@@ -1,4 +1,4 @@
-"""A CLIPTokenizer whose vocabulary is the world's: every word of a caption is one token."""
+"""CLIPTokenizers whose vocabulary is the world's: every word of a caption is one token."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from transformers import CLIPTokenizer
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 MAX_LENGTH = 16  # the longest caption has 12 words
+CLIP_MAX_LENGTH = 17  # and three of quality before it, in captions of the web
 
 
-def save(words: list[str], folder: Path) -> CLIPTokenizer:
+def save(words: list[str], folder: Path, max_length: int = MAX_LENGTH) -> CLIPTokenizer:
     """Learn byte-pair merges until every word is one token; save in CLIP's format and load again.
 
     All letters are in the vocabulary, so any other lower-case word can still be spelled. EOS has the
@@ -32,7 +33,7 @@ def save(words: list[str], folder: Path) -> CLIPTokenizer:
     merges = [m if isinstance(m, str) else " ".join(m) for m in learned["merges"]]
     (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]))
     tokenizer = CLIPTokenizer(
-        vocab=str(folder / "vocab.json"), merges=str(folder / "merges.txt"), model_max_length=MAX_LENGTH
+        vocab=str(folder / "vocab.json"), merges=str(folder / "merges.txt"), model_max_length=max_length
     )
     tokenizer.save_pretrained(folder)
     return CLIPTokenizer.from_pretrained(folder)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL
 from torch import Tensor
 
 from spo import backbones, config
@@ -15,7 +14,7 @@ from spo.diffusion.schedule import Schedule
 from spo.scenes.oracle import Perception, fidelity
 from spo.scenes.render import LUMA
 from spo.scenes.world import QUALITY
-from tools.scenes import preferences
+from tools.scenes import Build, pictures
 from tools.scenes.base_model import random_scenes, to_float
 from tools.scenes.perception import through_vae
 from tools.scenes.perception import validate as compare_with_truth
@@ -24,24 +23,23 @@ REDRAWN_FROM = 300  # pictures noised to about this timestep and denoised by the
 N = 1000
 
 
-def validate(output: Path, work: Path, seed: int) -> dict[str, object]:
+def validate(build: Build, seed: int) -> dict[str, object]:
     """Truth is known for rendered pictures, the same through the VAE, and (but for what the base model
     changed) the same half-noised and redrawn. On freely drawn ones the oracle is held against the
     annotators' eyes, an independent network, and against plain pixel measures."""
-    oracle, eyes = Perception.load(output / "oracle"), Perception.load(work / "eyes")
+    oracle, eyes = Perception.load(build.output / "oracle"), Perception.load(build.work / "eyes")
     attributes, quality, pixels, captions = random_scenes(N, seed)
-    vae = AutoencoderKL.from_pretrained(output / "base" / "vae").float().eval()
     half = slice(0, N // 2)
-    redrawn = _redraw(output / "base", to_float(pixels[half]), captions[half], seed)
+    redrawn = _redraw(build.output / "base", to_float(pixels[half]), captions[half], seed)
     kinds = {
         "rendered": (to_float(pixels), attributes, quality),
-        "through_the_vae": (to_float(through_vae(vae, pixels)), attributes, quality),
+        "through_the_vae": (to_float(through_vae(build.vae(), pixels)), attributes, quality),
         "redrawn": (redrawn, attributes[half], quality[half]),
     }
     report: dict[str, object] = {
         name: compare_with_truth(oracle, *columns) for name, columns in kinds.items()
     }
-    report["freely_drawn"] = _freely_drawn(oracle, eyes, output, work, seed)
+    report["freely_drawn"] = _freely_drawn(oracle, eyes, build, seed)
     return report
 
 
@@ -67,26 +65,24 @@ def _redraw(base: Path, images: Tensor, captions: list[str], seed: int) -> Tenso
     return torch.cat(parts)
 
 
-def _freely_drawn(
-    oracle: Perception, eyes: Perception, output: Path, work: Path, seed: int
-) -> dict[str, object]:
-    captions = preferences.draw_captions(512, seed)
+def _freely_drawn(oracle: Perception, eyes: Perception, build: Build, seed: int) -> dict[str, object]:
+    captions = pictures.different_captions(512, seed)
     which = torch.zeros(512, dtype=torch.int64)  # the base model at guidance 2
-    models = (output / "base", work / "early.safetensors")
-    pixels = preferences.generate(*models, captions, which, work / "validation pictures", seed)
+    cache = build.work / "validation pictures"
+    pixels = pictures.draw(build.output / "base", captions, which, cache, seed, build.processes)
     images = to_float(pixels)
-    told, log_probs = oracle.perceive(images)
-    seen, seen_log_probs = eyes.perceive(images)
+    by_oracle, log_probs = oracle.perceive(images)
+    by_eyes, eyes_log_probs = eyes.perceive(images)
     measures = _pixel_measures(images)
     report: dict[str, object] = {"n": len(captions)}
     for i, name in enumerate(QUALITY):
-        with_eyes = torch.corrcoef(torch.stack([told[:, i], seen[:, i]]))[0, 1].item()
-        with_pixels = torch.corrcoef(torch.stack([told[:, i], measures[name]]))[0, 1].item()
+        with_eyes = torch.corrcoef(torch.stack([by_oracle[:, i], by_eyes[:, i]]))[0, 1].item()
+        with_pixels = torch.corrcoef(torch.stack([by_oracle[:, i], measures[name]]))[0, 1].item()
         report[name] = {"correlation_eyes": round(with_eyes, 4), "correlation_pixels": round(with_pixels, 4)}
-    told_mean, seen_mean = told.mean(1), seen.mean(1)
-    together = torch.corrcoef(torch.stack([told_mean, seen_mean]))[0, 1].item()
-    report["aesthetics"] = {"correlation_eyes": round(together, 4), "mean": round(told_mean.mean().item(), 4)}
-    alignment = [fidelity(p, captions) for p in (log_probs, seen_log_probs)]
+    means = by_oracle.mean(1), by_eyes.mean(1)
+    together = torch.corrcoef(torch.stack(means))[0, 1].item()
+    report["aesthetics"] = {"correlation_eyes": round(together, 4), "mean": round(means[0].mean().item(), 4)}
+    alignment = [fidelity(p, captions) for p in (log_probs, eyes_log_probs)]
     same = torch.corrcoef(torch.stack(alignment))[0, 1].item()
     report["alignment"] = {"correlation_eyes": round(same, 4), "mean": round(alignment[0].mean().item(), 4)}
     return report

@@ -132,9 +132,12 @@ def check(record: dict[str, Any], folder: Path | None) -> PreferencePair:
     return PreferencePair(caption, left, right, *labels, 1.0 / number)
 
 
-def is_validation(caption: str, fraction: float, seed: int) -> bool:
-    """Whether a caption's pairs are for validation, by its hash: no caption is in both parts."""
-    digest = hashlib.sha256(f"{seed} {caption}".encode()).digest()
+def is_validation(caption: str, fraction: float) -> bool:
+    """Whether a caption's pairs are for validation, by its hash: no caption is in both parts.
+
+    The same for every seed, so that a scorer trained on the training part never sees the other.
+    """
+    digest = hashlib.sha256(caption.encode()).digest()
     return int.from_bytes(digest[:8], "big") < fraction * 2**64
 
 

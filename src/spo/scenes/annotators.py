@@ -15,11 +15,11 @@ from torch import Tensor
 
 from spo.scenes.world import QUALITY
 
-TASTE = 0.75  # median weight of aesthetics against a weight of 1 for layout
+TASTE = 0.5  # median weight of aesthetics against a weight of 1 for layout
 TASTE_SPREAD = 0.5  # standard deviation of the logarithm of that weight over annotators
 LEANING = 4.0  # Dirichlet concentration of an annotator's weights of the quality factors
-TEMPERATURE = 0.23  # of the Bradley-Terry choice
-TIE = 0.042  # smaller differences of the blend are ties
+TEMPERATURE = 0.2  # of the Bradley-Terry choice
+TIE = 0.024  # smaller differences of the blend are ties
 
 
 @dataclass(frozen=True)

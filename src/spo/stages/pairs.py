@@ -20,11 +20,11 @@ PARTS = ("train", "validation")
 def run(params: Params, variant: str | None = None) -> None:
     """Write outputs/pairs."""
     with stage("pairs", params) as tracked:
-        summary = prepare(params.pairs, params.seed, OUTPUT)
+        summary = prepare(params.pairs, OUTPUT)
         tracked.log_metrics({name: float(summary[name]) for name in (*PARTS, "set_aside")}, step=0)
 
 
-def prepare(section: config.Pairs, seed: int, output: Path) -> dict[str, Any]:
+def prepare(section: config.Pairs, output: Path) -> dict[str, Any]:
     """Write the shards of `train` and `validation`, set_aside.csv and summary.json to `output`.
 
     Memory does not grow with the number of rows.
@@ -53,7 +53,7 @@ def prepare(section: config.Pairs, seed: int, output: Path) -> dict[str, Any]:
             elif section.drop_ties and pair.label_0 == 0.5:
                 filtered["ties"] += 1
             else:
-                validation = pairs.is_validation(pair.caption, section.validation_fraction, seed)
+                validation = pairs.is_validation(pair.caption, section.validation_fraction)
                 parts["validation" if validation else "train"].add(pair)
     for part in parts.values():
         part.close()
