@@ -246,7 +246,7 @@ def test_a_dry_run_shows_what_a_stage_does_and_writes_nothing(experiment, tmp_pa
         run(stage, *([variant] if variant else []), "--dry-run")
         plans[stage] = capsys.readouterr().out
     assert sorted(tmp_path.rglob("*")) == before
-    assert "preference.init: data/clip" in plans["inputs"]
+    assert "preference.init: data/scorers/pickscore" in plans["inputs"]
     assert "2 updates of 4 pairs" in plans["preference"]
     # K = 2, two prompts, two iterations. sd: four steps in two blocks of two; a prompt takes 1 + 2 * 3
     # forwards to generate and score, 2 * 3 samples trained on, each 4 forwards; guided: 2 * 4 * 31 in all.

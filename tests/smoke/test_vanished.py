@@ -18,7 +18,7 @@ CASES = (  # stage, item, folder, pattern of the file, what is torn of it
     ("prompts", None, "data/prompts", "train.txt"),
     ("pairs", None, "data/pairs", "*.parquet"),
     ("preference", None, "outputs/pairs/train", "*.parquet"),
-    ("preference", None, "data/clip", WEIGHTS),
+    ("preference", None, "data/scorers/pickscore", WEIGHTS),
     ("align", "spo", "outputs/preference", WEIGHTS),
     ("align", "spo", "outputs/prompts", "train.txt"),
     ("align", "spo", "data/base/unet", WEIGHTS),
