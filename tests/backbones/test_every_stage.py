@@ -54,7 +54,7 @@ def pairs(folder, captions: list[str]) -> None:
         for i, caption in enumerate(captions)
     ]
     folder.mkdir(parents=True)
-    pq.write_table(pa.Table.from_pylist(rows), folder / "train.parquet")
+    pq.write_table(pa.Table.from_pylist(rows), folder / "train-00000.parquet")
 
 
 def inputs(folder, words) -> None:
@@ -64,7 +64,6 @@ def inputs(folder, words) -> None:
     (folder / "prompts/train.txt").write_text("\n".join(captions[:8]))
     (folder / "prompts/evaluation.txt").write_text("\n".join(captions[8:12]))
     pairs(folder / "pairs", captions[12:24])
-    clips.save_pickscore(clips.fresh_clip(words, seed=0), words, folder / "clip")
     clips.save_pickscore(clips.fresh_clip(words, seed=1), words, folder / "scorers/pickscore")
     torch.manual_seed(2)
     model, model_config, _ = clips.new_open_clip(words)
@@ -86,7 +85,7 @@ def experiment(request, checkpoints, words, tmp_path, monkeypatch):
     params["pairs"]["validation_fraction"] = 0.3
     params["align"]["spo"] |= {"inner_steps": 2, "gradient_accumulation": 2, "gradient_checkpointing": True}
     params["align"]["spo"]["divert_start_step"] = 0
-    params["score"]["oracle"] = None
+    params["score"]["oracle"], params["preference"]["local_prompts"] = None, 0
     write(params)
     return params
 
