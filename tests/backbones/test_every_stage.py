@@ -193,7 +193,7 @@ def test_a_scorer_labels_in_place_of_the_annotators(experiment, tmp_path, capsys
     experiment["preference"]["labels"]["hps"] = experiment["score"]["hps"]
     write(experiment)
     assert cli.main(["preference"]) == 2
-    assert "name one scorer of pickscore, hps and aesthetic, not 2" in capsys.readouterr().err
+    assert "must name one scorer (pickscore, hps or aesthetic), not 2" in capsys.readouterr().err
 
 
 def weights(folder) -> dict[str, torch.Tensor]:

@@ -56,7 +56,7 @@ def test_a_second_run_meanwhile_is_refused_in_one_line(copy: Path) -> None:
         made = copy / "outputs/align/spo/pytorch_lora_weights.safetensors"
         assert kills.until(lambda: made.exists() or dvc.poll() is not None, 300) and made.exists()
     told = [line for line in by_hand.stderr.splitlines() if line.startswith("spo: ")]
-    assert by_hand.returncode == 2 and told == [
+    assert by_hand.returncode == 75 and told == [
         "spo: stage align-spo already runs in this folder; wait for it or stop it"
     ]
     assert by_dvc.returncode != 0 and "Traceback" not in by_dvc.stderr

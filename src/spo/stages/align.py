@@ -100,7 +100,8 @@ def _write(
     from spo.evaluation import model_card
 
     folder, full = OUTPUT / method, getattr(params.align, method).lora is None
-    shutil.rmtree(folder, ignore_errors=True)
+    if folder.exists():
+        shutil.rmtree(folder)
     selected = watch.selected() if watch else None
     if watch and selected is not None:
         shutil.copytree(watch.best, folder, ignore=shutil.ignore_patterns(validation.MARK))

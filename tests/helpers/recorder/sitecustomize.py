@@ -22,7 +22,7 @@ named: dict[int, tuple[Any, str]] = {}  # by id: a section, which is so kept ali
 
 def main() -> None:
     from spo import cli, config
-    from spo.config import reading, sections
+    from spo.config import base, reading
 
     if sys.argv[1:2] and sys.argv[1] not in cli.STAGES:
         return
@@ -36,7 +36,7 @@ def main() -> None:
         return params
 
     reading.validate = validated
-    watch(sections.Section)
+    watch(base.Section)
     atexit.register(write, root)
 
 
