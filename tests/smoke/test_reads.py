@@ -37,6 +37,7 @@ FREE_MODULES = {
         "src/spo/__main__.py": "starts the command",
         "src/spo/cli.py": "starts the command",
         "src/spo/config": "its values are params and outputs/inputs/defaults.json",
+        "src/spo/methods/__init__.py": "the list of methods; each stage declares its own method's file",
         "src/spo/runtime": "files, locks, signals and processes: not what is in them",
         "src/spo/stages/common.py": "holds the lock and opens the run of a stage",
         "src/spo/tracking": "logs runs",

@@ -100,8 +100,7 @@ def _write(
     from spo.evaluation import model_card
 
     folder, full = OUTPUT / method, getattr(params.align, method).lora is None
-    if folder.exists():
-        shutil.rmtree(folder)
+    _remove(folder)
     selected = watch.selected() if watch else None
     if watch and selected is not None:
         shutil.copytree(watch.best, folder, ignore=shutil.ignore_patterns(validation.MARK))
@@ -112,6 +111,19 @@ def _write(
     if (scratch / "samples").exists():
         shutil.copytree(scratch / "samples", folder / "samples")
     return facts
+
+
+def _remove(folder: Path) -> None:
+    """
+    Raises:
+        OSError: it cannot be removed; the message has the folder, not a file in it.
+    """
+    try:
+        shutil.rmtree(folder)
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(folder)) from None
 
 
 def _save(backbone: Any, full: bool, folder: Path) -> None:
