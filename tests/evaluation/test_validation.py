@@ -79,6 +79,13 @@ def test_the_best_validation_by_the_named_scorers_is_selected(tmp_path: Path) ->
     assert (tmp_path / "best/model").read_text() == "3"
 
 
+def test_a_selection_names_a_scorer() -> None:
+    with pytest.raises(ValueError, match="select"):
+        Validation(every=2, select=())
+    with pytest.raises(ValueError, match="select"):
+        Validation(every=2, select=("oracle",))
+
+
 def test_a_resumed_stage_knows_the_best_so_far(tmp_path: Path) -> None:
     first, _ = watch(tmp_path, Trained(GOOD, ([4.0, 5.0], 0.4)), select=("hps",))
     first(0, {}, 0)

@@ -85,18 +85,18 @@ def test_resumed_is_uninterrupted_bit_for_bit(clip, setup, pairs, tmp_path, ema)
         if step == 8:
             raise KeyboardInterrupt
 
-    told = {"seed": 0, "checkpoint": store}
+    options = {"seed": 0, "checkpoint": store}
     with pytest.raises(KeyboardInterrupt):
         spm.train(
             setup(parts),
             pairs,
             settings(steps=12, ema=ema),
             on_metrics=stop,
-            **told,
+            **options,
         )
     assert store.latest()[0] == 5
     parts.load_state_dict(start)
-    spm.train(setup(parts), pairs, settings(steps=12, ema=ema), **told)
+    spm.train(setup(parts), pairs, settings(steps=12, ema=ema), **options)
     for name, value in whole.state_dict().items():
         assert torch.equal(parts.state_dict()[name], value), name
 

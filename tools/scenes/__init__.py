@@ -2,7 +2,7 @@
 
 Every step keeps what it made in the work folder, so that an interrupted build goes on. Three networks
 see pictures: the oracle judges results; the annotators' eyes label the preference pairs; the web's eyes
-grade the captions that CLIPs learn from, and see for the people who taught HPS and the aesthetic score.
+grade the captions that CLIPs learn from, and see for the annotators that taught HPS and the aesthetic score.
 They have different seeds and training scenes; they share the renderer.
 """
 

@@ -1,4 +1,4 @@
-"""The CLIPs: PickScore, HPS and aesthetic in their real formats, and their training on what people said."""
+"""The CLIPs: PickScore, HPS and aesthetic in their real formats, and their training on labels."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pictures that the base model draws of captions, in several ways: what people compare and rate."""
+"""Images that the base model generates for captions, in several ways: what annotators compare and rate."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def different_captions(n: int, seed: int) -> list[str]:
 
 
 def draw_captions(n: int, seed: int, without: Sequence[str] = ()) -> list[str]:
-    """n captions as people ask for them: short ones come more than once, those of `without` never."""
+    """n captions as users write them: short ones come more than once, those of `without` never."""
     generator = torch.Generator().manual_seed(seed)
     excluded = set(without)
     drawn: list[str] = []

@@ -1,4 +1,4 @@
-"""Preference data as Pick-a-Pic's: two pictures of a caption, compared by one of many people."""
+"""Preference data as Pick-a-Pic's: two images of a caption, compared by one of many annotators."""
 
 from __future__ import annotations
 
@@ -55,10 +55,10 @@ def compare(captions: list[str], pixels: Tensor, which: Tensor, eyes: Perception
     quality, log_probs = eyes.perceive(to_float(pixels.flatten(0, 1)))
     layout = fidelity(log_probs, twice, soft=True).view(n, 2)
     quality = quality.view(n, 2, -1)
-    people = Annotators.draw(ANNOTATORS, generator)
+    annotators = Annotators.draw(ANNOTATORS, generator)
     who = torch.randint(ANNOTATORS, (n,), generator=generator)
-    values = [people.value(who, quality[:, i], layout[:, i]) for i in (0, 1)]
-    labels = people.compare(who, values[0], values[1], generator)
+    values = [annotators.value(who, quality[:, i], layout[:, i]) for i in (0, 1)]
+    labels = annotators.compare(who, values[0], values[1], generator)
     return Pairs(captions, pixels, which, quality, layout, who, labels)
 
 

@@ -1,4 +1,4 @@
-"""The CLIPs that people taught: PickScore on the shipped pairs, as the real one on Pick-a-Pic, and HPS and
+"""The CLIPs trained on labels: PickScore on the shipped pairs, as the real one on Pick-a-Pic, and HPS and
 aesthetic on pictures, captions and labels of their own, which the preference pairs never meet.
 
 Each starts from a CLIP of its own that learned from pictures and captions of the web.
@@ -83,7 +83,7 @@ def _seen(
 
 
 def hps(build: Build, compared: Pairs) -> dict[str, Any]:
-    """Train and save HPS; how often it agrees with its own people, and with those of the shipped pairs."""
+    """Train and save HPS; its agreement with its own annotators, and with those of the shipped pairs."""
     seed, texts = build.seed + world_build.SEED_HPS, vocabulary(build)
     train, own_held_out = _split(compared)
     rendered = _rendered_pairs(world_build.N_RATED_RENDERS, build.seed + world_build.SEED_SCORER_PAIRS + 2)
@@ -126,7 +126,7 @@ def _rendered_pairs(n: int, seed: int) -> Judgements:
     generator = torch.Generator().manual_seed(seed)
     asked = world.random_attributes(n, generator)
     captions = world.captions(asked, generator)
-    people = Annotators.draw(preferences.ANNOTATORS, generator)
+    annotators = Annotators.draw(preferences.ANNOTATORS, generator)
     who = torch.randint(preferences.ANNOTATORS, (n,), generator=generator)
     pixels, values = [], []
     for side in (0, 1):
@@ -136,9 +136,9 @@ def _rendered_pairs(n: int, seed: int) -> Judgements:
         pixels.append(((torch.cat(images) + 1) * 127.5).round().to(torch.uint8))
         named = asked != ABSENT
         layout = ((shown == asked) & named).sum(1) / named.sum(1)
-        values.append(people.value(who, quality, layout))
+        values.append(annotators.value(who, quality, layout))
     swap = torch.rand(n, generator=generator) < 0.5
-    label = people.compare(who, values[0], values[1], generator)
+    label = annotators.compare(who, values[0], values[1], generator)
     view = swap.view(n, 1, 1, 1)
     first, second = torch.where(view, pixels[1], pixels[0]), torch.where(view, pixels[0], pixels[1])
     return Judgements(first, second, captions, torch.where(swap, 1 - label, label))
@@ -167,9 +167,9 @@ def aesthetic(build: Build, compared: Pairs) -> dict[str, Any]:
     _, quality, pixels, _ = random_scenes(world_build.N_RATED_RENDERS + 1000, seed + 2)
     all_pixels = torch.cat([compared.pixels.flatten(0, 1), pixels[:-1000]])
     all_quality = torch.cat([compared.quality.flatten(0, 1), quality[:-1000]])
-    people = Annotators.draw(preferences.ANNOTATORS, generator)
+    annotators = Annotators.draw(preferences.ANNOTATORS, generator)
     who = torch.randint(preferences.ANNOTATORS, (len(all_pixels),), generator=generator)
-    ratings = people.rate(who, all_quality, generator)
+    ratings = annotators.rate(who, all_quality, generator)
     torch.manual_seed(seed)
     model = clips.RatedClip(clip)
     clips.train_aesthetic(model, all_pixels, ratings, build.work, seed)

@@ -1,7 +1,8 @@
 """Register aligned models in MLflow: each is a version, and the best version has the alias `champion`.
 
 A version gets the alias `champion` only if it passes the gate of params.yaml's `registry` against the current
-champion, or against the baseline while there is none; else it gets the alias `challenger`, with the reasons.
+champion, or against the baseline as long as no version is champion; else it gets the alias `challenger`, with
+the reasons.
 """
 
 from __future__ import annotations
@@ -258,7 +259,7 @@ def _scores(path: Path) -> DataFrame:
 
 
 def _find(client: Any, name: str, tags: Mapping[str, str]) -> Any:
-    """The version with the same adapter and scorers; None if there is none."""
+    """The version with the same adapter and scorers, or None."""
     query = f"tags.`adapter` = {literal(tags['adapter'])}"  # not by name, which may contain quotes
     for version in client.search_model_versions(query):
         if version.name == name and all(version.tags.get(k) == v for k, v in tags.items()):

@@ -85,7 +85,7 @@ class Validation(Section):
     max_divergence: Rate | None = None  # `kl` (SPO, nats per step) or `output_distance` (Diffusion-DPO)
     min_diversity: Fraction | None = None  # as a fraction of the diversity at the start
     # the best validated weights by the mean standardised gain of these scorers are the result; None: the last
-    select: tuple[Literal["pickscore", "hps", "aesthetic"], ...] | None = None
+    select: Annotated[tuple[Literal["pickscore", "hps", "aesthetic"], ...], Field(min_length=1)] | None = None
 
 
 class Rollout(Section):

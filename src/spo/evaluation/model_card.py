@@ -77,7 +77,7 @@ def _text(params: Params, method: str, trained: Mapping[str, Any]) -> str:
 
 
 def licence(checkpoint: str) -> str | None:
-    """The licence in the front matter of the README of a local checkpoint; None if there is none."""
+    """The licence in the front matter of the README of a local checkpoint, or None."""
     path = Path(checkpoint) / "README.md"
     if not path.is_file():
         return None

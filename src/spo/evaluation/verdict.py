@@ -71,7 +71,7 @@ def headline(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def contradictions(rows: Sequence[Mapping[str, Any]], curves: Mapping[str, DataFrame]) -> str:
-    """A sentence for each method of which some scores clearly rise and others fall; empty if there is none.
+    """A sentence for each method of which some scores clearly rise and others fall; else empty.
 
     The preference model's own score, which a method is trained to raise, is judged by its training curve.
     """

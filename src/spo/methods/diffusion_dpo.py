@@ -78,7 +78,7 @@ class DiffusionDpoMethod:
         """Ties are left out, as in the official code; `schedule` lies on the backbone's device.
 
         Raises:
-            ValueError: every pair is a tie, or there is none.
+            ValueError: there are no pairs, or only ties.
         """
         self.config, self.schedule, self.pairs, self.seed = config, schedule, pairs, seed
         self.iterations = config.iterations

@@ -31,4 +31,4 @@ class Cost:
     """What a training computes at most."""
 
     unet_samples: int  # forwards of one sample; guidance counts twice, a backward pass as BACKWARD
-    text: str  # one line for people
+    text: str  # one line for the dry run

@@ -66,7 +66,7 @@ def is_main_process() -> bool:
 
 
 def report_to_launcher(message: str, code: int) -> bool:
-    """Hand an error to `run` in the launching process, so that it is said once; False if there is none."""
+    """Hand an error to `run` in the launching process, which reports it once; False without a launcher."""
     file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if not file:
         return False

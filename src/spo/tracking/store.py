@@ -155,7 +155,7 @@ class Store:
 
         Raises:
             Waiting: it, or its experiment, was deleted.
-            Gone: there is none.
+            Gone: it does not exist.
         """
         try:
             info = self.connect().get_run(run_id).info

@@ -106,7 +106,7 @@ def _iteration(objective: Objective, iteration: int, state: TrainingState) -> di
 def update(objective: Objective, parts: Sequence[Batch], state: TrainingState) -> dict[str, float]:
     """One optimizer update on one batch, whole or in parts whose gradients are accumulated.
 
-    Without a pair in any process, or if the gradients overflow in fp16, there is none and no metric.
+    Without a pair in any process, or if the gradients overflow in fp16, nothing is updated or measured.
     """
     total = distributed.all_reduce_sum(torch.stack([batch.weight.sum() for batch in parts]).sum().float())
     if total == 0:  # no valid pair anywhere: AdamW would still decay the weights
@@ -146,7 +146,7 @@ def _in_step(updates: list[list[Batch]]) -> Iterator[list[Batch]]:
 
 
 def _means(parts: Sequence[Mapping[str, Mean]]) -> dict[str, float]:
-    """Weighted means over the parts of an update and over processes; a metric without any weight has none."""
+    """Weighted means over the parts of an update and over processes; metrics without any weight are left out."""
     sums = torch.stack([torch.stack([_sums(m) for m in row.values()]) for row in parts]).sum(0)
     sums = distributed.all_reduce_sum(sums)  # all processes have the same metrics in the same order
     return {

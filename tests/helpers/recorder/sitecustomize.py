@@ -110,9 +110,9 @@ def write(root: str) -> None:
     code = {path.removeprefix(root) for path in modules if path.startswith(f"{root}src/")}
     folder = Path(root) / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
-    told = {"keys": sorted(keys), "modules": sorted(code), "files": sorted(files)}
+    record = {"keys": sorted(keys), "modules": sorted(code), "files": sorted(files)}
     stage = os.environ.get("DVC_STAGE") or "@".join(a for a in sys.argv[1:3] if not a.startswith("-"))
-    (folder / f"{stage}.json").write_text(json.dumps(told, indent=1))
+    (folder / f"{stage}.json").write_text(json.dumps(record, indent=1))
 
 
 if Path(sys.orig_argv[1] if len(sys.orig_argv) > 1 else "").name == "spo":
