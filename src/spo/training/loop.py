@@ -146,7 +146,7 @@ def _in_step(updates: list[list[Batch]]) -> Iterator[list[Batch]]:
 
 
 def _means(parts: Sequence[Mapping[str, Mean]]) -> dict[str, float]:
-    """Weighted means over the parts of an update and over processes; metrics without any weight are left out."""
+    """Weighted means over the parts of an update and over processes; metrics without weight are left out."""
     sums = torch.stack([torch.stack([_sums(m) for m in row.values()]) for row in parts]).sum(0)
     sums = distributed.all_reduce_sum(sums)  # all processes have the same metrics in the same order
     return {
