@@ -6,7 +6,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export DVC_NO_ANALYTICS := 1
 UV := $(BIN)/uv
 
-.PHONY: setup data repro test fast smoke parity check audit format ui lock preflight clean
+.PHONY: setup data repro test fast smoke parity bench check audit format ui lock preflight clean
 
 preflight:
 	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) not found: install Python 3.11 (Debian: apt install python3.11 python3.11-venv)"; exit 2; }
@@ -43,6 +43,10 @@ fast: setup
 
 smoke: data
 	pytest -m smoke
+
+# this package beside the official algorithms and diffusers' pipeline; writes docs/benchmarks.md (5 minutes)
+bench: data
+	python -m benchmarks
 
 check: setup
 	ruff format --check .

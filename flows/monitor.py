@@ -5,7 +5,7 @@
 
 Generates images by the champion of MLflow's registry and by the base model, from the same seeds, and scores
 both. Where the champion's mean gain over the base is below its bound, the flow emits the event
-`spo.champion.dropped`, which an automation can answer, and fails.
+`spo.champion.dropped`, which starts the deployment `retrain` of prefect.yaml, and fails.
 """
 
 from __future__ import annotations
@@ -60,10 +60,15 @@ def monitor(prompts: str, at_least: dict[str, float] | None = None, seed: int = 
             [*rows], key="spo-monitor", description=f"champion: {version}, n = {len(lines)}"
         )
         if reasons:
-            resource = {"prefect.resource.id": f"spo.model.{params.registry.name or params.name}"}
-            emit_event(EVENT, resource=resource, payload={"version": version, "reasons": reasons})
+            announce(params.registry.name or params.name, version, reasons, prompts)
             raise QualityDropped("; ".join(reasons))
     return rows
+
+
+def announce(model: str, version: str, reasons: Sequence[str], prompts: str) -> None:
+    """Emit the event; its payload names the prompts, on which the deployment `retrain` trains."""
+    payload = {"version": version, "reasons": [*reasons], "prompts": prompts}
+    emit_event(EVENT, resource={"prefect.resource.id": f"spo.model.{model}"}, payload=payload)
 
 
 def new_prompts(path: Path) -> list[str]:

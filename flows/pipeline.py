@@ -14,11 +14,11 @@ import contextlib
 import fcntl
 import json
 import os
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -37,13 +37,14 @@ from prefect.artifacts import (  # noqa: E402
 from prefect.cache_policies import NO_CACHE  # noqa: E402
 
 from spo import config
+from spo.commands import repro, stages_at_once
+from spo.runtime import cores, side_by_side
 from spo.runtime.exit_codes import EXIT_FILE, TRANSIENT
 from spo.runtime.messages import redact
 from spo.runtime.signals import exit_on_sigterm
-from spo.tracking import dvc_lock, runs
+from spo.tracking import dvc_lock, dvc_stages, runs
 
 ROOT = Path(__file__).resolve().parents[1]
-DVC = [sys.executable, "-m", "dvc"]
 CRON = "0 3 * * *"  # every day at 3
 
 
@@ -57,7 +58,10 @@ class StageError(RuntimeError):
 
 @flow(name="spo")
 def pipeline(
-    overrides: dict[str, Any] | None = None, force: bool = False, wait_minutes: float = 0
+    overrides: dict[str, Any] | None = None,
+    force: bool = False,
+    wait_minutes: float = 0,
+    push: str | None = None,
 ) -> list[dict[str, Any]]:
     """Run the experiment; return what each stage did: {stage, result, seconds}.
 
@@ -65,10 +69,11 @@ def pipeline(
         overrides: changes of params.yaml by dotted key, e.g. {"align.spo.beta": 20}; they stay in the file.
         force: run every stage, changed or not.
         wait_minutes: for another flow in this folder to end; 0: refuse at once.
+        push: a DVC remote that gets the outputs and the run cache in the end, for clones elsewhere.
 
     Raises:
         ConfigError: a wrong override; nothing has been written or started then.
-        StageError: a stage failed.
+        StageError: a stage or the push failed.
     """
     with contextlib.chdir(ROOT):
         params = changes.merged(overrides or {})
@@ -77,21 +82,62 @@ def pipeline(
             done: list[dict[str, Any]] = []
             parent = runs.open_parent(params.model_dump())
             try:
-                every = stages()
-                for number, stage in enumerate(every, 1):
-                    get_run_logger().info(f"stage {number} of {len(every)}: {stage}")
-                    named = run_stage.with_options(name=stage)
-                    done.append(named(stage, force, parent.key))
+                run_stages(params.processes, force, parent.key, done)
                 status = "FINISHED"
             except BaseException as error:
                 status = "FAILED" if isinstance(error, Exception) else "KILLED"
+                subprocesses.end_all()  # stages run in threads, which this error does not reach
                 raise
             finally:
                 parent.set_tags({f"dvc.{row['stage']}": row["result"] for row in done})
                 runs.close_parent(parent, params.model_dump(), status, [row["stage"] for row in done])
                 runs.sync(params.tracking)
             publish(done, params.tracking)
+            if push:
+                push_to(push)
     return done
+
+
+def push_to(remote: str) -> None:
+    """Send outputs and run cache: `dvc repro --pull` in a clone elsewhere then trains nothing.
+
+    Raises:
+        StageError: with the last lines of DVC's output.
+    """
+    command = [*repro.DVC, "push", "--run-cache", "--remote", remote]
+    code, lines = subprocesses.execute(command, {}, get_run_logger().info)
+    if code != 0:
+        raise StageError(f"dvc push to {remote} failed: " + " | ".join(lines[-4:]), transient=True)
+
+
+def run_stages(processes: int, force: bool, parent: str, done: list[dict[str, Any]]) -> None:
+    """Run each stage as a task, independent ones at the same time; `done` gets what each did.
+
+    Raises:
+        StageError: of the stage that failed, when those beside it have ended.
+    """
+    needs = stages()
+    number, why = stages_at_once.at_once(None, processes)
+    get_run_logger().info(f"{len(needs)} stages, up to {number} at a time ({why})")
+
+    def start(stage: str, share: int) -> Future[Any]:
+        get_run_logger().info(f"stage {stage} starts")
+        threads = max(1, cores.count() // (share * processes))
+        submitted: Any = run_stage.with_options(name=stage).submit(stage, force, parent, threads)
+        return submitted.wrapped_future  # of Prefect's threads; its declared type has no such field
+
+    def is_success(future: Future[Any]) -> bool:
+        state = future.result()
+        if state.is_completed():
+            done.append(state.result())
+        else:
+            failures.append(state)
+        return bool(state.is_completed())
+
+    failures: list[Any] = []
+    side_by_side.run(needs, number, start, is_success)
+    for state in failures:
+        state.result()  # raises
 
 
 def publish(done: Sequence[Mapping[str, Any]], configured: str | None) -> None:
@@ -118,16 +164,21 @@ def is_retryable(task: Any, run: Any, state: Any) -> bool:
 
 
 @task(retries=2, retry_delay_seconds=[10, 60], retry_condition_fn=is_retryable, cache_policy=NO_CACHE)
-def run_stage(stage: str, force: bool = False, parent: str = "") -> dict[str, Any]:
+def run_stage(stage: str, force: bool = False, parent: str = "", threads: int = 0) -> dict[str, Any]:
     """Run one stage by DVC: {stage, result (ran, restored or unchanged), seconds}.
+
+    Args:
+        threads: of torch, where OMP_NUM_THREADS is not set; 0: as `spo` chooses.
 
     Raises:
         StageError: with the last lines of its output; transient if `spo` ended with that exit code.
     """
-    command = [*DVC, "repro", "--single-item", *(["--force"] if force else []), stage]
+    command = [*stages_at_once.COMMAND, *(["--force"] if force else []), stage]
     before, started = dvc_lock.read(), time.monotonic()
     with tempfile.NamedTemporaryFile("r") as exit_file:
         variables = {EXIT_FILE: exit_file.name} | ({runs.PARENT_VARIABLE: parent} if parent else {})
+        if threads and cores.THREADS not in os.environ:
+            variables[cores.THREADS] = str(threads)
         code, lines = subprocesses.execute(command, variables, get_run_logger().info)
         if code != 0:
             output = [line for line in lines if line.strip() and not line.startswith("tracking:")]
@@ -149,12 +200,10 @@ def result(stage: str, before: dvc_lock.Entry | None, after: dvc_lock.Entry | No
     return "restored" if parent and after is not None and after.is_tracked else "ran"
 
 
-def stages() -> list[str]:
-    """List all stages of dvc.yaml in its order, where each comes after those that it needs."""
-    done = subprocess.run([*DVC, "stage", "list", "--name-only"], capture_output=True, text=True)
-    if done.returncode != 0:
-        raise StageError(f"dvc stage list: {done.stderr.strip()}", transient=False)
-    return done.stdout.split()
+def stages() -> dict[str, tuple[str, ...]]:
+    """Return {stage: those that it needs} of dvc.yaml, in the order in which DVC runs them."""
+    needs = dvc_stages.needs()
+    return {stage: needs[stage] for stage in needs if not stage.endswith(".dvc")}  # data files
 
 
 @contextlib.contextmanager
@@ -207,11 +256,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Run the experiment as a Prefect flow.")
     parser.add_argument("--set", action="append", type=changes.parse, default=[], metavar="KEY=VALUE")
     parser.add_argument("--force", action="store_true", help="run every stage, changed or not")
+    parser.add_argument("--push", metavar="REMOTE", help="a DVC remote for outputs and run cache")
     parser.add_argument("--wait", type=float, default=0, metavar="MINUTES", help="for another flow to end")
     serving.add_options(parser, CRON)
     options = parser.parse_args(arguments)
     serving.check(parser, options, CRON)
     parameters = {"overrides": dict(options.set), "force": options.force, "wait_minutes": options.wait}
+    parameters["push"] = options.push
     os.chdir(ROOT)
     try:
         changes.merged(parameters["overrides"])  # before a server starts

@@ -9,10 +9,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from spo.runtime.signals import FLOW_KILL
+
+RUNNING: set[subprocess.Popen[str]] = set()
 
 
 def execute(
@@ -35,6 +38,7 @@ def execute(
         errors="replace",
         start_new_session=True,
     )
+    RUNNING.add(process)
     try:
         assert process.stdout is not None
         for line in process.stdout:
@@ -45,6 +49,14 @@ def execute(
     except BaseException:
         end_group(process)
         raise
+    finally:
+        RUNNING.discard(process)
+
+
+def end_all() -> None:
+    """End the groups of all commands that run, in whichever thread."""
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(end_group, list(RUNNING)))
 
 
 def end_group(process: subprocess.Popen[str]) -> None:

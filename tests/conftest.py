@@ -13,7 +13,7 @@ os.environ.setdefault("DO_NOT_TRACK", "1")
 os.environ.pop("MLFLOW_TRACKING_URI", None)
 os.environ.pop("SPO_PARENT_RUN", None)
 
-if "PYTEST_XDIST_WORKER" in os.environ:  # two processes on two cores: one thread each
+if "PYTEST_XDIST_WORKER" in os.environ:  # several processes on few cores: one thread each
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
@@ -31,7 +31,11 @@ FIRST = "tests/smoke/test_dag.py"  # it makes the DAG's run that all of tests/sm
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: not item.nodeid.startswith(FIRST))
+    """Files with long tests first, so that no process has one left when the others are done."""
+    long = {
+        item.path for item in items if item.get_closest_marker("smoke") or item.get_closest_marker("services")
+    }
+    items.sort(key=lambda item: (not item.nodeid.startswith(FIRST), item.path not in long))
 
 
 @pytest.hookimpl(optionalhook=True)  # of xdist, whose own groups pytest 9.2 passes over without a word

@@ -6,30 +6,15 @@ Exit codes: 2 for a mistake in parameters or data, 75 for a transient failure, 1
 from __future__ import annotations
 
 import argparse
-import importlib
-import math
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
 
 from spo import config
-from spo.runtime import launch, signals
-from spo.runtime.exit_codes import MISTAKE, STOPPED, exit_code, leave_exit_code
+from spo.commands.arguments import STAGES, parser
+from spo.runtime import cores, launch, peers, signals
+from spo.runtime.exit_codes import MISTAKE, STOPPED, exit_code
 from spo.runtime.messages import first_line, redact
-
-# stage: (description, variants or methods that it takes as an argument)
-STAGES: dict[str, tuple[str, tuple[str, ...]]] = {
-    "inputs": ("pin every external input by its content", ()),
-    "prompts": ("clean and split the prompts", ()),
-    "pairs": ("check, filter and shard the preference pairs", ()),
-    "preference": ("train the step-aware preference model", ("unconditioned", "clean_only")),
-    "align": ("fine-tune the base model by one method", config.METHODS),
-    "generate": ("generate images by the base or an aligned model", config.VARIANTS),
-    "score": ("score those images by PickScore, HPS and the aesthetic predictor", config.VARIANTS),
-    "report": ("write statistics, tables and image grids to one page", ()),
-}
 
 
 def entry() -> int:
@@ -41,17 +26,18 @@ def entry() -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
+    announce = arguments is None
     arguments = sys.argv[1:] if arguments is None else arguments
     args = parser().parse_args(arguments)
     if not launch.is_main_process():
         os.environ["TQDM_DISABLE"] = "1"
     try:
-        if not _launched(args, arguments):
-            args.run(args)
+        _run(args, arguments, announce)
     except (ValueError, FloatingPointError, OSError) as error:
         return _fail(redact(str(error)), exit_code(error))
     except Exception as error:
         if (reason := _shortage(error)) is None:
+            peers.tell(first_line(error), MISTAKE)
             raise
         return _fail(reason, MISTAKE)
     except KeyboardInterrupt as stop:
@@ -61,29 +47,44 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _launched(args: argparse.Namespace, arguments: Sequence[str]) -> bool:
-    """Launch the command in several processes if params.yaml says so; returns whether it did."""
+def _run(args: argparse.Namespace, arguments: Sequence[str], announce: bool) -> None:
+    """Run the command here, or launch the processes that run it; say how many threads it has."""
+    launch.check_command(None if getattr(args, "dry_run", False) else getattr(args, "stage", None))
+    processes = _processes(args)
+    if getattr(args, "uses_torch", False):
+        threads = cores.set_threads(os.environ, processes)
+        if announce and not getattr(args, "dry_run", False) and "RANK" not in os.environ:
+            print(f"spo: {threads}", file=sys.stderr)
+    if processes > 1:
+        signals.disarm_ctrl_c()  # no deadline: the processes may need time to save
+        launch.run(arguments, processes)
+    else:
+        if launch.is_started_by_others() and not getattr(args, "dry_run", True):
+            _join()
+        args.run(args)
+
+
+def _join() -> None:
+    """Join the other processes before anything can fail, so that an error of one ends all."""
+    from spo.runtime.workspace import SCRATCH
+    from spo.training import distributed
+
+    distributed.state()
+    distributed.check_folder(SCRATCH)
+
+
+def _processes(args: argparse.Namespace) -> int:
+    """Return how many processes to launch for this command, by params.yaml; 1: none beside this one."""
     stage = getattr(args, "stage", None)
     if stage not in launch.STAGES or args.dry_run:
-        return False
+        return 1
     processes = config.load(args.params).processes
-    if not launch.wanted(stage, processes):
-        return False
-    signals.disarm_ctrl_c()  # no deadline: the processes may need time to save
-    launch.run(arguments, processes)
-    return True
-
-
-def _print(result: object) -> None:
-    if launch.is_main_process():
-        print(result)
+    return processes if launch.wanted(stage, processes) else 1
 
 
 def _fail(reason: str, code: int) -> int:
     """Say the reason once, in the outermost process; return the exit code, which a flow gets too."""
-    if not launch.report_to_launcher(reason, code):
-        print(f"spo: {reason}", file=sys.stderr)
-    leave_exit_code(code)
+    peers.fail(reason, code)
     return code
 
 
@@ -95,204 +96,3 @@ def _shortage(error: Exception) -> str | None:
     if type(error).__name__ == "SafetensorError":  # its writer raises no OSError on a full disk
         return f"weights cannot be read or written ({text})"
     return None
-
-
-def parser() -> argparse.ArgumentParser:
-    """Build the parser of all commands."""
-    top = argparse.ArgumentParser(
-        prog="spo",
-        description="Align text-to-image models with human preferences, step by step.",
-        epilog="`make repro` or `dvc repro` runs all stages in order, each only when something changed.",
-    )
-    commands = top.add_subparsers(required=True, metavar="command")
-    for name, (text, variants) in STAGES.items():
-        stage = commands.add_parser(name, help=f"stage: {text}", description=text)
-        if variants:
-            optional = "?" if name in ("preference", *_EXTERNAL) else None
-            stage.add_argument(
-                "variant",
-                choices=variants,
-                nargs=optional,
-                help="the method" if name == "align" else "the variant",
-            )
-        stage.add_argument("--params", type=Path, default=Path("params.yaml"), metavar="FILE")
-        stage.add_argument(
-            "--dry-run", action="store_true", help="check inputs, print sizes and steps, run nothing"
-        )
-        stage.set_defaults(run=_stage, stage=name, variant=None)
-        if name in _EXTERNAL:
-            _EXTERNAL[name](stage)
-    _sample(
-        commands.add_parser("sample", help="generate an image of a prompt by the base or an aligned model")
-    )
-    _preset(commands.add_parser("preset", help="write a ready-made params.yaml"))
-    sync = commands.add_parser(
-        "sync", help="deliver records to MLflow that were logged while it was unreachable"
-    )
-    sync.set_defaults(run=_run_sync)
-    register = commands.add_parser("register", help="register the aligned model in MLflow, through the gate")
-    register.set_defaults(run=_run_register)
-    repro = commands.add_parser("repro", help="run dvc repro and log its cached stages to MLflow too")
-    repro.add_argument("arguments", nargs=argparse.REMAINDER, help="of dvc repro")
-    repro.set_defaults(run=_run_repro)
-    return top
-
-
-def _guidance(text: str) -> float:
-    """Parse a guidance scale, with the bounds of params.yaml.
-
-    Raises:
-        ArgumentTypeError: not a finite number of at least 0.
-    """
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"must be a number of at least 0, not {text!r}")
-    return value
-
-
-def _stage(args: argparse.Namespace) -> None:
-    params = config.load(args.params)
-    if args.dry_run:
-        from spo.commands import dry_run
-
-        print("\n".join(dry_run.lines(params, args.stage, args.variant)))
-        return
-    importlib.import_module(f"spo.stages.{args.stage}").run(params, args.variant)
-
-
-def _generate_external(command: argparse.ArgumentParser) -> None:
-    group = command.add_argument_group("an external model instead of a variant")
-    group.add_argument(
-        *("--lora", "--unet", "--checkpoint"),
-        type=Path,
-        metavar="PATH",
-        help="a LoRA or UNet (file or folder) on the base, or a pipeline (diffusers folder, .safetensors)",
-    )
-    group.add_argument("--prompts", type=Path, metavar="FILE", help="default: the experiment's prompts")
-    group.add_argument("--guidance", type=_guidance, help="default: that of generate.base")
-    group.add_argument("--output", type=Path, metavar="FOLDER", help="default: outputs/judged/NAME")
-    command.set_defaults(run=_run_generate)
-
-
-def _run_generate(args: argparse.Namespace) -> None:
-    if not _is_external(args, "lora", ("prompts", "guidance", "output")):
-        return _stage(args)
-    from spo.commands import external
-
-    _print(external.generate(config.load(args.params), args.lora, args.prompts, args.guidance, args.output))
-
-
-def _score_external(command: argparse.ArgumentParser) -> None:
-    group = command.add_argument_group("external images instead of a variant")
-    group.add_argument(
-        "--images", type=Path, metavar="FOLDER", help="image files, or the output of spo generate"
-    )
-    group.add_argument(
-        "--prompts", type=Path, metavar="FILE", help="one per image, in the order of the file names"
-    )
-    group.add_argument(
-        "--baseline", type=Path, metavar="FOLDER", help="images of the same prompts to compare with"
-    )
-    group.add_argument("--output", type=Path, metavar="FOLDER", help="default: outputs/judged/NAME")
-    command.set_defaults(run=_run_score)
-
-
-def _run_score(args: argparse.Namespace) -> None:
-    if not _is_external(args, "images", ("prompts", "baseline", "output")):
-        return _stage(args)
-    from spo.commands import external
-
-    _print(external.score(config.load(args.params), args.images, args.prompts, args.baseline, args.output))
-
-
-def _is_external(args: argparse.Namespace, option: str, others: tuple[str, ...]) -> bool:
-    """Whether `option` replaces the variant.
-
-    Raises:
-        ValueError: both or neither of them, or an option of `others` without `option`.
-    """
-    given = getattr(args, option) is not None
-    if given == (args.variant is not None):
-        raise ValueError(f"{args.stage}: give either a variant ({', '.join(config.VARIANTS)}) or --{option}")
-    stray = [name for name in others if not given and getattr(args, name) is not None]
-    if stray:
-        raise ValueError(f"{args.stage}: --{stray[0]} needs --{option}")
-    return given
-
-
-_EXTERNAL: dict[str, Any] = {"generate": _generate_external, "score": _score_external}
-
-
-def _sample(command: argparse.ArgumentParser) -> None:
-    command.add_argument("prompt")
-    command.add_argument("--method", default="spo", choices=config.VARIANTS)
-    command.add_argument("--model", metavar="ALIAS", help="of MLflow's registry: champion, or a version")
-    command.add_argument("--seed", type=int, default=0)
-    command.add_argument("--guidance", type=_guidance, help="default: the variant's own")
-    command.add_argument("--output", type=Path, default=Path("sample.png"), metavar="FILE")
-    command.add_argument("-n", type=int, default=1, help="number of images, side by side (default 1)")
-    command.add_argument("--params", type=Path, default=Path("params.yaml"), metavar="FILE")
-    command.set_defaults(run=_run_sample)
-
-
-def _run_sample(args: argparse.Namespace) -> None:
-    from spo.commands import sample
-
-    params = config.load(args.params)
-    if args.n < 1:
-        raise ValueError(f"-n {args.n}: must be at least 1")
-    method, adapter = args.method, None
-    if args.model is not None:
-        from spo.commands import registry
-
-        adapter, method = registry.fetch(params, args.model)
-    path = sample.run(params, args.prompt, method, args.seed, args.guidance, args.output, args.n, adapter)
-    print(path)
-
-
-def _preset(command: argparse.ArgumentParser) -> None:
-    command.add_argument("name", choices=config.preset_names())
-    command.add_argument("--output", type=Path, default=Path("params.yaml"), metavar="FILE")
-    command.add_argument("--force", action="store_true", help="overwrite an existing file")
-    command.set_defaults(run=_run_preset)
-
-
-def _run_preset(args: argparse.Namespace) -> None:
-    text = config.preset(args.name)
-    if args.output.exists() and args.output.read_text() != text and not args.force:
-        raise ValueError(f"{args.output} exists and differs; --force overwrites it")
-    args.output.write_text(text)
-    print(f"{args.output}: {args.name}")
-
-
-def _run_sync(args: argparse.Namespace) -> None:
-    from spo.commands import repro
-    from spo.tracking import runs
-
-    uri = None
-    if Path("params.yaml").exists():
-        params = config.load()
-        uri = params.tracking
-        repro.record_if_new(params)
-    delivered, left = runs.sync(uri)
-    print(f"{delivered} records delivered, {left} left")
-    if left:
-        raise ValueError(f"sync: {left} records are left, for the reasons above; run `spo sync` again")
-
-
-def _run_register(args: argparse.Namespace) -> None:
-    from spo.commands import registry
-
-    verdict = registry.register(config.load())
-    print(f"{verdict.name} version {verdict.version}: {verdict.alias}")
-    for reason in verdict.reasons:
-        print(f"  {reason}")
-
-
-def _run_repro(args: argparse.Namespace) -> None:
-    from spo.commands import repro
-
-    sys.exit(repro.run(config.load(), args.arguments))

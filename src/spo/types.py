@@ -16,10 +16,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Conditioning:
-    """The inputs of a UNet besides x_t and t; methods only pass them on.
+    """The inputs of a UNet or a reward model besides x_t and t; methods only pass them on.
 
-    `tensors` holds whatever the backbone put there (text embeddings, SDXL's pooled embeddings and
-    time ids), each with the batch as its first dimension.
+    `tensors` holds whatever the model put there (text embeddings, pooled embeddings, SDXL's time ids), each
+    with the batch as its first dimension.
     """
 
     tensors: Mapping[str, Tensor]
@@ -81,6 +81,7 @@ class StepPair:
     x_lose: Tensor  # [B,C,h,w]
     conditioning: Conditioning  # B samples
     x_t_lose: Tensor | None = None  # [B,C,h,w]; None: x_t
+    output: Tensor | None = None  # [B,C,h,w], the guided UNet output that drew both; None: they have parted
 
 
 @dataclass(frozen=True)
@@ -108,9 +109,18 @@ class Backbone(Protocol):
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning: ...
 
     def predict(
-        self, x_t: Tensor, timesteps: Tensor, conditioning: Conditioning, *, reference: bool = False
+        self,
+        x_t: Tensor,
+        timesteps: Tensor,
+        conditioning: Conditioning,
+        *,
+        reference: bool = False,
+        copies: int = 1,
     ) -> Tensor:
-        """The UNet's raw output [B,C,h,w]; with `reference`, of the weights before fine-tuning."""
+        """The UNet's raw output [B,C,h,w]; with `reference`, of the weights before fine-tuning.
+
+        copies: the number of equal parts of which x_t and timesteps consist, each with a text of its own.
+        """
         ...
 
     def encode(self, images: Tensor) -> Tensor:
@@ -123,8 +133,51 @@ class Backbone(Protocol):
 
     def trainable_parameters(self) -> list[torch.nn.Parameter]: ...
 
+    def feature_model(self) -> FeatureModel:
+        """A copy of the text encoders and of the UNet without its up blocks, as they are now."""
+        ...
+
     def inference(self) -> AbstractContextManager[None]:
         """Evaluation mode without gradients."""
+        ...
+
+
+class FeatureModel(Protocol):
+    """The down path of a UNet, for models that judge noisy latents."""
+
+    down_widths: tuple[int, ...]  # channels of the down blocks
+    mid_width: int  # channels of the mid block
+    text_width: int  # of the pooled text
+    text_is_projected: bool  # whether the pooled text went through CLIP's text projection (SDXL)
+
+    def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
+        """Text for `features`, and as `pooled` its [B,text_width]; with gradients where they are trained."""
+        ...
+
+    def features(
+        self, x_t: Tensor, timesteps: Tensor, conditioning: Conditioning
+    ) -> tuple[list[Tensor], Tensor]:
+        """Means over h and w of each down block's last state before downsampling, and of the mid block's.
+
+        Returns:
+            [B,width] of each down block, and [B,mid_width]; fp32.
+        """
+        ...
+
+    def train_fully(self) -> None:
+        """Make all weights trainable, in fp32."""
+        ...
+
+    def add_lora(self, settings: Any, seed: int) -> None:
+        """Add a trainable adapter (`config.Lora`) to the UNet."""
+        ...
+
+    def merge_lora(self) -> None:
+        """Add the adapter, if there is one, to the weights."""
+        ...
+
+    def checkpoint_gradients(self) -> None:
+        """Recompute activations in the backward pass instead of storing them."""
         ...
 
 
@@ -149,15 +202,39 @@ class LatentPairs(Protocol):
         ...
 
 
-class RewardModel(Protocol):
-    """Scores noisy and clean images by their prompt and timestep. Text is encoded once a prompt."""
+class Candidates(Protocol):
+    """N candidates for the next latent. Images are computed only for a reward model that asks for them."""
 
-    def encode_text(self, prompts: Sequence[str]) -> Tensor:
-        """Normalised text features [B,D]."""
+    @property
+    def latents(self) -> Tensor:
+        """[N,C,h,w], with the noise of `timesteps`."""
         ...
 
-    def score_images(self, images: Tensor, text: Tensor, timesteps: Tensor) -> Tensor:
-        """Scores [B] of images [B,3,H,W] in [-1,1] at `timesteps` int64 [B]."""
+    @property
+    def timesteps(self) -> Tensor:
+        """int64 [N], of the noise that is left in the latents; 0 after the last step."""
+        ...
+
+    @property
+    def step_timesteps(self) -> Tensor:
+        """int64 [N], the timestep of the denoising step that drew them: one noisier than `timesteps`."""
+        ...
+
+    @property
+    def images(self) -> Tensor:
+        """[N,3,H,W] around [-1,1], decoded from the x_0 that the UNet predicts from each candidate."""
+        ...
+
+
+class RewardModel(Protocol):
+    """Scores candidates, latents or images, by their prompt and timestep. Text is encoded once a prompt."""
+
+    def encode_text(self, prompts: Sequence[str]) -> Conditioning:
+        """Whatever the model needs of B prompts."""
+        ...
+
+    def score(self, candidates: Candidates, text: Conditioning) -> Tensor:
+        """Scores [N] of N candidates and their own prompts."""
         ...
 
 

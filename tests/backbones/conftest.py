@@ -4,7 +4,9 @@ import json
 from dataclasses import dataclass
 
 import pytest
+import small_experiment
 import torch
+import yaml
 from diffusers import (
     AutoencoderKL,
     EulerDiscreteScheduler,
@@ -169,3 +171,22 @@ def pairs() -> Pairs:
 def model(words) -> StepAwarePreferenceModel:
     torch.manual_seed(0)
     return StepAwarePreferenceModel(clips.fresh_clip(words, seed=0))
+
+
+@pytest.fixture(params=["sd", "sdxl"])
+def experiment(request, checkpoints, words, tmp_path, monkeypatch):
+    """A folder with params.yaml and data, as a user has it; the working directory."""
+    monkeypatch.chdir(tmp_path)
+    small_experiment.inputs(tmp_path / "data", words)
+    params = yaml.safe_load(config.preset("smoke"))
+    params["backbone"] = {"family": request.param, "checkpoint": str(checkpoints[request.param])}
+    params["prompts"] |= {"n_train": 4, "n_validation": 2, "n_test": 2, "vocabulary": None}
+    params["prompts"]["max_tokens"] = 40
+    params["pairs"]["validation_fraction"] = 0.3
+    params["align"]["spo"] |= {"inner_steps": 2, "gradient_accumulation": 2, "gradient_checkpointing": True}
+    params["align"]["spo"]["divert_start_step"] = 0
+    params["score"]["oracle"] = None
+    for model in ("preference", "latent_preference"):
+        params[model]["local_prompts"] = 0
+    small_experiment.write(params)
+    return params

@@ -80,7 +80,7 @@ def test_cached_images_are_named_by_everything_they_depend_on(tmp_path: Path, mo
 
     def name(batch_size: int = 2, **changes) -> str:
         params = settings(batch_size)
-        return generate._scratch(params, params.generate.base.model_copy(update=changes)).name
+        return generate._scratch(params, params.generate.base.model_copy(update=changes), prompts).name
 
     seen = {name(), name(batch_size=3), name(guidance=7.0)}
     prompts.write_text("a star\n")

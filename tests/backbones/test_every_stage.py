@@ -5,104 +5,40 @@ from __future__ import annotations
 import csv
 import io
 import json
-import zipfile
+import os
 
-import pyarrow as pa
+import blip
+import group
 import pyarrow.parquet as pq
 import pytest
 import torch
-import yaml
 from diffusers import DiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
+from small_experiment import pixels, run, write
 
 from spo import cli, config
 from spo.rewards.pickscore import PickScore
-from spo.scenes import world
-from tools.scenes import clips
+from spo.runtime.exit_codes import OURS
 
-VARIANTS = ("base", "spo", "diffusion_dpo")
+VARIANTS = ("base", "spo", "diffusion_dpo", "lpo")
 # (updates, pairs) of two iterations. Diffusion-DPO: an update of 2 pairs each. SPO: at threshold 0 every
 # diverted step gives a pair for each of two prompts, 8 an iteration (sd: four steps) or 6 (sdxl: three), in
-# updates of 4
+# updates of 4; LPO: the same
 TRAINED = {
-    "sd": {"spo": (4, 16), "diffusion_dpo": (2, 4)},
-    "sdxl": {"spo": (4, 12), "diffusion_dpo": (2, 4)},
+    "sd": {"spo": (4, 16), "diffusion_dpo": (2, 4), "lpo": (4, 16)},
+    "sdxl": {"spo": (4, 12), "diffusion_dpo": (2, 4), "lpo": (4, 12)},
 }
-
-
-def pairs(folder, captions: list[str]) -> None:
-    """Pick-a-Pic's columns; the first image is preferred in every other row."""
-    generator = torch.Generator().manual_seed(0)
-
-    def picture() -> bytes:
-        pixels = torch.randint(256, (16, 16, 3), generator=generator, dtype=torch.uint8)
-        buffer = io.BytesIO()
-        Image.fromarray(pixels.numpy()).save(buffer, format="PNG")
-        return buffer.getvalue()
-
-    rows = [
-        {
-            "caption": caption,
-            "jpg_0": picture(),
-            "jpg_1": picture(),
-            "label_0": float(i % 2),
-            "label_1": float(1 - i % 2),
-            "has_label": True,
-            "num_example_per_prompt": 1,
-        }
-        for i, caption in enumerate(captions)
-    ]
-    folder.mkdir(parents=True)
-    pq.write_table(pa.Table.from_pylist(rows), folder / "train-00000.parquet")
-
-
-def inputs(folder, words) -> None:
-    generator = torch.Generator().manual_seed(1)
-    captions = sorted(set(world.captions(world.random_attributes(60, generator), generator)))
-    (folder / "prompts").mkdir(parents=True)
-    (folder / "prompts/train.txt").write_text("\n".join(captions[:8]))
-    (folder / "prompts/evaluation.txt").write_text("\n".join(captions[8:12]))
-    pairs(folder / "pairs", captions[12:24])
-    clips.save_pickscore(clips.fresh_clip(words, seed=1), words, folder / "scorers/pickscore")
-    torch.manual_seed(2)
-    model, model_config, _ = clips.new_open_clip(words)
-    clips.save_hps(model, model_config, words, folder / "scorers/hps")
-    clips.save_aesthetic(
-        clips.RatedClip(clips.fresh_clip(words, seed=3)), words, folder / "scorers/aesthetic"
-    )
-
-
-@pytest.fixture(params=["sd", "sdxl"])
-def experiment(request, checkpoints, words, tmp_path, monkeypatch):
-    """A folder with params.yaml and data, as a user has it; the working directory."""
-    monkeypatch.chdir(tmp_path)
-    inputs(tmp_path / "data", words)
-    params = yaml.safe_load(config.preset("smoke"))
-    params["backbone"] = {"family": request.param, "checkpoint": str(checkpoints[request.param])}
-    params["prompts"] |= {"n_train": 4, "n_validation": 2, "n_test": 2, "vocabulary": None}
-    params["prompts"]["max_tokens"] = 40
-    params["pairs"]["validation_fraction"] = 0.3
-    params["align"]["spo"] |= {"inner_steps": 2, "gradient_accumulation": 2, "gradient_checkpointing": True}
-    params["align"]["spo"]["divert_start_step"] = 0
-    params["score"]["oracle"], params["preference"]["local_prompts"] = None, 0
-    write(params)
-    return params
-
-
-def write(params: dict) -> None:
-    with open("params.yaml", "w") as file:
-        yaml.safe_dump(params, file)
-
-
-def run(*arguments: str) -> None:
-    assert cli.main(arguments) == 0, arguments
 
 
 @pytest.mark.smoke
 def test_every_stage_runs(experiment, tmp_path) -> None:
-    for stage in ("inputs", "prompts", "pairs", "preference"):
-        run(stage)
+    for stage in (("inputs",), ("prompts",), ("pairs",), ("preference",), ("preference", "latent")):
+        run(*stage)
+    judge = json.loads((tmp_path / "outputs/preference_latent/config.json").read_text())
+    assert judge["base"]["channels of the UNet's down blocks"] == [32, 64]
+    measured = json.loads((tmp_path / "reports/metrics/preference_latent.json").read_text())
+    assert measured["accuracy"].keys() == {"0", "701"} and measured["updates"] == 2
     for method in config.METHODS:
         run("align", method)
         trained = json.loads((tmp_path / f"reports/metrics/align_{method}.json").read_text())
@@ -178,12 +114,12 @@ def test_a_scorer_labels_in_place_of_the_annotators(experiment, tmp_path, capsys
     write(experiment)
     run("inputs")
     run("preference")
-    told = json.loads((tmp_path / "reports/metrics/preference.json").read_text())["pseudo_labels"]
+    facts = json.loads((tmp_path / "reports/metrics/preference.json").read_text())["pseudo_labels"]
     decided = [
         (a > b, r["label_0"] == 1) for a, b, r in zip(first, second, rows, strict=True) if abs(a - b) >= gap
     ]
-    assert told["decided"] == len(decided) and told["ties"] == len(rows) - len(decided)
-    assert told["agree_with_people"] == pytest.approx(
+    assert facts["decided"] == len(decided) and facts["ties"] == len(rows) - len(decided)
+    assert facts["agree_with_people"] == pytest.approx(
         sum(a == b for a, b in decided) / len(decided), abs=1e-4
     )
     experiment["preference"]["labels"]["gap"] = 1e6
@@ -193,7 +129,10 @@ def test_a_scorer_labels_in_place_of_the_annotators(experiment, tmp_path, capsys
     experiment["preference"]["labels"]["hps"] = experiment["score"]["hps"]
     write(experiment)
     assert cli.main(["preference"]) == 2
-    assert "must name one scorer (pickscore, hps or aesthetic), not 2" in capsys.readouterr().err
+    assert (
+        "must name one scorer (pickscore, hps, aesthetic, imagereward, clipscore), not 2"
+        in capsys.readouterr().err
+    )
 
 
 def weights(folder) -> dict[str, torch.Tensor]:
@@ -208,23 +147,33 @@ def weights(folder) -> dict[str, torch.Tensor]:
 
 @pytest.mark.smoke
 @pytest.mark.parametrize("experiment", ["sd"], indirect=True)
-def test_stages_start_themselves_in_two_processes(experiment, tmp_path, capfd) -> None:
+def test_two_processes_draw_and_score_as_one_does(experiment, tmp_path, monkeypatch) -> None:
     for stage in (("inputs",), ("prompts",), ("pairs",), ("generate", "base"), ("score", "base")):
         run(*stage)
     archive, scores = tmp_path / "outputs/images/base/images.zip", tmp_path / "outputs/scores/base.csv"
     before = archive.read_bytes(), list(csv.DictReader(scores.open()))
     archive.unlink(), scores.unlink()
     write(experiment | {"processes": 2, "generate": experiment["generate"] | {"batch_size": 1}})
-    for stage in (("generate", "base"), ("score", "base"), ("preference",), ("align", "spo")):
-        run(*stage)
+    monkeypatch.setenv(OURS, str(os.getpid()))
+    for stage in (("generate", "base"), ("score", "base"), ("preference",)):
+        group.run_in(2, lambda stage=stage: run(*stage))
     for ours, theirs in zip(pixels(archive), pixels(io.BytesIO(before[0])), strict=True):
         assert (ours - theirs).abs().max() <= 1
     for ours, theirs in zip(csv.DictReader(scores.open()), before[1], strict=True):
         for name in ("pickscore", "hps", "aesthetic"):
             assert float(ours[name]) == pytest.approx(float(theirs[name]), abs=1e-4, rel=1e-4)
+    assert (tmp_path / "outputs/preference/model.safetensors").exists()
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("experiment", ["sd"], indirect=True)
+def test_a_stage_starts_itself_in_two_processes(experiment, tmp_path, capfd) -> None:
+    for stage in (("inputs",), ("prompts",), ("pairs",), ("preference",)):
+        run(*stage)
+    write(experiment | {"processes": 2})
+    run("align", "spo")
     assert (tmp_path / "outputs/align/spo/pytorch_lora_weights.safetensors").exists()
     assert len(list((tmp_path / "outputs/align/spo/samples").glob("*.png"))) == 2
-    assert (tmp_path / "outputs/preference/model.safetensors").exists()
     capfd.readouterr()
     (tmp_path / "outputs/prompts/train.txt").unlink()
     assert cli.main(["align", "spo"]) == 2
@@ -232,30 +181,29 @@ def test_stages_start_themselves_in_two_processes(experiment, tmp_path, capfd) -
     assert len(errors) == 1 and "no training prompts there" in errors[0]
 
 
-def pixels(archive) -> list[torch.Tensor]:
-    with zipfile.ZipFile(archive) as file:
-        images = [Image.open(io.BytesIO(file.read(n))) for n in file.namelist() if n.endswith(".png")]
-    return [torch.frombuffer(bytearray(p.tobytes()), dtype=torch.uint8).int() for p in images]
-
-
 def test_a_dry_run_shows_what_a_stage_does_and_writes_nothing(experiment, tmp_path, capsys) -> None:
     before = sorted(tmp_path.rglob("*"))
     plans = {}
-    for stage, variant in (("inputs", None), ("preference", None), ("align", "spo"), ("generate", "spo")):
-        run(stage, *([variant] if variant else []), "--dry-run")
+    stages = ("inputs", "preference", "preference latent", "align spo", "align lpo", "generate spo")
+    for stage in stages:
+        run(*stage.split(), "--dry-run")
         plans[stage] = capsys.readouterr().out
     assert sorted(tmp_path.rglob("*")) == before
     assert "preference.init: data/scorers/pickscore" in plans["inputs"]
     assert "2 updates of 4 pairs" in plans["preference"]
     # K = 2, two prompts, two iterations. sd: four steps in two blocks of two; a prompt takes 1 + 2 * 3
-    # forwards to generate and score, 2 * 3 samples trained on, each 4 forwards; guided: 2 * 4 * 31 in all.
-    # sdxl: its scheduler's last step has no variance, so the second block is one step: 1 + 2 * 3 + 4 * 4
+    # forwards to generate and score, and 2 * 3 samples trained on, which the reference sees too; guided:
+    # 2 * 4 * 13 and 2 * 4 * 6. sdxl: its scheduler's last step has no variance, so the second block is one
+    # step: 1 + 2 * 3 and 4. Validation images take 64 forwards
     sd = experiment["backbone"]["family"] == "sd"
-    pairs, samples = (16, 248) if sd else (12, 184)
-    assert f"4 rollouts in 2 iterations; at most {pairs} pairs, 4 updates" in plans["align"]
-    assert f"time: {samples} UNet samples" in plans["align"]
-    assert "2 images of 4 steps, guidance 2" in plans["generate"]
-    for stage in ("preference", "align", "generate"):
+    pairs, unet, trained = (16, 104 + 64, 48) if sd else (12, 88 + 64, 32)
+    for method in ("spo", "lpo"):
+        assert f"4 rollouts in 2 iterations; at most {pairs} pairs, 4 updates" in plans[f"align {method}"]
+    assert f"samples: {unet} unet (" in plans["align spo"]
+    assert f" {trained} unet trained (" in plans["align spo"]
+    assert "2 updates of 4 pairs" in plans["preference latent"]
+    assert "2 images of 4 steps, guidance 2" in plans["generate spo"]
+    for stage in stages[1:]:
         assert "memory: " in plans[stage] and "GFLOP per UNet sample" in plans[stage]
 
 
@@ -265,4 +213,47 @@ def test_a_dry_run_without_network_names_what_cannot_be_reached(experiment, caps
     assert cli.main(["align", "spo", "--dry-run"]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "backbone.checkpoint: nobody/has-this-model" in error
-    assert "give its folder in params.yaml" in error
+    assert "give a local path in params.yaml" in error
+
+
+def test_suites_by_scorers_of_the_papers_without_training(experiment, tmp_path, capsys) -> None:
+    """Two variants of the base, two images of a prompt, ImageReward, CLIPScore and a filter of the pairs."""
+    pickscore = experiment["score"]["pickscore"]
+    (tmp_path / "suite.json").write_text(json.dumps(["a blue ring", "a small ring", "a large red star"]))
+    experiment["generate"] |= {"images_per_prompt": 2, "suites": {"hpd_anime": "suite.json"}}
+    experiment["score"] |= {
+        "imagereward": blip.save(tmp_path / "imagereward").model_dump(),
+        "clipscore": {"model": pickscore["model"], "image_size": pickscore["image_size"]},
+    }
+    experiment["pairs"]["filter"] = {"pickscore": pickscore, "win_lose_above": {"pickscore": 0.0}}
+    experiment["report"] = {"baselines": ["base", "base_high_guidance"], "bootstrap_samples": 50}
+    write(experiment)
+    for stage in ("inputs", "prompts", "pairs"):
+        run(stage)
+    pins = json.loads((tmp_path / "outputs/inputs/imagereward.json").read_text())
+    assert [pin["path"] for pin in pins] == list(experiment["score"]["imagereward"].values())[:3]
+    assert "suite.json" in (tmp_path / "outputs/inputs/prompts.json").read_text()
+    summary = json.loads((tmp_path / "outputs/pairs/summary.json").read_text())
+    assert summary["left_out"]["filter"] == summary["fail_the_rule_of"]["pickscore"]["win_lose"] > 0
+    kept = len((tmp_path / "outputs/prompts/suites/hpd_anime.txt").read_text().splitlines())
+    for variant in ("base", "base_high_guidance"):
+        for suite in ([], ["--suite", "hpd_anime"]):
+            run("generate", variant, *suite)
+            run("score", variant, *suite)
+    rows = list(csv.DictReader((tmp_path / "outputs/scores/suites/hpd_anime/base.csv").open()))
+    assert len(rows) == 2 * kept and {"pickscore", "imagereward", "clipscore"} <= rows[0].keys()
+    assert rows[0]["prompt"] == rows[1]["prompt"] and rows[0]["imagereward"] != rows[1]["imagereward"]
+    assert (tmp_path / "reports/metrics/score_base_suite_hpd_anime.json").exists()
+    run("report")
+    compared = json.loads((tmp_path / "reports/suites.json").read_text())["hpd_anime"]
+    assert {row["metric"] for row in compared} >= {"imagereward", "clipscore"}
+    assert {row["n"] for row in compared} == {kept}
+    page = (tmp_path / "reports/report.html").read_text()
+    assert "ImageReward" in page and "CLIPScore" in page and "<h3>hpd_anime</h3>" in page
+    run("score", "base", "--dry-run")
+    assert "score.imagereward.med_config: " in capsys.readouterr().out
+    for command in (["generate", "base"], ["score", "base"]):
+        assert cli.main([*command, "--suite", "parti"]) == 2
+        assert "generate.suites: no suite 'parti'; there is hpd_anime" in capsys.readouterr().err
+    assert cli.main(["score", "--images", "x", "--suite", "hpd_anime"]) == 2
+    assert "--suite is of a variant; give --prompts FILE with --images" in capsys.readouterr().err

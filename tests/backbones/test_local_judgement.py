@@ -5,16 +5,17 @@ import torch
 
 from spo.evaluation import local_judgement as module
 from spo.evaluation.local_judgement import local_judgement
+from spo.types import Conditioning
 
 
 class Brightness:
     """Scores images by their mean; the oracle of this test does so too, or says the opposite."""
 
     def encode_text(self, prompts):
-        return torch.zeros(len(prompts), 1)
+        return Conditioning({"nothing": torch.zeros(len(prompts))})
 
-    def score_images(self, images, text, timesteps):
-        return images.clamp(-1, 1).mean((1, 2, 3))
+    def score(self, candidates, text):
+        return candidates.images.clamp(-1, 1).mean((1, 2, 3))
 
 
 class Sign:

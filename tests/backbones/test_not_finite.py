@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from spo.methods.spo import SpoMethod
 from spo.preference import trainer as spm
 from spo.preference.noising import clean_pair
 from spo.preference.reward_model import ClipRewardModel
+from spo.preference.step_aware import StepAware
 from spo.training import loop
 from spo.training.alignment import Alignment
 from spo.types import PreferencePair
@@ -182,7 +184,7 @@ def test_training_stops_where_the_reference_is_not_finite(load, pairs, value) ->
     backbone.add_lora(config.Lora(**LORA), 0)
     plain = backbone.predict
 
-    def predict(*inputs, reference=False):
+    def predict(*inputs, reference=False, copies=1):
         output = plain(*inputs, reference=reference)
         return (
             torch.where(torch.arange(len(output)).view(-1, 1, 1, 1) == 0, value, output)
@@ -206,20 +208,20 @@ def test_preference_training_and_its_evaluation_stop(load, model, words, pairs) 
     """Accuracy is a count of comparisons, of which NaN loses every one."""
     backbone = load("sd")
     schedule = Schedule.from_config(backbone.scheduler_config, 4)
-    setup = spm.Setup(model, words, backbone, schedule)
-    evaluate = (setup, pairs, [0, 500], 2.0)
+    optimizer = {"learning_rate": 1e-3}
+    settings = config.Preference(init="x", optimizer=optimizer, steps=1, batch_size=4, guidance=1.0)
+    setup = StepAware(model, words, backbone, schedule, settings.model_copy(update={"guidance": 2.0}))
+    evaluate = (setup, pairs, [0, 500])
     assert spm.evaluate(*evaluate, seed=0)[500]["n"] == 9
     backbone.vae.decoder.conv_out.bias.data[0] = INF
     with pytest.raises(ValueError, match="VAE decoder output at t=0, prompt 'a circle'"):
         spm.evaluate(*evaluate, seed=0)
     with pytest.raises(ValueError, match="VAE decoder output, prompt 'a circle'"):
         clean_pair(backbone, pairs.read(torch.tensor([0, 1])), pairs.captions[:2])
-    optimizer = {"learning_rate": 1e-3}
-    settings = config.Preference(init="x", optimizer=optimizer, steps=1, batch_size=4, guidance=1.0)
     with pytest.raises(
         FloatingPointError, match=r"VAE decoder output at t=\d+, prompt 'a .*nothing was updated"
     ):
-        spm.train(setup, pairs, settings, seed=0)
+        spm.train(replace(setup, settings=settings), pairs, seed=0)
     backbone.vae.decoder.conv_out.bias.data[0] = 0
     model.model.visual_projection.weight.data[0] = NAN
     with pytest.raises(ValueError, match="a score is not finite, timestep 0, prompt 'a circle'"):

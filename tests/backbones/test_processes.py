@@ -117,8 +117,8 @@ def test_rollouts_do_not_depend_on_the_number_of_processes(load, model, words) -
         return [rows, weights, torch.tensor(list(metrics.values()))]
 
     ((_, _, metrics),), both = run_in(1, body), run_in(2, body)
-    for _, _, told in both:
-        torch.testing.assert_close(told, metrics, rtol=1e-4, atol=1e-5)
+    for _, _, values in both:
+        torch.testing.assert_close(values, metrics, rtol=1e-4, atol=1e-5)
     assert [int(weights.sum()) for _, weights, _ in both] == [4, 5]  # 2 + 2 + 0 and 2 + 2 + 1 of nine pairs
 
 
@@ -180,9 +180,9 @@ def test_both_stop_where_one_is_told_to_and_go_on_from_there(load, model, words,
             return {"steps": seen, "message": str(stopped)}
         return {"steps": seen}
 
-    for told in run_in(2, lambda: body(stop=True)):
-        assert told["steps"] == [1, 2] and "after iteration 2" in told["message"]
-    assert [told["steps"] for told in run_in(2, body)] == [[3], [3]]
+    for each in run_in(2, lambda: body(stop=True)):
+        assert each["steps"] == [1, 2] and "after iteration 2" in each["message"]
+    assert [each["steps"] for each in run_in(2, body)] == [[3], [3]]
 
 
 def test_items_in_turn_and_rows_gathered() -> None:
@@ -232,7 +232,8 @@ def test_fewer_pairs_than_processes_is_one_line(load, pairs) -> None:
             return str(error)
         return ""
 
-    for told in run_in(2, body):
+    for message in run_in(2, body):
         assert (
-            told == "align.diffusion_dpo.batch_size: 1 is less than the 2 processes; raise it, or use fewer"
+            message
+            == "align.diffusion_dpo.batch_size: 1 is less than the 2 processes; raise it, or use fewer"
         )

@@ -6,6 +6,7 @@ from group import check_alike, run_in
 from spo import config
 from spo.diffusion.schedule import Schedule
 from spo.preference import trainer as spm
+from spo.preference.step_aware import StepAware
 
 OPTIMIZER = {"learning_rate": 1e-3}
 
@@ -24,9 +25,10 @@ def test_two_processes_train_the_preference_model_as_one(load, model, words, pai
 
     def body() -> dict:
         seen: list[dict] = []
-        setup = spm.Setup(model, words, backbone, Schedule.from_config(backbone.scheduler_config, 4))
-        spm.train(setup, pairs, settings, seed=0, on_metrics=lambda m, s: seen.append(m))
-        accuracy = spm.evaluate(setup, pairs, [0, 501], 2.0, seed=0)
+        schedule = Schedule.from_config(backbone.scheduler_config, 4)
+        setup = StepAware(model, words, backbone, schedule, settings)
+        spm.train(setup, pairs, seed=0, on_metrics=lambda m, s: seen.append(m))
+        accuracy = spm.evaluate(setup, pairs, [0, 501], seed=0)
         return {
             "metrics": seen,
             "gradients": torch.cat([p.grad.flatten() for p in model.parameters()]),

@@ -42,7 +42,7 @@ def test_preset_writes_and_does_not_replace_unasked(capsys, tmp_path) -> None:
 
 def test_a_mistyped_key_is_one_line(capsys, tmp_path) -> None:
     path = tmp_path / "params.yaml"
-    path.write_text(config.preset("smoke").replace("threshold:", "treshold:"))
+    path.write_text(config.preset("smoke").replace("threshold:", "treshold:", 1))
     status, _, error = run(capsys, "prompts", "--params", str(path))
     assert status == 2
     assert error == f"spo: {path}: unknown key 'align.spo.treshold'; did you mean 'threshold'?\n"

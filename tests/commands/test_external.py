@@ -77,6 +77,25 @@ def test_a_folder_is_scored_and_compared(capsys, tmp_path, experiment, images) -
         assert row["mean_baseline"] == pytest.approx(sum(means[row["metric"]]) / 3, abs=1e-5)
 
 
+def test_the_python_api_gives_the_same_comparison(capsys, tmp_path, experiment, images) -> None:
+    import spo
+
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS) + "\n")
+    mine, other = images("mine", 0), images("other", 1)
+    options = ("--params", experiment, "--output", tmp_path / "judged")
+    given = ("--images", mine, "--baseline", other, "--prompts", tmp_path / "prompts.txt")
+    assert run(capsys, "score", *given, *options)[0] == 0
+    written = json.loads((tmp_path / "judged/comparisons.json").read_text())
+    for prompts in (PROMPTS, tmp_path / "prompts.txt"):
+        table = spo.judge(spo.load_params(experiment), mine, other, prompts)
+        assert list(table.index) == [row["metric"] for row in written]
+        for row in written:
+            found = table.loc[row["metric"]].to_dict()
+            assert found == pytest.approx({k: row[k] for k in found})
+    with pytest.raises(ValueError, match="3 images, but the list of prompts has 2 prompts"):
+        spo.judge(spo.load_params(experiment), mine, other, PROMPTS[:2])
+
+
 def test_images_come_in_the_order_of_their_numbers(images) -> None:
     from spo.data.folders import list_images
 

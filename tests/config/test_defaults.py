@@ -13,7 +13,7 @@ SPO = ["align@spo", "generate@spo", "score@spo"]
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> experiments.Experiment:
-    return experiments.settled(tmp_path_factory.mktemp("clone") / "spo")
+    return experiments.settled(tmp_path_factory)
 
 
 @pytest.fixture
@@ -34,7 +34,8 @@ def test_the_shipped_experiment_rests_on_no_default(experiment) -> None:
 
 
 def test_a_changed_default_of_an_omitted_key_reruns_every_stage(experiment) -> None:
-    experiment.edit("params.yaml", "    beta: 10\n", "")
+    kept = "    batch_size: 16 # pairs per update\n"
+    experiment.edit("params.yaml", f"{kept}    beta: 10\n", kept)
     assert experiment.stages()[0] == "inputs"
     assert defaults(experiment) == {"align.spo.beta": 10.0}
     assert experiment.stages() == []

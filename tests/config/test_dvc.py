@@ -18,6 +18,9 @@ def stages() -> dict[str, dict]:
     """Every stage of dvc.yaml, with `foreach` expanded."""
     expanded: dict[str, dict] = {}
     for name, stage in DVC["stages"].items():
+        if "matrix" in stage:  # of suites: without suites there are no such stages
+            assert config.load(ROOT / "params.yaml").generate.suites == {}
+            continue
         if "foreach" not in stage:
             expanded[name] = stage
             continue
@@ -50,13 +53,41 @@ def test_dvc_reads_it() -> None:
     from dvc.repo import Repo
 
     names = {stage.name for stage in Repo(str(ROOT)).index.stages if stage.cmd is not None}
-    assert names == set(stages()) and len(names) == 17
+    assert names == set(stages()) and len(names) == 21
+
+
+def test_a_suite_has_its_stages_of_every_variant(tmp_path, monkeypatch) -> None:
+    from dvc.repo import Repo
+
+    text = (ROOT / "params.yaml").read_text()
+    params = re.sub(r"  suites: \{\}", "  suites: {parti: own/parti.tsv}", text)
+    (tmp_path / "params.yaml").write_text(params)
+    (tmp_path / "dvc.yaml").write_text((ROOT / "dvc.yaml").read_text())
+    repo = Repo.init(str(tmp_path), no_scm=True)
+    suites = {stage.name: stage for stage in repo.index.stages if "suite" in stage.name}
+    variants = {*config.VARIANTS}
+    drawn = [name for name in suites if name.startswith("generate_suite")]
+    assert {name.partition("@")[2] for name in drawn} == {f"{variant}-parti" for variant in variants}
+    assert {name for name in suites if name.startswith("score_")} == {
+        f"score_suite@{variant}-parti" for variant in variants
+    }
+    for name, stage in suites.items():
+        args = cli.parser().parse_args(stage.cmd.split()[1:])
+        assert (args.variant, args.suite) == tuple(name.partition("@")[2].split("-"))
+        for dep in stage.deps:
+            path = getattr(dep, "def_path", "")
+            assert not path.startswith("src/") or (ROOT / path).exists(), f"{name}: {path}"
+    method = suites["generate_suite@spo-parti"]
+    paths = {dep.def_path for dep in method.deps}
+    assert {"outputs/align/spo", "outputs/prompts/suites/parti.txt"} <= paths
 
 
 def test_stages_run_commands_that_exist_and_name_code_that_exists() -> None:
     for name, stage in stages().items():
         args = cli.parser().parse_args(stage["cmd"].split()[1:])
-        assert args.stage == name.split("@")[0].replace("preference_baseline", "preference")
+        assert args.stage == name.split("@")[0].replace("preference_baseline", "preference").replace(
+            "preference_latent", "preference"
+        )
         for path in stage["deps"]:
             assert not path.startswith("src/") or (ROOT / path).exists(), f"{name}: {path}"
 

@@ -1,3 +1,7 @@
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
@@ -44,6 +48,29 @@ def test_a_complete_cache_is_not_encoded_again(tmp_path) -> None:
     second = Half()
     encode(iter(()), 5, second, decode, tmp_path / "l")
     assert second.batches == []
+
+
+def test_stages_at_the_same_time_encode_once(tmp_path, capsys) -> None:
+    first, second = Half(), Half()
+    begun, go_on = threading.Event(), threading.Event()
+
+    def slow():
+        begun.set()
+        assert go_on.wait(60)
+        yield from labelled(40)
+
+    with ThreadPoolExecutor(2) as pool:
+        one = pool.submit(encode, slow(), 40, first, decode, tmp_path / "l")
+        assert begun.wait(60)
+        other = pool.submit(encode, labelled(40), 40, second, decode, tmp_path / "l")
+        while not other.done() and "waits" not in capsys.readouterr().err:
+            time.sleep(0.01)
+        go_on.set()
+        both = one.result(), other.result()
+    assert first.batches == [64, 16] and second.batches == []
+    for pairs in both:
+        assert (pairs.latents == encode([], 40, Half(), decode, tmp_path / "l").latents).all()
+        assert (pairs.latents[1:] != 0).all()
 
 
 def test_an_interrupted_encoding_is_done_again(tmp_path) -> None:

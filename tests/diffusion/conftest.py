@@ -20,7 +20,7 @@ class FakeBackbone:
     def encode_prompts(self, prompts):
         return Conditioning({"length": torch.tensor([float(len(p)) for p in prompts])})
 
-    def predict(self, x_t, timesteps, conditioning, *, reference=False):
+    def predict(self, x_t, timesteps, conditioning, *, reference=False, copies=1):
         self.calls.append((len(x_t), reference))
         length = conditioning.tensors["length"].view(-1, 1, 1, 1)
         return 0.5 * x_t + 0.1 * length + timesteps.view(-1, 1, 1, 1) / 1000

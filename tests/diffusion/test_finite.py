@@ -41,9 +41,9 @@ def test_the_first_bad_step_and_its_prompt_are_named(backbone, value, step, eta)
     spoil(backbone, step, 4, value)  # three empty prompts, then "a", "bb", "ccc"
     with pytest.raises(ValueError) as error:
         sample(backbone, ["a", "bb", "ccc"], eta=eta)
-    told = str(error.value)
-    assert f"UNet output at step {step} of 5 (t={1000 - 200 * step}), prompt 'bb': " in told
-    assert "backbone.dtype is fp16, set bf16 or fp32" in told and "\n" not in told
+    message = str(error.value)
+    assert f"UNet output at step {step} of 5 (t={1000 - 200 * step}), prompt 'bb': " in message
+    assert "backbone.dtype is fp16, set bf16 or fp32" in message and "\n" not in message
 
 
 @pytest.mark.parametrize("value", BAD)

@@ -14,7 +14,7 @@ def test_a_perfect_model_of_one_picture_samples_it(backbone, eta: float) -> None
     schedule = Schedule.from_config(SD, 10)
     picture = torch.randn(2, 3, 3)
 
-    def predict(x_t, timesteps, conditioning, *, reference=False):
+    def predict(x_t, timesteps, conditioning, *, reference=False, copies=1):
         alpha = schedule.alpha(timesteps)
         return (x_t - alpha.sqrt() * picture) / (1 - alpha).sqrt()
 

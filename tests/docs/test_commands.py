@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
+import runpy
 import subprocess
 import sys
 import time
@@ -14,8 +16,10 @@ import documents
 import experiments
 import pytest
 import yaml
+from many_runs import ARTIFACTS, GRID, KEEP
 
 from spo import cli, config
+from spo.runtime import launch
 
 ROOT = Path(__file__).parents[2]
 COMMANDS = documents.commands()
@@ -23,22 +27,40 @@ SPO = ["align@spo", "generate@spo", "score@spo"]
 
 # beginning of a command: why no test runs it
 NOT_RUN = {
-    "accelerate launch": "needs GPUs; tests/backbones/test_processes.py has two processes on a CPU",
+    "accelerate launch": "needs GPUs: test_launchers_understand_their_options, tests/backbones/test_nodes.py",
     "apt-get install": "needs root and a network",
     "cat > auth.ini": "the configuration of a server with passwords",
     "dvc remote modify --local team endpointurl": "needs an S3 store: tests/tracking/test_team.py",
+    "gto": "needs versions by hand: tests/docs/test_experiments.py makes the same tag",
+    "docker": "needs a container engine: tests/tools/test_dockerfile.py",
+    "dvc repro --pull": "needs results of a worker: tests/flows/test_deployments.py",
+    "dvc exp run -S 'align.spo.gradspo={scale: 0.5, sampler_ema: 0.9}'": "as beta: test_gradspo.py",
     "export": "sets the environment of what follows",
     "mlflow experiments restore": "needs an experiment that was deleted: tests/tracking",
     "mlflow gc": "needs a server",
     "mlflow runs restore": "needs a run that was deleted: tests/tracking",
     "mlflow server": "a server: tests/tracking/test_postgres.py",
     "pip install": "needs a network",
-    "prefect": "a server, or needs one: tests/flows/test_schedules.py",
+    "prefect": "a server, or needs one: tests/flows/test_schedules.py, test_deployments.py",
     "psql": "needs PostgreSQL",
+    "sbatch": "needs SLURM: tests/docs/test_slurm.py",
+    "torchrun": "needs machines: test_launchers_understand_their_options, tests/backbones/test_nodes.py",
     "python -c": "needs an MLflow server with passwords",
 }
 # blocks that hold no commands, by their first words
-NO_SHELL = ("@article", "backbone:", "flowchart", "flows/ ", "sd on NAME", "location / ")
+NO_SHELL = (
+    "@article",
+    "import mlflow",
+    "from ",
+    "backbone:",
+    "generate:",
+    "pairs:",
+    "flowchart",
+    "#!/bin/bash",
+    "flows/ ",
+    "sd on NAME",
+    "location / ",
+)
 EXPERIMENT = [
     "dvc exp run -S align.spo.beta=20",
     "dvc exp show",
@@ -60,6 +82,14 @@ DAY = [
     "dvc exp run --queue -S align.spo.beta=5",
     "dvc exp run --run-all --jobs 2",
 ]
+NODES = [
+    "dvc repro preference",
+    "dvc commit --force align@spo",
+    "dvc cache dir --local /shared/dvc-cache",
+    "dvc config --local cache.type reflink,hardlink,symlink,copy",
+    "dvc config --local cache.shared group",
+]
+FETCH = ["dvc pull data.dvc"]  # by every clone of experiments.settled
 CLEAN_UP = [
     "dvc gc --all-branches --all-tags --all-experiments --dry",
     "dvc gc --all-branches --all-tags --all-experiments",
@@ -78,7 +108,7 @@ def not_run(text: str) -> str | None:
 
 def test_every_command_is_run_or_listed_with_a_reason() -> None:
     handled = {*map(str, of("spo", "make", "pytest", "python"))}
-    run = {*EXPERIMENT, *DAY, *CLEAN_UP}
+    run = {*EXPERIMENT, *DAY, *CLEAN_UP, *GRID, *KEEP, *ARTIFACTS, *FETCH, *NODES}
     left = [c for c in COMMANDS if not (str(c) in handled or c.text in run or not_run(c.text))]
     assert list(map(str, left)) == [], "a command of the docs that no test knows"
     texts = {c.text for c in COMMANDS}
@@ -110,8 +140,27 @@ def test_spo_understands_its_commands(command: documents.Command) -> None:
             cli.parser().parse_args(words)
         assert end.value.code == 0
         return
-    told = cli.parser().parse_args(words)
-    assert isinstance(told, argparse.Namespace) and callable(told.run)
+    arguments = cli.parser().parse_args(words)
+    assert isinstance(arguments, argparse.Namespace) and callable(arguments.run)
+
+
+@pytest.mark.parametrize(
+    "command", [c for c in COMMANDS if c.words[0] in ("torchrun", "accelerate")], ids=str
+)
+def test_launchers_understand_their_options(command: documents.Command) -> None:
+    """They start `spo` as a module, with a stage that runs in several processes."""
+    launcher, module = command.words[1:], command.words.index("-m")
+    if command.words[0] == "torchrun":
+        from torch.distributed.run import get_args_parser
+
+        parsed = get_args_parser().parse_args(launcher)
+    else:
+        from accelerate.commands.launch import launch_command_parser
+
+        parsed = launch_command_parser().parse_args(launcher[1:])
+    words = [parsed.training_script, *parsed.training_script_args]
+    assert parsed.module and words == command.words[module + 1 :] and words[0] == "spo"
+    assert cli.parser().parse_args(words[1:]).stage in launch.STAGES
 
 
 @pytest.mark.parametrize("command", of("make"), ids=str)
@@ -132,18 +181,26 @@ def test_pytest_has_its_files_and_markers(command: documents.Command) -> None:
 
 @pytest.mark.smoke  # Prefect takes seconds to import
 @pytest.mark.parametrize("command", of("python"), ids=str)
-def test_scripts_have_their_options(command: documents.Command) -> None:
-    place = 3 if command.words[1] == "-m" else 2
-    script, words = command.words[1:place], command.words[place:]
-    done = subprocess.run([sys.executable, *script, "--help"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+def test_scripts_have_their_options(
+    command: documents.Command, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Run in this process, which has most of what they import."""
+    is_module = command.words[1] == "-m"
+    script, *words = command.words[2:] if is_module else command.words[1:]
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", [script, "--help"])
+    start = runpy.run_module if is_module else runpy.run_path
+    with pytest.raises(SystemExit) as end:
+        start(script, run_name="__main__")
+    assert end.value.code == 0
+    options = capsys.readouterr().out
     for option in (word for word in words if word.startswith("-")):
-        assert option in done.stdout
+        assert option in options
 
 
 @pytest.fixture(scope="module")
 def first(tmp_path_factory: pytest.TempPathFactory) -> experiments.Experiment:
-    return experiments.settled(tmp_path_factory.mktemp("clone") / "first")
+    return experiments.settled(tmp_path_factory)
 
 
 @pytest.mark.smoke
@@ -185,7 +242,7 @@ def test_dvc_can_run_every_preset(first: experiments.Experiment, preset: str) ->
         first(f"spo preset {preset} --force")
         assert yaml.safe_load((first.folder / "params.yaml").read_text())["name"] == preset
         planned = first("dvc repro --dry --force")
-        assert planned.count("Running stage") == len(first.names) == 17
+        assert planned.count("Running stage") == len(first.names) == 21
 
 
 @pytest.mark.smoke
@@ -228,6 +285,27 @@ def test_a_team_s_day(first: experiments.Experiment, tmp_path: Path) -> None:
     wait_for_workers(first)
     first(queue)
     assert "Removed" in first(forget)
+
+
+@pytest.mark.smoke
+def test_a_stage_that_several_nodes_ran_is_recorded(first: experiments.Experiment, tmp_path: Path) -> None:
+    before, commit, cache, *settings = NODES
+    local = first.folder / ".dvc/config.local"
+    kept = local.read_text() if local.exists() else None
+    with experiments.restored(first):
+        params = first.folder / "params.yaml"
+        params.write_text(
+            re.sub(r"beta: \d+\n", "beta: 30\n", params.read_text(), count=1)
+        )  # SPO's, the first
+        assert config.load(params).align.spo.beta == 30
+        assert first.stages(before) == ["inputs"]
+        assert json.loads(first("dvc status align@spo --json"))["align@spo"]
+        first(commit)
+        assert "align@spo" not in json.loads(first("dvc status align@spo --json"))
+    for command in (cache.replace("/shared", str(tmp_path)), *settings):
+        first(command)
+    assert f"dir = {tmp_path}/dvc-cache" in local.read_text() and "shared = group" in local.read_text()
+    local.unlink() if kept is None else local.write_text(kept)
 
 
 def wait_for_workers(experiment: experiments.Experiment) -> None:

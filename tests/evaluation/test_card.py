@@ -28,7 +28,9 @@ def test_it_tells_base_licence_data_recipe_and_counts_but_no_times() -> None:
     assert head["base_model"] == "stable-diffusion-v1-5/stable-diffusion-v1-5"
     assert head["license"] == "creativeml-openrail-m" and head["library_name"] == "diffusers"
     assert head["tags"] == ["text-to-image", "lora", "spo"]
-    for text in ("revision abc123", "own/prompts/train.json", "own/pairs", "- updates: 7", "candidates: 4"):
+    preset = params()
+    named = ("revision abc123", preset.prompts.train, preset.pairs.source, "- updates: 7", "candidates: 4")
+    for text in named:
         assert text in card, text
     assert "12.5" not in card and "11.0" not in card and "load_lora_weights" in card
     recipe = yaml.safe_load(card.split("```yaml\n")[1].split("```")[0])

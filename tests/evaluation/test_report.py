@@ -18,10 +18,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
-from PIL import Image, ImageFont
+from PIL import Image
 
 from spo import config
-from spo.evaluation import plots, report, verdict
 from spo.stages import report as stage
 
 N = 12
@@ -31,7 +30,8 @@ PROMPTS = [
     "NA",
     *(f"prompt number {i}, a large red circle above a small blue star" for i in range(2, N)),
 ]
-SHIFT = {"base": 0.0, "base_high_guidance": 0.5, "diffusion_dpo": 1.0, "spo": 2.0}
+SHIFT = {"base": 0.0, "base_high_guidance": 0.5, "diffusion_dpo": 1.0, "lpo": 1.5, "spo": 2.0}
+PAIRS = 10  # SPO has four baselines, LPO three, Diffusion-DPO two, more guidance one
 
 
 class Tracked:
@@ -141,8 +141,8 @@ def test_the_page_tells_the_figures(tracked: Tracked) -> None:
         "Scores of validation images of spo",
     ):
         assert text in page, text
-    assert page.count('<tr class="') == 6 * (1 + 3)  # pairs of variants: a heading and three metrics
-    assert page.count("<td><img") == 3 * 4
+    assert page.count('<tr class="') == PAIRS * (1 + 3)  # pairs of variants: a heading and three metrics
+    assert page.count("<td><img") == 3 * len(SHIFT)
 
 
 def test_the_page_stands_alone_and_escapes_prompts(tracked: Tracked) -> None:
@@ -151,7 +151,8 @@ def test_the_page_stands_alone_and_escapes_prompts(tracked: Tracked) -> None:
     assert "alert(1)" in page
     assert "<script" not in page.lower()
     assert "http" not in page and "secret" not in page
-    sources = re.findall(r'(?:src|href)="([^"]{0,30})', page)
+    assert re.findall(r'href="([^"]*)', page) == ["gallery.html"]
+    sources = re.findall(r'src="([^"]{0,30})', page)
     assert sources and all(s.startswith("data:image/png;base64,") for s in sources)
 
 
@@ -195,15 +196,15 @@ def test_a_browser_runs_nothing_of_a_prompt(
 def test_the_files_beside_the_page(tracked: Tracked) -> None:
     stage.run(params())
     rows = json.loads(Path("reports/comparisons.json").read_text())
-    assert len(rows) == 6 * 3
+    assert len(rows) == PAIRS * 3
     assert rows[0]["mean_difference"] == pytest.approx(2)
     flat = json.loads(Path("reports/metrics/comparisons.json").read_text())
     assert flat["spo"]["base"]["oracle_aesthetic"] == {"difference": 0.25, "win_rate": 1.0}
     assert tracked.metrics["spo_vs_base/oracle_aesthetic/difference"] == 0.25
-    assert tracked.artifacts == ["report.html", "comparisons.json", "grid.png"]
+    assert tracked.artifacts == ["report.html", "comparisons.json", "grid.png", "gallery.html"]
     grid = Image.open("reports/grid.png")
     grid.load()
-    assert 850 <= grid.width <= 950 and 400 < grid.height < 900
+    assert 1150 <= grid.width <= 1250 and 400 < grid.height < 900
     assert Path("reports/grid.png").stat().st_size < 1_000_000
     colours = {c for _, c in grid.getcolors(100_000)}
     assert {(40, 0, 90), (100, 0, 90), (160, 50, 90)} <= colours  # base, Diffusion-DPO, SPO
@@ -211,8 +212,63 @@ def test_the_files_beside_the_page(tracked: Tracked) -> None:
     assert not [p for p in Path("reports").rglob(".*")]  # no half file
 
 
+def test_a_suite_has_its_own_rows_and_tables(tracked: Tracked) -> None:
+    folder = Path("outputs/scores/suites/parti")
+    folder.mkdir(parents=True)
+    for variant, shift in SHIFT.items():
+        prompts = [f"parti {i}" for i in range(5) for _ in range(2)]
+        table = pd.DataFrame({"index": range(10), "prompt": prompts, "seed": range(10), "hps": 3 * shift})
+        table.to_csv(folder / f"{variant}.csv", index=False)
+    generate = {**yaml.safe_load(config.preset("scenes"))["generate"], "suites": {"parti": "own/parti.tsv"}}
+    stage.run(params(generate=generate))
+    rows = json.loads(Path("reports/suites.json").read_text())["parti"]
+    assert len(rows) == PAIRS and rows[0]["n"] == 5  # two images of a prompt count once
+    first = next(r for r in rows if (r["method"], r["baseline"]) == ("spo", "base"))
+    assert first["mean_difference"] == 6 and first["win_rate"] == 1
+    assert len(json.loads(Path("reports/comparisons.json").read_text())) == PAIRS * 3  # without the suite's
+    assert tracked.metrics["parti/spo_vs_base/hps/difference"] == 6 and "suites.json" in tracked.artifacts
+    page = Path("reports/report.html").read_text()
+    assert "Other suites of prompts" in page and "<h3>parti</h3>" in page and "<p>5 prompts.</p>" in page
+    assert page.count('<table class="comparisons">') == 2
+
+
+def test_a_suite_without_scores_is_one_line(tracked: Tracked) -> None:
+    generate = {**yaml.safe_load(config.preset("scenes"))["generate"], "suites": {"parti": "own/parti.tsv"}}
+    with pytest.raises(
+        ValueError, match="^generate.suites.parti: outputs/scores/suites/parti: no scores there"
+    ):
+        stage.run(params(generate=generate))
+
+
+def test_without_suites_the_page_has_no_section_of_them(tracked: Tracked) -> None:
+    stage.run(params())
+    assert json.loads(Path("reports/suites.json").read_text()) == {}
+    assert "suites of prompts" not in Path("reports/report.html").read_text()
+
+
+def test_the_grid_has_the_first_image_of_each_prompt(tracked: Tracked) -> None:
+    """Twelve images of four prompts, three of each: the fourth image belongs to the second prompt."""
+    for path in Path("outputs/scores").glob("*.csv"):
+        table = pd.read_csv(path, keep_default_na=False)
+        table.assign(prompt=[f"p {i // 3}" for i in range(N)]).to_csv(path, index=False)
+        rewrite_prompts(Path("outputs/images") / path.stem, [f"p {i // 3}" for i in range(N)])
+    stage.run(params())
+    scores = stage.read_scores(("base",))
+    prompts, images = stage.read_images(scores, 2)
+    assert prompts == ["p 0", "p 1"]
+    assert [image.getpixel((0, 0))[1] for image in images["base"]] == [0, 30]
+    assert "4 test prompts, 3 images each" in Path("reports/report.html").read_text()
+
+
+def rewrite_prompts(folder: Path, prompts: list[str]) -> None:
+    from spo.data.images import load_images, save_images
+
+    images, _, seeds = zip(*load_images(folder), strict=True)
+    save_images(folder, images, prompts, seeds)
+
+
 def test_the_same_run_gives_the_same_files(tracked: Tracked) -> None:
-    names = ("report.html", "grid.png", "comparisons.json")
+    names = ("report.html", "grid.png", "comparisons.json", "gallery.html", "gallery/spo/00011.webp")
     stage.run(params())
     first = [(Path("reports") / n).read_bytes() for n in names]
     stage.run(params())
@@ -241,6 +297,22 @@ def test_images_that_were_not_scored_are_refused(tracked: Tracked) -> None:
         stage.run(params())
 
 
+def test_images_beyond_those_on_the_page_are_checked_too(tracked: Tracked) -> None:
+    for path in Path("outputs/scores").glob("*.csv"):
+        pd.read_csv(path, keep_default_na=False).iloc[:-1].to_csv(path, index=False)
+    with pytest.raises(ValueError, match="not the images scored in outputs/scores/base.csv"):
+        stage.run(params())
+
+
+def test_a_gallery_too_large_for_mlflow_stays_on_disk(
+    tracked: Tracked, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stage, "LOGGED_BYTES", 1000)
+    stage.run(params())
+    assert "gallery.html" not in tracked.artifacts and stage.GALLERY.stat().st_size > 1000
+    assert len(list(Path("reports/gallery").rglob("*.webp"))) == N * len(SHIFT)
+
+
 def test_scores_that_are_missing_or_have_no_prompt_are_refused(tracked: Tracked) -> None:
     Path("outputs/scores/spo.csv").write_text("index,seed,hps\n0,7,1\n")
     with pytest.raises(ValueError, match=r"outputs/scores/spo.csv: no column 'prompt'"):
@@ -249,79 +321,3 @@ def test_scores_that_are_missing_or_have_no_prompt_are_refused(tracked: Tracked)
         path.unlink()
     with pytest.raises(ValueError, match="no scores in this folder; run `make repro`"):
         stage.run(params())
-
-
-def row(metric: str, low: float, high: float, baseline: str = "base") -> dict[str, Any]:
-    ends = {"mean_difference": (low + high) / 2, "ci_low": low, "ci_high": high}
-    return {"method": "spo", "baseline": baseline, "metric": metric, **ends}
-
-
-def test_the_verdict_follows_the_intervals() -> None:
-    better, worse, unclear = (0.1, 0.3), (-0.3, -0.1), (-0.1, 0.2)
-    assert verdict.headline([row("hps", *worse), row("oracle_alignment", *unclear)]) == (
-        "SPO beats the base model by no measure of quality and is worse by HPS; "
-        "alignment with the prompt does not clearly change (+0.050, −0.100 to +0.200)."
-    )
-    rows = [row("hps", *better), row("aesthetic", *unclear), row("pickscore", *worse)]
-    rows += [row("oracle_alignment", *better), row("hps", *better, "base_high_guidance")]
-    assert verdict.headline([*rows, row("hps", *unclear, "diffusion_dpo")]) == (
-        "SPO beats the base model by HPS, is worse by PickScore and does not clearly differ by the aesthetic "
-        "score; alignment with the prompt rises (+0.200, +0.100 to +0.300). SPO beats Diffusion-DPO by no "
-        "measure of quality and does not clearly differ by HPS; "
-        "prompt alignment was not measured separately."
-    )
-
-
-def test_a_score_that_rises_while_another_falls_is_shown() -> None:
-    better, worse, unclear = (0.1, 0.3), (-0.3, -0.1), (-0.1, 0.2)
-    rising = pd.DataFrame({"step": range(8), "score": [1.0, 1, 2, 2, 3, 3, 4, 4]})
-    falls = [row("oracle_alignment", *worse)]
-    text = verdict.contradictions([row("hps", *better), *falls], {})
-    assert text == (
-        "Beware: with SPO, HPS (+0.200, +0.100 to +0.300) rose while the oracle's alignment "
-        "(−0.200, −0.300 to −0.100) fell (against Base): the gain may have come at the cost of the loss."
-    )
-    text = verdict.contradictions([row("hps", *unclear), *falls], {"spo": rising})
-    assert "the preference model's own score (1 to 4) rose while the oracle's alignment" in text
-    assert not verdict.contradictions([row("hps", *unclear), *falls], {"spo": rising[::-1]})
-    assert not verdict.contradictions([row("hps", *better), row("aesthetic", *unclear)], {"spo": rising})
-    # the first method's baseline alone: what is worse against another method is not said twice
-    assert not verdict.contradictions([row("hps", *better), row("hps", *worse, "diffusion_dpo")], {})
-
-
-@pytest.mark.parametrize(("low", "high", "shown"), [(0.0, 0.2, "unclear"), (1e-9, 0.2, "better")])
-def test_zero_inside_the_interval_decides_nothing(low: float, high: float, shown: str) -> None:
-    assert verdict.outcome(row("hps", low, high)) == shown
-
-
-def test_small_differences_keep_their_digits_and_zero_has_no_sign() -> None:
-    narrow = row("hps", 0.0001, 0.0003)
-    assert verdict.signed(0.0002, narrow) == "+0.00020"
-    assert verdict.signed(-0.0000001, narrow) == "0.00000"
-    assert verdict.signed(-0.0123, row("hps", -1, 1)) == "−0.012"
-
-
-def test_nested_facts_become_tables() -> None:
-    facts = {"n": 5, "sharp": {"correlation": 0.9}, "layout": {"accuracy": 0.5}}
-    (found,) = report.tables("rendered", facts)
-    assert (found.title, found.note) == ("rendered", "n 5")
-    assert found.columns == ["", "correlation", "accuracy"]
-    assert found.rows == [["sharp", "0.9", "–"], ["layout", "–", "0.5"]]
-    deep = list(report.tables("", {"one": facts, "two_b": {"x": {"y": {"z": 1}}}, "k": 12345}))
-    assert [t.title for t in deep] == ["", "one", "two b: x: y"]
-    assert deep[0].rows == [["k", "12,345"]]
-
-
-def test_long_prompts_are_wrapped_and_cut() -> None:
-    font = ImageFont.load_default(14)
-    lines = plots.wrap("a large red circle above a small blue star on sand " * 3, font, 200, lines=2)
-    assert len(lines) == 2 and lines[1].endswith("…")
-    assert all(font.getlength(line) <= 200 for line in lines)
-    assert plots.wrap("two words", font, 200, lines=2) == ["two words"]
-    (word,) = plots.wrap("w" * 100, font, 200, lines=1)
-    assert word.endswith("…") and font.getlength(word) <= 200
-
-
-def test_a_curve_without_a_metric_is_refused() -> None:
-    with pytest.raises(ValueError, match="has no metric"):
-        plots.curves(pd.DataFrame({"step": [1, 2], "loss": [np.nan, np.nan]}))

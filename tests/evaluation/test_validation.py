@@ -40,10 +40,21 @@ class Trained:
         (folder / "model").write_text(str(self.asked))
 
 
-def watch(tmp_path: Path, model: Trained, iterations: int = 5, **limits) -> tuple[Watch, Curve]:
+class Run:
+    def __init__(self) -> None:
+        self.images: list[tuple[str, int]] = []
+
+    def log_image(self, path: Path, key: str, step: int) -> None:
+        assert path.exists()
+        self.images.append((key, step))
+
+
+def watch(
+    tmp_path: Path, model: Trained, iterations: int = 5, run: Run | None = None, **limits
+) -> tuple[Watch, Curve]:
     settings, curve = Validation(every=2, prompts=2, **limits), Curve()
     arguments = (settings, model.validate, model.save, curve, tmp_path, "align.spo", iterations, "kl")
-    return Watch(*arguments), curve
+    return Watch(*arguments, run or Run()), curve
 
 
 GOOD = ([1.0, 2.0], 0.4)
@@ -86,13 +97,27 @@ def test_a_selection_names_a_scorer() -> None:
         Validation(every=2, select=("oracle",))
 
 
-def test_a_resumed_stage_knows_the_best_so_far(tmp_path: Path) -> None:
-    first, _ = watch(tmp_path, Trained(GOOD, ([4.0, 5.0], 0.4)), select=("hps",))
+def test_a_resumed_stage_knows_the_best_so_far_and_logs_every_image(tmp_path: Path) -> None:
+    run, resumed = Run(), Run()
+    first, _ = watch(tmp_path, Trained(GOOD, ([4.0, 5.0], 0.4)), run=run, select=("hps",))
     first(0, {}, 0)
-    first(2, {}, 2)
-    again, _ = watch(tmp_path, Trained(([2.0, 3.0], 0.4)), select=("hps",))
-    again(4, {}, 4)
+    first(2, {}, 20)
+    again, _ = watch(tmp_path, Trained(*3 * [([2.0, 3.0], 0.4)]), run=resumed, select=("hps",))
+    again(2, {}, 20)  # killed after it was validated, before it was saved
+    again(4, {}, 40)
     assert again.selected()["iteration"] == 2
+    assert run.images == [("validation", 0), ("validation", 20)]
+    assert resumed.images == [("validation", 0), ("validation", 20), ("validation", 40)]
+
+
+def test_the_scores_of_a_saved_model_are_those_of_its_validation() -> None:
+    rows = {
+        0: {"validation/iteration": 0, "validation/hps": 20.0},
+        40: {"loss": 0.5, "validation/iteration": 4, "validation/hps": 21.0},
+        50: {"loss": 0.4},
+    }
+    assert validation.scores_at(rows, 4) == (40, {"validation/hps": 21.0})
+    assert validation.scores_at(rows, 5) == (50, {})
 
 
 def test_the_gain_does_not_depend_on_a_scorers_units() -> None:

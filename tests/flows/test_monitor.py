@@ -27,8 +27,8 @@ ROWS = [{"metric": "pickscore", "mean_difference": 0.25}, {"metric": "hps", "mea
 
 def test_a_drop_is_a_gain_below_its_bound(monitor: ModuleType) -> None:
     assert monitor.dropped(ROWS, {"pickscore": 0.25, "hps": -0.5}) == []
-    (told,) = monitor.dropped(ROWS, {"pickscore": 0.2, "hps": -0.4})
-    assert told == "hps: the champion's gain over the base is -0.5000, below -0.4"
+    (line,) = monitor.dropped(ROWS, {"pickscore": 0.2, "hps": -0.4})
+    assert line == "hps: the champion's gain over the base is -0.5000, below -0.4"
     assert monitor.dropped([{"metric": "hps", "mean_difference": float("nan")}], {"hps": 0}), (
         "no number is no gain"
     )
@@ -37,7 +37,7 @@ def test_a_drop_is_a_gain_below_its_bound(monitor: ModuleType) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "status", "told"),
+    ("arguments", "status", "message"),
     [
         (["nowhere.txt"], 2, "nowhere.txt"),
         (["x.txt", "--at-least", "hps"], None, "is not SCORE=NUMBER"),
@@ -49,7 +49,7 @@ def test_mistakes_are_one_line(
     monitor: ModuleType,
     arguments: list[str],
     status: int | None,
-    told: str,
+    message: str,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     if status is None:
@@ -58,7 +58,7 @@ def test_mistakes_are_one_line(
     else:
         assert monitor.main(arguments) == status
     last = capsys.readouterr().err.strip().splitlines()[-1]
-    assert told in last
+    assert message in last
 
 
 def test_an_empty_file_of_prompts_is_refused(monitor: ModuleType, tmp_path: Path) -> None:
@@ -78,10 +78,11 @@ def test_a_prompt_that_cannot_be_encoded_is_refused_with_its_row(monitor: Module
 def test_deployments_name_flows_that_exist_with_their_parameters(
     monitor: ModuleType, pipeline: ModuleType
 ) -> None:
-    told = yaml.safe_load((FLOWS / "prefect.yaml").read_text())
+    settings = yaml.safe_load((FLOWS / "prefect.yaml").read_text())
     found = {"pipeline": pipeline.pipeline, "monitor": monitor.monitor}
-    for deployment in told["deployments"]:
+    for deployment in settings["deployments"]:
         path, _, name = deployment["entrypoint"].partition(":")
         assert (FLOWS.parent / path).exists()
         assert set(deployment["parameters"]) == set(found[name].parameters.properties)
-        assert serving.valid_cron(deployment["schedules"][0]["cron"])
+        for schedule in deployment.get("schedules", ()):
+            assert serving.valid_cron(schedule["cron"])

@@ -29,8 +29,8 @@ PARAMS: dict[str, Any] = {"name": "tiny", "tracking": None}
 
 def test_overrides_are_checked_before_anything_is_written(pipeline: ModuleType, project: Path) -> None:
     before = (project / "params.yaml").read_text()
-    for key, told in (("align.spo.beat", "did you mean 'beta'"), ("sead", "did you mean 'seed'")):
-        with pytest.raises(ConfigError, match=told):
+    for key, message in (("align.spo.beat", "did you mean 'beta'"), ("sead", "did you mean 'seed'")):
+        with pytest.raises(ConfigError, match=message):
             changes.merged({key: 20})
     with pytest.raises(ConfigError, match="'seed' is a value, not a section"):
         changes.merged({"seed.x": 1})
@@ -44,17 +44,17 @@ def test_the_command_line_refuses_a_wrong_override_in_one_line(
     pipeline: ModuleType, project: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert pipeline.main(["--set", "align.spo.beat=20"]) == 2
-    told = capsys.readouterr().err
-    assert told.startswith("pipeline: ") and told.count("\n") == 1 and "beta" in told
+    message = capsys.readouterr().err
+    assert message.startswith("pipeline: ") and message.count("\n") == 1 and "beta" in message
 
 
 def test_a_schedule_needs_to_be_served_by_a_server(
     pipeline: ModuleType, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for options, told in ((["--cron", "0 3 * * *"], "--serve"), (["--serve"], "prefect server start")):
+    for options, message in ((["--cron", "0 3 * * *"], "--serve"), (["--serve"], "prefect server start")):
         with temporary_settings(restore_defaults={PREFECT_API_URL}), pytest.raises(SystemExit, match="2"):
             pipeline.main(options)
-        assert told in capsys.readouterr().err
+        assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("cron", ["every day", "61 3 * * *", "0 3 * *", "@nonsense"])
@@ -96,7 +96,7 @@ def test_a_value_without_key_is_refused(pipeline: ModuleType) -> None:
 
 
 def test_a_stage_runs_is_skipped_is_forced_and_fails(pipeline: ModuleType, project: Path) -> None:
-    assert pipeline.stages() == ["first", "second"]
+    assert pipeline.stages() == {"first": (), "second": ("first",)}
     with disable_run_logger():
         run = pipeline.run_stage.fn
         first = run("first")

@@ -11,8 +11,22 @@ from typing import NamedTuple
 ROOT = Path(__file__).parents[2]
 PAGES = ("README.md", *(str(p.relative_to(ROOT)) for p in sorted((ROOT / "docs").glob("*.md"))))
 PROGRAMS = (
-    *("accelerate", "apt-get", "cat", "dvc", "export", "git", "make", "mlflow", "pip", "prefect", "psql"),
-    *("pytest", "python", "spo"),
+    *(
+        "accelerate",
+        "apt-get",
+        "cat",
+        "docker",
+        "dvc",
+        "export",
+        "gto",
+        "git",
+        "make",
+        "mlflow",
+        "pip",
+        "prefect",
+        "psql",
+    ),
+    *("pytest", "python", "sbatch", "spo", "torchrun"),
 )
 # inline: `dvc repro`, with an argument at least; `spo` alone is a name
 INLINE = re.compile(rf"`((?:{'|'.join(PROGRAMS)}) [^`]+)`")

@@ -10,7 +10,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import clones
+import pytest
 import yaml
+
+from spo.runtime.files import locked
 
 STAND_IN = Path(__file__).with_name("stand_in")
 
@@ -23,14 +26,14 @@ class Experiment:
 
     def run(self, command: str, answer: str = "") -> subprocess.CompletedProcess[str]:
         """A line as a user types it."""
-        told = clones.environment(self.folder) | {"SPO_RAN": str(self._ran)}
-        told["PATH"] = f"{STAND_IN}{os.pathsep}{told['PATH']}"
+        environment = clones.environment(self.folder, forked=False) | {"SPO_RAN": str(self._ran)}
+        environment["PATH"] = f"{STAND_IN}{os.pathsep}{environment['PATH']}"
         for role in ("AUTHOR", "COMMITTER"):
-            told |= {f"GIT_{role}_NAME": "one", f"GIT_{role}_EMAIL": "one@example.org"}
+            environment |= {f"GIT_{role}_NAME": "one", f"GIT_{role}_EMAIL": "one@example.org"}
         # files: the workers of DVC's queue live on for a while, and would hold a pipe open
         with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
-            options = {"cwd": self.folder, "env": told, "stdout": out, "stderr": err, "text": True}
-            done = subprocess.run(command, shell=True, input=answer, timeout=300, **options)
+            options = {"cwd": self.folder, "env": environment, "stdout": out, "stderr": err, "text": True}
+            done = subprocess.run(command, shell=True, input=answer, timeout=800, **options)
             out.seek(0), err.seek(0)
             return subprocess.CompletedProcess(command, done.returncode, out.read(), err.read())
 
@@ -57,12 +60,23 @@ class Experiment:
         path.write_text(text.replace(old, new))
 
 
-def settled(folder: Path) -> Experiment:
-    """A clone in which every stage has run."""
+def settled(factory: pytest.TempPathFactory) -> Experiment:
+    """A clone in which every stage has run: made once for all processes of tests, then copied."""
+    shared = factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent
+    folder = shared / "settled"
+    with locked(shared / "settled.lock"):
+        if not folder.exists():
+            _settle(shared / "settling")
+            (shared / "settling").rename(folder)
+    return Experiment(clones.copy(folder, factory.mktemp("clone") / "project"))
+
+
+def _settle(folder: Path) -> None:
     subprocess.run(["git", "clone", "--quiet", str(clones.ROOT), str(folder)], check=True)
     experiment = Experiment(folder)
     experiment("dvc pull --quiet data.dvc && dvc repro --quiet && git add -A && git commit --quiet -m run")
-    return experiment
 
 
 @contextmanager

@@ -23,9 +23,7 @@ def run_in(n: int, function: Callable[[], Any]) -> list[Any]:
     As with a launcher, those that are left are ended when one fails: they could wait for it for half an hour.
     """
     torch.set_num_threads(1)  # a thread pool does not live on in a fork
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     with tempfile.TemporaryDirectory() as folder:
         children = [_fork(rank, n, port, Path(folder) / str(rank), function) for rank in range(n)]
         failed = _wait_for(children)
@@ -33,16 +31,34 @@ def run_in(n: int, function: Callable[[], Any]) -> list[Any]:
         return [torch.load(Path(folder) / str(rank), weights_only=False) for rank in range(n)]
 
 
+def exit_codes(n: int, function: Callable[[], int]) -> list[int]:
+    """What `function` returns in each of n processes; as on several machines, nobody ends the others."""
+    torch.set_num_threads(1)
+    port = free_port()
+
+    def body() -> None:
+        os._exit(function())
+
+    children = [_fork(rank, n, port, Path("never"), body) for rank in range(n)]
+    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
 def check_alike(one: dict, several: list[dict]) -> None:
     """Two processes have the metrics, counts and last gradients of one, and equal weights."""
     assert torch.equal(several[0]["weights"], several[1]["weights"])
-    for told in several:
-        assert told["counts"] == one["counts"]
-        for ours, theirs in zip(told["metrics"], one["metrics"], strict=True):
+    for other in several:
+        assert other["counts"] == one["counts"]
+        for ours, theirs in zip(other["metrics"], one["metrics"], strict=True):
             close = {name: pytest.approx(theirs[name], rel=1e-5) for name in ("loss", "gradient_norm")}
             # log-ratios and the like are small differences of large numbers
             assert ours == {k: pytest.approx(v, rel=1e-5, abs=1e-6) for k, v in theirs.items()} | close
-        error = (told["gradients"] - one["gradients"]).abs().max() / one["gradients"].abs().max()
+        error = (other["gradients"] - one["gradients"]).abs().max() / one["gradients"].abs().max()
         assert error < 1e-5
 
 
@@ -72,8 +88,8 @@ def _fork(rank: int, n: int, port: int, result: Path, function: Callable[[], Any
 
         PartialState._reset_state()
         if n > 1:
-            told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": n, "LOCAL_WORLD_SIZE": n}
-            os.environ |= {k: str(v) for k, v in told.items()} | {"OMP_NUM_THREADS": "1"}
+            variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": n, "LOCAL_WORLD_SIZE": n}
+            os.environ |= {k: str(v) for k, v in variables.items()} | {"OMP_NUM_THREADS": "1"}
             os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         from spo.training import distributed
 

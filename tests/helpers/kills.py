@@ -97,15 +97,15 @@ def until(condition: Callable[[], bool], seconds: float, pause: float = 0.002) -
 
 
 @contextlib.contextmanager
-def repro(folder: Path) -> Iterator[tuple[subprocess.Popen[bytes], Path]]:
+def repro(folder: Path, forked: bool = False) -> Iterator[tuple[subprocess.Popen[bytes], Path]]:
     """`dvc repro` in a group of its own, and the file of what it says; nothing of it is left behind."""
     slow = folder.parent / "slow"
     slow.mkdir(exist_ok=True)
     (slow / "sitecustomize.py").write_text(SLOW_DISK)
     log = folder.parent / "output.txt"
     with log.open("wb") as output:
-        told = {"env": clones.environment(folder, slow), "stdout": output, "stderr": output}
-        process = subprocess.Popen(["dvc", "repro"], cwd=folder, start_new_session=True, **told)
+        options = {"env": clones.environment(folder, slow, forked=forked), "stdout": output, "stderr": output}
+        process = subprocess.Popen(["dvc", "repro"], cwd=folder, start_new_session=True, **options)
     try:
         yield process, log
     finally:
@@ -139,11 +139,11 @@ def _found(folder: Path, name: str) -> list[Path]:
             continue
 
 
-def attempt(folder: Path, kill: Kill | None, draw: random.Random) -> Outcome:
+def attempt(folder: Path, kill: Kill | None, draw: random.Random, forked: bool) -> Outcome:
     """Start `dvc repro`, kill it, and wait until nothing of it is left."""
     for torn in partials(folder):
         torn.unlink()  # of the kill before
-    with repro(folder) as (dvc, log):
+    with repro(folder, forked) as (dvc, log):
 
         def ended() -> bool:
             return dvc.poll() is not None
@@ -230,12 +230,16 @@ def _send(kill: Kill, dvc: subprocess.Popen[bytes], stage: psutil.Process) -> No
 
 
 def series(
-    folder: Path, kills: Sequence[Kill], seed: int, say: Callable[[str], None] = print
+    folder: Path,
+    kills: Sequence[Kill],
+    seed: int,
+    say: Callable[[str], None] = print,
+    forked: bool = False,
 ) -> list[Outcome]:
     """Kill and start again until `dvc repro` has finished; what each start came to."""
     draw, outcomes, reached = random.Random(seed), list[Outcome](), dict[Path, int]()
     for kill in [*kills, None]:
-        outcome = attempt(folder, kill, draw)
+        outcome = attempt(folder, kill, draw, forked)
         outcomes.append(outcome)
         if outcome.kill is None:
             assert outcome.code == 0, f"dvc repro ended with {outcome.code}:\n{outcome.output[-3000:]}"
@@ -272,21 +276,23 @@ def main() -> None:
     parser.add_argument(
         "--stages", nargs="*", help="run these again (DVC's names) and what follows; default: all"
     )
+    parser.add_argument("--forked", action="store_true", help="stages are forks, as under spo repro")
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--folder", type=Path, help="where to work, kept; default: a temporary one")
-    told = parser.parse_args()
+    arguments = parser.parse_args()
     kills = [Kill(*each) for each in itertools.product(SIGNALS, TARGETS, MOMENTS)]
-    random.Random(told.seed).shuffle(kills)
+    random.Random(arguments.seed).shuffle(kills)
     with tempfile.TemporaryDirectory() as temporary:
-        folder = told.folder or Path(temporary)
+        folder = arguments.folder or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
         whole = folder / "whole"
         if not whole.exists():
-            clones.fresh(whole, {**LONGER, "processes": told.processes})
+            clones.fresh(whole, {**LONGER, "processes": arguments.processes})
         clones.must(whole, "dvc", "repro")
-        killed = clones.copy(whole, folder / f"killed-{told.seed}")
-        clones.forget(killed, told.stages)
-        outcomes = series(killed, list(itertools.islice(itertools.cycle(kills), told.kills)), told.seed)
+        killed = clones.copy(whole, folder / f"killed-{arguments.seed}")
+        clones.forget(killed, arguments.stages)
+        planned = list(itertools.islice(itertools.cycle(kills), arguments.kills))
+        outcomes = series(killed, planned, arguments.seed, forked=arguments.forked)
         different = clones.differences(whole, killed)
         print(f"{sum(o.torn for o in outcomes)} checkpoints torn; different: {different or 'nothing'}")
         raise SystemExit(bool(different))

@@ -18,13 +18,13 @@ from typing import Any
 import pytest
 
 
-def wait_for(told: str, seconds: float, done: Callable[[], Any]) -> Any:
+def wait_for(what: str, seconds: float, done: Callable[[], Any]) -> Any:
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         if found := done():
             return found
         time.sleep(0.5)
-    pytest.fail(f"{told}: not within {seconds:.0f} s")
+    pytest.fail(f"{what}: not within {seconds:.0f} s")
 
 
 @contextlib.contextmanager
@@ -55,8 +55,8 @@ def server(folder: Path) -> Iterator[dict[str, str]]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    told = {"PREFECT_HOME": str(folder), "PREFECT_SERVER_ANALYTICS_ENABLED": "false", "PATH": path}
-    variables = {k: v for k, v in os.environ.items() if not k.startswith("PREFECT_")} | told
+    own = {"PREFECT_HOME": str(folder), "PREFECT_SERVER_ANALYTICS_ENABLED": "false", "PATH": path}
+    variables = {k: v for k, v in os.environ.items() if not k.startswith("PREFECT_")} | own
     command = ["prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
     with started(command, folder, variables):
         variables["PREFECT_API_URL"] = f"http://127.0.0.1:{port}/api"

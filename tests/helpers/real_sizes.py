@@ -32,6 +32,7 @@ from spo.methods.spo import SpoMethod
 from spo.preference import trainer as spm
 from spo.preference.model import StepAwarePreferenceModel
 from spo.preference.reward_model import ClipRewardModel
+from spo.preference.step_aware import StepAware
 from spo.training import loop
 from spo.training.alignment import Alignment
 
@@ -119,7 +120,7 @@ def clip_h(words: Any) -> StepAwarePreferenceModel:
         image_size=224,
         hidden_act="gelu",
     )
-    told = CLIPTextConfig(
+    found = CLIPTextConfig(
         vocab_size=49408,
         hidden_size=1024,
         intermediate_size=4096,
@@ -132,7 +133,7 @@ def clip_h(words: Any) -> StepAwarePreferenceModel:
         pad_token_id=words.pad_token_id,
     )
     return StepAwarePreferenceModel(
-        CLIPModel(CLIPConfig(text_config=told, vision_config=vision, projection_dim=1024))
+        CLIPModel(CLIPConfig(text_config=found, vision_config=vision, projection_dim=1024))
     )
 
 
@@ -157,58 +158,58 @@ def measure(
     labels = torch.tensor([1.0, 0.0] * n)
     pairs = EncodedPairs(drawn, (PROMPTS * n)[: 2 * n], labels, torch.ones(2 * n))
     judge.to(model.device)
-    told: dict[str, dict[str, float]] = {}
+    found: dict[str, dict[str, float]] = {}
 
     settings = preset.preference.model_copy(update={"batch_size": n, "steps": 1, "labels": None})
-    told["spm"] = _timed(
+    found["spm"] = _timed(
         model.device,
-        lambda seed: spm.train(spm.Setup(judge, words, model, schedule), pairs, settings, seed=seed),
+        lambda seed: spm.train(StepAware(judge, words, model, schedule, settings), pairs, seed=seed),
     )
     judge.eval()
     model.add_lora(preset.align.spo.lora or config.Lora(rank=4, alpha=4), 0)
     change: dict[str, Any] = {"batch_size": n, "iterations": 1}
     dpo = preset.align.diffusion_dpo.model_copy(update=change)
-    told["diffusion_dpo"] = _timed(
+    found["diffusion_dpo"] = _timed(
         model.device, lambda seed: _run(model, DiffusionDpoMethod(dpo, schedule, pairs, seed), dpo.optimizer)
     )
     change |= {"prompts_per_iteration": n, "threshold": 0.0, "gradient_accumulation": 1}
     spo = preset.align.spo.model_copy(update=change)
     judging = ClipRewardModel(judge, words)
-    told["spo"] = _timed(
+    found["spo"] = _timed(
         model.device,
         lambda seed: _run(model, SpoMethod(spo, schedule, judging, PROMPTS, seed), spo.optimizer),
     )
-    return told
+    return found
 
 
 def _run(model: StableDiffusion, method: Any, optimizer: config.Optimizer) -> dict[str, Any]:
     losses: list[float] = []
-    told = loop.fit(
+    summary = loop.fit(
         Alignment("align.x", model, method),
         optimizer,
         checkpoints=None,
         checkpoint_every=1,
         on_metrics=lambda metrics, step: losses.append(metrics.get("loss", float("nan"))),
     )
-    assert told["updates"] > 0 and all(np.isfinite(losses)), (told, losses)
-    return told
+    assert summary["updates"] > 0 and all(np.isfinite(losses)), (summary, losses)
+    return summary
 
 
 def _timed(device: torch.device, step: Any) -> dict[str, float]:
-    seconds, told = 0.0, None
+    seconds, result = 0.0, None
     cuda = device.type == "cuda"
     for seed in range(2):
         if cuda:
             torch.cuda.reset_peak_memory_stats()
             torch.cuda.synchronize()
         began = time.monotonic()
-        told = step(seed)
+        result = step(seed)
         if cuda:
             torch.cuda.synchronize()
         seconds = time.monotonic() - began
     found = {"seconds": round(seconds, 3)}
-    if isinstance(told, dict):
-        found["updates"] = told["updates"]
+    if isinstance(result, dict):
+        found["updates"] = result["updates"]
     if cuda:
         found["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
     return found

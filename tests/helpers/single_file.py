@@ -62,7 +62,7 @@ def write(folder: Path, file: Path, layers: int, vae_blocks: int) -> None:
 
 def open_clip(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """A text encoder with projection under open_clip's names: q, k and v are one matrix there."""
-    told = {"text_projection": state["text_projection.weight"].T.contiguous()}
+    converted = {"text_projection": state["text_projection.weight"].T.contiguous()}
     for key in (k for k in state if k.startswith("text_model.")):
         if ".k_proj." in key or ".v_proj." in key:
             continue
@@ -72,8 +72,8 @@ def open_clip(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
             name = name.replace(".q_proj.", ".in_proj_")
         for ours, theirs in OPEN_CLIP.items():
             name = name.replace(ours, theirs)
-        told[name] = value
-    return told
+        converted[name] = value
+    return converted
 
 
 def text_name(key: str) -> str:

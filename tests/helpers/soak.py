@@ -24,7 +24,7 @@ from spo import cli, config
 
 STAGES: tuple[tuple[str, ...], ...] = (
     *(("inputs",), ("prompts",), ("pairs",), ("preference",)),
-    *(("preference", "unconditioned"), ("preference", "clean_only")),
+    *(("preference", item) for item in ("latent", "unconditioned", "clean_only")),
     *(("align", method) for method in config.METHODS),
     *(("generate", variant) for variant in config.VARIANTS),
     *(("score", variant) for variant in config.VARIANTS),
@@ -99,13 +99,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--stages", nargs="*", metavar="STAGE", help="some only, as align@spo; default: all")
     parser.add_argument("--megabytes", type=float, default=50, help="growth that is none")
-    told = parser.parse_args()
-    os.chdir(told.folder)
+    arguments = parser.parse_args()
+    os.chdir(arguments.folder)
     with tempfile.TemporaryDirectory() as own:
         tempfile.tempdir = own
-        stages = [tuple(name.split("@")) for name in told.stages] if told.stages else STAGES
-        uses = rounds(told.rounds, stages, lambda line: print(line, file=sys.stderr))
-        found = growth(uses, told.megabytes)
+        stages = [tuple(name.split("@")) for name in arguments.stages] if arguments.stages else STAGES
+        uses = rounds(arguments.rounds, stages, lambda line: print(line, file=sys.stderr))
+        found = growth(uses, arguments.megabytes)
     print(f"grew: {', '.join(found) or 'nothing'}")
     sys.exit(bool(found))
 

@@ -30,7 +30,7 @@ class FakeBackbone:
         self.encoded.append(list(prompts))
         return Conditioning({"length": torch.tensor([float(len(p)) for p in prompts])})
 
-    def predict(self, x_t, timesteps, conditioning, *, reference=False):
+    def predict(self, x_t, timesteps, conditioning, *, reference=False, copies=1):
         self.predicted.append(len(x_t))
         assert timesteps.shape == (len(x_t),) and len(conditioning) == len(x_t)
         length = conditioning.tensors["length"].view(-1, 1, 1, 1)
@@ -57,14 +57,25 @@ class FakeJudge:
 
     def encode_text(self, prompts):
         self.texts.append(list(prompts))
-        return torch.tensor([[float(len(p))] for p in prompts])
+        return Conditioning({"length": torch.tensor([float(len(p)) for p in prompts])})
 
-    def score_images(self, images, text, timesteps):
-        assert len(images) == len(text) == len(timesteps)
-        self.timesteps.append(timesteps.clone())
+    def score(self, candidates, text):
+        images, length = candidates.images, text.tensors["length"]
+        assert len(images) == len(length) == len(candidates.timesteps)
+        self.timesteps.append(candidates.timesteps.clone())
         self.images.append(images.clone())
-        self.lengths.append(text.flatten().clone())
-        return self.scale * images.mean((1, 2, 3)) + 0.01 * text.squeeze(1)
+        self.lengths.append(length.clone())
+        return self.scale * images.mean((1, 2, 3)) + 0.01 * length
+
+
+class LatentJudge(FakeJudge):
+    """The same of the latents: nothing is predicted or decoded for it."""
+
+    def score(self, candidates, text):
+        self.timesteps.append(torch.stack([candidates.timesteps, candidates.step_timesteps]))
+        self.images.append(candidates.latents.clone())
+        self.lengths.append(text.tensors["length"].clone())
+        return self.scale * candidates.latents.mean((1, 2, 3))
 
 
 @pytest.fixture
@@ -75,6 +86,11 @@ def backbone():
 @pytest.fixture
 def judge():
     return FakeJudge()
+
+
+@pytest.fixture
+def latent_judge():
+    return LatentJudge()
 
 
 @pytest.fixture

@@ -8,7 +8,9 @@ import torch
 from spo.config import Spo
 from spo.diffusion import ddim
 from spo.diffusion.schedule import Schedule
-from spo.methods.spo import SpoBatch, SpoMethod, batch_loss, spo_loss
+from spo.methods.spo import SpoMethod
+from spo.methods.stepwise.batch import StepBatch
+from spo.methods.stepwise.loss import batch_loss, spo_loss
 from spo.methods.stepwise.pairs import select_pairs
 from spo.types import Conditioning
 
@@ -73,14 +75,14 @@ def test_clip_stops_the_gradient_of_the_side_that_is_outside(change: float, boun
     assert float(win.grad) == 0 and float(lose.grad) > 0
 
 
-def example(n: int = 4) -> tuple[torch.Tensor, SpoBatch, Schedule]:
+def example(n: int = 4) -> tuple[torch.Tensor, StepBatch, Schedule]:
     """A reference output and a batch whose pairs were drawn from it."""
     generator = torch.Generator().manual_seed(1)
     schedule = Schedule.from_config({"clip_sample": False, "steps_offset": 1, "set_alpha_to_one": False}, 10)
     x_t, output, first, second = (torch.randn(n, 3, 2, 2, generator=generator) for _ in range(4))
     timesteps = schedule.timesteps[torch.arange(n) % 10]
     step = ddim.transition(schedule, output, timesteps, x_t, eta=1)
-    batch = SpoBatch(
+    batch = StepBatch(
         x_t=x_t,
         timesteps=timesteps,
         conditioning=Conditioning({}),

@@ -5,9 +5,10 @@ from spo_settings import PROMPTS, settings
 from spo.diffusion import ddim
 from spo.diffusion.denoiser import GuidedDenoiser
 from spo.diffusion.schedule import Schedule
-from spo.methods import spo
 from spo.methods.spo import SpoMethod
+from spo.methods.stepwise import method as stepwise
 from spo.methods.stepwise import rollout
+from spo.types import Conditioning
 
 
 def together(batches) -> dict[str, torch.Tensor]:
@@ -65,7 +66,7 @@ def test_pairs_are_drawn_from_the_transition_at_x_t(backbone, judge, schedule, m
 
     The transition is computed anew here, so a wrongly reused model output would show.
     """
-    monkeypatch.setattr(spo, "SampleNoise", StairNoise)
+    monkeypatch.setattr(stepwise, "SampleNoise", StairNoise)
     method = SpoMethod(settings(), schedule, judge, PROMPTS, seed=0)
     batches, metrics = collect(method, backbone, 0)
     pairs = together(batches)
@@ -90,7 +91,7 @@ def test_pairs_are_drawn_from_the_transition_at_x_t(backbone, judge, schedule, m
 
 def test_judge_sees_candidates_at_their_own_timestep(backbone, judge, schedule, monkeypatch) -> None:
     """x_0 predicted from the candidate at the next timestep; at the end the latents themselves, at 0."""
-    monkeypatch.setattr(spo, "SampleNoise", StairNoise)
+    monkeypatch.setattr(stepwise, "SampleNoise", StairNoise)
     method = SpoMethod(settings(), schedule, judge, PROMPTS, seed=0)
     batches, _ = collect(method, backbone, 0)
     assert [t.unique().tolist() for t in judge.timesteps] == [[201], [1], [0]]
@@ -230,11 +231,11 @@ class GapRewards:
     """Scores 0, 1, 0, 1, ...: every gap is tanh(1 / 2) = .462."""
 
     def encode_text(self, prompts):
-        return torch.zeros(len(prompts), 1)
+        return Conditioning({"nothing": torch.zeros(len(prompts))})
 
-    def score_images(self, images, text, timesteps):
-        assert len(images) % 2 == 0
-        return torch.arange(len(images)).fmod(2).float()
+    def score(self, candidates, text):
+        assert len(candidates.images) % 2 == 0
+        return torch.arange(len(candidates.images)).fmod(2).float()
 
 
 def test_threshold_goes_linearly_to_its_end(backbone, schedule) -> None:

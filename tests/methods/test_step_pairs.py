@@ -48,15 +48,15 @@ def test_a_range_without_a_step_is_one_line(schedule) -> None:
 
 
 def test_thresholds_follow_step_timestep_or_sigma(schedule) -> None:
-    def told(**changes) -> list[float]:
+    def values(**changes) -> list[float]:
         config = settings(threshold=0.6, threshold_end=0.2, divert_start_step=1, **changes)
         return step_pairs.thresholds(config, schedule, [[1], [2, 3], [4]])
 
-    assert told() == pytest.approx([0.6, 0.4, 0.2])
-    assert told(threshold_by="timestep") == pytest.approx([0.6, 0.2 + 0.4 * 400 / 600, 0.2])
+    assert values() == pytest.approx([0.6, 0.4, 0.2])
+    assert values(threshold_by="timestep") == pytest.approx([0.6, 0.2 + 0.4 * 400 / 600, 0.2])
     sigma = [float(ddim.standard_deviation(schedule, torch.tensor([t]), 1.0)) for t in (601, 401, 1)]
     middle = 0.2 + 0.4 * (sigma[1] - sigma[2]) / (sigma[0] - sigma[2])
-    assert told(threshold_by="sigma") == pytest.approx([0.6, middle, 0.2])
+    assert values(threshold_by="sigma") == pytest.approx([0.6, middle, 0.2])
     assert step_pairs.thresholds(settings(threshold_by="sigma"), schedule, [[4]]) == [0.0]
 
 

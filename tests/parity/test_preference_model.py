@@ -24,9 +24,9 @@ def case(request: pytest.FixtureRequest):
 @pytest.mark.parametrize("kind", ["square", "wide", "tall"])
 def test_scores_are_the_official_ones(case, kind: str) -> None:
     model, golden, _ = case
-    told = [torch.from_numpy(golden[k]) for k in (f"images_{kind}", "input_ids", "timesteps")]
+    arguments = [torch.from_numpy(golden[k]) for k in (f"images_{kind}", "input_ids", "timesteps")]
     with torch.no_grad():
-        scores = model.score(*told)
+        scores = model.score(*arguments)
     expected = torch.from_numpy(golden[f"scores_{kind}"])
     assert ((scores - expected).abs().max() / expected.abs().max()).item() < 1e-5
 
@@ -43,6 +43,6 @@ def test_our_own_format_keeps_the_scores(case, tmp_path: Path) -> None:
     model, golden, _ = case
     model.save_pretrained(tmp_path)
     again = StepAwarePreferenceModel.from_pretrained(tmp_path)
-    told = [torch.from_numpy(golden[k]) for k in ("images_wide", "input_ids", "timesteps")]
+    arguments = [torch.from_numpy(golden[k]) for k in ("images_wide", "input_ids", "timesteps")]
     with torch.no_grad():
-        assert torch.equal(again.score(*told), model.score(*told))
+        assert torch.equal(again.score(*arguments), model.score(*arguments))

@@ -10,7 +10,8 @@ import torch
 from spo.config import Spo
 from spo.diffusion import ddim
 from spo.diffusion.schedule import Schedule
-from spo.methods.spo import SpoBatch, batch_loss
+from spo.methods.stepwise.batch import StepBatch
+from spo.methods.stepwise.loss import batch_loss
 from spo.types import Conditioning
 
 pytestmark = pytest.mark.parity
@@ -39,7 +40,7 @@ def test_loss_and_gradient_match_golden(size: str, beta: int) -> None:
         clip=float(golden["eps"]),
     )
     n = len(golden["x_t"])
-    batch = SpoBatch(
+    batch = StepBatch(
         x_t=golden["x_t"],
         timesteps=golden["timesteps"],
         conditioning=Conditioning({}),

@@ -16,7 +16,7 @@ class WordTokenizer:
         for prompt in prompts:
             words = [0, *(VOCABULARY.index(w) for w in prompt.split()), 1]
             rows.append((words + [1] * max_length)[:max_length])
-        return type("Told", (), {"input_ids": torch.tensor(rows)})
+        return type("Encoding", (), {"input_ids": torch.tensor(rows)})
 
 
 class GreyBackbone:
@@ -29,7 +29,7 @@ class GreyBackbone:
     def encode_prompts(self, prompts):
         return Conditioning({"length": torch.tensor([float(len(p)) for p in prompts])})
 
-    def predict(self, x_t, timesteps, conditioning, *, reference=False):
+    def predict(self, x_t, timesteps, conditioning, *, reference=False, copies=1):
         return x_t - x_t.mean((1, 2, 3), keepdim=True)
 
     def decode(self, latents):

@@ -1,5 +1,6 @@
 import copy
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -53,11 +54,11 @@ def test_without_the_step_condition_the_step_is_ignored(clip, tokenizer, tmp_pat
 def test_a_judge_scores_as_the_model_does(clip, tokenizer) -> None:
     model = StepAwarePreferenceModel(clip)
     judge, timesteps = ClipRewardModel(model, tokenizer), torch.tensor([1, 2, 3, 4])
-    told = judge.score_images(IMAGES, judge.encode_text(PROMPTS), timesteps)
+    scores = judge.score(SimpleNamespace(images=IMAGES, timesteps=timesteps), judge.encode_text(PROMPTS))
     with torch.no_grad():
         expected = model.score(IMAGES, token_ids(tokenizer, PROMPTS, model), timesteps)
-    torch.testing.assert_close(told, expected)
-    assert not told.requires_grad
+    torch.testing.assert_close(scores, expected)
+    assert not scores.requires_grad
 
 
 def test_broken_folders_are_refused_in_one_line(clip, tmp_path) -> None:

@@ -7,32 +7,32 @@ from spo.preference.noising import noised_pair
 def test_both_images_get_the_same_noise_at_the_same_step(backbone, schedule) -> None:
     """With a UNet that tells the truth about zero-mean noise, the image's mean is what comes back."""
 
-    class Told(type(backbone)):
-        def predict(self, x_t, timesteps, conditioning, *, reference=False):
+    class Recording(type(backbone)):
+        def predict(self, x_t, timesteps, conditioning, *, reference=False, copies=1):
             self.seen = x_t
             return torch.zeros_like(x_t)
 
-    told = Told()
+    backbone = Recording()
     timesteps, noise = torch.tensor([250, 700]), SampleNoise(0, ["p", "q"], (3, 16, 16)).draw()
     sides = (torch.full((2, 3, 16, 16), 0.5), torch.full((2, 3, 16, 16), -0.5))
-    captions = told.encode_prompts(["a", "b"])
-    first, second = noised_pair(told, schedule, sides, timesteps, noise, captions, 1.0)
+    captions = backbone.encode_prompts(["a", "b"])
+    first, second = noised_pair(backbone, schedule, sides, timesteps, noise, captions, 1.0)
     alpha = schedule.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
-    torch.testing.assert_close(told.seen[:2] - told.seen[2:], alpha.sqrt().expand(2, 3, 16, 16))
-    torch.testing.assert_close(told.seen[:2], alpha.sqrt() * 0.5 + (1 - alpha).sqrt() * noise)
-    expected = (told.seen[:2] / alpha.sqrt()).clamp(-1, 1)
+    torch.testing.assert_close(backbone.seen[:2] - backbone.seen[2:], alpha.sqrt().expand(2, 3, 16, 16))
+    torch.testing.assert_close(backbone.seen[:2], alpha.sqrt() * 0.5 + (1 - alpha).sqrt() * noise)
+    expected = (backbone.seen[:2] / alpha.sqrt()).clamp(-1, 1)
     torch.testing.assert_close(first, expected)
     assert second.shape == first.shape
 
 
 def test_guidance_is_between_the_caption_and_the_empty_one(backbone, schedule) -> None:
     class Lengths(type(backbone)):
-        def predict(self, x_t, timesteps, conditioning, *, reference=False):
+        def predict(self, x_t, timesteps, conditioning, *, reference=False, copies=1):
             return conditioning.tensors["length"].view(-1, 1, 1, 1).expand_as(x_t) * 0.01
 
-    told, t = Lengths(), torch.tensor([300])
+    backbone, t = Lengths(), torch.tensor([300])
     sides, noise = (torch.zeros(1, 3, 16, 16),) * 2, torch.zeros(1, 3, 16, 16)
-    image, _ = noised_pair(told, schedule, sides, t, noise, told.encode_prompts(["four"]), 3.0)
+    image, _ = noised_pair(backbone, schedule, sides, t, noise, backbone.encode_prompts(["four"]), 3.0)
     alpha = schedule.alphas_cumprod[300]
     expected = -(1 - alpha).sqrt() * (3 * 4 * 0.01) / alpha.sqrt()
     torch.testing.assert_close(image, torch.full_like(image, expected.item()))

@@ -7,6 +7,7 @@ import torch
 from spo import config
 from spo.preference import trainer as spm
 from spo.preference.model import StepAwarePreferenceModel
+from spo.preference.step_aware import StepAware
 from spo.training.checkpoint import CheckpointStore
 
 
@@ -35,7 +36,7 @@ def pairs() -> GreyPairs:
 
 @pytest.fixture
 def setup(tokenizer, backbone, schedule):
-    return lambda model: spm.Setup(model, tokenizer, backbone, schedule)
+    return lambda model, **changes: StepAware(model, tokenizer, backbone, schedule, settings(**changes))
 
 
 def settings(**changes) -> config.Preference:
@@ -50,8 +51,8 @@ def settings(**changes) -> config.Preference:
 def test_it_learns_what_people_prefer(clip, setup, pairs) -> None:
     model = StepAwarePreferenceModel(clip)
     common = (setup(model), pairs)
-    spm.train(*common, settings(), seed=0)
-    report = spm.evaluate(*common, [0, 200], 1.0, seed=0)
+    spm.train(*common, seed=0)
+    report = spm.evaluate(*common, [0, 200], seed=0)
     assert report[0]["n"] == 56  # ties are no clear labels
     assert report[0]["accuracy"] > 0.9
     assert not model.training
@@ -66,9 +67,9 @@ def test_accuracy_is_a_share_of_clear_labels(clip, setup, pairs) -> None:
             return images.mean((1, 2, 3))
 
     model = Brightness(clip)
-    assert spm.evaluate(setup(model), pairs, [0], 1.0, seed=0)[0]["accuracy"] > 0.95
+    assert spm.evaluate(setup(model), pairs, [0], seed=0)[0]["accuracy"] > 0.95
     flipped = GreyPairs(pairs.greys, pairs.captions, 1 - pairs.label_0, pairs.weight)
-    assert spm.evaluate(setup(model), flipped, [0], 1.0, seed=0)[0]["accuracy"] < 0.05
+    assert spm.evaluate(setup(model), flipped, [0], seed=0)[0]["accuracy"] < 0.05
 
 
 @pytest.mark.parametrize("ema", [0.0, 0.9])
@@ -77,7 +78,7 @@ def test_resumed_is_uninterrupted_bit_for_bit(clip, setup, pairs, tmp_path, ema)
     parts = StepAwarePreferenceModel(copy.deepcopy(clip))
     parts.load_state_dict(whole.state_dict())  # the timestep's embedding is drawn at random
     start = copy.deepcopy(parts.state_dict())
-    spm.train(setup(whole), pairs, settings(steps=12, ema=ema), seed=0)
+    spm.train(setup(whole, steps=12, ema=ema), pairs, seed=0)
 
     store = CheckpointStore(tmp_path)
 
@@ -87,16 +88,10 @@ def test_resumed_is_uninterrupted_bit_for_bit(clip, setup, pairs, tmp_path, ema)
 
     options = {"seed": 0, "checkpoint": store}
     with pytest.raises(KeyboardInterrupt):
-        spm.train(
-            setup(parts),
-            pairs,
-            settings(steps=12, ema=ema),
-            on_metrics=stop,
-            **options,
-        )
+        spm.train(setup(parts, steps=12, ema=ema), pairs, on_metrics=stop, **options)
     assert store.latest()[0] == 5
     parts.load_state_dict(start)
-    spm.train(setup(parts), pairs, settings(steps=12, ema=ema), **options)
+    spm.train(setup(parts, steps=12, ema=ema), pairs, **options)
     for name, value in whole.state_dict().items():
         assert torch.equal(parts.state_dict()[name], value), name
 
@@ -107,13 +102,7 @@ def test_the_kept_weights_are_the_average_of_the_steps(clip, setup, pairs) -> No
     def keep(metrics, step):
         seen.append(model.model.logit_scale.item())
 
-    spm.train(
-        setup(model),
-        pairs,
-        settings(steps=4, ema=0.1),
-        seed=0,
-        on_metrics=keep,
-    )
+    spm.train(setup(model, steps=4, ema=0.1), pairs, seed=0, on_metrics=keep)
     by_hand = seen[0]  # decay 0, then 1/11, then .1
     for value, decay in zip(seen[1:], (1 / 11, 0.1, 0.1), strict=True):
         by_hand = decay * by_hand + (1 - decay) * value
@@ -127,14 +116,8 @@ def test_in_parts_or_computed_again_the_gradients_are_the_same(clip, setup, pair
     pairs.weight[::3] = 0.25
     whole = StepAwarePreferenceModel(clip)
     other, seen, again = copy.deepcopy(whole), [], []
-    spm.train(setup(whole), pairs, settings(steps=1), seed=0, on_metrics=lambda m, s: seen.append(m))
-    spm.train(
-        setup(other),
-        pairs,
-        settings(steps=1, **changes),
-        seed=0,
-        on_metrics=lambda m, s: again.append(m),
-    )
+    spm.train(setup(whole, steps=1), pairs, seed=0, on_metrics=lambda m, s: seen.append(m))
+    spm.train(setup(other, steps=1, **changes), pairs, seed=0, on_metrics=lambda m, s: again.append(m))
     assert again == [pytest.approx(seen[0], rel=1e-5)]
     gradients = [torch.cat([p.grad.flatten() for p in m.parameters()]) for m in (whole, other)]
     assert float((gradients[0] - gradients[1]).abs().max() / gradients[0].abs().max()) < 1e-5
@@ -146,7 +129,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(clip, setup, pairs) -
         model.model.visual_projection.weight[0, 0] = float("nan")
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(FloatingPointError, match=r"loss nan at update 1, timestep \d+, prompt 'a square'"):
-        spm.train(setup(model), pairs, settings(), seed=0)
+        spm.train(setup(model), pairs, seed=0)
     assert all(torch.equal(model.state_dict()[k].nan_to_num(7), v.nan_to_num(7)) for k, v in before.items())
 
 
@@ -155,7 +138,7 @@ def test_pairs_whose_latents_are_not_finite_stop_before_the_update(clip, setup, 
     before = copy.deepcopy(model.state_dict())
     pairs.greys[:] = float("nan")
     with pytest.raises(FloatingPointError, match="update 1: .*stored latents of a pair, prompt 'a square'"):
-        spm.train(setup(model), pairs, settings(), seed=0)
+        spm.train(setup(model), pairs, seed=0)
     assert all(torch.equal(model.state_dict()[k], v) for k, v in before.items())
 
 
@@ -163,14 +146,13 @@ def test_no_pairs_is_one_line(clip, setup) -> None:
     empty = GreyPairs(torch.zeros(0, 2), [], torch.zeros(0), torch.zeros(0))
     with pytest.raises(ValueError, match="no training pairs"):
         model = StepAwarePreferenceModel(clip)
-        spm.train(setup(model), empty, settings(), seed=0)
+        spm.train(setup(model), empty, seed=0)
 
 
 def test_heads_alone_leave_the_towers_as_they_are(clip, setup, pairs) -> None:
     model = StepAwarePreferenceModel(clip)
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
-    only = settings(trained="heads", steps=3)
-    spm.train(setup(model), pairs, only, seed=0)
+    spm.train(setup(model, trained="heads", steps=3), pairs, seed=0)
     moved = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
     assert {"model.visual_projection.weight", "model.text_projection.weight", "model.logit_scale"} <= moved
     assert any("adaLN" in n for n in moved)

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from spo import cli
+from spo.commands import arguments
 from spo.training.checkpoint import CheckpointStore
 
 STAGE = """
@@ -99,7 +100,7 @@ def test_a_checkpoint_under_another_number_is_not_used(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("error", "told"),
+    ("error", "message"),
     [
         (MemoryError(), "out of memory"),
         (
@@ -111,22 +112,22 @@ def test_a_checkpoint_under_another_number_is_not_used(tmp_path: Path) -> None:
     ],
 )
 def test_what_the_machine_lacks_is_one_line_without_secrets(
-    capsys, monkeypatch, tmp_path, error, told
+    capsys, monkeypatch, tmp_path, error, message
 ) -> None:
-    def fail(arguments) -> None:
+    def fail(args) -> None:
         raise error
 
-    monkeypatch.setattr(cli, "_run_preset", fail)
+    monkeypatch.setattr(arguments, "_run_preset", fail)
     assert cli.main(["preset", "smoke"]) == 2
     line = capsys.readouterr().err
-    assert told in line and line.count("\n") == 1 and "planted-token" not in line
+    assert message in line and line.count("\n") == 1 and "planted-token" not in line
 
 
 def test_a_mistake_of_ours_is_not_hidden(monkeypatch) -> None:
-    def fail(arguments) -> None:
+    def fail(args) -> None:
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr(cli, "_run_preset", fail)
+    monkeypatch.setattr(arguments, "_run_preset", fail)
     with pytest.raises(RuntimeError, match="a bug"):
         cli.main(["preset", "smoke"])
 
@@ -135,7 +136,7 @@ def test_a_mistake_of_ours_is_not_hidden(monkeypatch) -> None:
 def test_memory_really_exhausted_is_one_line(tmp_path: Path) -> None:
     code = (
         "import resource, sys, torch; from spo import cli\n"
-        "cli._run_preset = lambda told: torch.zeros(2**36)\n"
+        "from spo.commands import arguments; arguments._run_preset = lambda args: torch.zeros(2**36)\n"
         "resource.setrlimit(resource.RLIMIT_AS, (2**35, 2**35))\n"
         "sys.exit(cli.main(['preset', 'smoke']))"
     )

@@ -98,9 +98,9 @@ def shard(folder: Path) -> Path:
 
 
 def read_shard(path: Path) -> None:
-    told = list(pairs.read_rows([path]))
-    assert len(told) == pairs.count_rows([path])
-    assert all((pair is None) != (reason is None) for pair, reason in told)
+    rows = list(pairs.read_rows([path]))
+    assert len(rows) == pairs.count_rows([path])
+    assert all((pair is None) != (reason is None) for pair, reason in rows)
 
 
 def hpd_file(folder: Path) -> Path:
@@ -216,8 +216,11 @@ def test_mutated_input_is_read_whole_or_refused_in_a_line(target: str, tmp_path:
             try:
                 read(path)
             except (ValueError, OSError) as error:
-                told = str(error)
-                assert path.name in told and len(told.splitlines()) == 1 and len(told) < 1000, (data, told)
+                message = str(error)
+                assert path.name in message and len(message.splitlines()) == 1 and len(message) < 1000, (
+                    data,
+                    message,
+                )
             except (Exception, RecursionError) as error:
                 pytest.fail(f"mutation {number}: {type(error).__name__}: {error}\n{data[:1500]!r}")
 

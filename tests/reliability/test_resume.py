@@ -34,7 +34,7 @@ class Line:
     def encode_prompts(self, prompts):
         return Conditioning({"text": torch.zeros(len(prompts), 1)})
 
-    def predict(self, x_t, timesteps, conditioning, *, reference=False):
+    def predict(self, x_t, timesteps, conditioning, *, reference=False, copies=1):
         return torch.zeros_like(x_t) if reference else x_t * self.values.view(1, 8, 1, 1)
 
     def trainable_parameters(self):

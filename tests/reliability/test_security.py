@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import re
 import shlex
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import psutil
 import pyarrow as pa
@@ -20,7 +22,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from spo import config
+from spo import cli, config
 from spo.evaluation import model_card
 
 ROOT = Path(__file__).parents[2]
@@ -61,12 +63,25 @@ def write(folder: Path, **changes: Any) -> None:
     (folder / "params.yaml").write_text(yaml.safe_dump(params))
 
 
-def spo(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "spo", *arguments]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120)
+Done: TypeAlias = "subprocess.CompletedProcess[str]"
+Command: TypeAlias = Callable[..., Done]
 
 
-def leaks(folder: Path, done: subprocess.CompletedProcess[str]) -> list[str]:
+@pytest.fixture
+def spo(folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Command:
+    """A command in the folder, run in this process, which has the libraries."""
+    monkeypatch.chdir(folder)
+
+    def run(*arguments: str) -> Done:
+        capfd.readouterr()
+        status = cli.main(arguments)
+        shown = capfd.readouterr()
+        return subprocess.CompletedProcess(arguments, status, shown.out, shown.err)
+
+    return run
+
+
+def leaks(folder: Path, done: Done) -> list[str]:
     """Where the secret is, but for params.yaml, where the user wrote it."""
     kept = [str(p) for p in folder.rglob("*") if p.is_file() and SECRET.encode() in p.read_bytes()]
     return [p for p in kept if not p.endswith("params.yaml")] + (
@@ -75,21 +90,20 @@ def leaks(folder: Path, done: subprocess.CompletedProcess[str]) -> list[str]:
 
 
 @pytest.mark.smoke
-def test_a_stage_that_works_keeps_none(folder: Path) -> None:
+def test_a_stage_that_works_keeps_none(folder: Path, spo: Command) -> None:
     """With MLflow's store, its params, tags and artifacts, and a URL with a password in another section."""
     write(folder, backbone__checkpoint=f"https://me:{SECRET}@example.org/model?token={SECRET}")
-    done = spo(folder, "pairs")
+    done = spo("pairs")
     assert done.returncode == 0, done.stderr
     assert (folder / "mlflow.db").exists() and (folder / "outputs/pairs/summary.json").exists()
     assert leaks(folder, done) == []
 
 
-def test_a_tracking_server_that_is_away_is_named_without_it(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_tracking_server_that_is_away_is_named_without_it(folder: Path) -> None:
     write(folder)
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://me:{SECRET}@127.0.0.1:9")
-    done = spo(folder, "pairs")
+    away = os.environ | {"MLFLOW_TRACKING_URI": f"http://me:{SECRET}@127.0.0.1:9"}
+    words = [sys.executable, "-m", "spo", "pairs"]
+    done = subprocess.run(words, cwd=folder, env=away, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and "http://***@127.0.0.1:9" in done.stderr
     assert list((folder / ".spo").rglob("*.jsonl")), "the run waits in the spool"
     assert leaks(folder, done) == []
@@ -106,9 +120,11 @@ def test_a_tracking_server_that_is_away_is_named_without_it(
         ({"backbone__checkpoint": "someone/model"}, ("align", "spo", "--dry-run")),
     ],
 )
-def test_an_error_names_the_address_without_it(folder: Path, changes: dict[str, str], command) -> None:
+def test_an_error_names_the_address_without_it(
+    folder: Path, spo: Command, changes: dict[str, str], command: tuple[str, ...]
+) -> None:
     write(folder, **changes)
-    done = spo(folder, *command)
+    done = spo(*command)
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
     assert leaks(folder, done) == []
 
@@ -117,21 +133,21 @@ def test_a_model_card_has_none() -> None:
     raw = yaml.safe_load(config.preset("smoke"))
     raw["backbone"]["checkpoint"] = f"https://me:{SECRET}@example.org/model"
     raw["prompts"]["train"] = f"https://example.org/prompts.txt?token={SECRET}"
-    told = model_card.text(config.validate(raw), "spo", {})
-    assert SECRET not in told and "https://***@example.org/model" in told
+    card = model_card.text(config.validate(raw), "spo", {})
+    assert SECRET not in card and "https://***@example.org/model" in card
 
 
 def test_every_server_that_we_start_or_recommend_is_on_the_loopback_interface() -> None:
     """mlflow and prefect listen at 127.0.0.1 unless told otherwise; ours are told so in any case."""
-    told = 0
+    found = 0
     places = ["Makefile", "README.md", "docs/team.md", "flows/prefect.yaml", "flows/serving.py"]
     for place in places:
         text = (ROOT / place).read_text().replace("\\\n", " ")
         for line in re.findall(r"(?:mlflow (?:ui|server)|prefect server start)(?: --[^`#\"\n]*)", text):
-            told += 1
+            found += 1
             assert "--host 127.0.0.1" in line, f"{place}: {line}"
         assert "0.0.0.0" not in text, place
-    assert told >= 4
+    assert found >= 4
 
 
 @pytest.mark.services

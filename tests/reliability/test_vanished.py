@@ -27,11 +27,11 @@ def shard(path: Path, rows: int = 200) -> None:
         Image.fromarray(grain.integers(256, size=(16, 16, 3), dtype=np.uint8)).save(buffer, format="PNG")
         return buffer.getvalue()
 
-    told = pd.DataFrame({"caption": [f"{path.stem} {i}" for i in range(rows)]})
+    table = pd.DataFrame({"caption": [f"{path.stem} {i}" for i in range(rows)]})
     for name in ("jpg_0", "jpg_1"):
-        told[name] = [picture() for _ in range(rows)]
-    told["label_0"], told["label_1"] = 1.0, 0.0
-    told.to_parquet(path, row_group_size=50)
+        table[name] = [picture() for _ in range(rows)]
+    table["label_0"], table["label_1"] = 1.0, 0.0
+    table.to_parquet(path, row_group_size=50)
 
 
 def tear(path: Path) -> None:
@@ -66,9 +66,9 @@ def test_a_shard_that_goes_while_it_is_read_is_one_line(tmp_path, monkeypatch, h
 
     monkeypatch.setattr(sources, "read_rows", read_rows)
     section = config.Pairs(source=str(tmp_path), validation_fraction=0.3)
-    with pytest.raises(ValueError, match=message) as told:
+    with pytest.raises(ValueError, match=message) as error:
         pairs_stage.prepare(section, tmp_path / "out")
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(error.value)
     assert not (tmp_path / "out/summary.json").exists()
 
 

@@ -55,10 +55,10 @@ def test_score_is_that_of_the_raw_models(scorer, aesthetic_settings, images, pro
 
 
 def test_batch_size_and_prompts_do_not_change_a_score(aesthetic_settings, images, prompts) -> None:
-    told = [Aesthetic(aesthetic_settings, batch_size=n).score(images, prompts) for n in (1, 2, 32)]
-    assert told[1] == pytest.approx(told[0], abs=1e-5) and told[2] == pytest.approx(told[0], abs=1e-5)
-    assert len(set(told[0])) == len(images)
-    assert Aesthetic(aesthetic_settings, batch_size=32).score(images, ["other"] * 5) == told[2]
+    scores = [Aesthetic(aesthetic_settings, batch_size=n).score(images, prompts) for n in (1, 2, 32)]
+    assert scores[1] == pytest.approx(scores[0], abs=1e-5) and scores[2] == pytest.approx(scores[0], abs=1e-5)
+    assert len(set(scores[0])) == len(images)
+    assert Aesthetic(aesthetic_settings, batch_size=32).score(images, ["other"] * 5) == scores[2]
 
 
 def test_an_embedding_that_is_not_finite_stops(aesthetic_settings, images) -> None:

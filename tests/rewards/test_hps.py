@@ -58,9 +58,9 @@ def test_score_is_that_of_the_raw_model(scorer, hps_settings, words, images, pro
 
 
 def test_batch_size_and_neighbours_do_not_change_a_score(hps_settings, images, prompts) -> None:
-    told = [Hps(hps_settings, batch_size=n).score(images, prompts) for n in (1, 2, 32)]
-    assert told[1] == pytest.approx(told[0], abs=1e-4) and told[2] == pytest.approx(told[0], abs=1e-4)
-    assert len(set(told[0])) == len(images)
+    scores = [Hps(hps_settings, batch_size=n).score(images, prompts) for n in (1, 2, 32)]
+    assert scores[1] == pytest.approx(scores[0], abs=1e-4) and scores[2] == pytest.approx(scores[0], abs=1e-4)
+    assert len(set(scores[0])) == len(images)
 
 
 def test_logit_scale_does_not_matter(hps_settings, scorer, images, prompts) -> None:

@@ -23,18 +23,20 @@ def test_score_is_that_of_the_raw_model(scorer, pickscore_settings, images, prom
     model = CLIPModel.from_pretrained(pickscore_settings.model, dtype=torch.float32).eval()
     tokenizer = CLIPTokenizer.from_pretrained(pickscore_settings.model)
     with torch.no_grad():
-        told = model(
+        output = model(
             pixel_values=preprocess(images[2], 48)[None],
             **tokenizer([prompts[2]], padding=True, return_tensors="pt"),
         )
     assert scorer.name == "pickscore"
-    assert scorer.score(images[2:3], prompts[2:3])[0] == pytest.approx(float(told.logits_per_image), abs=1e-5)
+    assert scorer.score(images[2:3], prompts[2:3])[0] == pytest.approx(
+        float(output.logits_per_image), abs=1e-5
+    )
 
 
 def test_batch_size_and_neighbours_do_not_change_a_score(pickscore_settings, images, prompts) -> None:
-    told = [PickScore(pickscore_settings, batch_size=n).score(images, prompts) for n in (1, 2, 32)]
-    assert told[1] == pytest.approx(told[0], abs=1e-5) and told[2] == pytest.approx(told[0], abs=1e-5)
-    assert len(set(told[0])) == len(images)
+    scores = [PickScore(pickscore_settings, batch_size=n).score(images, prompts) for n in (1, 2, 32)]
+    assert scores[1] == pytest.approx(scores[0], abs=1e-5) and scores[2] == pytest.approx(scores[0], abs=1e-5)
+    assert len(set(scores[0])) == len(images)
 
 
 def test_the_prompt_matters_and_a_long_one_is_cut(scorer, images) -> None:
@@ -82,6 +84,6 @@ def test_mistakes_are_one_line(pickscore_settings, copied) -> None:
 
 def test_weights_that_are_not_finite_name_the_prompt(pickscore_settings, images, prompts) -> None:
     scorer = PickScore(pickscore_settings)
-    scorer.model.logit_scale.data.fill_(float("nan"))
+    scorer.clip.model.logit_scale.data.fill_(float("nan"))
     with pytest.raises(ValueError, match="pickscore: the score for prompt 'a red circle' is nan"):
         scorer.score(images, prompts)

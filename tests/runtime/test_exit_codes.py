@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from spo import cli
+from spo.commands import arguments
 from spo.runtime import exit_codes, launch
 from spo.runtime.exit_codes import EXIT_FILE, MISTAKE, TRANSIENT, TransientError, exit_code
 
@@ -63,7 +64,7 @@ def test_the_command_line_ends_with_it_and_leaves_it_for_a_flow(
     def fail(arguments: Any) -> None:
         raise error
 
-    monkeypatch.setattr(cli, "_run_preset", fail)
+    monkeypatch.setattr(arguments, "_run_preset", fail)
     monkeypatch.setenv(EXIT_FILE, str(tmp_path / "code"))
     code = cli.main(["preset", "smoke"])
     assert code == exit_code(error) and (tmp_path / "code").read_text() == str(code)
@@ -74,8 +75,32 @@ def test_one_process_of_several_hands_it_to_the_launcher_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv(exit_codes.OURS, "1")
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error"))
     monkeypatch.setenv(EXIT_FILE, str(tmp_path / "code"))
     assert launch.report_to_launcher("a server is away", TRANSIENT)
     exit_codes.leave_exit_code(TRANSIENT)
     assert not (tmp_path / "code").exists() and '"code": 75' in (tmp_path / "error").read_text()
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "srun"])  # srun hands no error on
+@pytest.mark.parametrize(("local", "said"), [("0", True), ("1", False)])
+def test_under_another_launcher_one_process_a_machine_says_it(
+    local: str,
+    said: bool,
+    launcher: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """torchrun shows a table and ends with 1, whatever its processes ended with."""
+    for name, value in {"RANK": f"1{local}", "LOCAL_RANK": local, "WORLD_SIZE": "12"}.items():
+        monkeypatch.setenv(name, value)
+    if launcher == "torchrun":
+        monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error"))
+    monkeypatch.setenv(EXIT_FILE, str(tmp_path / "code"))
+    assert cli.main(["report"]) == 2
+    line = "only preference, align, generate, score run in several processes; start this command by itself"
+    assert (tmp_path / "code").read_text() == "2"
+    assert launcher == "srun" or line in (tmp_path / "error").read_text()
+    assert capsys.readouterr().err == (f"spo: {line}\n" if said else "")

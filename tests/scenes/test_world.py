@@ -19,8 +19,8 @@ def test_below_is_above_with_the_shapes_exchanged() -> None:
 def test_parse_is_the_inverse_of_captions() -> None:
     generator = torch.Generator().manual_seed(3)
     attributes = world.random_attributes(500, generator)
-    told = [world.parse(c) for c in world.captions(attributes, generator)]
-    assert torch.equal(torch.stack(told), attributes)
+    parsed = [world.parse(c) for c in world.captions(attributes, generator)]
+    assert torch.equal(torch.stack(parsed), attributes)
 
 
 def test_single_shapes_have_a_place_and_pairs_a_relation() -> None:

@@ -48,7 +48,9 @@ def test_a_place_that_cannot_be_written_is_one_line(copy: Path, stage: tuple[str
     assert before
     with read_only(copy / folder):
         done = clones.run(copy, "spo", *stage)
-    (line,) = [line for line in done.stderr.splitlines() if line.startswith("spo: ")]
+    (line,) = [
+        line for line in done.stderr.splitlines() if line.startswith("spo: ") and "threads" not in line
+    ]
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert f"{folder}/" in line or f"{folder}:" in line or f"'{folder}" in line, line
     assert "Read-only" in line or "Permission" in line
@@ -61,6 +63,6 @@ def test_state_that_cannot_be_written_is_said(copy: Path) -> None:
     with read_only(copy / ".spo"):
         done = clones.run(copy, "dvc", "repro", "align@spo")
     assert done.returncode != 0 and "Traceback" not in done.stderr
-    lines = [line for line in done.stderr.splitlines() if line.startswith("spo: ")]
+    lines = [line for line in done.stderr.splitlines() if line.startswith("spo: ") and "threads" not in line]
     assert len(lines) == 1 and ".spo/" in lines[0] and ("Read-only" in lines[0] or "Permission" in lines[0])
     assert not (copy / "outputs/align/spo").exists()

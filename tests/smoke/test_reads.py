@@ -34,8 +34,10 @@ FREE_KEYS = {
 # modules that no stage's result depends on
 FREE_MODULES = {
     "": {
+        "src/spo/__init__.py": "the names of the Python API",
         "src/spo/__main__.py": "starts the command",
         "src/spo/cli.py": "starts the command",
+        "src/spo/commands/arguments.py": "the same",
         "src/spo/config": "its values are params and outputs/inputs/defaults.json",
         "src/spo/methods/__init__.py": "the list of methods; each stage declares its own method's file",
         "src/spo/runtime": "files, locks, signals and processes: not what is in them",
@@ -110,14 +112,14 @@ def pinned(clone: Path, paths: set[str]) -> set[str]:
 
 
 def test_every_stage_was_recorded(clone: Path, declared: Declared) -> None:
-    assert set(reads(clone)) == set(declared.keys) and len(declared.keys) == 17
+    assert set(reads(clone)) == set(declared.keys) and len(declared.keys) == 21
     for name, read in reads(clone).items():
         assert read["keys"] and read["modules"] and "params.yaml" in read["files"], name
 
 
 def test_the_record_sees_through_variables(clone: Path) -> None:
     """`settings = params.generate`, `getattr(params.align, item)`, copies with other values."""
-    read = {name: set(told["keys"]) for name, told in reads(clone).items()}
+    read = {name: set(row["keys"]) for name, row in reads(clone).items()}
     assert {"generate.eta", "generate.seed", "generate.base.guidance"} <= read["generate@base"]
     assert {"align.spo.beta", "align.spo.optimizer.epsilon", "align.spo.lora.rank"} <= read["align@spo"]
     assert "align.diffusion_dpo.beta" not in read["align@spo"]
@@ -142,7 +144,16 @@ def test_every_module_that_a_stage_imports_is_declared(clone: Path, declared: De
     assert {name: modules for name, modules in found.items() if modules} == {}
 
 
-LABELS = {"src/spo/rewards", "src/spo/preference/pseudo_labels.py"}  # with preference.labels only
+# with preference.labels and pairs.filter only
+OPTIONAL = {
+    "preference": {"src/spo/rewards", "src/spo/preference/pseudo_labels.py"},
+    "pairs": {
+        "src/spo/preference/gaps.py",
+        "src/spo/preference/pair_filter.py",
+        "src/spo/rewards",
+        "src/spo/training",
+    },
+}
 
 
 def test_every_module_that_a_stage_declares_is_used(clone: Path, declared: Declared) -> None:
@@ -150,7 +161,7 @@ def test_every_module_that_a_stage_declares_is_used(clone: Path, declared: Decla
         # all code is opened to name the state that a killed stage goes on from: that is no use of it
         used = {*read["modules"], *(f for f in read["files"] if not f.endswith(".py"))}
         for path in declared.paths[name]:
-            if path.startswith("src/") and not (name.startswith("preference") and path in LABELS):
+            if path.startswith("src/") and path not in OPTIONAL.get(name.partition("_")[0], ()):
                 assert any(under(u, {path}, "/") for u in used), f"{name} declares {path}, never used"
 
 
@@ -180,3 +191,20 @@ def test_labels_by_a_scorer_need_nothing_else(copy: Path, declared: Declared) ->
     assert "preference.labels.gap" in read["keys"] and "src/spo/rewards/pickscore.py" in read["modules"]
     assert undeclared_keys(read, declared.keys["preference"], "preference") == []
     assert undeclared_code(copy, read, declared.paths["preference"], "preference") == []
+
+
+def test_a_filter_of_pairs_needs_nothing_else(copy: Path, declared: Declared) -> None:
+    """A branch that the smoke preset does not take."""
+    params = yaml.safe_load((copy / "params.yaml").read_text())
+    scorer = params["score"]["pickscore"]
+    params["pairs"]["filter"] = {"pickscore": scorer, "win_lose_above": {"pickscore": 0.0}}
+    (copy / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
+    recorded = clones.environment(copy, clones.RECORDER)
+    for command in ("inputs", "pairs"):
+        done = clones.run(copy, "spo", command, variables=recorded)
+        assert done.returncode == 0, done.stderr[-3000:]
+    read = reads(copy)["pairs"]
+    assert "src/spo/rewards/pickscore.py" in read["modules"]
+    assert undeclared_keys(read, declared.keys["pairs"], "pairs") == []
+    assert undeclared_code(copy, read, declared.paths["pairs"], "pairs") == []
+    assert len(json.loads((copy / "outputs/inputs/pairs.json").read_text())) == 2

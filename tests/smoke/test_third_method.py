@@ -30,7 +30,7 @@ SECTION = '''class Sft(Section):
 
 class Align(Section):'''
 EDITS = {  # file: (text, what it becomes)
-    "src/spo/methods/__init__.py": [('MODULES = {"spo"', 'MODULES = {"sft": "spo.methods.sft", "spo"')],
+    "src/spo/methods/__init__.py": [("MODULES = {\n", 'MODULES = {\n    "sft": "spo.methods.sft",\n')],
     "src/spo/config/training.py": [
         ("class Align(Section):", SECTION),
         ("    spo: Spo\n", "    spo: Spo\n    sft: Sft\n"),

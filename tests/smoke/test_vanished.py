@@ -69,10 +69,10 @@ def test_an_input_that_is_harmed_is_one_line(workspace: Path, monkeypatch, capfd
     finally:
         file.unlink(missing_ok=True)
         file.write_bytes(content)
-    told = [line for line in capfd.readouterr().err.splitlines() if line.startswith("spo: ")]
-    assert len(told) == 1, told
-    # a table that is shorter is told by its variant: "spo has 6 rows, base 8"
-    assert any(name in told[0] for name in (file.name, file.parent.name, where, f"{file.stem} has")), told
+    lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("spo: ")]
+    assert len(lines) == 1, lines
+    # a table that is shorter is named by its variant: "spo has 6 rows, base 8"
+    assert any(name in lines[0] for name in (file.name, file.parent.name, where, f"{file.stem} has")), lines
     assert {p: c for p, c in made(workspace).items() if not p.startswith("outputs/pairs")} == {
         p: c for p, c in before.items() if not p.startswith("outputs/pairs")
     }, "the last good state"

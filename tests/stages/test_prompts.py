@@ -10,7 +10,7 @@ import yaml
 from spo import config
 from spo.commands import dry_run
 from spo.scenes import world
-from spo.stages import prompts
+from spo.stages import inputs, prompts
 from tools.scenes import tokenizer
 
 DATA = "memory://pickapic/data"
@@ -41,7 +41,7 @@ def section(folder, **changes) -> config.Prompts:
 
 
 def test_lists_are_made_of_a_data_set_s_splits(data_set, tmp_path) -> None:
-    summary = prompts.prepare(section(tmp_path), 0, lambda prompt: len(prompt.split()), tmp_path / "out")
+    summary = prompts.prepare(section(tmp_path), lambda prompt: len(prompt.split()), tmp_path / "out")
     made = {name: (tmp_path / f"out/{name}.txt").read_text().splitlines() for name in ("train", "test")}
     assert sorted(made["train"]) == [f"prompt of training {i}" for i in range(8)]
     assert sorted(made["test"]) == sorted(data_set["validation_unique"])
@@ -65,7 +65,7 @@ def test_a_prompt_that_is_half_a_character_is_set_aside_with_its_reason(data_set
     lines = [r"half \ud83d", *(f"prompt {i}" for i in range(8))]
     (tmp_path / "t.json").write_text("[" + ",".join(f'"{line}"' for line in lines) + "]")
     lists = section(tmp_path).model_copy(update={"train": str(tmp_path / "t.json")})
-    prompts.prepare(lists, 0, len, tmp_path / "out")
+    prompts.prepare(lists, len, tmp_path / "out")
     assert "train,0,broken_text" in (tmp_path / "out/set_aside.csv").read_text().splitlines()
 
 
@@ -79,4 +79,66 @@ def test_the_dry_run_names_a_data_set_by_its_address(data_set, tmp_path, monkeyp
 def test_a_split_that_is_not_there_is_one_line(data_set, tmp_path) -> None:
     wrong = section(tmp_path).model_copy(update={"train": f"{DATA}/tain-*.parquet"})
     with pytest.raises(ValueError, match=r"tain-\*.parquet: no .parquet shards"):
-        prompts.prepare(wrong, 0, len, tmp_path / "out")
+        prompts.prepare(wrong, len, tmp_path / "out")
+
+
+PARTI = 'Prompt\tCategory\tChallenge\tNote\na "glass" fox\tAnimals\tBasic\t\nseen\tAnimals\tBasic\t\n'
+
+
+def suite_files(folder) -> dict[str, str]:
+    (folder / "parti.tsv").write_text(PARTI + "prompt of training 3\tA\tB\t\nA glass FOX!\tA\tB\t\n")
+    (folder / "anime.json").write_text(json.dumps(["prompt of evaluation 1", "a girl in rain", "in a pair"]))
+    return {
+        "parti": str(folder / "parti.tsv"),
+        "hpd_anime": str(folder / "anime.json"),
+        "pickapic": f"{DATA}/validation_unique-*.parquet",
+    }
+
+
+def test_suites_are_cleaned_without_prompts_of_training_and_pairs(data_set, tmp_path) -> None:
+    lists = section(tmp_path)
+    pd.DataFrame({"caption": ["another", "In a pair."]}).to_parquet(tmp_path / "pairs/0.parquet")
+    count = len
+    plain = prompts.prepare(lists, count, tmp_path / "plain")
+    summary = prompts.prepare(lists, count, tmp_path / "out", suite_files(tmp_path))
+    kept = {p.stem: p.read_text().splitlines() for p in (tmp_path / "out/suites").iterdir()}
+    assert kept["parti"] == ['a "glass" fox', "seen"]
+    assert kept["hpd_anime"] == ["prompt of evaluation 1", "a girl in rain"]  # test prompts may be among them
+    assert sorted(kept["pickapic"]) == sorted(data_set["validation_unique"])
+    assert summary["suites"]["parti"] == {"read": 4, "prompts": 2, "elsewhere": 1, "near_duplicate": 1}
+    assert summary["suites"]["hpd_anime"] == {"read": 3, "prompts": 2, "elsewhere": 1}
+    assert "suite parti,2,elsewhere" in (tmp_path / "out/set_aside.csv").read_text().splitlines()
+    for name in ("train", "test", "validation"):  # a suite changes no other list
+        assert (tmp_path / f"out/{name}.txt").read_bytes() == (tmp_path / f"plain/{name}.txt").read_bytes()
+    assert "suites" not in plain and not (tmp_path / "plain/suites").exists()
+
+
+def test_validation_prompts_are_in_no_suite(data_set, tmp_path) -> None:
+    lists = section(tmp_path).model_copy(update={"n_validation": 2, "n_test": 4})
+    prompts.prepare(lists, len, tmp_path / "out", {"pickapic": f"{DATA}/validation_unique-*.parquet"})
+    validation = (tmp_path / "out/validation.txt").read_text().splitlines()
+    kept = (tmp_path / "out/suites/pickapic.txt").read_text().splitlines()
+    assert len(validation) == 2 and set(kept) == set(data_set["validation_unique"]) - set(validation)
+
+
+def test_a_suite_that_is_not_there_or_has_nothing_left_is_one_line(data_set, tmp_path) -> None:
+    for source, message in (
+        (str(tmp_path / "nowhere.tsv"), "nowhere.tsv: no such file of prompts"),
+        (str(tmp_path / "used.txt"), "no prompt is left (1 elsewhere)"),
+    ):
+        (tmp_path / "used.txt").write_text("prompt of training 3\n")
+        lists = section(tmp_path)
+        with pytest.raises(ValueError, match="^generate.suites.parti: ") as error:
+            prompts.prepare(lists, len, tmp_path / "out", {"parti": source})
+        assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_suites_have_names_that_paths_can_have() -> None:
+    raw = yaml.safe_load(config.preset("smoke"))
+    raw["generate"]["suites"] = {"../x": "file.txt"}
+    with pytest.raises(ValueError, match="generate.suites"):
+        config.validate(raw)
+    raw["generate"]["suites"] = {"parti": "file.txt"}
+    with pytest.raises(ValueError, match="generate.suites: no suite 'hpd'; there is parti"):
+        config.validate(raw).generate.check_suite("hpd")
+    assert ("file.txt", None) in inputs.sources(config.validate(raw))["prompts"]

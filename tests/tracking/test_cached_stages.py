@@ -6,6 +6,8 @@ import json
 import os
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -177,6 +179,30 @@ def test_a_run_gets_an_entry_that_was_written_since_or_that_dvc_came_to(
     tags = runs()["pairs"].data.tags
     assert ("dvc.lock_hash" in tags) == known
     assert tags.get("dvc.out.outputs/pairs") == (("p2.dir" if written else "p1.dir") if known else None)
+
+
+def test_two_stages_that_start_at_once_record_a_cached_stage_once(
+    locked_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each finds that `pairs`, which both are made from, has no run yet."""
+    parent = open_parent(PARAMS, "parent")
+    entries = dvc_lock.read()
+
+    def slow() -> dict[str, dvc_lock.Entry]:
+        time.sleep(0.3)
+        return entries
+
+    monkeypatch.setattr(cached_stages.dvc_lock, "read", slow)
+    found: list[list[str]] = []
+    threads = [
+        threading.Thread(target=lambda: found.append(runs._settle(parent, PARAMS, ["pairs"])))
+        for _ in range(2)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(found) == [[], ["pairs"]]
 
 
 def test_nothing_is_guessed_of_what_is_written_after_the_last_stage(

@@ -31,7 +31,7 @@ def client(folder: Path, runs: Any) -> Any:
     return load_mlflow().MlflowClient(f"sqlite:///{folder / 'mlflow.db'}")
 
 
-def told(capsys: pytest.CaptureFixture[str]) -> str:
+def printed(capsys: pytest.CaptureFixture[str]) -> str:
     """The one line of tracking."""
     lines = [line for line in capsys.readouterr().err.splitlines() if line]
     assert len(lines) == 1, lines
@@ -65,7 +65,7 @@ def test_an_experiment_deleted_before_a_stage_is_named_and_all_comes_after_its_r
     restore = (
         f"the experiment 'tiny' was deleted; `mlflow experiments restore --experiment-id {number}` brings"
     )
-    line = told(capsys)
+    line = printed(capsys)
     assert restore in line and line.endswith("kept in .spo/spool, `spo sync` then delivers them")
     assert cli.main(["sync"]) == 2
     output = capsys.readouterr()
@@ -103,7 +103,7 @@ def test_what_is_deleted_while_a_stage_runs_waits_for_its_restoration(
     run_stage(during=delete)
     experiment = client.get_experiment_by_name("tiny").experiment_id
     (run,) = client.search_runs([experiment], run_view_type=3)
-    line = told(capsys)
+    line = printed(capsys)
     if gone == "run":
         assert f"run {run.info.run_id} was deleted; `mlflow runs restore --run-id {run.info.run_id}`" in line
         client.restore_run(run.info.run_id)
@@ -124,7 +124,7 @@ def test_a_run_that_is_deleted_for_good_is_delivered_anew(
         client._tracking_client.store._hard_delete_run(run.info.run_id)
 
     run_stage(during=delete)
-    assert "there is no run" in told(capsys)
+    assert "there is no run" in printed(capsys)
     assert spools() == []
     delivered(folder, client)
 
@@ -167,7 +167,7 @@ def test_a_deleted_parent_holds_up_no_child(
     top = next(r for r in client.search_runs([experiment]) if r.info.run_name == "nightly").info.run_id
     client.delete_run(top)
     run_stage()
-    assert f"`mlflow runs restore --run-id {top}`" in told(capsys)
+    assert f"`mlflow runs restore --run-id {top}`" in printed(capsys)
     delivered(folder, client)
     client.restore_run(top)
     assert sync()[1] == 0
@@ -199,7 +199,7 @@ def test_what_waits_does_not_hold_up_other_experiments(
     delivered(folder, client)
     capsys.readouterr()
     assert sync() == (0, 12)  # create, params, two metrics, tags and end, twice
-    assert "'closed' was deleted" in told(capsys)
+    assert "'closed' was deleted" in printed(capsys)
 
 
 def test_an_adopted_run_that_the_store_has_not_is_set_aside(folder: Path, client: Any) -> None:
@@ -230,7 +230,7 @@ def test_a_name_that_mlflow_refuses_is_said_to_be_the_reason(
     folder: Path, client: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run_stage(params=PARAMS | {"name": "x" * 600})
-    line = told(capsys)
+    line = printed(capsys)
     assert "MLflow takes no experiment of the name 'xxx" in line and "another `name` in params.yaml" in line
     assert line.endswith("no store will take them under this name")
 
@@ -269,7 +269,7 @@ def test_a_store_that_takes_nothing_is_said_to_be_the_reason_and_nothing_is_lost
         monkeypatch.setattr(Store, "connect", _with_pragma(Store.connect, limits[spoil]))
     notes = {str(i): "x" * 5000 for i in range(30)}  # more than the free room of a full file
     run_stage(params=PARAMS | {"notes": notes, "tracking": f"sqlite:///{file}"})
-    line = told(capsys)
+    line = printed(capsys)
     assert re.search(reason, line) and line.endswith("`spo sync` delivers them")
     assert not list(folder.glob(".spo/spool/*.refused"))
     monkeypatch.setattr(Store, "connect", CONNECT)

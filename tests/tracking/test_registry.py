@@ -176,9 +176,9 @@ def test_mistakes_are_one_line(folder: Path, runs: Any) -> None:
     with pytest.raises(ValueError, match="no version 'best' of the model 'tiny'"):
         registry.fetch(params(), "best")
     away = params().model_copy(update={"tracking": "http://me:secret@127.0.0.1:9"})
-    with pytest.raises(ValueError, match="registry: ") as told:
+    with pytest.raises(ValueError, match="registry: ") as error:
         registry.register(away)
-    assert "\n" not in str(told.value) and "secret" not in str(told.value)
+    assert "\n" not in str(error.value) and "secret" not in str(error.value)
 
 
 def test_a_gate_that_is_none_is_refused() -> None:

@@ -38,8 +38,8 @@ def test_redact_takes_out_passwords_only(text: str, clean: str) -> None:
 
 
 def test_an_error_is_one_short_line_without_passwords() -> None:
-    told = one_line(ValueError("no answer of http://me:pass@host\nmore " + "x" * 1000))
-    assert told == "ValueError: no answer of http://***@host"
+    line = one_line(ValueError("no answer of http://me:pass@host\nmore " + "x" * 1000))
+    assert line == "ValueError: no answer of http://***@host"
     assert len(one_line(ValueError("x" * 1000))) == 500
 
 

@@ -47,13 +47,13 @@ class Clone:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        told = {
+        variables = {
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
             "DVC_NO_ANALYTICS": "1",
         }
         for role in ("AUTHOR", "COMMITTER"):
-            told |= {f"GIT_{role}_NAME": "one", f"GIT_{role}_EMAIL": "one@example.org"}
-        self.environment = {**os.environ, **told}
+            variables |= {f"GIT_{role}_NAME": "one", f"GIT_{role}_EMAIL": "one@example.org"}
+        self.environment = {**os.environ, **variables}
 
     def __call__(self, *command: str, fails: bool = False) -> str:
         done = subprocess.run(
@@ -102,8 +102,8 @@ def test_a_second_clone_varies_compares_and_hands_back(team: tuple[Clone, Clone,
     assert (second.folder / "adapter.txt").read_text() == "2\n"
     assert "Running stage" not in second("dvc", "repro"), "nothing is to do in a fresh clone"
 
-    told = second("dvc", "exp", "run", "-S", "beta=5", "--name", "beta-5")
-    assert "Running stage 'align'" in told and "Running stage 'prompts'" not in told
+    output = second("dvc", "exp", "run", "-S", "beta=5", "--name", "beta-5")
+    assert "Running stage 'align'" in output and "Running stage 'prompts'" not in output
     (change,) = json.loads(second("dvc", "metrics", "diff", "--json"))["metrics.json"].values()
     assert change["diff"] == pytest.approx(0.3)
     shown = second("dvc", "exp", "show", "--csv")
@@ -132,8 +132,8 @@ def test_queued_experiments_run_two_at_a_time(team: tuple[Clone, Clone, Path]) -
 def test_a_remote_that_refuses_is_said_and_nothing_is_lost(team: tuple[Clone, Clone, Path]) -> None:
     first, _, _ = team
     first("dvc", "remote", "add", "-q", "--local", "-f", "team", "/proc/nowhere")
-    told = first("dvc", "push", fails=True)
-    assert "ERROR" in told and "Traceback" not in told
+    output = first("dvc", "push", fails=True)
+    assert "ERROR" in output and "Traceback" not in output
     assert (first.folder / "adapter.txt").read_text() == "2\n"
 
 
@@ -163,19 +163,19 @@ def store() -> Iterator[str]:
 
 @pytest.mark.services
 def test_an_s3_store_is_a_remote_too(team: tuple[Clone, Clone, Path], store: str) -> None:
-    told = ""
+    output = ""
     for clone in team[:2]:
         clone.environment |= {"AWS_ACCESS_KEY_ID": "somebody", "AWS_SECRET_ACCESS_KEY": SECRET}
         clone("dvc", "remote", "add", "--local", "s3", "s3://team/spo")
         clone("dvc", "remote", "modify", "--local", "s3", "endpointurl", store)
     first, second, seed = team
-    told += first("dvc", "push", "-r", "s3")
-    told += second("dvc", "pull", "-r", "s3")
+    output += first("dvc", "push", "-r", "s3")
+    output += second("dvc", "pull", "-r", "s3")
     assert (second.folder / "adapter.txt").read_text() == "2\n"
     assert "Running stage" not in second("dvc", "repro")
-    told += second("dvc", "remote", "modify", "--local", "s3", "endpointurl", "http://127.0.0.1:9")
-    told += second("dvc", "push", "-r", "s3", fails=True)
-    assert SECRET not in told
+    output += second("dvc", "remote", "modify", "--local", "s3", "endpointurl", "http://127.0.0.1:9")
+    output += second("dvc", "push", "-r", "s3", fails=True)
+    assert SECRET not in output
     assert not list(seed.rglob("*")), "a push never writes the seed remote"
     for folder in (first.folder, second.folder):
         for path in (p for p in folder.rglob("*") if p.is_file()):

@@ -159,8 +159,8 @@ def test_a_server_that_is_away_costs_nothing_and_loses_nothing(
         for step in range(300):
             run.log_metrics({"loss": 1 / (step + 1)}, step=step)
     assert time.monotonic() - started < 30  # 300 records, each of which waits 2 s or more, would take minutes
-    told = capsys.readouterr().err
-    assert "spo sync" in told and told.count("\n") == 1 and "pa55word" not in told
+    output = capsys.readouterr().err
+    assert "spo sync" in output and output.count("\n") == 1 and "pa55word" not in output
 
     uri = f"sqlite:///{folder / 'mlflow.db'}"
     delivered, left = sync(uri)
@@ -261,3 +261,27 @@ def test_a_mistyped_parent_is_said_and_ignored(
         pass
     assert "SPO_PARENT_RUN names no run" in capsys.readouterr().err
     assert set(runs()) == {"pairs"}
+
+
+def test_repro_delivers_what_its_stages_log_while_they_run(
+    folder: Path, runs: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*arguments: Any) -> None:
+        raise AssertionError("the stage delivers, and imports MLflow for that")
+
+    monkeypatch.setattr(delivery, "PERIOD", 0.05)
+    monkeypatch.setattr(delivery, "Delivery", refuse)
+    uri = f"sqlite:///{folder / 'mlflow.db'}"
+    with delivery.for_stages(uri) as variables:
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        with stage_run("generate", PARAMS, "base") as run:
+            run.log_metrics({"loss": 0.5}, step=3)
+            limit = time.monotonic() + 60
+            while run.spool.left() and time.monotonic() < limit:
+                time.sleep(0.05)
+            assert history(folder, runs()["generate-base"], "loss") == [(3, 0.5)]
+            time.sleep(0.2)  # system metrics are sampled by the stage
+    assert sync(uri)[1] == 0
+    (found,) = runs().values()
+    assert found.info.status == "FINISHED" and any(name.startswith("system/") for name in found.data.metrics)

@@ -28,7 +28,7 @@ class Numbers:
     def encode_prompts(self, prompts):
         return Conditioning({"text": torch.zeros(len(prompts), 1)})
 
-    def predict(self, x_t, timesteps, conditioning, *, reference=False):
+    def predict(self, x_t, timesteps, conditioning, *, reference=False, copies=1):
         self.forwards["reference" if reference else "policy"] += 1
         values = torch.zeros(2) if reference else self.values
         return values.view(1, 2, 1, 1).expand_as(x_t)
@@ -231,11 +231,11 @@ class Parts(Squares):
 @pytest.mark.parametrize("sizes", [[1, 3], [2, 2], [1, 1, 1, 1]])
 def test_an_update_in_parts_is_the_whole_update(sizes) -> None:
     seen, models = [], []
-    for told in ([4], sizes):
+    for each in ([4], sizes):
         model, rows = Numbers(), []
-        summary = run(model, Parts(told), on_metrics=lambda m, s, rows=rows: rows.append(m))
+        summary = run(model, Parts(each), on_metrics=lambda m, s, rows=rows: rows.append(m))
         assert summary["updates"] == 2 and summary["pairs"] == 2 * 3
-        assert model.forwards["policy"] == 2 * len(told)
+        assert model.forwards["policy"] == 2 * len(each)
         seen.append(rows)
         models.append(model)
     torch.testing.assert_close(models[0].values, models[1].values, rtol=1e-6, atol=0)
@@ -269,10 +269,10 @@ def test_half_precision_scales_the_loss_and_leaves_out_what_overflows(tmp_path) 
     """From 2^16 on: three updates are left out; the scale of the others cancels out."""
     scaled, plain, store = Numbers(), Numbers(), CheckpointStore(tmp_path)
     run(plain, Squares(4))
-    told = run(Numbers(), InHalf(5), store, scale_loss=True)
-    assert told["skipped_updates"] == 3 and told["updates"] == 2
-    told = run(scaled, InHalf(7), store, scale_loss=True)  # goes on, with its scale
-    assert told["skipped_updates"] == 3 and told["updates"] == 4
+    summary = run(Numbers(), InHalf(5), store, scale_loss=True)
+    assert summary["skipped_updates"] == 3 and summary["updates"] == 2
+    summary = run(scaled, InHalf(7), store, scale_loss=True)  # goes on, with its scale
+    assert summary["skipped_updates"] == 3 and summary["updates"] == 4
     torch.testing.assert_close(scaled.values, plain.values, atol=2e-3, rtol=0)
 
 
@@ -297,3 +297,46 @@ def test_gradients_that_no_scale_makes_finite_stop() -> None:
     with pytest.raises(FloatingPointError, match="whatever the loss is scaled by"):
         run(model, Infinite(40), scale_loss=True)
     assert model.values.tolist() == [1.0, -2.0]
+
+
+class Collected(Squares):
+    """Notes the weights that its batches are collected by."""
+
+    def __init__(self, iterations: int) -> None:
+        super().__init__(iterations)
+        self.seen: list[list[float]] = []
+
+    def collect(self, backbone, iteration):
+        self.seen.append(backbone.values.tolist())
+        return super().collect(backbone, iteration)
+
+
+def test_batches_are_collected_by_the_average_of_the_weights(tmp_path) -> None:
+    """The average starts as the weights and halves its distance to them at each update."""
+
+    def fit(folder=None, stop_at: int = 0, sampler_ema: float = 0.5):
+        model, method, weights = Numbers(), Collected(4), []
+
+        def note(metrics, step) -> None:
+            weights.append(model.values.tolist())
+            if step == stop_at:
+                raise KeyboardInterrupt
+
+        options = {"checkpoints": CheckpointStore(folder) if folder else None, "checkpoint_every": 1}
+        objective = Alignment("align.squares", model, method)
+        try:
+            loop.fit(objective, settings(), on_metrics=note, sampler_ema=sampler_ema, **options)
+        except KeyboardInterrupt:
+            return method.seen, weights
+        assert model.values.tolist() == weights[-1]  # not the average
+        return method.seen, weights
+
+    seen, weights = fit()
+    average = [1.0, -2.0]
+    for collected, after in zip(seen, weights, strict=True):
+        assert collected == pytest.approx(average, abs=1e-6)
+        average = [(a + w) / 2 for a, w in zip(average, after, strict=True)]
+    plain, same = fit(sampler_ema=0.0)
+    assert same == weights and plain == [[1.0, -2.0], *weights[:3]] and plain[1:] != seen[1:]
+    assert fit(tmp_path, stop_at=3) == (seen[:3], weights[:3])
+    assert fit(tmp_path) == (seen[2:], weights[2:])  # resumed after the second iteration

@@ -22,17 +22,17 @@ def add(unet: Any, lora: config.Lora, seed: int) -> None:
     """Add a trainable fp32 adapter: A is Gaussian by `seed` and B is zero, so the output is unchanged."""
     from peft import LoraConfig
 
+    from spo.backbones.lora_linear import use_merged_layers
+
+    settings = LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        target_modules=list(lora.target_modules),
+        init_lora_weights="gaussian",
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        unet.add_adapter(
-            LoraConfig(
-                r=lora.rank,
-                lora_alpha=lora.alpha,
-                target_modules=list(lora.target_modules),
-                init_lora_weights="gaussian",
-            ),
-            adapter_name=ADAPTER,
-        )
+        unet.add_adapter(use_merged_layers(settings), adapter_name=ADAPTER)
     for parameter in trainable(unet):
         parameter.data = parameter.data.float()
 
@@ -95,6 +95,8 @@ def load(models: Mapping[str, Any], file: Path) -> dict[str, int]:
 def _inject(model: Any, layers: Mapping[str, lora_file.Update]) -> None:
     from peft import LoraConfig, inject_adapter_in_model
 
+    from spo.backbones.lora_linear import use_merged_layers
+
     common = Counter(update.rank for update in layers.values()).most_common(1)[0][0]
     settings = LoraConfig(
         r=common,
@@ -105,7 +107,7 @@ def _inject(model: Any, layers: Mapping[str, lora_file.Update]) -> None:
     )
     names = dict.fromkeys((f"{name}.lora_A.weight" for name in layers), torch.empty(0))
     with torch.random.fork_rng(devices=[]):  # peft draws initial weights, which _fill replaces
-        inject_adapter_in_model(settings, model, adapter_name=ADAPTER, state_dict=names)
+        inject_adapter_in_model(use_merged_layers(settings), model, adapter_name=ADAPTER, state_dict=names)
     model._hf_peft_config_loaded = True
     for name, update in layers.items():
         _fill(model.get_submodule(name), update)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from spo import config
+from spo.runtime.hub import split_revision
 
 # the supported class of each part
 PARTS = {
@@ -83,7 +84,7 @@ def load_vae(name: str, dtype: torch.dtype) -> Any:
         ValueError: as `load_part`, and for an autoencoder of another class.
     """
     where = f"backbone.vae: {name}"
-    path = Path(name)
+    path, (name, revision) = Path(name), split_revision(name)
     if path.is_file():
         raise ValueError(
             f"{where} is a file; give a folder written by diffusers' AutoencoderKL.save_pretrained"
@@ -92,12 +93,14 @@ def load_vae(name: str, dtype: torch.dtype) -> Any:
     subfolder = "vae" if inner else None
     from diffusers import AutoencoderKL
 
-    announced = reach(where, name, lambda: AutoencoderKL.load_config(name, subfolder=subfolder))
+    announced = reach(
+        where, name, lambda: AutoencoderKL.load_config(name, subfolder=subfolder, revision=revision)
+    )
     announced = settings_of(announced, f"{where}: config.json")
     check_class(announced.get("_class_name", "AutoencoderKL"), "AutoencoderKL", where)
-    files = reach(where, name, lambda: weight_files(name, None)).get(subfolder or "", [])
+    files = reach(where, name, lambda: weight_files(name, revision)).get(subfolder or "", [])
     variant = choose_variants({"vae": files}, None, where)["vae"]
-    return load_part("AutoencoderKL", name, subfolder, None, variant, dtype, where)
+    return load_part("AutoencoderKL", name, subfolder, revision, variant, dtype, where)
 
 
 def index_of(settings: config.Backbone, where: str) -> Mapping[str, Any]:

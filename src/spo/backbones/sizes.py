@@ -38,7 +38,7 @@ def measure(settings: config.Backbone) -> Sizes:
 
     unet, vae = empty_models(settings)
     how = {"subfolder": "scheduler", "revision": settings.revision}
-    announced = _config(
+    announced = described(
         settings, "scheduler_config.json", lambda: DDIMScheduler.load_config(settings.described_by, **how)
     )
     used = {**announced, **scheduler.overridden(settings.scheduler)}
@@ -58,7 +58,7 @@ def empty_models(settings: config.Backbone) -> tuple[Any, Any]:
     unet = unet_config(settings)
     place = {"subfolder": "vae", **how} if settings.vae is None else {}
     name = settings.vae or settings.described_by
-    vae = _config(settings, "vae/config.json", lambda: AutoencoderKL.load_config(name, **place))
+    vae = described(settings, "vae/config.json", lambda: AutoencoderKL.load_config(name, **place))
     with torch.device("meta"):
         return UNet2DConditionModel.from_config(unet), AutoencoderKL.from_config(vae)
 
@@ -72,12 +72,17 @@ def unet_config(settings: config.Backbone) -> dict[str, Any]:
     from diffusers import UNet2DConditionModel
 
     place = {"subfolder": "unet", "revision": settings.revision}
-    return _config(
+    return described(
         settings, "unet/config.json", lambda: UNet2DConditionModel.load_config(settings.described_by, **place)
     )
 
 
-def _config(settings: config.Backbone, file: str, load: Callable[[], Any]) -> dict[str, Any]:
+def described(settings: config.Backbone, file: str, load: Callable[[], Any]) -> dict[str, Any]:
+    """Return the content of a config file of the base, by its name in a diffusers folder.
+
+    Raises:
+        ValueError: it cannot be reached.
+    """
     try:
         content = load()
     except (OSError, ValueError) as error:

@@ -12,19 +12,20 @@ from spo.types import Conditioning
 
 
 class SdText:
-    """Conditioning by the last hidden states of one CLIP."""
+    """Conditioning by the last hidden states of one CLIP. Its pooled output is for latent reward models."""
 
     def __init__(self, tokenizer: Any, text_encoder: Any) -> None:
         self.tokenizer, self.text_encoder = tokenizer, text_encoder
+        self.encoders, self.is_projected = [text_encoder], False
+        self.pooled_width: int = text_encoder.config.hidden_size
 
     def __call__(self, prompts: Sequence[str]) -> Conditioning:
         tokens = tokenized(self.tokenizer, prompts, self.text_encoder)
         # some text encoders announce it; without a mask the UNet attends to the padding too
         masked = getattr(self.text_encoder.config, "use_attention_mask", False)
         mask = tokens.attention_mask if masked else None
-        return Conditioning(
-            {"text": self.text_encoder(tokens.input_ids, attention_mask=mask).last_hidden_state}
-        )
+        output = self.text_encoder(tokens.input_ids, attention_mask=mask)
+        return Conditioning({"text": output.last_hidden_state, "pooled": output.pooler_output})
 
     @staticmethod
     def unet_arguments(conditioning: Conditioning) -> dict[str, Any]:
@@ -44,12 +45,14 @@ class SdxlText:
             side: of the square images, in pixels.
             zeros: encode the empty prompt as zeros (`force_zeros_for_empty_prompt` of model_index.json).
         """
-        self.tokenizers, self.text_encoders, self.zeros = tokenizers, text_encoders, zeros
+        self.tokenizers, self.encoders, self.zeros = tokenizers, list(text_encoders), zeros
+        self.is_projected = True  # the pooled text, by the second encoder
+        self.pooled_width: int = text_encoders[-1].config.projection_dim
         self.time_ids = [side, side, 0, 0, side, side]
 
     def __call__(self, prompts: Sequence[str]) -> Conditioning:
         states, pooled = [], None
-        for tokenizer, encoder in zip(self.tokenizers, self.text_encoders, strict=True):
+        for tokenizer, encoder in zip(self.tokenizers, self.encoders, strict=True):
             output = encoder(tokenized(tokenizer, prompts, encoder).input_ids, output_hidden_states=True)
             states.append(output.hidden_states[-2])
             pooled = output[0]

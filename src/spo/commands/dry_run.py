@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import time
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from spo.config import Params
+from spo.config import Params, Scorers
+from spo.runtime import hub
 
 if TYPE_CHECKING:
-    from spo.backbones.sizes import Sizes
-
-BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
-EFFICIENCY = 0.5  # FLOP/s of a UNet, as a fraction of those of a large matrix product
+    from spo.commands.plan import Plan
 
 
 def lines(params: Params, stage: str, variant: str | None) -> list[str]:
@@ -26,14 +25,18 @@ def lines(params: Params, stage: str, variant: str | None) -> list[str]:
     if stage not in ("preference", "align", "generate"):
         return plan
     from spo.backbones import sizes
+    from spo.commands import estimate
+    from spo.commands.plan import plan as planned
+    from spo.training.distributed import device
 
     size = sizes.measure(params.backbone)
+    work = planned(params, stage, variant, size.scheduler_config)
+    estimated = estimate.Estimate(params, stage, variant, work, size, device())
     plan.append(
         f"UNet {size.unet_parameters / 1e6:.1f} M, VAE {size.vae_parameters / 1e6:.1f} M parameters; "
         f"latents {list(size.latent_shape)}; {size.unet_flops / 1e9:.1f} GFLOP per UNet sample"
     )
-    samples, text = _work(params, stage, variant, size)
-    plan += [text, _memory(params, stage, variant, size), _time(size, samples, params.backbone.dtype)]
+    plan += [work.text, _memory(estimated.bytes()), _time(work, estimated.seconds(), device())]
     return plan
 
 
@@ -41,33 +44,42 @@ def _inputs(params: Params, stage: str, variant: str | None) -> list[tuple[str, 
     """The inputs of a stage: (key, path or hub id, revision)."""
     from spo.methods import method_spec
 
-    b, p, s = params.backbone, params.preference, params.score
+    b, p, s, latent = params.backbone, params.preference, params.score, params.latent_preference
     base = [("backbone.checkpoint", b.checkpoint, b.revision), ("backbone.vae", b.vae, None)]
     clip = [("preference.init", p.init, p.revision), ("preference.tokenizer", p.tokenizer, None)]
+    projection = [("latent_preference.text_projection", latent.text_projection, latent.revision)]
     lists = [
         ("prompts.train", params.prompts.train, None),
         ("prompts.evaluation", params.prompts.evaluation, None),
     ]
-    pairs = [("pairs.source", params.pairs.source, None)]
-    scorers = [
-        ("score.pickscore.model", s.pickscore.model, s.pickscore.revision),
-        ("score.hps.checkpoint", s.hps.checkpoint, None),
-        ("score.aesthetic.clip", s.aesthetic.clip, s.aesthetic.revision),
-        ("score.aesthetic.head", s.aesthetic.head, None),
-    ]
+    pairs = [("pairs.source", params.pairs.source, None), *_scorers("pairs.filter", params.pairs.filter)]
+    scorers = _scorers("score", s)
     method = variant if stage == "align" and variant else "spo"
+    adapter = getattr(params.generate, variant or "base").adapter if stage == "generate" else None
     trained_on = [("trained on", path, None) for path in method_spec(method).reads]
     reads: dict[str, list[tuple[str, str | None, str | None]]] = {
-        "inputs": [*base, *clip, *lists, *pairs, *scorers],
+        "inputs": [*base, *clip, *projection, *lists, *pairs, *scorers],
         "prompts": [*lists, *pairs, base[0]],
         "pairs": [*pairs],
-        "preference": [*base, *clip, ("pairs", "outputs/pairs", None)],
+        "preference": [
+            *base,
+            *(projection if variant == "latent" else clip),
+            ("pairs", "outputs/pairs", None),
+        ],
         "align": [*base, *trained_on],
-        "generate": [*base, ("adapter", getattr(params.generate, variant or "base").adapter, None)],
+        "generate": [*base, ("adapter", adapter, None)],
         "score": [*scorers, ("images", f"outputs/images/{variant}", None)],
         "report": [("scores", "outputs/scores", None)],
     }
     return [(key, name, revision) for key, name, revision in reads[stage] if name is not None]
+
+
+def _scorers(key: str, section: Scorers | None) -> list[tuple[str, str | None, str | None]]:
+    return [
+        (f"{key}.{name}.{file}", *source)
+        for name, settings in (section.configured() if section else {}).items()
+        for file, source in settings.sources().items()
+    ]
 
 
 def _reach(key: str, name: str, revision: str | None) -> str:
@@ -78,64 +90,27 @@ def _reach(key: str, name: str, revision: str | None) -> str:
     if name.startswith("outputs/"):
         return f"{key}: {name} (output of an earlier stage)"
     try:
-        pins = manifest(name, revision)
-        return f"{key}: {name} at {pins['revision']}" if "revision" in pins else f"{key}: {name}"
+        if hub.is_hub_url(name) or hub.is_hub_id(name):
+            return f"{key}: {name} at {hub.commit(name, revision)}"  # nothing is downloaded
+        manifest(name, revision)
+        return f"{key}: {name}"
     except ValueError as error:
         raise ValueError(f"{key}: {error}") from None
 
 
-def _work(params: Params, stage: str, variant: str | None, size: Sizes) -> tuple[int, str]:
-    """The UNet samples of a stage in forward passes, guidance included, and a line about them."""
-    from spo.diffusion.denoiser import is_guided
-    from spo.methods import method_spec
-
-    if stage == "generate":
-        guidance, settings = getattr(params.generate, variant or "base").guidance, params.generate
-        count = params.prompts.n_test if settings.split == "test" else params.prompts.n_validation
-        doubled = 1 + is_guided(guidance)
-        steps = f"{count} images of {settings.num_inference_steps} steps, guidance {guidance:g}"
-        return count * settings.num_inference_steps * doubled, steps
-    if stage == "preference":
-        from spo.preference.trainer import unet_samples
-
-        p = params.preference
-        return unet_samples(p), f"{p.steps} updates of {p.batch_size} pairs"
-    method = variant or "spo"
-    cost = method_spec(method).cost(getattr(params.align, method), size.scheduler_config)
-    return cost.unet_samples, cost.text
+def _memory(terms: Mapping[str, int]) -> str:
+    named = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in terms.items() if size)
+    return f"memory: about {sum(terms.values()) / 2**30:.2f} GiB at the peak: {named}"
 
 
-def _memory(params: Params, stage: str, variant: str | None, size: Sizes) -> str:
-    from spo.backbones import sizes
+def _time(work: Plan, seconds: dict[str, float], device: str) -> str:
+    from spo.commands.estimate import hours
 
-    width = BYTES[params.backbone.dtype]
-    total, kind = width * (size.unet_parameters + size.vae_parameters), "weights of UNet and VAE"
-    if stage == "align":
-        section = getattr(params.align, variant or "spo")
-        state = 2 if section.optimizer.eight_bit else 8  # bytes of Adam's two moments; weight, gradient: fp32
-        if section.lora is None:
-            total += (4 + 4 + state) * size.unet_parameters
-            kind += ", full fine-tuning (fp32 weights, gradients, Adam; frozen reference)"
-        else:
-            trained = sizes.lora_parameters(params.backbone, section.lora)
-            total += (4 + 4 + state) * trained
-            kind += f", a LoRA of {trained / 1e6:.2f} M with its gradients and Adam"
-    return f"memory: {total / 2**30:.2f} GiB for {kind}; plus text encoders, preference model and activations"
-
-
-def _time(size: Sizes, samples: int, dtype: str) -> str:
-    import torch
-
-    from spo.training.distributed import device
-
-    place, kind = device(), {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
-    n = 8192 if place != "cpu" else 512
-    a = torch.ones(n, n, device=place, dtype=kind)
-    seconds = []
-    for _ in range(3):
-        started = time.monotonic()
-        float((a @ a)[0, 0])  # waits for the device
-        seconds.append(time.monotonic() - started)
-    speed = 2 * n**3 / min(seconds)
-    hours = samples * size.unet_flops / speed / EFFICIENCY / 3600
-    return f"time: {samples} UNet samples, about {hours:.2g} h on this {place} ({speed / 1e12:.2g} TFLOP/s)"
+    most, least = (f"{hours(w, seconds):.2g}" for w in (work.most, work.least))
+    about = f"about {most} h" + ("" if most == least else f" if every pair is valid, {least} h if none is")
+    counts = ", ".join(
+        f"{count} {kind.replace('_', ' ')} ({1000 * seconds[kind]:.3g} ms)"
+        for kind, count in asdict(work.most).items()
+        if count
+    )
+    return f"time: {about} on this {device}, beside starting and scoring; samples: {counts}"

@@ -6,7 +6,7 @@ scores them, with the scorers, tables and intervals of the experiment.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,7 +43,7 @@ def generate(
     """
     from spo import backbones
     from spo.backbones.external import SUPPORTED
-    from spo.evaluation.generation import draw, save
+    from spo.evaluation.generation import draw, each_image, save
     from spo.training.distributed import device
 
     if not adapter.exists():
@@ -53,7 +53,7 @@ def generate(
     prompts = _prompts(file)
     backbone = backbones.load_aligned(params.backbone, adapter, device())
     variant = Variant(guidance=params.generate.base.guidance if guidance is None else guidance)
-    seeds = [params.generate.seed + i for i in range(len(prompts))]
+    prompts, seeds = each_image(prompts, params.generate)
     folder = output or OUTPUT / _name(adapter)
     save(folder, draw(backbone, params, variant, prompts, seeds), prompts, seeds)
     return folder
@@ -84,28 +84,41 @@ def score(
         ValueError: another number of prompts than images, an unreadable image, or no prompts.
     """
     from spo.evaluation import statistics
-    from spo.training.distributed import device
 
     folders = {"method": folder, **({"baseline": baseline} if baseline else {})}
-    inputs = {name: _images(path, prompts_file) for name, path in folders.items()}
-    tables = {name: _table(params, *read, device()) for name, read in inputs.items()}
+    scored = tables(params, folders, prompts_file)
     if not is_main_process():
         return ""
     output = output or OUTPUT / folder.stem
     output.mkdir(parents=True, exist_ok=True)
-    tables["method"].to_csv(output / "scores.csv", index=False, float_format="%.6f")
+    scored["method"].to_csv(output / "scores.csv", index=False, float_format="%.6f")
     samples, seed = params.report.bootstrap_samples, params.seed
-    lines = [f"{folder}: {len(tables['method'])} images, scores in {output / 'scores.csv'}"]
-    for metric in statistics.metrics(tables["method"]):
-        mean, low, high = statistics.mean_interval(tables["method"][metric].to_numpy(), samples, seed)
+    lines = [f"{folder}: {len(scored['method'])} images, scores in {output / 'scores.csv'}"]
+    by_prompt = statistics.prompt_means(scored["method"])
+    for metric in statistics.metrics(by_prompt):
+        mean, low, high = statistics.mean_interval(by_prompt[metric].to_numpy(), samples, seed)
         lines.append(f"  {metric:18} {mean:9.4f} [{low:.4f}, {high:.4f}]")
     if baseline:
-        rows = statistics.comparisons(tables, ["baseline"], samples, seed)
+        rows = statistics.comparisons(scored, ["baseline"], samples, seed)
         labels = {"method": folder.name, "baseline": baseline.name}
         rows = [{**r, "method": labels["method"], "baseline": labels["baseline"]} for r in rows]
         write_json(output / "comparisons.json", rows)
         lines += [f"over {baseline}, paired:", *(_line(row) for row in rows)]
     return "\n".join(lines)
+
+
+def tables(
+    params: Params, folders: Mapping[str, Path], prompts: Path | Sequence[str] | None
+) -> dict[str, DataFrame]:
+    """Score the images of each folder: a table of scores by the same name; raises as `score`.
+
+    Args:
+        prompts: one per image, or a file of them; None: those that `spo generate` wrote beside the images.
+    """
+    from spo.training.distributed import device
+
+    inputs = {name: _images(path, prompts) for name, path in folders.items()}
+    return {name: _table(params, *read, device()) for name, read in inputs.items()}
 
 
 def _line(row: Mapping[str, Any]) -> str:
@@ -126,9 +139,13 @@ def _table(params: Params, images: list[Image.Image], prompts: list[str], device
 
 def _prompts(file: Path) -> list[str]:
     from spo.data.prompt_files import read_prompts
+
+    return _checked(read_prompts(file), str(file))
+
+
+def _checked(prompts: list[str], file: str) -> list[str]:
     from spo.data.prompts import flaw
 
-    prompts = read_prompts(file)
     if not prompts:
         raise ValueError(f"{file}: is empty; it must have at least one prompt")
     for row, prompt in enumerate(prompts, start=1):
@@ -139,25 +156,26 @@ def _prompts(file: Path) -> list[str]:
     return prompts
 
 
-def _images(folder: Path, prompts_file: Path | None) -> tuple[list[Image.Image], list[str]]:
+def _images(folder: Path, given: Path | Sequence[str] | None) -> tuple[list[Image.Image], list[str]]:
     """The images in the order of their names (2 before 10) or of an archive, and their prompts."""
     from spo.data.folders import list_images
     from spo.data.images import ARCHIVE
 
     if (folder / ARCHIVE).exists():
         images, prompts = _archive(folder)
-        if prompts_file is None:
+        if given is None:
             return images, prompts
     else:
         images = [_open(path) for path in list_images(folder)]
-        if prompts_file is None:
+        if given is None:
             raise ValueError(
                 f"{folder}: give --prompts FILE with a prompt for each of the {len(images)} images"
             )
-    prompts = _prompts(prompts_file)
+    source = str(given) if isinstance(given, Path) else "the list of prompts"
+    prompts = _prompts(given) if isinstance(given, Path) else _checked(list(given), source)
     if len(prompts) != len(images):
         raise ValueError(
-            f"{folder}: {len(images)} images, but {prompts_file} has {len(prompts)} prompts; "
+            f"{folder}: {len(images)} images, but {source} has {len(prompts)} prompts; "
             "give one prompt per image, in the order of the file names"
         )
     return images, prompts

@@ -114,6 +114,7 @@ def gate(params: Params, candidate: DataFrame, baseline: DataFrame, against: str
         statistics.check_same_rows("the candidate", candidate, against, baseline)
     except ValueError as error:
         return {"rows": str(error)}
+    candidate, baseline = statistics.prompt_means(candidate), statistics.prompt_means(baseline)
     reasons = {}
     for metric in dict.fromkeys(metrics):
         bound = 0.0 if metric in settings.improves else -settings.holds[metric]

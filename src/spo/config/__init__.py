@@ -1,27 +1,34 @@
 """The experiment's configuration: the sections of params.yaml, how they are read, and ready-made presets."""
 
-from spo.config.data import Pairs, Prompts
+from spo.config.data import PairFilter, Pairs, Prompts
 from spo.config.evaluation import VARIANTS, Generate, Registry, Report, Score, Variant
-from spo.config.models import (
-    SINGLE_FILE_CONFIG,
-    AestheticConfig,
-    Backbone,
-    HpsConfig,
-    PickScoreConfig,
-    Scheduler,
-)
+from spo.config.models import SINGLE_FILE_CONFIG, Backbone, Scheduler
 from spo.config.params import Params
 from spo.config.reading import ConfigError, code_defaults, load, preset, preset_names, validate
+from spo.config.scorers import (
+    SCORERS,
+    AestheticConfig,
+    ClipScoreConfig,
+    HpsConfig,
+    ImageRewardConfig,
+    PickScoreConfig,
+    ScorerConfig,
+    Scorers,
+    Source,
+)
 from spo.config.training import (
     METHODS,
     Align,
     DiffusionDpo,
+    LatentPreference,
     Lora,
+    Lpo,
     Optimizer,
     Preference,
     PseudoLabels,
     Rollout,
     Spo,
+    Stepwise,
     Validation,
 )
 
@@ -29,13 +36,18 @@ __all__ = [
     "AestheticConfig",
     "Align",
     "Backbone",
+    "ClipScoreConfig",
     "ConfigError",
     "DiffusionDpo",
     "Generate",
     "HpsConfig",
+    "ImageRewardConfig",
+    "LatentPreference",
     "Lora",
+    "Lpo",
     "METHODS",
     "Optimizer",
+    "PairFilter",
     "Pairs",
     "Params",
     "PickScoreConfig",
@@ -45,10 +57,15 @@ __all__ = [
     "Registry",
     "Report",
     "Rollout",
+    "SCORERS",
     "SINGLE_FILE_CONFIG",
     "Scheduler",
     "Score",
+    "ScorerConfig",
+    "Scorers",
+    "Source",
     "Spo",
+    "Stepwise",
     "VARIANTS",
     "Validation",
     "Variant",

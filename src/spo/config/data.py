@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-from spo.config.base import Count, Fraction, Positive, Section
+from typing import Annotated
+
+from pydantic import Field, model_validator
+
+from spo.config.base import Count, Fraction, Positive, Section, Seed
+from spo.config.scorers import Scorers
+
+Bound = Annotated[float, Field(strict=True)]  # in a scorer's units
 
 
 class Prompts(Section):
     """Prompt lists, and how they are cleaned and split."""
 
+    seed: Seed = 0  # of the split; apart from the training seed, so that runs of other seeds are comparable
     train: str  # a file of captions: .json, .jsonl, .csv, .tsv, .txt or .parquet
     evaluation: str  # the same, for the test and validation prompts
     pairs: str  # folder of preference shards, whose captions are excluded from the evaluation prompts
@@ -19,6 +27,27 @@ class Prompts(Section):
     n_test: Positive
 
 
+class PairFilter(Scorers):
+    """Which training pairs are kept, by the gaps between the scores of their two images.
+
+    The gap of a pair with a winner is the winner's score less the loser's; that of a tie has no sign.
+    """
+
+    win_lose_above: dict[str, Bound] = {}  # by scorer: a pair with a winner is kept if each gap is above
+    tie_below: dict[str, Annotated[Bound, Field(gt=0)]] = {}  # by scorer: a tie is kept if each gap is below
+
+    @model_validator(mode="after")
+    def _rules_have_scorers(self) -> PairFilter:
+        ruled = [*self.win_lose_above, *self.tie_below]
+        if without := [name for name in ruled if name not in self.configured()]:
+            raise ValueError(f"has a rule for {without[0]}, but no section {without[0]}; add it")
+        if unused := [name for name in self.configured() if name not in ruled]:
+            raise ValueError(f"has a section {unused[0]}, but no rule for it; set {unused[0]} to null")
+        if not ruled:
+            raise ValueError("has no rule in win_lose_above or tie_below; set filter to null instead")
+        return self
+
+
 class Pairs(Section):
     """Preference pairs in Pick-a-Pic's schema."""
 
@@ -27,3 +56,4 @@ class Pairs(Section):
     rows_per_shard: Positive = 1000
     max_bad_fraction: Fraction = 0.01
     drop_ties: bool = False
+    filter: PairFilter | None = None  # of the training pairs

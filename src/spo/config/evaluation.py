@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from spo.config.base import Guidance, Positive, Section, Seed
-from spo.config.models import AestheticConfig, HpsConfig, PickScoreConfig
+from spo.config.scorers import AestheticConfig, HpsConfig, PickScoreConfig, Scorers
 
 
 class Variant(Section):
@@ -25,14 +25,27 @@ class Generate(Section):
     eta: Annotated[float, Field(ge=0)] = 1.0
     seed: Seed = 0
     batch_size: Positive = 16
+    images_per_prompt: Positive = 1  # each from a seed of its own; scores are compared by their mean
+    # more lists of prompts by name, as `prompts.evaluation`; each has its own images, scores and comparisons
+    suites: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_]+$")], str] = {}
     base: Variant
     base_high_guidance: Variant
     spo: Variant
     diffusion_dpo: Variant
+    lpo: Variant
+
+    def check_suite(self, name: str) -> None:
+        """
+        Raises:
+            ValueError: no suite of that name.
+        """
+        if name not in self.suites:
+            known = ", ".join(self.suites) or "none"
+            raise ValueError(f"generate.suites: no suite {name!r}; there is {known}; add it to params.yaml")
 
 
-class Score(Section):
-    """The scorers of generated images."""
+class Score(Scorers):
+    """The scorers of generated images; those of the default experiment are required."""
 
     batch_size: Positive = 32
     pickscore: PickScoreConfig
@@ -44,7 +57,7 @@ class Score(Section):
 class Report(Section):
     """The statistics and the image grid of the report."""
 
-    baselines: tuple[str, ...] = ("base", "base_high_guidance", "diffusion_dpo")
+    baselines: tuple[str, ...] = ("base", "base_high_guidance", "diffusion_dpo", "lpo")
     bootstrap_samples: Positive = 10_000
     grid_prompts: Positive = 8
 

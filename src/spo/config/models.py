@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from spo.config.base import Positive, Section
+from spo.config.base import Section
 
 # default of backbone.config, by family: the repository whose configs describe a single-file checkpoint
 SINGLE_FILE_CONFIG = {
@@ -45,30 +45,3 @@ class Backbone(Section):
         if self.is_single_file:
             return self.config or SINGLE_FILE_CONFIG[self.family]
         return self.checkpoint
-
-
-class PickScoreConfig(Section):
-    """PickScore: a folder or hub id of its CLIP."""
-
-    model: str
-    processor: str | None = None  # folder or hub id of the tokenizer; None: that of the model
-    revision: str | None = None
-    image_size: Positive = 224
-
-
-class HpsConfig(Section):
-    """Human Preference Score v2 or v2.1: an open_clip model."""
-
-    architecture: str  # an open_clip model name, or a model config file (.json)
-    checkpoint: str
-    tokenizer: str | None = None  # a folder; None: open_clip's default for the architecture
-    image_size: Positive = 224
-
-
-class AestheticConfig(Section):
-    """LAION's aesthetic predictor: a CLIP (folder or hub id) and the weights of its head."""
-
-    clip: str
-    head: str
-    revision: str | None = None
-    image_size: Positive = 224

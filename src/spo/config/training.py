@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 
 from spo.config.base import Count, Fraction, Guidance, Positive, Rate, Section
-from spo.config.models import AestheticConfig, HpsConfig, PickScoreConfig
+from spo.config.scorers import SCORERS, Scorers
 
 
 class Optimizer(Section):
@@ -23,21 +23,24 @@ class Optimizer(Section):
     eight_bit: bool = False  # 8-bit optimizer state, by bitsandbytes
 
 
-class PseudoLabels(Section):
+class PseudoLabels(Scorers):
     """Labels of the training pairs by one scorer, in place of the annotators' labels."""
 
-    pickscore: PickScoreConfig | None = None
-    hps: HpsConfig | None = None
-    aesthetic: AestheticConfig | None = None
     gap: Rate = 0.1  # in the scorer's units; a smaller difference is a tie
-    batch_size: Positive = 16
 
     @model_validator(mode="after")
     def _one(self) -> PseudoLabels:
-        given = [n for n in ("pickscore", "hps", "aesthetic") if getattr(self, n) is not None]
-        if len(given) != 1:
-            raise ValueError(f"must name one scorer (pickscore, hps or aesthetic), not {len(given)}")
+        if len(given := self.configured()) != 1:
+            raise ValueError(f"must name one scorer ({', '.join(SCORERS)}), not {len(given)}")
         return self
+
+
+class Lora(Section):
+    """A low-rank adapter of the UNet (arXiv 2106.09685)."""
+
+    rank: Positive
+    alpha: Positive
+    target_modules: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
 
 
 class Preference(Section):
@@ -64,12 +67,35 @@ class Preference(Section):
     checkpoint_every: Positive = 100
 
 
-class Lora(Section):
-    """A low-rank adapter of the UNet (arXiv 2106.09685)."""
+class LatentPreference(Section):
+    """The latent reward model (arXiv 2502.01051) and its training."""
 
-    rank: Positive
-    alpha: Positive
-    target_modules: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
+    trained: Literal["all", "lora", "heads"] = (
+        "all"  # UNet, text encoders and heads; adapter and heads; heads
+    )
+    lora: Lora | None = None  # of `trained: lora`, merged into the weights after training
+    text_projection: str | None = (
+        None  # a CLIP (folder or hub id) whose projection it starts from; null: identity
+    )
+    revision: str | None = None  # of that hub id
+    feature_guidance: Guidance = 7.5  # of the visual feature enhancement (VFE); up to 1: none
+    optimizer: Optimizer
+    ema: Annotated[float, Field(ge=0, lt=1)] = 0.0  # decay of the average of the weights; 0: no average
+    steps: Positive
+    batch_size: Positive
+    guidance: Guidance = 5.0  # of the rollouts of `local_prompts`
+    num_inference_steps: Positive = 20  # pairs are noised to the timesteps of this sampler
+    eval_timesteps: tuple[Count, ...] = (1, 251, 501, 701, 951)
+    local_prompts: Count = 0  # validation prompts whose candidates the oracle scores too; only scenes has one
+    gradient_accumulation: Positive = 1  # parts of an update's batch, one forward pass each
+    gradient_checkpointing: bool = False  # less memory for one more forward pass
+    checkpoint_every: Positive = 100
+
+    @model_validator(mode="after")
+    def _adapter(self) -> LatentPreference:
+        if (self.trained == "lora") != (self.lora is not None):
+            raise ValueError("trained: lora and a section lora must be given together")
+        return self
 
 
 class Validation(Section):
@@ -82,10 +108,17 @@ class Validation(Section):
     prompts: Annotated[int, Field(ge=2)] = 8
     images: Annotated[int, Field(ge=2)] = 2  # per prompt, to measure diversity
     max_fall: Rate | None = None  # drop of a score, in standard errors of the paired difference to the start
-    max_divergence: Rate | None = None  # `kl` (SPO, nats per step) or `output_distance` (Diffusion-DPO)
+    max_divergence: Rate | None = None  # `kl` (SPO, LPO; nats per step) or `output_distance` (Diffusion-DPO)
     min_diversity: Fraction | None = None  # as a fraction of the diversity at the start
     # the best validated weights by the mean standardised gain of these scorers are the result; None: the last
-    select: Annotated[tuple[Literal["pickscore", "hps", "aesthetic"], ...], Field(min_length=1)] | None = None
+    select: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
+
+    @field_validator("select")
+    @classmethod
+    def _known(cls, value: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        if unknown := set(value or ()) - set(SCORERS):
+            raise ValueError(f"{min(unknown)} is no scorer; there are {', '.join(SCORERS)}")
+        return value
 
 
 class Rollout(Section):
@@ -112,8 +145,8 @@ class Rollout(Section):
         return value
 
 
-class Spo(Rollout):
-    """Step-aware Preference Optimization (arXiv 2406.04314)."""
+class Stepwise(Rollout):
+    """A method that trains on pairs of candidates from its own rollouts."""
 
     lora: Lora | None  # null: full fine-tuning of the UNet
     optimizer: Optimizer
@@ -126,6 +159,31 @@ class Spo(Rollout):
     gradient_checkpointing: bool = False  # less memory for one more forward pass
     checkpoint_every: Positive = 5
     validation: Validation | None = None
+
+
+class GradSpo(Section):
+    """GradSPO: another loss on the pairs of SPO, from rollouts of an average of the policy's weights."""
+
+    scale: Rate = 0.5  # g, how far winner and loser are from the sampler's prediction
+    sampler_ema: Fraction = 0.9  # decay of the average; 0: the policy itself
+
+
+class Spo(Stepwise):
+    """Step-aware Preference Optimization (arXiv 2406.04314)."""
+
+    gradspo: GradSpo | None = None  # None: SPO's own loss
+
+    @model_validator(mode="after")
+    def _one_step(self) -> Spo:
+        if self.gradspo is not None and self.inner_steps != 1:
+            raise ValueError(f"gradspo needs inner_steps 1, not {self.inner_steps}")
+        return self
+
+
+class Lpo(Stepwise):
+    """Latent Preference Optimization (arXiv 2502.01051)."""
+
+    judged_at: Literal["candidate", "step"] = "candidate"  # the timestep at which candidates are scored
 
 
 class DiffusionDpo(Section):
@@ -147,6 +205,7 @@ class Align(Section):
 
     spo: Spo
     diffusion_dpo: DiffusionDpo
+    lpo: Lpo
 
 
 METHODS = tuple(Align.model_fields)

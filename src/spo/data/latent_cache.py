@@ -27,7 +27,7 @@ def latent_pairs(params: Params, backbone: Backbone, part: str) -> EncodedPairs:
     from functools import partial
 
     from spo.data.images import decode_image
-    from spo.data.latents import encode
+    from spo.data.latents import COMPLETE, encode
     from spo.data.pairs import read_pairs
     from spo.training import distributed
 
@@ -36,8 +36,11 @@ def latent_pairs(params: Params, backbone: Backbone, part: str) -> EncodedPairs:
     settings = ("latents", str(backbone.image_size), params.backbone.dtype, _vae(params))
     name = fingerprint(settings, [folder], CODE)
     decode = partial(decode_image, size=backbone.image_size)
-    with distributed.state().main_process_first():
-        return encode(read_pairs(folder), total, backbone, decode, SCRATCH / "latents" / f"{part}-{name}")
+    cache = SCRATCH / "latents" / f"{part}-{name}"
+    with distributed.main_process_first():
+        if not distributed.is_main_process():
+            distributed.wait_for(cache / COMPLETE)
+        return encode(read_pairs(folder), total, backbone, decode, cache)
 
 
 def _vae(params: Params) -> str:

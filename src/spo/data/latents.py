@@ -16,9 +16,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from spo.diffusion import finite
-from spo.runtime.files import write_json
+from spo.runtime.files import locked, write_json
 from spo.types import Backbone, PreferencePair
 
+COMPLETE = "pairs.json"  # written last: captions and labels
 BATCH = 32  # pairs per forward pass of the encoder
 FLOAT16_MAX = float(np.finfo(np.float16).max)
 
@@ -58,6 +59,8 @@ def encode(
 ) -> EncodedPairs:
     """Encode pairs with the backbone's VAE into `folder`, or read a complete cache from it.
 
+    Of several processes one encodes, and the others wait for it.
+
     Args:
         total: number of pairs, from the summary of the `pairs` stage.
         decode_image: decodes bytes to an image [3,H,W] in [-1,1].
@@ -66,14 +69,19 @@ def encode(
     Raises:
         ValueError: latents that are NaN, infinite or beyond the range of float16, or another number of pairs.
     """
-    done = folder / "pairs.json"
+    done = folder / COMPLETE
     shape = (total, 2, *backbone.latent_shape)
     if not done.exists():
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        file = _allocate(folder / "latents.f16", shape)
-        rows = _write(pairs, backbone, decode_image, file)
-        write_json(done, rows)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        message = f"waits for another stage, which encodes the same pairs into {folder}"
+        with locked(folder.with_name(f".{folder.name}.lock"), message):
+            if not done.exists():
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir()
+                file = _allocate(folder / "latents.f16", shape)
+                rows = _write(pairs, backbone, decode_image, file)
+                file.flush()  # before anyone takes it for complete
+                write_json(done, rows)
     rows = json.loads(done.read_text())
     if len(rows["captions"]) != total:
         raise ValueError(
@@ -85,7 +93,7 @@ def encode(
     )
 
 
-def _allocate(path: Path, shape: tuple[int, ...]) -> np.ndarray:
+def _allocate(path: Path, shape: tuple[int, ...]) -> np.memmap:
     """Map a float16 file and reserve its disk space: a page fault on a full disk kills the process.
 
     Raises:

@@ -7,27 +7,29 @@ from pathlib import Path
 from typing import Any
 
 from spo.data import remote
-from spo.runtime.hub import is_hub_id
+from spo.runtime import hub
 from spo.runtime.messages import redact
 
 
 def manifest(name: str, revision: str | None = None) -> dict[str, Any]:
-    """Pin an input by its content: SHA-256 of each local file, or a hub repository's commit and file hashes.
+    """Pin an input by its content: SHA-256 of each local file, or the commit of a hub repository.
 
     Args:
-        name: a path, a URL, or a hub id such as `owner/name`.
+        name: a path, a URL, or a hub id such as `owner/name`. Files of a hub URL are downloaded.
         revision: of a hub id; a branch is resolved to its commit.
 
     Raises:
         ValueError: neither an existing path, nor a hub id or URL that can be reached.
     """
+    if hub.is_hub_url(name):
+        return _hub_manifest(name, None)
     if remote.is_remote(name):
         return _remote_manifest(name)
     path = Path(name)
     if path.exists():
         files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
         return {"path": name, "files": {_relative(p, path): _sha256(p) for p in files}}
-    if is_hub_id(name):
+    if hub.is_hub_id(name):
         return _hub_manifest(name, revision)
     raise ValueError(
         f"{name}: no such file or folder; run `make repro` or `dvc pull data.dvc`, or correct params.yaml"
@@ -35,7 +37,7 @@ def manifest(name: str, revision: str | None = None) -> dict[str, Any]:
 
 
 def _remote_manifest(url: str) -> dict[str, Any]:
-    """Pin the files of a URL (hf://datasets/..., s3://...) by the content hashes of their store."""
+    """Pin the files of a URL (s3://...) by the content hashes of their store."""
     files, root, entries = remote.find(url)
     pins = {p.removeprefix(root).lstrip("/"): i.get("blob_id") or files.ukey(p) for p, i in entries.items()}
     if not pins:
@@ -44,21 +46,11 @@ def _remote_manifest(url: str) -> dict[str, Any]:
 
 
 def _hub_manifest(name: str, revision: str | None) -> dict[str, Any]:
-    from huggingface_hub import HfApi, snapshot_download
-
-    try:
-        info = HfApi().model_info(name, revision=revision, files_metadata=True)
-        files = {s.rfilename: s.lfs.sha256 if s.lfs else s.blob_id for s in info.siblings or ()}
-        return {"hub": name, "revision": info.sha, "files": files}
-    except Exception as online:  # the hub's client raises many types
-        try:
-            cached = Path(snapshot_download(name, revision=revision, local_files_only=True))
-        except Exception:
-            raise ValueError(
-                f"{name}: not a local path, and the hub cannot be reached ({type(online).__name__}); "
-                "download it on a machine with network access and give its folder in params.yaml"
-            ) from None
-        return {"hub": name, "revision": cached.name, "files": {}}
+    """Pin a hub repository by its commit, and files of a URL by their hashes too."""
+    pins: dict[str, Any] = {"hub": name, "revision": hub.commit(name, revision)}
+    if hub.is_hub_url(name):
+        pins["files"] = {path: hub.content(file) for path, file in hub.download(name).items()}
+    return pins
 
 
 def _relative(path: Path, root: Path) -> str:

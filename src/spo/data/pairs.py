@@ -1,19 +1,20 @@
 """Preference pairs in Pick-a-Pic's schema: checked row by row, written as shards, read back one by one.
 
-Memory does not grow with the number of rows: shards are read in small batches from a local folder, or
-streamed without a cache through fsspec (`hf://datasets/OWNER/NAME@REVISION/data`, s3://...).
+Memory does not grow with the number of rows: shards are read in small batches from a local folder or from
+the hub's cache (`hf://datasets/OWNER/NAME@REVISION/data`), or streamed through fsspec (s3://...).
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from spo.data import columns, remote, values
+from spo.runtime import hub
 from spo.runtime.messages import first_line
 from spo.types import PreferencePair
 
@@ -37,6 +38,8 @@ def shards(source: str | Path) -> list[str | Path]:
     Raises:
         ValueError: no such file, or a URL that cannot be reached.
     """
+    if hub.is_hub_url(source):
+        return _parquet(str(source), hub.download(str(source)).values())
     if remote.is_remote(source):
         return list(_remote_shards(str(source)))
     source = Path(source)
@@ -48,10 +51,14 @@ def shards(source: str | Path) -> list[str | Path]:
 
 def _remote_shards(source: str) -> list[str]:
     files, _, entries = remote.find(source)
-    paths = [p for p in entries if p.endswith(".parquet")]
-    if not paths:
+    return [str(files.unstrip_protocol(p)) for p in _parquet(source, entries)]
+
+
+def _parquet(source: str, paths: Iterable[Any]) -> list[Any]:
+    shards = [path for path in paths if str(path).endswith(".parquet")]
+    if not shards:
         raise ValueError(f"{source}: no .parquet shards; check pairs.source in params.yaml")
-    return [str(files.unstrip_protocol(p)) for p in paths]
+    return shards
 
 
 def count_rows(paths: Sequence[str | Path]) -> int:

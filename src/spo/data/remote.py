@@ -1,4 +1,4 @@
-"""Files of a remote store by URL (hf://datasets/..., s3://..., memory://...), through fsspec."""
+"""Files of a remote store by URL (s3://..., memory://...), through fsspec."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def is_remote(source: object) -> bool:
 def find(url: str) -> tuple[Any, str, dict[str, dict[str, Any]]]:
     """List the files below a URL.
 
-    A `*` in the last part of the URL selects files: `hf://datasets/OWNER/NAME/data/validation_unique-*.parquet`.
+    A `*` in the last part of the URL selects files: `s3://BUCKET/data/validation_unique-*.parquet`.
 
     Returns:
         The fsspec file system, the root of `url` in it, and its details of each file, sorted by path.

@@ -52,6 +52,7 @@ class GuidedDenoiser:
             torch.cat([timesteps, timesteps]),
             Conditioning.cat([self.unconditional, self.conditioning]),
             reference=reference,
+            copies=2,
         )
         without, with_prompt = both.chunk(2)
         return without + self.guidance * (with_prompt - without)

@@ -10,7 +10,10 @@ from torch import Tensor
 
 
 class SampleNoise:
-    """One CPU generator a sample, seeded by a stable hash of (seed, key)."""
+    """One CPU generator a sample, seeded by a stable hash of (seed, key).
+
+    Draws are sent to the device without waiting for what it computes (`non_blocking`).
+    """
 
     def __init__(
         self,
@@ -30,7 +33,7 @@ class SampleNoise:
     def draw(self) -> Tensor:
         """The next standard normal [B,*shape] of every sample."""
         rows = [torch.randn(self.shape, generator=g) for g in self._generators]
-        return torch.stack(rows).to(self.device, self.dtype)
+        return torch.stack(rows).to(self.device, self.dtype, non_blocking=True)
 
     def draw_many(self, k: int) -> Tensor:
         """The next k draws, [k,B,*shape]."""
@@ -39,7 +42,7 @@ class SampleNoise:
     def integers(self, high: int) -> Tensor:
         """A uniform integer in [0, high) of every sample, int64 [B]."""
         rows = [torch.randint(high, (), generator=g) for g in self._generators]
-        return torch.stack(rows).to(self.device)
+        return torch.stack(rows).to(self.device, non_blocking=True)
 
 
 def generator(seed: int, key: int | str) -> torch.Generator:

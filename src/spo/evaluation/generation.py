@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from spo.config import Params, Variant
+from spo.config import Generate, Params, Variant
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -51,7 +51,7 @@ def draw(
             x_0 = sample_latents(backbone, schedule, prompts[part], noise, variant.guidance, settings.eta)
             decoded = backbone.decode(x_0)
             finite.check_finite(finite.DECODER, decoded, prompts[part])
-            return [to_pil(image) for image in decoded]
+            return [to_pil(image) for image in decoded.cpu()]  # one copy, not one an image
 
     size = settings.batch_size
     parts = [slice(start, start + size) for start in range(0, len(prompts), size)]
@@ -65,6 +65,12 @@ def draw(
                 cache.save(number, {"pixels": pack(drawn)})
             yield from drawn
             bar.update(len(drawn))
+
+
+def each_image(prompts: list[str], settings: Generate) -> tuple[list[str], list[int]]:
+    """The prompt and the seed of each image: `images_per_prompt` of each prompt, one after the other."""
+    repeated = [prompt for prompt in prompts for _ in range(settings.images_per_prompt)]
+    return repeated, [settings.seed + i for i in range(len(repeated))]
 
 
 def save(folder: Path, images: Iterator[Image.Image], prompts: list[str], seeds: list[int]) -> None:

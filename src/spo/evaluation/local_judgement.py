@@ -1,7 +1,7 @@
 """How well a preference model tells the candidates of one denoising step apart, where the truth is known.
 
-SPO compares candidates of one step, which differ by little; accuracy on labelled pairs, whose images differ
-in everything, hardly shows how well it does so.
+SPO and LPO compare candidates of one step, which differ by little; accuracy on labelled pairs, whose images
+differ in everything, hardly shows how well it does so.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from spo.diffusion.noise import SampleNoise
 from spo.diffusion.schedule import Schedule
 from spo.methods.stepwise.rollout import Rollout
 from spo.scenes.oracle import Oracle
-from spo.types import Backbone, RewardModel
+from spo.types import Backbone, Candidates, Conditioning, RewardModel
 
 PROMPTS_AT_ONCE = 8
 CANDIDATES = 4
@@ -30,13 +30,13 @@ class _BesideOracle:
         self.reward_model, self.oracle = reward_model, oracle
         self.aesthetics: list[Tensor] = []
 
-    def encode_text(self, prompts: Sequence[str]) -> Tensor:
+    def encode_text(self, prompts: Sequence[str]) -> Conditioning:
         return self.reward_model.encode_text(prompts)
 
-    def score_images(self, images: Tensor, text: Tensor, timesteps: Tensor) -> Tensor:
-        quality, _ = self.oracle.model.perceive(images.clamp(-1, 1).float().cpu())
+    def score(self, candidates: Candidates, text: Conditioning) -> Tensor:
+        quality, _ = self.oracle.model.perceive(candidates.images.clamp(-1, 1).float().cpu())
         self.aesthetics.append(quality.mean(1))
-        return self.reward_model.score_images(images, text, timesteps)
+        return self.reward_model.score(candidates, text)
 
     def taken(self) -> Tensor:
         """The oracle's aesthetics [N] of all images since the last call."""
@@ -56,8 +56,8 @@ def local_judgement(
 ) -> dict[int, float]:
     """Correlation of scores and the oracle's aesthetics within the candidates of a step, by its timestep.
 
-    Every step of rollouts of the base model over `steps` timesteps; the images are those that SPO's
-    candidates are judged by. The names are x_t's timesteps.
+    Every step of rollouts of the base model over `steps` timesteps; the oracle sees the image predicted from
+    each candidate, whatever the reward model asks for. The names are x_t's timesteps.
     """
     schedule = Schedule.from_config(backbone.scheduler_config, steps).to(backbone.device)
     settings = config.Rollout(

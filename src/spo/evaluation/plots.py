@@ -98,11 +98,16 @@ def validation(table: DataFrame, colour: str = COLOURS[1]) -> bytes | None:
     return _png(figure)
 
 
-def efficiency(courses: Mapping[str, Course], quality: str) -> bytes:
-    """Plot quality against seconds of training and UNet samples; a star marks the selected weights."""
+def efficiency(courses: Mapping[str, Course], quality: str, kept: Mapping[str, Course]) -> bytes:
+    """Plot quality against seconds of training and UNet samples; a star marks the selected weights.
+
+    Args:
+        kept: courses of other runs, whose seconds are not comparable.
+    """
     figure, panels = _figure(2, height=2.8)
     for axes, attribute in zip(panels, ("seconds", "unet_samples"), strict=True):
-        for (name, course), colour in zip(courses.items(), _colours(), strict=False):
+        shown = courses if attribute == "seconds" else {**courses, **kept}
+        for (name, course), colour in zip(shown.items(), _colours(), strict=False):
             x = [v / (1 if attribute == "seconds" else 1e3) for v in getattr(course, attribute)]
             axes.plot(x, course.quality, color=colour, marker="o", ms=4, lw=1.6, label=name)
             if course.selected is not None:
@@ -111,7 +116,7 @@ def efficiency(courses: Mapping[str, Course], quality: str) -> bytes:
         axes.set_ylabel(quality)
     panels[0].set_xlabel("seconds of training, preference model included")
     panels[1].set_xlabel("thousand UNet samples, preference model included")
-    panels[0].legend(frameon=False, fontsize=8)
+    panels[1].legend(frameon=False, fontsize=8)
     return _png(figure)
 
 

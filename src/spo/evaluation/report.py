@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from spo.evaluation import plots
-from spo.evaluation.efficiency import course
+from spo.evaluation import kept_tables, plots
+from spo.evaluation.efficiency import Course, course
+from spo.evaluation.kept_runs import KeptRun
+from spo.evaluation.pages import environment
+from spo.evaluation.tables import Table
 from spo.evaluation.verdict import (
     NAMES,
     contradictions,
@@ -51,46 +53,37 @@ class RunResults:
     samples: Mapping[
         str, Sequence[tuple[int, Image.Image]]
     ]  # by method: (update, a row of validation images)
+    kept: Sequence[KeptRun] = ()  # results of other runs
+    # by suite of prompts: score tables and comparisons, as above
+    suites: Mapping[str, tuple[Mapping[str, DataFrame], Sequence[Mapping[str, Any]]]] = field(
+        default_factory=dict
+    )
     world: Mapping[str, Any] | None = None
     lock: Mapping[str, Any] | None = None
 
 
-@dataclass(frozen=True)
-class Table:
-    """A table of the page."""
-
-    title: str
-    columns: Sequence[str]
-    rows: Sequence[Sequence[str]]  # the first cell is the row's header
-    note: str = ""
-
-
 def render(run: RunResults) -> str:
     """Render the page; the same results give the same text."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    folder = Path(__file__).with_name("templates")
-    pages = Environment(
-        loader=FileSystemLoader(folder),
-        autoescape=True,  # a prompt may contain HTML
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     shown = {k: v for k, v in run.params.items() if k != "tracking"}  # its URI may contain a password
-    return pages.get_template("report.html.j2").render(
+    page = environment().get_template("report.html.j2")
+    return page.render(
         run=run,
-        n=len(next(iter(run.scores.values()))),
+        n=_count(run.scores),
+        per_prompt=len(next(iter(run.scores.values()))) // _count(run.scores),
+        suites=[(k, _count(s), means(s, rows), _pairs(rows)) for k, (s, rows) in run.suites.items()],
         headline=headline(run.comparisons),
         details=details(run.comparisons),
         contradictions=contradictions(run.comparisons, run.curves),
         grid=_grid(run),
-        means=means(run),
+        means=means(run.scores, run.comparisons),
         pairs=_pairs(run.comparisons),
         differences=_differences(run),
         accuracy=_accuracy(run),
         local=_local_judgement(run),
         efficiency=_efficiency(run),
+        seeds=kept_tables.seeds(run.params["seed"], run.comparisons, run.kept),
+        settings=kept_tables.settings(run.kept),
+        reached=kept_tables.compute_ratios(_courses(run), run.kept),
         curves={k: data_uri(plots.curves(v)) for k, v in run.curves.items()},
         validation={k: data_uri(png) for k, v in run.curves.items() if (png := plots.validation(v))},
         samples={
@@ -124,11 +117,16 @@ def _grid(run: RunResults) -> list[tuple[str, list[tuple[str, str]]]]:
     return rows
 
 
-def means(run: RunResults) -> Table:
+def _count(scores: Mapping[str, DataFrame]) -> int:
+    """The number of prompts, of which each may have several images."""
+    return int(next(iter(scores.values()))["prompt"].nunique())
+
+
+def means(scores: Mapping[str, DataFrame], rows: Sequence[Mapping[str, Any]]) -> Table:
     """The table of mean scores by variant and metric."""
-    metrics = list(dict.fromkeys(r["metric"] for r in run.comparisons))
-    rows = [[name(v), *(f"{t[m].mean():.3f}" for m in metrics)] for v, t in run.scores.items()]
-    return Table("Means", ["", *map(name, metrics)], rows)
+    metrics = list(dict.fromkeys(r["metric"] for r in rows))
+    cells = [[name(v), *(f"{t[m].mean():.3f}" for m in metrics)] for v, t in scores.items()]
+    return Table("Means", ["", *map(name, metrics)], cells)
 
 
 def _pairs(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[tuple[str, Mapping[str, Any]]]]]:
@@ -175,17 +173,26 @@ def _local_judgement(run: RunResults) -> tuple[Table, str] | None:
     return table, data_uri(plots.local_judgement(models))
 
 
-def _efficiency(run: RunResults) -> str | None:
-    """The figure of quality against compute; None where it was not measured."""
-    courses, quality = {}, ""
+def _courses(run: RunResults) -> dict[str, tuple[str, Course]]:
+    """By method: the column of the quality, and its course over compute; only what was measured."""
+    courses = {}
     for method, trained in run.alignment.items():
         first = [run.preference.get(key, {}) for key in method_spec(method).trained_first]
         measured = course(run.curves[method], trained, first) if method in run.curves else None
         if measured is not None:
-            quality, courses[name(method)] = measured
+            courses[method] = measured
+    return courses
+
+
+def _efficiency(run: RunResults) -> str | None:
+    """The figure of quality against compute; None where it was not measured."""
+    courses = _courses(run)
     if not courses:
         return None
-    return data_uri(plots.efficiency(courses, name(quality.removeprefix("validation/"))))
+    quality = next(iter(courses.values()))[0]
+    shown = {name(method): measured for method, (_, measured) in courses.items()}
+    kept = kept_tables.longer_courses(quality, run.kept)
+    return data_uri(plots.efficiency(shown, name(quality.removeprefix("validation/")), kept))
 
 
 def times(run: RunResults) -> Table:

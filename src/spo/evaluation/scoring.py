@@ -46,15 +46,12 @@ def _scorers(params: Params, device: str) -> list[Callable[[list[Any], list[str]
     """Functions of (images, prompts) that give scores by metric; each loads and releases its model."""
     from functools import partial
 
-    from spo.rewards.aesthetic import Aesthetic
-    from spo.rewards.hps import Hps
-    from spo.rewards.pickscore import PickScore
+    from spo.rewards import load_scorer
 
     score = params.score
 
-    def reward(kind: Any, settings: Any, images: list[Any], prompts: list[str]) -> dict[str, list[float]]:
-        scorer = kind(settings, device=device, batch_size=score.batch_size)
-        return {scorer.name: scorer.score(images, prompts)}
+    def reward(name: str, settings: Any, images: list[Any], prompts: list[str]) -> dict[str, list[float]]:
+        return {name: load_scorer(name, settings, device, score.batch_size).score(images, prompts)}
 
     def oracle(images: list[Any], prompts: list[str]) -> dict[str, list[float]]:
         import torch
@@ -65,10 +62,5 @@ def _scorers(params: Params, device: str) -> list[Callable[[list[Any], list[str]
         assert score.oracle is not None
         return Oracle(score.oracle).score(torch.stack([to_tensor(p) for p in images]), prompts)
 
-    kinds: tuple[tuple[Any, Any], ...] = (
-        (PickScore, score.pickscore),
-        (Hps, score.hps),
-        (Aesthetic, score.aesthetic),
-    )
-    rewards = [partial(reward, kind, settings) for kind, settings in kinds]
+    rewards = [partial(reward, name, settings) for name, settings in score.configured().items()]
     return [*rewards, oracle] if score.oracle is not None else list(rewards)

@@ -118,6 +118,7 @@ def _one_pair(
 ) -> list[dict[str, Any]]:
     one, other = scores[method], scores[baseline]
     check_same_rows(method, one, baseline, other)
+    one, other = prompt_means(one), prompt_means(other)
     rows = []
     for metric in metrics(one):
         try:
@@ -126,6 +127,18 @@ def _one_pair(
             raise ValueError(f"{metric} of {method} and {baseline}: {error}") from None
         rows.append({"method": method, "baseline": baseline, "metric": metric, **result})
     return rows
+
+
+def prompt_means(table: DataFrame) -> DataFrame:
+    """Mean scores by prompt, in the order of the prompts; the seed is that of the first image.
+
+    The images of a prompt are no independent samples, so that intervals are of prompts.
+    """
+    if table["prompt"].is_unique:
+        return table
+    groups = table.groupby("prompt", sort=False)
+    means = groups[metrics(table)].mean()
+    return means.assign(seed=groups["seed"].first()).reset_index()
 
 
 def metrics(table: DataFrame) -> list[str]:

@@ -25,6 +25,7 @@ from spo.evaluation import plots
 from spo.runtime.files import read_json, require, write_json
 from spo.runtime.launch import is_main_process
 from spo.tracking.curve import Curve
+from spo.tracking.runs import Run
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -64,6 +65,7 @@ class Watch:
         name: str,
         iterations: int,
         divergence: str,
+        run: Run,
     ) -> None:
         """
         Args:
@@ -73,10 +75,12 @@ class Watch:
             name: of the params section, for messages.
             iterations: of the training; the last is validated too.
             divergence: the method's metric of the distance to the reference.
+            run: gets the images by update.
         """
         self.settings, self.validate, self.save, self.curve = settings, validate, save, curve
         self.name, self.divergence, self._last = name, divergence, iterations
         self.good, self.best, self.samples = scratch / "good", scratch / "best", scratch / "samples"
+        self._run, self._earlier = run, sorted(self.samples.glob("*.png"))
         self._start = scratch / "validation.json"
         self._start_values = json.loads(self._start.read_text()) if self._start.exists() else None
 
@@ -126,7 +130,11 @@ class Watch:
     def _save_images(self, row: Image.Image, updates: int) -> None:
         if is_main_process():
             self.samples.mkdir(parents=True, exist_ok=True)
-            row.save(self.samples / f"{updates:06d}.png")
+            row.save(path := self.samples / f"{updates:06d}.png")
+            earlier = [p for p in self._earlier if int(p.stem) < updates]  # of a run that was killed
+            for image in (*earlier, path):
+                self._run.log_image(image, "validation", int(image.stem))
+            self._earlier = []
 
     def _save_model(self, folder: Path, facts: Mapping[str, float]) -> None:
         """Replace a saved model; its folder is complete except between the two renames."""
@@ -145,6 +153,18 @@ class Watch:
         if saved.exists():
             last = f"iteration {json.loads(saved.read_text())['iteration']}, in {self.good}"
         raise Collapse(f"{self.name}: stopped at iteration {iteration}: {reason}; last good model: {last}")
+
+
+def scores_at(rows: Mapping[int, Mapping[str, float]], iteration: int) -> tuple[int, dict[str, float]]:
+    """The update and the scores of the validation after an iteration, from a curve's rows.
+
+    Without such a validation: the last update, and no scores.
+    """
+    mark, prefix = "validation/iteration", "validation/"
+    for step, row in rows.items():
+        if row.get(mark) == iteration:
+            return step, {k: v for k, v in row.items() if k.startswith(prefix) and k != mark}
+    return max(rows, default=0), {}
 
 
 def divergence_passed(name: str, metrics: Mapping[str, float], limit: float | None) -> str | None:
@@ -222,7 +242,7 @@ def generate(backbone: Backbone, params: Params, settings: Validation, guidance:
 
 def sections(params: Params) -> list[Any]:
     """The sections on which the images and their scores depend."""
-    return [params.score, params.generate]
+    return [params.score, params.generate.model_copy(update={"suites": {}, "images_per_prompt": 1})]
 
 
 def validate(backbone: Backbone, params: Params, settings: Validation, method: str) -> Validated:

@@ -17,10 +17,13 @@ NAMES = {
     "pickscore": "PickScore",
     "hps": "HPS ×100",
     "aesthetic": "Aesthetic score",
+    "imagereward": "ImageReward",
+    "clipscore": "CLIPScore",
     "oracle_aesthetic": "Oracle: aesthetics",
     "oracle_alignment": "Oracle: alignment",
     "n_train": "training pairs",
     "preference": "Step-aware (the SPM)",
+    "preference_latent": "Latent reward model",
     "preference_unconditioned": "Without step conditioning",
     "preference_clean_only": "Trained on clean images only",
 }
@@ -30,7 +33,8 @@ PROSE = {
     "oracle_aesthetic": "the oracle's aesthetics",
     "oracle_alignment": "the oracle's alignment",
 }
-ALIGNMENT = "oracle_alignment"  # whether an image shows its caption; all other metrics measure quality
+# whether an image shows its caption, the first that was measured; all other metrics measure quality
+ALIGNMENT = ("oracle_alignment", "clipscore")
 
 
 def name(key: str) -> str:
@@ -63,11 +67,12 @@ def outcome(row: Mapping[str, Any]) -> str:
 
 
 def headline(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The verdict on the first method: a sentence each on the first and on the last baseline."""
+    """The verdict on the first method: a sentence each on the first baseline and on the other methods."""
     method = rows[0]["method"]
     own = [r for r in rows if r["method"] == method]
     baselines = list(dict.fromkeys(r["baseline"] for r in own))
-    return " ".join(_sentence(method, b, own) for b in dict.fromkeys((baselines[0], baselines[-1])))
+    rivals = (b for b in baselines if b in MODULES)
+    return " ".join(_sentence(method, b, own) for b in dict.fromkeys((baselines[0], *rivals)))
 
 
 def contradictions(rows: Sequence[Mapping[str, Any]], curves: Mapping[str, DataFrame]) -> str:
@@ -107,7 +112,7 @@ def _training_score(curve: DataFrame | None) -> list[str]:
 
 
 def _sentence(method: str, baseline: str, rows: Sequence[Mapping[str, Any]]) -> str:
-    quality = [r for r in rows if r["baseline"] == baseline and r["metric"] != ALIGNMENT]
+    quality = [r for r in rows if r["baseline"] == baseline and r["metric"] not in ALIGNMENT]
     by: dict[str, list[str]] = {"better": [], "worse": [], "unclear": []}
     for row in quality:
         by[outcome(row)].append(PROSE.get(row["metric"], name(row["metric"])))
@@ -126,11 +131,12 @@ def listed(words: Sequence[str]) -> str:
 
 
 def _alignment(rows: Sequence[Mapping[str, Any]], baseline: str) -> str:
-    rows = [r for r in rows if r["baseline"] == baseline and r["metric"] == ALIGNMENT]
-    if not rows:
+    measured = {r["metric"]: r for r in rows if r["baseline"] == baseline and r["metric"] in ALIGNMENT}
+    row = next((measured[metric] for metric in ALIGNMENT if metric in measured), None)
+    if row is None:
         return "prompt alignment was not measured separately"
-    change = {"better": "rises", "worse": "falls", "unclear": "does not clearly change"}[outcome(rows[0])]
-    return f"alignment with the prompt {change} ({interval(rows[0])})"
+    change = {"better": "rises", "worse": "falls", "unclear": "does not clearly change"}[outcome(row)]
+    return f"alignment with the prompt {change} ({interval(row)})"
 
 
 def interval(row: Mapping[str, Any]) -> str:

@@ -8,7 +8,11 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from spo.methods.spec import MethodSpec
 
-MODULES = {"spo": "spo.methods.spo", "diffusion_dpo": "spo.methods.diffusion_dpo"}
+MODULES = {
+    "spo": "spo.methods.spo",
+    "diffusion_dpo": "spo.methods.diffusion_dpo",
+    "lpo": "spo.methods.lpo",
+}
 
 
 def method_spec(name: str) -> MethodSpec:

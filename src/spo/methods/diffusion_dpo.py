@@ -21,7 +21,7 @@ from torch import Tensor
 from spo.config import DiffusionDpo, Params
 from spo.diffusion.noise import SampleNoise, shuffled
 from spo.diffusion.schedule import Schedule
-from spo.methods.spec import BACKWARD, Cost, MethodSpec
+from spo.methods.spec import Cost, MethodSpec, Work
 from spo.training import distributed
 from spo.types import Backbone, LatentPairs, UNetBatch
 
@@ -149,8 +149,9 @@ def _build(params: Params, backbone: Backbone) -> DiffusionDpoMethod:
 
 
 def _cost(config: DiffusionDpo, scheduler_config: Mapping[str, Any]) -> Cost:
-    samples = config.iterations * 2 * config.batch_size * (2 + BACKWARD)
-    return Cost(samples, f"{config.iterations} updates of {config.batch_size} pairs")
+    samples = config.iterations * 2 * config.batch_size  # by the reference, and by the policy
+    work = Work(unet=samples, unet_trained=samples)
+    return Cost(f"{config.iterations} updates of {config.batch_size} pairs", work)
 
 
 SPEC = MethodSpec(

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from spo.config import Params
+from spo.training.compute import Work
 from spo.types import Backbone, Method
 
-BACKWARD = 2  # the cost of a backward pass in forwards, as usual
+__all__ = ["Cost", "MethodSpec", "Work"]
 
 
 @dataclass(frozen=True)
@@ -24,11 +25,19 @@ class MethodSpec:
     divergence: str  # the metric of its loss that measures the distance to the reference model
     build: Callable[[Params, Backbone], Method]
     cost: Callable[[Any, Mapping[str, Any]], Cost]  # of its section and the scheduler's config
+    # of its section: decay in [0,1) of an average of the weights that collects batches; 0: the weights do
+    sampler_ema: Callable[[Any], float] = lambda section: 0.0
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What a training computes at most."""
+    """What a training computes at most: every pair is valid."""
 
-    unet_samples: int  # forwards of one sample; guidance counts twice, a backward pass as BACKWARD
     text: str  # one line for the dry run
+    updates: Work
+    rollouts: Work = Work()
+
+    @property
+    def unet_samples(self) -> int:
+        """Forwards of one sample; guidance counts twice, a backward pass as two."""
+        return (self.rollouts + self.updates).unet_samples

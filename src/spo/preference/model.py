@@ -20,13 +20,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoTokenizer, CLIPConfig, CLIPModel
 
 from spo.data.images import CLIP_MEAN, CLIP_STD
 from spo.data.tokens import tokenize
+from spo.preference import checkpoint as checkpoint_files
 from spo.runtime.messages import first_line
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
@@ -63,16 +64,7 @@ class StepAwarePreferenceModel(nn.Module):
         Raises:
             ValueError: it cannot be loaded, or tensors are missing.
         """
-        try:
-            settings: dict[str, Any] = {"revision": revision, "dtype": torch.float32}
-            loaded: Any = CLIPModel.from_pretrained(name, output_loading_info=True, **settings)
-        except (OSError, ValueError, SafetensorError) as error:
-            reason = first_line(error, 200)
-            raise ValueError(f"preference.init: {name} cannot be loaded ({reason})") from None
-        clip, info = loaded
-        if missing := sorted(info["missing_keys"]):
-            raise ValueError(f"preference.init: {name} is an incomplete CLIP: {missing[0]} is missing")
-        return cls(clip, step_condition)
+        return cls(_clip(name, revision, "preference.init"), step_condition)
 
     @classmethod
     def from_official_checkpoint(cls, path: str | Path, config: CLIPConfig) -> StepAwarePreferenceModel:
@@ -81,10 +73,10 @@ class StepAwarePreferenceModel(nn.Module):
         Raises:
             ValueError: keys are missing, unknown, or of another shape.
         """
-        state = _read_tensors(Path(path))
+        state = checkpoint_files.read_tensors(Path(path))
         state = {k: v.float() for k, v in state.items() if not k.endswith("position_ids")}
         model = cls(CLIPModel(config))
-        _load_strictly(model, state, path)
+        checkpoint_files.load_strictly(model, state, path, "this CLIP config")
         return model.eval()
 
     @classmethod
@@ -96,8 +88,8 @@ class StepAwarePreferenceModel(nn.Module):
         settings = json.loads((folder / CONFIG).read_text())
         step_condition = settings.pop("step_condition", True)
         model = cls(CLIPModel(CLIPConfig.from_dict(settings)), step_condition)
-        state = {f"model.{k}": v.float() for k, v in _read_tensors(folder / WEIGHTS).items()}
-        _load_strictly(model, state, folder / WEIGHTS)
+        state = {f"model.{k}": v.float() for k, v in checkpoint_files.read_tensors(folder / WEIGHTS).items()}
+        checkpoint_files.load_strictly(model, state, folder / WEIGHTS, "this CLIP config")
         return model.eval()
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -199,6 +191,28 @@ class TimestepEmbedder(nn.Module):
         return self.mlp(waves.to(next(self.parameters()).dtype))
 
 
+def clip_text_projection(name: str, revision: str | None = None) -> Tensor:
+    """The text projection [out,in] of a CLIP-format folder or hub id.
+
+    Raises:
+        ValueError: it cannot be loaded.
+    """
+    return _clip(name, revision, "latent_preference.text_projection").text_projection.weight.detach()
+
+
+def _clip(name: str, revision: str | None, key: str) -> Any:
+    """A CLIPModel in fp32; `key` of params.yaml names it in messages."""
+    try:
+        settings: dict[str, Any] = {"revision": revision, "dtype": torch.float32}
+        loaded: Any = CLIPModel.from_pretrained(name, output_loading_info=True, **settings)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ValueError(f"{key}: {name} cannot be loaded ({first_line(error, 200)})") from None
+    clip, info = loaded
+    if missing := sorted(info["missing_keys"]):
+        raise ValueError(f"{key}: {name} is an incomplete CLIP: {missing[0]} is missing")
+    return clip
+
+
 def load_tokenizer(name: str, revision: str | None = None) -> Any:
     """Load the tokenizer of a CLIP's folder or hub id."""
     try:
@@ -246,25 +260,3 @@ def _zero_linear(width: int, parts: int) -> nn.Sequential:
     nn.init.zeros_(linear.weight)
     nn.init.zeros_(linear.bias)
     return nn.Sequential(nn.SiLU(), linear)
-
-
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    if not path.exists():
-        raise ValueError(f"{path}: no preference model checkpoint there")
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises several kinds for files that are no checkpoint
-        raise ValueError(f"{path}: no checkpoint of plain tensors ({type(error).__name__})") from None
-
-
-def _load_strictly(model: nn.Module, state: dict[str, Tensor], source: str | Path) -> None:
-    try:
-        missing, unexpected = model.load_state_dict(state, strict=False)
-    except RuntimeError as error:
-        line = str(error).splitlines()[-1].strip()
-        raise ValueError(f"{source}: does not fit this CLIP config: {line}") from None
-    if missing or unexpected:
-        which = f"{missing[0]} is missing" if missing else f"{unexpected[0]} is unknown"
-        raise ValueError(f"{source}: does not fit this CLIP config: {which}")

@@ -16,7 +16,12 @@ from spo.runtime.workspace import SCRATCH
 if TYPE_CHECKING:
     from spo.data.latents import EncodedPairs
 
-CODE = ("data", "preference/pseudo_labels.py", "rewards")  # that scores the images of the pairs
+CODE = (
+    "data",
+    "preference/gaps.py",
+    "preference/pseudo_labels.py",
+    "rewards",
+)  # that scores the images of the pairs
 
 
 def pseudo_label(
@@ -35,7 +40,9 @@ def pseudo_label(
     assert labels is not None
     folder = require(Path("outputs/pairs/train"), "preference pairs")
     cached = SCRATCH / "labels" / f"{fingerprint(('labels', labels), [folder], CODE)}.json"
-    with distributed.state().main_process_first():
+    with distributed.main_process_first():
+        if not distributed.is_main_process():
+            distributed.wait_for(cached)
         if not cached.exists():
             write_json(cached, list(_differences(labels, folder, len(pairs), device)))
     difference = torch.tensor(json.loads(cached.read_text()))
@@ -56,41 +63,13 @@ def _differences(settings: PseudoLabels, folder: Path, total: int, device: str) 
     """Yield the score of the first image less that of the second, in the order of the shards."""
     from tqdm import tqdm
 
-    from spo.data.decoding import open_image
     from spo.data.pairs import read_pairs
+    from spo.preference.gaps import chunks, score_gaps
+    from spo.rewards import load_scorer
 
-    scorer = _scorer(settings, device)
+    ((name, section),) = settings.configured().items()
+    scorer = load_scorer(name, section, device, settings.batch_size)
     with tqdm(total=total, desc="pseudo-labels", unit="pair") as bar:
-        for part in _chunks(read_pairs(folder), settings.batch_size):
-            captions = [pair.caption for pair in part]
-            first, second = (
-                scorer.score([open_image(image) for image in images], captions)
-                for images in ([p.image_0 for p in part], [p.image_1 for p in part])
-            )
-            yield from (a - b for a, b in zip(first, second, strict=True))
+        for part in chunks(read_pairs(folder), settings.batch_size):
+            yield from score_gaps(scorer, part)
             bar.update(len(part))
-
-
-def _chunks(items: Any, size: int) -> Iterator[list[Any]]:
-    chunk: list[Any] = []
-    for item in items:
-        chunk.append(item)
-        if len(chunk) == size:
-            yield chunk
-            chunk = []
-    if chunk:
-        yield chunk
-
-
-def _scorer(settings: PseudoLabels, device: str) -> Any:
-    from spo.rewards.aesthetic import Aesthetic
-    from spo.rewards.hps import Hps
-    from spo.rewards.pickscore import PickScore
-
-    kinds: tuple[tuple[Any, Any], ...] = (
-        (PickScore, settings.pickscore),
-        (Hps, settings.hps),
-        (Aesthetic, settings.aesthetic),
-    )
-    kind, section = next((kind, section) for kind, section in kinds if section is not None)
-    return kind(section, device=device, batch_size=settings.batch_size)

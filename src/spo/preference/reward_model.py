@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from spo.preference.model import StepAwarePreferenceModel, load_tokenizer, token_ids
+from spo.types import Candidates, Conditioning
 
 
 class ClipRewardModel:
@@ -19,12 +20,13 @@ class ClipRewardModel:
         self.model, self.tokenizer = model.eval().requires_grad_(False), tokenizer
 
     @torch.no_grad()
-    def encode_text(self, prompts: Sequence[str]) -> Tensor:
-        return self.model.encode_text(token_ids(self.tokenizer, prompts, self.model))
+    def encode_text(self, prompts: Sequence[str]) -> Conditioning:
+        text = self.model.encode_text(token_ids(self.tokenizer, prompts, self.model))
+        return Conditioning({"text": text})
 
     @torch.no_grad()
-    def score_images(self, images: Tensor, text: Tensor, timesteps: Tensor) -> Tensor:
-        return self.model.score_features(images, text, timesteps)
+    def score(self, candidates: Candidates, text: Conditioning) -> Tensor:
+        return self.model.score_features(candidates.images, text.tensors["text"], candidates.timesteps)
 
 
 def load_reward_model(folder: str | Path, device: torch.device | str) -> ClipRewardModel:

@@ -1,116 +1,100 @@
-"""Training and measuring the preference model.
-
-Departures from the official code:
-1. `preference.ema` averages the weights over training (0, as published, does not).
-2. `preference.trained: heads` leaves the towers as they are (all, as published, trains every weight).
-"""
+"""Training and measuring preference models: on noised pairs of latents, by their labels."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from spo.config import Preference
-from spo.diffusion.denoiser import is_guided
-from spo.diffusion.noise import SampleNoise, shuffled
-from spo.diffusion.schedule import Schedule
+from spo.config import LatentPreference, Preference
+from spo.diffusion.noise import shuffled
 from spo.preference.loss import preference_loss
-from spo.preference.model import StepAwarePreferenceModel, token_ids
-from spo.preference.noising import clean_pair, noised_pair
 from spo.training import distributed, loop
 from spo.training.checkpoint import CheckpointStore
-from spo.types import Backbone, Batch, LatentPairs, Mean
+from spo.types import Backbone, Batch, LatentPairs, Mean, RewardModel
 
 EVALUATION_BATCH = 64  # pairs
 
 
-@dataclass(frozen=True)
-class Setup:
-    """A preference model, and the backbone that shows it what is predicted from noisy latents."""
+class Trained(Protocol):
+    """A preference model in training, and how it scores pairs of latents."""
 
-    model: StepAwarePreferenceModel
-    tokenizer: Any
-    backbone: Backbone
-    schedule: Schedule
+    name: str  # its section of params.yaml, for messages
+
+    @property
+    def settings(self) -> Preference | LatentPreference: ...
+
+    @property
+    def model(self) -> torch.nn.Module: ...
+
+    @property
+    def backbone(self) -> Backbone:
+        """The base whose latents the pairs are."""
+        ...
+
+    def prepare(self) -> None:
+        """Make trainable what settings.trained names."""
+        ...
+
+    def draw(self, keys: list[str], seed: int) -> tuple[Tensor, Tensor]:
+        """Timesteps int64 [P] and noise [P,...] that belong to the keys of P pairs."""
+        ...
 
     def scores(
-        self,
-        latents: tuple[Tensor, Tensor],
-        captions: Sequence[str],
-        timesteps: Tensor,
-        noise: Tensor,
-        guidance: float,
+        self, latents: tuple[Tensor, Tensor], captions: Sequence[str], timesteps: Tensor, noise: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Scores [B] of both images of B pairs, noised alike to `timesteps` int64 [B].
+        """Scores [P] of both images of P pairs, noised to `timesteps` int64 [P] by the noise of `draw`.
 
         Raises:
-            ValueError: an image is not finite.
+            ValueError: something on the way is not finite.
         """
-        conditioning = self.backbone.encode_prompts(captions)
-        schedule = self.schedule.to(self.backbone.device)
-        images = noised_pair(
-            self.backbone, schedule, latents, timesteps, noise, conditioning, guidance, captions
-        )
-        return self._scores(images, captions, timesteps)
+        ...
 
-    def clean_scores(self, latents: tuple[Tensor, Tensor], captions: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Scores [B] of both images of B pairs without noise, at t = 0; raises as `scores`."""
-        images = clean_pair(self.backbone, latents, captions)
-        zeros = torch.zeros(len(captions), dtype=torch.int64, device=self.backbone.device)
-        return self._scores(images, captions, zeros)
+    def reward_model(self) -> RewardModel:
+        """The model as it is, to judge candidates."""
+        ...
 
-    def _scores(
-        self, images: tuple[Tensor, Tensor], captions: Sequence[str], timesteps: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        text = self.model.encode_text(token_ids(self.tokenizer, captions, self.model))
-        scores = self.model.score_features(torch.cat(images), text.repeat(2, 1), timesteps.repeat(2))
-        score_0, score_1 = scores.chunk(2)
-        return score_0, score_1
+    def save(self, folder: Path) -> None:
+        """Write the model for the methods that are judged by it."""
+        ...
 
 
 def train(
-    setup: Setup,
+    trained: Trained,
     pairs: LatentPairs,
-    settings: Preference,
     *,
     seed: int,
     checkpoint: CheckpointStore | None = None,
     on_metrics: Callable[[Mapping[str, float], int], None] = lambda metrics, step: None,
+    scale_loss: bool = False,
 ) -> dict[str, Any]:
-    """Train `setup.model` in place for settings.steps updates; returns as `training.loop.fit`.
+    """Train `trained.model` in place for settings.steps updates; returns as `training.loop.fit`.
 
     Raises:
         ValueError: there are no pairs.
         FloatingPointError, KeyboardInterrupt: as `training.loop.fit`.
     """
-    check_pairs(pairs)
-    model = setup.model
-    if settings.trained == "heads":
-        model.train_heads()
-    model.train()
-    if settings.gradient_checkpointing:
-        model.checkpoint_gradients()
+    if not len(pairs.captions):
+        raise ValueError(f"{trained.name}: there are no training pairs; look at outputs/pairs/summary.json")
+    settings = trained.settings
+    trained.prepare()
+    trained.model.train()
     summary = loop.fit(
-        LabelObjective(setup, pairs, settings, seed),
+        LabelObjective(trained, pairs, seed),
         settings.optimizer,
         checkpoints=checkpoint,
         checkpoint_every=settings.checkpoint_every,
         on_metrics=on_metrics,
         ema=settings.ema,
+        scale_loss=scale_loss,
     )
-    model.eval()
+    trained.model.eval()
     return summary
-
-
-def unet_samples(settings: Preference) -> int:
-    """UNet forwards of one sample in a training; guidance counts twice."""
-    each = 2 * (1 + is_guided(settings.guidance)) if settings.noised else 0
-    return settings.steps * settings.batch_size * each
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,25 +102,23 @@ class PairBatch(Batch):
     """P pairs, each noised to its timestep."""
 
     indices: Tensor  # int64 [P], of the pairs
-    noise: Tensor  # [P,C,h,w]
+    noise: Tensor  # [P,...], as `Trained.draw` gives it
 
 
 class LabelObjective:
     """The preference model learns which image of a noised pair the annotator preferred (Sec. 4.2)."""
 
-    name = "preference"
-
-    def __init__(self, setup: Setup, pairs: LatentPairs, settings: Preference, seed: int) -> None:
-        self.setup, self.pairs, self.settings, self.seed = setup, pairs, settings, seed
-        self.iterations = settings.steps
+    def __init__(self, trained: Trained, pairs: LatentPairs, seed: int) -> None:
+        self.trained, self.pairs, self.settings, self.seed = trained, pairs, trained.settings, seed
+        self.name, self.iterations = trained.name, trained.settings.steps
 
     def parameters(self) -> list[torch.nn.Parameter]:
-        return [p for p in self.setup.model.parameters() if p.requires_grad]
+        return [p for p in self.trained.model.parameters() if p.requires_grad]
 
     def collect(self, iteration: int) -> tuple[list[list[PairBatch]], dict[str, float]]:
         """One update: each process its share, in parts of equal size."""
         count = min(self.settings.batch_size, len(self.pairs.captions))
-        distributed.check_shards(count, "preference.batch_size")
+        distributed.check_shards(count, f"{self.name}.batch_size")
         chosen = distributed.shard(shuffled(len(self.pairs.captions), iteration * count, count, self.seed))
         size = -(-count // self.settings.gradient_accumulation)
         parts = [chosen[start : start + size] for start in range(0, len(chosen), size)]
@@ -145,10 +127,10 @@ class LabelObjective:
     def _batch(self, chosen: Sequence[tuple[int, int]]) -> PairBatch:
         """The pairs at `chosen`, (epoch, pair) of each."""
         indices = torch.tensor([i for _, i in chosen])
-        timesteps, noise = _draw([f"spm {e} {i}" for e, i in chosen], self.setup, self.seed)
+        timesteps, noise = self.trained.draw([f"spm {e} {i}" for e, i in chosen], self.seed)
         return PairBatch(
-            weight=self.pairs.weight[indices].to(self.setup.backbone.device),
-            timesteps=timesteps if self.settings.noised else torch.zeros_like(timesteps),
+            weight=self.pairs.weight[indices].to(noise.device),
+            timesteps=timesteps,
             prompts=[self.pairs.captions[i] for i in indices.tolist()],
             indices=indices,
             noise=noise,
@@ -157,35 +139,15 @@ class LabelObjective:
     def loss(self, batch: PairBatch) -> tuple[Tensor, dict[str, Mean]]:
         """Losses [P], and how many clear labels the model agrees with."""
         latents = self.pairs.read(batch.indices)
-        if self.settings.noised:
-            score_0, score_1 = self.setup.scores(
-                latents, batch.prompts, batch.timesteps, batch.noise, self.settings.guidance
-            )
-        else:
-            score_0, score_1 = self.setup.clean_scores(latents, batch.prompts)
-        label_0 = self.pairs.label_0[batch.indices].to(score_0.device)
+        score_0, score_1 = self.trained.scores(latents, batch.prompts, batch.timesteps, batch.noise)
+        label_0 = self.pairs.label_0[batch.indices].to(score_0.device, non_blocking=True)
         right = ((score_0 > score_1) == (label_0 > 0.5)).float()
         return preference_loss(score_0, score_1, label_0), {"accuracy": Mean(right, (label_0 != 0.5).float())}
 
 
-def check_pairs(pairs: LatentPairs) -> None:
-    """
-    Raises:
-        ValueError: there are none.
-    """
-    if not len(pairs.captions):
-        raise ValueError("preference: there are no training pairs; look at outputs/pairs/summary.json")
-
-
-def _draw(keys: list[str], setup: Setup, seed: int) -> tuple[Tensor, Tensor]:
-    """Uniform timesteps int64 [B] and noise [B,C,h,w] that belong to the keys."""
-    noise = SampleNoise(seed, keys, setup.backbone.latent_shape, setup.backbone.device)
-    return noise.integers(setup.schedule.num_train_timesteps), noise.draw()
-
-
 @torch.no_grad()
 def evaluate(
-    setup: Setup, pairs: LatentPairs, timesteps: Sequence[int], guidance: float, *, seed: int
+    trained: Trained, pairs: LatentPairs, timesteps: Sequence[int], *, seed: int
 ) -> dict[int, dict[str, float]]:
     """Share of clear labels (no ties) that the model agrees with, at each timestep: {t: {accuracy, n}}.
 
@@ -194,8 +156,8 @@ def evaluate(
     Raises:
         ValueError: an image or a score is not finite.
     """
-    setup.model.eval()
-    device = setup.backbone.device
+    trained.model.eval()
+    device = trained.backbone.device
     decided = (pairs.label_0 != 0.5).nonzero().flatten()
     parts = decided.split(EVALUATION_BATCH)
     rank, n = distributed.state().process_index, distributed.count()
@@ -205,9 +167,9 @@ def evaluate(
             right = torch.zeros((), dtype=torch.int64, device=device)
             for indices in parts[rank::n]:
                 captions = [pairs.captions[i] for i in indices.tolist()]
-                _, noise = _draw([f"evaluation {i}" for i in indices.tolist()], setup, seed)
+                _, noise = trained.draw([f"evaluation {i}" for i in indices.tolist()], seed)
                 at = torch.full((len(indices),), t, device=device)
-                scores = setup.scores(pairs.read(indices), captions, at, noise, guidance)
+                scores = trained.scores(pairs.read(indices), captions, at, noise)
                 _check_scores(torch.stack(scores), t, captions)
                 first_wins = pairs.label_0[indices].to(device) > 0.5
                 right += ((scores[0] > scores[1]) == first_wins).sum()

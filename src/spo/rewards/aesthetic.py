@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from spo import config
 from spo.rewards import clip
 from spo.rewards.clip import preprocess
+from spo.rewards.head import linear_head
+from spo.runtime import hub
 
 __all__ = ["Aesthetic", "AestheticHead", "preprocess"]
 
@@ -21,16 +23,7 @@ class AestheticHead(nn.Module):
 
     def __init__(self, dimension: int) -> None:
         super().__init__()
-        self.layers = nn.Sequential(
-            nn.Linear(dimension, 1024),
-            nn.Dropout(0.2),
-            nn.Linear(1024, 128),
-            nn.Dropout(0.2),
-            nn.Linear(128, 64),
-            nn.Dropout(0.1),
-            nn.Linear(64, 16),
-            nn.Linear(16, 1),
-        )
+        self.layers = linear_head(dimension)
 
     def forward(self, embeddings: Tensor) -> Tensor:
         """Rate projected CLIP image embeddings [N,D], which are normalised here; [N], about 1 to 10."""
@@ -67,7 +60,7 @@ class Aesthetic:
         self.clip = clip.load_model(
             settings.clip, settings.revision, settings.image_size, "score.aesthetic.clip", device
         )
-        self.head = AestheticHead.load(settings.head).to(device)
+        self.head = AestheticHead.load(hub.local(settings.head)).to(device)
         width, expected = self.clip.config.projection_dim, self.head.layers[0].in_features
         if width != expected:
             raise ValueError(

@@ -82,7 +82,8 @@ def in_batches(
         )
     scores: list[float] = []
     parts = [slice(start, start + batch_size) for start in range(0, len(images), batch_size)]
-    with tqdm(total=len(images), desc=name, unit="image") as bar, torch.no_grad():
+    single = len(parts) == 1  # a caller with many small batches shows a bar of its own
+    with tqdm(total=len(images), desc=name, unit="image", disable=single) as bar, torch.no_grad():
         results = distributed.map_round_robin(lambda part: score(images[part], prompts[part]).tolist(), parts)
         for part, values in zip(parts, results, strict=True):
             for value, prompt in zip(values, prompts[part], strict=True):
@@ -109,7 +110,7 @@ def load_model(
         ValueError: no such model, weights that are missing or of another shape, or another image size.
     """
     how: dict[str, Any] = {"revision": revision, "dtype": torch.float32, "output_loading_info": True}
-    model, report = _reach(lambda: CLIPModel.from_pretrained(name, **how), name, key)
+    model, report = reach(lambda: CLIPModel.from_pretrained(name, **how), name, key)
     check_keys(report["missing_keys"], (), f"{key}: {name}")
     check_image_size(model.config.vision_config.image_size, image_size, key.rpartition(".")[0])
     return model.eval().requires_grad_(False).to(device)
@@ -121,7 +122,7 @@ def load_tokenizer(name: str, revision: str | None, vocabulary: int, key: str) -
     Raises:
         ValueError: no tokenizer, or one with more tokens than the model has embeddings.
     """
-    tokenizer = _reach(lambda: CLIPTokenizer.from_pretrained(name, revision=revision or "main"), name, key)
+    tokenizer = reach(lambda: CLIPTokenizer.from_pretrained(name, revision=revision or "main"), name, key)
     if len(tokenizer) <= len(tokenizer.all_special_ids):  # transformers' result for a folder without one
         raise ValueError(f"{key}: {name} has no CLIP tokenizer (vocab.json, merges.txt or tokenizer.json)")
     if len(tokenizer) > vocabulary:
@@ -194,7 +195,12 @@ def check_image_size(of_model: int, configured: int, key: str) -> None:
         raise ValueError(f"{key}.image_size: is {configured}, but the model's is {of_model}; set {of_model}")
 
 
-def _reach(loader: Callable[[], Any], name: str, key: str) -> Any:
+def reach(loader: Callable[[], Any], name: str, key: str) -> Any:
+    """Load a folder or hub id `name`; `key` is the params key that names it.
+
+    Raises:
+        ValueError: no such folder or hub id, or one that cannot be loaded.
+    """
     if not Path(name).exists() and not is_hub_id(name):
         raise ValueError(f"{key}: {name}: no such file or folder; run `make repro` or `dvc pull data.dvc`")
     try:

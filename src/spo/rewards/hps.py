@@ -15,6 +15,7 @@ from torch.nn.functional import cosine_similarity, interpolate, pad
 
 from spo import config
 from spo.rewards import clip
+from spo.runtime import hub
 
 
 def preprocess(image: Image.Image, size: int = 224) -> Tensor:
@@ -48,7 +49,7 @@ class Hps:
         self.model = _model(model_config, settings.architecture)
         clip.check_image_size(self.model.visual.image_size[0], settings.image_size, "score.hps")
         where = f"score.hps.checkpoint: {settings.checkpoint}"
-        clip.fill(self.model, clip.load_state(Path(settings.checkpoint), where), where)
+        clip.fill(self.model, clip.load_state(hub.local(settings.checkpoint), where), where)
         self.model.eval().requires_grad_(False).to(device)
         self.tokens = _tokenizer(settings, self.model)
 

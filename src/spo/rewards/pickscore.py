@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.nn.functional import cosine_similarity
 
 from spo import config
 from spo.rewards import clip
 from spo.rewards.clip import preprocess
+from spo.rewards.similarity import ClipSimilarity
 
 __all__ = ["PickScore", "preprocess"]
 
@@ -29,17 +28,8 @@ class PickScore:
         Raises:
             ValueError: a model or a tokenizer that is missing or does not fit.
         """
-        self.device, self.batch_size, self.size = device, batch_size, settings.image_size
-        self.model = clip.load_model(
-            settings.model, settings.revision, settings.image_size, "score.pickscore.model", device
-        )
-        text: Any = self.model.config.text_config
-        if settings.processor is None:
-            source = settings.model, settings.revision, text.vocab_size, "score.pickscore.model"
-        else:
-            source = settings.processor, None, text.vocab_size, "score.pickscore.processor"
-        self.tokenizer = clip.load_tokenizer(*source)
-        self.length = min(self.tokenizer.model_max_length, text.max_position_embeddings)
+        self.batch_size = batch_size
+        self.clip = ClipSimilarity(settings, "score.pickscore", device)
 
     def score(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> list[float]:
         """Score each image for its own prompt.
@@ -50,8 +40,4 @@ class PickScore:
         return clip.in_batches(self._score, images, prompts, name=self.name, batch_size=self.batch_size)
 
     def _score(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
-        pixels = torch.stack([preprocess(image, self.size) for image in images]).to(self.device)
-        ids = clip.token_ids(self.tokenizer, prompts, self.length).to(self.device)
-        text = self.model.get_text_features(input_ids=ids).pooler_output
-        image = clip.image_features(self.model, pixels)
-        return self.model.logit_scale.exp() * cosine_similarity(image, text)
+        return self.clip.model.logit_scale.exp() * self.clip.cosine(images, prompts)

@@ -12,6 +12,7 @@ MISTAKE = 2  # in parameters or data: another attempt fails in the same way
 TRANSIENT = os.EX_TEMPFAIL  # 75
 STOPPED = 130  # by Ctrl-C or SIGTERM
 
+OURS = "SPO_LAUNCHER"  # environment: the `spo` that launched this process
 EXIT_FILE = "SPO_EXIT_FILE"  # environment: where `spo` leaves its exit code
 BUSY = (429, 502, 503, 504)  # HTTP: too many requests, or a server that is away behind its proxy
 
@@ -33,8 +34,11 @@ def exit_code(error: BaseException) -> int:
 
 
 def leave_exit_code(code: int) -> None:
-    """Write the code to the file that EXIT_FILE names: `dvc repro` hides what its stage ended with."""
-    if (path := os.environ.get(EXIT_FILE)) and "RANK" not in os.environ:
+    """Write the code to the file that EXIT_FILE names: `dvc repro` and torchrun hide what a stage ended with.
+
+    A process that `spo` itself launched leaves that to the `spo` above.
+    """
+    if (path := os.environ.get(EXIT_FILE)) and OURS not in os.environ:
         with suppress(OSError):
             Path(path).write_text(str(code))
 

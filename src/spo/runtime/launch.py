@@ -1,4 +1,8 @@
-"""Run a stage in several processes on this machine (`processes` in params.yaml), by torch's own launcher."""
+"""Run a stage in several processes on this machine (`processes` in params.yaml), by torch's own launcher.
+
+Processes that `torchrun`, `accelerate launch` or a scheduler started, on one machine or on several, are known
+by their environment: RANK and WORLD_SIZE.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,7 @@ import sys
 import time
 from collections.abc import Sequence
 
-from spo.runtime.exit_codes import STOPPED, TRANSIENT, TransientError
+from spo.runtime.exit_codes import OURS, STOPPED, TRANSIENT, TransientError
 from spo.runtime.signals import LAUNCHER_KILL
 
 STAGES = ("preference", "align", "generate", "score")  # the others take one process
@@ -34,7 +38,6 @@ def run(arguments: Sequence[str], processes: int) -> None:
 
     if torch.cuda.is_available() and torch.cuda.device_count() < processes:
         raise ValueError(f"params.yaml: processes is {processes}, with {torch.cuda.device_count()} GPUs here")
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # we say it in one line
     settings = LaunchConfig(
         min_nodes=1,
@@ -47,17 +50,44 @@ def run(arguments: Sequence[str], processes: int) -> None:
         max_restarts=0,
         shutdown_timeout=int(LAUNCHER_KILL),
     )
+    os.environ[OURS] = str(os.getpid())
     try:
         elastic_launch(settings, sys.executable)("-m", "spo", *arguments)
     except ChildFailedError as failed:
+        print(file=sys.stderr)  # the launcher ends the others, where a progress bar may leave its line open
         rank, failure = failed.get_first_failure()
         if failure.exitcode == STOPPED:
             raise KeyboardInterrupt("stopped; run it again to resume") from None
-        reported = failure.error_file_data
-        message = reported.get("message") or f"process {rank} of {processes} ended with {failure.exitcode}"
-        raise (TransientError if reported.get("code") == TRANSIENT else ValueError)(message) from None
+        reported = failure.error_file_data  # ours, or torch's, which says nothing, of a killed process
+        is_ours = "code" in reported
+        ended = f"process {rank} of {processes} ended with {failure.exitcode}"
+        message = reported["message"] if is_ours else ended
+        raise (TransientError if is_ours and reported["code"] == TRANSIENT else ValueError)(message) from None
     except SignalException:
         raise KeyboardInterrupt("stopped; run it again to resume") from None
+    finally:
+        del os.environ[OURS]
+
+
+def is_started_by_others() -> bool:
+    """Whether this is one of several processes that `run` did not start, on this machine or on others."""
+    return _is_one_of_several() and OURS not in os.environ
+
+
+def _is_one_of_several() -> bool:
+    return "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def check_command(stage: str | None) -> None:
+    """
+    Args:
+        stage: that the command runs; None: another command.
+
+    Raises:
+        ValueError: the command takes one process, and this is one of several.
+    """
+    if stage not in STAGES and _is_one_of_several():
+        raise ValueError(f"only {', '.join(STAGES)} run in several processes; start this command by itself")
 
 
 def is_main_process() -> bool:
@@ -66,7 +96,7 @@ def is_main_process() -> bool:
 
 
 def report_to_launcher(message: str, code: int) -> bool:
-    """Hand an error to `run` in the launching process, which reports it once; False without a launcher."""
+    """Hand an error to the launching process (`run` reports it once); False without a launcher."""
     file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if not file:
         return False

@@ -10,6 +10,7 @@ longer than all that must be over before it, so that no process is killed while 
 4. The launcher of several processes kills those that have not ended after LAUNCHER_KILL.
 5. A stage whose `dvc repro` or launcher is gone stops itself as 3, and exits after WATCHDOG_KILL.
 6. A cancelled flow kills what is left of `dvc repro` and its stage after FLOW_KILL.
+7. Of several machines, one that gives no sign of life for LOST is lost; the others end within LOST_KILL then.
 """
 
 from __future__ import annotations
@@ -39,6 +40,11 @@ WATCHDOG_KILL = LAUNCHER_KILL + 10.0  # an orphaned launcher has ended its proce
 FLOW_KILL = WATCHDOG_KILL + 10.0  # the flow is the outermost; what ends earlier is not waited for
 # The others wait while the main process encodes a data set. A process that has died is noticed at once.
 COLLECTIVE = timedelta(days=1)
+
+JOIN = timedelta(minutes=10)  # that machines wait for each other at the start
+BEAT = 2.0  # between the heartbeats of processes on several machines
+LOST = 60.0  # a stalled file system and a long import hold Python's lock for seconds, not for a minute
+LOST_KILL = DELIVERY["local"] + 10.0  # the others deliver their last records
 
 LAUNCHED = "TORCHELASTIC_RUN_ID"  # set by torch's launcher for what it starts
 
@@ -131,6 +137,33 @@ def run_in_foreground(command: Sequence[str], environment: Mapping[str, str] | N
     if received:
         raise KeyboardInterrupt
     return code
+
+
+@contextmanager
+def stops_passed_on() -> Iterator[tuple[list[subprocess.Popen[bytes]], list[int]]]:
+    """Yield a list for processes that run, and one of the stops that have arrived.
+
+    The processes get the terminal's Ctrl-C themselves; SIGTERM is passed on to them. The body waits for them.
+
+    Raises:
+        KeyboardInterrupt: after the body, if there was a Ctrl-C.
+        SystemExit: the same for SIGTERM.
+    """
+    running: list[subprocess.Popen[bytes]] = []
+    received: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        if number == signal.SIGTERM:
+            for process in list(running):
+                process.send_signal(number)
+
+    with _handlers({signal.SIGINT: note, signal.SIGTERM: note}):
+        yield running, received
+    if signal.SIGTERM in received:
+        raise SystemExit(128 + signal.SIGTERM)
+    if received:
+        raise KeyboardInterrupt
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from spo.runtime.ancestors import dvc_ancestor
+from spo.runtime import ancestors
 from spo.runtime.signals import LAUNCHED, WATCHDOG_KILL, WATCHDOG_POLL
 
 if TYPE_CHECKING:
@@ -33,10 +33,8 @@ def tied_to_starter() -> Iterator[None]:
     Raises:
         ValueError: what started this process is gone already.
     """
-    import psutil
-
-    parents = psutil.Process().parents()
-    repro = dvc_ancestor((p.pid, p.create_time(), _command(p)) for p in parents)
+    parents = ancestors.above()
+    repro = ancestors.dvc_ancestor((p.pid, p.create_time(), _command(p)) for p in parents)
     above: dict[str, psutil.Process] = {}
     if repro:
         above["`dvc repro`"] = next(p for p in parents if p.pid == repro[0])

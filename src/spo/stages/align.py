@@ -9,16 +9,18 @@ from typing import TYPE_CHECKING, Any
 
 from spo.config import Params
 from spo.evaluation import validation
-from spo.runtime.files import write_json
+from spo.runtime.files import read_json, write_json
 from spo.runtime.fingerprint import fingerprint
 from spo.runtime.workspace import METRICS, SCRATCH, TRAINING
 from spo.stages.common import stage
 from spo.tracking.curve import Curve
+from spo.tracking.runs import Run
 
 if TYPE_CHECKING:
     from spo.training.alignment import Alignment
 
 OUTPUT = Path("outputs/align")
+ADAPTER = "pytorch_lora_weights.safetensors"
 CODE = (  # that trains, and that judges on the way
     *("backbones", "data", "diffusion", "evaluation/generation.py", "evaluation/scoring.py"),
     *("evaluation/validation.py", "methods", "preference", "rewards", "training", "types.py"),
@@ -39,11 +41,13 @@ def run(params: Params, method: str) -> None:
     with stage("align", params, method) as tracked:
         started = time.monotonic()
         backbone = backbones.load(params.backbone, device())
+        spec = method_spec(method)
+        built = spec.build(params, backbone)  # of the backbone without an adapter
         _make_trainable(backbone, section, params.seed)
-        objective = Alignment(f"align.{method}", backbone, method_spec(method).build(params, backbone))
+        objective = Alignment(f"align.{method}", backbone, built)
         scratch = _scratch(params, method)
         curve = Curve(tracked, scratch)
-        watch = _watch(params, method, objective, curve, scratch)
+        watch = _watch(params, method, objective, curve, scratch, tracked)
         try:
             summary = loop.fit(
                 objective,
@@ -53,25 +57,28 @@ def run(params: Params, method: str) -> None:
                 on_metrics=curve.log,
                 watch=watch,
                 scale_loss=params.backbone.dtype == "fp16",
+                sampler_ema=spec.sampler_ema(section),
             )
         except validation.Collapse:
-            _log_samples(tracked, scratch / "samples")
+            if watch and distributed.is_main_process():
+                _log_last_good(tracked, watch, section.lora is None, curve)
             raise
         if not distributed.is_main_process():
             return
         curve.write(TRAINING / f"{method}.csv")
-        cost = method_spec(method).cost(section, backbone.scheduler_config)
+        cost = spec.cost(section, backbone.scheduler_config)
         summary |= {
             "unet_samples": cost.unet_samples,
             **_write(params, method, backbone, watch, summary, scratch),
         }
         seconds = round(time.monotonic() - started, 1)
         write_json(METRICS / f"align_{method}.json", {**summary, "seconds": seconds})
-        _log_samples(tracked, OUTPUT / method / "samples")
+        iteration = int(summary.get("selected_iteration", objective.iterations))
+        _log_model(tracked, OUTPUT / method, section.lora is None, curve, iteration)
         if section.lora is None:  # too large to be stored twice: DVC has it
             tracked.set_tags({"model": str(OUTPUT / method)})
         else:
-            tracked.log_artifact(OUTPUT / method / "pytorch_lora_weights.safetensors", "adapter")
+            tracked.log_artifact(OUTPUT / method / ADAPTER, "adapter")
         shutil.rmtree(scratch, ignore_errors=True)
 
 
@@ -133,14 +140,23 @@ def _save(backbone: Any, full: bool, folder: Path) -> None:
         backbone.save_lora(folder)
 
 
-def _log_samples(tracked: Any, samples: Path) -> None:
-    """Log the validation images before, during and after training as artifacts named by the update."""
-    for image in sorted(samples.glob("*.png")):
-        tracked.log_artifact(image, "samples")
+def _log_model(tracked: Run, folder: Path, full: bool, curve: Curve, iteration: int) -> None:
+    """Log the weights in a folder, those of an iteration, with the scores of their validation."""
+    step, scores = validation.scores_at(curve.rows, iteration)
+    path, kind = (folder, "pipeline") if full else (folder / ADAPTER, "adapter")
+    tracked.log_model(path, kind, step, scores, {"iteration": iteration})
+
+
+def _log_last_good(tracked: Run, watch: validation.Watch, full: bool, curve: Curve) -> None:
+    """Log the models that a collapsed training leaves: the last good one and, with `select`, the best."""
+    for folder in (watch.good, watch.best):
+        if (folder / validation.MARK).exists():
+            iteration = read_json(folder / validation.MARK, "saved model")["iteration"]
+            _log_model(tracked, folder, full, curve, iteration)
 
 
 def _watch(
-    params: Params, method: str, objective: Alignment, curve: Curve, scratch: Path
+    params: Params, method: str, objective: Alignment, curve: Curve, scratch: Path, tracked: Run
 ) -> validation.Watch | None:
     from spo.methods import method_spec
 
@@ -157,6 +173,7 @@ def _watch(
         name=objective.name,
         iterations=objective.iterations,
         divergence=method_spec(method).divergence,
+        run=tracked,
     )
 
 

@@ -6,11 +6,12 @@ import fcntl
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from spo.config import Params
+from spo.runtime import launch
 from spo.runtime.exit_codes import TransientError
-from spo.runtime.launch import is_main_process
 from spo.runtime.watchdog import tied_to_starter
 from spo.runtime.workspace import METRICS, SCRATCH
 from spo.tracking import runs
@@ -32,17 +33,31 @@ def stage(name: str, params: Params, variant: str | None = None) -> Iterator[Any
     lock.parent.mkdir(parents=True, exist_ok=True)
     with lock.open("w") as file:
         try:
-            if is_main_process():  # one lock for all processes of a training
+            if launch.is_main_process():  # one lock for all processes of a training
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             message = f"stage {full} already runs in this folder; wait for it or stop it"
             raise TransientError(message) from None
+        if launch.is_started_by_others():
+            from spo.training import distributed
+
+            distributed.any_rank(False)  # until the main process has the lock
         started = time.monotonic()
         began = time.time()
         with runs.stage_run(name, params.model_dump(), name=variant) as run, tied_to_starter():
             yield run
             _log_written(run, full, began)
             run.log_metrics({"seconds": time.monotonic() - started}, step=0)
+
+
+def of_suite(folder: Path, suite: str | None) -> Path:
+    """The folder of a suite of prompts in a folder of results; without a suite, the folder itself."""
+    return folder if suite is None else folder / "suites" / suite
+
+
+def run_name(variant: str, suite: str | None) -> str:
+    """The name of a variant's stage in locks, runs and metrics files."""
+    return variant if suite is None else f"{variant}-suite-{suite}"
 
 
 def _log_written(run: runs.Run, full: str, began: float) -> None:

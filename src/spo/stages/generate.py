@@ -12,33 +12,33 @@ from spo.config import Params, Variant
 from spo.runtime.files import require
 from spo.runtime.fingerprint import fingerprint
 from spo.runtime.workspace import SCRATCH
-from spo.stages.common import stage
+from spo.stages.common import of_suite, run_name, stage
 
-OUTPUT = Path("outputs/images")
+OUTPUT, PROMPTS = Path("outputs/images"), Path("outputs/prompts")
 # what generates the images
 CODE = ("backbones", "data/images.py", "diffusion", "evaluation/generation.py", "types.py")
 
 
-def run(params: Params, name: str) -> None:
-    """Write outputs/images/NAME for the variant `name`."""
+def run(params: Params, name: str, suite: str | None = None) -> None:
+    """Write outputs/images/NAME, or outputs/images/suites/SUITE/NAME, for the variant `name`."""
     from spo import backbones
-    from spo.evaluation.generation import draw, save
+    from spo.evaluation.generation import draw, each_image, save
     from spo.training import distributed
     from spo.training.checkpoint import CheckpointStore
     from spo.training.distributed import device
 
     variant: Variant = getattr(params.generate, name)
-    split = params.generate.split
-    prompts = require(f"outputs/prompts/{split}.txt", f"{split} prompts").read_text().splitlines()
-    if not prompts:
-        raise ValueError(f"outputs/prompts/{split}.txt: is empty; run `dvc repro prompts`")
-    with stage("generate", params, name) as tracked:
+    file = _prompts_file(params, suite)
+    lines = require(file, f"{suite or params.generate.split} prompts").read_text().splitlines()
+    if not lines:
+        raise ValueError(f"{file}: is empty; run `dvc repro prompts`")
+    with stage("generate", params, run_name(name, suite)) as tracked:
         if variant.adapter is not None:
             require(variant.adapter, f"adapter of {name}")
         backbone = backbones.load_aligned(params.backbone, variant.adapter, device())
-        seeds = [params.generate.seed + i for i in range(len(prompts))]
-        folder = OUTPUT / name
-        scratch = _scratch(params, variant)
+        prompts, seeds = each_image(lines, params.generate)
+        folder = of_suite(OUTPUT, suite) / name
+        scratch = _scratch(params, variant, file)
         cache = CheckpointStore(scratch, keep=None)
         save(folder, draw(backbone, params, variant, prompts, seeds, cache), prompts, seeds)
         if distributed.is_main_process():
@@ -46,7 +46,14 @@ def run(params: Params, name: str) -> None:
         tracked.set_tags({"images": str(folder / "images.zip")})
 
 
-def _scratch(params: Params, variant: Variant) -> Path:
+def _prompts_file(params: Params, suite: str | None) -> Path:
+    if suite is None:
+        return PROMPTS / f"{params.generate.split}.txt"
+    params.generate.check_suite(suite)
+    return of_suite(PROMPTS, suite).with_suffix(".txt")
+
+
+def _scratch(params: Params, variant: Variant, prompts: Path) -> Path:
     """The cache of batches, named by a fingerprint of everything on which the images depend."""
     settings = params.generate
     sampling = [
@@ -55,8 +62,9 @@ def _scratch(params: Params, variant: Variant) -> Path:
         settings.eta,
         settings.seed,
         settings.batch_size,
+        settings.images_per_prompt,
     ]
-    inputs = [Path(f"outputs/prompts/{settings.split}.txt"), Path("outputs/inputs/base.json")]
+    inputs = [prompts, Path("outputs/inputs/base.json")]
     if variant.adapter is not None:
         inputs.append(Path(variant.adapter))
     name = fingerprint(

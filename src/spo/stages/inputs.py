@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from pathlib import Path
 
 from spo import config
-from spo.config import Params
+from spo.config import SCORERS, Params, Source
 from spo.data.manifest import manifest
 from spo.runtime.files import write_json
 from spo.stages.common import stage
 
 OUTPUT = Path("outputs/inputs")
 DEFAULTS = "defaults.json"  # the defaults of keys that params.yaml omits
-Source = tuple[str | None, str | None]  # a path, hub id or URL, and the revision of a hub id
 
 
 def run(params: Params, variant: str | None = None) -> None:
@@ -28,33 +28,28 @@ def sources(params: Params) -> dict[str, list[Source]]:
     base, preference, prompts = params.backbone, params.preference, params.prompts
     described = base.described_by if base.described_by != base.checkpoint else None
     lists = (prompts.train, prompts.evaluation, prompts.vocabulary, prompts.block_list, prompts.pairs)
-    scorers = _of_scorers(params.score)
+    suites = params.generate.suites.values()
+    scorers = dict.fromkeys(SCORERS, list[Source]()) | _of_scorers(params.score)
     scorers["oracle"] = [(params.score.oracle, None)]
     return {
         "base": [(base.checkpoint, base.revision), (base.vae, None), (described, None)],
         "clip": [
             (preference.init, preference.revision),
             (preference.tokenizer, None),
-            *(source for of in _of_scorers(preference.labels).values() for source in of),
+            *chain(*_of_scorers(preference.labels).values()),
         ],
-        "prompts": [(name, None) for name in lists],
-        "pairs": [(params.pairs.source, None)],
+        "latent": [(params.latent_preference.text_projection, params.latent_preference.revision)],
+        "prompts": [(name, None) for name in (*lists, *suites)],
+        "pairs": [(params.pairs.source, None), *chain(*_of_scorers(params.pairs.filter).values())],
         "adapters": [(a, None) for a in _adapters(params.generate) if Path(a).parts[:1] != ("outputs",)],
         **scorers,
     }
 
 
-def _of_scorers(section: config.Score | config.PseudoLabels | None) -> dict[str, list[Source]]:
+def _of_scorers(section: config.Scorers | None) -> dict[str, list[Source]]:
     """The sources of each scorer in a section."""
-    sources: dict[str, list[Source]] = {}
-    if section and (pickscore := section.pickscore):
-        sources["pickscore"] = [(pickscore.model, pickscore.revision), (pickscore.processor, None)]
-    if section and (hps := section.hps):
-        own = hps.architecture if hps.architecture.endswith(".json") else None  # else an open_clip model name
-        sources["hps"] = [(hps.checkpoint, None), (hps.tokenizer, None), (own, None)]
-    if section and (aesthetic := section.aesthetic):
-        sources["aesthetic"] = [(aesthetic.clip, aesthetic.revision), (aesthetic.head, None)]
-    return sources
+    scorers = section.configured() if section else {}
+    return {name: list(settings.sources().values()) for name, settings in scorers.items()}
 
 
 def _adapters(section: config.Generate) -> list[str]:

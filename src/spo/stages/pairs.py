@@ -1,20 +1,29 @@
-"""Stage `pairs`: check every row, reject bad rows with the reason, split by caption, write shards."""
+"""Stage `pairs`: check every row, reject bad rows with the reason, split by caption, filter, write shards."""
 
 from __future__ import annotations
 
 import csv
 import shutil
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from spo import config
 from spo.config import Params
 from spo.runtime.files import write_json
+from spo.runtime.fingerprint import fingerprint
+from spo.runtime.workspace import SCRATCH
 from spo.stages.common import stage
+
+if TYPE_CHECKING:
+    from spo.data.pairs import ShardWriter
+    from spo.types import Scorer
 
 OUTPUT = Path("outputs/pairs")
 PARTS = ("train", "validation")
+FILTER_CODE = ("data", "preference/gaps.py", "preference/pair_filter.py", "rewards")  # that computes gaps
 
 
 def run(params: Params, variant: str | None = None) -> None:
@@ -27,45 +36,92 @@ def run(params: Params, variant: str | None = None) -> None:
 def prepare(section: config.Pairs, output: Path) -> dict[str, Any]:
     """Write the shards of `train` and `validation`, set_aside.csv and summary.json to `output`.
 
-    Memory does not grow with the number of rows.
+    With a filter, filter.csv has the gaps of each training pair and the scorers whose rule it fails. Memory
+    does not grow with the number of rows.
 
     Returns:
         The summary.
 
     Raises:
-        ValueError: too many bad rows, no rows for a part, or a row that was not counted.
+        ValueError: too many bad rows, no rows for a part, a row that was not counted, or a scorer of the
+            filter that cannot be loaded.
     """
     from tqdm import tqdm
 
     from spo.data import pairs, sources
 
     total = sources.count_rows(section.source)
+    scorers = _load_scorers(section.filter)  # before the last outputs are deleted
     shutil.rmtree(output, ignore_errors=True)
-    parts = {name: pairs.ShardWriter(output / name, section.rows_per_shard) for name in PARTS}
-    filtered, rejected = Counter[str](), 0
-    with (output / "set_aside.csv").open("w", newline="", encoding="utf-8", errors="replace") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["shard", "row", "reason"])
+    writers = {name: pairs.ShardWriter(output / name, section.rows_per_shard) for name in PARTS}
+    left_out, rejected = Counter[str](), 0
+    with (
+        _table(output / "set_aside.csv") as set_aside,
+        _filtered(section, writers["train"], scorers) as train,
+    ):
+        set_aside.writerow(["shard", "row", "reason"])
         for pair, reason in tqdm(sources.read_rows(section.source), "check pairs", total, unit="pair"):
             if pair is None:
                 rejected += 1
-                writer.writerow([reason.shard, reason.row, reason.reason] if reason else ["", "", ""])
+                set_aside.writerow([reason.shard, reason.row, reason.reason] if reason else ["", "", ""])
             elif section.drop_ties and pair.label_0 == 0.5:
-                filtered["ties"] += 1
+                left_out["ties"] += 1
+            elif pairs.is_validation(pair.caption, section.validation_fraction):
+                writers["validation"].add(pair)
             else:
-                validation = pairs.is_validation(pair.caption, section.validation_fraction)
-                parts["validation" if validation else "train"].add(pair)
-    for part in parts.values():
-        part.close()
-    counts = {name: part.count for name, part in parts.items()}
-    summary = {"read": total, **counts, "set_aside": rejected, "left_out": dict(filtered)}
-    count = sum(counts.values()) + rejected + filtered.total()
+                train.add(pair)
+        train.close()
+        writers["validation"].close()
+    facts: dict[str, Any] = {}
+    if section.filter is not None:
+        left_out["filter"] = train.read - train.count
+        facts["fail_the_rule_of"] = {name: dict(counts) for name, counts in train.failed.items()}
+    counts = {name: writer.count for name, writer in writers.items()}
+    summary = {"read": total, **counts, "set_aside": rejected, "left_out": dict(left_out)}
+    count = sum(counts.values()) + rejected + left_out.total()
     if count != total:
         raise ValueError(f"pairs: {total} rows announced, {count} read; is the source being written to?")
-    labels = {name: dict(part.labels) for name, part in parts.items()}
-    write_json(output / "summary.json", {**summary, "labels": labels})
+    labels = {name: dict(writer.labels) for name, writer in writers.items()}
+    write_json(output / "summary.json", {**summary, "labels": labels, **facts})
     _check(summary, section.max_bad_fraction, output)
     return summary
+
+
+@contextmanager
+def _table(path: Path) -> Iterator[Any]:
+    """A CSV writer of a new file."""
+    with path.open("w", newline="", encoding="utf-8", errors="replace") as file:
+        yield csv.writer(file, lineterminator="\n")
+
+
+def _load_scorers(settings: config.PairFilter | None) -> dict[str, Scorer]:
+    """The filter's scorers, all in memory, since the pairs are read only once."""
+    if settings is None:
+        return {}
+    from spo.rewards import load_scorer
+    from spo.training.distributed import device
+
+    return {
+        name: load_scorer(name, section, device(), settings.batch_size)
+        for name, section in settings.configured().items()
+    }
+
+
+@contextmanager
+def _filtered(section: config.Pairs, writer: ShardWriter, scorers: dict[str, Scorer]) -> Iterator[Any]:
+    """What takes the training pairs: `writer`, or the filter before it, whose cache is deleted at the end."""
+    if section.filter is None:
+        yield writer
+        return
+    from spo.preference.pair_filter import FilteredWriter
+    from spo.training.checkpoint import CheckpointStore
+
+    inputs = filter(Path.exists, [Path("outputs/inputs/pairs.json")])
+    cache = CheckpointStore(SCRATCH / "resume" / f"pairs-{fingerprint([section], inputs, FILTER_CODE)}", None)
+    with _table(writer.folder.parent / "filter.csv") as table:
+        table.writerow(["pair", "kind", *scorers, "fails"])
+        yield FilteredWriter(writer, section.filter, scorers, cache, table.writerow)
+    cache.clear()
 
 
 def _check(summary: dict[str, Any], bound: float, output: Path) -> None:

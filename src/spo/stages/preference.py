@@ -1,8 +1,9 @@
-"""Stage `preference`: train the step-aware preference model (SPM) and measure it by timestep.
+"""Stage `preference`: train a preference model and measure it by timestep.
 
-Its two baselines (the same CLIP without the step condition; the same CLIP trained on clean images only) are
-stages of their own, whose accuracies are committed to git: they run again only when their inputs or code
-change.
+Without an item it is the step-aware preference model (SPM), which judges SPO; `latent` is the latent reward
+model, which judges LPO. The SPM's two baselines (the same CLIP without the step condition; the same CLIP
+trained on clean images only) are stages of their own, whose accuracies are committed to git: they run again
+only when their inputs or code change.
 """
 
 from __future__ import annotations
@@ -12,18 +13,23 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spo.config import Params, Preference
+from spo.config import LatentPreference, Params, Preference
 from spo.runtime.files import require, write_json
 from spo.runtime.fingerprint import fingerprint
+from spo.runtime.hub import split_revision
 from spo.runtime.workspace import METRICS, SCRATCH, TRAINING
 from spo.stages.common import stage
 from spo.tracking.curve import Curve
 
 if TYPE_CHECKING:
-    from spo.preference.trainer import Setup
+    from spo.data.latents import EncodedPairs
+    from spo.preference.latent_training import LatentTraining
+    from spo.preference.step_aware import StepAware
+    from spo.preference.trainer import Trained
     from spo.types import Backbone
 
-OUTPUT = Path("outputs/preference")
+# of the models that are kept
+OUTPUTS = {None: Path("outputs/preference"), "latent": Path("outputs/preference_latent")}
 VALIDATION_PROMPTS = Path("outputs/prompts/validation.txt")
 # the code that trains
 CODE = ("backbones", "data", "diffusion", "preference", "rewards", "training", "types.py")
@@ -34,103 +40,146 @@ BASELINES: dict[str, dict[str, bool]] = {
 
 
 def run(params: Params, item: str | None = None) -> None:
-    """Train the SPM, or with `item` one of its BASELINES."""
+    """Train the SPM, or with `item` the latent reward model or one of the SPM's BASELINES."""
     from spo import backbones
     from spo.training import distributed
     from spo.training.distributed import device
 
-    settings = params.preference.model_copy(update=BASELINES[item] if item else {})
     name = f"preference_{item}" if item else "preference"
     with stage("preference", params, item) as tracked:
         started = time.monotonic()
         backbone = backbones.load(params.backbone, device())
+        settings = _settings(params, item)
         scratch = _scratch(params, settings)
         curve = Curve(tracked, scratch)
-        setup = _setup(params, settings, backbone)
-        report = _train(params, settings, setup, scratch, curve)
+        trained: Trained
+        if isinstance(settings, LatentPreference):
+            trained = _latent(params, settings, backbone)
+        else:
+            trained = _step_aware(params, settings, backbone)
+        report = _train(params, trained, scratch, curve)
         if not distributed.is_main_process():
             return
-        if item is None:
+        if item in OUTPUTS:
             curve.write(TRAINING / f"{name}.csv")
-            shutil.rmtree(OUTPUT, ignore_errors=True)
-            setup.model.save_pretrained(OUTPUT)
-            setup.tokenizer.save_pretrained(OUTPUT)
+            shutil.rmtree(OUTPUTS[item], ignore_errors=True)
+            trained.save(OUTPUTS[item])
         write_json(METRICS / f"{name}.json", {**report, "seconds": round(time.monotonic() - started, 1)})
         for name in ("accuracy", "local"):
             tracked.log_metrics({f"{name}_t{t}": a for t, a in report.get(name, {}).items()}, step=0)
+        if item in OUTPUTS:
+            accuracy = {f"accuracy_t{t}": a for t, a in report["accuracy"].items()}
+            tracked.log_model(OUTPUTS[item], "preference model", settings.steps, accuracy, {})
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _setup(params: Params, settings: Preference, backbone: Backbone) -> Setup:
-    """The preference model before training, with its tokenizer, backbone and noise schedule."""
+def _settings(params: Params, item: str | None) -> Preference | LatentPreference:
+    if item == "latent":
+        return params.latent_preference
+    return params.preference.model_copy(update=BASELINES[item] if item else {})
+
+
+def _step_aware(params: Params, settings: Preference, backbone: Backbone) -> StepAware:
     import torch
 
     from spo.diffusion.schedule import Schedule
     from spo.preference.model import StepAwarePreferenceModel, load_tokenizer
-    from spo.preference.trainer import Setup
+    from spo.preference.step_aware import StepAware
 
     schedule = Schedule.from_config(backbone.scheduler_config, settings.num_inference_steps)
-    named = settings.tokenizer is not None
-    tokenizer = load_tokenizer(settings.tokenizer or settings.init, None if named else settings.revision)
+    own = settings.init, settings.revision
+    tokenizer = load_tokenizer(*(split_revision(settings.tokenizer) if settings.tokenizer else own))
     torch.manual_seed(params.seed)  # the timestep embedding is drawn at random
     model = StepAwarePreferenceModel.from_clip(settings.init, settings.step_condition, settings.revision)
     if settings.logit_scale is not None:
         model.set_logit_scale(settings.logit_scale)
-    return Setup(model.to(backbone.device), tokenizer, backbone, schedule)
+    return StepAware(model.to(backbone.device), tokenizer, backbone, schedule, settings)
 
 
-def _train(params: Params, settings: Preference, setup: Setup, scratch: Path, curve: Curve) -> dict[str, Any]:
-    """Train setup.model; returns its accuracy by timestep on validation pairs, and facts."""
+def _latent(params: Params, settings: LatentPreference, backbone: Backbone) -> LatentTraining:
+    import torch
+
+    from spo.diffusion.schedule import Schedule
+    from spo.preference.latent import LatentPreferenceModel
+    from spo.preference.latent_training import LatentTraining
+    from spo.preference.model import clip_text_projection
+
+    schedule = Schedule.from_config(backbone.scheduler_config, settings.num_inference_steps)
+    torch.manual_seed(params.seed)  # the visual projection is drawn at random
+    model = LatentPreferenceModel(backbone.feature_model(), settings.feature_guidance)
+    if settings.text_projection is not None:
+        weight = clip_text_projection(settings.text_projection, settings.revision)
+        model.start_text_projection(weight, settings.text_projection)
+    place = backbone.device
+    return LatentTraining(model.to(place), backbone, schedule.to(place), settings, params.seed)
+
+
+def _train(params: Params, trained: Trained, scratch: Path, curve: Curve) -> dict[str, Any]:
+    """Train the model; returns its accuracy by timestep on validation pairs, and facts."""
     from spo.data.latent_cache import latent_pairs
     from spo.preference import trainer
-    from spo.preference.pseudo_labels import pseudo_label
+    from spo.preference.compute import unet_samples
     from spo.training.checkpoint import CheckpointStore
 
-    pairs = {part: latent_pairs(params, setup.backbone, part) for part in ("train", "validation")}
-    facts: dict[str, Any] = {}
-    if settings.labels is not None:
-        device = str(setup.backbone.device)
-        pairs["train"], facts["pseudo_labels"] = pseudo_label(pairs["train"], settings, device)
-    store = CheckpointStore(scratch / "checkpoints")
+    settings, backbone = trained.settings, trained.backbone
+    pairs = {part: latent_pairs(params, backbone, part) for part in ("train", "validation")}
+    pairs["train"], facts = _labelled(pairs["train"], settings, str(backbone.device))
     summary = trainer.train(
-        setup, pairs["train"], settings, seed=params.seed, checkpoint=store, on_metrics=curve.log
+        trained,
+        pairs["train"],
+        seed=params.seed,
+        checkpoint=CheckpointStore(scratch / "checkpoints"),
+        on_metrics=curve.log,
+        # the step-aware model computes in fp32 whatever the base's precision
+        scale_loss=isinstance(settings, LatentPreference) and params.backbone.dtype == "fp16",
     )
     if settings.local_prompts:
-        facts["local"] = _local_judgement(params, settings, setup)
-    timesteps, guidance = settings.eval_timesteps, settings.guidance
-    measured = trainer.evaluate(setup, pairs["validation"], timesteps, guidance, seed=params.seed)
+        facts["local"] = _local_judgement(params, trained)
+    measured = trainer.evaluate(trained, pairs["validation"], settings.eval_timesteps, seed=params.seed)
     return {
         "accuracy": {str(t): round(m["accuracy"], 4) for t, m in measured.items()},
         "n": int((pairs["validation"].label_0 != 0.5).sum()),
         "n_train": len(pairs["train"]),
         "updates": settings.steps,
         "training_seconds": summary["training_seconds"],
-        "unet_samples": trainer.unet_samples(settings),
+        "unet_samples": unet_samples(settings),
         **facts,
     }
 
 
-def _local_judgement(params: Params, settings: Preference, setup: Setup) -> dict[str, float]:
+def _labelled(
+    pairs: EncodedPairs, settings: Preference | LatentPreference, device: str
+) -> tuple[EncodedPairs, dict[str, Any]]:
+    """The training pairs with the labels that the settings name, and facts about them."""
+    if isinstance(settings, LatentPreference) or settings.labels is None:
+        return pairs, {}
+    from spo.preference.pseudo_labels import pseudo_label
+
+    labelled, facts = pseudo_label(pairs, settings, device)
+    return labelled, {"pseudo_labels": facts}
+
+
+def _local_judgement(params: Params, trained: Trained) -> dict[str, float]:
     """Correlation with the oracle within the candidates of a step, by timestep.
 
     Raises:
         ValueError: there is no oracle, or too few validation prompts.
     """
     from spo.evaluation.local_judgement import local_judgement
-    from spo.preference.reward_model import ClipRewardModel
     from spo.scenes.oracle import Oracle
 
+    settings, section = trained.settings, trained.name
     if params.score.oracle is None:
-        raise ValueError("preference.local_prompts: needs score.oracle, which only scenes has; set it to 0")
+        raise ValueError(f"{section}.local_prompts: needs score.oracle, which only scenes has; set it to 0")
     prompts = require(VALIDATION_PROMPTS, "validation prompts").read_text().splitlines()
     if len(prompts) < settings.local_prompts:
         raise ValueError(
-            f"preference.local_prompts: {settings.local_prompts} is more than the {len(prompts)} prompts of "
+            f"{section}.local_prompts: {settings.local_prompts} is more than the {len(prompts)} prompts of "
             f"{VALIDATION_PROMPTS}"
         )
     by_timestep = local_judgement(
-        setup.backbone,
-        ClipRewardModel(setup.model, setup.tokenizer),
+        trained.backbone,
+        trained.reward_model(),
         Oracle(params.score.oracle),
         prompts[: settings.local_prompts],
         steps=settings.num_inference_steps,
@@ -140,7 +189,8 @@ def _local_judgement(params: Params, settings: Preference, setup: Setup) -> dict
     return {str(t): round(value, 4) for t, value in by_timestep.items()}
 
 
-def _scratch(params: Params, settings: Preference) -> Path:
-    sections = ("preference", params.seed, params.backbone, settings)
-    inputs = [Path(p) for p in ("outputs/pairs", "outputs/inputs/base.json", "outputs/inputs/clip.json")]
+def _scratch(params: Params, settings: Preference | LatentPreference) -> Path:
+    sections = (type(settings).__name__, params.seed, params.backbone, settings)
+    pinned = "latent" if isinstance(settings, LatentPreference) else "clip"
+    inputs = [Path(p) for p in ("outputs/pairs", "outputs/inputs/base.json", f"outputs/inputs/{pinned}.json")]
     return SCRATCH / "resume" / f"preference-{fingerprint(sections, inputs, CODE)}"

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Mapping
+from itertools import chain
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from spo import config
 from spo.config import Params
+from spo.runtime import hub
 from spo.runtime.files import write_json
 from spo.runtime.messages import first_line
 from spo.stages.common import stage
@@ -20,40 +24,57 @@ PARTS = ("train", "test", "validation")
 def run(params: Params, variant: str | None = None) -> None:
     """Write outputs/prompts."""
     with stage("prompts", params) as tracked:
-        summary = prepare(params.prompts, params.seed, _token_counter(params), OUTPUT)
+        summary = prepare(params.prompts, _token_counter(params), OUTPUT, params.generate.suites)
         tracked.log_metrics({name: float(summary[name]) for name in PARTS}, step=0)
 
 
-def prepare(section: config.Prompts, seed: int, length: Callable[[str], int], output: Path) -> dict[str, Any]:
+def prepare(
+    section: config.Prompts,
+    length: Callable[[str], int],
+    output: Path,
+    suites: Mapping[str, str] = MappingProxyType({}),
+) -> dict[str, Any]:
     """Write train.txt, test.txt, validation.txt, set_aside.csv and summary.json to `output`.
+
+    A suite becomes suites/NAME.txt, without prompts of training, of validation and of the preference pairs: a
+    suite changes no other list.
 
     Args:
         length: counts the tokens of a prompt, start and end tokens included.
+        suites: a list of prompts by name.
 
     Returns:
         The summary.
 
     Raises:
-        ValueError: a list that cannot be read, or has too few prompts.
+        ValueError: a list that cannot be read, or has too few prompts; a suite of which no prompt is left.
     """
     from spo.data import prompts, sources
 
     evaluation, train = _captions(section.evaluation), _captions(section.train)
+    suite_lists = {name: _suite(name, source) for name, source in suites.items()}
+    more = list(chain(*suite_lists.values()))
     if section.vocabulary is not None:
-        prompts.check_vocabulary(map(prompts.clean, evaluation + train), section.vocabulary)
+        prompts.check_vocabulary(map(prompts.clean, evaluation + train + more), section.vocabulary)
     blocked = prompts.BlockList.load(section.block_list) if section.block_list else None
-    candidates = {prompts.key(p) for p in evaluation}  # only these captions of the pairs matter
+    candidates = {prompts.key(p) for p in evaluation + more}  # only these captions of the pairs matter
     paired = {k for c in sources.read_captions(section.pairs) if (k := prompts.key(c)) in candidates}
     held_out = prompts.select(evaluation, length, section.max_tokens, paired, blocked)
     keys = {prompts.key(p) for p in held_out.prompts}
     training = prompts.select(train, length, section.max_tokens, keys, blocked)
-    ordered = prompts.by_hash(held_out.prompts, seed)
+    ordered = prompts.by_hash(held_out.prompts, section.seed)
     parts = {
-        "train": _take(prompts.by_hash(training.prompts, seed), section.n_train, "n_train"),
+        "train": _take(prompts.by_hash(training.prompts, section.seed), section.n_train, "n_train"),
         "test": _take(ordered, section.n_test, "n_test"),
         "validation": _take(ordered[section.n_test :], section.n_validation, "n_validation"),
     }
+    used_elsewhere = paired | {prompts.key(p) for name in ("train", "validation") for p in parts[name]}
+    kept = {
+        name: prompts.select(lines, length, section.max_tokens, used_elsewhere, blocked)
+        for name, lines in suite_lists.items()
+    }
     output.mkdir(parents=True, exist_ok=True)
+    _write_suites(output / "suites", kept)
     for name, lines in parts.items():
         (output / f"{name}.txt").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     used = {"train": len(parts["train"]), "evaluation": len(parts["test"]) + len(parts["validation"])}
@@ -62,15 +83,45 @@ def prepare(section: config.Prompts, seed: int, length: Callable[[str], int], ou
     summary["read"] = {"train": len(train), "evaluation": len(evaluation)}
     summary["left_out"] = {name: dict(selection.rejected) for name, selection in selections.items()}
     summary["not_needed"] = {name: len(s.prompts) - used[name] for name, s in selections.items()}
+    if suites:
+        summary["suites"] = {
+            name: {"read": len(suite_lists[name]), "prompts": len(s.prompts), **s.rejected}
+            for name, s in kept.items()
+        }
+        selections |= {f"suite {name}": s for name, s in kept.items()}
     _write_rejected(output / "set_aside.csv", selections)
     write_json(output / "summary.json", summary)
     return summary
+
+
+def _suite(name: str, source: str) -> list[str]:
+    try:
+        return _captions(source)
+    except ValueError as error:
+        raise ValueError(f"generate.suites.{name}: {error}") from None
+
+
+def _write_suites(folder: Path, suites: Mapping[str, Any]) -> None:
+    """
+    Raises:
+        ValueError: a suite of which no prompt is left.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
+    for name, selection in suites.items():
+        if not selection.prompts:
+            reasons = ", ".join(f"{n} {why}" for why, n in selection.rejected.items()) or "it is empty"
+            raise ValueError(f"generate.suites.{name}: no prompt is left ({reasons}); give another list")
+        folder.mkdir(parents=True, exist_ok=True)
+        text = "".join(f"{line}\n" for line in selection.prompts)
+        (folder / f"{name}.txt").write_text(text, encoding="utf-8")
 
 
 def _captions(source: str) -> list[str]:
     """Read a file of prompts, or the captions of a preference data set in a folder or at a URL."""
     from spo.data import prompt_files, remote, sources
 
+    if hub.is_hub_url(source) and not source.endswith(".parquet"):
+        source = str(hub.local(source))
     if remote.is_remote(source) or Path(source).is_dir():
         return list(sources.read_captions(source))
     return prompt_files.read_prompts(source)

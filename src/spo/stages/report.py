@@ -1,17 +1,17 @@
-"""Stage `report`: compare the variants, and show all results on one page."""
+"""Stage `report`: compare the variants, and show all results on one page and all images in a gallery."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
-from itertools import islice
+from collections.abc import Iterable, Iterator
+from itertools import islice, zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spo.config import METHODS, VARIANTS, Params
 from spo.runtime.files import atomic, require, write_json
 from spo.runtime.workspace import METRICS, TRAINING
-from spo.stages.common import stage
+from spo.stages.common import of_suite, stage
 from spo.tracking.provenance import git, versions
 
 if TYPE_CHECKING:
@@ -19,14 +19,17 @@ if TYPE_CHECKING:
     from PIL import Image
 
 SCORES, IMAGES, REPORTS = Path("outputs/scores"), Path("outputs/images"), Path("reports")
+GALLERY = REPORTS / "gallery.html"
+LOGGED_BYTES = 20_000_000  # a larger gallery is not logged to MLflow; without its folder it shows thumbnails
 GRID_PROMPTS = 6  # of the image grid for the README
+JUDGES = ("preference", "preference_latent")  # of SPO and LPO
 SPM_BASELINES = ("preference_unconditioned", "preference_clean_only")
 CODE = ("src", "flows", "dvc.yaml", "params.yaml")  # uncommitted changes here are shown on the page
 
 
 def run(params: Params, variant: str | None = None) -> None:
-    """Write the page, the comparisons and the image grid to reports/."""
-    from spo.evaluation import plots, report, statistics, verdict
+    """Write the page, the comparisons, the image grid and the gallery to reports/."""
+    from spo.evaluation import gallery, kept_runs, plots, report, statistics, verdict
 
     settings = params.report
     with stage("report", params) as tracked:
@@ -37,13 +40,17 @@ def run(params: Params, variant: str | None = None) -> None:
                 f"nothing to compare: {SCORES} has only {', '.join(scores)}; add another variant's scores or "
                 "another one of report.baselines"
             )
+        suites = read_suites(params)
         prompts, images = read_images(scores, max(settings.grid_prompts, GRID_PROMPTS))
         shown = {v: images[v][: settings.grid_prompts] for v in scores}
+        shown_params = params.model_dump(mode="json", exclude={"processes", "tracking", "registry"})
         page = report.render(
             report.RunResults(
-                params=params.model_dump(mode="json", exclude={"processes", "tracking", "registry"}),
+                params=shown_params,
+                kept=kept_runs.read(shown_params),
                 scores=scores,
                 comparisons=rows,
+                suites=suites,
                 prompts=prompts[: settings.grid_prompts],
                 images=shown,
                 **_measured(),
@@ -54,15 +61,44 @@ def run(params: Params, variant: str | None = None) -> None:
         compared = [v for v in images if v == "base" or v in METHODS]
         columns = {verdict.name(v): images[v][:GRID_PROMPTS] for v in compared}
         write_json(REPORTS / "comparisons.json", rows)
+        write_json(
+            REPORTS / "suites.json", {name: compared_rows for name, (_, compared_rows) in suites.items()}
+        )
         write_json(METRICS / "comparisons.json", summary(rows))
         _write(REPORTS / "report.html", page.encode())
         _write(REPORTS / "grid.png", plots.grid(prompts[:GRID_PROMPTS], columns))
+        drawn = {v: scored_images(v, table) for v, table in scores.items()}
+        gallery.write(GALLERY, params.name, scores, drawn, (rows[0]["method"], rows[0]["baseline"]))
         tracked.log_metrics(_flat(rows), step=0)
-        for name in ("report.html", "comparisons.json", "grid.png"):
+        for name, (_, compared_rows) in suites.items():
+            tracked.log_metrics({f"{name}/{k}": v for k, v in _flat(compared_rows).items()}, step=0)
+        extra = ["suites.json"] if suites else []
+        for name in ("report.html", "comparisons.json", "grid.png", *extra):
             tracked.log_artifact(REPORTS / name, "report")
+        if GALLERY.stat().st_size <= LOGGED_BYTES:
+            tracked.log_artifact(GALLERY, "report")
 
 
-def read_scores(baselines: tuple[str, ...]) -> dict[str, DataFrame]:
+def read_suites(params: Params) -> dict[str, tuple[dict[str, DataFrame], list[dict[str, Any]]]]:
+    """By suite of prompts: the table of each variant, and the rows of their comparisons.
+
+    Raises:
+        ValueError: as `read_scores` and `statistics.comparisons`, with the suite.
+    """
+    from spo.evaluation import statistics
+
+    suites, settings = {}, params.report
+    for name in params.generate.suites:
+        try:
+            scores = read_scores(settings.baselines, of_suite(SCORES, name))
+            rows = statistics.comparisons(scores, settings.baselines, settings.bootstrap_samples, params.seed)
+        except ValueError as error:
+            raise ValueError(f"generate.suites.{name}: {error}") from None
+        suites[name] = (scores, rows)
+    return suites
+
+
+def read_scores(baselines: tuple[str, ...], folder: Path = SCORES) -> dict[str, DataFrame]:
     """Read the table of each variant: the baselines in their order, then the others.
 
     Raises:
@@ -70,9 +106,9 @@ def read_scores(baselines: tuple[str, ...]) -> dict[str, DataFrame]:
     """
     from pandas import read_csv
 
-    files = {p.stem: p for p in sorted(require(SCORES, "scores").glob("*.csv"))}
+    files = {p.stem: p for p in sorted(require(folder, "scores").glob("*.csv"))}
     if not files:
-        raise ValueError(f"{SCORES}: no scores in this folder; run `make repro`")
+        raise ValueError(f"{folder}: no scores in this folder; run `make repro`")
     tables = {}
     for name in dict.fromkeys(n for n in (*baselines, *VARIANTS, *files) if n in files):
         try:
@@ -88,26 +124,30 @@ def read_scores(baselines: tuple[str, ...]) -> dict[str, DataFrame]:
 
 
 def read_images(scores: dict[str, DataFrame], n: int) -> tuple[list[str], dict[str, list[Image.Image]]]:
-    """Read the first n prompts, and their images by each variant.
+    """Read the first n prompts, and the first image of each by each variant; raises as `scored_images`."""
+    first = next(iter(scores.values()))["prompt"]
+    step = len(first) // first.nunique()  # images of a prompt
+    images = {v: list(islice(scored_images(v, table), 0, n * step, step)) for v, table in scores.items()}
+    return first[::step][:n].tolist(), images
+
+
+def scored_images(variant: str, table: DataFrame) -> Iterator[Image.Image]:
+    """Iterate over the images of a variant in the order of its scores.
 
     Raises:
         ValueError: images that are not those that were scored.
     """
     from spo.data.images import load_images
 
-    prompts: list[str] = []
-    images: dict[str, list[Image.Image]] = {}
-    for variant, table in scores.items():
-        generated = list(islice(load_images(require(IMAGES / variant, f"images of {variant}")), n))
-        scored = list(zip(table["prompt"][:n], table["seed"][:n], strict=True))
-        if [(prompt, seed) for _, prompt, seed in generated] != scored:
+    generated = load_images(require(IMAGES / variant, f"images of {variant}"))
+    scored = zip(table["prompt"], table["seed"], strict=True)
+    for drawn, row in zip_longest(generated, scored):
+        if drawn is None or drawn[1:] != row:
             raise ValueError(
                 f"{IMAGES / variant}: not the images scored in {SCORES / variant}.csv; "
                 f"run `spo score {variant}` again"
             )
-        images[variant] = [image for image, _, _ in generated]
-        prompts = [prompt for prompt, _ in scored]
-    return prompts, images
+        yield drawn[0]
 
 
 def _measured() -> dict[str, Any]:
@@ -115,9 +155,9 @@ def _measured() -> dict[str, Any]:
     import pandas as pd
     import yaml
 
-    preference = _in_order(METRICS.glob("preference*.json"), ["preference", *SPM_BASELINES])
+    preference = _in_order(METRICS.glob("preference*.json"), [*JUDGES, *SPM_BASELINES])
     align = _in_order(METRICS.glob("align_*.json"), [f"align_{m}" for m in METHODS])
-    curves = _in_order(TRAINING.glob("*.csv"), ["preference", *METHODS])
+    curves = _in_order(TRAINING.glob("*.csv"), [*JUDGES, *METHODS])
     summaries = {k: Path(f"outputs/{k}/summary.json") for k in ("prompts", "pairs")}
     world, lock = Path("data/world.json"), Path("dvc.lock")
     samples = {m: sorted(Path(f"outputs/align/{m}/samples").glob("*.png")) for m in METHODS}

@@ -22,6 +22,13 @@ from spo.tracking.spool import Spool, spools
 
 Where = Mapping[str, str]  # uri and experiment of the runs
 Record = dict[str, Any]
+DATASETS = {  # of a stage: (key of its section of params.yaml, what pins it, MLflow's context)
+    "pairs": [("source", "outputs/inputs/pairs.json", "training")],
+    "prompts": [
+        ("train", "outputs/inputs/prompts.json", "training"),
+        ("evaluation", "outputs/inputs/prompts.json", "evaluation"),
+    ],
+}
 
 
 def settle(
@@ -36,6 +43,8 @@ def settle(
     before, ends = _read(parent)
     cached = []
     for name, entry in dvc_lock.read().items():
+        if name in reached:
+            _add_datasets(parent, params, entry)
         written = before is not None and before.get(name) != entry.hash
         end = ends.get(name)
         if end is not None and end["status"] == "FINISHED":
@@ -84,6 +93,21 @@ def _read(parent: Spool) -> tuple[dict[str, str] | None, dict[str, Record]]:
     for end in ends.values():
         end["hash"] = end["hash"] or hashes.get(str(end["key"]))
     return before if isinstance(before, dict) else None, ends
+
+
+def _add_datasets(parent: Spool, params: Mapping[str, Any], entry: dvc_lock.Entry) -> None:
+    """Send the datasets of the experiment as inputs of the parent: each by its name in params.yaml and the
+    hash of the file in outputs/inputs that pins it."""
+    known = [
+        item["name"] for _, record in parent.read() if record["op"] == "inputs" for item in record["data"]
+    ]
+    data = [
+        {"name": name, "digest": entry.deps[pins], "context": context}
+        for key, pins, context in DATASETS.get(entry.stage, ())
+        if (name := params.get(entry.stage, {}).get(key)) and name not in known and pins in entry.deps
+    ]
+    if data:
+        parent.append("inputs", data=data)
 
 
 def _add_entry(parent: Spool, where: Where, entry: dvc_lock.Entry, key: str) -> None:

@@ -1,11 +1,13 @@
-"""Delivery of spools to an MLflow store, in a thread of the stage."""
+"""Delivery of spools to an MLflow store, by a thread of the stage or, for all its stages, of `spo repro`."""
 
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 
 from spo.runtime.signals import DELIVERY, STOPPED_DELIVERY
 from spo.tracking.records import Waiting, is_refusal, load_mlflow, reason
@@ -13,6 +15,62 @@ from spo.tracking.spool import Spool, spools, warn
 from spo.tracking.store import Store
 
 PERIOD, PAUSE = 5.0, 30.0  # seconds between deliveries, and after one that failed
+# set for the stages of a `spo repro`, which delivers what they log: each saves the import of MLflow (1.5 s)
+BY_PARENT = "SPO_DELIVERED_BY_PARENT"
+
+
+def start(uri: str, which: list[Spool], watch: Callable[[], None]) -> Delivery | Watch:
+    """Deliver the spools of a stage, unless `spo repro` does; `watch` is called every PERIOD seconds."""
+    return Watch(watch) if BY_PARENT in os.environ else Delivery(uri, which, watch)
+
+
+@contextmanager
+def for_stages(uri: str) -> Iterator[Mapping[str, str]]:
+    """Deliver what stages log while they run as children of this process; yields variables for them.
+
+    What is left at the end is for `runs.sync`.
+    """
+    store, stop = Store(uri), threading.Event()
+
+    def work() -> None:
+        load_mlflow()
+        while not stop.wait(PERIOD):
+            for spool in spools():
+                try:
+                    if spool.header().get("uri") == store.name:
+                        store.deliver(spool)
+                except FileNotFoundError:  # another process has delivered and removed it
+                    continue
+                except Exception as error:
+                    if not isinstance(error, Waiting) and not is_refusal(error):
+                        stop.wait(PAUSE)  # it is away
+                        break
+
+    thread = threading.Thread(target=work, name="tracking", daemon=True)
+    thread.start()
+    try:
+        yield {BY_PARENT: "1"}
+    finally:
+        stop.set()
+        thread.join(STOPPED_DELIVERY)
+
+
+class Watch:
+    """Call a function every PERIOD seconds in a thread."""
+
+    def __init__(self, watch: Callable[[], None]) -> None:
+        self._watch, self._stop = watch, threading.Event()
+        self._thread = threading.Thread(target=self._work, name="tracking", daemon=True)
+        self._thread.start()
+
+    def finish(self, stopped: bool = False) -> None:
+        self._stop.set()
+        self._thread.join(STOPPED_DELIVERY)
+
+    def _work(self) -> None:
+        while not self._stop.wait(PERIOD):
+            with contextlib.suppress(Exception):  # a measurement that fails costs no stage
+                self._watch()
 
 
 class Delivery:

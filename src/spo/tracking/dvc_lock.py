@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +17,9 @@ import yaml
 from spo.tracking.provenance import flatten
 
 METRICS = "reports/metrics/"
+LOCK = Path(".dvc/tmp/lock")  # DVC holds it while it writes dvc.lock, not while a stage runs
+PATIENCE = 60.0  # seconds; DVC hashes a stage's outputs under its lock too
+LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's, where PyYAML has it: .04 s for .4
 
 
 @dataclass(frozen=True)
@@ -27,12 +34,17 @@ class Entry:
 
     @property
     def words(self) -> tuple[str, str | None]:
-        """Split `spo STAGE [ITEM]` into (stage, item); of another command (DVC's name, None)."""
+        """Split `spo STAGE [ITEM [--suite NAME]]` into (stage, item); of another command (DVC's name, None).
+
+        The item of a suite is ITEM-suite-NAME, as its stage names its run.
+        """
         match self.cmd.split():
             case ["spo", stage]:
                 return stage, None
             case ["spo", stage, item]:
                 return stage, item
+            case ["spo", stage, item, "--suite", suite]:
+                return stage, f"{item}-suite-{suite}"
         return self.stage, None
 
     @property
@@ -82,10 +94,31 @@ def read_metrics(path: Path) -> dict[str, float]:
 def read(path: Path = Path("dvc.lock")) -> dict[str, Entry]:
     """Read all stages by name, in the file's order; none if there is no readable file."""
     try:
-        stages = (yaml.safe_load(path.read_text(encoding="utf-8")) or {}).get("stages", {})
+        with _complete():
+            text = path.read_text(encoding="utf-8")
+        stages = (yaml.load(text, Loader=LOADER) or {}).get("stages", {})
         return {name: _entry(name, stage) for name, stage in stages.items()}
     except (OSError, yaml.YAMLError, AttributeError, KeyError, TypeError):
         return {}
+
+
+@contextmanager
+def _complete() -> Iterator[None]:
+    """Keep DVC from writing meanwhile: where stages run side by side, dvc.lock could be half written."""
+    try:
+        file = LOCK.open()
+    except OSError:  # no DVC here, or a lock that is not ours to read
+        yield
+        return
+    with file:
+        end = time.monotonic() + PATIENCE
+        while time.monotonic() < end:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                break
+            except OSError:
+                time.sleep(0.02)
+        yield
 
 
 def hashes() -> dict[str, str]:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from spo.runtime.files import digest
+from spo.runtime.messages import redact
 
 PACKAGES = (
     *("spo", "torch", "torchvision", "diffusers", "transformers", "peft", "accelerate"),
@@ -75,9 +76,14 @@ def _processor() -> str:
 
 
 def code() -> dict[str, str]:
-    """Return tags: the git commit, whether files differ from it, and dvc.lock's SHA-256."""
+    """Return tags: source, git commit and branch, whether files differ from it, and dvc.lock's SHA-256."""
     lock = digest(Path("dvc.lock"))
     tags = {"dvc.lock": lock} if lock else {}
+    tags |= {"mlflow.source.type": "PROJECT", "mlflow.source.name": Path.cwd().name}
+    if url := redact(git("config", "remote.origin.url")):
+        tags |= {"mlflow.source.name": url, "mlflow.source.git.repoURL": url}
+    if branch := git("branch", "--show-current"):
+        tags["mlflow.source.git.branch"] = branch
     if commit := git("rev-parse", "HEAD"):
         changes = git("status", "--porcelain", "--untracked-files=no")
         tags |= {"mlflow.source.git.commit": commit, "git.dirty": str(bool(changes)).lower()}

@@ -11,6 +11,7 @@ from typing import Any
 
 from spo.runtime.files import digest
 from spo.runtime.messages import one_line, redact
+from spo.tracking import logged_models
 from spo.tracking.spool import Spool
 
 BATCH = 1000  # the most metrics that MLflow takes in one call; params and tags: 100
@@ -110,6 +111,9 @@ def call(client: Any, spool: Spool, run_id: str, records: list[dict[str, Any]]) 
     from mlflow.entities import Metric, Param, RunTag
 
     record = records[0]
+    if record["op"] in FURTHER:
+        FURTHER[record["op"]](client, run_id, record)
+        return
     match record["op"]:
         case "metrics":
             points = [Metric(k, v, r["time"], r["step"]) for r in records for k, v in r["metrics"].items()]
@@ -120,8 +124,6 @@ def call(client: Any, spool: Spool, run_id: str, records: list[dict[str, Any]]) 
                 client.log_batch(run_id, params=params[start : start + 100])
         case "tags":
             client.log_batch(run_id, tags=[RunTag(k, v) for k, v in record["tags"].items()])
-        case "inputs":
-            client.log_inputs(run_id, datasets=[_dataset(**item) for item in record["data"]])
         case "artifact":
             if record["sha256"] is None or digest(Path(record["path"])) != record["sha256"]:
                 raise Refused(f"{record['path']}: changed or gone since it was logged")
@@ -130,12 +132,33 @@ def call(client: Any, spool: Spool, run_id: str, records: list[dict[str, Any]]) 
             client.set_terminated(run_id, _status(spool, record), end_time=record["time"])
 
 
-def _dataset(name: str, digest: str) -> Any:
+def _log_image(client: Any, run_id: str, record: dict[str, Any]) -> None:
+    """Log an image by key and step, once: MLflow gives each call files of its own."""
+    from PIL import Image
+
+    path, key, step = Path(record["path"]), str(record["key"]), int(record["step"])
+    name = f"images/{key.replace('/', '~')}+step+{step}+timestamp+{record['time']}+"
+    paths = [file.path for file in client.list_artifacts(run_id, "images")]
+    if any(p.startswith(name) and p.endswith("+compressed.webp") for p in paths):  # the last file of a call
+        return
+    if not path.is_file():
+        raise Refused(f"{path}: gone since it was logged")
+    with Image.open(path) as image:
+        image.load()
+        client.log_image(run_id, image, key=key, step=step, timestamp=record["time"], synchronous=True)
+
+
+def _dataset(name: str, digest: str, context: str | None = None) -> Any:
     """Return what a stage read as MLflow's dataset: path and DVC's hash, by which `dvc` finds it again."""
-    from mlflow.entities import Dataset, DatasetInput
+    from mlflow.entities import Dataset, DatasetInput, InputTag
 
     source = json.dumps({"path": name, "md5": digest})
-    return DatasetInput(Dataset(name=name, digest=digest[:36], source_type="dvc", source=source))
+    tags = [InputTag("mlflow.data.context", context)] if context else []
+    return DatasetInput(Dataset(name=name, digest=digest[:36], source_type="dvc", source=source), tags)
+
+
+def _log_inputs(client: Any, run_id: str, record: dict[str, Any]) -> None:
+    client.log_inputs(run_id, datasets=[_dataset(**item) for item in record["data"]])
 
 
 def _status(spool: Spool, record: dict[str, Any]) -> str:
@@ -144,3 +167,6 @@ def _status(spool: Spool, record: dict[str, Any]) -> str:
         return str(record["status"])
     ends = {r["child"]: r["status"] for _, r in spool.read() if r["op"] == "end" and "child" in r}
     return max(ends.values(), key=("FINISHED", "KILLED", "FAILED").index)
+
+
+FURTHER = {"inputs": _log_inputs, "image": _log_image, "model": logged_models.log}

@@ -22,8 +22,7 @@ from spo.runtime.launch import is_main_process
 from spo.runtime.messages import one_line, redact
 from spo.runtime.signals import exit_on_sigterm
 from spo.runtime.workspace import home
-from spo.tracking import cached_stages, dvc_lock, system
-from spo.tracking.delivery import Delivery
+from spo.tracking import cached_stages, delivery, dvc_lock, system
 from spo.tracking.provenance import code, flatten, hardware, section, versions
 from spo.tracking.records import Waiting, is_refusal, reason
 from spo.tracking.spool import Spool, close_dead, spools, warn
@@ -67,6 +66,33 @@ class Run:
         path = Path(path).absolute()
         self._write("artifact", path=str(path), folder=folder, sha256=digest(path))
 
+    def log_image(self, path: Path | str, key: str, step: int) -> None:
+        """Log a picture by step, for the step slider of MLflow's UI; a copy is kept until it is delivered."""
+        if self.spool is None:
+            return
+        try:
+            kept = self.spool.keep(Path(path)).absolute()
+        except OSError as error:
+            warn(f"{path} is not logged: {one_line(error)}")
+            return
+        self._write("image", path=str(kept), key=key, step=int(step))
+
+    def log_model(
+        self, path: Path, kind: str, step: int, scores: Mapping[str, float], params: Mapping[str, Any]
+    ) -> None:
+        """Log a kept checkpoint as MLflow's LoggedModel: the weights by path and SHA-256, not stored again.
+
+        Args:
+            path: of the weights, a file or a folder; a folder's hash is the tag dvc.out.PATH of the run.
+            kind: MLflow's model type, e.g. "adapter".
+            step: of its last update.
+            scores: of its validation, also logged as metrics of the run.
+        """
+        tags = {"weights": str(path), **({"weights.sha256": sha} if (sha := digest(path)) else {})}
+        values = {k: float(v) for k, v in scores.items()}
+        named = {k: str(v) for k, v in params.items()}
+        self._write("model", kind=kind, step=int(step), metrics=values, params=named, tags=tags)
+
     def set_tags(self, tags: Mapping[str, Any]) -> None:
         self._write("tags", tags={k: str(v) for k, v in tags.items()})
 
@@ -108,7 +134,7 @@ def stage_run(stage: str, params: Mapping[str, Any], name: str | None = None) ->
     run = _start(params, title, parent)
     run.log_params(section(params, stage, name) if parent.spool else flatten(params))
     own = [r.spool for r in (parent, run) if r.spool]
-    delivery = Delivery(tracking_uri(params.get("tracking")), own, _watched(run))
+    delivering = delivery.start(tracking_uri(params.get("tracking")), own, _watched(run))
     status = "FINISHED"
     try:
         with exit_on_sigterm():
@@ -123,7 +149,7 @@ def stage_run(stage: str, params: Mapping[str, Any], name: str | None = None) ->
         run.set_tags(hardware())
         run.end(status)
         parent.end(status, child=title, stage=os.environ.get("DVC_STAGE"), key=run.key)
-        delivery.finish(stopped=status == "KILLED")
+        delivering.finish(stopped=status == "KILLED")
 
 
 def _watched(run: Run) -> Callable[[], None]:
@@ -189,7 +215,11 @@ def _settle(parent: Run, params: Mapping[str, Any], reached: Collection[str]) ->
     if parent.spool is None:
         return []
     try:
-        return cached_stages.settle(parent.spool, params, _where(params), reached)
+        _parents().mkdir(parents=True, exist_ok=True)
+        with locked(
+            _parents() / "settle"
+        ):  # two stages that start at once would record the same cached stage
+            return cached_stages.settle(parent.spool, params, _where(params), reached)
     except OSError as error:
         warn(f"cached stages are not recorded: {one_line(error)}")
         return []

@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import re
+import shutil
 import sys
 import time
 import uuid
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from spo.runtime.files import write_json
+from spo.runtime.files import atomic, digest, write_json
 from spo.runtime.messages import redact
 from spo.runtime.workspace import home
 
@@ -30,6 +31,8 @@ def folder() -> Path:
 @dataclass(frozen=True)
 class Spool:
     """The records of one run in `<key>.jsonl`; `<key>.state` says how much of it each store has.
+
+    `<key>.files` holds copies of the files that may be gone before they are delivered.
 
     The first record is `create`; or, for a run that MLflow has already, `adopt` (by its id) or `find` (by its
     key).
@@ -84,6 +87,16 @@ class Spool:
                 raise OSError(f"{self.path}: disk full")
         finally:
             os.close(file)
+
+    def keep(self, path: Path) -> Path:
+        """Copy a file, named by its SHA-256, to where it stays until the run is delivered."""
+        kept = self._files() / f"{digest(path)}{path.suffix}"
+        with atomic(kept) as partial:
+            shutil.copyfile(path, partial)
+        return kept
+
+    def _files(self) -> Path:
+        return self.path.with_suffix(".files")
 
     def read(self, offset: int = 0) -> Iterator[tuple[int, dict[str, Any]]]:
         """Yield (where it ends, record) of each complete line from `offset` on; torn lines are skipped."""
@@ -145,6 +158,7 @@ class Spool:
     def remove(self) -> None:
         self.path.unlink(missing_ok=True)
         self.path.with_suffix(".state").unlink(missing_ok=True)
+        shutil.rmtree(self._files(), ignore_errors=True)
 
 
 def spools() -> list[Spool]:

@@ -30,6 +30,7 @@ from spo.tracking.records import (
 from spo.tracking.spool import Spool, warn
 
 AGAIN = "`spo sync` tries again"
+KIND = ("mlflow.experimentKind", "custom_model_development")  # opens the UI in its model training view
 
 
 class Store:
@@ -148,6 +149,8 @@ class Store:
             then = "but no store will take them under this name"
             raise Waiting(f"{why}; give another `name` in params.yaml", then) from None
         check_experiment(experiment)
+        if KIND[0] not in experiment.tags:
+            client.set_experiment_tag(experiment.experiment_id, *KIND)
         return str(experiment.experiment_id)
 
     def _check_run(self, run_id: str) -> None:

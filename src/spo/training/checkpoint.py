@@ -61,11 +61,15 @@ class CheckpointStore:
             print(f"spo: {path}: damaged checkpoint, using the one before", file=sys.stderr)
         return None
 
+    def read(self, step: int) -> dict[str, Any] | None:
+        """Return the state of this number; None if it is not there or not complete."""
+        path = self._path(step)
+        return _read(path) if path.exists() else None
+
     def states(self) -> Iterator[dict[str, Any]]:
         """Yield the states 0, 1, 2, ... as far as they are there and complete."""
         for step in itertools.count():
-            path = self._path(step)
-            state = _read(path) if path.exists() else None
+            state = self.read(step)
             if state is None:
                 return
             yield state

@@ -1,34 +1,130 @@
 """Several processes as one: the rank of this one, its shard of the work, sums and gathers over all.
 
 With one process all functions are identities. The group of processes is accelerate's,
-however they were started (`processes` in params.yaml, `accelerate launch`, `torchrun`).
+however they were started (`processes` in params.yaml, `accelerate launch`, `torchrun`, a scheduler).
 """
 
 from __future__ import annotations
 
+import os
+import secrets
+import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from spo.runtime.signals import COLLECTIVE
+from spo.runtime import launch, peers
+from spo.runtime.exit_codes import TransientError
+from spo.runtime.messages import first_line
+from spo.runtime.signals import COLLECTIVE, JOIN
 from spo.types import Conditioning
 
 if TYPE_CHECKING:
     from accelerate import PartialState
 
+VISIBLE = 120.0  # seconds until a shared file system shows a new file on every machine
 S = TypeVar("S", bound=Any)
 T = TypeVar("T")
 
 
 def state() -> PartialState:
+    """Return accelerate's state of the processes; the first call joins them.
+
+    Raises:
+        TransientError: some did not join in time.
+    """
     from accelerate import PartialState
     from accelerate.utils import parse_flag_from_env
 
     # without this flag accelerate joins no processes on the CPU
     cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    if launch.is_started_by_others() and not torch.distributed.is_initialized():
+        _join("cpu" if cpu else str(torch.accelerator.current_accelerator()))
     return PartialState(cpu, timeout=COLLECTIVE)
+
+
+def _join(kind: str) -> None:
+    """Join processes that another launcher started: they wait JOIN at most, and then have a heartbeat.
+
+    Args:
+        kind: of the device, as "cuda".
+    """
+    where = ":".join(os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
+    try:
+        store, rank, count = next(iter(torch.distributed.rendezvous("env://", timeout=JOIN)))
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun's, which may keep its store
+        peers.join(torch.distributed.PrefixStore(f"spo/{attempt}", store.clone()), rank, count)
+    except ValueError as error:  # a variable that is missing or no number
+        names = "RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT"
+        raise ValueError(f"environment of the launcher ({names}): {first_line(error)}") from None
+    except RuntimeError as error:
+        raise TransientError(
+            f"not all {os.environ['WORLD_SIZE']} processes joined at {where}: {first_line(error)}"
+        ) from None
+    backend = torch.distributed.get_default_backend_for_device(kind)
+    with _collective():
+        torch.distributed.init_process_group(
+            backend, store=store, rank=rank, world_size=count, timeout=COLLECTIVE
+        )
+
+
+@contextmanager
+def _collective() -> Iterator[None]:
+    """What every process does with the others.
+
+    Raises:
+        ValueError: another process failed; with its reason.
+        TransientError: another process is lost.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        raise peers.lost(error) or error from None
+
+
+@contextmanager
+def main_process_first() -> Iterator[None]:
+    """Run the body in the main process, then in the others."""
+    with _collective(), state().main_process_first():
+        yield
+
+
+def wait_for(file: Path) -> None:
+    """Wait until this machine sees a file that the main process has written to a shared file system.
+
+    Raises:
+        TransientError: it does not within VISIBLE seconds.
+    """
+    end = time.monotonic() + VISIBLE
+    while not file.exists():
+        if time.monotonic() > end:
+            raise TransientError(f"{file}: written by process 0, not seen here for {VISIBLE:g} s; try again")
+        time.sleep(0.5)
+
+
+def check_folder(folder: Path) -> None:
+    """Check that all processes see the same folder: the main process writes a file there.
+
+    Raises:
+        ValueError: one does not see what the main process wrote.
+    """
+    file = folder / f"node-{broadcast_int(secrets.randbits(31))}"
+    if is_main_process():
+        folder.mkdir(parents=True, exist_ok=True)
+        file.touch()
+    any_rank(False)  # written
+    seen = gather(torch.tensor([file.exists()], device=state().device))
+    if is_main_process():
+        file.unlink()
+    if not seen.all():
+        raise ValueError(
+            f"{Path.cwd()} of process 0 is not the folder of process {int(seen.int().argmin())}: "
+            "start all nodes in one folder of a shared file system"
+        )
 
 
 def device() -> str:
@@ -65,7 +161,8 @@ def all_reduce_sum(value: Tensor) -> Tensor:
     if count() == 1:
         return value
     value = value.detach().clone()
-    torch.distributed.all_reduce(value)
+    with _collective():
+        torch.distributed.all_reduce(value)
     return value
 
 
@@ -87,12 +184,14 @@ def gather(rows: Tensor) -> Tensor:
         return rows
     plain = rows.to(torch.uint8) if rows.dtype == torch.bool else rows
     sizes = [torch.zeros(1, dtype=torch.int64, device=rows.device) for _ in range(count())]
-    torch.distributed.all_gather(sizes, torch.tensor([len(rows)], device=rows.device))
+    with _collective():
+        torch.distributed.all_gather(sizes, torch.tensor([len(rows)], device=rows.device))
     most = max(int(s) for s in sizes)
     padded = torch.zeros(most, *plain.shape[1:], dtype=plain.dtype, device=plain.device)
     padded[: len(plain)] = plain
     parts = [torch.empty_like(padded) for _ in sizes]
-    torch.distributed.all_gather(parts, padded)
+    with _collective():
+        torch.distributed.all_gather(parts, padded)
     return torch.cat([p[: int(s)] for p, s in zip(parts, sizes, strict=True)]).to(rows.dtype)
 
 
@@ -106,7 +205,9 @@ def sum_gradients(parameters: Sequence[torch.nn.Parameter]) -> list[Tensor]:
     """Replace every gradient by its sum over processes, in one flat tensor; return them, zeros where none."""
     if count() > 1:
         gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
-        flat = all_reduce_sum(torch.cat([g.flatten() for g in gradients]))
+        flat = torch.cat([g.flatten() for g in gradients])
+        with _collective():
+            torch.distributed.all_reduce(flat)  # in place: of a full fine-tune it is gigabytes
         for parameter, part in zip(parameters, flat.split([g.numel() for g in gradients]), strict=True):
             parameter.grad = part.view_as(parameter)
     return [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
@@ -122,4 +223,7 @@ def map_round_robin(function: Callable[[Any], T], items: Sequence[Any]) -> Itera
     n, rank = count(), state().process_index
     for start in range(0, len(items), n):
         results = [function(item) for item in items[start : start + n][rank : rank + 1]]
-        yield from results if n == 1 else gather_object(results)
+        if n > 1:
+            with _collective():
+                results = gather_object(results)
+        yield from results

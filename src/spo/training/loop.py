@@ -37,6 +37,7 @@ def fit(
     watch: Callable[[int, Mapping[str, float], int], None] | None = None,
     ema: float = 0.0,
     scale_loss: bool = False,
+    sampler_ema: float = 0.0,
 ) -> dict[str, Any]:
     """Train the objective's parameters in place for `objective.iterations` iterations.
 
@@ -46,6 +47,7 @@ def fit(
         watch: called before training and after each iteration, before its weights are saved, with the
             number of iterations, mean metrics and updates; an error of it ends training.
         ema, scale_loss: as of TrainingState.
+        sampler_ema: batches are collected by an average of the weights with this decay; 0: by the weights.
 
     Returns:
         updates, pairs trained on, iterations, and this process's seconds of training (without `watch`); with
@@ -58,7 +60,7 @@ def fit(
     parameters = objective.parameters()
     if not parameters:
         raise ValueError(f"{objective.name}: nothing to train: the model has no trainable parameters")
-    state = TrainingState(parameters, optimizer, ema, scale_loss)
+    state = TrainingState(parameters, optimizer, ema, scale_loss, sampler_ema)
     first = state.resume(checkpoints)
     started, validating, done, total = time.monotonic(), 0.0, first, objective.iterations
     bar = tqdm(total=total, initial=first, desc=objective.name, unit="iteration")
@@ -95,7 +97,8 @@ def fit(
 
 def _iteration(objective: Objective, iteration: int, state: TrainingState) -> dict[str, float]:
     """All updates of one iteration; returns what was collected, and the means of the updates' metrics."""
-    updates, collected = objective.collect(iteration)
+    with state.sampling():
+        updates, collected = objective.collect(iteration)
     values = defaultdict[str, list[float]](list)
     for parts in _in_step(updates):
         for name, value in update(objective, parts, state).items():
@@ -109,7 +112,7 @@ def update(objective: Objective, parts: Sequence[Batch], state: TrainingState) -
     Without a pair in any process, or if the gradients overflow in fp16, nothing is updated or measured.
     """
     total = distributed.all_reduce_sum(torch.stack([batch.weight.sum() for batch in parts]).sum().float())
-    if total == 0:  # no valid pair anywhere: AdamW would still decay the weights
+    if float(total) == 0:  # no valid pair anywhere: AdamW would still decay the weights
         return {}
     state.optimizer.zero_grad(set_to_none=True)
     metrics: list[dict[str, Mean]] = []
@@ -164,9 +167,9 @@ def _check_finite(name: str, what: str, value: Tensor, parts: Sequence[Batch], u
     Raises:
         FloatingPointError: it is NaN or infinite.
     """
-    bad = (~value.isfinite()).flatten().nonzero().flatten().tolist()
-    if not bad:
+    if bool(value.isfinite().all()):
         return
+    bad = (~value.isfinite()).flatten().nonzero().flatten().tolist()
     timesteps = [t for batch in parts for t in batch.timesteps.tolist()]
     prompts = [p for batch in parts for p in batch.prompts]
     if value.ndim and len(prompts) == len(value):

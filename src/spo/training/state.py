@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
 from spo import config
+from spo.runtime.exit_codes import TransientError
 from spo.training import distributed
 from spo.training.checkpoint import CheckpointStore
 from spo.training.optimizer import adamw
@@ -18,18 +21,26 @@ class TrainingState:
     """All that a resumed run needs, since batches follow from (seed, iteration) alone."""
 
     def __init__(
-        self, parameters: list[torch.nn.Parameter], settings: config.Optimizer, ema: float, scale_loss: bool
+        self,
+        parameters: list[torch.nn.Parameter],
+        settings: config.Optimizer,
+        ema: float,
+        scale_loss: bool,
+        sampler_ema: float = 0.0,
     ) -> None:
         """
         Args:
             ema: decay in [0,1) of an average of the weights, which they become at the end; 0: none.
+            sampler_ema: decay in [0,1) of an average that the weights are within `sampling` instead; 0: none.
             scale_loss: for fp16, whose gradients would underflow: the loss is scaled up, the gradients down
                 again; an update whose gradients overflow is skipped and the scale halved.
         """
-        self.parameters, self.settings, self.ema = parameters, settings, ema
+        assert not (ema and sampler_ema), "one average at most"
+        self.parameters, self.settings = parameters, settings
+        self.ema, self.sampler_ema = ema, sampler_ema
         self.optimizer = adamw(parameters, settings)
         self.scaler = torch.amp.GradScaler(parameters[0].device.type, enabled=scale_loss)
-        self.average = [p.detach().clone() for p in parameters] if ema else []
+        self.average = [p.detach().clone() for p in parameters] if ema or sampler_ema else []
         self.updates = self.pairs = self.skipped = 0
 
     @property
@@ -47,9 +58,11 @@ class TrainingState:
             group["lr"] = rate
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        decay = min(self.ema, self.updates / (self.updates + 10))  # the first weights are forgotten soon
-        for average, parameter in zip(self.average, self.parameters if self.ema else [], strict=True):
-            average.lerp_(parameter.detach(), 1 - decay)
+        early = self.updates / (self.updates + 10)  # the first weights are forgotten soon
+        decay = self.sampler_ema or min(self.ema, early)
+        if self.average:
+            for average, parameter in zip(self.average, self.parameters, strict=True):
+                average.lerp_(parameter.detach(), 1 - decay)
         self.updates += 1
         return rate
 
@@ -75,11 +88,28 @@ class TrainingState:
             )
         return True
 
+    @contextmanager
+    def sampling(self) -> Iterator[None]:
+        """Within it, the weights are the average of `sampler_ema`, if there is one."""
+        if not self.sampler_ema:
+            yield
+            return
+        own = [p.detach().clone() for p in self.parameters]
+        self._assign(self.average)
+        try:
+            yield
+        finally:
+            self._assign(own)
+
     @torch.no_grad()
+    def _assign(self, values: list[torch.Tensor]) -> None:
+        for parameter, value in zip(self.parameters, values, strict=True):
+            parameter.copy_(value)
+
     def finish(self) -> None:
-        """Give the parameters their average."""
-        for average, parameter in zip(self.average, self.parameters if self.ema else [], strict=True):
-            parameter.copy_(average)
+        """Give the parameters the average of `ema`."""
+        if self.ema:
+            self._assign(self.average)
 
     def save(self, store: CheckpointStore, iteration: int) -> None:
         """Write the state after `iteration` iterations, by the main process."""
@@ -98,13 +128,15 @@ class TrainingState:
 
     @torch.no_grad()
     def resume(self, store: CheckpointStore | None) -> int:
-        """Take over the newest state; returns the iteration to begin with."""
-        found = store.latest() if store else None
-        if found is None:
+        """Take over the newest state that the main process finds; returns the iteration to begin with.
+
+        Raises:
+            TransientError: another process cannot read that state yet.
+        """
+        iteration, state = _newest(store) if store else (0, None)
+        if state is None:
             return 0
-        iteration, state = found
-        for parameter, value in zip(self.parameters, state["weights"], strict=True):
-            parameter.copy_(value)
+        self._assign(state["weights"])
         for average, value in zip(self.average, state["average"], strict=True):
             average.copy_(value)
         self.optimizer.load_state_dict(state["optimizer"])
@@ -113,3 +145,21 @@ class TrainingState:
             self.scaler.load_state_dict(state["scaler"])
             self.skipped = state["skipped"]
         return iteration
+
+
+def _newest(store: CheckpointStore) -> tuple[int, dict[str, Any] | None]:
+    """The newest state, the same in all processes: a shared file system may show some of them an older one.
+
+    Raises:
+        TransientError: as `resume`.
+    """
+    main = distributed.is_main_process()
+    iteration, state = (main and store.latest()) or (0, None)
+    iteration = distributed.broadcast_int(iteration)
+    if iteration and not main:
+        state = store.read(iteration)
+    if distributed.any_rank(bool(iteration) and state is None):
+        raise TransientError(
+            f"{store.folder}: not every process can read checkpoint {iteration} yet; try again"
+        )
+    return iteration, state

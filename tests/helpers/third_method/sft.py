@@ -8,7 +8,7 @@ import torch
 
 from spo.diffusion.noise import SampleNoise, shuffled
 from spo.diffusion.schedule import Schedule
-from spo.methods.spec import BACKWARD, Cost, MethodSpec
+from spo.methods.spec import Cost, MethodSpec, Work
 from spo.types import UNetBatch
 
 
@@ -57,7 +57,8 @@ def _build(params, backbone):
 
 
 def _cost(config, scheduler_config) -> Cost:
-    return Cost(4 * config.iterations * (2 + BACKWARD), f"{config.iterations} updates of 4 images")
+    samples = 4 * config.iterations
+    return Cost(f"{config.iterations} updates of 4 images", Work(unet=samples, unet_trained=samples))
 
 
 SPEC = MethodSpec(

@@ -1,4 +1,4 @@
-"""SPO's choices along a rollout: where to draw candidates, which two make a pair, which one is continued."""
+"""Choices along a rollout: where to draw candidates, which two make a pair, which one is continued."""
 
 from __future__ import annotations
 
@@ -15,11 +15,14 @@ from spo.training import distributed
 from spo.types import Conditioning, StepPair
 
 
-def blocks(config: Rollout, schedule: Schedule) -> list[list[int]]:
+def blocks(config: Rollout, schedule: Schedule, name: str = "align") -> list[list[int]]:
     """Runs of `inner_steps` steps (indices into schedule.timesteps), each judged once at its end.
 
     Candidates part at the first step of a block. As in the official SDXL code, where a block has
     several steps, none begins at the sampler's last step: the block before takes it in.
+
+    Args:
+        name: of the section of params.yaml, for messages.
 
     Raises:
         ValueError: the config leaves no step to draw candidates at.
@@ -35,7 +38,7 @@ def blocks(config: Rollout, schedule: Schedule) -> list[list[int]]:
     if not steps:
         where = "" if config.timestep_range is None else f" within timestep_range {[low, high]}"
         raise ValueError(
-            f"align.spo.divert_start_step: {config.divert_start_step} leaves no step of {count}{where} "
+            f"{name}.divert_start_step: {config.divert_start_step} leaves no step of {count}{where} "
             "to draw candidates at; lower it"
         )
     runs = [steps[start : start + inner] for start in range(0, len(steps), inner)]
@@ -110,17 +113,20 @@ def _gap(better: Tensor, worse: Tensor) -> Tensor:
     return torch.tanh((better.float() - worse.float()) / 2)  # softmax of two, first minus second
 
 
-def gathered(pair: StepPair) -> StepPair:
-    """The samples of all processes, in the order of their ranks."""
-    if distributed.count() == 1:
-        return pair
+def gathered(pair: StepPair, conditioning: Conditioning) -> StepPair:
+    """The samples of all processes, in the order of their ranks.
+
+    Args:
+        conditioning: of the samples of all processes.
+    """
     return StepPair(
         distributed.gather(pair.x_t),
         distributed.gather(pair.timesteps),
         distributed.gather(pair.x_win),
         distributed.gather(pair.x_lose),
-        distributed.gather_conditioning(pair.conditioning),
+        conditioning,
         None if pair.x_t_lose is None else distributed.gather(pair.x_t_lose),
+        None if pair.output is None else distributed.gather(pair.output),
     )
 
 
@@ -135,6 +141,7 @@ class Rows:
     x_t_lose: Tensor | None  # None: no pair has one of its own
     parted: Tensor  # bool [N]: the loser's x_t is another
     conditioning: Conditioning  # B samples
+    output: Tensor | None = None  # of the rollout at x_t; None: some pair has none
 
     @classmethod
     def of(cls, pairs: list[StepPair]) -> Rows:
@@ -146,7 +153,9 @@ class Rows:
             torch.cat([p.x_t if p.x_t_lose is None else p.x_t_lose for p in pairs]) if any(own) else None
         )
         parted = torch.tensor(own, device=x_t.device).repeat_interleave(len(pairs[0].x_t))
-        return cls(x_t, timesteps, x_win, x_lose, x_t_lose, parted, pairs[0].conditioning)
+        outputs = [p.output for p in pairs if p.output is not None]
+        output = torch.cat(outputs) if len(outputs) == len(pairs) else None
+        return cls(x_t, timesteps, x_win, x_lose, x_t_lose, parted, pairs[0].conditioning, output)
 
     def inputs(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """The UNet samples of the pairs at `rows` int64 [P].

@@ -1,4 +1,6 @@
-"""The rollout of SPO: at each diverted step K candidates are judged and make a pair (Sec. 4.1).
+"""The rollout of the stepwise methods: at each diverted step K candidates are judged and make a pair.
+
+Section 4.1 of SPO (arXiv 2406.04314).
 
 Departures from the paper (P) or the official code (C):
 1. C encodes the preference model's text at every step; here once a prompt.
@@ -12,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -23,7 +26,7 @@ from spo.diffusion.noise import SampleNoise
 from spo.diffusion.schedule import Schedule
 from spo.methods.stepwise import pairs as step_pairs
 from spo.training import distributed
-from spo.types import Backbone, RewardModel, StepPair
+from spo.types import Backbone, Conditioning, RewardModel, StepPair
 
 CHUNK = 64  # samples a UNet, decoder or reward model call; guidance doubles the UNet's
 
@@ -37,10 +40,24 @@ class JudgedStep:
     valid: Tensor  # bool [B]
     scores: Tensor  # [K,B]
 
-    def gathered(self) -> JudgedStep:
-        """With the samples of all processes."""
-        scores = distributed.gather(self.scores.T).T
-        return JudgedStep(self.step, step_pairs.gathered(self.pair), distributed.gather(self.valid), scores)
+
+def gathered(judged: list[JudgedStep]) -> list[JudgedStep]:
+    """The steps of a rollout with the samples of all processes.
+
+    The conditioning is the same at every step, and as large as the latents: it is sent once.
+    """
+    if distributed.count() == 1:
+        return judged
+    conditioning = distributed.gather_conditioning(judged[0].pair.conditioning)
+    return [
+        JudgedStep(
+            j.step,
+            step_pairs.gathered(j.pair, conditioning),
+            distributed.gather(j.valid),
+            distributed.gather(j.scores.T).T,
+        )
+        for j in judged
+    ]
 
 
 @dataclass(frozen=True)
@@ -48,13 +65,13 @@ class _Prompts:
     """B prompts, encoded once a rollout for the UNet and for the reward model."""
 
     denoiser: GuidedDenoiser
-    text: Tensor  # [B,D], of the reward model
+    text: Conditioning  # of the reward model, B samples
     prompts: list[str]
     check: finite.FiniteCheck  # of the whole rollout
 
     def repeat(self, k: int) -> _Prompts:
         """Copies in the order of candidates.flatten(0, 1)."""
-        return _Prompts(self.denoiser.repeat(k), self.text.repeat(k, 1), self.prompts * k, self.check)
+        return _Prompts(self.denoiser.repeat(k), self.text.repeat(k), self.prompts * k, self.check)
 
     def predict(self, x_t: Tensor, timesteps: Tensor) -> Tensor:
         """The UNet's output [B,C,h,w] at x_t, CHUNK samples at a time."""
@@ -65,24 +82,69 @@ class _Prompts:
         return outputs
 
 
+class _AllCandidates:
+    """N candidates of step i: what is predicted from them, when it is asked for."""
+
+    def __init__(
+        self, backbone: Backbone, schedule: Schedule, i: int, latents: Tensor, prompts: _Prompts
+    ) -> None:
+        self.backbone, self.schedule, self.latents, self.prompts = backbone, schedule, latents, prompts
+        self._last = i + 1 == len(schedule.timesteps)
+        own = schedule.timesteps.new_zeros(()) if self._last else schedule.timesteps[i + 1]
+        self.timesteps, self.step_timesteps = (t.expand(len(latents)) for t in (own, schedule.timesteps[i]))
+        self.outputs: Tensor | None = None  # of the UNet; None: not asked for, or no step is left
+
+    @cached_property
+    def x0(self) -> Tensor:
+        """The x_0 predicted from each; after the last step the latents themselves."""
+        if self._last:
+            return self.latents
+        self.outputs = self.prompts.predict(self.latents, self.timesteps)
+        return self.schedule.predict_x0(self.outputs, self.timesteps, self.latents)
+
+
+class _Candidates:
+    """Some of the candidates of a step, as a `types.Candidates`."""
+
+    def __init__(self, every: _AllCandidates, rows: slice) -> None:
+        self._every, self._rows = every, rows
+        self.latents, self.timesteps = every.latents[rows], every.timesteps[rows]
+        self.step_timesteps = every.step_timesteps[rows]
+
+    @cached_property
+    def images(self) -> Tensor:
+        every, x0 = self._every, self._every.x0[self._rows]
+        check, prompts = every.prompts.check, every.prompts.prompts[self._rows]
+        check.note(finite.LATENTS, x0, prompts, self.timesteps)
+        images = every.backbone.decode(x0)
+        check.note(finite.DECODER, images, prompts, self.timesteps)
+        return images
+
+
 class Rollout:
     """DDIM from x_T with `settings.candidates` branches at the diverted steps."""
 
-    def __init__(self, settings: config.Rollout, schedule: Schedule, reward_model: RewardModel) -> None:
-        """`schedule` has the sampler's timesteps, on the backbone's device.
+    def __init__(
+        self, settings: config.Rollout, schedule: Schedule, reward_model: RewardModel, name: str = "align"
+    ) -> None:
+        """
+        Args:
+            schedule: has the sampler's timesteps, on the backbone's device.
+            name: of the section of params.yaml, for messages.
 
         Raises:
             ValueError: the settings leave no step to draw candidates at.
         """
-        self.blocks = step_pairs.blocks(settings, schedule)
-        self._thresholds = step_pairs.thresholds(settings, schedule, self.blocks)
+        self.blocks = step_pairs.blocks(settings, schedule, name)
+        self.thresholds = step_pairs.thresholds(settings, schedule, self.blocks)
         self.settings, self.schedule, self.reward_model = settings, schedule, reward_model
 
     def run(self, backbone: Backbone, prompts: list[str], noise: SampleNoise) -> Iterator[JudgedStep]:
         """Yield the pairs of every diverted step for B prompts; `noise` is of B samples.
 
         Raises:
-            ValueError: something on the way is NaN or infinite.
+            ValueError: something on the way is NaN or infinite; looked at after the last step, so that no
+                step waits for the device.
         """
         own = self._encode(backbone, prompts)
         branched = own.repeat(self.settings.candidates)
@@ -97,15 +159,16 @@ class Rollout:
             if i not in starts:
                 x_t, output, i = ddim.sample(step, noise.draw()), None, i + 1
                 continue
-            block, threshold = self.blocks[starts[i]], self._thresholds[starts[i]]
+            block, threshold = self.blocks[starts[i]], self.thresholds[starts[i]]
             branches = self._branch(block, step, noise, branched)
             scores, outputs = self._score(backbone, block[-1], branches[-1], branched)
             win, lose, valid = step_pairs.choose(self.settings, scores, threshold, noise)
-            for index, pair in self._pairs(block, x_t, branches, win, lose, own.denoiser):
+            for index, pair in self._pairs(block, x_t, output, branches, win, lose, own.denoiser):
                 yield JudgedStep(index, pair, valid, scores)
             following = step_pairs.resample(self.settings, win, lose, noise), every
             x_t, i = branches[-1][following], block[-1] + 1
             output = None if outputs is None else outputs[following]
+        own.check.check()
 
     def _encode(self, backbone: Backbone, prompts: list[str]) -> _Prompts:
         denoiser = GuidedDenoiser.encode(backbone, prompts, self.settings.guidance)
@@ -132,6 +195,7 @@ class Rollout:
         self,
         block: list[int],
         x_t: Tensor,
+        output: Tensor | None,
         branches: list[Tensor],
         win: Tensor,
         lose: Tensor,
@@ -143,37 +207,23 @@ class Rollout:
         for i, after in zip(block, branches, strict=True):
             timesteps = self.schedule.timesteps[i].expand(len(x_t))
             x_win, x_lose = after[win, every], after[lose, every]
-            yield i, StepPair(x_t, timesteps, x_win, x_lose, denoiser.conditioning, x_t_lose)
-            x_t, x_t_lose = x_win, x_lose
+            yield i, StepPair(x_t, timesteps, x_win, x_lose, denoiser.conditioning, x_t_lose, output)
+            x_t, x_t_lose, output = x_win, x_lose, None
 
     def _score(
         self, backbone: Backbone, i: int, candidates: Tensor, prompts: _Prompts
     ) -> tuple[Tensor, Tensor | None]:
-        """Scores [K,B] of the candidates [K,B,C,h,w] of step i, and the UNet's outputs at them.
-
-        Each is judged by the x_0 predicted from it, at its own timestep; final latents as they are, at 0.
-
-        Raises:
-            ValueError: something of the rollout so far is NaN or infinite, scores among it.
-        """
-        flat, outputs = candidates.flatten(0, 1), None
-        if i + 1 < len(self.schedule.timesteps):
-            timesteps = self.schedule.timesteps[i + 1].expand(len(flat))
-            outputs = prompts.predict(flat, timesteps)
-            x0 = self.schedule.predict_x0(outputs, timesteps, flat)
-        else:
-            timesteps, x0 = torch.zeros(len(flat), dtype=torch.int64, device=flat.device), flat
-        check = prompts.check
-        check.note(finite.LATENTS, x0, prompts.prompts, timesteps)
+        """Scores [K,B] of the candidates [K,B,C,h,w] of step i, and the UNet's outputs where it ran."""
+        flat = candidates.flatten(0, 1)
+        every, check = _AllCandidates(backbone, self.schedule, i, flat, prompts), prompts.check
+        check.note(finite.LATENTS, flat, prompts.prompts, every.step_timesteps)
         parts = []
-        for part in _chunks(len(flat)):
-            images = backbone.decode(x0[part])
-            check.note(finite.DECODER, images, prompts.prompts[part], timesteps[part])
-            parts.append(self.reward_model.score_images(images, prompts.text[part], timesteps[part]))
+        for rows in _chunks(len(flat)):
+            parts.append(self.reward_model.score(_Candidates(every, rows), prompts.text.select(rows)))
         scores = torch.cat(parts)
-        check.note(finite.SCORE, scores, prompts.prompts, timesteps)
-        check.check()
-        return scores.view(candidates.shape[:2]), None if outputs is None else outputs.view_as(candidates)
+        check.note(finite.SCORE, scores, prompts.prompts, every.timesteps)
+        outputs = None if every.outputs is None else every.outputs.view_as(candidates)
+        return scores.view(candidates.shape[:2]), outputs
 
 
 def _chunks(n: int) -> Sequence[slice]:

@@ -1,0 +1,212 @@
+"""The Python API: a preference model, training on own prompts, two folders of images compared.
+
+Without DVC and MLflow; the names are those of the package `spo`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from spo import config
+from spo.config import Params
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+    from PIL import Image
+
+# what `train` depends on, for the name of its resume state
+CODE = ("backbones", "data/images.py", "diffusion", "methods", "preference", "training", "types.py")
+BATCH = 32  # images scored at a time
+
+
+def load_params(source: str | Path = "params.yaml", changes: Mapping[str, Any] | None = None) -> Params:
+    """Read the parameters of an experiment.
+
+    Args:
+        source: a params.yaml, or the name of a preset: scenes, smoke, sd15, sdxl.
+        changes: values by dotted key, as {"align.spo.iterations": 100}.
+
+    Raises:
+        ConfigError: a mistake in the file or in `changes`, as one line.
+    """
+    import yaml
+
+    if str(source) in config.preset_names():
+        params = config.validate(yaml.safe_load(config.preset(str(source))), source=str(source))
+    else:
+        params = config.load(source)
+    raw = params.model_dump(mode="json")
+    for key, value in (changes or {}).items():
+        *sections, last = key.split(".")
+        section = raw
+        for name in sections:
+            if not isinstance(section.get(name), dict):
+                raise config.ConfigError(f"{source}: {key}: there is no section {name!r}")
+            section = section[name]
+        section[last] = value
+    return config.validate(raw, source=str(source)) if changes else params
+
+
+class PreferenceModel:
+    """A trained step-aware preference model (SPM), which scores images at a timestep."""
+
+    def __init__(self, source: str | Path = "outputs/preference", clip: str | None = None) -> None:
+        """Load the output of the stage `preference`, or a released `*_step-aware_preference_model.bin`.
+
+        Args:
+            clip: for a released file: the folder or hub id of its CLIP, for config and tokenizer.
+
+        Raises:
+            ValueError: no model there, or one that does not fit `clip`.
+        """
+        from spo.preference.model import StepAwarePreferenceModel, load_tokenizer
+        from spo.preference.reward_model import ClipRewardModel, load_reward_model
+        from spo.training.distributed import device
+
+        if Path(source).is_dir() or clip is None:
+            self._model = load_reward_model(source, device())
+            return
+        from transformers import CLIPConfig
+
+        try:
+            settings = CLIPConfig.from_pretrained(clip)
+        except (OSError, ValueError):
+            raise ValueError(f"{clip}: no config of a CLIP can be loaded from there") from None
+        model = StepAwarePreferenceModel.from_official_checkpoint(source, settings).to(device())
+        self._model = ClipRewardModel(model, load_tokenizer(clip))
+
+    def score(self, images: Sequence[Image.Image], prompts: Sequence[str], timestep: int = 0) -> list[float]:
+        """Score each image by its own prompt; higher is preferred.
+
+        Args:
+            images: of any size. At timestep t > 0 the model expects the x_0 predicted from x_t, decoded.
+            timestep: 0 (finished images) to 999.
+
+        Raises:
+            ValueError: another number of prompts than images, or no timestep of a diffusion model.
+        """
+        import torch
+
+        from spo.data.images import to_tensor
+
+        if len(images) != len(prompts):
+            raise ValueError(f"{len(images)} images, but {len(prompts)} prompts; give one prompt per image")
+        if not 0 <= timestep <= 999:
+            raise ValueError(f"timestep {timestep}: must be from 0 to 999")
+        clip, scores = self._model.model, list[float]()
+        for start in range(0, len(images), BATCH):
+            part = slice(start, start + BATCH)
+            pixels = torch.cat([clip.fitted(to_tensor(image)[None]) for image in images[part]])
+            text = self._model.encode_text(prompts[part]).tensors["text"]
+            timesteps = torch.full((len(pixels),), timestep, device=pixels.device)
+            with torch.no_grad():
+                scores += clip.score_features(pixels, text, timesteps).tolist()
+        return scores
+
+
+def train(
+    params: Params,
+    prompts: Sequence[str],
+    output: str | Path,
+    preference_model: str | Path = "outputs/preference",
+) -> Path:
+    """Fine-tune params.backbone by SPO (section align.spo) on own prompts; the last weights are the result.
+
+    Shows its progress. Interrupted, it continues from its last checkpoint (.spo/resume) when called again.
+
+    Returns:
+        `output`, for diffusers' load_lora_weights; with `lora: null`, for from_pretrained.
+
+    Raises:
+        ValueError: no prompts, one that cannot be encoded, an output that exists, or no model to load.
+        FloatingPointError: training diverged.
+    """
+    from spo import backbones
+    from spo.methods.spo import SpoMethod
+    from spo.methods.stepwise.method import sampler_schedule
+    from spo.preference.reward_model import load_reward_model
+    from spo.training import distributed, loop, optimizer
+    from spo.training.alignment import Alignment
+    from spo.training.checkpoint import CheckpointStore
+
+    section, output = params.align.spo, Path(output)
+    _check_prompts(params, prompts)
+    if output.exists():
+        raise ValueError(f"{output} exists; remove it or give another folder")
+    optimizer.check(section.optimizer)
+    backbone = backbones.load(params.backbone, distributed.device())
+    if section.lora is None:
+        backbone.train_fully()
+    else:
+        backbone.add_lora(section.lora, params.seed)
+    if section.gradient_checkpointing:
+        backbone.checkpoint_gradients()
+    reward_model = load_reward_model(preference_model, backbone.device)
+    schedule = sampler_schedule(params, section, backbone)
+    method = SpoMethod(section, schedule, reward_model, prompts, params.seed)
+    checkpoints = CheckpointStore(_resume_folder(params, prompts, Path(preference_model)))
+    loop.fit(
+        Alignment("align.spo", backbone, method),
+        section.optimizer,
+        checkpoints=checkpoints,
+        checkpoint_every=section.checkpoint_every,
+        on_metrics=lambda metrics, updates: None,
+        scale_loss=params.backbone.dtype == "fp16",
+    )
+    if distributed.is_main_process():
+        (backbone.save_pipeline if section.lora is None else backbone.save_lora)(output)
+        checkpoints.clear()
+    return output
+
+
+def _check_prompts(params: Params, prompts: Sequence[str]) -> None:
+    """
+    Raises:
+        ValueError: one is empty, cannot be encoded, or has words outside params.prompts.vocabulary.
+    """
+    from spo.data.prompts import check_vocabulary, flaw
+
+    for number, prompt in enumerate(prompts, start=1):
+        if reason := flaw(prompt) if prompt.strip() else "no text":
+            raise ValueError(f"prompt {number} has {reason}; it cannot be encoded")
+    if params.prompts.vocabulary is not None:
+        check_vocabulary(list(prompts), Path(params.prompts.vocabulary))
+
+
+def _resume_folder(params: Params, prompts: Sequence[str], preference_model: Path) -> Path:
+    from spo.runtime.fingerprint import fingerprint
+    from spo.runtime.workspace import SCRATCH
+
+    checkpoint = Path(params.backbone.checkpoint)
+    inputs = [preference_model, *([checkpoint] if checkpoint.exists() else [])]
+    sections: list[Any] = [params.seed, params.backbone, params.align.spo, *prompts]
+    return SCRATCH / "resume" / f"train-{fingerprint(sections, inputs, CODE)}"
+
+
+def judge(
+    params: Params, images: str | Path, baseline: str | Path, prompts: str | Path | Sequence[str]
+) -> DataFrame:
+    """Compare two folders of images of the same prompts by the scorers of params.score.
+
+    Args:
+        images, baseline: folders of image files in the order of their names, or what `spo generate` wrote.
+        prompts: one per image, or a file of them.
+
+    Returns:
+        A row per metric: means of both, mean_difference with its 95 % interval (ci_low, ci_high) over the
+        prompts, win_rate, and n.
+
+    Raises:
+        ValueError: another number of prompts than images, an unreadable image, or no scorer there.
+    """
+    from pandas import DataFrame
+
+    from spo.commands import external
+    from spo.evaluation import statistics
+
+    given = Path(prompts) if isinstance(prompts, str | Path) else list(prompts)
+    tables = external.tables(params, {"method": Path(images), "baseline": Path(baseline)}, given)
+    rows = statistics.comparisons(tables, ["baseline"], params.report.bootstrap_samples, params.seed)
+    return DataFrame(rows).drop(columns=["method", "baseline"]).set_index("metric")

@@ -1,0 +1,81 @@
+"""A linear layer with LoRA as one matrix product: x (W + s BA)^T + bias in the place of peft's three.
+
+Only for fp32 weights: rounded to bf16 or fp16, W + s BA would lose most of a small BA, so that layers in half
+precision, and all that peft can do besides plain LoRA (DoRA, dropout, several adapters), stay peft's.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig
+from peft.tuners.lora import Linear
+from torch import Tensor
+
+
+class MergedLoraLinear(Linear):
+    """peft's LoRA layer with another forward: parameters, state dict and everything else are peft's."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        adapter = None if args or kwargs or self.merged else self._plain_adapter(x)
+        if adapter is None:
+            return super().forward(x, *args, **kwargs)
+        base: Any = self.get_base_layer()
+        if self.disable_adapters:
+            return F.linear(x, base.weight, base.bias)
+        down, up = self.lora_A[adapter].weight, self.lora_B[adapter].weight
+        return _MergedLinear.apply(x, base.weight, base.bias, down, up, self.scaling[adapter])
+
+    def _plain_adapter(self, x: Tensor) -> str | None:
+        """The adapter, if it is the only one, plain LoRA without dropout or bias, and all is fp32."""
+        if len(self.active_adapters) != 1 or len(self.lora_A) != 1:
+            return None
+        adapter = self.active_adapters[0]
+        if adapter not in self.lora_A or adapter in self.lora_variant or self.lora_bias[adapter]:
+            return None
+        base: Any = self.get_base_layer()
+        tensors = (x, base.weight, self.lora_A[adapter].weight, self.lora_B[adapter].weight)
+        plain = all(t.dtype == torch.float32 for t in tensors) and type(base) is torch.nn.Linear
+        dropout = isinstance(self.lora_dropout[adapter], torch.nn.Dropout)
+        autocast = x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
+        if not plain or dropout or base.weight.requires_grad or autocast:
+            return None
+        return adapter
+
+
+class _MergedLinear(torch.autograd.Function):
+    """Gradients of x, A and B. W + s BA is made again in the backward pass, so that no copy of W is kept."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scale: float
+    ) -> Tensor:
+        """
+        Args:
+            x: [...,I].
+            weight: W [O,I], frozen as `bias` [O] is.
+            down, up: A [R,I] and B [O,R].
+        """
+        ctx.save_for_backward(x, weight, down, up)
+        ctx.scale = scale
+        return F.linear(x, torch.addmm(weight, up, down, alpha=scale), bias)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, down, up = ctx.saved_tensors
+        gradient = gradients[0].reshape(-1, gradients[0].shape[-1])
+        rows = x.reshape(-1, x.shape[-1])
+        of_x = None
+        if ctx.needs_input_grad[0]:
+            of_x = (gradient @ torch.addmm(weight, up, down, alpha=ctx.scale)).view_as(x)
+        of_up = ctx.scale * (gradient.T @ (rows @ down.T))
+        of_down = ctx.scale * ((gradient @ up).T @ rows)
+        return of_x, None, None, of_down, of_up, None
+
+
+def use_merged_layers(settings: LoraConfig) -> LoraConfig:
+    """Make peft build `MergedLoraLinear` for linear layers."""
+    settings._register_custom_module({torch.nn.Linear: MergedLoraLinear})
+    return settings

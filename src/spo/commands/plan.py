@@ -1,0 +1,131 @@
+"""What a stage will run, counted from its parameters: samples through each model, and samples of a call."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from spo.config import Params
+from spo.diffusion.denoiser import is_guided
+from spo.training.compute import Work
+
+PAIRS = Path("outputs/pairs/summary.json")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """`most`: every pair of a rollout is valid; `least`: none is. Equal where pairs are stored."""
+
+    text: str
+    most: Work
+    least: Work
+    calls: Mapping[str, int]  # samples of the largest call, by the names of Work
+
+
+def plan(params: Params, stage: str, variant: str | None, scheduler_config: Mapping[str, Any]) -> Plan:
+    """Of the stage preference, align or generate."""
+    if stage == "generate":
+        return _generate(params, variant or "base")
+    if stage == "preference":
+        return _preference(params, variant)
+    return _align(params, variant or "spo", scheduler_config)
+
+
+def images(count: int, steps: int, guidance: float) -> Work:
+    """Generated images."""
+    return Work(unet=count * steps * (1 + is_guided(guidance)), decoded=count)
+
+
+def _generate(params: Params, variant: str) -> Plan:
+    settings, guidance = params.generate, getattr(params.generate, variant).guidance
+    count = params.prompts.n_test if settings.split == "test" else params.prompts.n_validation
+    count *= settings.images_per_prompt
+    work, batch = (
+        images(count, settings.num_inference_steps, guidance),
+        min(count, settings.batch_size),
+    )
+    calls = {"unet": batch * (1 + is_guided(guidance)), "decoded": batch}
+    text = f"{count} images of {settings.num_inference_steps} steps, guidance {guidance:g}"
+    return Plan(text, work, work, calls)
+
+
+def _align(params: Params, method: str, scheduler_config: Mapping[str, Any]) -> Plan:
+    from spo.methods import method_spec
+    from spo.methods.stepwise.rollout import CHUNK
+
+    section = getattr(params.align, method)
+    cost = method_spec(method).cost(section, scheduler_config)
+    rollouts, looks = cost.rollouts, _looks(params, method)
+    vfe = is_guided(params.latent_preference.feature_guidance)
+    if not vfe:  # the cost is of the most there can be: two passes of the down path for a candidate
+        rollouts = replace(rollouts, down=rollouts.down // 2)
+    doubled = 1 + is_guided(getattr(section, "guidance", 1.0))
+    part = -(-getattr(section, "batch_size", 1) // getattr(section, "gradient_accumulation", 1))
+    calls = {"unet": part * (doubled if cost.rollouts.unet else 2)}
+    calls["unet_trained"] = calls["unet"]
+    if cost.rollouts.unet:
+        chunk = min(CHUNK, section.candidates * section.prompts_per_iteration)
+        calls["unet"] = max(calls["unet"], chunk * doubled)
+        calls |= {"decoded": chunk, "judged": chunk, "down": chunk * (1 + vfe)}
+    if looks.decoded:
+        batch = min(section.validation.prompts * section.validation.images, params.generate.batch_size)
+        calls["unet"] = max(calls["unet"], 2 * batch)
+        calls["decoded"] = max(calls.get("decoded", 0), batch)
+    most = rollouts + cost.updates + looks
+    return Plan(cost.text, most, rollouts + looks if cost.rollouts.unet else most, calls)
+
+
+def _looks(params: Params, method: str) -> Work:
+    """The images of the validations: before training, every so many iterations, and after the last."""
+    section = getattr(params.align, method)
+    validation = getattr(section, "validation", None)
+    if validation is None:
+        return Work()
+    times = 1 + -(-section.iterations // validation.every)
+    guidance = getattr(params.generate, method).guidance
+    count = validation.prompts * validation.images * times
+    return images(count, params.generate.num_inference_steps, guidance)
+
+
+def _preference(params: Params, variant: str | None) -> Plan:
+    from spo.preference import compute, trainer
+
+    settings: Any = params.latent_preference if variant == "latent" else params.preference
+    doubled = 1 + is_guided(settings.guidance)
+    part = -(-settings.batch_size // settings.gradient_accumulation)
+    evaluated = 2 * trainer.EVALUATION_BATCH
+    work, text = compute.work(settings), f"{settings.steps} updates of {settings.batch_size} pairs"
+    local, pairs = _local(settings, variant == "latent"), _validation_pairs()
+    seen = 2 * pairs * len(settings.eval_timesteps)
+    text += f", {pairs} validation pairs at {len(settings.eval_timesteps)} timesteps" if pairs else ""
+    if variant == "latent":
+        vfe = 1 + is_guided(settings.feature_guidance)
+        work += local + Work(down=seen * vfe)
+        calls = {"down": evaluated * vfe, "down_trained": 2 * part * vfe}
+        calls |= {"unet": 32 * doubled, "decoded": 32} if local.unet else {}
+    else:
+        work += local + Work(unet=seen * doubled, decoded=seen, judged=seen)
+        most = max(2 * part, evaluated)
+        calls = {"unet": most * doubled, "decoded": most, "judged": evaluated, "judged_trained": 2 * part}
+    return Plan(text, work, work, calls)
+
+
+def _local(settings: Any, latent: bool) -> Work:
+    """The rollouts of `local_prompts`: 4 candidates at every step; the oracle sees all their images."""
+    steps, judged = settings.num_inference_steps, 4 * settings.num_inference_steps
+    sampled = (1 + 4 * (steps - 1)) * (1 + is_guided(settings.guidance))
+    if latent:
+        down = judged * (1 + is_guided(settings.feature_guidance))
+        return Work(unet=sampled, decoded=judged, down=down).times(settings.local_prompts)
+    return Work(unet=sampled, decoded=judged, judged=judged).times(settings.local_prompts)
+
+
+def _validation_pairs() -> int:
+    """Those with a winner; 0 where the stage pairs has not run."""
+    if not PAIRS.exists():
+        return 0
+    counted = json.loads(PAIRS.read_text())
+    return int(counted["labels"]["validation"]["decided"])

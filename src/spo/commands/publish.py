@@ -1,0 +1,227 @@
+"""`spo publish`: what one uploads of an adapter (weights, card with scores, licence, sample images).
+
+Not a stage of the DAG. The result goes to a folder, or to a repository of the Hugging Face hub.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Sequence
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from spo.config import METHODS, Params
+from spo.evaluation import publication
+from spo.runtime.files import require
+from spo.runtime.hub import is_hub_id
+from spo.runtime.messages import one_line
+
+if TYPE_CHECKING:
+    from spo.evaluation.publication import Publication, Sample
+
+COMPARISONS = Path("reports/comparisons.json")
+SAMPLES, SAMPLE_PROMPTS = "samples", 4
+
+
+def run(
+    params: Params,
+    adapter: Path,
+    target: str,
+    base_model: str | None = None,
+    licence: str | None = None,
+    private: bool = False,
+) -> str:
+    """Publish the adapter of a method to a folder or hub id; returns where it is.
+
+    Args:
+        base_model: hub id of the base model; None: backbone.checkpoint if that is one.
+        licence: its identifier on the hub; None: that on the adapter's card.
+        private: whether a new repository on the hub is private.
+
+    Raises:
+        ValueError: not the adapter of a method, scores or images of another one, a folder with content, or
+            the hub cannot be reached or refuses.
+    """
+    method = _method(params, adapter)
+    _check_current(adapter, method)
+    to_hub = is_hub_id(target) and not Path(target).exists()
+    given = base_model or params.backbone.checkpoint
+    known_base = given if is_hub_id(given) and not Path(given).exists() else None
+    if base_model and known_base is None:
+        raise ValueError(f"--base-model {base_model}: not a hub id of the form OWNER/NAME")
+    details = publication.Publication(target if to_hub else "this folder", known_base, licence)
+    if not to_hub:
+        return str(_to_folder(params, adapter, method, details, Path(target)))
+    if known_base is None:
+        raise ValueError(
+            f"publish: the hub wants the id of the base model, not {given}: give --base-model OWNER/NAME"
+        )
+    token = _token(target)
+    with tempfile.TemporaryDirectory() as folder:
+        content = _to_folder(params, adapter, method, details, Path(folder) / "content")
+        if "license" not in publication.metadata((content / publication.FILE).read_text(encoding="utf-8")):
+            raise ValueError("publish: the base model's licence is not stated: give --license NAME")
+        return _upload(content, target, token, private)
+
+
+def _method(params: Params, adapter: Path) -> str:
+    """The method whose variant has this adapter.
+
+    Raises:
+        ValueError: no variant of a method has it.
+    """
+    own = {m: getattr(params.generate, m).adapter for m in METHODS}
+    for method, path in own.items():
+        if path is not None and Path(path).resolve() == adapter.resolve():
+            return method
+    known = ", ".join(path for path in own.values() if path)
+    raise ValueError(f"publish: {adapter} is not the adapter of a method in params.yaml; known: {known}")
+
+
+def _check_current(adapter: Path, method: str) -> None:
+    """Check that the images are of this adapter, and the scores of these images, if DVC ran the stages.
+
+    Raises:
+        ValueError: they are of another one, whose scores the card would have.
+    """
+    from spo.tracking import dvc_lock
+
+    stages = [f"generate@{method}", f"score@{method}"]
+    if not set(stages) <= set(dvc_lock.read()):
+        return
+    from dvc.repo import Repo
+
+    made_from = {str(adapter.resolve()), str(Path(f"outputs/images/{method}").resolve())}
+    for stage, changes in Repo().status(targets=stages).items():
+        for change in changes:
+            changed = change.get("changed deps", {}) if isinstance(change, dict) else {}
+            for path in changed:
+                if str(Path(path).resolve()) in made_from:
+                    raise ValueError(f"publish: {path} is not what {stage} read; run `spo repro` first")
+
+
+def _to_folder(params: Params, adapter: Path, method: str, details: Publication, folder: Path) -> Path:
+    """Write the folder, all or nothing.
+
+    Raises:
+        ValueError: the folder has content, or results are missing.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"publish: {folder} exists and is not empty; remove it or give another folder")
+    written = require(adapter / publication.FILE, "model card").read_text(encoding="utf-8")
+    rows = _rows(method)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as partial:
+        content = Path(partial) / "content"
+        _copy_weights(adapter, content)
+        _copy_licence(Path(params.backbone.checkpoint), content)
+        samples = _write_samples(content / SAMPLES, method, rows[0]["baseline"])
+        text = publication.text(written, params, method, rows, samples, details)
+        (content / publication.FILE).write_text(text, encoding="utf-8")
+        content.replace(folder)
+    return folder
+
+
+def _rows(method: str) -> list[dict[str, Any]]:
+    """The method's rows of the comparisons, whose means must be those of its score table.
+
+    Raises:
+        ValueError: none, or of other scores.
+    """
+    from pandas import read_csv
+
+    from spo.evaluation import statistics
+
+    require(COMPARISONS, "comparisons")
+    rows = [row for row in json.loads(COMPARISONS.read_text()) if row["method"] == method]
+    scores = require(f"outputs/scores/{method}.csv", f"scores of {method}")
+    if not rows:
+        raise ValueError(f"{COMPARISONS}: no scores of {method}; run `spo report`")
+    table = statistics.prompt_means(read_csv(scores, keep_default_na=False, dtype={"prompt": str}))
+    for row in rows:
+        metric = row["metric"]
+        if metric not in table or abs(table[metric].mean() - row["mean_method"]) > 1e-6:
+            raise ValueError(f"{COMPARISONS}: {metric} is not that of {scores}; run `spo report` again")
+    return rows
+
+
+def _copy_weights(adapter: Path, content: Path) -> None:
+    """Copy a LoRA or a complete pipeline in diffusers' format.
+
+    Raises:
+        ValueError: neither of them.
+    """
+    from spo.backbones.external import find
+    from spo.backbones.lora import FILE
+
+    source = find(adapter)
+    if source.kind == "pipeline" and adapter.is_dir():
+        shutil.copytree(adapter, content, ignore=shutil.ignore_patterns(SAMPLES, publication.FILE))
+    elif source.kind == "lora" and source.files[0].name == FILE:
+        content.mkdir()
+        shutil.copy(source.files[0], content / FILE)
+    else:
+        raise ValueError(f"{adapter}: neither {FILE} nor a diffusers pipeline there; run `spo align`")
+
+
+def _copy_licence(base: Path, content: Path) -> None:
+    """Copy the text of the base model's licence, if it is a folder with one."""
+    for path in sorted(base.glob("LICENSE*")) if base.is_dir() else ():
+        shutil.copy(path, content / path.name)
+
+
+def _write_samples(folder: Path, method: str, baseline: str) -> Sequence[Sample]:
+    """Write the images of the first test prompts by baseline and method."""
+    from spo.data.images import load_images
+
+    drawn = {
+        v: list(islice(load_images(require(f"outputs/images/{v}", f"images of {v}")), SAMPLE_PROMPTS))
+        for v in (baseline, method)
+    }
+    folder.mkdir(exist_ok=True)
+    samples = []
+    for number, pair in enumerate(zip(*drawn.values(), strict=True)):
+        if pair[0][1:] != pair[1][1:]:
+            raise ValueError(f"outputs/images: {baseline} and {method} have other prompts; run `spo repro`")
+        files = {v: f"{SAMPLES}/{number}-{v}.png" for v in drawn}
+        for file, (image, _, _) in zip(files.values(), pair, strict=True):
+            image.save(folder.parent / file)
+        samples.append(publication.Sample(pair[0][1], files[baseline], files[method]))
+    return samples
+
+
+def _token(target: str) -> str:
+    """
+    Raises:
+        ValueError: no token, or the network is switched off.
+    """
+    from huggingface_hub import constants, get_token
+
+    if constants.HF_HUB_OFFLINE:
+        raise ValueError(
+            f"publish: HF_HUB_OFFLINE is set, so nothing can go to {target}; give a folder by --to"
+        )
+    token = get_token()
+    if not token:
+        raise ValueError(f"publish: no token for {target}: run `hf auth login` or set HF_TOKEN")
+    return token
+
+
+def _upload(content: Path, target: str, token: str, private: bool) -> str:
+    """Upload a folder; returns the URL of the commit.
+
+    Raises:
+        ValueError: the hub cannot be reached or refuses.
+    """
+    from huggingface_hub import HfApi
+
+    api = HfApi(token=token)
+    try:
+        api.create_repo(target, private=private or None, exist_ok=True)
+        done = api.upload_folder(repo_id=target, folder_path=content, commit_message="Published by spo")
+    except Exception as error:  # the hub's client raises many types
+        raise ValueError(f"publish: {target}: {one_line(error)}") from error
+    return str(done.commit_url)

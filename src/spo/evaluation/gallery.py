@@ -1,0 +1,121 @@
+"""The gallery: every test prompt with the images of all variants, on one page that works without a network.
+
+The page holds a thumbnail of every image; the large ones are files beside it. Sorting, filter and the large
+view are in templates/gallery.js. Without JavaScript the page lists the prompts in order.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
+
+from spo.evaluation import plots
+from spo.evaluation.pages import environment
+from spo.evaluation.statistics import metrics
+from spo.evaluation.verdict import name
+from spo.runtime.files import atomic
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+    from PIL import Image
+
+THUMBNAIL = (
+    160  # longer side at most, in pixels: 500 prompts x 4 variants of photographs give a page of 13 MB
+)
+QUALITY, THUMBNAIL_QUALITY = 90, 70  # of WebP
+LOSSLESS = 192  # longer side in pixels up to which images are stored as they are
+
+
+@dataclass(frozen=True)
+class Row:
+    """A prompt and the thumbnails of its images."""
+
+    prompt: str
+    pictures: Sequence[tuple[str, str, str]]  # (title of the variant, data: URI, path of the large image)
+
+
+def write(
+    page: Path,
+    title: str,
+    scores: Mapping[str, DataFrame],
+    images: Mapping[str, Iterable[Image.Image]],
+    compared: tuple[str, str],
+) -> None:
+    """Write `page`, and the large images to the folder of the same name without `.html`.
+
+    Args:
+        scores: the table of each variant, in the order of the columns; rows are the prompts.
+        images: by variant, in the order of the rows; read one at a time.
+        compared: the variant and the baseline whose difference is shown first.
+    """
+    folder = page.with_suffix("")
+    if folder.exists():
+        shutil.rmtree(folder)
+    thumbnails = _write_images(folder, images, sum(map(len, scores.values())))
+    first = next(iter(scores.values()))
+    rows = [
+        Row(prompt, [(name(v), thumbnails[v][i], _url(folder, v, i)) for v in scores])
+        for i, prompt in enumerate(first["prompt"])
+    ]
+    template = environment().get_template("gallery.html.j2")
+    text = template.render(title=title, rows=rows, variants=list(scores), data=_data(scores, compared))
+    with atomic(page) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def _data(scores: Mapping[str, DataFrame], compared: tuple[str, str]) -> dict[str, Any]:
+    """What the script of the page reads; `scores` is a list over prompts, variants and metrics."""
+    first = next(iter(scores.values()))
+    shown, variants = metrics(first), list(scores)
+    values = [scores[v][shown].to_numpy(float).round(6).tolist() for v in variants]
+    return {
+        "variants": [{"key": v, "title": name(v)} for v in variants],
+        "metrics": [{"key": m, "title": name(m)} for m in shown],
+        "scores": [list(of_prompt) for of_prompt in zip(*values, strict=True)],
+        "seeds": first["seed"].tolist(),
+        "variant": compared[0],
+        "over": compared[1],
+    }
+
+
+def _write_images(
+    folder: Path, images: Mapping[str, Iterable[Image.Image]], total: int
+) -> dict[str, list[str]]:
+    """Write the large images; returns the thumbnails as data: URIs."""
+    from tqdm import tqdm
+
+    thumbnails: dict[str, list[str]] = {}
+    with tqdm(total=total, desc="gallery", unit="image") as bar:
+        for variant, drawn in images.items():
+            thumbnails[variant] = []
+            (folder / variant).mkdir(parents=True)
+            for i, image in enumerate(drawn):
+                _file(folder, variant, i).write_bytes(_webp(image, QUALITY))
+                small = plots.resized(image, THUMBNAIL) if max(image.size) > THUMBNAIL else image
+                encoded = base64.b64encode(_webp(small, THUMBNAIL_QUALITY, lossless=small is image))
+                thumbnails[variant].append(f"data:image/webp;base64,{encoded.decode()}")
+                bar.update()
+    return thumbnails
+
+
+def _webp(image: Image.Image, quality: int, lossless: bool | None = None) -> bytes:
+    buffer = io.BytesIO()
+    if lossless is None:
+        lossless = max(image.size) <= LOSSLESS
+    image.convert("RGB").save(buffer, format="WEBP", quality=quality, lossless=lossless)
+    return buffer.getvalue()
+
+
+def _file(folder: Path, variant: str, number: int) -> Path:
+    return folder / variant / f"{number:05d}.webp"
+
+
+def _url(folder: Path, variant: str, number: int) -> str:
+    """The address of a large image, seen from the page."""
+    return quote(str(_file(Path(folder.name), variant, number)))

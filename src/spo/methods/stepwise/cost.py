@@ -1,0 +1,58 @@
+"""What the training of a stepwise method computes at most."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from spo.config import Stepwise
+from spo.diffusion.denoiser import is_guided
+from spo.diffusion.schedule import Schedule
+from spo.methods.spec import Cost, Work
+from spo.methods.stepwise import pairs as step_pairs
+
+
+def cost_by_images(name: str, config: Stepwise, scheduler_config: Mapping[str, Any]) -> Cost:
+    """Of a method whose judge sees images: the UNet's outputs at the candidates serve the next step too.
+
+    Args:
+        name: its section of params.yaml, for messages.
+    """
+    blocks = _blocks(name, config, scheduler_config)
+    pairs = sum(len(block) for block in blocks)  # of a prompt
+    final = blocks[-1][-1] + 1 == config.num_inference_steps  # final latents are judged as they are
+    rollout = blocks[0][0] + 1 + config.candidates * (pairs - final)
+    judged = config.candidates * len(blocks)
+    unet = rollout * (1 + is_guided(config.guidance))
+    return _cost(config, blocks, Work(unet=unet, decoded=judged, judged=judged))
+
+
+def cost_by_latents(name: str, config: Stepwise, scheduler_config: Mapping[str, Any]) -> Cost:
+    """Of a method whose judge sees latents: its down path runs at most twice a candidate, with the VFE.
+
+    Args:
+        name: as of `cost_by_images`.
+    """
+    blocks = _blocks(name, config, scheduler_config)
+    inner = sum(len(block) - 1 for block in blocks)
+    sampled = (blocks[0][0] + len(blocks) + config.candidates * inner) * (1 + is_guided(config.guidance))
+    return _cost(config, blocks, Work(unet=sampled, down=2 * config.candidates * len(blocks)))
+
+
+def _blocks(name: str, config: Stepwise, scheduler_config: Mapping[str, Any]) -> list[list[int]]:
+    return step_pairs.blocks(config, Schedule.from_config(scheduler_config, config.num_inference_steps), name)
+
+
+def _cost(config: Stepwise, blocks: list[list[int]], rollout: Work) -> Cost:
+    """`rollout`: of one prompt."""
+    pairs = sum(len(block) for block in blocks)
+    trained = sum(2 * len(block) - 1 for block in blocks)  # two samples where the branches have parted
+    trained *= 1 + is_guided(config.guidance)
+    prompts = config.iterations * config.prompts_per_iteration
+    updates = config.iterations * -(-pairs * config.prompts_per_iteration // config.batch_size)
+    most = f"at most {prompts * pairs} pairs, {updates} updates"
+    return Cost(
+        f"{prompts} rollouts in {config.iterations} iterations; {most}",
+        updates=Work(unet=trained, unet_trained=trained).times(prompts),
+        rollouts=rollout.times(prompts),
+    )

@@ -1,0 +1,72 @@
+"""The loss of SPO and LPO on a batch of step pairs (arXiv 2406.04314, Eq. 4).
+
+Departures from the paper (P) or the official code (C):
+1. C runs each UNet twice a pair; win and lose share x_t, so one policy and one reference forward give
+   all four log-probs. Same numbers.
+2. P has no clamp on the log-ratio; C has it, and so have we, written without exp. Same values.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from spo.config import Stepwise
+from spo.diffusion import ddim
+from spo.diffusion.schedule import Schedule
+from spo.methods.stepwise.batch import StepBatch
+
+
+def spo_loss(
+    policy_win: Tensor,
+    policy_lose: Tensor,
+    reference_win: Tensor,
+    reference_lose: Tensor,
+    *,
+    beta: float,
+    clip: float,
+) -> Tensor:
+    """-log sigmoid(beta (r_win - r_lose)) [B] from four log-probs [B] (Eq. 4).
+
+    r = log(policy / reference), clamped to [log(1 - clip), log(1 + clip)]: outside, the gradient is 0.
+    """
+    low, high = math.log(1 - clip), math.log(1 + clip)
+    ratio_win = (policy_win - reference_win).clamp(low, high)
+    ratio_lose = (policy_lose - reference_lose).clamp(low, high)
+    return -F.logsigmoid(beta * (ratio_win - ratio_lose))
+
+
+def batch_loss(
+    policy_output: Tensor, reference_output: Tensor, batch: StepBatch, schedule: Schedule, config: Stepwise
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The losses [P] of two UNet outputs [B,C,h,w] at batch.x_t, and metrics [P]."""
+    policy = ddim.transition(schedule, policy_output, batch.timesteps, batch.x_t, config.eta)
+    reference = ddim.transition(schedule, reference_output, batch.timesteps, batch.x_t, config.eta)
+    losses, metrics = pair_loss(_log_probs(policy, batch), _log_probs(reference, batch), config)
+    return losses, {"kl": ddim.divergence(policy, reference)[: len(losses)].detach(), **metrics}
+
+
+def pair_loss(
+    policy: tuple[Tensor, Tensor], reference: tuple[Tensor, Tensor], config: Stepwise
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The losses [P] of the log-probs [P] of winners and losers by policy and reference, and metrics [P]."""
+    losses = spo_loss(*policy, *reference, beta=config.beta, clip=config.clip)
+    win, lose = ((one - other).detach() for one, other in zip(policy, reference, strict=True))
+    low, high = math.log(1 - config.clip), math.log(1 + config.clip)
+    return losses, {
+        "win_log_ratio": win,
+        "lose_log_ratio": lose,
+        "clipped_fraction": torch.stack([(r < low) | (r > high) for r in (win, lose)]).float().mean(0),
+        "implicit_accuracy": (win > lose).float(),
+    }
+
+
+def _log_probs(step: ddim.Transition, batch: StepBatch) -> tuple[Tensor, Tensor]:
+    """log p [P] of the winners and of the losers."""
+    if batch.lose_row is None:
+        return ddim.log_prob(step, batch.x_win), ddim.log_prob(step, batch.x_lose)
+    win, lose = step.select(slice(len(batch.x_win))), step.select(batch.lose_row)
+    return ddim.log_prob(win, batch.x_win), ddim.log_prob(lose, batch.x_lose)

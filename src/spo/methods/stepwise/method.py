@@ -1,0 +1,120 @@
+"""Online training on step pairs: what SPO, LPO and others share beside their reward model and loss."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from spo.config import Params, Stepwise
+from spo.diffusion.noise import SampleNoise, generator, shuffled
+from spo.diffusion.schedule import Schedule
+from spo.methods.stepwise import pairs as step_pairs
+from spo.methods.stepwise.batch import StepBatch, batch_of
+from spo.methods.stepwise.loss import batch_loss
+from spo.methods.stepwise.rollout import JudgedStep, Rollout, gathered
+from spo.training import distributed
+from spo.types import Backbone, RewardModel
+
+PROMPTS = "outputs/prompts/train.txt"
+
+
+class StepwiseMethod:
+    """Online batches: a rollout of the current policy, judged at every diverted step."""
+
+    name = "align"  # the section of params.yaml, for messages
+
+    def __init__(
+        self,
+        config: Stepwise,
+        schedule: Schedule,
+        reward_model: RewardModel,
+        prompts: Sequence[str],
+        seed: int,
+    ) -> None:
+        """`schedule` has the sampler's timesteps, on the backbone's device.
+
+        Raises:
+            ValueError: the config has no step to draw candidates at, a clip of 1 or more, or there are no
+                prompts.
+        """
+        if config.clip >= 1:
+            raise ValueError(f"{self.name}.clip: {config.clip} is not below 1; the paper's is 0.1")
+        if not prompts:
+            raise ValueError(f"{self.name}: there are no training prompts; look at the prompts stage")
+        self.rollout = Rollout(config, schedule, reward_model, self.name)
+        self.config, self.schedule = config, schedule
+        self.prompts, self.seed = list(prompts), seed
+        self.iterations, self.guidance = config.iterations, config.guidance
+
+    def loss(self, policy: Tensor, reference: Tensor, batch: StepBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """As `batch_loss`."""
+        return batch_loss(policy, reference, batch, self.schedule, self.config)
+
+    def collect(self, backbone: Backbone, iteration: int) -> tuple[list[list[StepBatch]], dict[str, float]]:
+        """The valid pairs of one rollout, shuffled, in updates of at most config.batch_size.
+
+        Without a valid pair: one batch of one pair of weight 0. The metrics by timestep are named by
+        x_t's, as in `valid_fraction/t0701`. Each process rolls out its share of the prompts; all see all
+        pairs, shuffle them alike and take their share of every update.
+        """
+        count = self.config.prompts_per_iteration
+        distributed.check_shards(count, f"{self.name}.prompts_per_iteration")
+        order = shuffled(len(self.prompts), iteration * count, count, self.seed)
+        mine = distributed.shard(order)
+        keys = [f"rollout {iteration} epoch {epoch} prompt {i}" for epoch, i in mine]
+        with backbone.inference():
+            noise = SampleNoise(self.seed, keys, backbone.latent_shape, backbone.device)
+            judged = list(self.rollout.run(backbone, [self.prompts[i] for _, i in mine], noise))
+        judged = gathered(judged)
+        prompts = [self.prompts[i] for _, i in order]  # in the order of the gathered samples
+        return self._updates(judged, prompts, iteration), self._metrics(judged)
+
+    def _updates(self, judged: list[JudgedStep], prompts: list[str], iteration: int) -> list[list[StepBatch]]:
+        """Indexing copies, so the batches are ordinary tensors, whatever `inference` made."""
+        rows = step_pairs.Rows.of([j.pair for j in judged])
+        valid = torch.cat([j.valid for j in judged]).nonzero().flatten().cpu()
+        order = torch.randperm(len(valid), generator=generator(self.seed, f"pairs {iteration}"))
+        chosen, weight = valid[order], 1.0
+        if len(chosen) == 0:
+            chosen, weight = torch.zeros(1, dtype=torch.int64), 0.0
+        size = -(-self.config.batch_size // self.config.gradient_accumulation)
+        updates = []
+        for update in chosen.split(self.config.batch_size):
+            mine, share = distributed.shard(update), weight
+            if len(mine) == 0:
+                mine, share = update[:1], 0.0  # a process without pairs still takes part in the update
+            updates.append([batch_of(rows, part, share, prompts) for part in mine.split(size)])
+        return updates
+
+    def _metrics(self, judged: list[JudgedStep]) -> dict[str, float]:
+        valid = torch.stack([j.valid for j in judged]).float().cpu()
+        scores = torch.stack([j.scores.float().mean() for j in judged]).cpu()
+        metrics = {
+            "pairs": float(valid.sum()),
+            "valid_fraction": float(valid.mean()),
+            "score": float(scores.mean()),
+        }
+        timesteps = self.schedule.timesteps.tolist()
+        for row, j in enumerate(judged):
+            name = f"t{timesteps[j.step]:04d}"
+            metrics[f"valid_fraction/{name}"] = float(valid[row].mean())
+            metrics[f"score/{name}"] = float(scores[row])
+        return metrics
+
+
+def training_prompts() -> list[str]:
+    """
+    Raises:
+        ValueError: the stage `prompts` has not run.
+    """
+    from spo.runtime.files import require
+
+    return require(PROMPTS, "training prompts").read_text().splitlines()
+
+
+def sampler_schedule(params: Params, section: Stepwise, backbone: Backbone) -> Schedule:
+    """The schedule of a section's sampler, on the backbone's device."""
+    schedule = Schedule.from_config(backbone.scheduler_config, section.num_inference_steps)
+    return schedule.to(backbone.device)

@@ -1,0 +1,246 @@
+"""The latent reward model (LRM; arXiv 2502.01051, Sec. 3): the base's own UNet judges noisy latents.
+
+Down and mid blocks run on x_t at t; their states are averaged over h and w, concatenated and projected.
+Nothing is predicted or decoded, so that early steps can be judged too.
+
+Departures from the paper (P) or the official code (C):
+1. P does not say which state of a down block is averaged; C takes the residuals at indices 2, 5, 8 (and 11),
+   which are the states after each block's last layer, before its downsampler. So do we.
+2. The empty prompt of the visual feature enhancement (VFE) is the base's own unconditional text: zeros where
+   SDXL's model_index.json says so.
+3. Where the base has a text encoder without projection (SD 1.5), C starts from the projection of
+   openai/clip-vit-large-patch14, which `text_projection` names; without it, ours starts as the identity.
+4. `trained: heads` or `lora` leave the UNet and the text encoders as they are (`all`, as published, trains
+   them).
+5. P trains with linear decay of the learning rate and keeps the checkpoint with the best validation accuracy;
+   here the rate is constant after the warm-up, `ema` may average the weights, and the last ones are kept.
+6. Official LRM checkpoints are not loaded: the names of their tensors are not known to us. The paper does not
+   give them, and guessed names could end in a judge that is silently wrong.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from spo.config import LatentPreference
+from spo.diffusion.denoiser import is_guided
+from spo.preference import checkpoint
+from spo.types import Backbone, Candidates, Conditioning, FeatureModel
+
+WEIGHTS, CONFIG = "model.safetensors", "config.json"
+EMPTY = "empty "  # prefix of the empty prompt's tensors in a Conditioning
+PROBE_TOLERANCE = 0.03  # of the probe's norm; fp16 and bf16 change a VAE's latents by less
+
+
+class LatentPreferenceModel(nn.Module):
+    """A base's down path with a head on its pooled features."""
+
+    def __init__(self, encoder: FeatureModel, feature_guidance: float) -> None:
+        """
+        Args:
+            encoder: its weights become part of the model.
+            feature_guidance: of the VFE, above 1; else the features of the prompt alone.
+        """
+        super().__init__()
+        self.encoder: Any = encoder
+        self.feature_guidance = feature_guidance
+        width = sum(encoder.down_widths) + encoder.mid_width
+        self.visual_projection = nn.Linear(width, encoder.text_width, bias=False)
+        nn.init.normal_(self.visual_projection.weight, std=0.02)
+        self.text_projection: nn.Linear | None = None
+        if not encoder.text_is_projected:
+            self.text_projection = nn.Linear(encoder.text_width, encoder.text_width, bias=False)
+            nn.init.eye_(self.text_projection.weight)
+        self.logit_scale = nn.Parameter(torch.tensor(2.6592))
+
+    @property
+    def device(self) -> torch.device:
+        return self.logit_scale.device
+
+    @torch.no_grad()
+    def start_text_projection(self, weight: Tensor, source: str) -> None:
+        """Take over CLIP's text projection [out,in].
+
+        Raises:
+            ValueError: another shape, or a base whose pooled text is projected already.
+        """
+        if self.text_projection is None:
+            raise ValueError(
+                "latent_preference.text_projection: SDXL's pooled text is projected already; set it to null"
+            )
+        if weight.shape != self.text_projection.weight.shape:
+            expected = list(self.text_projection.weight.shape)
+            raise ValueError(
+                f"latent_preference.text_projection: {source} has a projection of {list(weight.shape)}, but "
+                f"the base's text encoder needs {expected}"
+            )
+        self.text_projection.weight.copy_(weight)
+
+    def make_trainable(self, settings: LatentPreference, seed: int) -> None:
+        """Make the heads trainable, and what settings.trained adds to them."""
+        if settings.trained == "all":
+            self.encoder.train_fully()
+        elif settings.lora is not None:
+            self.encoder.add_lora(settings.lora, seed)
+        if settings.gradient_checkpointing:
+            self.encoder.checkpoint_gradients()
+
+    def encode_text(self, prompts: Sequence[str]) -> Conditioning:
+        """What the UNet needs of B prompts and, with VFE, of as many empty ones; and `target`, the normalised
+        text features [B,D]."""
+        conditioning = self.encoder.encode_prompts(prompts)
+        pooled = conditioning.tensors["pooled"].float()
+        projected = pooled if self.text_projection is None else self.text_projection(pooled)
+        tensors = {**conditioning.tensors, "target": F.normalize(projected, dim=-1)}
+        if is_guided(self.feature_guidance):
+            empty = self.encoder.encode_prompts([""]).repeat(len(prompts))
+            tensors |= {EMPTY + name: value for name, value in empty.tensors.items()}
+        return Conditioning(tensors)
+
+    def image_features(self, x_t: Tensor, text: Conditioning, timesteps: Tensor) -> Tensor:
+        """Pooled states [B,width] of the down blocks, then of the mid block with VFE (Sec. 3.1).
+
+        v_mid = v_empty + guidance * (v_text - v_empty); the down blocks' are those of the prompt.
+        """
+        if not is_guided(self.feature_guidance):
+            down, middle = self.encoder.features(x_t, timesteps, text)
+            return torch.cat([*down, middle], dim=-1)
+        names = [name for name in text.tensors if EMPTY + name in text.tensors]
+        both = Conditioning({n: torch.cat([text.tensors[EMPTY + n], text.tensors[n]]) for n in names})
+        down, middle = self.encoder.features(x_t.repeat(2, 1, 1, 1), timesteps.repeat(2), both)
+        without, with_text = middle.chunk(2)
+        enhanced = without + self.feature_guidance * (with_text - without)
+        return torch.cat([*(state.chunk(2)[1] for state in down), enhanced], dim=-1)
+
+    def score(self, x_t: Tensor, text: Conditioning, timesteps: Tensor) -> Tensor:
+        """exp(logit_scale) * cos [B] of latents [B,C,h,w], noised to `timesteps` int64 [B], and texts."""
+        features = F.normalize(self.visual_projection(self.image_features(x_t, text, timesteps)), dim=-1)
+        return self.logit_scale.exp() * (features * text.tensors["target"]).sum(-1)
+
+    def save_pretrained(self, folder: str | Path, backbone: Backbone) -> None:
+        """Write config.json and model.safetensors, an adapter merged into the weights.
+
+        Args:
+            backbone: the base, whose VAE made the latents.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.encoder.merge_lora()
+        state = {k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}
+        save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
+        settings = {
+            "feature_guidance": self.feature_guidance,
+            "base": _base(self.encoder, backbone),
+            "vae_probe": [round(float(v), 4) for v in vae_probe(backbone)],
+        }
+        (folder / CONFIG).write_text(json.dumps(settings, indent=1, sort_keys=True) + "\n")
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, backbone: Backbone) -> LatentPreferenceModel:
+        """Load a folder written by `save_pretrained`, for latents of `backbone`.
+
+        Raises:
+            ValueError: no model there, one of another base or another VAE, or weights that do not fit.
+        """
+        folder = Path(folder)
+        if not (folder / CONFIG).exists() or not (folder / WEIGHTS).exists():
+            raise ValueError(
+                f"{folder}: no latent reward model there; run `make repro` or `spo preference latent`"
+            )
+        settings = _read_config(folder / CONFIG)
+        encoder = backbone.feature_model()
+        _check_base(folder, settings, encoder, backbone)
+        model = cls(encoder, settings["feature_guidance"])
+        checkpoint.load_strictly(
+            model, checkpoint.read_tensors(folder / WEIGHTS), folder / WEIGHTS, "this base"
+        )
+        return model.to(backbone.device).eval()
+
+
+class LatentRewardModel:
+    """A trained latent reward model as a `types.RewardModel`: no gradients, nothing decoded."""
+
+    def __init__(self, model: LatentPreferenceModel, judged_at: Literal["candidate", "step"]) -> None:
+        """
+        Args:
+            judged_at: the timestep given with a candidate: its own, or that of the step that drew it.
+        """
+        self.model, self.judged_at = model.eval().requires_grad_(False), judged_at
+
+    @torch.no_grad()
+    def encode_text(self, prompts: Sequence[str]) -> Conditioning:
+        return self.model.encode_text(prompts)
+
+    @torch.no_grad()
+    def score(self, candidates: Candidates, text: Conditioning) -> Tensor:
+        own = self.judged_at == "candidate"
+        timesteps = candidates.timesteps if own else candidates.step_timesteps
+        return self.model.score(candidates.latents, text, timesteps)
+
+
+def vae_probe(backbone: Backbone) -> Tensor:
+    """Means of a fixed picture's latents over quarters [4C]: the same for the same latent space only."""
+    height, width = backbone.image_size
+    rows = torch.linspace(-1, 1, height).view(-1, 1).expand(height, width)
+    columns = torch.linspace(-1, 1, width).view(1, -1).expand(height, width)
+    picture = torch.stack([rows, columns, (4 * math.pi * rows * columns).sin()])
+    with torch.no_grad():
+        latents = backbone.encode(picture[None].to(backbone.device))
+    return F.adaptive_avg_pool2d(latents.float(), 2).flatten().cpu()
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    """
+    Raises:
+        ValueError: not the config of a latent reward model.
+    """
+    try:
+        settings = json.loads(path.read_text())
+        given = {"feature_guidance": float, "base": dict, "vae_probe": list}
+        if all(isinstance(settings[key], kind) for key, kind in given.items()):
+            return settings
+    except (ValueError, KeyError, TypeError):
+        pass
+    raise ValueError(
+        f"{path}: not the config of a latent reward model; give a folder written by `spo preference latent`"
+    )
+
+
+def _base(encoder: FeatureModel, backbone: Backbone) -> dict[str, Any]:
+    """What must be alike in the base of a model and in the policy's."""
+    return {
+        "channels of the latents": backbone.latent_shape[0],
+        "channels of the UNet's down blocks": list(encoder.down_widths),
+        "channels of the UNet's mid block": encoder.mid_width,
+        "width of the pooled text": encoder.text_width,
+    }
+
+
+def _check_base(folder: Path, settings: dict[str, Any], encoder: FeatureModel, backbone: Backbone) -> None:
+    """
+    Raises:
+        ValueError: the model judges latents of another base or VAE.
+    """
+    advice = "train it again by `spo preference latent`"
+    for what, expected in _base(encoder, backbone).items():
+        found = settings["base"].get(what)
+        if found != expected:
+            raise ValueError(
+                f"{folder}: a latent reward model of another base: {what}: {found}, but the base model has "
+                f"{expected}; {advice}"
+            )
+    probe, own = torch.tensor(settings["vae_probe"]), vae_probe(backbone)
+    if probe.shape != own.shape or float((probe - own).norm()) > PROBE_TOLERANCE * float(own.norm()):
+        raise ValueError(
+            f"{folder}: a latent reward model of another VAE: its latents of a test picture differ from "
+            f"those of the base model's VAE; {advice}, or name the VAE it was trained with in backbone.vae"
+        )

@@ -1,0 +1,58 @@
+"""The latent reward model in training (arXiv 2502.01051, Sec. 3.2), on noised pairs of latents.
+
+As in the paper, both images of a pair have the same timestep of the sampler and independent noises; the loss
+is the cross entropy of the two scores. Nothing is decoded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from spo.config import LatentPreference
+from spo.diffusion import finite
+from spo.diffusion.noise import SampleNoise
+from spo.diffusion.schedule import Schedule
+from spo.preference.latent import LatentPreferenceModel, LatentRewardModel
+from spo.types import Backbone
+
+
+@dataclass(frozen=True)
+class LatentTraining:
+    """A latent reward model as a `trainer.Trained`."""
+
+    model: LatentPreferenceModel
+    backbone: Backbone
+    schedule: Schedule  # with the sampler's timesteps, on the backbone's device
+    settings: LatentPreference
+    seed: int = 0  # of the adapter
+    name = "latent_preference"
+
+    def prepare(self) -> None:
+        self.model.make_trainable(self.settings, self.seed)
+
+    def draw(self, keys: list[str], seed: int) -> tuple[Tensor, Tensor]:
+        """Uniform timesteps of the sampler, and two noises [P,2,C,h,w], one for each image of a pair."""
+        shape = (2, *self.backbone.latent_shape)
+        noise = SampleNoise(seed, keys, shape, self.backbone.device)
+        return self.schedule.timesteps[noise.integers(len(self.schedule.timesteps))], noise.draw()
+
+    def scores(
+        self, latents: tuple[Tensor, Tensor], captions: Sequence[str], timesteps: Tensor, noise: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        x_0 = torch.cat(latents).to(self.backbone.device)
+        finite.check_finite(finite.STORED, x_0, [*captions, *captions])
+        t = timesteps.repeat(2)
+        x_t = self.schedule.add_noise(x_0, torch.cat([noise[:, 0], noise[:, 1]]), t)
+        score_0, score_1 = self.model.score(x_t, self.model.encode_text(captions).repeat(2), t).chunk(2)
+        return score_0, score_1
+
+    def reward_model(self) -> LatentRewardModel:
+        return LatentRewardModel(self.model, "candidate")
+
+    def save(self, folder: Path) -> None:
+        self.model.save_pretrained(folder, self.backbone)

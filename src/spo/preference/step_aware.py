@@ -1,0 +1,81 @@
+"""The step-aware preference model in training: pairs are noised alike, predicted in one step and decoded.
+
+Departures from the official code:
+1. `preference.ema` averages the weights over training (0, as published, does not).
+2. `preference.trained: heads` leaves the towers as they are (all, as published, trains every weight).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spo.config import Preference
+from spo.diffusion.noise import SampleNoise
+from spo.diffusion.schedule import Schedule
+from spo.preference.model import StepAwarePreferenceModel, token_ids
+from spo.preference.noising import clean_pair, noised_pair
+from spo.preference.reward_model import ClipRewardModel
+from spo.types import Backbone
+
+
+@dataclass(frozen=True)
+class StepAware:
+    """A `trainer.Trained` model, and the backbone that shows it what is predicted from noisy latents."""
+
+    model: StepAwarePreferenceModel
+    tokenizer: Any
+    backbone: Backbone
+    schedule: Schedule
+    settings: Preference
+    name = "preference"
+
+    def prepare(self) -> None:
+        if self.settings.trained == "heads":
+            self.model.train_heads()
+        if self.settings.gradient_checkpointing:
+            self.model.checkpoint_gradients()
+
+    def draw(self, keys: list[str], seed: int) -> tuple[Tensor, Tensor]:
+        """Uniform timesteps, and one noise [P,C,h,w] for both images of a pair."""
+        noise = SampleNoise(seed, keys, self.backbone.latent_shape, self.backbone.device)
+        return noise.integers(self.schedule.num_train_timesteps), noise.draw()
+
+    def scores(
+        self,
+        latents: tuple[Tensor, Tensor],
+        captions: Sequence[str],
+        timesteps: Tensor,
+        noise: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """As `Trained.scores`; without settings.noised, training is on images without noise, at t = 0."""
+        if self.model.training and not self.settings.noised:
+            images, timesteps = clean_pair(self.backbone, latents, captions), torch.zeros_like(timesteps)
+            return self._scores(images, captions, timesteps)
+        conditioning = self.backbone.encode_prompts(captions)
+        schedule = self.schedule.to(self.backbone.device)
+        guidance = self.settings.guidance
+        images = noised_pair(
+            self.backbone, schedule, latents, timesteps, noise, conditioning, guidance, captions
+        )
+        return self._scores(images, captions, timesteps)
+
+    def _scores(
+        self, images: tuple[Tensor, Tensor], captions: Sequence[str], timesteps: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        text = self.model.encode_text(token_ids(self.tokenizer, captions, self.model))
+        scores = self.model.score_features(torch.cat(images), text.repeat(2, 1), timesteps.repeat(2))
+        score_0, score_1 = scores.chunk(2)
+        return score_0, score_1
+
+    def reward_model(self) -> ClipRewardModel:
+        return ClipRewardModel(self.model, self.tokenizer)
+
+    def save(self, folder: Path) -> None:
+        self.model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)

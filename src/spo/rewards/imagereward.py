@@ -1,0 +1,213 @@
+"""ImageReward (arXiv 2304.05977): a BLIP whose text attends to the image, and a head on its first token.
+
+Reads the released ImageReward.pt and med_config.json into transformers' own BLIP classes.
+
+Departures from the released code:
+1. Weights that the score does not use (`blip.vision_proj`, `blip.text_proj`) are left out.
+2. The centre crop rounds as in `clip.preprocess`: one pixel off from the released transform when 4n + 3
+   pixels are cut off. Square images are not cropped.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from transformers import BertTokenizer, BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
+
+from spo import config
+from spo.data.tokens import tokenize
+from spo.rewards import clip
+from spo.rewards.head import linear_head
+from spo.runtime import hub
+
+MEAN, STD = 0.16717362830052426, 1.0333394966054072  # of the raw reward on the released training set
+LENGTH = 35  # tokens of a prompt, start and end included
+HEAD_WIDTH = 64  # of each attention head of the vision transformer, in the base and the large one
+ADDED_TOKENS = ["[DEC]", "[ENC]"]  # BLIP's, after those of BERT
+UNUSED = re.compile(r"blip\.(vision_proj\.|text_proj\.|text_encoder\.embeddings\.position_ids$)")
+VISION_NAMES = (  # of the checkpoint, and of transformers
+    (r"^cls_token$", "embeddings.class_embedding"),
+    (r"^pos_embed$", "embeddings.position_embedding"),
+    (r"^patch_embed\.proj\.", "embeddings.patch_embedding."),
+    (r"^blocks\.(\d+)\.attn\.qkv\.", r"encoder.layers.\1.self_attn.qkv."),
+    (r"^blocks\.(\d+)\.attn\.proj\.", r"encoder.layers.\1.self_attn.projection."),
+    (r"^blocks\.(\d+)\.norm([12])\.", r"encoder.layers.\1.layer_norm\2."),
+    (r"^blocks\.(\d+)\.mlp\.", r"encoder.layers.\1.mlp."),
+    (r"^norm\.", "post_layernorm."),
+)
+# keys of med_config.json: those that the text encoder takes, those with one possible value, and those without
+# effect on a score (the width of the image tokens is that of the weights)
+TAKEN = (
+    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size"),
+    *("max_position_embeddings", "hidden_act", "layer_norm_eps", "pad_token_id"),
+)
+FIXED = {
+    "model_type": "bert",
+    "add_type_embeddings": False,
+    "add_cross_attention": True,
+    "position_embedding_type": "absolute",
+}
+WITHOUT_EFFECT = (
+    *("architectures", "attention_probs_dropout_prob", "hidden_dropout_prob", "initializer_range"),
+    *("encoder_width", "type_vocab_size", "gradient_checkpointing", "transformers_version", "use_cache"),
+)
+
+
+class ImageRewardModel(nn.Module):
+    """The BLIP and its head, without the normalisation of the reward."""
+
+    def __init__(self, vision: BlipVisionConfig, text: BlipTextConfig) -> None:
+        super().__init__()
+        self.vision = BlipVisionModel(vision)
+        self.text = BlipTextModel(text, add_pooling_layer=False)
+        self.head = linear_head(text.hidden_size)
+
+    def forward(self, pixels: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
+        """Raw rewards [B] of preprocessed pixels [B,3,h,w] and token ids [B,T] with their mask."""
+        image = self.vision(pixel_values=pixels).last_hidden_state
+        text = self.text(
+            input_ids=ids,
+            attention_mask=mask,
+            encoder_hidden_states=image,
+            encoder_attention_mask=torch.ones(image.shape[:2], dtype=torch.long, device=image.device),
+        )
+        return self.head(text.last_hidden_state[:, 0])[:, 0]
+
+
+class ImageReward:
+    """ImageReward of images for prompts, about -2 to 2: 0 is the mean of the released training set."""
+
+    name = "imagereward"
+
+    def __init__(
+        self, settings: config.ImageRewardConfig, *, device: torch.device | str = "cpu", batch_size: int = 32
+    ) -> None:
+        """
+        Raises:
+            ValueError: a file that is missing, or weights, config and tokenizer that do not fit each other.
+        """
+        self.device, self.batch_size, self.size = device, batch_size, settings.image_size
+        self.model = load_model(settings).to(device)
+        self.tokenizer = load_tokenizer(settings.tokenizer, self.model.text.config.vocab_size)
+
+    def score(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> list[float]:
+        """Score each image for its own prompt, of which the first 35 tokens count.
+
+        Raises:
+            ValueError: another number of prompts than images, or a score that is not finite.
+        """
+        return clip.in_batches(self._score, images, prompts, name=self.name, batch_size=self.batch_size)
+
+    def _score(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
+        pixels = torch.stack([clip.preprocess(image, self.size) for image in images]).to(self.device)
+        tokens = tokenize(self.tokenizer, prompts, LENGTH).to(self.device)
+        return (self.model(pixels, tokens.input_ids, tokens.attention_mask) - MEAN) / STD
+
+
+def load_model(settings: config.ImageRewardConfig) -> ImageRewardModel:
+    """Load the released files, frozen and in fp32.
+
+    Raises:
+        ValueError: as `ImageReward`.
+    """
+    where = f"score.imagereward.checkpoint: {settings.checkpoint}"
+    state = {
+        k: v for k, v in clip.load_state(hub.local(settings.checkpoint), where).items() if not UNUSED.match(k)
+    }
+    vision, size = _vision_config(
+        {k.removeprefix("blip.visual_encoder."): v for k, v in state.items()}, where
+    )
+    clip.check_image_size(size, settings.image_size, "score.imagereward")
+    model = ImageRewardModel(vision, _text_config(settings.med_config, vision.hidden_size))
+    clip.fill(model, {_renamed(name): value.float() for name, value in state.items()}, where)
+    return model.eval().requires_grad_(False)
+
+
+def load_tokenizer(name: str, vocabulary: int) -> BertTokenizer:
+    """Load BERT's tokenizer with BLIP's two added tokens.
+
+    Raises:
+        ValueError: no tokenizer, or one with another number of tokens than the text encoder has embeddings.
+    """
+    key = "score.imagereward.tokenizer"
+    repository, revision = hub.split_revision(name)
+    tokenizer: BertTokenizer = clip.reach(
+        lambda: BertTokenizer.from_pretrained(repository, revision=revision or "main"), name, key
+    )
+    if len(tokenizer) <= len(tokenizer.all_special_ids):  # transformers' result for a folder without one
+        raise ValueError(f"{key}: {name} has no BERT tokenizer (vocab.txt or tokenizer.json)")
+    tokenizer.add_tokens(ADDED_TOKENS, special_tokens=True)
+    if len(tokenizer) != vocabulary:
+        raise ValueError(
+            f"{key}: {name} has {len(tokenizer)} tokens with {' and '.join(ADDED_TOKENS)}, but the text "
+            f"encoder {vocabulary} embeddings; give the tokenizer of bert-base-uncased"
+        )
+    return tokenizer
+
+
+def _renamed(name: str) -> str:
+    """The name in ImageRewardModel of a weight of the checkpoint; an unknown one keeps its own."""
+    if name.startswith("mlp.layers."):
+        return name.replace("mlp.layers.", "head.")
+    if name.startswith("blip.text_encoder."):
+        return name.replace("blip.text_encoder.", "text.")
+    own = name.removeprefix("blip.visual_encoder.")
+    for pattern, new in VISION_NAMES if own != name else ():
+        if re.match(pattern, own):
+            return f"vision.{re.sub(pattern, new, own)}"
+    return name
+
+
+def _vision_config(state: Mapping[str, Tensor], where: str) -> tuple[BlipVisionConfig, int]:
+    """The config of the vision transformer, by its weights since no file has it, and the image size."""
+    needed = {"pos_embed", "patch_embed.proj.weight", "blocks.0.mlp.fc1.weight"}
+    clip.check_keys(needed - state.keys(), (), where)
+    width, _, _, patch = state["patch_embed.proj.weight"].shape
+    size = patch * math.isqrt(state["pos_embed"].shape[1] - 1)
+    layers = {match[1] for name in state if (match := re.match(r"blocks\.(\d+)\.", name))}
+    vision = BlipVisionConfig(
+        hidden_size=width,
+        intermediate_size=len(state["blocks.0.mlp.fc1.weight"]),
+        num_hidden_layers=len(layers),
+        num_attention_heads=max(1, width // HEAD_WIDTH),
+        image_size=size,
+        patch_size=patch,
+        layer_norm_eps=1e-6,
+    )
+    return vision, size
+
+
+def _text_config(file: str, vision_width: int) -> BlipTextConfig:
+    """The config of the text encoder, from med_config.json.
+
+    Raises:
+        ValueError: no such file, or a key that is missing, unknown or of a value without support.
+    """
+    where = f"score.imagereward.med_config: {file}"
+    try:
+        content: Any = json.loads(hub.local(file).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{where}: no such file; it is released with ImageReward.pt") from None
+    except ValueError as error:
+        raise ValueError(f"{where} is not valid JSON ({error})") from None
+    if not isinstance(content, dict) or (missing := [k for k in TAKEN if k not in content]):
+        lacking = "is no mapping" if not isinstance(content, dict) else f"lacks {missing[0]}"
+        raise ValueError(f"{where} {lacking}; it must be the config of BLIP's BERT")
+    for key, value in content.items():
+        if key in FIXED and value != FIXED[key]:
+            raise ValueError(f"{where}: {key} is {value!r}; only {FIXED[key]!r} is supported")
+        if key not in (*TAKEN, *FIXED, *WITHOUT_EFFECT):
+            raise ValueError(f"{where}: unknown key {key!r}; it must be the config of BLIP's BERT")
+    try:
+        return BlipTextConfig(
+            **{k: content[k] for k in TAKEN}, encoder_hidden_size=vision_width, is_decoder=True
+        )
+    except Exception as error:  # the config's own types
+        raise ValueError(f"{where}: {' '.join(str(error).split())[:200]}") from None

@@ -1,0 +1,103 @@
+"""Both sides of every benchmark compute the same, in the sizes of the preset smoke; nothing is timed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+import yaml
+
+from benchmarks import growth, images, lpo, models, offline, spo
+from benchmarks.measure import Case, compare
+from spo import config
+
+
+@pytest.fixture
+def smoke() -> models.Models:
+    return models.load(config.validate(yaml.safe_load(config.preset("smoke"))))
+
+
+def assert_equal(cases: Iterator[Case], names: list[str]) -> None:
+    """Each case has the name that is expected, gives something, and the same on both sides."""
+    found = list(cases)
+    assert [case.name.split(" of ")[0] for case in found] == names
+    for case in found:
+        case.check()
+        assert case.ours().numel() >= case.count or case.unit in ("prompt", "pair", "iteration")
+
+
+def test_spo_is_the_official_algorithm(smoke) -> None:
+    cases = spo.cases(smoke, spo.settings(smoke, 3))
+    parts = ["rollout, decoding and judging", "decoding", "judging", "training step", "iteration"]
+    assert_equal(cases, parts)
+
+
+def test_an_error_of_either_side_is_found(smoke) -> None:
+    theirs = spo.Theirs(smoke, spo.settings(smoke, 2), [])
+    ours = spo.Ours(smoke, theirs.settings)
+    theirs.start = ours.start
+    case = Case("iteration", "other", "iteration", 1, ours.iteration, theirs.iteration, 1e-4)
+    case.check()
+    theirs.start = [value * 1.5 for value in theirs.start]
+    with pytest.raises(AssertionError, match="iteration: ours differs from other"):
+        case.check()
+
+
+def test_candidates_are_judged_alike_alone_and_together(smoke) -> None:
+    assert_equal(lpo.cases(smoke, 3, 4), ["LPO: rollout and judging"])
+
+
+def test_diffusion_dpo_is_its_official_update(smoke) -> None:
+    assert_equal(offline.diffusion_dpo(smoke, 4), ["Diffusion-DPO: update"])
+
+
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+def test_the_preference_model_learns_as_officially(smoke, guidance: float) -> None:
+    changed = smoke.params.preference.model_copy(update={"guidance": guidance})
+    smoke.params = smoke.params.model_copy(update={"preference": changed})
+    assert_equal(offline.preference_model(smoke, 4), ["preference model: update"])
+
+
+def test_generation_is_that_of_diffusers(smoke) -> None:
+    assert_equal(images.generation(smoke, 2), ["generation"])
+
+
+def test_scores_are_the_same_one_by_one(smoke) -> None:
+    found = images.scorers(smoke.params, 4)
+    assert_equal(images.scoring(found, smoke, 4), [f"scoring: {name}" for name in images.SCORERS])
+
+
+def test_a_case_is_run_on_both_sides_in_turn() -> None:
+    runs: list[str] = []
+
+    def side(name: str) -> torch.Tensor:
+        runs.append(name)
+        return torch.ones(1)
+
+    result = compare(Case("a", "b", "image", 1, lambda: side("ours"), lambda: side("other")), rounds=2)
+    assert runs == ["ours", "other", "ours", "other", "other", "ours"]
+    assert result.rounds == 2 and result.difference == 0
+
+
+def test_memory_is_that_of_live_tensors() -> None:
+    def run() -> None:
+        one = torch.ones(2**18)  # 1 MB
+        two = one + one
+        del one
+        two.add_(1)
+
+    assert growth.peak_of(run) == pytest.approx(2, abs=0.01)
+    curve = growth.Curve("n", "of", (1, 2, 4), (3, 6, 12), (5, 5, 5))
+    assert curve.exponent == pytest.approx(1) and curve.memory_exponent == pytest.approx(0)
+
+
+def test_growth_has_a_point_for_every_size(smoke, tmp_path) -> None:
+    """Memory does not grow with the number of stored pairs."""
+    sizes = {"prompts": (1, 2), "candidates": (2, 3), "image side": (48, 64), "stored pairs": (100, 2000)}
+    found = growth.curves(smoke, sizes)
+    assert {curve.name: curve.sizes for curve in found} == sizes
+    assert all(len(curve.seconds) == len(curve.megabytes) == 2 for curve in found)
+    assert found[-1].megabytes[1] == pytest.approx(found[-1].megabytes[0], rel=0.05)
+    growth.plot(found, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
