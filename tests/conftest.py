@@ -1,5 +1,6 @@
 """For all tests: no network, no state of the person who runs them, few threads."""
 
+import logging
 import os
 import signal
 from collections.abc import Iterator
@@ -25,6 +26,17 @@ def handlers() -> Iterator[None]:
     for number, handler in before.items():
         if handler is not None:  # else it is not Python's
             signal.signal(number, handler)
+
+
+@pytest.fixture(autouse=True)
+def log_handlers() -> Iterator[None]:
+    """No test leaves a handler that writes to its own, by then closed, stderr: Prefect's logging does."""
+    root = logging.getLogger()
+    before = list(root.handlers)
+    yield
+    for handler in list(root.handlers):
+        if handler not in before and not type(handler).__module__.startswith("_pytest"):
+            root.removeHandler(handler)
 
 
 FIRST = "tests/smoke/test_dag.py"  # it makes the DAG's run that all of tests/smoke share

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import socket
@@ -150,6 +151,7 @@ def test_a_server_that_is_away_costs_nothing_and_loses_nothing(
     folder: Path, runs: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(delivery, "PERIOD", 0.05)
+    logging.getLogger().addHandler(logging.StreamHandler())  # as Prefect's logging has one
     params = PARAMS | {"tracking": AWAY}
     parent = open_parent(params, "parent")
     monkeypatch.setenv("SPO_PARENT_RUN", parent.key)
