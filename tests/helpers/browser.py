@@ -31,6 +31,7 @@ KEYS = {  # key: (code, its number, the text that it enters)
     "Tab": ("Tab", 9, ""),
     "/": ("Slash", 191, "/"),
 }
+PAINTED = "performance.getEntriesByType('paint').length > 0"  # before it Chromium drops clicks and keys
 
 
 class Browser:
@@ -77,6 +78,7 @@ class Browser:
         self.call("Page.navigate", url="about:blank")  # else a new #fragment alone would load nothing
         self.call("Page.navigate", url=url)
         self.wait("document.readyState === 'complete' && location.href !== 'about:blank'")
+        self.wait(PAINTED)
 
     def value(self, script: str) -> Any:
         """What a script gives; a promise is awaited."""
@@ -93,13 +95,18 @@ class Browser:
 
     def click(self, selector: str) -> None:
         """Press the left button in the middle of an element, after scrolling to it."""
-        middle = f"""(() => {{
+        # prompts out of view have no layout (content-visibility): once drawn they move what is below them
+        x, y = self.value(f"""(async () => {{
             const found = document.querySelector({json.dumps(selector)});
-            found.scrollIntoView({{ block: "center" }});
-            const box = found.getBoundingClientRect();
-            return [box.x + box.width / 2, box.y + box.height / 2];
-        }})()"""
-        x, y = self.value(middle)
+            const box = () => found.getBoundingClientRect();
+            let before;
+            do {{
+                found.scrollIntoView({{ block: "center" }});
+                before = box();
+                for (let frame = 0; frame < 3; frame++) await new Promise(requestAnimationFrame);
+            }} while (box().x !== before.x || box().y !== before.y || box().width !== before.width);
+            return [before.x + before.width / 2, before.y + before.height / 2];
+        }})()""")
         for kind in ("mousePressed", "mouseReleased"):
             self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
 
