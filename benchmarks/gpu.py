@@ -135,8 +135,7 @@ def recipes(loaded: models.Models, seconds: Mapping[str, float]) -> dict[str, tu
     """Hours of each method's published recipe (the preset) on one such card."""
     found = {}
     for method in config.METHODS:
-        section = getattr(loaded.params.align, method)
-        cost = method_spec(method).cost(section, loaded.backbone.scheduler_config)
+        cost = method_spec(method).cost(loaded.params, loaded.backbone.scheduler_config)
         most = hours(cost.rollouts + cost.updates, seconds)
         found[method] = (hours(cost.rollouts, seconds) if cost.rollouts.unet else most, most)
     return found

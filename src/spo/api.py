@@ -124,9 +124,7 @@ def train(
         FloatingPointError: training diverged.
     """
     from spo import backbones
-    from spo.methods.spo import SpoMethod
-    from spo.methods.stepwise.method import sampler_schedule
-    from spo.preference.reward_model import load_reward_model
+    from spo.methods import spo as method
     from spo.training import distributed, loop, optimizer
     from spo.training.alignment import Alignment
     from spo.training.checkpoint import CheckpointStore
@@ -137,23 +135,22 @@ def train(
         raise ValueError(f"{output} exists; remove it or give another folder")
     optimizer.check(section.optimizer)
     backbone = backbones.load(params.backbone, distributed.device())
+    built = method.build(params, backbone, Path(preference_model), prompts)
     if section.lora is None:
         backbone.train_fully()
     else:
         backbone.add_lora(section.lora, params.seed)
     if section.gradient_checkpointing:
         backbone.checkpoint_gradients()
-    reward_model = load_reward_model(preference_model, backbone.device)
-    schedule = sampler_schedule(params, section, backbone)
-    method = SpoMethod(section, schedule, reward_model, prompts, params.seed)
     checkpoints = CheckpointStore(_resume_folder(params, prompts, Path(preference_model)))
     loop.fit(
-        Alignment("align.spo", backbone, method),
+        Alignment("align.spo", backbone, built),
         section.optimizer,
         checkpoints=checkpoints,
         checkpoint_every=section.checkpoint_every,
         on_metrics=lambda metrics, updates: None,
         scale_loss=params.backbone.dtype == "fp16",
+        sampler_ema=method.SPEC.sampler_ema(section),
     )
     if distributed.is_main_process():
         (backbone.save_pipeline if section.lora is None else backbone.save_lora)(output)

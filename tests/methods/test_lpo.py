@@ -114,9 +114,12 @@ def test_the_loss_is_that_of_spo(backbone, latent_judge, schedule) -> None:
     assert torch.equal(ours, theirs) and float(ours.std()) > 0
 
 
-def test_cost_counts_the_down_path_twice_a_candidate(backbone) -> None:
+@pytest.mark.parametrize(("feature_guidance", "passes"), [(1.0, 1), (7.5, 2)])
+def test_cost_counts_the_down_path_once_a_candidate_and_twice_with_the_vfe(
+    backbone, feature_guidance, passes
+) -> None:
     """K = 4, five steps, guidance 2, three prompts in four iterations."""
-    cost = cost_by_latents("align.lpo", settings(), backbone.scheduler_config)
-    of_a_prompt = 2 * 5 + 5 * 4 * 2 * DOWN_PATH + 5 * (2 + BACKWARD) * 2
+    cost = cost_by_latents("align.lpo", settings(), backbone.scheduler_config, feature_guidance)
+    of_a_prompt = 2 * 5 + 5 * 4 * passes * DOWN_PATH + 5 * (2 + BACKWARD) * 2
     assert cost.unet_samples == round(12 * of_a_prompt)
     assert cost.text == "12 rollouts in 4 iterations; at most 60 pairs, 4 updates"

@@ -98,6 +98,8 @@ def _stage(args: argparse.Namespace) -> None:
     if args.dry_run:
         from spo.commands import dry_run
 
+        if getattr(args, "suite", None) is not None:
+            raise ValueError("--suite with --dry-run: only the prompts of the split are estimated")
         print("\n".join(dry_run.lines(params, args.stage, args.variant)))
         return
     suite = {} if getattr(args, "suite", None) is None else {"suite": args.suite}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -57,11 +57,9 @@ def _align(params: Params, method: str, scheduler_config: Mapping[str, Any]) -> 
     from spo.methods.stepwise.rollout import CHUNK
 
     section = getattr(params.align, method)
-    cost = method_spec(method).cost(section, scheduler_config)
-    rollouts, looks = cost.rollouts, _looks(params, method)
+    cost = method_spec(method).cost(params, scheduler_config)
+    looks = _looks(params, method)
     vfe = is_guided(params.latent_preference.feature_guidance)
-    if not vfe:  # the cost is of the most there can be: two passes of the down path for a candidate
-        rollouts = replace(rollouts, down=rollouts.down // 2)
     doubled = 1 + is_guided(getattr(section, "guidance", 1.0))
     part = -(-getattr(section, "batch_size", 1) // getattr(section, "gradient_accumulation", 1))
     calls = {"unet": part * (doubled if cost.rollouts.unet else 2)}
@@ -74,8 +72,8 @@ def _align(params: Params, method: str, scheduler_config: Mapping[str, Any]) -> 
         batch = min(section.validation.prompts * section.validation.images, params.generate.batch_size)
         calls["unet"] = max(calls["unet"], 2 * batch)
         calls["decoded"] = max(calls.get("decoded", 0), batch)
-    most = rollouts + cost.updates + looks
-    return Plan(cost.text, most, rollouts + looks if cost.rollouts.unet else most, calls)
+    most = cost.rollouts + cost.updates + looks
+    return Plan(cost.text, most, cost.rollouts + looks if cost.rollouts.unet else most, calls)
 
 
 def _looks(params: Params, method: str) -> Work:

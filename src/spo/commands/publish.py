@@ -92,10 +92,10 @@ def _check_current(adapter: Path, method: str) -> None:
     stages = [f"generate@{method}", f"score@{method}"]
     if not set(stages) <= set(dvc_lock.read()):
         return
-    from dvc.repo import Repo
+    from spo.tracking import dvc_stages
 
     made_from = {str(adapter.resolve()), str(Path(f"outputs/images/{method}").resolve())}
-    for stage, changes in Repo().status(targets=stages).items():
+    for stage, changes in dvc_stages.status(stages).items():
         for change in changes:
             changed = change.get("changed deps", {}) if isinstance(change, dict) else {}
             for path in changed:

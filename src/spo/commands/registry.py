@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spo.config import Params
+from spo.config import SCORERS, Params
 from spo.evaluation import model_card
 from spo.runtime.files import locked
 from spo.runtime.messages import redact
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 CHAMPION, CHALLENGER = "champion", "challenger"
 REPORT = ("report.html", "comparisons.json", "grid.png")
-SCORERS = ("pickscore", "hps", "aesthetic", "oracle")
+SCORED_BY = (*SCORERS, "oracle")
 
 
 @dataclass(frozen=True)
@@ -162,11 +162,15 @@ def fetch(params: Params, alias: str) -> tuple[Path, str]:
 
 
 def scored_by() -> str:
-    """SHA-256 of the hashes of the scorers: scores with the same value are comparable."""
-    entries = dvc_lock.read()
-    deps = {k: v for e in entries.values() for k, v in (e.deps | e.outs).items()}
-    used = {k: v for k, v in deps.items() if Path(k).stem in SCORERS or k.startswith("src/spo/rewards")}
+    """SHA-256 of the scorers' hashes and parameters: scores with the same value are comparable."""
+    entries = dvc_lock.read().values()
+    used = {k: v for e in entries for k, v in (e.deps | e.outs).items() if _is_scorer(Path(k))}
+    used |= {f"{e.title} {k}": repr(v) for e in entries if e.words[0] == "score" for k, v in e.params.items()}
     return hashlib.sha256(repr(sorted(used.items())).encode()).hexdigest()
+
+
+def _is_scorer(path: Path) -> bool:
+    return path.stem in SCORED_BY or path.is_relative_to("src/spo/rewards")
 
 
 def _create(store: Store, params: Params, adapter: Path, tags: dict[str, str]) -> Any:

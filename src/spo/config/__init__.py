@@ -18,6 +18,7 @@ from spo.config.scorers import (
 )
 from spo.config.training import (
     METHODS,
+    PREFERENCE_BASELINES,
     Align,
     DiffusionDpo,
     LatentPreference,
@@ -57,6 +58,7 @@ __all__ = [
     "Registry",
     "Report",
     "Rollout",
+    "PREFERENCE_BASELINES",
     "SCORERS",
     "SINGLE_FILE_CONFIG",
     "Scheduler",

@@ -67,6 +67,13 @@ class Preference(Section):
     checkpoint_every: Positive = 100
 
 
+# preference models that SPO's is compared with: {name: what is changed in `preference`}
+PREFERENCE_BASELINES: dict[str, dict[str, bool]] = {
+    "unconditioned": {"step_condition": False},
+    "clean_only": {"step_condition": False, "noised": False},
+}
+
+
 class LatentPreference(Section):
     """The latent reward model (arXiv 2502.01051) and its training."""
 

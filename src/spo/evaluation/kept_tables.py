@@ -66,6 +66,9 @@ def compute_ratios(own: Mapping[str, tuple[str, Course]], kept: Sequence[KeptRun
                 continue
             best = max(other.quality)
             at = other.quality.index(best)
+            if at == 0:  # it never was better than the base
+                sentences.append(f"{title} is never better than the base model.")
+                continue
             start = f"{title} is best after {_samples(other.unet_samples[at])} ({best:.3f})"
             reached = samples_to_reach(course, best)
             if reached is None:

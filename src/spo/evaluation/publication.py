@@ -10,6 +10,7 @@ from typing import Any
 from spo.config import Params
 from spo.evaluation import model_card
 from spo.evaluation.verdict import name
+from spo.runtime import hub
 from spo.runtime.messages import redact
 
 FILE = "README.md"
@@ -79,7 +80,7 @@ def _results(params: Params, rows: Sequence[Mapping[str, Any]]) -> list[Any]:
     from huggingface_hub import EvalResult
 
     source = params.prompts.evaluation
-    dataset = "/".join(source.split("/")[3:5]) if source.startswith("hf://datasets/") else "prompts"
+    dataset = hub.place(source).repository if hub.is_hub_url(source) else "prompts"
     return [
         EvalResult(
             task_type="text-to-image",

@@ -148,7 +148,8 @@ def _build(params: Params, backbone: Backbone) -> DiffusionDpoMethod:
     return DiffusionDpoMethod(params.align.diffusion_dpo, schedule, pairs, params.seed)
 
 
-def _cost(config: DiffusionDpo, scheduler_config: Mapping[str, Any]) -> Cost:
+def _cost(params: Params, scheduler_config: Mapping[str, Any]) -> Cost:
+    config = params.align.diffusion_dpo
     samples = config.iterations * 2 * config.batch_size  # by the reference, and by the policy
     work = Work(unet=samples, unet_trained=samples)
     return Cost(f"{config.iterations} updates of {config.batch_size} pairs", work)

@@ -16,10 +16,11 @@ Departures from the paper (P) or the official code (C), beside those of the file
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Mapping
+from typing import Any
 
 from spo.config import Params
-from spo.methods.spec import MethodSpec
+from spo.methods.spec import Cost, MethodSpec
 from spo.methods.stepwise.cost import cost_by_latents
 from spo.methods.stepwise.method import PROMPTS, StepwiseMethod, sampler_schedule, training_prompts
 from spo.types import Backbone
@@ -44,6 +45,11 @@ def _build(params: Params, backbone: Backbone) -> LpoMethod:
     return LpoMethod(section, schedule, judge, training_prompts(), params.seed)
 
 
+def _cost(params: Params, scheduler_config: Mapping[str, Any]) -> Cost:
+    guidance = params.latent_preference.feature_guidance
+    return cost_by_latents("align.lpo", params.align.lpo, scheduler_config, guidance)
+
+
 SPEC = MethodSpec(
     name="lpo",
     title="LPO",
@@ -52,5 +58,5 @@ SPEC = MethodSpec(
     trained_first=("preference_latent",),
     divergence="kl",
     build=_build,
-    cost=partial(cost_by_latents, "align.lpo"),
+    cost=_cost,
 )

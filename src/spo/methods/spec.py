@@ -24,7 +24,7 @@ class MethodSpec:
     trained_first: tuple[str, ...]  # stages whose training counts in its cost, as `preference`
     divergence: str  # the metric of its loss that measures the distance to the reference model
     build: Callable[[Params, Backbone], Method]
-    cost: Callable[[Any, Mapping[str, Any]], Cost]  # of its section and the scheduler's config
+    cost: Callable[[Params, Mapping[str, Any]], Cost]  # of params.yaml and the scheduler's config
     # of its section: decay in [0,1) of an average of the weights that collects batches; 0: the weights do
     sampler_ema: Callable[[Any], float] = lambda section: 0.0
 

@@ -8,10 +8,12 @@ stepwise/rollout.py, the preference model in preference/model.py and preference/
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 from spo.config import Params, Spo
-from spo.methods.spec import MethodSpec
+from spo.methods.spec import Cost, MethodSpec
 from spo.methods.stepwise.cost import cost_by_images
 from spo.methods.stepwise.method import PROMPTS, StepwiseMethod, sampler_schedule, training_prompts
 from spo.types import Backbone
@@ -25,16 +27,31 @@ class SpoMethod(StepwiseMethod):
     name = "align.spo"
 
 
-def _build(params: Params, backbone: Backbone) -> StepwiseMethod:
+def build(params: Params, backbone: Backbone, folder: Path, prompts: Sequence[str]) -> StepwiseMethod:
+    """SPO, or GradSPO where its section is there, with the preference model in `folder`.
+
+    Raises:
+        ValueError: no preference model there, or a schedule that does not fit the base.
+    """
     from spo.methods.stepwise.gradspo import GradSpoMethod
     from spo.preference.reward_model import load_reward_model
-    from spo.runtime.files import require
 
     section = params.align.spo
-    reward_model = load_reward_model(require(PREFERENCE_MODEL, "preference model"), backbone.device)
+    reward_model = load_reward_model(folder, backbone.device)
     schedule = sampler_schedule(params, section, backbone)
     method = SpoMethod if section.gradspo is None else GradSpoMethod
-    return method(section, schedule, reward_model, training_prompts(), params.seed)
+    return method(section, schedule, reward_model, prompts, params.seed)
+
+
+def _build(params: Params, backbone: Backbone) -> StepwiseMethod:
+    from spo.runtime.files import require
+
+    folder = require(PREFERENCE_MODEL, "preference model")
+    return build(params, backbone, folder, training_prompts())
+
+
+def _cost(params: Params, scheduler_config: Mapping[str, Any]) -> Cost:
+    return cost_by_images("align.spo", params.align.spo, scheduler_config)
 
 
 def _sampler_ema(section: Spo) -> float:
@@ -49,6 +66,6 @@ SPEC = MethodSpec(
     trained_first=("preference",),
     divergence="kl",
     build=_build,
-    cost=partial(cost_by_images, "align.spo"),
+    cost=_cost,
     sampler_ema=_sampler_ema,
 )

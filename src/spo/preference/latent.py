@@ -134,7 +134,7 @@ class LatentPreferenceModel(nn.Module):
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        self.encoder.merge_lora()
+        self.encoder.merge_lora()  # nothing, if the training was finished
         state = {k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}
         save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
         settings = {

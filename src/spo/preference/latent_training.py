@@ -54,5 +54,9 @@ class LatentTraining:
     def reward_model(self) -> LatentRewardModel:
         return LatentRewardModel(self.model, "candidate")
 
+    def finish(self) -> None:
+        """Merge the adapter: in half precision that rounds W + BA, which the measured model shall show."""
+        self.model.encoder.merge_lora()
+
     def save(self, folder: Path) -> None:
         self.model.save_pretrained(folder, self.backbone)

@@ -10,6 +10,7 @@ Departures from the published filter:
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -93,13 +94,14 @@ class FilteredWriter:
             )
 
     def _flush(self) -> None:
-        state = next(self._cached, None)
-        if state is None:
-            state = {name: list(self._gaps(scorer)) for name, scorer in self.scorers.items()}
+        state, read = next(self._cached, None), _digest(self._buffer)
+        if state is None or state["pairs"] != read:  # of other pairs: the source has changed meanwhile
+            gaps = {name: list(self._gaps(scorer)) for name, scorer in self.scorers.items()}
+            state = {"pairs": read, "gaps": gaps}
             self.cache.save(self._chunk, state)
         self._chunk += 1
         for i, pair in enumerate(self._buffer):
-            self._decide(pair, {name: gaps[i] for name, gaps in state.items()})
+            self._decide(pair, {name: gaps[i] for name, gaps in state["gaps"].items()})
         self._buffer = []
 
     def _gaps(self, scorer: Scorer) -> Iterator[float]:
@@ -117,3 +119,12 @@ class FilteredWriter:
             self.failed[name][kind] += 1
         if not failed:
             self.writer.add(pair)
+
+
+def _digest(pairs: Sequence[PreferencePair]) -> str:
+    """SHA-256 of captions and images."""
+    digest = hashlib.sha256()
+    for pair in pairs:
+        for part in (pair.caption.encode(), pair.image_0, pair.image_1):
+            digest.update(len(part).to_bytes(8, "big") + part)
+    return digest.hexdigest()

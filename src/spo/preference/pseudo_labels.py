@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spo.config import Preference, PseudoLabels
-from spo.runtime.files import require, write_json
+from spo.runtime.files import locked, require, write_json
 from spo.runtime.fingerprint import fingerprint
 from spo.runtime.workspace import SCRATCH
 
 if TYPE_CHECKING:
     from spo.data.latents import EncodedPairs
 
+PINNED = Path("outputs/inputs/clip.json")  # what the scorer's files hold
 CODE = (
     "data",
     "preference/gaps.py",
@@ -39,12 +40,17 @@ def pseudo_label(
     labels = settings.labels
     assert labels is not None
     folder = require(Path("outputs/pairs/train"), "preference pairs")
-    cached = SCRATCH / "labels" / f"{fingerprint(('labels', labels), [folder], CODE)}.json"
+    inputs = [folder, *filter(Path.exists, [PINNED])]
+    cached = SCRATCH / "labels" / f"{fingerprint(('labels', labels), inputs, CODE)}.json"
     with distributed.main_process_first():
         if not distributed.is_main_process():
             distributed.wait_for(cached)
         if not cached.exists():
-            write_json(cached, list(_differences(labels, folder, len(pairs), device)))
+            cached.parent.mkdir(parents=True, exist_ok=True)
+            message = f"waits for another stage, which scores the same pairs into {cached}"
+            with locked(cached.with_suffix(".lock"), message):
+                if not cached.exists():
+                    write_json(cached, list(_differences(labels, folder, len(pairs), device)))
     difference = torch.tensor(json.loads(cached.read_text()))
     label_0 = torch.where(difference.abs() < labels.gap, 0.5, (difference > 0).float())
     decided = label_0 != 0.5

@@ -76,6 +76,9 @@ class StepAware:
     def reward_model(self) -> ClipRewardModel:
         return ClipRewardModel(self.model, self.tokenizer)
 
+    def finish(self) -> None:
+        """Nothing: the model is saved as it was trained."""
+
     def save(self, folder: Path) -> None:
         self.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)

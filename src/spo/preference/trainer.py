@@ -59,6 +59,10 @@ class Trained(Protocol):
         """The model as it is, to judge candidates."""
         ...
 
+    def finish(self) -> None:
+        """Bring the trained model into the form that is measured and saved."""
+        ...
+
     def save(self, folder: Path) -> None:
         """Write the model for the methods that are judged by it."""
         ...

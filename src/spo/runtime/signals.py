@@ -123,15 +123,22 @@ def run_in_foreground(command: Sequence[str], environment: Mapping[str, str] | N
         SystemExit: the same for SIGTERM.
     """
     received: list[int] = []
-    with _handlers({signal.SIGINT: lambda number, _: received.append(number)}):
-        process = subprocess.Popen(command, env=environment)
+    started: list[subprocess.Popen[bytes]] = []
 
-        def pass_on(number: int, frame: FrameType | None) -> None:
-            received.append(number)
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        for process in started:
             process.send_signal(number)
 
-        with _handlers({signal.SIGTERM: pass_on}):
-            code = process.wait()
+    def note(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+
+    with _handlers({signal.SIGINT: note, signal.SIGTERM: pass_on}):
+        process = subprocess.Popen(command, env=environment)
+        started.append(process)
+        if signal.SIGTERM in received:  # it came before there was a process to pass it on to
+            process.terminate()
+        code = process.wait()
     if signal.SIGTERM in received:
         raise SystemExit(128 + signal.SIGTERM)
     if received:

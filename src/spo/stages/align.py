@@ -66,7 +66,7 @@ def run(params: Params, method: str) -> None:
         if not distributed.is_main_process():
             return
         curve.write(TRAINING / f"{method}.csv")
-        cost = spec.cost(section, backbone.scheduler_config)
+        cost = spec.cost(params, backbone.scheduler_config)
         summary |= {
             "unet_samples": cost.unet_samples,
             **_write(params, method, backbone, watch, summary, scratch),

@@ -32,13 +32,14 @@ def run(params: Params, name: str, suite: str | None = None) -> None:
     lines = require(file, f"{suite or params.generate.split} prompts").read_text().splitlines()
     if not lines:
         raise ValueError(f"{file}: is empty; run `dvc repro prompts`")
-    with stage("generate", params, run_name(name, suite)) as tracked:
+    title = run_name(name, suite)
+    with stage("generate", params, title) as tracked:
         if variant.adapter is not None:
             require(variant.adapter, f"adapter of {name}")
         backbone = backbones.load_aligned(params.backbone, variant.adapter, device())
         prompts, seeds = each_image(lines, params.generate)
         folder = of_suite(OUTPUT, suite) / name
-        scratch = _scratch(params, variant, file)
+        scratch = _scratch(params, title, variant, file)
         cache = CheckpointStore(scratch, keep=None)
         save(folder, draw(backbone, params, variant, prompts, seeds, cache), prompts, seeds)
         if distributed.is_main_process():
@@ -53,7 +54,7 @@ def _prompts_file(params: Params, suite: str | None) -> Path:
     return of_suite(PROMPTS, suite).with_suffix(".txt")
 
 
-def _scratch(params: Params, variant: Variant, prompts: Path) -> Path:
+def _scratch(params: Params, title: str, variant: Variant, prompts: Path) -> Path:
     """The cache of batches, named by a fingerprint of everything on which the images depend."""
     settings = params.generate
     sampling = [
@@ -68,6 +69,6 @@ def _scratch(params: Params, variant: Variant, prompts: Path) -> Path:
     if variant.adapter is not None:
         inputs.append(Path(variant.adapter))
     name = fingerprint(
-        ("generate", params.backbone, variant, *map(str, sampling)), filter(Path.exists, inputs), CODE
+        ("generate", title, params.backbone, variant, *map(str, sampling)), filter(Path.exists, inputs), CODE
     )
     return SCRATCH / "resume" / f"generate-{name}"

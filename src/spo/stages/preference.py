@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spo.config import LatentPreference, Params, Preference
+from spo.config import PREFERENCE_BASELINES, LatentPreference, Params, Preference
 from spo.runtime.files import require, write_json
 from spo.runtime.fingerprint import fingerprint
 from spo.runtime.hub import split_revision
@@ -33,14 +33,10 @@ OUTPUTS = {None: Path("outputs/preference"), "latent": Path("outputs/preference_
 VALIDATION_PROMPTS = Path("outputs/prompts/validation.txt")
 # the code that trains
 CODE = ("backbones", "data", "diffusion", "preference", "rewards", "training", "types.py")
-BASELINES: dict[str, dict[str, bool]] = {
-    "unconditioned": {"step_condition": False},
-    "clean_only": {"step_condition": False, "noised": False},
-}
 
 
 def run(params: Params, item: str | None = None) -> None:
-    """Train the SPM, or with `item` the latent reward model or one of the SPM's BASELINES."""
+    """Train the SPM, or with `item` the latent reward model or one of the SPM's baselines."""
     from spo import backbones
     from spo.training import distributed
     from spo.training.distributed import device
@@ -50,7 +46,7 @@ def run(params: Params, item: str | None = None) -> None:
         started = time.monotonic()
         backbone = backbones.load(params.backbone, device())
         settings = _settings(params, item)
-        scratch = _scratch(params, settings)
+        scratch = _scratch(params, settings, name)
         curve = Curve(tracked, scratch)
         trained: Trained
         if isinstance(settings, LatentPreference):
@@ -76,7 +72,7 @@ def run(params: Params, item: str | None = None) -> None:
 def _settings(params: Params, item: str | None) -> Preference | LatentPreference:
     if item == "latent":
         return params.latent_preference
-    return params.preference.model_copy(update=BASELINES[item] if item else {})
+    return params.preference.model_copy(update=PREFERENCE_BASELINES[item] if item else {})
 
 
 def _step_aware(params: Params, settings: Preference, backbone: Backbone) -> StepAware:
@@ -133,6 +129,7 @@ def _train(params: Params, trained: Trained, scratch: Path, curve: Curve) -> dic
         # the step-aware model computes in fp32 whatever the base's precision
         scale_loss=isinstance(settings, LatentPreference) and params.backbone.dtype == "fp16",
     )
+    trained.finish()
     if settings.local_prompts:
         facts["local"] = _local_judgement(params, trained)
     measured = trainer.evaluate(trained, pairs["validation"], settings.eval_timesteps, seed=params.seed)
@@ -189,8 +186,9 @@ def _local_judgement(params: Params, trained: Trained) -> dict[str, float]:
     return {str(t): round(value, 4) for t, value in by_timestep.items()}
 
 
-def _scratch(params: Params, settings: Preference | LatentPreference) -> Path:
-    sections = (type(settings).__name__, params.seed, params.backbone, settings)
+def _scratch(params: Params, settings: Preference | LatentPreference, name: str) -> Path:
+    # the name, because two stages with equal settings may run at the same time
+    sections = (name, params.seed, params.backbone, settings)
     pinned = "latent" if isinstance(settings, LatentPreference) else "clip"
     inputs = [Path(p) for p in ("outputs/pairs", "outputs/inputs/base.json", f"outputs/inputs/{pinned}.json")]
     return SCRATCH / "resume" / f"preference-{fingerprint(sections, inputs, CODE)}"

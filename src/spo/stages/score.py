@@ -34,7 +34,7 @@ def run(params: Params, name: str, suite: str | None = None) -> None:
     output, title = of_suite(OUTPUT, suite), run_name(name, suite)
     with stage("score", params, title) as tracked:
         images, prompts, seeds = zip(*load_images(folder), strict=True)
-        scratch = _scratch(params, folder)
+        scratch = _scratch(params, title, folder)
         cache = CheckpointStore(scratch, keep=None)
         columns = score_images(params, list(images), list(prompts), device(), cache)
         if not is_main_process():
@@ -50,8 +50,8 @@ def run(params: Params, name: str, suite: str | None = None) -> None:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _scratch(params: Params, folder: Path) -> Path:
+def _scratch(params: Params, title: str, folder: Path) -> Path:
     """The cache of scores, named by a fingerprint of everything on which they depend."""
     pins = [Path(f"outputs/inputs/{role}.json") for role in (*SCORERS, "oracle")]
     inputs = [folder, *filter(Path.exists, pins)]
-    return SCRATCH / "resume" / f"score-{fingerprint(('score', params.score), inputs, CODE)}"
+    return SCRATCH / "resume" / f"score-{fingerprint(('score', title, params.score), inputs, CODE)}"

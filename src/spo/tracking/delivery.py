@@ -31,9 +31,9 @@ def for_stages(uri: str) -> Iterator[Mapping[str, str]]:
     What is left at the end is for `runs.sync`.
     """
     store, stop = Store(uri), threading.Event()
+    load_mlflow()  # here: imports of two threads may get into each other's way
 
     def work() -> None:
-        load_mlflow()
         while not stop.wait(PERIOD):
             for spool in spools():
                 try:

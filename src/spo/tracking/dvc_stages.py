@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from spo.runtime.exit_codes import TransientError
@@ -35,6 +35,17 @@ def out_of_date() -> dict[str, tuple[str, ...]]:
     return {name: every[name] for name in following(every, changed)}
 
 
+def status(stages: Sequence[str]) -> dict[str, list[Any]]:
+    """Return what `dvc status STAGES` finds: {stage: changes}, without those that are up to date.
+
+    Raises:
+        ValueError: DVC refuses dvc.yaml, or another DVC works on these files.
+    """
+    with _repository(locked=False) as repository:
+        found: dict[str, list[Any]] = repository.status(targets=list(stages))
+        return found
+
+
 def following(needs: Needs, changed: Collection[str]) -> list[str]:
     """List `changed` and the stages that are made from them, directly or not, in the order of `needs`."""
     found = set(changed)
@@ -45,13 +56,17 @@ def following(needs: Needs, changed: Collection[str]) -> list[str]:
 
 
 @contextmanager
-def _repository() -> Iterator[Any]:
+def _repository(locked: bool = True) -> Iterator[Any]:
+    """
+    Args:
+        locked: hold DVC's lock; False for calls that take it themselves.
+    """
     from dvc.exceptions import DvcException
     from dvc.lock import LockError
     from dvc.repo import Repo
 
     try:
-        with Repo(_wait_for_lock=True) as repository, repository.lock:
+        with Repo(_wait_for_lock=True) as repository, repository.lock if locked else nullcontext():
             yield repository
     except LockError as error:
         raise TransientError(f"dvc: {' '.join(str(error).split())}") from None

@@ -12,6 +12,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from spo.config import PREFERENCE_BASELINES
 from spo.runtime.files import digest
 from spo.runtime.messages import redact
 
@@ -34,7 +35,11 @@ def flatten(params: Mapping[str, Any], prefix: str = "", separator: str = ".") -
 
 def section(params: Mapping[str, Any], stage: str, name: str | None) -> dict[str, Any]:
     """Return the parameters of a stage: its section (of an item its own part) and the seed."""
-    every = params.get(stage, {})
+    if (stage, name) == ("preference", "latent"):
+        stage, name = "latent_preference", None
+    every = dict(params.get(stage, {}))
+    if stage == "preference" and name in PREFERENCE_BASELINES:
+        every |= PREFERENCE_BASELINES[name]
     own = {k: v for k, v in every.items() if not (name in every and k != name and isinstance(v, dict))}
     return {"seed": params.get("seed"), **flatten({stage: own})}
 

@@ -56,9 +56,10 @@ def _build(params, backbone):
     return Sft(params.align.sft, schedule, latent_pairs(params, backbone, "train"), params.seed)
 
 
-def _cost(config, scheduler_config) -> Cost:
-    samples = 4 * config.iterations
-    return Cost(f"{config.iterations} updates of 4 images", Work(unet=samples, unet_trained=samples))
+def _cost(params, scheduler_config) -> Cost:
+    iterations = params.align.sft.iterations
+    samples = 4 * iterations
+    return Cost(f"{iterations} updates of 4 images", Work(unet=samples, unet_trained=samples))
 
 
 SPEC = MethodSpec(

@@ -27,16 +27,20 @@ def cost_by_images(name: str, config: Stepwise, scheduler_config: Mapping[str, A
     return _cost(config, blocks, Work(unet=unet, decoded=judged, judged=judged))
 
 
-def cost_by_latents(name: str, config: Stepwise, scheduler_config: Mapping[str, Any]) -> Cost:
-    """Of a method whose judge sees latents: its down path runs at most twice a candidate, with the VFE.
+def cost_by_latents(
+    name: str, config: Stepwise, scheduler_config: Mapping[str, Any], feature_guidance: float
+) -> Cost:
+    """Of a method whose judge sees latents: its down path runs once a candidate, twice with the VFE.
 
     Args:
         name: as of `cost_by_images`.
+        feature_guidance: of the VFE; 1: none.
     """
     blocks = _blocks(name, config, scheduler_config)
     inner = sum(len(block) - 1 for block in blocks)
     sampled = (blocks[0][0] + len(blocks) + config.candidates * inner) * (1 + is_guided(config.guidance))
-    return _cost(config, blocks, Work(unet=sampled, down=2 * config.candidates * len(blocks)))
+    down = (1 + is_guided(feature_guidance)) * config.candidates * len(blocks)
+    return _cost(config, blocks, Work(unet=sampled, down=down))
 
 
 def _blocks(name: str, config: Stepwise, scheduler_config: Mapping[str, Any]) -> list[list[int]]:
