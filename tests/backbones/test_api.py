@@ -88,6 +88,22 @@ def test_a_training_goes_on_after_an_interruption(
     backbones.load_aligned(params.backbone, whole, "cpu")
 
 
+def test_it_trains_by_gradspo_where_its_section_is_there(
+    params: spo.config.Params, spm: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built: list[tuple[str, float]] = []
+
+    def noted(objective: Any, *args: Any, sampler_ema: float = 0.0, **kwargs: Any) -> None:
+        built.append((type(objective.method).__name__, sampler_ema))
+
+    monkeypatch.setattr(loop, "fit", noted)
+    raw = params.model_dump(mode="json")
+    for gradspo in (None, {"scale": 0.5, "sampler_ema": 0.9}):
+        raw["align"]["spo"]["gradspo"] = gradspo
+        spo.train(spo.config.validate(raw), PROMPTS, f"out{len(built)}", spm / "spm")
+    assert built == [("SpoMethod", 0.0), ("GradSpoMethod", 0.9)]
+
+
 def test_mistakes_are_named(params: spo.config.Params, spm: Path) -> None:
     model = spo.PreferenceModel(spm / "spm")
     image = Image.new("RGB", (40, 40))

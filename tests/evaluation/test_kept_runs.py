@@ -84,6 +84,11 @@ def test_a_method_that_was_trained_longer_is_compared_by_compute() -> None:
         "SPO does not reach that (0.600)."
     )
     assert kept_tables.compute_ratios({"spo": ("oracle", OWN)}, [longer]) == []  # another measure
+    falls = Course(seconds=[0, 1], unet_samples=[0, 1000], quality=[0.5, 0.4], selected=None)
+    worse = kept({"align.diffusion_dpo.iterations": 20}, [], {"diffusion_dpo": ("gain", falls)})
+    assert kept_tables.compute_ratios(own, [worse]) == [
+        "Diffusion-DPO, iterations 20 is never better than the base model."
+    ]
 
 
 def test_a_file_of_something_else_is_one_line(tmp_path) -> None:

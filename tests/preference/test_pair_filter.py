@@ -126,6 +126,19 @@ def test_an_interrupted_filter_goes_on_after_the_cached_gaps(tmp_path, monkeypat
     assert list(read_pairs(tmp_path / "again/train")) == list(read_pairs(tmp_path / "whole/train"))
 
 
+def test_gaps_of_other_pairs_are_not_taken_from_an_interrupted_run(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(pair_filter, "BUFFER", 4)
+    cache = CheckpointStore(tmp_path / "cache", keep=None)
+    writer = FilteredWriter(ShardWriter(tmp_path / "gone", 4), RULES, scorers(), cache, [].append)
+    for each in PAIRS[:8]:
+        writer.add(each)
+    changed = [PAIRS[4], *PAIRS[1:]]  # one pair of the first buffer
+    again = scorers()
+    _, rows = filtered(tmp_path, again, changed)
+    assert again["aesthetic"].scored == 2 * (15 - 4), "the second buffer is as it was"
+    assert rows == filtered(tmp_path / "fresh", scorers(), changed)[1]
+
+
 def test_batch_size_changes_nothing_but_the_calls(tmp_path) -> None:
     one, two = (
         filtered(tmp_path / str(n), scorers(), rules=RULES.model_copy(update={"batch_size": n}))[1]

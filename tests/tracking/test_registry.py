@@ -184,3 +184,18 @@ def test_mistakes_are_one_line(folder: Path, runs: Any) -> None:
 def test_a_gate_that_is_none_is_refused() -> None:
     with pytest.raises(config.ConfigError, match="registry.holds.hps"):
         params(holds={"hps": -1})
+
+
+def test_scores_are_comparable_while_scorers_and_their_parameters_are_the_same(folder: Path) -> None:
+    def lock(weight: float = 2.5, **deps: str) -> str:
+        files = {"outputs/inputs/imagereward.json": "a", "outputs/images/spo": "b", "src/spo/rewards": "c"}
+        stage = {
+            "cmd": "spo score spo",
+            "deps": [{"path": p, "md5": h} for p, h in (files | deps).items()],
+            "params": {"params.yaml": {"score": {"clipscore": {"weight": weight}}}},
+        }
+        Path("dvc.lock").write_text(yaml.safe_dump({"schema": "2.0", "stages": {"score@spo": stage}}))
+        return registry.scored_by()
+
+    assert lock() == lock(**{"outputs/images/spo": "other images"})
+    assert len({lock(), lock(2.0), lock(**{"outputs/inputs/imagereward.json": "other weights"})}) == 3

@@ -165,7 +165,7 @@ def scored_by() -> str:
     """SHA-256 of the scorers' hashes and parameters: scores with the same value are comparable."""
     entries = dvc_lock.read().values()
     used = {k: v for e in entries for k, v in (e.deps | e.outs).items() if _is_scorer(Path(k))}
-    used |= {f"{e.title} {k}": repr(v) for e in entries if e.words[0] == "score" for k, v in e.params.items()}
+    used |= {k: repr(v) for e in entries if e.words[0] == "score" for k, v in e.params.items()}
     return hashlib.sha256(repr(sorted(used.items())).encode()).hexdigest()
 
 
