@@ -40,10 +40,18 @@ def log_handlers() -> Iterator[None]:
 
 
 FIRST = "tests/smoke/test_dag.py"  # it makes the DAG's run that all of tests/smoke share
+SHARED = {"clone", "first", "project", "shared"}  # that run, and `experiments.settled`
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with long tests first, so that no process has one left when the others are done."""
+    """Files with long tests first, so that no process has one left when the others are done.
+
+    Any test that uses a shared fixture may be the one that makes it, or that waits for another process to.
+    """
+    for item in items:
+        shared = item.get_closest_marker("smoke") and SHARED & {*getattr(item, "fixturenames", ())}
+        if shared and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(1500))
     long = {
         item.path for item in items if item.get_closest_marker("smoke") or item.get_closest_marker("services")
     }

@@ -116,6 +116,7 @@ def test_ctrl_c_waits_until_every_stage_has_saved(project: Path) -> None:
         while not all((project / f"{me}.began").exists() for me in ("left", "right")):
             assert process.poll() is None and time.monotonic() < end
             time.sleep(0.1)
+        time.sleep(1)  # DVC ignores Ctrl-C only a moment after it has started a command
         os.killpg(process.pid, signal.SIGINT)
         _, output = process.communicate(timeout=200)
     assert process.returncode == 130, output

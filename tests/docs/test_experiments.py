@@ -22,7 +22,6 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> experiments.Experiment:
 
 
 @pytest.mark.smoke
-@pytest.mark.timeout(900)
 def test_a_grid_runs_every_combination_and_nothing_that_no_value_touches(
     project: experiments.Experiment,
 ) -> None:
@@ -31,10 +30,10 @@ def test_a_grid_runs_every_combination_and_nothing_that_no_value_touches(
     assert project(status).count("Queued") == 4
     ran = project.stages(run)
     project(stop)
-    end = time.monotonic() + 120
+    end = time.monotonic() + 300
     while "0 active, 0 idle" not in (shown := project(status)):
         assert time.monotonic() < end, shown
-        time.sleep(1)
+        time.sleep(4)  # each look is a process of DVC, 1.5 s of the processor that the work needs
     assert shown.count("Success") == 4
     assert set(ran) == set(SPO), "data, preference model and Diffusion-DPO stay"
     by_figure = show.replace("spo.base.pickscore.difference", "figure")

@@ -13,7 +13,7 @@ import psutil
 import pytest
 from prefect_server import ask, server, started, wait_for
 
-pytestmark = pytest.mark.services
+pytestmark = [pytest.mark.services, pytest.mark.timeout(1200)]  # Prefect takes long to start
 FLOWS = Path(__file__).parents[2] / "flows"
 DAG = """\
 stages:
@@ -35,8 +35,9 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, 
         yield variables
 
 
-def runs(variables: dict[str, str], state: str) -> list[dict[str, Any]]:
-    return ask(variables, "flow_runs/filter", flow_runs={"state": {"type": {"any_": [state]}}})
+def runs(variables: dict[str, str], state: str, deployment: str) -> list[dict[str, Any]]:
+    found = {"state": {"type": {"any_": [state]}}}
+    return ask(variables, "flow_runs/filter", flow_runs=found, deployments={"name": {"any_": [deployment]}})
 
 
 @pytest.fixture
@@ -53,16 +54,14 @@ def project(tmp_path: Path) -> Path:
 
 def test_a_served_flow_runs_by_the_clock(environment: dict[str, str], project: Path) -> None:
     command = [sys.executable, "flows/pipeline.py", "--serve", "--cron", "* * * * *"]
-    with started(command, project, environment) as serving:
-        done = wait_for("a scheduled run", 200, lambda: runs(environment, "COMPLETED"))
+    with started(command, project, environment):
+        done = wait_for("a scheduled run", 300, lambda: runs(environment, "COMPLETED", "spo"))
         assert done[0]["auto_scheduled"] and (project / "two.txt").exists()
         names = {
             task["name"].rsplit("-", 1)[0]
             for task in ask(environment, "task_runs/filter", flow_runs={"id": {"any_": [done[0]["id"]]}})
         }
         assert names == {"first", "second"}, "tasks have the names of the stages"
-        serving.terminate()
-        serving.wait(30)
 
 
 def test_a_worker_runs_the_deployment_and_cancelling_ends_every_child(
@@ -77,20 +76,24 @@ def test_a_worker_runs_the_deployment_and_cancelling_ends_every_child(
         done = subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
     start = ["prefect", "deployment", "run", "spo/nightly"]
-    before = {run["id"] for run in runs(environment, "COMPLETED")}
+    before = {run["id"] for run in runs(environment, "COMPLETED", "nightly")}
     with started(["prefect", "worker", "start", "--pool", "spo"], project, environment):
         subprocess.run(start, cwd=project, env=environment, check=True, capture_output=True)
         wait_for(
-            "the second stage", 150, lambda: (project / "pid").exists() and (project / "pid").read_text()
+            "the second stage", 300, lambda: (project / "pid").exists() and (project / "pid").read_text()
         )
         child = psutil.Process(int((project / "pid").read_text()))
-        run = runs(environment, "RUNNING")[0]["id"]
+        run = runs(environment, "RUNNING", "nightly")[0]["id"]
         state = {"type": "CANCELLING", "name": "Cancelling"}
         ask(environment, f"flow_runs/{run}/set_state", state=state, force=False)
-        wait_for("the end of the stage", 100, lambda: not child.is_running())  # of 600 s
-        wait_for("the cancelled state", 100, lambda: runs(environment, "CANCELLED"))
+        wait_for("the end of the stage", 300, lambda: not child.is_running())  # of 600 s
+        wait_for("the cancelled state", 300, lambda: runs(environment, "CANCELLED", "nightly"))
         assert not (project / "two.txt").exists()
         (project / "second.sh").write_text("cp one.txt two.txt\n")  # the next run goes on
         subprocess.run(start, cwd=project, env=environment, check=True, capture_output=True)
-        wait_for("the next run", 150, lambda: {run["id"] for run in runs(environment, "COMPLETED")} - before)
+        wait_for(
+            "the next run",
+            300,
+            lambda: {run["id"] for run in runs(environment, "COMPLETED", "nightly")} - before,
+        )
         assert (project / "two.txt").exists()

@@ -88,7 +88,7 @@ class Browser:
 
     def wait(self, script: str, wanted: Any = True) -> None:
         """Wait until a script gives what is wanted: the browser may act on an event after it was sent."""
-        end = time.monotonic() + 20
+        end = time.monotonic() + 60
         while (value := self.value(script)) != wanted:
             assert time.monotonic() < end, f"{script} is {value!r}, not {wanted!r}"
             time.sleep(0.02)
@@ -119,7 +119,7 @@ class Browser:
     def type(self, text: str) -> None:
         self.call("Input.insertText", text=text)
 
-    def becomes(self, expression: str, expected: Any, seconds: float = 20) -> bool:
+    def becomes(self, expression: str, expected: Any, seconds: float = 60) -> bool:
         """Whether an expression has this value soon: text is empty until the page is drawn again."""
         end = time.monotonic() + seconds
         while (found := self.value(expression)) != expected and time.monotonic() < end:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import socket
 import tempfile
 import time
 import traceback
@@ -15,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from ports import free_port
 
 
 def run_in(n: int, function: Callable[[], Any]) -> list[Any]:
@@ -41,12 +41,6 @@ def exit_codes(n: int, function: Callable[[], int]) -> list[int]:
 
     children = [_fork(rank, n, port, Path("never"), body) for rank in range(n)]
     return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
 
 
 def check_alike(one: dict, several: list[dict]) -> None:

@@ -139,7 +139,7 @@ def _found(folder: Path, name: str) -> list[Path]:
             continue
 
 
-def attempt(folder: Path, kill: Kill | None, draw: random.Random, forked: bool) -> Outcome:
+def attempt(folder: Path, kill: Kill | None, draw: random.Random, forked: bool, spread: float) -> Outcome:
     """Start `dvc repro`, kill it, and wait until nothing of it is left."""
     for torn in partials(folder):
         torn.unlink()  # of the kill before
@@ -149,7 +149,7 @@ def attempt(folder: Path, kill: Kill | None, draw: random.Random, forked: bool) 
             return dvc.poll() is not None
 
         stage = None
-        if kill is not None and _wait_for(kill.moment, folder, dvc, draw):
+        if kill is not None and _wait_for(kill.moment, folder, dvc, draw, spread):
             until(lambda: ended() or stage_of(dvc.pid) is not None, 600)
             stage = stage_of(dvc.pid)
         if kill is None or stage is None:
@@ -170,7 +170,9 @@ def attempt(folder: Path, kill: Kill | None, draw: random.Random, forked: bool) 
         return Outcome(kill, dvc.wait(), log.read_text(errors="replace"), name, gone_after, torn)
 
 
-def _wait_for(moment: str, folder: Path, dvc: subprocess.Popen[bytes], draw: random.Random) -> bool:
+def _wait_for(
+    moment: str, folder: Path, dvc: subprocess.Popen[bytes], draw: random.Random, spread: float
+) -> bool:
     """Whether the moment came before dvc ended."""
 
     def ended() -> bool:
@@ -178,7 +180,7 @@ def _wait_for(moment: str, folder: Path, dvc: subprocess.Popen[bytes], draw: ran
 
     if moment == "any time":
         until(lambda: ended() or stage_of(dvc.pid) is not None, 600)
-        until(ended, draw.uniform(0, SPREAD))
+        until(ended, draw.uniform(0, spread))
     elif moment == "in a write":
         until(lambda: ended() or bool(partials(folder)), 900)
     else:
@@ -235,11 +237,12 @@ def series(
     seed: int,
     say: Callable[[str], None] = print,
     forked: bool = False,
+    spread: float = SPREAD,
 ) -> list[Outcome]:
     """Kill and start again until `dvc repro` has finished; what each start came to."""
     draw, outcomes, reached = random.Random(seed), list[Outcome](), dict[Path, int]()
     for kill in [*kills, None]:
-        outcome = attempt(folder, kill, draw, forked)
+        outcome = attempt(folder, kill, draw, forked, spread)
         outcomes.append(outcome)
         if outcome.kill is None:
             assert outcome.code == 0, f"dvc repro ended with {outcome.code}:\n{outcome.output[-3000:]}"

@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ports import free_port
 
 
 def wait_for(what: str, seconds: float, done: Callable[[], Any]) -> Any:
@@ -51,16 +51,14 @@ def started(
 @contextlib.contextmanager
 def server(folder: Path) -> Iterator[dict[str, str]]:
     """The environment in which Prefect finds it."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     own = {"PREFECT_HOME": str(folder), "PREFECT_SERVER_ANALYTICS_ENABLED": "false", "PATH": path}
     variables = {k: v for k, v in os.environ.items() if not k.startswith("PREFECT_")} | own
     command = ["prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
     with started(command, folder, variables):
         variables["PREFECT_API_URL"] = f"http://127.0.0.1:{port}/api"
-        wait_for("the server", 120, lambda: _answers(variables))
+        wait_for("the server", 300, lambda: _answers(variables))
         yield variables
 
 

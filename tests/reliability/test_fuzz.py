@@ -32,7 +32,7 @@ from spo.tracking import spool
 from spo.training.checkpoint import CheckpointStore
 
 MUTATIONS = int(os.environ.get("SPO_FUZZ", "450"))
-SECONDS = 5.0  # more is a hang
+SECONDS = 30.0  # more is a hang
 ROOT = Path(__file__).parents[2]
 
 

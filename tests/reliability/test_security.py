@@ -7,7 +7,6 @@ import io
 import os
 import re
 import shlex
-import socket
 import subprocess
 import sys
 import time
@@ -21,6 +20,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 from PIL import Image
+from ports import free_port
 
 from spo import cli, config
 from spo.evaluation import model_card
@@ -154,9 +154,7 @@ def test_every_server_that_we_start_or_recommend_is_on_the_loopback_interface() 
 def test_make_ui_listens_on_the_loopback_interface_only(tmp_path: Path) -> None:
     shown = subprocess.run(["make", "-n", "ui"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     (line,) = [line for line in shown.splitlines() if line.startswith("mlflow ui")]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     command = shlex.split(re.sub(r"--port \d+", f"--port {port}", line))
     command[:1] = [sys.executable, "-m", "mlflow"]
     with subprocess.Popen(

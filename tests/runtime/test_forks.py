@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -46,8 +47,11 @@ sys.exit(7)
 WAIT = """
 import os, signal, sys, time
 got = []
+def note(number, frame):
+    got.append(number)
+    os.write(1, b"got\\n")
 for number in (signal.SIGINT, signal.SIGTERM):
-    signal.signal(number, lambda number, frame: got.append(number))
+    signal.signal(number, note)
 print(os.getpid(), flush=True)
 while len(got) < 2:
     time.sleep(0.02)
@@ -95,10 +99,27 @@ def start(start_in: Start, variable: dict[str, str]) -> Start:
 
 
 def gone(pid: int) -> bool:
-    end = time.monotonic() + 30
-    while psutil.pid_exists(pid) and time.monotonic() < end:
+    return within(30, lambda: not runs(pid))
+
+
+def runs(pid: int) -> bool:
+    """A zombie, which nobody has waited for yet, does not."""
+    with suppress(psutil.NoSuchProcess):
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    return False
+
+
+def handles(pid: int, number: int) -> bool:
+    """Whether a process has a handler for a signal."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return bool(int(status.partition("SigCgt:")[2].split()[0], 16) >> (number - 1) & 1)
+
+
+def within(seconds: float, condition: Callable[[], bool]) -> bool:
+    end = time.monotonic() + seconds
+    while not (holds := condition()) and time.monotonic() < end:
         time.sleep(0.02)
-    return not psutil.pid_exists(pid)
+    return holds
 
 
 def test_a_fork_has_what_the_command_was_given_and_the_libraries(start: Start, tmp_path: Path) -> None:
@@ -135,6 +156,7 @@ def test_a_signal_to_all_processes_leaves_a_fork_the_time_to_save(start: Start, 
     fork = psutil.Process(int(process.stdout.readline()))
     fork.parent().send_signal(number)
     fork.send_signal(number)
+    process.stdout.readline()  # two equal signals that wait would be one
     time.sleep(0.2)
     assert fork.is_running() and process.poll() is None
     process.send_signal(number)
@@ -148,7 +170,7 @@ def test_a_killed_command_takes_its_fork_along_and_no_other(start: Start) -> Non
     assert gone(pids[0]) and psutil.pid_exists(pids[1])
     for number in (signal.SIGINT, signal.SIGINT):
         other.send_signal(number)
-        time.sleep(0.2)
+        other.stdout.readline()
     assert other.wait(60) == 2 * signal.SIGINT
 
 
@@ -199,8 +221,8 @@ def test_a_signal_before_the_fork_can_handle_it_stops_it(start: Start, variable:
     first.kill()
     server.suspend()
     try:
-        process = start(WAIT)
-        time.sleep(1)
+        process = start("import time; time.sleep(60)")
+        assert within(60, lambda: handles(process.pid, signal.SIGTERM)), "it is set last"
         process.send_signal(signal.SIGINT)
     finally:
         server.resume()

@@ -31,8 +31,8 @@ class Slow:
         print("ready", flush=True)
         {finaliser}
 def work():
-    Slow()
     try:
+        Slow()
         print("on", flush=True)
         time.sleep(60)
     except KeyboardInterrupt:

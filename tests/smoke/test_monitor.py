@@ -34,7 +34,7 @@ def test_a_drop_is_an_event_and_a_failed_run(copy: Path, tmp_path: Path) -> None
         assert watch("pickscore=-1e6").returncode == 0
         dropped = watch("pickscore=1e6")
         assert dropped.returncode == 1 and "below 1e+06" in dropped.stderr
-        (event,) = wait_for("the event", 30, events)
+        (event,) = wait_for("the event", 120, events)
         states = [run["state_type"] for run in ask(variables, "flow_runs/filter", sort="START_TIME_ASC")]
     assert states == ["COMPLETED", "FAILED"]
     assert event["resource"]["prefect.resource.id"] == "spo.model.smoke"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import socket
 import subprocess
 import tempfile
 import time
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ports import free_port
 
 from spo.tracking.records import load_mlflow
 from spo.tracking.runs import open_parent, stage_run, sync
@@ -36,9 +36,7 @@ def server() -> Iterator[tuple[list[str], list[str], str]]:
     folder = Path(tempfile.mkdtemp(prefix="spo-postgres-"))  # pytest keeps its own folders to their owner
     if user:
         shutil.chown(folder, user)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
 
     def run(*command: str) -> None:
         done = subprocess.run(command, user=user, cwd="/", capture_output=True, text=True, timeout=120)

@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -15,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from ports import free_port
 
 SECRET = "planted-aws-secret"
 pytestmark = pytest.mark.smoke  # some thirty commands of a second or two
@@ -142,14 +142,12 @@ def store() -> Iterator[str]:
     """The address of an S3-compatible server with the bucket `team`."""
     pytest.importorskip("dvc_s3", reason="DVC's S3 remote is not installed: pip install dvc-s3")
     pytest.importorskip("moto", reason="the S3-compatible server is not installed: pip install 'moto[s3]'")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
     url = f"http://127.0.0.1:{port}"
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
         try:
-            deadline = time.monotonic() + 60
+            deadline = time.monotonic() + 180
             while True:
                 with contextlib.suppress(OSError):
                     urllib.request.urlopen(urllib.request.Request(f"{url}/team", method="PUT"))

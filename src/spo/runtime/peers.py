@@ -66,6 +66,7 @@ class Peers:
         self._signs: dict[int, str] = {}
         self._heard: dict[int, float] = {}
         self._ended, self._ending = threading.Event(), threading.Lock()
+        self._signing = threading.Lock()  # so that no heartbeat is written over LEFT
 
     def start(self) -> None:
         """Wait until all have joined, then begin the heartbeat.
@@ -86,7 +87,9 @@ class Peers:
 
     def leave(self) -> None:
         """Say that this process has done its part, so that nobody waits for it."""
-        if not self._ended.is_set():
+        if self._ended.is_set():  # after `tell`; a heartbeat that never returns may hold the lock
+            return
+        with self._signing:
             with suppress(RuntimeError):  # the store has left before
                 self._store.set(f"sign/{self.rank}", LEFT)
                 self._store.set(f"seen/{self.rank}", LEFT)
@@ -146,7 +149,10 @@ class Peers:
     def _give(self) -> None:
         for number in _counted(self._ended, self._beat):
             try:
-                self._store.set(f"sign/{self.rank}", str(number))
+                with self._signing:
+                    if self._ended.is_set():
+                        return None
+                    self._store.set(f"sign/{self.rank}", str(number))
                 for other in self._watched:
                     self._hear(other)
                 self._look()
@@ -155,6 +161,7 @@ class Peers:
                 found = f"the connection to process 0 of {self.count} broke; {AGAIN}", TRANSIENT
             if found:
                 return self._end(*found)
+        return None
 
     def _hear(self, other: int) -> None:
         key = f"sign/{other}"
