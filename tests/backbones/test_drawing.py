@@ -78,11 +78,12 @@ def test_cached_images_are_named_by_everything_they_depend_on(tmp_path: Path, mo
     prompts = tmp_path / "outputs/prompts/test.txt"
     prompts.write_text("a circle\n")
 
-    def name(batch_size: int = 2, **changes) -> str:
+    def name(batch_size: int = 2, title: str = "base", **changes) -> str:
         params = settings(batch_size)
-        return generate._scratch(params, params.generate.base.model_copy(update=changes), prompts).name
+        variant = params.generate.base.model_copy(update=changes)
+        return generate._scratch(params, title, variant, prompts).name
 
-    seen = {name(), name(batch_size=3), name(guidance=7.0)}
+    seen = {name(), name(batch_size=3), name(guidance=7.0), name(title="other")}
     prompts.write_text("a star\n")
     seen.add(name())
-    assert len(seen) == 4
+    assert len(seen) == 5

@@ -135,13 +135,14 @@ class Store:
         client = self.connect()
         folder = (self._file.parent / "mlartifacts").as_uri() if self._file else None
         try:
-            if client.get_experiment_by_name(name) is None:
+            experiment = client.get_experiment_by_name(name)
+            if experiment is None:
                 try:
                     client.create_experiment(name, artifact_location=folder)
                 except Exception:
                     if client.get_experiment_by_name(name) is None:  # or another process was faster
                         raise
-            experiment = client.get_experiment_by_name(name)
+                experiment = client.get_experiment_by_name(name)
         except Exception as error:
             if not is_refusal(error):
                 raise
