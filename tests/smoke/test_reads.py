@@ -29,7 +29,7 @@ FREE_KEYS = {
         "name": "the model card says what a model was trained from when it was trained",
         "prompts.train": "as `name`: the stage reads outputs/prompts",
         "pairs.source": "as `name`: the stage reads outputs/pairs",
-        "latent_preference.feature_guidance": "the stage reads outputs/preference_latent, whose config has it",
+        "latent_preference.feature_guidance": "outputs/preference_latent, which it reads, has it",
     },
 }
 # modules that no stage's result depends on
