@@ -30,7 +30,7 @@ FP32, MOMENTS = 4, {True: 2, False: 8}  # bytes of a number; of AdamW's two mome
 
 
 @dataclass(frozen=True)
-class Trained:
+class TrainedParts:
     """What a stage trains, as far as sizes depend on it."""
 
     lora: Lora | None = None  # of the UNet
@@ -39,11 +39,11 @@ class Trained:
     eight_bit: bool = False
 
 
-def trained(params: Params, stage: str, variant: str | None) -> Trained:
+def trained(params: Params, stage: str, variant: str | None) -> TrainedParts:
     if stage != "align":
-        return Trained()
+        return TrainedParts()
     section = getattr(params.align, variant or "spo")
-    return Trained(
+    return TrainedParts(
         section.lora, section.lora is None, section.gradient_checkpointing, section.optimizer.eight_bit
     )
 
