@@ -25,7 +25,7 @@ from typing import Any
 SOCKET = "SPO_FORKS"  # environment: the path of the socket at which the process waits
 ASKED_BY = "SPO_ASKED_BY"  # environment of a fork: its own process number, and that of who asked for it
 SERVER = os.path.join(os.path.dirname(os.path.abspath(__file__)), "fork_server.py")
-STAGES = ("preference", "align", "generate", "score")  # the others import little
+STAGES = ("prompts", "pairs", "preference", "align", "generate", "score", "report")  # `inputs` imports little
 LARGE: dict[str, tuple[str, ...]] = {  # what these import, and names of them that come when asked for
     "torch": (),
     "accelerate": (),
