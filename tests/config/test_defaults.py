@@ -36,11 +36,14 @@ def test_the_shipped_experiment_rests_on_no_default(experiment) -> None:
 def test_a_changed_default_of_an_omitted_key_reruns_every_stage(experiment) -> None:
     kept = "    batch_size: 16 # pairs per update\n"
     experiment.edit("params.yaml", f"{kept}    beta: 10\n", kept)
-    assert experiment.stages()[0] == "inputs"
+    assert experiment.stages("dvc repro inputs") == ["inputs"]
     assert defaults(experiment) == {"align.spo.beta": 10.0}
-    assert experiment.stages() == []
+    assert experiment.stages("dvc repro inputs") == []
+    changed = json.loads(experiment("dvc status --json"))
+    assert {*changed, "inputs"} == experiment.names, "all depend on what the file holds"
+    assert all("outputs/inputs/defaults.json" in json.dumps(why) for why in changed.values())
     experiment.edit(*DEFAULT)
-    assert set(experiment.stages()) == experiment.names
+    assert experiment.stages("dvc repro inputs") == ["inputs"]
     assert defaults(experiment) == {"align.spo.beta": 12.0}
 
 
