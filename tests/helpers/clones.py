@@ -67,7 +67,7 @@ def must(folder: Path, *command: str) -> str:
 
 def fresh(folder: Path, changes: Mapping[str, Any] | None = None) -> Path:
     """A clone with the smoke preset, changed where `changes` says so, and its data; nothing has run."""
-    subprocess.run(["git", "clone", "--quiet", str(ROOT), str(folder)], check=True)
+    subprocess.run(["git", "clone", "--quiet", "--shared", str(ROOT), str(folder)], check=True)
     must(folder, "spo", "preset", "smoke", "--force")
     if changes:
         params = yaml.safe_load((folder / "params.yaml").read_text())

@@ -75,7 +75,7 @@ def settled(factory: pytest.TempPathFactory) -> Experiment:
 
 
 def _settle(folder: Path) -> None:
-    subprocess.run(["git", "clone", "--quiet", str(clones.ROOT), str(folder)], check=True)
+    subprocess.run(["git", "clone", "--quiet", "--shared", str(clones.ROOT), str(folder)], check=True)
     experiment = Experiment(folder)
     experiment("dvc pull --quiet data.dvc")
     # one commit, and the data in DVC's cache alone: each experiment of DVC copies all that git holds, 140 MB here

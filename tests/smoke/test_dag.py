@@ -84,7 +84,7 @@ def test_missing_inputs_say_what_to_do(clone: Path, tmp_path: Path) -> None:
 
 def test_a_damaged_seed_remote_is_refused(clone: Path, tmp_path: Path) -> None:
     other = tmp_path / "damaged"
-    subprocess.run(["git", "clone", "--quiet", str(ROOT), str(other)], check=True)
+    subprocess.run(["git", "clone", "--quiet", "--shared", str(ROOT), str(other)], check=True)
     blob = max((p for p in (other / ".dvc-seed").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
     content = bytearray(blob.read_bytes())
     content[len(content) // 2] ^= 1
