@@ -70,9 +70,9 @@ format: setup
 	ruff format .
 	ruff check --fix .
 
-# MLflow's pages at 127.0.0.1, port 5000
+# MLflow's pages at 127.0.0.1, port 5000: one process, and none for jobs of language models, which nothing here has
 ui: setup
-	mlflow ui --host 127.0.0.1 --port 5000 --backend-store-uri sqlite:///mlflow.db
+	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false mlflow ui --workers 1 --host 127.0.0.1 --port 5000 --backend-store-uri sqlite:///mlflow.db
 
 lock:
 	$(UV) pip compile pyproject.toml --extra dev --generate-hashes --no-emit-index-url --no-header \

@@ -40,6 +40,7 @@ def log_handlers() -> Iterator[None]:
 
 
 FIRST = "tests/smoke/test_dag.py"  # it makes the DAG's run that all of tests/smoke share
+TOGETHER = {"tests/flows/test_schedules.py", "tests/flows/test_deployments.py"}  # they share a Prefect server
 SHARED = {"clone", "first", "project", "shared"}  # that run, and `experiments.settled`
 
 
@@ -64,7 +65,8 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
     class ByFile(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            return nodeid.split("::")[0]
+            file = nodeid.split("::")[0]
+            return min(TOGETHER) if file in TOGETHER else file
 
     config.option.loadscopereorder = False
     return ByFile(config, log)

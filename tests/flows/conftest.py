@@ -1,12 +1,15 @@
-"""flows/ is no package: the flow's file as a module, and a small DVC project to run it on."""
+"""flows/ is no package: the flow's file as a module, a small DVC project to run it on, and a Prefect server."""
 
 from __future__ import annotations
 
 import importlib.util
+import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
+import prefect_server
 import pytest
 
 FILE = Path(__file__).parents[2] / "flows/pipeline.py"
@@ -44,3 +47,12 @@ def project(pipeline: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(pipeline, "ROOT", tmp_path)
     return tmp_path
+
+
+@pytest.fixture(scope="package")
+def environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """Where a real server with a work pool is: one for all files of this folder that use it."""
+    with prefect_server.server(tmp_path_factory.mktemp("prefect")) as variables:
+        command = ["prefect", "work-pool", "create", "--type", "process", "spo"]
+        subprocess.run(command, env=variables, check=True, capture_output=True)
+        yield variables

@@ -11,7 +11,7 @@ from typing import Any
 
 import psutil
 import pytest
-from prefect_server import ask, server, started, wait_for
+from prefect_server import ask, started, wait_for
 
 pytestmark = [pytest.mark.services, pytest.mark.timeout(1200)]  # Prefect takes long to start
 FLOWS = Path(__file__).parents[2] / "flows"
@@ -28,13 +28,6 @@ stages:
 """
 
 
-@pytest.fixture(scope="module")
-def environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """Where the server is."""
-    with server(tmp_path_factory.mktemp("prefect")) as variables:
-        yield variables
-
-
 def runs(variables: dict[str, str], state: str, deployment: str) -> list[dict[str, Any]]:
     found = {"state": {"type": {"any_": [state]}}}
     return ask(variables, "flow_runs/filter", flow_runs=found, deployments={"name": {"any_": [deployment]}})
@@ -42,39 +35,37 @@ def runs(variables: dict[str, str], state: str, deployment: str) -> list[dict[st
 
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
+    return small_project(tmp_path)
+
+
+def small_project(folder: Path) -> Path:
     """A project of two stages with the flows' files in it."""
-    (tmp_path / ".dvc").mkdir()  # what `dvc init --no-scm` makes
-    (tmp_path / ".dvc/config").write_text("[core]\n    no_scm = True\n")
-    (tmp_path / "params.yaml").write_text((FLOWS.parent / "params.yaml").read_text())
-    (tmp_path / "dvc.yaml").write_text(DAG)
-    (tmp_path / "second.sh").write_text("cp one.txt two.txt\n")
-    shutil.copytree(FLOWS, tmp_path / "flows", ignore=shutil.ignore_patterns("__pycache__"))
-    return tmp_path
+    (folder / ".dvc").mkdir()  # what `dvc init --no-scm` makes
+    (folder / ".dvc/config").write_text("[core]\n    no_scm = True\n")
+    (folder / "params.yaml").write_text((FLOWS.parent / "params.yaml").read_text())
+    (folder / "dvc.yaml").write_text(DAG)
+    (folder / "second.sh").write_text("cp one.txt two.txt\n")
+    shutil.copytree(FLOWS, folder / "flows", ignore=shutil.ignore_patterns("__pycache__"))
+    return folder
 
 
-def test_a_served_flow_runs_by_the_clock(environment: dict[str, str], project: Path) -> None:
+@pytest.fixture(scope="module")
+def served(environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A project whose flow is served every minute, while other tests run."""
+    folder = small_project(tmp_path_factory.mktemp("served"))
     command = [sys.executable, "flows/pipeline.py", "--serve", "--cron", "* * * * *"]
-    with started(command, project, environment):
-        done = wait_for("a scheduled run", 300, lambda: runs(environment, "COMPLETED", "spo"))
-        assert done[0]["auto_scheduled"] and (project / "two.txt").exists()
-        names = {
-            task["name"].rsplit("-", 1)[0]
-            for task in ask(environment, "task_runs/filter", flow_runs={"id": {"any_": [done[0]["id"]]}})
-        }
-        assert names == {"first", "second"}, "tasks have the names of the stages"
+    with started(command, folder, environment):
+        yield folder
 
 
 def test_a_worker_runs_the_deployment_and_cancelling_ends_every_child(
-    environment: dict[str, str], project: Path
+    environment: dict[str, str], project: Path, served: Path
 ) -> None:
     environment = {**environment, "SPO_ROOT": str(project)}
     (project / "second.sh").write_text("echo $$ > pid; sleep 600; cp one.txt two.txt\n")
-    for command in (
-        ["prefect", "work-pool", "create", "--type", "process", "spo"],
-        ["prefect", "--no-prompt", "deploy", "--prefect-file", "flows/prefect.yaml", "--name", "nightly"],
-    ):
-        done = subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout + done.stderr
+    deploy = ["prefect", "--no-prompt", "deploy", "--prefect-file", "flows/prefect.yaml", "--name", "nightly"]
+    done = subprocess.run(deploy, cwd=project, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
     start = ["prefect", "deployment", "run", "spo/nightly"]
     before = {run["id"] for run in runs(environment, "COMPLETED", "nightly")}
     with started(["prefect", "worker", "start", "--pool", "spo"], project, environment):
@@ -97,3 +88,13 @@ def test_a_worker_runs_the_deployment_and_cancelling_ends_every_child(
             lambda: {run["id"] for run in runs(environment, "COMPLETED", "nightly")} - before,
         )
         assert (project / "two.txt").exists()
+
+
+def test_a_served_flow_runs_by_the_clock(environment: dict[str, str], served: Path) -> None:
+    done = wait_for("a scheduled run", 300, lambda: runs(environment, "COMPLETED", "spo"))
+    assert done[0]["auto_scheduled"] and (served / "two.txt").exists()
+    names = {
+        task["name"].rsplit("-", 1)[0]
+        for task in ask(environment, "task_runs/filter", flow_runs={"id": {"any_": [done[0]["id"]]}})
+    }
+    assert names == {"first", "second"}, "tasks have the names of the stages"

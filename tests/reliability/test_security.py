@@ -153,13 +153,13 @@ def test_every_server_that_we_start_or_recommend_is_on_the_loopback_interface() 
 @pytest.mark.services
 def test_make_ui_listens_on_the_loopback_interface_only(tmp_path: Path) -> None:
     shown = subprocess.run(["make", "-n", "ui"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    (line,) = [line for line in shown.splitlines() if line.startswith("mlflow ui")]
+    (line,) = [line for line in shown.splitlines() if "mlflow ui" in line]
     port = free_port()
-    command = shlex.split(re.sub(r"--port \d+", f"--port {port}", line))
-    command[:1] = [sys.executable, "-m", "mlflow"]
-    with subprocess.Popen(
-        command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
-    ) as server:
+    variable, _, *options = shlex.split(re.sub(r"--port \d+", f"--port {port}", line))
+    command = [sys.executable, "-m", "mlflow", *options]
+    environment = {**os.environ, **dict([variable.split("=")])}
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "start_new_session": True}
+    with subprocess.Popen(command, cwd=tmp_path, env=environment, **quiet) as server:
         try:
             deadline = time.monotonic() + 120
             while not (found := listening(server.pid)):

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 from spo.commands import stages_at_once
 from spo.config import Params
-from spo.runtime import cores, forks
+from spo.runtime import cores, forks, launch
 from spo.runtime.signals import run_in_foreground
 from spo.tracking import cached_stages, delivery, dvc_lock, dvc_stages, runs
 
@@ -77,9 +77,9 @@ def _all(params: Params, needs: dvc_stages.Needs, jobs: int | None, variables: M
 
 @contextmanager
 def _forks(needs: dvc_stages.Needs, variables: Mapping[str, str]) -> Iterator[dict[str, str]]:
-    """Have stages start as forks where that helps: on a processor, with two of them or more."""
-    forked = [stage for stage in needs if stage.split("@")[0] in forks.STAGES]
-    if len(forked) < 2 or sys.platform != "linux" or stages_at_once.accelerator():
+    """Have stages start as forks where that helps: on a processor, where two of them or more load a model."""
+    heavy = [stage for stage in needs if stage.split("@")[0] in launch.STAGES]
+    if len(heavy) < 2 or sys.platform != "linux" or stages_at_once.accelerator():
         yield {}
         return
     environment = {**os.environ, **variables}

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from spo.runtime.exit_codes import OURS, STOPPED, TRANSIENT, TransientError
 from spo.runtime.signals import LAUNCHER_KILL
 
-STAGES = ("preference", "align", "generate", "score")  # the others take one process
+STAGES = ("preference", "align", "generate", "score")  # they load a model; the others take one process
 
 
 def wanted(stage: str, processes: int) -> bool:
