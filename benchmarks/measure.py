@@ -30,9 +30,10 @@ class Case:
         """Compare the results of both sides; returns the largest difference.
 
         Raises:
-            AssertionError: they differ by more than the tolerance.
+            AssertionError: they differ by more than the tolerance, or there are none.
         """
         ours, other = self.ours().float().cpu(), self.other().float().cpu()
+        assert ours.numel(), f"{self.name}: no result"
 
         def message(text: str) -> str:
             return f"{self.name}: ours differs from {self.against}: {text}"

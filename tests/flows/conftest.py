@@ -1,4 +1,4 @@
-"""flows/ is no package: the flow's file as a module, a small DVC project to run it on, and a Prefect server."""
+"""flows/ is no package: the flow's file as a module, a small DVC project for it, and a Prefect server."""
 
 from __future__ import annotations
 

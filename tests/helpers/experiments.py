@@ -78,7 +78,7 @@ def _settle(folder: Path) -> None:
     subprocess.run(["git", "clone", "--quiet", "--shared", str(clones.ROOT), str(folder)], check=True)
     experiment = Experiment(folder)
     experiment("dvc pull --quiet data.dvc")
-    # one commit, and the data in DVC's cache alone: each experiment of DVC copies all that git holds, 140 MB here
+    # one commit, and the data in DVC's cache alone: an experiment of DVC copies all that git holds (140 MB)
     shutil.rmtree(folder / ".git")
     shutil.rmtree(folder / ".dvc-seed")
     experiment("git init --quiet --initial-branch main && git remote add origin nowhere")
