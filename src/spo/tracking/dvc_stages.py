@@ -19,7 +19,7 @@ def needs() -> dict[str, tuple[str, ...]]:
         ValueError: DVC refuses dvc.yaml, with its reason.
     """
     with _repository() as repository:
-        return _needs(repository)
+        return _needs(repository, _stages(repository))
 
 
 def out_of_date() -> dict[str, tuple[str, ...]]:
@@ -31,7 +31,7 @@ def out_of_date() -> dict[str, tuple[str, ...]]:
     with _repository() as repository:
         stages = _stages(repository)
         changed = {stage.addressing for stage in stages if stage.changed()}
-        every = _needs(repository)
+        every = _needs(repository, stages)
     return {name: every[name] for name in following(every, changed)}
 
 
@@ -82,11 +82,11 @@ def _stages(repository: Any) -> list[Any]:
     return list(plan_repro(graph, collect_stages(repository, ["dvc.yaml"])))
 
 
-def _needs(repository: Any) -> dict[str, tuple[str, ...]]:
+def _needs(repository: Any, stages: Sequence[Any]) -> dict[str, tuple[str, ...]]:
     from dvc.repo.reproduce import get_active_graph
 
     graph = get_active_graph(repository.index.graph)
     return {
         stage.addressing: tuple(sorted(needed.addressing for needed in graph.successors(stage)))
-        for stage in _stages(repository)
+        for stage in stages
     }
