@@ -177,6 +177,7 @@ def test_a_stage_starts_itself_in_two_processes(experiment, tmp_path) -> None:
     assert len(list((tmp_path / "outputs/align/spo/samples").glob("*.png"))) == 2
 
 
+@pytest.mark.smoke
 def test_a_dry_run_shows_what_a_stage_does_and_writes_nothing(experiment, tmp_path, capsys) -> None:
     before = sorted(tmp_path.rglob("*"))
     plans = {}
@@ -212,6 +213,7 @@ def test_a_dry_run_without_network_names_what_cannot_be_reached(experiment, caps
     assert "give a local path in params.yaml" in error
 
 
+@pytest.mark.smoke
 def test_suites_by_scorers_of_the_papers_without_training(experiment, tmp_path, capsys) -> None:
     """Two variants of the base, two images of a prompt, ImageReward, CLIPScore and a filter of the pairs."""
     pickscore = experiment["score"]["pickscore"]

@@ -96,6 +96,7 @@ def test_memory_is_that_of_live_tensors() -> None:
     assert curve.exponent == pytest.approx(1) and curve.memory_exponent == pytest.approx(0)
 
 
+@pytest.mark.smoke
 def test_growth_has_a_point_for_every_size(smoke, tmp_path) -> None:
     """Memory does not grow with the number of stored pairs."""
     sizes = {"prompts": (1, 2), "candidates": (2, 3), "image side": (48, 64), "stored pairs": (100, 2000)}

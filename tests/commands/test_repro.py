@@ -54,6 +54,7 @@ def repro(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(words, env=variables, capture_output=True, text=True, timeout=500)
 
 
+@pytest.mark.smoke
 def test_independent_stages_run_at_the_same_time_and_then_nothing_is_left(project: Path) -> None:
     done = repro("--jobs", "2")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -83,6 +84,7 @@ def test_independent_stages_run_at_the_same_time_and_then_nothing_is_left(projec
     assert sorted(r["stage"] for r in ends) == ["first", "last", "left", "right"], "of the second"
 
 
+@pytest.mark.smoke
 def test_after_a_failure_the_stage_beside_it_ends_and_its_work_is_kept(project: Path) -> None:
     (project / "left.sh").write_text("touch left.began; echo 'spo: no such file'; exit 2\n")
     done = repro("--jobs", "2")
@@ -96,6 +98,7 @@ def test_after_a_failure_the_stage_beside_it_ends_and_its_work_is_kept(project: 
     assert (project / "last.txt").exists()
 
 
+@pytest.mark.smoke
 def test_ctrl_c_waits_until_every_stage_has_saved(project: Path) -> None:
     for me in ("left", "right"):
         other = {"left": "right", "right": "left"}[me]

@@ -68,6 +68,7 @@ def write_pictures(folder: Path, prompts: list[str], level: int) -> None:
         archive.writestr("index.csv", index.getvalue())
 
 
+@pytest.mark.smoke
 def test_the_results_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernel starts in the notebook's folder and finds the run by SPO_ROOT."""
     write_run(tmp_path)

@@ -56,6 +56,7 @@ def test_nobody_ends_while_all_give_signs_of_life(both) -> None:
     assert not any(machine.ended.wait(0.5) for machine in both)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize(("lost", "name"), [(0, "process 0 of 2"), (1, "process 1 on ")])
 def test_a_silent_process_is_named(lost, name, both) -> None:
     both[lost].peers._ended.set()  # as by a cut cable: nothing more is sent, nothing is said
@@ -64,6 +65,7 @@ def test_a_silent_process_is_named(lost, name, both) -> None:
     assert other.said[0].startswith(f"no sign of life from {name}") and other.said[1] == TRANSIENT
 
 
+@pytest.mark.smoke
 def test_who_has_done_its_part_is_not_waited_for(both) -> None:
     both[1].peers.leave()
     both[0].peers._lost = 3

@@ -186,6 +186,7 @@ print(len(_step_aware(params, params.preference, backbone).tokenizer))
 """
 
 
+@pytest.mark.smoke
 @pytest.mark.skipif(not (DATA / "base").exists(), reason="needs the shipped data: dvc pull data.dvc")
 def test_every_loader_reads_its_model_from_the_cache(tmp_path: Path) -> None:
     """With the models of the scenes world under the names of the preset: the same numbers as from folders."""
