@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import compileall
 import json
 import subprocess
 from pathlib import Path
@@ -34,6 +35,20 @@ def test_the_page_stands_alone(clone: Path) -> None:
 
 def test_a_second_repro_does_nothing(clone: Path) -> None:
     assert "Data and pipelines are up to date" in must(clone, "dvc", "repro")
+
+
+def test_what_python_and_editors_leave_beside_the_code_changes_no_stage(clone: Path) -> None:
+    """The shipped dvc.lock is of code without bytecode, which Python writes when a stage first runs."""
+    assert compileall.compile_dir(clone / "src/spo", quiet=2)
+    left = ["config/.DS_Store", "config/base.py~", "config/.base.py.swp", "data/.ipynb_checkpoints/pairs.py"]
+    for name in left:
+        file = clone / "src/spo" / name
+        file.parent.mkdir(exist_ok=True)
+        file.write_text("left")
+    assert list((clone / "src/spo/config/__pycache__").glob("*.pyc"))
+    assert json.loads(run(clone, "dvc", "status", "--json").stdout) == {}
+    for name in left:
+        (clone / "src/spo" / name).unlink()
 
 
 def test_dvc_shows_metrics_and_plots(clone: Path) -> None:
