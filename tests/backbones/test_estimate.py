@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 
 import pytest
 import torch
@@ -126,3 +127,13 @@ def test_terms_of_memory(family: str, checkpoints, scenes, monkeypatch) -> None:
     assert found["training"] == (4 + 8) * trained  # fp32, and two moments; no preference model
     assert found["preference model"] == 0 and found["libraries"] > estimate.OTHER_LIBRARIES
     assert found["largest call"] > 0
+
+
+@pytest.mark.parametrize(("threads", "least", "most"), [(1, 0.0, 0.02), (2, 0.05, 60.0)])
+def test_waiting_counts_where_threads_wait_for_each_other(threads: int, least: float, most: float) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        assert least <= probe.seconds(lambda n: time.sleep(0.05 * n), 2, "cpu") <= most
+    finally:
+        torch.set_num_threads(before)
