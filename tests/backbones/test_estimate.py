@@ -1,4 +1,4 @@
-"""The dry run's plan and memory, against numbers by hand; no time is asserted."""
+"""The dry run's plan and memory, against numbers by hand; no time of work is asserted."""
 
 from __future__ import annotations
 
