@@ -11,7 +11,9 @@ import pytest
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("DVC_NO_ANALYTICS", "1")
 os.environ.setdefault("DO_NOT_TRACK", "1")
-os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # commands leave bytecode in a clone, as they do at a user's
+# commands leave bytecode in a clone, and buffer what they print, as they do at a user's
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+os.environ.pop("PYTHONUNBUFFERED", None)
 os.environ.pop("MLFLOW_TRACKING_URI", None)
 os.environ.pop("SPO_PARENT_RUN", None)
 

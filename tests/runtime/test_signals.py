@@ -97,14 +97,14 @@ FOREGROUND = """
 import sys
 from spo.runtime.signals import run_in_foreground
 child = '''
-import signal, sys, time
+import os, signal, sys, time
 def stop(number, frame):
     time.sleep(1)
-    print("saved", flush=True)
+    os.write(1, b"saved\\\\n")  # the signal may come while print is still at work, which allows no second one
     sys.exit(3)
 signal.signal(signal.SIGINT, stop)
 signal.signal(signal.SIGTERM, stop)
-print("ready", flush=True)
+os.write(1, b"ready\\\\n")
 time.sleep(60)
 '''
 try:
