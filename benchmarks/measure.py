@@ -30,10 +30,11 @@ class Case:
         """Compare the results of both sides; returns the largest difference.
 
         Raises:
-            AssertionError: they differ by more than the tolerance, or there are none.
+            AssertionError: they differ by more than the tolerance, or are fewer than there should be.
         """
         ours, other = self.ours().float().cpu(), self.other().float().cpu()
-        assert ours.numel(), f"{self.name}: no result"
+        least = 1 if self.unit in ("prompt", "pair", "iteration") else self.count
+        assert ours.numel() >= least, f"{self.name}: {ours.numel()} results, fewer than {least}"
 
         def message(text: str) -> str:
             return f"{self.name}: ours differs from {self.against}: {text}"

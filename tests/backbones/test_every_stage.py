@@ -167,14 +167,18 @@ def test_two_processes_draw_and_score_as_one_does(experiment, tmp_path, monkeypa
 
 @pytest.mark.smoke
 @pytest.mark.parametrize("experiment", ["sd"], indirect=True)
-def test_a_stage_starts_itself_in_two_processes(experiment, tmp_path) -> None:
-    """What a launcher says of a stage that refuses is in test_not_finite.py."""
+def test_a_stage_starts_itself_in_two_processes(experiment, tmp_path, capfd) -> None:
     for stage in (("inputs",), ("prompts",), ("pairs",), ("preference",)):
         run(*stage)
     write(experiment | {"processes": 2})
     run("align", "spo")
     assert (tmp_path / "outputs/align/spo/pytorch_lora_weights.safetensors").exists()
     assert len(list((tmp_path / "outputs/align/spo/samples").glob("*.png"))) == 2
+    capfd.readouterr()
+    (tmp_path / "outputs/prompts/train.txt").unlink()
+    assert cli.main(["align", "spo"]) == 2
+    errors = [line for line in capfd.readouterr().err.splitlines() if line.startswith("spo: ")]
+    assert len(errors) == 1 and "no training prompts there" in errors[0]
 
 
 @pytest.mark.smoke

@@ -43,9 +43,10 @@ def test_an_error_of_either_side_is_found(smoke) -> None:
         case.check()
 
 
-def test_a_side_that_gives_nothing_is_found() -> None:
-    with pytest.raises(AssertionError, match="a: no result"):
-        Case("a", "b", "image", 1, lambda: torch.ones(0), lambda: torch.ones(0)).check()
+@pytest.mark.parametrize(("unit", "given", "least"), [("image", 3, 4), ("pair", 0, 1)])
+def test_fewer_results_than_there_should_be_are_found(unit: str, given: int, least: int) -> None:
+    with pytest.raises(AssertionError, match=f"a: {given} results, fewer than {least}"):
+        Case("a", "b", unit, 4, lambda: torch.ones(given), lambda: torch.ones(given)).check()
 
 
 def test_candidates_are_judged_alike_alone_and_together(smoke) -> None:

@@ -38,12 +38,12 @@ def test_a_changed_default_of_an_omitted_key_reruns_every_stage(experiment) -> N
     experiment.edit("params.yaml", f"{kept}    beta: 10\n", kept)
     assert experiment.stages("dvc repro inputs") == ["inputs"]
     assert defaults(experiment) == {"align.spo.beta": 10.0}
-    assert experiment.stages("dvc repro inputs") == []
     changed = json.loads(experiment("dvc status --json"))
     assert {*changed, "inputs"} == experiment.names, "all depend on what the file holds"
-    assert all("outputs/inputs/defaults.json" in json.dumps(why) for why in changed.values())
+    experiment("dvc commit --force --quiet")  # as if they had run, in a third of the time
+    assert experiment.stages() == []
     experiment.edit(*DEFAULT)
-    assert experiment.stages("dvc repro inputs") == ["inputs"]
+    assert set(experiment.stages()) == experiment.names
     assert defaults(experiment) == {"align.spo.beta": 12.0}
 
 
