@@ -26,7 +26,7 @@ def measure(params: Path, side: str, prompts: int) -> dict[str, float]:
     command = [sys.executable, "-m", "benchmarks.memory", str(params), side, str(prompts)]
     # without it glibc keeps what was freed, and as much of it as chance has it
     environment = {**os.environ, "MALLOC_TRIM_THRESHOLD_": "131072", "OMP_NUM_THREADS": "1"}
-    answer = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
+    answer = subprocess.run(command, check=True, stdout=subprocess.PIPE, encoding="utf-8", env=environment)
     measured: dict[str, float] = json.loads(answer.stdout.splitlines()[-1])
     return measured
 
@@ -51,7 +51,9 @@ def _measure_here(params: str, side: str, prompts: int) -> dict[str, float]:
 def _peak() -> float:
     """The most MB since this program began; getrusage's also knows the process that started it."""
     line = next(
-        line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")
+        line
+        for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+        if line.startswith("VmHWM")
     )
     return int(line.split()[1]) / 1024
 

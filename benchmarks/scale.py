@@ -88,7 +88,7 @@ def _save_pairs(folder: Path, count: int) -> int:
     pq.write_table(pa.Table.from_pylist(rows), folder / "train-00000.parquet", row_group_size=100)
     params = yaml.safe_load(config.preset("smoke"))
     params["pairs"] |= {"source": str(folder), "filter": None}
-    Path("params.yaml").write_text(yaml.safe_dump(params))
+    Path("params.yaml").write_text(yaml.safe_dump(params), encoding="utf-8")
     return (folder / "train-00000.parquet").stat().st_size
 
 

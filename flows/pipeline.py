@@ -175,7 +175,7 @@ def run_stage(stage: str, force: bool = False, parent: str = "", threads: int = 
     """
     command = [*stages_at_once.COMMAND, *(["--force"] if force else []), stage]
     before, started = dvc_lock.read(), time.monotonic()
-    with tempfile.NamedTemporaryFile("r") as exit_file:
+    with tempfile.NamedTemporaryFile("r", encoding="utf-8") as exit_file:
         variables = {EXIT_FILE: exit_file.name} | ({runs.PARENT_VARIABLE: parent} if parent else {})
         if threads and cores.THREADS not in os.environ:
             variables[cores.THREADS] = str(threads)
@@ -216,7 +216,7 @@ def alone(wait_minutes: float = 0) -> Iterator[None]:
     end = time.monotonic() + 60 * wait_minutes
     lock = Path(".spo/locks/flow")
     lock.parent.mkdir(parents=True, exist_ok=True)
-    with lock.open("w") as file:
+    with lock.open("w", encoding="utf-8") as file:
         while True:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

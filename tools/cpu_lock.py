@@ -25,4 +25,6 @@ def without_gpu(lines: Iterable[str]) -> Iterator[str]:
 
 
 if __name__ == "__main__":
-    sys.stdout.writelines(without_gpu(Path(sys.argv[1]).read_text().splitlines(keepends=True)))
+    sys.stdout.writelines(
+        without_gpu(Path(sys.argv[1]).read_text(encoding="utf-8").splitlines(keepends=True))
+    )

@@ -71,14 +71,14 @@ def experiment(tmp_path, monkeypatch):
     """Writes params.yaml for a checkpoint, and the test prompts."""
     monkeypatch.chdir(tmp_path)
     Path("outputs/prompts").mkdir(parents=True)
-    Path("outputs/prompts/test.txt").write_text("\n".join(PROMPTS) + "\n")
+    Path("outputs/prompts/test.txt").write_text("\n".join(PROMPTS) + "\n", encoding="utf-8")
 
     def write(checkpoint: Path, **changes) -> None:
         params = yaml.safe_load(config.preset("smoke"))
         params["backbone"] = {"family": "sd", "checkpoint": str(checkpoint)} | changes
         params["prompts"]["vocabulary"] = None
         params["generate"] |= {"num_inference_steps": 3, "batch_size": 1}
-        Path("params.yaml").write_text(yaml.safe_dump(params))
+        Path("params.yaml").write_text(yaml.safe_dump(params), encoding="utf-8")
 
     return write
 
@@ -259,8 +259,8 @@ def test_a_process_that_meets_it_ends_all_with_one_line(
 ) -> None:
     """Both processes refuse the weights, and the launcher says it once."""
     experiment(poisoned_word(checkpoints, tmp_path, words))
-    params = yaml.safe_load(Path("params.yaml").read_text()) | {"processes": 2}
-    Path("params.yaml").write_text(yaml.safe_dump(params))
+    params = yaml.safe_load(Path("params.yaml").read_text(encoding="utf-8")) | {"processes": 2}
+    Path("params.yaml").write_text(yaml.safe_dump(params), encoding="utf-8")
     assert cli.main(["generate", "base"]) == 2
     error = capfd.readouterr().err
     lines = [line for line in error.splitlines() if line.startswith("spo: ")]

@@ -62,7 +62,7 @@ def browser(tab: Browser, page: Path) -> Browser:
 
 
 def test_thumbnails_are_in_the_page_and_large_images_beside_it(page: Path) -> None:
-    text = page.read_text()
+    text = page.read_text(encoding="utf-8")
     thumbnails = re.findall(r'src="data:image/webp;base64,([^"]+)"', text)
     large = re.findall(r'data-large="([^"]+)"', text)
     assert large[:3] == [

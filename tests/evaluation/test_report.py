@@ -110,7 +110,7 @@ def write_images(folder: Path, level: int) -> None:
 
 def write_json(path: Path, content: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content))
+    path.write_text(json.dumps(content), encoding="utf-8")
 
 
 def params(**changes: Any) -> config.Params:
@@ -120,7 +120,7 @@ def params(**changes: Any) -> config.Params:
 
 def test_the_page_tells_the_figures(tracked: Tracked) -> None:
     stage.run(params())
-    page = Path("reports/report.html").read_text()
+    page = Path("reports/report.html").read_text(encoding="utf-8")
     for text in (
         "SPO beats the base model by PickScore and the oracle&#39;s aesthetics; alignment with the",
         "SPO beats Diffusion-DPO by",
@@ -147,7 +147,7 @@ def test_the_page_tells_the_figures(tracked: Tracked) -> None:
 
 def test_the_page_stands_alone_and_escapes_prompts(tracked: Tracked) -> None:
     stage.run(params(tracking="http://me:secret@tracker:5000"))
-    page = Path("reports/report.html").read_text()
+    page = Path("reports/report.html").read_text(encoding="utf-8")
     assert "alert(1)" in page
     assert "<script" not in page.lower()
     assert "http" not in page and "secret" not in page
@@ -171,7 +171,7 @@ def test_a_browser_runs_nothing_of_a_prompt(
     monkeypatch.chdir(tmp_path / "again")
     write_run(tmp_path / "again")
     stage.run(params(name=JAVASCRIPT))
-    ours = Path("reports/report.html").read_text()
+    ours = Path("reports/report.html").read_text(encoding="utf-8")
     seen = {}
     for name, text in (
         ("ours", ours),
@@ -195,10 +195,10 @@ def test_a_browser_runs_nothing_of_a_prompt(
 
 def test_the_files_beside_the_page(tracked: Tracked) -> None:
     stage.run(params())
-    rows = json.loads(Path("reports/comparisons.json").read_text())
+    rows = json.loads(Path("reports/comparisons.json").read_text(encoding="utf-8"))
     assert len(rows) == PAIRS * 3
     assert rows[0]["mean_difference"] == pytest.approx(2)
-    flat = json.loads(Path("reports/metrics/comparisons.json").read_text())
+    flat = json.loads(Path("reports/metrics/comparisons.json").read_text(encoding="utf-8"))
     assert flat["spo"]["base"]["oracle_aesthetic"] == {"difference": 0.25, "win_rate": 1.0}
     assert tracked.metrics["spo_vs_base/oracle_aesthetic/difference"] == 0.25
     assert tracked.artifacts == ["report.html", "comparisons.json", "grid.png", "gallery.html"]
@@ -221,13 +221,15 @@ def test_a_suite_has_its_own_rows_and_tables(tracked: Tracked) -> None:
         table.to_csv(folder / f"{variant}.csv", index=False)
     generate = {**yaml.safe_load(config.preset("scenes"))["generate"], "suites": {"parti": "own/parti.tsv"}}
     stage.run(params(generate=generate))
-    rows = json.loads(Path("reports/suites.json").read_text())["parti"]
+    rows = json.loads(Path("reports/suites.json").read_text(encoding="utf-8"))["parti"]
     assert len(rows) == PAIRS and rows[0]["n"] == 5  # two images of a prompt count once
     first = next(r for r in rows if (r["method"], r["baseline"]) == ("spo", "base"))
     assert first["mean_difference"] == 6 and first["win_rate"] == 1
-    assert len(json.loads(Path("reports/comparisons.json").read_text())) == PAIRS * 3  # without the suite's
+    assert (
+        len(json.loads(Path("reports/comparisons.json").read_text(encoding="utf-8"))) == PAIRS * 3
+    )  # without the suite's
     assert tracked.metrics["parti/spo_vs_base/hps/difference"] == 6 and "suites.json" in tracked.artifacts
-    page = Path("reports/report.html").read_text()
+    page = Path("reports/report.html").read_text(encoding="utf-8")
     assert "Other suites of prompts" in page and "<h3>parti</h3>" in page and "<p>5 prompts.</p>" in page
     assert page.count('<table class="comparisons">') == 2
 
@@ -242,8 +244,8 @@ def test_a_suite_without_scores_is_one_line(tracked: Tracked) -> None:
 
 def test_without_suites_the_page_has_no_section_of_them(tracked: Tracked) -> None:
     stage.run(params())
-    assert json.loads(Path("reports/suites.json").read_text()) == {}
-    assert "suites of prompts" not in Path("reports/report.html").read_text()
+    assert json.loads(Path("reports/suites.json").read_text(encoding="utf-8")) == {}
+    assert "suites of prompts" not in Path("reports/report.html").read_text(encoding="utf-8")
 
 
 def test_the_grid_has_the_first_image_of_each_prompt(tracked: Tracked) -> None:
@@ -257,7 +259,7 @@ def test_the_grid_has_the_first_image_of_each_prompt(tracked: Tracked) -> None:
     prompts, images = stage.read_images(scores, 2)
     assert prompts == ["p 0", "p 1"]
     assert [image.getpixel((0, 0))[1] for image in images["base"]] == [0, 30]
-    assert "4 test prompts, 3 images each" in Path("reports/report.html").read_text()
+    assert "4 test prompts, 3 images each" in Path("reports/report.html").read_text(encoding="utf-8")
 
 
 def rewrite_prompts(folder: Path, prompts: list[str]) -> None:
@@ -282,7 +284,7 @@ def test_a_run_without_oracle_or_facts_says_what_is_missing(tracked: Tracked) ->
     for path in (*Path("reports").rglob("*.*"), Path("data/world.json"), Path("dvc.lock")):
         path.unlink()
     stage.run(params())
-    page = Path("reports/report.html").read_text()
+    page = Path("reports/report.html").read_text(encoding="utf-8")
     assert "prompt alignment was not measured separately" in page
     assert "the same renderer" not in page and "Validation of the oracle" not in page
     for missing in ("no accuracies", "no training curves", "no stage times"):
@@ -314,7 +316,7 @@ def test_a_gallery_too_large_for_mlflow_stays_on_disk(
 
 
 def test_scores_that_are_missing_or_have_no_prompt_are_refused(tracked: Tracked) -> None:
-    Path("outputs/scores/spo.csv").write_text("index,seed,hps\n0,7,1\n")
+    Path("outputs/scores/spo.csv").write_text("index,seed,hps\n0,7,1\n", encoding="utf-8")
     with pytest.raises(ValueError, match=r"outputs/scores/spo.csv: no column 'prompt'"):
         stage.run(params())
     for path in Path("outputs/scores").glob("*.csv"):

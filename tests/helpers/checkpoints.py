@@ -20,8 +20,8 @@ PROMPTS = ["a red circle", "a large blue square"]
 
 
 def edit(path: Path, drop: tuple[str, ...] = (), **changes) -> None:
-    content = {k: v for k, v in json.loads(path.read_text()).items() if k not in drop}
-    path.write_text(json.dumps({**content, **changes}))
+    content = {k: v for k, v in json.loads(path.read_text(encoding="utf-8")).items() if k not in drop}
+    path.write_text(json.dumps({**content, **changes}), encoding="utf-8")
 
 
 def edit_weights(path: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:

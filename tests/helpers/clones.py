@@ -120,7 +120,9 @@ def _same(one: Path, other: Path) -> bool:
     if not (one.is_file() and other.is_file()):
         return False
     if one.suffix == ".json":
-        return _untimed(json.loads(one.read_text())) == _untimed(json.loads(other.read_text()))
+        return _untimed(json.loads(one.read_text(encoding="utf-8"))) == _untimed(
+            json.loads(other.read_text(encoding="utf-8"))
+        )
     if one.suffix == ".safetensors":  # the order of its header is no content
         import torch
         from safetensors.torch import load_file

@@ -32,7 +32,10 @@ class Experiment:
         for role in ("AUTHOR", "COMMITTER"):
             environment |= {f"GIT_{role}_NAME": "one", f"GIT_{role}_EMAIL": "one@example.org"}
         # files: the workers of DVC's queue live on for a while, and would hold a pipe open
-        with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        with (
+            tempfile.TemporaryFile("w+", encoding="utf-8") as out,
+            tempfile.TemporaryFile("w+", encoding="utf-8") as err,
+        ):
             options = {"cwd": self.folder, "env": environment, "stdout": out, "stderr": err, "text": True}
             done = subprocess.run(command, shell=True, input=answer, timeout=800, **options)
             out.seek(0), err.seek(0)

@@ -59,7 +59,7 @@ def inputs(folder, words) -> None:
 
 
 def write(params: dict) -> None:
-    with open("params.yaml", "w") as file:
+    with open("params.yaml", "w", encoding="utf-8") as file:
         yaml.safe_dump(params, file)
 
 

@@ -46,7 +46,7 @@ def test_a_line_of_pixels_stays_one_pixel_wide(shape) -> None:
 
 
 def test_score_is_that_of_the_raw_model(scorer, hps_settings, words, images, prompts) -> None:
-    model = open_clip.CLIP(**json.loads(Path(hps_settings.architecture).read_text())).eval()
+    model = open_clip.CLIP(**json.loads(Path(hps_settings.architecture).read_text(encoding="utf-8"))).eval()
     model.load_state_dict(weights(hps_settings))
     ids = words([prompts[3]], padding="max_length", truncation=True, return_tensors="pt").input_ids
     with torch.no_grad():
@@ -86,7 +86,7 @@ def test_plain_weights_and_safetensors_serve_too(
 
 def test_open_clips_own_names_bring_their_tokenizer(monkeypatch, hps_settings, tmp_path, images) -> None:
     """A small architecture under a name, as ViT-H-14 is one."""
-    small = json.loads(Path(hps_settings.architecture).read_text())
+    small = json.loads(Path(hps_settings.architecture).read_text(encoding="utf-8"))
     small["text_cfg"] |= {"vocab_size": 49408, "context_length": 77}
     (tmp_path / "small.json").write_text(json.dumps(small))
     monkeypatch.setattr(open_clip.factory, "_MODEL_CONFIGS", {"small": small})

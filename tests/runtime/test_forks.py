@@ -111,7 +111,7 @@ def runs(pid: int) -> bool:
 
 def handles(pid: int, number: int) -> bool:
     """Whether a process has a handler for a signal."""
-    status = Path(f"/proc/{pid}/status").read_text()
+    status = Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
     return bool(int(status.partition("SigCgt:")[2].split()[0], 16) >> (number - 1) & 1)
 
 

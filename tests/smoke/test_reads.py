@@ -103,7 +103,7 @@ def undeclared_code(clone: Path, read: dict[str, Any], declared: set[str], stage
 
 def says_something(module: Path) -> bool:
     """Whether a module is more than its docstring."""
-    return any(not isinstance(node, ast.Expr) for node in ast.parse(module.read_text()).body)
+    return any(not isinstance(node, ast.Expr) for node in ast.parse(module.read_text(encoding="utf-8")).body)
 
 
 def pinned(clone: Path, paths: set[str]) -> set[str]:

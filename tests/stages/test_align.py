@@ -16,8 +16,8 @@ def test_spo_reads_its_preference_model_and_prompts(tmp_path, monkeypatch) -> No
     monkeypatch.chdir(tmp_path)
     Path("outputs/preference").mkdir(parents=True)
     Path("outputs/prompts").mkdir()
-    Path("outputs/prompts/train.txt").write_text("a red circle\n")
-    Path("params.yaml").write_text(config.preset("smoke"))
+    Path("outputs/prompts/train.txt").write_text("a red circle\n", encoding="utf-8")
+    Path("params.yaml").write_text(config.preset("smoke"), encoding="utf-8")
     calls: list[tuple] = []
     monkeypatch.setattr(reward_model, "load_reward_model", lambda *a: calls.append(a))
     params = config.load("params.yaml")

@@ -95,7 +95,7 @@ def test_inputs_pins_every_key_from_a_cache_without_a_network(preset: str, cache
     inputs.run(params)
     pinned = {}
     for role in inputs.sources(params):
-        for entry in json.loads(Path(f"outputs/inputs/{role}.json").read_text()):
+        for entry in json.loads(Path(f"outputs/inputs/{role}.json").read_text(encoding="utf-8")):
             pinned[entry["hub"]] = entry
     assert {name: entry["revision"] for name, entry in pinned.items()} == commits
     hps = pinned[params.score.hps.checkpoint]
@@ -162,8 +162,8 @@ def test_prompts_and_pairs_are_read_from_the_cache(preset: str, cache: Path) -> 
     assert summary["read"] == summary["train"] + summary["validation"] == 40
     summary = prompts.prepare(settings.prompts, lambda prompt: 4, Path("outputs/prompts"))
     assert (summary["read"], summary["train"], summary["test"]) == ({"train": 40, "evaluation": 40}, 30, 35)
-    test = set(Path("outputs/prompts/test.txt").read_text().splitlines())
-    assert test.isdisjoint(Path("outputs/prompts/train.txt").read_text().splitlines())
+    test = set(Path("outputs/prompts/test.txt").read_text(encoding="utf-8").splitlines())
+    assert test.isdisjoint(Path("outputs/prompts/train.txt").read_text(encoding="utf-8").splitlines())
 
 
 DATA = Path(__file__).parents[2] / "data"

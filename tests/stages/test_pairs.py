@@ -85,8 +85,8 @@ def test_training_pairs_alone_are_filtered_by_the_scorer(settings, source, tmp_p
     assert list(read_pairs("filtered/validation")) == list(read_pairs("plain/validation"))
     assert summary["left_out"] == {"filter": len(plain) - len(kept)}
 
-    written = json.loads(Path("filtered/summary.json").read_text())
-    rows = list(csv.DictReader(Path("filtered/filter.csv").open()))
+    written = json.loads(Path("filtered/summary.json").read_text(encoding="utf-8"))
+    rows = list(csv.DictReader(Path("filtered/filter.csv").open(encoding="utf-8")))
     failing = written["fail_the_rule_of"]["aesthetic"]
     assert len(rows) == len(plain) and sum(row["fails"] == "" for row in rows) == len(kept)
     assert failing["win_lose"] + failing["ties"] == len(plain) - len(kept)

@@ -122,7 +122,7 @@ def test_a_champion_whose_run_is_gone_is_one_line(candidate: Any, folder: Path) 
 @pytest.mark.smoke  # MLflow's flavor saves the pipeline six times: 11 s
 def test_the_champion_is_who_passes_the_gate(folder: Path, runs: Any) -> None:
     Path("reports").mkdir()
-    Path("reports/report.html").write_text("page")
+    Path("reports/report.html").write_text("page", encoding="utf-8")
     scores("base", 20)
     scores("spo", 21)
     adapter(1)
@@ -194,7 +194,9 @@ def test_scores_are_comparable_while_scorers_and_their_parameters_are_the_same(f
             "deps": [{"path": p, "md5": h} for p, h in (files | deps).items()],
             "params": {"params.yaml": {"score": {"clipscore": {"weight": weight}}}},
         }
-        Path("dvc.lock").write_text(yaml.safe_dump({"schema": "2.0", "stages": {"score@spo": stage}}))
+        Path("dvc.lock").write_text(
+            yaml.safe_dump({"schema": "2.0", "stages": {"score@spo": stage}}), encoding="utf-8"
+        )
         return registry.scored_by()
 
     assert lock() == lock(**{"outputs/images/spo": "other images"})

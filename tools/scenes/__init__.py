@@ -41,7 +41,7 @@ class Build:
     @property
     def evaluation(self) -> list[str]:
         """The prompts that no caption of a pair may be."""
-        return (self.output / "prompts/evaluation.txt").read_text().splitlines()
+        return (self.output / "prompts/evaluation.txt").read_text(encoding="utf-8").splitlines()
 
     def vae(self) -> Any:
         from diffusers import AutoencoderKL
@@ -51,8 +51,8 @@ class Build:
     def report(self, name: str, content: dict[str, Any]) -> None:
         """Facts about the world, shipped with it: world.json."""
         path = self.output / "world.json"
-        facts = json.loads(path.read_text()) if path.exists() else {}
-        path.write_text(json.dumps({**facts, name: content}, indent=1) + "\n")
+        facts = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        path.write_text(json.dumps({**facts, name: content}, indent=1) + "\n", encoding="utf-8")
 
 
 def run(build: Build, until: str | None = None, only: str | None = None) -> None:
@@ -93,7 +93,7 @@ def _prompts(build: Build) -> None:
         "vocabulary": world.vocabulary(),
     }
     for name, lines in lists.items():
-        (folder / f"{name}.txt").write_text("\n".join(lines) + "\n")
+        (folder / f"{name}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def _perception(name: str, width: int, own: int) -> Callable[[Build], None]:

@@ -114,7 +114,7 @@ def save_hps(
     """As the released HPSv2 file: the weights under the key `state_dict`."""
     folder.mkdir(parents=True, exist_ok=True)
     torch.save({"state_dict": model.state_dict()}, folder / "HPS_scenes_compressed.pt")
-    (folder / "open_clip_config.json").write_text(json.dumps(config, indent=1) + "\n")
+    (folder / "open_clip_config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
     tokenizer.save_pretrained(folder)
 
 

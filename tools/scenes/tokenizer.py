@@ -29,9 +29,9 @@ def save(words: list[str], folder: Path, max_length: int = MAX_LENGTH) -> CLIPTo
     tokens = letters + sorted(t for t in learned["vocab"] if t not in letters)
     folder.mkdir(parents=True, exist_ok=True)
     vocab = {token: i for i, token in enumerate([*tokens, BOS, EOS])}
-    (folder / "vocab.json").write_text(json.dumps(vocab))
+    (folder / "vocab.json").write_text(json.dumps(vocab), encoding="utf-8")
     merges = [m if isinstance(m, str) else " ".join(m) for m in learned["merges"]]
-    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]))
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]), encoding="utf-8")
     tokenizer = CLIPTokenizer(
         vocab=str(folder / "vocab.json"), merges=str(folder / "merges.txt"), model_max_length=max_length
     )

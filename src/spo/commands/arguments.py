@@ -213,9 +213,9 @@ def _preset(command: argparse.ArgumentParser) -> None:
 
 def _run_preset(args: argparse.Namespace) -> None:
     text = config.preset(args.name)
-    if args.output.exists() and args.output.read_text() != text and not args.force:
+    if args.output.exists() and args.output.read_text(encoding="utf-8") != text and not args.force:
         raise ValueError(f"{args.output} exists and differs; --force overwrites it")
-    args.output.write_text(text)
+    args.output.write_text(text, encoding="utf-8")
     print(f"{args.output}: {args.name}")
 
 

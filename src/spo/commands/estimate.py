@@ -161,7 +161,7 @@ class Estimate:
 
 def _libraries() -> int:
     """Bytes of this process, which has loaded what a stage computes with, and of what it loads beside."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    pages = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1])
     return pages * resource.getpagesize() + OTHER_LIBRARIES
 
 

@@ -67,7 +67,7 @@ def _courses(methods: set[str]) -> dict[str, Any]:
         first = [METRICS / f"{key}.json" for key in method_spec(method).trained_first]
         if not all(path.exists() for path in (curve, trained, *first)):
             continue
-        facts = [json.loads(path.read_text()) for path in (trained, *first)]
+        facts = [json.loads(path.read_text(encoding="utf-8")) for path in (trained, *first)]
         measured = course(pd.read_csv(curve), facts[0], facts[1:])
         if measured is not None:
             courses[method] = {"column": measured[0], **asdict(measured[1])}

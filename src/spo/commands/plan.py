@@ -125,5 +125,5 @@ def _validation_pairs() -> int:
     """Those with a winner; 0 where the stage pairs has not run."""
     if not PAIRS.exists():
         return 0
-    counted = json.loads(PAIRS.read_text())
+    counted = json.loads(PAIRS.read_text(encoding="utf-8"))
     return int(counted["labels"]["validation"]["decided"])

@@ -136,7 +136,7 @@ def _rows(method: str) -> list[dict[str, Any]]:
     from spo.evaluation import statistics
 
     require(COMPARISONS, "comparisons")
-    rows = [row for row in json.loads(COMPARISONS.read_text()) if row["method"] == method]
+    rows = [row for row in json.loads(COMPARISONS.read_text(encoding="utf-8")) if row["method"] == method]
     scores = require(f"outputs/scores/{method}.csv", f"scores of {method}")
     if not rows:
         raise ValueError(f"{COMPARISONS}: no scores of {method}; run `spo report`")

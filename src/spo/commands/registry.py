@@ -203,7 +203,8 @@ def _card(adapter: Path, method: str) -> str | None:
     written, compared = adapter / "README.md", Path("reports/comparisons.json")
     if not written.exists() or not compared.exists():
         return None
-    return f"{written.read_text()}\n{model_card.scores(json.loads(compared.read_text()), method)}"
+    scores = model_card.scores(json.loads(compared.read_text(encoding="utf-8")), method)
+    return f"{written.read_text(encoding='utf-8')}\n{scores}"
 
 
 def _set_alias(client: Any, name: str, version: Any, failures: Mapping[str, str], new: bool) -> Verdict:

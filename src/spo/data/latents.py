@@ -82,7 +82,7 @@ def encode(
                 rows = _write(pairs, backbone, decode_image, file)
                 file.flush()  # before anyone takes it for complete
                 write_json(done, rows)
-    rows = json.loads(done.read_text())
+    rows = json.loads(done.read_text(encoding="utf-8"))
     if len(rows["captions"]) != total:
         raise ValueError(
             f"{folder}: {len(rows['captions'])} pairs, but the summary says {total}; delete this folder"

@@ -82,7 +82,9 @@ class Watch:
         self.good, self.best, self.samples = scratch / "good", scratch / "best", scratch / "samples"
         self._run, self._earlier = run, sorted(self.samples.glob("*.png"))
         self._start = scratch / "validation.json"
-        self._start_values = json.loads(self._start.read_text()) if self._start.exists() else None
+        self._start_values = (
+            json.loads(self._start.read_text(encoding="utf-8")) if self._start.exists() else None
+        )
 
     def __call__(self, iteration: int, metrics: Mapping[str, float], updates: int) -> None:
         """
@@ -118,7 +120,7 @@ class Watch:
 
     def _best_gain(self) -> float:
         saved = self.best / MARK
-        return float(json.loads(saved.read_text())["gain"]) if saved.exists() else -math.inf
+        return float(json.loads(saved.read_text(encoding="utf-8"))["gain"]) if saved.exists() else -math.inf
 
     def _log(self, now: Validated, gain: float | None, iteration: int, updates: int) -> None:
         means = {name: fmean(values) for name, values in now.scores.items()} | now.oracle
@@ -151,7 +153,7 @@ class Watch:
         saved = self.good / MARK
         last = "none"
         if saved.exists():
-            last = f"iteration {json.loads(saved.read_text())['iteration']}, in {self.good}"
+            last = f"iteration {json.loads(saved.read_text(encoding='utf-8'))['iteration']}, in {self.good}"
         raise Collapse(f"{self.name}: stopped at iteration {iteration}: {reason}; last good model: {last}")
 
 
@@ -228,7 +230,9 @@ def generate(backbone: Backbone, params: Params, settings: Validation, guidance:
     """
     from spo.evaluation.generation import draw
 
-    lines = require(PROMPTS, "validation prompts").read_text().splitlines()[: settings.prompts]
+    lines = (
+        require(PROMPTS, "validation prompts").read_text(encoding="utf-8").splitlines()[: settings.prompts]
+    )
     if len(lines) < settings.prompts:
         raise ValueError(
             f"{PROMPTS}: {len(lines)} prompts, fewer than the {settings.prompts} of validation.prompts; "

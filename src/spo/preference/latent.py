@@ -142,7 +142,7 @@ class LatentPreferenceModel(nn.Module):
             "base": _base(self.encoder, backbone),
             "vae_probe": [round(float(v), 4) for v in vae_probe(backbone)],
         }
-        (folder / CONFIG).write_text(json.dumps(settings, indent=1, sort_keys=True) + "\n")
+        (folder / CONFIG).write_text(json.dumps(settings, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, backbone: Backbone) -> LatentPreferenceModel:
@@ -204,7 +204,7 @@ def _read_config(path: Path) -> dict[str, Any]:
         ValueError: not the config of a latent reward model.
     """
     try:
-        settings = json.loads(path.read_text())
+        settings = json.loads(path.read_text(encoding="utf-8"))
         given = {"feature_guidance": float, "base": dict, "vae_probe": list}
         if all(isinstance(settings[key], kind) for key, kind in given.items()):
             return settings

@@ -85,7 +85,7 @@ class StepAwarePreferenceModel(nn.Module):
         folder = Path(folder)
         if not (folder / CONFIG).exists() or not (folder / WEIGHTS).exists():
             raise ValueError(f"{folder}: no preference model there; run `make repro` or `spo preference`")
-        settings = json.loads((folder / CONFIG).read_text())
+        settings = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         step_condition = settings.pop("step_condition", True)
         model = cls(CLIPModel(CLIPConfig.from_dict(settings)), step_condition)
         state = {f"model.{k}": v.float() for k, v in checkpoint_files.read_tensors(folder / WEIGHTS).items()}
@@ -99,7 +99,7 @@ class StepAwarePreferenceModel(nn.Module):
         state = {k: v.detach().cpu().contiguous() for k, v in self.model.state_dict().items()}
         save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
         settings = {**self.model.config.to_dict(), "step_condition": self.step_condition}
-        (folder / CONFIG).write_text(json.dumps(settings, indent=1, sort_keys=True) + "\n")
+        (folder / CONFIG).write_text(json.dumps(settings, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
     def save_official_checkpoint(self, path: str | Path) -> None:
         """Write the format of the released SPMs: a state dict whose keys start with `model.`."""

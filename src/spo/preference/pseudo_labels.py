@@ -51,7 +51,7 @@ def pseudo_label(
             with locked(cached.with_suffix(".lock"), message):
                 if not cached.exists():
                     write_json(cached, list(_differences(labels, folder, len(pairs), device)))
-    difference = torch.tensor(json.loads(cached.read_text()))
+    difference = torch.tensor(json.loads(cached.read_text(encoding="utf-8")))
     label_0 = torch.where(difference.abs() < labels.gap, 0.5, (difference > 0).float())
     decided = label_0 != 0.5
     if not decided.any():

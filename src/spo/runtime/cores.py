@@ -32,7 +32,7 @@ def count() -> int:
 def _quota() -> int | None:
     """Return the whole cores that the container's quota allows; None without one."""
     try:
-        time, period = QUOTA.read_text().split()
+        time, period = QUOTA.read_text(encoding="utf-8").split()
         return max(1, int(time) // int(period))
     except (OSError, ValueError):  # no such file, or the word max
         return None

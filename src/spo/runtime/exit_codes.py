@@ -40,7 +40,7 @@ def leave_exit_code(code: int) -> None:
     """
     if (path := os.environ.get(EXIT_FILE)) and OURS not in os.environ:
         with suppress(OSError):
-            Path(path).write_text(str(code))
+            Path(path).write_text(str(code), encoding="utf-8")
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

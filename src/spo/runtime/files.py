@@ -61,7 +61,7 @@ def require(path: str | Path, what: str) -> Path:
 @contextmanager
 def locked(path: Path, message: str = "") -> Iterator[None]:
     """Hold a file's lock, which one process at a time can have; before waiting for it, print a message."""
-    with path.open("a") as file:
+    with path.open("a", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -73,7 +73,7 @@ class Perception(nn.Module):
         save_file(
             {k: v.half().contiguous() for k, v in self.state_dict().items()}, folder / "model.safetensors"
         )
-        (folder / "config.json").write_text(json.dumps({"width": self.width}) + "\n")
+        (folder / "config.json").write_text(json.dumps({"width": self.width}) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, folder: str | Path) -> Perception:
@@ -86,7 +86,7 @@ class Perception(nn.Module):
         if not (folder / "config.json").exists():
             raise ValueError(f"{folder}: no such oracle; run `make repro` or `dvc pull data.dvc`")
         try:
-            model = cls(**json.loads((folder / "config.json").read_text()))
+            model = cls(**json.loads((folder / "config.json").read_text(encoding="utf-8")))
             weights = load_file(folder / "model.safetensors")
             model.load_state_dict({k: v.float() for k, v in weights.items()})
         except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:

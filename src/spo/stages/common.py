@@ -31,7 +31,7 @@ def stage(name: str, params: Params, variant: str | None = None) -> Iterator[Any
     full = f"{name}-{variant}" if variant else name
     lock = SCRATCH / "locks" / full
     lock.parent.mkdir(parents=True, exist_ok=True)
-    with lock.open("w") as file:
+    with lock.open("w", encoding="utf-8") as file:
         try:
             if launch.is_main_process():  # one lock for all processes of a training
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -29,7 +29,9 @@ def run(params: Params, name: str, suite: str | None = None) -> None:
 
     variant: Variant = getattr(params.generate, name)
     file = _prompts_file(params, suite)
-    lines = require(file, f"{suite or params.generate.split} prompts").read_text().splitlines()
+    lines = (
+        require(file, f"{suite or params.generate.split} prompts").read_text(encoding="utf-8").splitlines()
+    )
     if not lines:
         raise ValueError(f"{file}: is empty; run `dvc repro prompts`")
     title = run_name(name, suite)

@@ -168,7 +168,7 @@ def _local_judgement(params: Params, trained: Trained) -> dict[str, float]:
     settings, section = trained.settings, trained.name
     if params.score.oracle is None:
         raise ValueError(f"{section}.local_prompts: needs score.oracle, which only scenes has; set it to 0")
-    prompts = require(VALIDATION_PROMPTS, "validation prompts").read_text().splitlines()
+    prompts = require(VALIDATION_PROMPTS, "validation prompts").read_text(encoding="utf-8").splitlines()
     if len(prompts) < settings.local_prompts:
         raise ValueError(
             f"{section}.local_prompts: {settings.local_prompts} is more than the {len(prompts)} prompts of "

@@ -162,13 +162,17 @@ def _measured() -> dict[str, Any]:
     world, lock = Path("data/world.json"), Path("dvc.lock")
     samples = {m: sorted(Path(f"outputs/align/{m}/samples").glob("*.png")) for m in METHODS}
     return {
-        "preference": {p.stem: json.loads(p.read_text()) for p in preference},
-        "alignment": {p.stem.removeprefix("align_"): json.loads(p.read_text()) for p in align},
+        "preference": {p.stem: json.loads(p.read_text(encoding="utf-8")) for p in preference},
+        "alignment": {
+            p.stem.removeprefix("align_"): json.loads(p.read_text(encoding="utf-8")) for p in align
+        },
         "curves": {p.stem: pd.read_csv(p) for p in curves},
-        "summaries": {k: json.loads(p.read_text()) for k, p in summaries.items() if p.exists()},
+        "summaries": {
+            k: json.loads(p.read_text(encoding="utf-8")) for k, p in summaries.items() if p.exists()
+        },
         "samples": {m: [(int(p.stem), _open(p)) for p in rows] for m, rows in samples.items()},
-        "world": json.loads(world.read_text()) if world.exists() else None,
-        "lock": yaml.safe_load(lock.read_text()) if lock.exists() else None,
+        "world": json.loads(world.read_text(encoding="utf-8")) if world.exists() else None,
+        "lock": yaml.safe_load(lock.read_text(encoding="utf-8")) if lock.exists() else None,
     }
 
 

@@ -23,7 +23,7 @@ class Curve:
         self.rows: dict[int, dict[str, float]] = {}
         scratch.mkdir(parents=True, exist_ok=True)
         if self._file.exists():
-            for line in self._file.read_text().splitlines():
+            for line in self._file.read_text(encoding="utf-8").splitlines():
                 if line.endswith("}"):  # the last line of a killed stage may be torn
                     row = json.loads(line)
                     self.rows.setdefault(int(row.pop("step")), {}).update(row)
@@ -32,7 +32,7 @@ class Curve:
         if self._mute:
             return
         self.rows.setdefault(step, {}).update(metrics)
-        with self._file.open("a") as file:
+        with self._file.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **metrics}) + "\n")
         self._run.log_metrics(metrics, step=step)
 
@@ -40,7 +40,7 @@ class Curve:
         rows = sorted(self.rows.items())
         columns = list(dict.fromkeys(k for _, row in rows for k in row))
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("w", newline="") as file:
+        with path.open("w", encoding="utf-8", newline="") as file:
             writer = csv.DictWriter(file, ["step", *columns], lineterminator="\n")
             writer.writeheader()
             writer.writerows({"step": s, **{k: f"{v:.6g}" for k, v in r.items()}} for s, r in rows)

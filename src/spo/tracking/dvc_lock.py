@@ -106,7 +106,7 @@ def read(path: Path = Path("dvc.lock")) -> dict[str, Entry]:
 def _complete() -> Iterator[None]:
     """Keep DVC from writing meanwhile: where stages run side by side, dvc.lock could be half written."""
     try:
-        file = LOCK.open()
+        file = LOCK.open(encoding="utf-8")
     except OSError:  # no DVC here, or a lock that is not ours to read
         yield
         return

@@ -73,7 +73,7 @@ def hardware() -> dict[str, Any]:
 def _processor() -> str:
     """Return the processor's name by Linux, else what Python knows."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         lines = []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
@@ -98,7 +98,7 @@ def code() -> dict[str, str]:
 def git(*arguments: str) -> str:
     """Return what a git command prints; nothing if it fails, as outside a repository."""
     try:
-        done = subprocess.run(["git", *arguments], capture_output=True, text=True, timeout=20)
+        done = subprocess.run(["git", *arguments], capture_output=True, encoding="utf-8", timeout=20)
     except (OSError, subprocess.TimeoutExpired):
         return ""
     return done.stdout.strip() if done.returncode == 0 else ""

@@ -268,10 +268,10 @@ def _parent_of(repro: tuple[int, float], params: Mapping[str, Any]) -> Run:
     record = _parents() / f"{pid}.json"
     with locked(_parents() / "lock"):
         if record.exists():
-            known = json.loads(record.read_text())
+            known = json.loads(record.read_text(encoding="utf-8"))
             spool = Spool.find(known["run"])
             if spool is not None and abs(known["started"] - started) < 5:  # else the pid was used before
                 return Run(spool)
         run = open_parent(params)
-        record.write_text(json.dumps({"started": started, "run": run.key}))
+        record.write_text(json.dumps({"started": started, "run": run.key}), encoding="utf-8")
         return run

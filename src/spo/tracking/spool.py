@@ -151,7 +151,7 @@ class Spool:
 
     def set_aside(self, record: dict[str, Any], why: str) -> None:
         path = self.path.with_suffix(".refused")
-        with path.open("a") as file:
+        with path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({**record, "why": why}) + "\n")
         warn(f"MLflow refused a record, kept in {path}: {why}")
 

@@ -111,7 +111,7 @@ def training_prompts() -> list[str]:
     """
     from spo.runtime.files import require
 
-    return require(PROMPTS, "training prompts").read_text().splitlines()
+    return require(PROMPTS, "training prompts").read_text(encoding="utf-8").splitlines()
 
 
 def sampler_schedule(params: Params, section: Stepwise, backbone: Backbone) -> Schedule:
