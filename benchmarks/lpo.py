@@ -12,7 +12,6 @@ from torch import Tensor
 from benchmarks.measure import Case
 from benchmarks.models import SEED, Models, perturb
 from spo.methods.lpo import LpoMethod
-from spo.methods.stepwise.rollout import CHUNK
 from spo.preference.latent import LatentPreferenceModel, LatentRewardModel
 from spo.types import Candidates, Conditioning, RewardModel
 
@@ -48,10 +47,10 @@ class OneCandidateAtATime:
 
 def cases(models: Models, prompts: int, steps: int, tolerance: float = 1e-4) -> Iterator[Case]:
     """A rollout with a latent reward model of random heads."""
-    changes = {"threshold": 0.0, "threshold_end": None, "iterations": 1, "gradient_accumulation": 1}
+    changes = {"threshold": 0.0, "threshold_end": None, "iterations": 1}
     changes |= {"prompts_per_iteration": prompts, "num_inference_steps": steps}
     settings = models.params.align.lpo.model_copy(update=changes)
-    assert settings.lora is not None and prompts * settings.candidates <= CHUNK
+    assert settings.lora is not None and prompts * settings.candidates <= 64
     backbone, guidance = models.backbone, models.params.latent_preference.feature_guidance
     torch.manual_seed(SEED)
     model = LatentPreferenceModel(backbone.feature_model(), guidance).to(backbone.device)

@@ -84,9 +84,7 @@ def diffusion_dpo(models: Models, count: int, tolerance: float = 1e-4) -> Iterat
     """An update, against the order of work of Diffusion-DPO's train.py: images are encoded at every visit,
     the reference is a second UNet. This package encodes each image once, before training, which is not in
     its time."""
-    settings = models.params.align.diffusion_dpo.model_copy(
-        update={"batch_size": count, "gradient_accumulation": 1, "iterations": 1}
-    )
+    settings = models.params.align.diffusion_dpo.model_copy(update={"batch_size": count, "iterations": 1})
     assert settings.lora is not None
     schedule, plain = models.schedule(20), Plain(models)
     reference = copy.deepcopy(plain.unet).requires_grad_(False)
@@ -137,7 +135,7 @@ def diffusion_dpo(models: Models, count: int, tolerance: float = 1e-4) -> Iterat
 def preference_model(models: Models, count: int, tolerance: float = 1e-4) -> Iterator[Case]:
     """An update of the preference model, against the official order of work (spm_task.py): both images of a
     pair are encoded at every visit, and each has UNet and decoder calls of its own."""
-    changes = {"batch_size": count, "gradient_accumulation": 1, "steps": 1, "labels": None, "ema": 0.0}
+    changes = {"batch_size": count, "steps": 1, "labels": None, "ema": 0.0}
     settings = models.params.preference.model_copy(update=changes)
     schedule, plain, judge = models.schedule(settings.num_inference_steps), Plain(models), models.judge
     trained = StepAware(judge.requires_grad_(True), models.tokenizer, models.backbone, schedule, settings)

@@ -29,7 +29,7 @@ SHORT = {"num_inference_steps": 10, "divert_start_step": 1}  # half of the defau
 def settings(models: Models, prompts: int, **changes: Any) -> config.Spo:
     """The experiment's SPO with all pairs valid, one iteration, and one step between judgements."""
     always = {"threshold": 0.0, "threshold_end": None, "iterations": 1, "inner_steps": 1}
-    always |= {"gradient_accumulation": 1, "prompts_per_iteration": prompts}
+    always |= {"prompts_per_iteration": prompts}
     return models.params.align.spo.model_copy(update={**always, **changes})
 
 

@@ -99,7 +99,7 @@ def measure(params: config.Params, prompts: list[str], seed: int) -> tuple[list[
     from spo.data.prompts import check_vocabulary
     from spo.evaluation import generation, statistics
     from spo.evaluation.scoring import score_images
-    from spo.training import distributed
+    from spo.training import budget, distributed
 
     if params.prompts.vocabulary is not None:
         check_vocabulary(prompts, Path(params.prompts.vocabulary))
@@ -107,7 +107,7 @@ def measure(params: config.Params, prompts: list[str], seed: int) -> tuple[list[
     seeds = [seed + i for i in range(len(prompts))]
     tables = {}
     for name, variant in (("base", params.generate.base), ("champion", getattr(params.generate, method))):
-        backbone = backbones.load(params.backbone, distributed.device())
+        backbone = backbones.load(params.backbone, distributed.device(), budget.of(params, "generate"))
         if name == "champion":
             backbone.load_lora(adapter)
         images = list(generation.draw(backbone, params, variant, prompts, seeds))

@@ -125,7 +125,7 @@ def train(
     """
     from spo import backbones
     from spo.methods import spo as method
-    from spo.training import distributed, loop, optimizer
+    from spo.training import budget, distributed, loop, optimizer
     from spo.training.alignment import Alignment
     from spo.training.checkpoint import CheckpointStore
 
@@ -134,13 +134,13 @@ def train(
     if output.exists():
         raise ValueError(f"{output} exists; remove it or give another folder")
     optimizer.check(section.optimizer)
-    backbone = backbones.load(params.backbone, distributed.device())
+    backbone = backbones.load(params.backbone, distributed.device(), budget.of(params, "spo"))
     built = method.build(params, backbone, Path(preference_model), prompts)
     if section.lora is None:
         backbone.train_fully()
     else:
         backbone.add_lora(section.lora, params.seed)
-    if section.gradient_checkpointing:
+    if backbone.budget.checkpointing:
         backbone.checkpoint_gradients()
     checkpoints = CheckpointStore(_resume_folder(params, prompts, Path(preference_model)))
     loop.fit(

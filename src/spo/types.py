@@ -14,6 +14,16 @@ import torch
 from torch import Tensor
 
 
+class Budget(NamedTuple):
+    """How work is cut to fit the memory of a device; changes no result (`config.Device`)."""
+
+    images: int = 16  # of a VAE call
+    samples: int = 128  # latents of a denoiser call without gradient; guidance doubles them
+    pairs: int = 4096  # of a forward with gradient
+    checkpointing: bool = False  # activations are computed again in the backward pass
+    offload: bool = False  # models rest in host memory while they are not needed
+
+
 @dataclass(frozen=True)
 class Conditioning:
     """The inputs of a UNet or a reward model besides x_t and t; methods only pass them on.
@@ -102,11 +112,20 @@ class Backbone(Protocol):
     scheduler_config: Mapping[str, Any]
     latent_shape: tuple[int, int, int]
     image_size: tuple[int, int]  # H, W
+    budget: Budget
 
     @property
     def device(self) -> torch.device: ...
 
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning: ...
+
+    def empty_prompt(self) -> Conditioning:
+        """The empty prompt, encoded once."""
+        ...
+
+    def rest(self) -> None:
+        """Nothing is predicted for a while: with budget.offload the UNet goes to host memory."""
+        ...
 
     def predict(
         self,
@@ -228,6 +247,8 @@ class Candidates(Protocol):
 
 class RewardModel(Protocol):
     """Scores candidates, latents or images, by their prompt and timestep. Text is encoded once a prompt."""
+
+    model: Any  # torch.nn.Module
 
     def encode_text(self, prompts: Sequence[str]) -> Conditioning:
         """Whatever the model needs of B prompts."""

@@ -196,7 +196,8 @@ def experiment(request, checkpoints, words, tmp_path, monkeypatch):
     params["prompts"] |= {"n_train": 4, "n_validation": 2, "n_test": 2, "vocabulary": None}
     params["prompts"]["max_tokens"] = 40
     params["pairs"]["validation_fraction"] = 0.3
-    params["align"]["spo"] |= {"inner_steps": 2, "gradient_accumulation": 2, "gradient_checkpointing": True}
+    params["align"]["spo"] |= {"inner_steps": 2}
+    params["device"] = {"pairs": 2, "checkpointing": True}
     params["align"]["spo"]["divert_start_step"] = 0
     params["score"]["oracle"] = None
     for model in ("preference", "latent_preference"):

@@ -17,6 +17,7 @@ from spo.preference.latent_training import LatentTraining
 from spo.training import loop
 from spo.training.alignment import Alignment
 from spo.training.checkpoint import CheckpointStore
+from spo.types import Budget
 
 PROMPTS = ["a circle", "a blue star on sand", "a large red square", "a small star"]
 FAMILIES = pytest.mark.parametrize("family", ["sd", "sdxl"])
@@ -89,7 +90,8 @@ def test_timesteps_are_uniform_and_the_noises_independent(load) -> None:
 def test_what_is_trained_is_what_is_named(load, pairs, family, trained) -> None:
     backbone = load(family)
     lora = {"rank": 2, "alpha": 2} if trained == "lora" else None
-    training = setup(backbone, trained=trained, lora=lora, steps=2, gradient_accumulation=2)
+    backbone.budget = Budget(pairs=2)
+    training = setup(backbone, trained=trained, lora=lora, steps=2)
     before = {name: p.detach().clone() for name, p in training.model.named_parameters()}
     own = [p.detach().clone() for p in backbone.unet.parameters()]
     trainer.train(training, pairs, seed=0)
@@ -115,7 +117,8 @@ def test_what_is_trained_is_what_is_named(load, pairs, family, trained) -> None:
 def test_gradients_computed_again_are_the_same(load, pairs) -> None:
     found = []
     for again in (False, True):
-        training = setup(load("sd"), steps=1, gradient_checkpointing=again)
+        training = setup(load("sd"), steps=1)
+        training.backbone.budget = Budget(checkpointing=again)
         trainer.train(training, pairs, seed=0)
         found.append(torch.cat([p.grad.flatten() for p in training.model.parameters() if p.grad is not None]))
     assert len(found[0]) == len(found[1]) and float(found[0].abs().max()) > 0
@@ -144,9 +147,10 @@ def test_the_latent_model_resumed_is_uninterrupted_bit_for_bit(load, pairs, tmp_
 
 def test_two_processes_train_the_latent_model_as_one(load, pairs) -> None:
     backbone = load("sd")
+    backbone.budget = Budget(pairs=2)
 
     def body() -> dict:
-        training, seen = setup(backbone, steps=3, gradient_accumulation=2), []
+        training, seen = setup(backbone, steps=3), []
         trainer.train(training, pairs, seed=0, on_metrics=lambda m, s: seen.append(m))
         accuracy = trainer.evaluate(training, pairs, [1, 501], seed=0)
         gradients = [p.grad.flatten() for p in training.model.parameters() if p.grad is not None]

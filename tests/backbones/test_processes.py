@@ -20,7 +20,7 @@ from spo.rewards import clip
 from spo.training import distributed, loop
 from spo.training.alignment import Alignment
 from spo.training.checkpoint import CheckpointStore
-from spo.types import StepPair, UNetBatch
+from spo.types import Budget, StepPair, UNetBatch
 
 PROMPTS = ["a circle", "a blue star on sand", "a large red square", "a small star"]
 LORA = {"rank": 2, "alpha": 2}
@@ -35,7 +35,6 @@ def spo_method(backbone, model, words) -> SpoMethod:
         iterations=3,
         prompts_per_iteration=3,
         batch_size=4,
-        gradient_accumulation=2,
         candidates=2,
         inner_steps=2,
         num_inference_steps=4,
@@ -69,9 +68,7 @@ class Replayed:
 def dpo_method(backbone, pairs) -> DiffusionDpoMethod:
     """Two pairs at a time, however many processes: its beta makes what the batch's size does to the last
     digits of an error a thousand times larger."""
-    settings = config.DiffusionDpo(
-        lora=LORA, optimizer=OPTIMIZER, iterations=3, batch_size=4, gradient_accumulation=2
-    )
+    settings = config.DiffusionDpo(lora=LORA, optimizer=OPTIMIZER, iterations=3, batch_size=4)
     return DiffusionDpoMethod(settings, Schedule.from_config(backbone.scheduler_config, 4), pairs, seed=0)
 
 
@@ -92,6 +89,7 @@ def fit(backbone, method) -> dict:
 @pytest.mark.parametrize("name", ["spo", "diffusion_dpo"])
 def test_two_processes_train_as_one(name, load, model, words, pairs) -> None:
     backbone = load("sd")
+    backbone.budget = Budget(pairs=2)
     backbone.add_lora(config.Lora(**LORA), 0)
 
     if name == "spo":

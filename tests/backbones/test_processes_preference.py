@@ -7,6 +7,7 @@ from spo import config
 from spo.diffusion.schedule import Schedule
 from spo.preference import trainer as spm
 from spo.preference.step_aware import StepAware
+from spo.types import Budget
 
 OPTIMIZER = {"learning_rate": 1e-3}
 
@@ -17,11 +18,11 @@ def test_two_processes_train_the_preference_model_as_one(load, model, words, pai
         optimizer=config.Optimizer(**OPTIMIZER),
         steps=3,
         batch_size=4,
-        gradient_accumulation=2,
         guidance=2.0,
     )
 
     backbone = load("sd")
+    backbone.budget = Budget(pairs=2)
 
     def body() -> dict:
         seen: list[dict] = []

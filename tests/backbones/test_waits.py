@@ -29,11 +29,12 @@ from spo.preference.trainer import LabelObjective
 from spo.training import loop
 from spo.training.alignment import Alignment
 from spo.training.state import TrainingState
+from spo.types import Budget
 
 PROMPTS = ["a circle", "a blue star on sand"]
 OPTIMIZER = config.Optimizer(learning_rate=1e-4)
 LORA = config.Lora(rank=2, alpha=2)
-UPDATE: dict[str, Any] = {"optimizer": OPTIMIZER, "batch_size": 4, "gradient_accumulation": 2}
+UPDATE: dict[str, Any] = {"optimizer": OPTIMIZER, "batch_size": 4}
 
 
 @pytest.fixture
@@ -41,6 +42,7 @@ def base(request, load):
     """A backbone on the device."""
     backbone = load(getattr(request, "param", "sd"))
     backbone.pipeline.to(DEVICE)
+    backbone.budget = Budget(pairs=2)
     return backbone
 
 

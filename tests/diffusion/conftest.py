@@ -2,11 +2,12 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from fake_backbone import Whole
 
 from spo.types import Conditioning
 
 
-class FakeBackbone:
+class FakeBackbone(Whole):
     """Linear in x_t and in a number that stands for the prompt: its length, 0 for the empty one."""
 
     scheduler_config = {}

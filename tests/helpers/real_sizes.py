@@ -6,7 +6,9 @@ small world's. For memory and time, not for pictures.
 
 from __future__ import annotations
 
+import json
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -33,8 +35,10 @@ from spo.preference import trainer as spm
 from spo.preference.model import StepAwarePreferenceModel
 from spo.preference.reward_model import ClipRewardModel
 from spo.preference.step_aware import StepAware
+from spo.scenes import world
 from spo.training import loop
 from spo.training.alignment import Alignment
+from tools.scenes import tokenizer
 
 PROMPTS = ["a large red circle above a small blue star on sand", "a small green ring on slate"]
 DDIM = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False}
@@ -145,6 +149,32 @@ def backbone(pipeline: Any, family: str, device: str, dtype: torch.dtype) -> Sta
     )
 
 
+def described(name: str, folder: Path) -> config.Params:
+    """The preset sd15 or sdxl with the config files of its models, without weights, in a local folder."""
+    family = {"sd15": "sd"}.get(name, name)
+    words = tokenizer.save(world.vocabulary(), folder / "words")
+    words.model_max_length = 77
+    base, clip = folder / family, folder / "clip-h"
+    with torch.device("meta"):
+        pipe, judge = (sd15 if family == "sd" else sdxl)(words), clip_h(words)
+    for part, model in pipe.components.items():
+        if isinstance(model, torch.nn.Module):
+            (base / part).mkdir(parents=True, exist_ok=True)
+            found = dict(model.config) if part in ("unet", "vae") else model.config.to_dict()
+            if part == "vae":
+                found["force_upcast"] = False  # as SDXL's fp16-safe one, which the preset names
+            text = json.dumps(found, default=str)
+            (base / part / "config.json").write_text(text, encoding="utf-8")
+    pipe.scheduler.save_pretrained(base / "scheduler")
+    judge.model.config.save_pretrained(clip)
+    params = yaml.safe_load(config.preset(name))
+    vae = None if params["backbone"]["vae"] is None else str(base / "vae")
+    params["backbone"] |= {"checkpoint": str(base), "revision": None, "vae": vae}
+    params["preference"] |= {"init": str(clip), "revision": None, "tokenizer": str(folder / "words")}
+    params["latent_preference"] |= {"text_projection": None, "revision": None}
+    return config.validate(params)
+
+
 def measure(
     family: str, model: StableDiffusion, judge: StepAwarePreferenceModel, words: Any, n: int = 2
 ) -> dict[str, dict[str, float]]:
@@ -172,7 +202,7 @@ def measure(
     found["diffusion_dpo"] = _timed(
         model.device, lambda seed: _run(model, DiffusionDpoMethod(dpo, schedule, pairs, seed), dpo.optimizer)
     )
-    change |= {"prompts_per_iteration": n, "threshold": 0.0, "gradient_accumulation": 1}
+    change |= {"prompts_per_iteration": n, "threshold": 0.0}
     spo = preset.align.spo.model_copy(update=change)
     judging = ClipRewardModel(judge, words)
     found["spo"] = _timed(

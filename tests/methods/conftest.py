@@ -1,5 +1,6 @@
 import pytest
 import torch
+from fake_backbone import Whole
 
 from spo.diffusion.schedule import Schedule
 from spo.types import Conditioning
@@ -14,7 +15,7 @@ SD = {
 }
 
 
-class FakeBackbone:
+class FakeBackbone(Whole):
     """Linear in x_t, in the sine of the prompt's length and in one trainable number (0 in the reference)."""
 
     scheduler_config = SD
@@ -47,6 +48,8 @@ class FakeBackbone:
 
 class FakeJudge:
     """Prefers large pictures; remembers what it was asked."""
+
+    model = torch.nn.Identity()
 
     def __init__(self, scale: float = 10.0) -> None:
         self.scale = scale

@@ -6,7 +6,7 @@ import torch
 from spo.config import DiffusionDpo
 from spo.diffusion.schedule import Schedule
 from spo.methods.diffusion_dpo import DiffusionDpoBatch, DiffusionDpoMethod, batch_loss, diffusion_dpo_loss
-from spo.types import Conditioning
+from spo.types import Budget, Conditioning
 
 ZERO = torch.zeros(1)
 
@@ -170,7 +170,7 @@ def test_pairs_without_a_winner(schedule) -> None:
 def test_parts_of_an_update_are_the_whole_one_cut(backbone, schedule) -> None:
     pairs = FakePairs([1.0, 0.0, 1.0, 0.0, 1.0])
     ((whole,),), metrics = DiffusionDpoMethod(settings(), schedule, pairs, seed=0).collect(backbone, 0)
-    cut = DiffusionDpoMethod(settings(gradient_accumulation=3), schedule, pairs, seed=0)
+    cut, backbone.budget = DiffusionDpoMethod(settings(), schedule, pairs, seed=0), Budget(pairs=2)
     (parts,), cut_metrics = cut.collect(backbone, 0)
     assert metrics == cut_metrics
     assert [len(b.weight) for b in parts] == [2, 2]

@@ -7,8 +7,7 @@ from spo.diffusion.denoiser import GuidedDenoiser
 from spo.diffusion.schedule import Schedule
 from spo.methods.spo import SpoMethod
 from spo.methods.stepwise import method as stepwise
-from spo.methods.stepwise import rollout
-from spo.types import Conditioning
+from spo.types import Budget, Conditioning
 
 
 def together(batches) -> dict[str, torch.Tensor]:
@@ -166,12 +165,12 @@ def test_collect_is_a_function_of_seed_and_iteration(backbone, judge, schedule) 
 
 
 @pytest.mark.parametrize("chunk", [1, 5])
-def test_chunks_change_nothing(backbone, judge, schedule, monkeypatch, chunk: int) -> None:
+def test_chunks_change_nothing(backbone, judge, schedule, chunk: int) -> None:
     whole, metrics = collect(SpoMethod(settings(), schedule, judge, PROMPTS, seed=0), backbone, 0)
-    monkeypatch.setattr(rollout, "CHUNK", chunk)
-    backbone.predicted.clear()
+    backbone.budget = Budget(samples=chunk)
+    judge.images.clear()
     cut, cut_metrics = collect(SpoMethod(settings(), schedule, judge, PROMPTS, seed=0), backbone, 0)
-    assert max(backbone.predicted) == 2 * min(chunk, 12)
+    assert max(len(images) for images in judge.images) == min(chunk, 12)
     assert same(rows(cut), rows(whole)) and cut_metrics == pytest.approx(metrics)
 
 

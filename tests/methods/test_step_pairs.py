@@ -13,6 +13,7 @@ from spo.diffusion.noise import SampleNoise
 from spo.diffusion.schedule import Schedule
 from spo.methods.spo import SpoMethod
 from spo.methods.stepwise import pairs as step_pairs
+from spo.types import Budget
 
 # One batch holds all pairs of an iteration over all prompts.
 settings = partial(spo_settings.settings, prompts_per_iteration=5, batch_size=1000, divert_start_step=0)
@@ -144,7 +145,7 @@ def test_the_loss_of_parted_branches_is_that_of_two_forwards(backbone, judge, sc
 
 
 def test_no_two_updates_share_a_part(backbone, judge, schedule) -> None:
-    config = settings(batch_size=6, gradient_accumulation=2)
+    config, backbone.budget = settings(batch_size=6), Budget(pairs=3)
     updates, metrics = SpoMethod(config, schedule, judge, PROMPTS, seed=0).collect(backbone, 0)
     assert metrics["pairs"] == 25
     assert [[len(b.weight) for b in parts] for parts in updates] == [[3, 3]] * 4 + [[1]]

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from fake_backbone import Whole
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
 
 from spo.diffusion.schedule import Schedule
@@ -19,7 +20,7 @@ class WordTokenizer:
         return type("Encoding", (), {"input_ids": torch.tensor(rows)})
 
 
-class GreyBackbone:
+class GreyBackbone(Whole):
     """Latents are grey pictures of 16 pixels a side; its UNet predicts the noise it can see."""
 
     latent_shape = (3, 16, 16)

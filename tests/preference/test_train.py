@@ -9,6 +9,7 @@ from spo.preference import trainer as spm
 from spo.preference.model import StepAwarePreferenceModel
 from spo.preference.step_aware import StepAware
 from spo.training.checkpoint import CheckpointStore
+from spo.types import Budget
 
 
 @dataclass
@@ -36,7 +37,11 @@ def pairs() -> GreyPairs:
 
 @pytest.fixture
 def setup(tokenizer, backbone, schedule):
-    return lambda model, **changes: StepAware(model, tokenizer, backbone, schedule, settings(**changes))
+    def made(model, budget: Budget | None = None, **changes) -> StepAware:
+        backbone.budget = budget or Budget()
+        return StepAware(model, tokenizer, backbone, schedule, settings(**changes))
+
+    return made
 
 
 def settings(**changes) -> config.Preference:
@@ -110,14 +115,16 @@ def test_the_kept_weights_are_the_average_of_the_steps(clip, setup, pairs) -> No
     assert by_hand != pytest.approx(seen[-1], abs=1e-7)
 
 
-@pytest.mark.parametrize("changes", [{"gradient_accumulation": 3}, {"gradient_checkpointing": True}])
+@pytest.mark.parametrize("changes", [{"pairs": 6}, {"checkpointing": True}])
 def test_in_parts_or_computed_again_the_gradients_are_the_same(clip, setup, pairs, changes) -> None:
     """Sixteen pairs in parts of 6, 6 and 4, with unequal weights and ties."""
     pairs.weight[::3] = 0.25
     whole = StepAwarePreferenceModel(clip)
     other, seen, again = copy.deepcopy(whole), [], []
     spm.train(setup(whole, steps=1), pairs, seed=0, on_metrics=lambda m, s: seen.append(m))
-    spm.train(setup(other, steps=1, **changes), pairs, seed=0, on_metrics=lambda m, s: again.append(m))
+    spm.train(
+        setup(other, Budget(**changes), steps=1), pairs, seed=0, on_metrics=lambda m, s: again.append(m)
+    )
     assert again == [pytest.approx(seen[0], rel=1e-5)]
     gradients = [torch.cat([p.grad.flatten() for p in m.parameters()]) for m in (whole, other)]
     assert float((gradients[0] - gradients[1]).abs().max() / gradients[0].abs().max()) < 1e-5

@@ -11,6 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from fake_backbone import Whole
 from group import run_in
 
 from spo import config
@@ -23,7 +24,7 @@ ITERATIONS = 30
 pytestmark = pytest.mark.smoke
 
 
-class Line:
+class Line(Whole):
     """A linear model of eight numbers; the reference predicts nothing."""
 
     device = torch.device("cpu")

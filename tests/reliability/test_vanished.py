@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from fake_backbone import Whole
 from PIL import Image
 
 from spo import config
@@ -90,7 +91,7 @@ def mounted(tmp_path: Path):
         subprocess.run(["umount", str(folder)], check=True)
 
 
-class Small:
+class Small(Whole):
     """A VAE that keeps all."""
 
     latent_shape, device = (3, 16, 16), torch.device("cpu")

@@ -23,7 +23,6 @@ SECTION = '''class Sft(Section):
     lora: Lora | None
     optimizer: Optimizer
     iterations: Positive
-    gradient_checkpointing: bool = False
     checkpoint_every: Positive = 50
     validation: Validation | None = None
 

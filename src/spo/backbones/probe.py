@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from spo import config
 from spo.backbones import lora
 from spo.backbones.features import without_up_blocks
-from spo.backbones.sizes import TEXT_TOKENS, described, empty_models
-from spo.backbones.stable_diffusion import DECODED
+from spo.backbones.sizes import TEXT_TOKENS, empty_models
 from spo.training.probe import Run
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -89,9 +87,7 @@ class Models:
     def _decode(self, n: int) -> Tensor:
         side, channels = self.unet.config.sample_size, self.vae.config.latent_channels
         latents = torch.zeros(n, channels, side, side, device=self.device, dtype=self.dtype)
-        size = n if torch.device(self.device).type == "cuda" else DECODED
-        parts = [self.vae.decode(part, return_dict=False)[0] for part in latents.split(size)]
-        return torch.cat(parts).float()
+        return self.vae.decode(latents, return_dict=False)[0].float()
 
 
 def unet_inputs(
@@ -137,30 +133,3 @@ def image_side(settings: config.Backbone) -> int:
     """Pixels."""
     unet, vae = empty_models(settings)
     return unet.config.sample_size * 2 ** (len(vae.config.block_out_channels) - 1)
-
-
-def down_parameters(settings: config.Backbone) -> int:
-    """The parameters of the UNet without its up blocks."""
-    unet, _ = empty_models(settings)
-    return sum(p.numel() for p in without_up_blocks(unet).parameters())
-
-
-def parameters_of_text(settings: config.Backbone) -> int:
-    """The parameters of the text encoders.
-
-    Raises:
-        ValueError: config files that cannot be reached.
-    """
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
-
-    kinds: list[tuple[str, Callable[..., nn.Module]]] = [("text_encoder", CLIPTextModel)]
-    if settings.family == "sdxl":
-        kinds.append(("text_encoder_2", CLIPTextModelWithProjection))
-    total = 0
-    for folder, kind in kinds:
-        how: dict[str, Any] = {"subfolder": folder, "revision": settings.revision}
-        load = partial(CLIPTextConfig.from_pretrained, settings.described_by, **how)
-        found = described(settings, f"{folder}/config.json", lambda load=load: load().to_dict())  # type: ignore[misc]
-        with torch.device("meta"):
-            total += sum(p.numel() for p in kind(CLIPTextConfig.from_dict(found)).parameters())
-    return total

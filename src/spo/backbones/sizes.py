@@ -34,16 +34,25 @@ def measure(settings: config.Backbone) -> Sizes:
     Raises:
         ValueError: config files that cannot be reached.
     """
+    unet, vae = empty_models(settings)
+    used = scheduler_config(settings)
+    side = latent_side(unet.config.sample_size, "backbone.checkpoint")
+    return Sizes(_count(unet), _count(vae), (unet.config.in_channels, side, side), _flops(unet, side), used)
+
+
+def scheduler_config(settings: config.Backbone) -> dict[str, Any]:
+    """Read scheduler_config.json, with the overrides of params.yaml.
+
+    Raises:
+        ValueError: a file that cannot be reached.
+    """
     from diffusers import DDIMScheduler
 
-    unet, vae = empty_models(settings)
     how = {"subfolder": "scheduler", "revision": settings.revision}
     announced = described(
         settings, "scheduler_config.json", lambda: DDIMScheduler.load_config(settings.described_by, **how)
     )
-    used = {**announced, **scheduler.overridden(settings.scheduler)}
-    side = latent_side(unet.config.sample_size, "backbone.checkpoint")
-    return Sizes(_count(unet), _count(vae), (unet.config.in_channels, side, side), _flops(unet, side), used)
+    return {**announced, **scheduler.overridden(settings.scheduler)}
 
 
 def empty_models(settings: config.Backbone) -> tuple[Any, Any]:
@@ -93,16 +102,6 @@ def described(settings: config.Backbone, file: str, load: Callable[[], Any]) -> 
             f"copy in backbone.{key} (and backbone.vae)"
         ) from None
     return settings_of(content, f"backbone: {settings.described_by}: {file}")
-
-
-def lora_parameters(settings: config.Backbone, lora: config.Lora) -> int:
-    """Count the parameters of an adapter: rank * (inputs + outputs) of every target layer."""
-    unet, _ = empty_models(settings)
-    return sum(
-        lora.rank * (layer.in_features + layer.out_features)
-        for name, layer in unet.named_modules()
-        if isinstance(layer, torch.nn.Linear) and name.endswith(tuple(f".{t}" for t in lora.target_modules))
-    )
 
 
 def _count(module: torch.nn.Module) -> int:

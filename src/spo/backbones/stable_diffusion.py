@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,10 +21,9 @@ from spo.backbones.layer_names import COMPONENTS
 from spo.backbones.shared_start import shared_start
 from spo.backbones.text import SdText, SdxlText
 from spo.runtime.hub import is_hub_id
-from spo.training import distributed
-from spo.types import Conditioning
-
-DECODED = 16  # latents a call of the decoder on a CPU: .80 of the time of 64 at once, the same bits
+from spo.training import distributed, placement
+from spo.training.placement import lower
+from spo.types import Budget, Conditioning
 
 
 class StableDiffusion:
@@ -31,6 +31,9 @@ class StableDiffusion:
 
     The caller provides timesteps and latents: this class draws no random number. The VAE may have another
     dtype than the UNet (SDXL's own overflows in fp16), which encode and decode hide.
+
+    `budget` says how many samples a call takes. With budget.offload text encoders and VAE rest in host memory
+    between calls, and the UNet from `rest` to its next call.
     """
 
     def __init__(
@@ -39,8 +42,12 @@ class StableDiffusion:
         text: SdText | SdxlText,
         channels_last: bool,
         scheduler_config: Mapping[str, Any],
+        budget: Budget | None = None,
     ) -> None:
         self.pipeline, self.pipeline_class = pipeline, type(pipeline)
+        self.budget = budget or Budget()
+        self._resting: torch.device | None = None  # the UNet's device while it is in host memory
+        self._empty: Conditioning | None = None
         self._reference: Any = None  # only for full fine-tuning; an adapter is disabled instead
         self.unet, self.vae, self._text = pipeline.unet, pipeline.vae, text
         self.text_encoder = pipeline.text_encoder
@@ -59,14 +66,39 @@ class StableDiffusion:
         for module in pipeline.components.values():
             if isinstance(module, torch.nn.Module):
                 module.eval().requires_grad_(False)
+                if self.budget.offload and module is not self.unet:
+                    placement.move(module, "cpu")
 
     @property
     def device(self) -> torch.device:
-        return self.unet.device
+        return self._resting or self.unet.device
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
-        return self._text(prompts)
+        with self._present(*self._text.encoders):
+            return self._text(prompts)
+
+    def empty_prompt(self) -> Conditioning:
+        if self._empty is None:
+            self._empty = self.encode_prompts([""])
+        return self._empty
+
+    @contextmanager
+    def _present(self, *modules: torch.nn.Module) -> Iterator[None]:
+        """Within, modules that rest in host memory are on the device."""
+        if not self.budget.offload:
+            yield
+            return
+        for module in modules:
+            placement.move(module, self.device)
+        yield
+        for module in modules:
+            placement.move(module, "cpu")
+
+    def rest(self) -> None:
+        if self.budget.offload and self._resting is None and not self.trainable_parameters():
+            self._resting = self.unet.device
+            placement.move(self.unet, "cpu")
 
     def predict(
         self,
@@ -77,17 +109,39 @@ class StableDiffusion:
         reference: bool = False,
         copies: int = 1,
     ) -> Tensor:
-        """Predict in fp32 [B,C,h,w]; `reference`: by the frozen copy, or with the adapter disabled."""
-        if reference and self._reference is not None:
-            return self._run(self._reference, x_t, timesteps, conditioning, copies)
-        adapted = reference and self._has_adapter()
+        """Predict in fp32 [B,C,h,w]; `reference`: by the frozen copy, or with the adapter disabled.
+
+        Without gradients at most budget.samples of each of the `copies` are computed at once.
+        """
+        if self._resting is not None:
+            placement.move(self.unet, self._resting)
+            self._resting = None
+        unet = self._reference if reference and self._reference is not None else self.unet
+        adapted = unet is self.unet and reference and self._has_adapter()
         if adapted:
             self.unet.disable_adapters()
         try:
-            return self._run(self.unet, x_t, timesteps, conditioning, copies)
+            return self._in_calls(unet, x_t, timesteps, conditioning, copies)
         finally:
             if adapted:
                 self.unet.enable_adapters()
+
+    def _in_calls(
+        self, unet: Any, x_t: Tensor, timesteps: Tensor, conditioning: Conditioning, copies: int
+    ) -> Tensor:
+        """Run a UNet on all samples at once, or without gradients in calls of the budget."""
+        count, most = len(x_t) // copies, self.budget.samples
+        if torch.is_grad_enabled() or count <= most:
+            with lower("pairs" if torch.is_grad_enabled() else "samples"):
+                return self._run(unet, x_t, timesteps, conditioning, copies)
+        outputs = []
+        for start in range(0, count, most):
+            rows = torch.arange(len(x_t), device=x_t.device).view(copies, count)
+            rows = rows[:, start : start + most].flatten()
+            with lower("samples"):
+                part = self._run(unet, x_t[rows], timesteps[rows], conditioning.select(rows), copies)
+            outputs.append(part.unflatten(0, (copies, -1)))
+        return torch.cat(outputs, dim=1).flatten(0, 1)
 
     def _run(
         self, unet: Any, x_t: Tensor, timesteps: Tensor, conditioning: Conditioning, copies: int
@@ -103,12 +157,20 @@ class StableDiffusion:
             return unet(x_t, timesteps, return_dict=False, **text)[0].float()
 
     @torch.no_grad()
-    def encode(self, images: Tensor) -> Tensor:
-        images = images.to(self.vae.dtype).contiguous(memory_format=self._format)
-        latents = self.vae.encode(images).latent_dist.mean
+    def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Scaled latents [B,C,h,w], budget.images at a time: the posterior's mean, or with standard normal
+        `noise` [B,C,h,w] a sample of it."""
+        drawn = noise.split(self.budget.images) if noise is not None else itertools.repeat(None)
+        latents = []
+        with self._present(self.vae), lower("images"):
+            for part, own in zip(images.split(self.budget.images), drawn, strict=False):
+                part = part.to(self.vae.dtype).contiguous(memory_format=self._format)
+                posterior = self.vae.encode(part).latent_dist
+                latents.append(posterior.mean if own is None else posterior.mean + posterior.std * own)
+        encoded = torch.cat(latents)
         if self._latents_mean is not None and self._latents_std is not None:
-            latents = (latents - self._latents_mean) / self._latents_std
-        return ((latents - self._shift) * self.vae.config.scaling_factor).float()
+            encoded = (encoded - self._latents_mean) / self._latents_std
+        return ((encoded - self._shift) * self.vae.config.scaling_factor).float()
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
@@ -116,14 +178,16 @@ class StableDiffusion:
         if self._latents_mean is not None and self._latents_std is not None:
             latents = latents * self._latents_std + self._latents_mean
         latents = latents.to(self.vae.dtype).contiguous(memory_format=self._format)
-        size = DECODED if latents.device.type == "cpu" else len(latents)
-        images = [self.vae.decode(part, return_dict=False)[0] for part in latents.split(max(size, 1))]
-        return torch.cat(images).float()
+        with self._present(self.vae), lower("images"):
+            parts = [
+                self.vae.decode(part, return_dict=False)[0] for part in latents.split(self.budget.images)
+            ]
+        return torch.cat(parts).float()
 
     def _statistics(self, key: str) -> Tensor | None:
         """Statistics per latent channel [1,C,1,1]; None if the VAE announces none."""
         values = self.vae.config.get(key)
-        return None if values is None else torch.tensor(values, device=self.vae.device).view(1, -1, 1, 1)
+        return None if values is None else torch.tensor(values, device=self.device).view(1, -1, 1, 1)
 
     @property
     def _shift(self) -> float:
@@ -171,6 +235,7 @@ class StableDiffusion:
         names = [name for name in COMPONENTS if getattr(self.pipeline, name, None) is not None]
         models = {name: getattr(self.pipeline, name) for name in names}
         changed = lora.load(models, file)
+        self._empty = None
         for model in models.values():
             model.eval().requires_grad_(False)
         return f"{file}: LoRA, changes " + ", ".join(
@@ -197,7 +262,9 @@ class StableDiffusion:
         return bool(getattr(self.unet, "peft_config", None))
 
 
-def load(settings: config.Backbone, device: torch.device | str) -> StableDiffusion:
+def load(
+    settings: config.Backbone, device: torch.device | str, budget: Budget | None = None
+) -> StableDiffusion:
     """Load a checkpoint from a diffusers folder, a single .safetensors file or a hub id.
 
     Raises:
@@ -223,7 +290,7 @@ def load(settings: config.Backbone, device: torch.device | str) -> StableDiffusi
     pipeline.to(device)
     if sdxl and dtype == torch.float16 and (settings.vae is None or pipeline.vae.config.force_upcast):
         pipeline.vae.to(torch.float32)  # its activations overflow in fp16
-    return StableDiffusion(pipeline, _text(pipeline, sdxl), settings.channels_last, used)
+    return StableDiffusion(pipeline, _text(pipeline, sdxl), settings.channels_last, used, budget)
 
 
 def _pipeline(settings: config.Backbone, dtype: torch.dtype, where: str) -> Any:
@@ -246,7 +313,10 @@ def _pipeline(settings: config.Backbone, dtype: torch.dtype, where: str) -> Any:
 
 
 def load_aligned(
-    settings: config.Backbone, adapter: str | Path | None, device: torch.device | str
+    settings: config.Backbone,
+    adapter: str | Path | None,
+    device: torch.device | str,
+    budget: Budget | None = None,
 ) -> StableDiffusion:
     """Load the base model with an adapter: a LoRA, a UNet, or a complete pipeline that replaces it.
 
@@ -254,17 +324,17 @@ def load_aligned(
         ValueError: as `load`, and for an adapter that does not fit or is not recognised by its files.
     """
     if adapter is None:
-        return load(settings, device)
+        return load(settings, device, budget)
     source = external.find(Path(adapter))
     if source.files[0].is_file():
         external.check_family(source.files[0], settings.family)
     if source.kind == "pipeline":
         replaced = {"checkpoint": str(source.files[0]), "revision": None, "config": settings.described_by}
-        backbone = load(settings.model_copy(update=replaced), device)
+        backbone = load(settings.model_copy(update=replaced), device, budget)
         if source.files[0].is_file():
             external.check_prediction(source.files[0], backbone._prediction)
         return backbone
-    backbone = load(settings, device)
+    backbone = load(settings, device, budget)
     if source.kind == "unet":
         summary = backbone.load_unet(source.files, source.config)
     else:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from spo.config import Params, Scorers
 from spo.runtime import hub
+from spo.types import Budget
 
 if TYPE_CHECKING:
-    from spo.commands.plan import Plan
+    from spo.estimate.plan import Plan
 
 
 def lines(params: Params, stage: str, variant: str | None) -> list[str]:
@@ -25,18 +25,20 @@ def lines(params: Params, stage: str, variant: str | None) -> list[str]:
     if stage not in ("preference", "align", "generate"):
         return plan
     from spo.backbones import sizes
-    from spo.commands import estimate
-    from spo.commands.plan import plan as planned
+    from spo.estimate import time
+    from spo.estimate.plan import plan as planned
+    from spo.training import budget
     from spo.training.distributed import device
 
     size = sizes.measure(params.backbone)
     work = planned(params, stage, variant, size.scheduler_config)
-    estimated = estimate.Estimate(params, stage, variant, work, size, device())
+    cut = budget.of(params, budget.kind(stage, variant))
+    timed = time.Estimate(params, stage, variant, work, device(), cut.checkpointing)
     plan.append(
         f"UNet {size.unet_parameters / 1e6:.1f} M, VAE {size.vae_parameters / 1e6:.1f} M parameters; "
         f"latents {list(size.latent_shape)}; {size.unet_flops / 1e9:.1f} GFLOP per UNet sample"
     )
-    plan += [work.text, _memory(estimated.bytes()), _time(work, estimated.seconds(), device())]
+    plan += [work.text, *_memory(params, stage, variant, cut), _time(work, timed.seconds(), device())]
     return plan
 
 
@@ -98,13 +100,32 @@ def _reach(key: str, name: str, revision: str | None) -> str:
         raise ValueError(f"{key}: {error}") from None
 
 
-def _memory(terms: Mapping[str, int]) -> str:
-    named = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in terms.items() if size)
-    return f"memory: about {sum(terms.values()) / 2**30:.2f} GiB at the peak: {named}"
+def _memory(params: Params, stage: str, variant: str | None, cut: Budget) -> list[str]:
+    """What the stage needs on its device with its budget; more than that has is said, with what would fit."""
+    from spo import estimate
+    from spo.training import budget
+
+    found, limit = estimate.peak(params, stage, variant, cut), budget.memory(params.device)
+    phases = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in found.phases.items())
+    lines = [
+        f"memory: {found.most / 1e9:.2f} GB at the peak, beside what the libraries take: {phases}; "
+        f"models {found.weights / 1e9:.2f}",
+        f"device: {_budget(cut)}; {limit / 1e9:.1f} GB to plan for",
+    ]
+    if found.most > limit:
+        smaller = budget.smallest()
+        least = estimate.peak(params, stage, variant, smaller)
+        fits = f"{least.most / 1e9:.1f} GB with {_budget(smaller)}"
+        lines.append(f"more than the device has; {fits}" + (", which fits" if least.most <= limit else ""))
+    return lines
+
+
+def _budget(cut: Budget) -> str:
+    return ", ".join(f"{name} {str(value).lower()}" for name, value in cut._asdict().items())
 
 
 def _time(work: Plan, seconds: dict[str, float], device: str) -> str:
-    from spo.commands.estimate import hours
+    from spo.estimate.time import hours
 
     most, least = (f"{hours(w, seconds):.2g}" for w in (work.most, work.least))
     about = f"about {most} h" + ("" if most == least else f" if every pair is valid, {least} h if none is")

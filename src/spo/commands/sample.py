@@ -29,7 +29,7 @@ def run(
     from spo.data.prompts import check_vocabulary, flaw
     from spo.evaluation import generation
     from spo.runtime.files import require
-    from spo.training import distributed
+    from spo.training import budget, distributed
 
     if reason := flaw(prompt):
         raise ValueError(f"the prompt has {reason}; it cannot be encoded")
@@ -44,7 +44,9 @@ def run(
         check_vocabulary([prompt], require(params.prompts.vocabulary, "vocabulary"))
     if variant.adapter is not None:
         require(variant.adapter, f"adapter of {method}")
-    backbone = backbones.load_aligned(params.backbone, variant.adapter, distributed.device())
+    backbone = backbones.load_aligned(
+        params.backbone, variant.adapter, distributed.device(), budget.of(params, "generate")
+    )
     seeds = [seed + i for i in range(n)]
     images = list(generation.draw(backbone, params, variant, [prompt] * n, seeds))
     _side_by_side(images, output)

@@ -1,6 +1,7 @@
 """The experiment's configuration: the sections of params.yaml, how they are read, and ready-made presets."""
 
 from spo.config.data import PairFilter, Pairs, Prompts
+from spo.config.device import Device
 from spo.config.evaluation import VARIANTS, Generate, Registry, Report, Score, Variant
 from spo.config.models import SINGLE_FILE_CONFIG, Backbone, Scheduler
 from spo.config.params import Params
@@ -39,6 +40,7 @@ __all__ = [
     "Backbone",
     "ClipScoreConfig",
     "ConfigError",
+    "Device",
     "DiffusionDpo",
     "Generate",
     "HpsConfig",

@@ -6,6 +6,7 @@ from pydantic import model_validator
 
 from spo.config.base import Positive, Section, Seed
 from spo.config.data import Pairs, Prompts
+from spo.config.device import Device
 from spo.config.evaluation import Generate, Registry, Report, Score
 from spo.config.models import Backbone
 from spo.config.training import METHODS, Align, LatentPreference, Preference
@@ -17,6 +18,7 @@ class Params(Section):
     name: str
     seed: Seed = 0
     processes: Positive = 1  # of each training, generation and scoring stage; one per GPU
+    device: Device = Device()
     tracking: str | None = None  # MLflow's URI; None: MLFLOW_TRACKING_URI, else SQLite in the repository
     backbone: Backbone
     prompts: Prompts

@@ -67,7 +67,7 @@ def validate(raw: Any, source: str = "params.yaml") -> Params:
 
 
 # sections that change no output: the name, how stages run, where runs are logged, and the registry's gate
-WITHOUT_EFFECT_ON_OUTPUTS = ("name", "processes", "tracking", "registry")
+WITHOUT_EFFECT_ON_OUTPUTS = ("name", "processes", "device", "tracking", "registry")
 
 
 def code_defaults(params: Params) -> dict[str, Any]:

@@ -62,8 +62,6 @@ class Preference(Section):
     num_inference_steps: Positive = 20
     eval_timesteps: tuple[Count, ...] = (0, 251, 501, 701, 951)
     local_prompts: Count = 0  # validation prompts whose candidates the oracle scores too; only scenes has one
-    gradient_accumulation: Positive = 1  # parts of an update's batch, one forward pass each
-    gradient_checkpointing: bool = False  # less memory for one more forward pass
     checkpoint_every: Positive = 100
 
 
@@ -94,8 +92,6 @@ class LatentPreference(Section):
     num_inference_steps: Positive = 20  # pairs are noised to the timesteps of this sampler
     eval_timesteps: tuple[Count, ...] = (1, 251, 501, 701, 951)
     local_prompts: Count = 0  # validation prompts whose candidates the oracle scores too; only scenes has one
-    gradient_accumulation: Positive = 1  # parts of an update's batch, one forward pass each
-    gradient_checkpointing: bool = False  # less memory for one more forward pass
     checkpoint_every: Positive = 100
 
     @model_validator(mode="after")
@@ -162,8 +158,6 @@ class Stepwise(Rollout):
     batch_size: Positive  # pairs per optimizer update
     beta: Rate = 10.0
     clip: Rate = 0.1
-    gradient_accumulation: Positive = 1  # parts of an update's batch, one forward pass each
-    gradient_checkpointing: bool = False  # less memory for one more forward pass
     checkpoint_every: Positive = 5
     validation: Validation | None = None
 
@@ -201,8 +195,6 @@ class DiffusionDpo(Section):
     iterations: Positive  # optimizer updates
     batch_size: Positive  # pairs per update
     beta: Rate = 2000.0
-    gradient_accumulation: Positive = 1  # parts of an update's batch, one forward pass each
-    gradient_checkpointing: bool = False  # less memory for one more forward pass
     checkpoint_every: Positive = 50
     validation: Validation | None = None
 

@@ -35,7 +35,7 @@ class GuidedDenoiser:
         """As `encode`, for text that is encoded already."""
         unconditional = None
         if is_guided(guidance):
-            unconditional = backbone.encode_prompts([""]).repeat(len(conditioning))
+            unconditional = backbone.empty_prompt().repeat(len(conditioning))
         return cls(backbone, conditioning, unconditional, guidance)
 
     def __call__(self, x_t: Tensor, timesteps: Tensor, *, reference: bool = False) -> Tensor:

@@ -23,7 +23,7 @@ from spo.diffusion.noise import SampleNoise, shuffled
 from spo.diffusion.schedule import Schedule
 from spo.methods.spec import Cost, MethodSpec, Work
 from spo.training import distributed
-from spo.types import Backbone, LatentPairs, UNetBatch
+from spo.types import Backbone, Conditioning, LatentPairs, UNetBatch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,31 +95,37 @@ class DiffusionDpoMethod:
     def collect(
         self, backbone: Backbone, iteration: int
     ) -> tuple[list[list[DiffusionDpoBatch]], dict[str, float]]:
-        """One update of config.batch_size pairs, in config.gradient_accumulation parts; each process's
-        share of them."""
+        """One update of config.batch_size pairs: each process its share, in parts of the device's budget."""
         count = self.config.batch_size
         distributed.check_shards(count, "align.diffusion_dpo.batch_size")
         order = shuffled(len(self._decided), iteration * count, count, self.seed)
         chosen = distributed.shard(order)
-        size = -(-count // self.config.gradient_accumulation)
-        parts = [chosen[start : start + size] for start in range(0, len(chosen), size)]
+        captions = [self.pairs.captions[i] for i in self._pairs_of(chosen).tolist()]
+        with backbone.inference():
+            conditioning = backbone.encode_prompts(captions)
+        size = backbone.budget.pairs
+        parts = [slice(start, start + size) for start in range(0, len(chosen), size)]
         epoch, _ = order[-1]
-        return [[self._batch(backbone, part) for part in parts]], {
+        return [[self._batch(backbone, chosen[part], conditioning.select(part)) for part in parts]], {
             "pairs": float(count),
             "epoch": float(epoch),
         }
 
-    def _batch(self, backbone: Backbone, chosen: Sequence[tuple[int, int]]) -> DiffusionDpoBatch:
-        """The pairs at `chosen`: (epoch, index into the decided pairs) of each."""
-        indices = self._decided[torch.tensor([i for _, i in chosen])]
+    def _pairs_of(self, chosen: Sequence[tuple[int, int]]) -> Tensor:
+        """The numbers int64 [P] of the pairs at `chosen`."""
+        return self._decided[torch.tensor([i for _, i in chosen])]
+
+    def _batch(
+        self, backbone: Backbone, chosen: Sequence[tuple[int, int]], conditioning: Conditioning
+    ) -> DiffusionDpoBatch:
+        """The pairs at `chosen`: (epoch, index into the decided pairs) of each, and their text."""
+        indices = self._pairs_of(chosen)
         keys = [f"pair {int(i)} epoch {e}" for (e, _), i in zip(chosen, indices, strict=True)]
         captions = [self.pairs.captions[i] for i in indices.tolist()]
         win, lose = (x.to(backbone.device) for x in self._sides(indices))
         randomness, schedule = SampleNoise(self.seed, keys, win.shape[1:], backbone.device), self.schedule
         timesteps = randomness.integers(schedule.num_train_timesteps)
         noise = randomness.draw()
-        with backbone.inference():
-            conditioning = backbone.encode_prompts(captions)
         both = torch.arange(len(chosen), device=backbone.device).repeat(2)
         return DiffusionDpoBatch(
             x_t=torch.cat([schedule.add_noise(x, noise, timesteps) for x in (win, lose)]),

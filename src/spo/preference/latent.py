@@ -91,8 +91,6 @@ class LatentPreferenceModel(nn.Module):
             self.encoder.train_fully()
         elif settings.lora is not None:
             self.encoder.add_lora(settings.lora, seed)
-        if settings.gradient_checkpointing:
-            self.encoder.checkpoint_gradients()
 
     def encode_text(self, prompts: Sequence[str]) -> Conditioning:
         """What the UNet needs of B prompts and, with VFE, of as many empty ones; and `target`, the normalised

@@ -34,6 +34,8 @@ class LatentTraining:
 
     def prepare(self) -> None:
         self.model.make_trainable(self.settings, self.seed)
+        if self.backbone.budget.checkpointing:
+            self.model.encoder.checkpoint_gradients()
 
     def draw(self, keys: list[str], seed: int) -> tuple[Tensor, Tensor]:
         """Uniform timesteps of the sampler, and two noises [P,2,C,h,w], one for each image of a pair."""
@@ -41,14 +43,19 @@ class LatentTraining:
         noise = SampleNoise(seed, keys, shape, self.backbone.device)
         return self.schedule.timesteps[noise.integers(len(self.schedule.timesteps))], noise.draw()
 
-    def scores(
+    @torch.no_grad()
+    def shown(
         self, latents: tuple[Tensor, Tensor], captions: Sequence[str], timesteps: Tensor, noise: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    ) -> Tensor:
+        """As `Trained.shown`: noised latents [P,2,C,h,w]."""
         x_0 = torch.cat(latents).to(self.backbone.device)
         finite.check_finite(finite.STORED, x_0, [*captions, *captions])
-        t = timesteps.repeat(2)
-        x_t = self.schedule.add_noise(x_0, torch.cat([noise[:, 0], noise[:, 1]]), t)
-        score_0, score_1 = self.model.score(x_t, self.model.encode_text(captions).repeat(2), t).chunk(2)
+        x_t = self.schedule.add_noise(x_0, torch.cat([noise[:, 0], noise[:, 1]]), timesteps.repeat(2))
+        return torch.stack(x_t.chunk(2), dim=1)
+
+    def scores(self, shown: Tensor, captions: Sequence[str], timesteps: Tensor) -> tuple[Tensor, Tensor]:
+        x_t, text = torch.cat([shown[:, 0], shown[:, 1]]), self.model.encode_text(captions).repeat(2)
+        score_0, score_1 = self.model.score(x_t, text, timesteps.repeat(2)).chunk(2)
         return score_0, score_1
 
     def reward_model(self) -> LatentRewardModel:

@@ -38,7 +38,7 @@ class StepAware:
     def prepare(self) -> None:
         if self.settings.trained == "heads":
             self.model.train_heads()
-        if self.settings.gradient_checkpointing:
+        if self.backbone.budget.checkpointing:
             self.model.checkpoint_gradients()
 
     def draw(self, keys: list[str], seed: int) -> tuple[Tensor, Tensor]:
@@ -46,30 +46,37 @@ class StepAware:
         noise = SampleNoise(seed, keys, self.backbone.latent_shape, self.backbone.device)
         return noise.integers(self.schedule.num_train_timesteps), noise.draw()
 
-    def scores(
+    @torch.no_grad()
+    def shown(
         self,
         latents: tuple[Tensor, Tensor],
         captions: Sequence[str],
         timesteps: Tensor,
         noise: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        """As `Trained.scores`; without settings.noised, training is on images without noise, at t = 0."""
-        if self.model.training and not self.settings.noised:
-            images, timesteps = clean_pair(self.backbone, latents, captions), torch.zeros_like(timesteps)
-            return self._scores(images, captions, timesteps)
-        conditioning = self.backbone.encode_prompts(captions)
-        schedule = self.schedule.to(self.backbone.device)
-        guidance = self.settings.guidance
-        images = noised_pair(
-            self.backbone, schedule, latents, timesteps, noise, conditioning, guidance, captions
-        )
-        return self._scores(images, captions, timesteps)
+    ) -> Tensor:
+        """As `Trained.shown`: images [P,2,3,s,s] of the CLIP's size; in training without settings.noised
+        those without noise."""
+        if self._clean:
+            images = clean_pair(self.backbone, latents, captions)
+        else:
+            conditioning = self.backbone.encode_prompts(captions)
+            schedule = self.schedule.to(self.backbone.device)
+            guidance = self.settings.guidance
+            images = noised_pair(
+                self.backbone, schedule, latents, timesteps, noise, conditioning, guidance, captions
+            )
+        return torch.stack([self.model.fitted(side) for side in images], dim=1)
 
-    def _scores(
-        self, images: tuple[Tensor, Tensor], captions: Sequence[str], timesteps: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    @property
+    def _clean(self) -> bool:
+        return self.model.training and not self.settings.noised
+
+    def scores(self, shown: Tensor, captions: Sequence[str], timesteps: Tensor) -> tuple[Tensor, Tensor]:
+        """As `Trained.scores`; images without noise are scored at t = 0."""
+        timesteps = torch.zeros_like(timesteps) if self._clean else timesteps
         text = self.model.encode_text(token_ids(self.tokenizer, captions, self.model))
-        scores = self.model.score_features(torch.cat(images), text.repeat(2, 1), timesteps.repeat(2))
+        images = torch.cat([shown[:, 0], shown[:, 1]])
+        scores = self.model.score_features(images, text.repeat(2, 1), timesteps.repeat(2))
         score_0, score_1 = scores.chunk(2)
         return score_0, score_1
 

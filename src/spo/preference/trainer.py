@@ -12,13 +12,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from spo.config import LatentPreference, Preference
+from spo.diffusion.finite import NotFiniteError
 from spo.diffusion.noise import shuffled
 from spo.preference.loss import preference_loss
 from spo.training import distributed, loop
 from spo.training.checkpoint import CheckpointStore
+from spo.training.placement import lower
 from spo.types import Backbone, Batch, LatentPairs, Mean, RewardModel
-
-EVALUATION_BATCH = 64  # pairs
 
 
 class Trained(Protocol):
@@ -45,14 +45,19 @@ class Trained(Protocol):
         """Timesteps int64 [P] and noise [P,...] that belong to the keys of P pairs."""
         ...
 
-    def scores(
+    def shown(
         self, latents: tuple[Tensor, Tensor], captions: Sequence[str], timesteps: Tensor, noise: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Scores [P] of both images of P pairs, noised to `timesteps` int64 [P] by the noise of `draw`.
+    ) -> Tensor:
+        """What the model scores of P pairs [P,2,...], without gradients: both images, noised to `timesteps`
+        int64 [P] by the noise of `draw`.
 
         Raises:
             ValueError: something on the way is not finite.
         """
+        ...
+
+    def scores(self, shown: Tensor, captions: Sequence[str], timesteps: Tensor) -> tuple[Tensor, Tensor]:
+        """Scores [P] of both images of P pairs."""
         ...
 
     def reward_model(self) -> RewardModel:
@@ -107,6 +112,7 @@ class PairBatch(Batch):
 
     indices: Tensor  # int64 [P], of the pairs
     noise: Tensor  # [P,...], as `Trained.draw` gives it
+    shown: Tensor  # [P,2,...], as `Trained.shown` gives it
 
 
 class LabelObjective:
@@ -120,33 +126,59 @@ class LabelObjective:
         return [p for p in self.trained.model.parameters() if p.requires_grad]
 
     def collect(self, iteration: int) -> tuple[list[list[PairBatch]], dict[str, float]]:
-        """One update: each process its share, in parts of equal size."""
+        """One update: each process its share, in parts of the device's budget.
+
+        What the model sees is computed for all of them first, so that the base can leave the device.
+        """
         count = min(self.settings.batch_size, len(self.pairs.captions))
         distributed.check_shards(count, f"{self.name}.batch_size")
         chosen = distributed.shard(shuffled(len(self.pairs.captions), iteration * count, count, self.seed))
-        size = -(-count // self.settings.gradient_accumulation)
-        parts = [chosen[start : start + size] for start in range(0, len(chosen), size)]
-        return [[self._batch(part) for part in parts]], {}
-
-    def _batch(self, chosen: Sequence[tuple[int, int]]) -> PairBatch:
-        """The pairs at `chosen`, (epoch, pair) of each."""
         indices = torch.tensor([i for _, i in chosen])
+        captions = [self.pairs.captions[i] for i in indices.tolist()]
         timesteps, noise = self.trained.draw([f"spm {e} {i}" for e, i in chosen], self.seed)
-        return PairBatch(
-            weight=self.pairs.weight[indices].to(noise.device),
-            timesteps=timesteps,
-            prompts=[self.pairs.captions[i] for i in indices.tolist()],
-            indices=indices,
-            noise=noise,
-        )
+        try:
+            shown = shown_of(self.trained, self.pairs, indices, timesteps, noise)
+        except NotFiniteError as error:
+            raise FloatingPointError(
+                f"{self.name}: update {iteration + 1}: {error}; nothing was updated"
+            ) from None
+        self.trained.backbone.rest()
+        weight = self.pairs.weight[indices].to(shown.device)
+        size = self.trained.backbone.budget.pairs
+        parts = [slice(start, start + size) for start in range(0, len(chosen), size)]
+        return [
+            [
+                PairBatch(
+                    weight=weight[part],
+                    timesteps=timesteps[part],
+                    prompts=captions[part],
+                    indices=indices[part],
+                    noise=noise[part],
+                    shown=shown[part],
+                )
+                for part in parts
+            ]
+        ], {}
 
     def loss(self, batch: PairBatch) -> tuple[Tensor, dict[str, Mean]]:
         """Losses [P], and how many clear labels the model agrees with."""
-        latents = self.pairs.read(batch.indices)
-        score_0, score_1 = self.trained.scores(latents, batch.prompts, batch.timesteps, batch.noise)
+        with lower("pairs"):
+            score_0, score_1 = self.trained.scores(batch.shown, batch.prompts, batch.timesteps)
         label_0 = self.pairs.label_0[batch.indices].to(score_0.device, non_blocking=True)
         right = ((score_0 > score_1) == (label_0 > 0.5)).float()
         return preference_loss(score_0, score_1, label_0), {"accuracy": Mean(right, (label_0 != 0.5).float())}
+
+
+def shown_of(
+    trained: Trained, pairs: LatentPairs, indices: Tensor, timesteps: Tensor, noise: Tensor
+) -> Tensor:
+    """What the model scores of the pairs at `indices` int64 [P], in calls of the device's budget."""
+    size, parts = max(1, trained.backbone.budget.samples // 2), []
+    for start in range(0, len(indices), size):
+        part = slice(start, start + size)
+        captions = [pairs.captions[i] for i in indices[part].tolist()]
+        parts.append(trained.shown(pairs.read(indices[part]), captions, timesteps[part], noise[part]))
+    return torch.cat(parts)
 
 
 @torch.no_grad()
@@ -163,7 +195,7 @@ def evaluate(
     trained.model.eval()
     device = trained.backbone.device
     decided = (pairs.label_0 != 0.5).nonzero().flatten()
-    parts = decided.split(EVALUATION_BATCH)
+    parts = decided.split(max(1, trained.backbone.budget.samples // 2))
     rank, n = distributed.state().process_index, distributed.count()
     report: dict[int, dict[str, float]] = {}
     with tqdm(total=len(parts) * len(timesteps), desc="preference accuracy", unit="batch") as bar:
@@ -173,7 +205,7 @@ def evaluate(
                 captions = [pairs.captions[i] for i in indices.tolist()]
                 _, noise = trained.draw([f"evaluation {i}" for i in indices.tolist()], seed)
                 at = torch.full((len(indices),), t, device=device)
-                scores = trained.scores(pairs.read(indices), captions, at, noise)
+                scores = trained.scores(shown_of(trained, pairs, indices, at, noise), captions, at)
                 _check_scores(torch.stack(scores), t, captions)
                 first_wins = pairs.label_0[indices].to(device) > 0.5
                 right += ((scores[0] > scores[1]) == first_wins).sum()
@@ -188,9 +220,10 @@ def _check_scores(scores: Tensor, timestep: int, captions: Sequence[str]) -> Non
     Raises:
         ValueError: of scores [2,B] some are not finite; the first such pair is named.
     """
+    if bool(scores.isfinite().all()):
+        return
     bad = (~scores.isfinite()).any(0).nonzero().flatten().tolist()
-    if bad:
-        raise ValueError(
-            f"preference model: a score is not finite, timestep {timestep}, "
-            f"prompt {captions[bad[0]][:100]!r}; train it again"
-        )
+    raise ValueError(
+        f"preference model: a score is not finite, timestep {timestep}, "
+        f"prompt {captions[bad[0]][:100]!r}; train it again"
+    )

@@ -31,7 +31,7 @@ def run(params: Params, method: str) -> None:
     """Fine-tune the base model by `method`, a section of `align`."""
     from spo import backbones
     from spo.methods import method_spec
-    from spo.training import distributed, loop, optimizer
+    from spo.training import budget, distributed, loop, optimizer
     from spo.training.alignment import Alignment
     from spo.training.checkpoint import CheckpointStore
     from spo.training.distributed import device
@@ -40,7 +40,7 @@ def run(params: Params, method: str) -> None:
     optimizer.check(section.optimizer)
     with stage("align", params, method) as tracked:
         started = time.monotonic()
-        backbone = backbones.load(params.backbone, device())
+        backbone = backbones.load(params.backbone, device(), budget.of(params, method))
         spec = method_spec(method)
         built = spec.build(params, backbone)  # of the backbone without an adapter
         _make_trainable(backbone, section, params.seed)
@@ -87,7 +87,7 @@ def _make_trainable(backbone: Any, section: Any, seed: int) -> None:
         backbone.train_fully()
     else:
         backbone.add_lora(section.lora, seed)
-    if section.gradient_checkpointing:
+    if backbone.budget.checkpointing:
         backbone.checkpoint_gradients()
 
 

@@ -23,7 +23,7 @@ def run(params: Params, name: str, suite: str | None = None) -> None:
     """Write outputs/images/NAME, or outputs/images/suites/SUITE/NAME, for the variant `name`."""
     from spo import backbones
     from spo.evaluation.generation import draw, each_image, save
-    from spo.training import distributed
+    from spo.training import budget, distributed
     from spo.training.checkpoint import CheckpointStore
     from spo.training.distributed import device
 
@@ -38,7 +38,9 @@ def run(params: Params, name: str, suite: str | None = None) -> None:
     with stage("generate", params, title) as tracked:
         if variant.adapter is not None:
             require(variant.adapter, f"adapter of {name}")
-        backbone = backbones.load_aligned(params.backbone, variant.adapter, device())
+        backbone = backbones.load_aligned(
+            params.backbone, variant.adapter, device(), budget.of(params, "generate")
+        )
         prompts, seeds = each_image(lines, params.generate)
         folder = of_suite(OUTPUT, suite) / name
         scratch = _scratch(params, title, variant, file)

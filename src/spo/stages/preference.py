@@ -38,14 +38,15 @@ CODE = ("backbones", "data", "diffusion", "preference", "rewards", "training", "
 def run(params: Params, item: str | None = None) -> None:
     """Train the SPM, or with `item` the latent reward model or one of the SPM's baselines."""
     from spo import backbones
-    from spo.training import distributed
+    from spo.training import budget, distributed
     from spo.training.distributed import device
 
     name = f"preference_{item}" if item else "preference"
     with stage("preference", params, item) as tracked:
         started = time.monotonic()
-        backbone = backbones.load(params.backbone, device())
         settings = _settings(params, item)
+        kind = "latent_preference" if item == "latent" else "preference"
+        backbone = backbones.load(params.backbone, device(), budget.of(params, kind))
         scratch = _scratch(params, settings, name)
         curve = Curve(tracked, scratch)
         trained: Trained

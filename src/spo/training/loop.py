@@ -97,6 +97,7 @@ def fit(
 
 def _iteration(objective: Objective, iteration: int, state: TrainingState) -> dict[str, float]:
     """All updates of one iteration; returns what was collected, and the means of the updates' metrics."""
+    state.optimizer.zero_grad(set_to_none=True)  # what is collected needs their memory
     with state.sampling():
         updates, collected = objective.collect(iteration)
     values = defaultdict[str, list[float]](list)

@@ -1,76 +1,15 @@
-"""Seconds, FLOPs and live memory of a call, for estimates."""
+"""Seconds and FLOPs of a call, for estimates."""
 
 from __future__ import annotations
 
 import time
-import weakref
 from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 LONG = 3.0  # seconds of a call that is not repeated
 Run = Callable[[int], Any]  # of a number of samples
-
-
-class LiveBytes(TorchDispatchMode):
-    """The bytes of tensors made within it that are alive, and the most there were.
-
-    On the meta device nothing is computed, so that sizes that no machine holds can be counted. What an
-    operator needs inside itself is not seen.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live = self.peak = 0
-        self._known: set[int] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        given = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if _is_tensor(x)}
-        for tensor in filter(_is_tensor, tree_leaves(result)):
-            storage = tensor.untyped_storage()
-            if storage._cdata not in given and storage._cdata not in self._known:
-                self._add(storage)
-        return result
-
-    def _add(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, storage.nbytes()
-        self._known.add(key)
-        self.live += size
-        self.peak = max(self.peak, self.live)
-        weakref.finalize(storage, self._gone, key, size)
-
-    def _gone(self, key: int, size: int) -> None:
-        self._known.discard(key)
-        self.live -= size
-
-
-def _is_tensor(x: Any) -> bool:
-    return isinstance(x, torch.Tensor)
-
-
-def live_bytes(run: Run, samples: int) -> int:
-    """The most bytes that are alive at once while `run` works on `samples`.
-
-    Attention counts as CPUs and GPUs compute it, without its matrix of weights.
-    """
-    attention = F.scaled_dot_product_attention
-    F.scaled_dot_product_attention = _without_weights
-    try:
-        with LiveBytes() as counter:
-            run(samples)
-    finally:
-        F.scaled_dot_product_attention = attention
-    return counter.peak
-
-
-def _without_weights(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> Any:
-    """A result of attention's shape that keeps its three inputs for the backward pass."""
-    return query * key.mean(-2, keepdim=True) * value.mean(-2, keepdim=True)
 
 
 def flops(run: Run) -> int:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +17,7 @@ from spo.methods.stepwise.batch import StepBatch, batch_of
 from spo.methods.stepwise.loss import batch_loss
 from spo.methods.stepwise.rollout import JudgedStep, Rollout, gathered
 from spo.training import distributed
+from spo.training.placement import on_device
 from spo.types import Backbone, RewardModel
 
 PROMPTS = "outputs/prompts/train.txt"
@@ -64,28 +67,35 @@ class StepwiseMethod:
         order = shuffled(len(self.prompts), iteration * count, count, self.seed)
         mine = distributed.shard(order)
         keys = [f"rollout {iteration} epoch {epoch} prompt {i}" for epoch, i in mine]
-        with backbone.inference():
+        judged_on: Any = nullcontext()
+        if backbone.budget.offload:
+            judged_on = on_device(self.rollout.reward_model.model, backbone.device)
+        with backbone.inference(), judged_on:
             noise = SampleNoise(self.seed, keys, backbone.latent_shape, backbone.device)
             judged = list(self.rollout.run(backbone, [self.prompts[i] for _, i in mine], noise))
         judged = gathered(judged)
         prompts = [self.prompts[i] for _, i in order]  # in the order of the gathered samples
-        return self._updates(judged, prompts, iteration), self._metrics(judged)
+        return self._updates(judged, prompts, iteration, backbone.budget.pairs), self._metrics(judged)
 
-    def _updates(self, judged: list[JudgedStep], prompts: list[str], iteration: int) -> list[list[StepBatch]]:
-        """Indexing copies, so the batches are ordinary tensors, whatever `inference` made."""
+    def _updates(
+        self, judged: list[JudgedStep], prompts: list[str], iteration: int, most: int
+    ) -> list[list[StepBatch]]:
+        """In parts of at most `most` pairs.
+
+        Indexing copies, so the batches are ordinary tensors, whatever `inference` made.
+        """
         rows = step_pairs.Rows.of([j.pair for j in judged])
         valid = torch.cat([j.valid for j in judged]).nonzero().flatten().cpu()
         order = torch.randperm(len(valid), generator=generator(self.seed, f"pairs {iteration}"))
         chosen, weight = valid[order], 1.0
         if len(chosen) == 0:
             chosen, weight = torch.zeros(1, dtype=torch.int64), 0.0
-        size = -(-self.config.batch_size // self.config.gradient_accumulation)
         updates = []
         for update in chosen.split(self.config.batch_size):
             mine, share = distributed.shard(update), weight
             if len(mine) == 0:
                 mine, share = update[:1], 0.0  # a process without pairs still takes part in the update
-            updates.append([batch_of(rows, part, share, prompts) for part in mine.split(size)])
+            updates.append([batch_of(rows, part, share, prompts) for part in mine.split(most)])
         return updates
 
     def _metrics(self, judged: list[JudgedStep]) -> dict[str, float]:

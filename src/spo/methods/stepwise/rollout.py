@@ -4,7 +4,7 @@ Section 4.1 of SPO (arXiv 2406.04314).
 
 Departures from the paper (P) or the official code (C):
 1. C encodes the preference model's text at every step; here once a prompt.
-2. C decodes and scores in one batch; here at most CHUNK samples at once. Same numbers.
+2. C decodes and scores in one batch; here in calls of the device's budget. Same numbers.
 3. The threshold may change over the diverted steps (`threshold_end`); C keeps it constant.
 4. With inner steps the branches part after the first: then winner and loser have an x_t each, as in C.
 5. A step without variance (the last one where set_alpha_to_one) has no density and gives no pair.
@@ -12,7 +12,7 @@ Departures from the paper (P) or the official code (C):
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -27,8 +27,6 @@ from spo.diffusion.schedule import Schedule
 from spo.methods.stepwise import pairs as step_pairs
 from spo.training import distributed
 from spo.types import Backbone, Conditioning, RewardModel, StepPair
-
-CHUNK = 64  # samples a UNet, decoder or reward model call; guidance doubles the UNet's
 
 
 @dataclass(frozen=True)
@@ -74,10 +72,8 @@ class _Prompts:
         return _Prompts(self.denoiser.repeat(k), self.text.repeat(k), self.prompts * k, self.check)
 
     def predict(self, x_t: Tensor, timesteps: Tensor) -> Tensor:
-        """The UNet's output [B,C,h,w] at x_t, CHUNK samples at a time."""
-        outputs = torch.cat(
-            [self.denoiser.select(part)(x_t[part], timesteps[part]) for part in _chunks(len(x_t))]
-        )
+        """The UNet's output [B,C,h,w] at x_t."""
+        outputs = self.denoiser(x_t, timesteps)
         self.check.note(finite.UNET, outputs, self.prompts, timesteps)
         return outputs
 
@@ -218,13 +214,10 @@ class Rollout:
         every, check = _AllCandidates(backbone, self.schedule, i, flat, prompts), prompts.check
         check.note(finite.LATENTS, flat, prompts.prompts, every.step_timesteps)
         parts = []
-        for rows in _chunks(len(flat)):
+        size = backbone.budget.samples
+        for rows in (slice(start, start + size) for start in range(0, len(flat), size)):
             parts.append(self.reward_model.score(_Candidates(every, rows), prompts.text.select(rows)))
         scores = torch.cat(parts)
         check.note(finite.SCORE, scores, prompts.prompts, every.timesteps)
         outputs = None if every.outputs is None else every.outputs.view_as(candidates)
         return scores.view(candidates.shape[:2]), outputs
-
-
-def _chunks(n: int) -> Sequence[slice]:
-    return [slice(start, start + CHUNK) for start in range(0, n, CHUNK)]

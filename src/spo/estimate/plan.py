@@ -1,4 +1,4 @@
-"""What a stage will run, counted from its parameters: samples through each model, and samples of a call."""
+"""What a stage will run, counted from its parameters: samples through each model."""
 
 from __future__ import annotations
 
@@ -22,7 +22,6 @@ class Plan:
     text: str
     most: Work
     least: Work
-    calls: Mapping[str, int]  # samples of the largest call, by the names of Work
 
 
 def plan(params: Params, stage: str, variant: str | None, scheduler_config: Mapping[str, Any]) -> Plan:
@@ -43,40 +42,21 @@ def _generate(params: Params, variant: str) -> Plan:
     settings, guidance = params.generate, getattr(params.generate, variant).guidance
     count = params.prompts.n_test if settings.split == "test" else params.prompts.n_validation
     count *= settings.images_per_prompt
-    work, batch = (
-        images(count, settings.num_inference_steps, guidance),
-        min(count, settings.batch_size),
-    )
-    calls = {"unet": batch * (1 + is_guided(guidance)), "decoded": batch}
+    work = images(count, settings.num_inference_steps, guidance)
     text = f"{count} images of {settings.num_inference_steps} steps, guidance {guidance:g}"
-    return Plan(text, work, work, calls)
+    return Plan(text, work, work)
 
 
 def _align(params: Params, method: str, scheduler_config: Mapping[str, Any]) -> Plan:
     from spo.methods import method_spec
-    from spo.methods.stepwise.rollout import CHUNK
 
-    section = getattr(params.align, method)
     cost = method_spec(method).cost(params, scheduler_config)
-    looks = _looks(params, method)
-    vfe = is_guided(params.latent_preference.feature_guidance)
-    doubled = 1 + is_guided(getattr(section, "guidance", 1.0))
-    part = -(-getattr(section, "batch_size", 1) // getattr(section, "gradient_accumulation", 1))
-    calls = {"unet": part * (doubled if cost.rollouts.unet else 2)}
-    calls["unet_trained"] = calls["unet"]
-    if cost.rollouts.unet:
-        chunk = min(CHUNK, section.candidates * section.prompts_per_iteration)
-        calls["unet"] = max(calls["unet"], chunk * doubled)
-        calls |= {"decoded": chunk, "judged": chunk, "down": chunk * (1 + vfe)}
-    if looks.decoded:
-        batch = min(section.validation.prompts * section.validation.images, params.generate.batch_size)
-        calls["unet"] = max(calls["unet"], 2 * batch)
-        calls["decoded"] = max(calls.get("decoded", 0), batch)
-    most = cost.rollouts + cost.updates + looks
-    return Plan(cost.text, most, cost.rollouts + looks if cost.rollouts.unet else most, calls)
+    validation = _validation_images(params, method)
+    most = cost.rollouts + cost.updates + validation
+    return Plan(cost.text, most, cost.rollouts + validation if cost.rollouts.unet else most)
 
 
-def _looks(params: Params, method: str) -> Work:
+def _validation_images(params: Params, method: str) -> Work:
     """The images of the validations: before training, every so many iterations, and after the last."""
     section = getattr(params.align, method)
     validation = getattr(section, "validation", None)
@@ -89,26 +69,19 @@ def _looks(params: Params, method: str) -> Work:
 
 
 def _preference(params: Params, variant: str | None) -> Plan:
-    from spo.preference import compute, trainer
+    from spo.preference import compute
 
     settings: Any = params.latent_preference if variant == "latent" else params.preference
-    doubled = 1 + is_guided(settings.guidance)
-    part = -(-settings.batch_size // settings.gradient_accumulation)
-    evaluated = 2 * trainer.EVALUATION_BATCH
     work, text = compute.work(settings), f"{settings.steps} updates of {settings.batch_size} pairs"
-    local, pairs = _local(settings, variant == "latent"), _validation_pairs()
+    pairs = _validation_pairs()
     seen = 2 * pairs * len(settings.eval_timesteps)
     text += f", {pairs} validation pairs at {len(settings.eval_timesteps)} timesteps" if pairs else ""
+    work += _local(settings, variant == "latent")
     if variant == "latent":
-        vfe = 1 + is_guided(settings.feature_guidance)
-        work += local + Work(down=seen * vfe)
-        calls = {"down": evaluated * vfe, "down_trained": 2 * part * vfe}
-        calls |= {"unet": 32 * doubled, "decoded": 32} if local.unet else {}
+        work += Work(down=seen * (1 + is_guided(settings.feature_guidance)))
     else:
-        work += local + Work(unet=seen * doubled, decoded=seen, judged=seen)
-        most = max(2 * part, evaluated)
-        calls = {"unet": most * doubled, "decoded": most, "judged": evaluated, "judged_trained": 2 * part}
-    return Plan(text, work, work, calls)
+        work += Work(unet=seen * (1 + is_guided(settings.guidance)), decoded=seen, judged=seen)
+    return Plan(text, work, work)
 
 
 def _local(settings: Any, latent: bool) -> Work:

@@ -1,0 +1,84 @@
+"""The models of an experiment on the meta device: built from their config files, without weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from transformers import (
+    BatchEncoding,
+    CLIPConfig,
+    CLIPModel,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+)
+
+from spo import config
+from spo.backbones import sizes
+from spo.backbones.stable_diffusion import StableDiffusion, _text
+from spo.estimate.meta import DEVICE
+from spo.preference.model import StepAwarePreferenceModel
+from spo.types import Budget
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Words:
+    """Stands for any tokenizer: token ids of the right shape."""
+
+    model_max_length = sizes.TEXT_TOKENS
+
+    def __call__(self, prompts: Sequence[str], *, max_length: int, **options: Any) -> BatchEncoding:
+        ids = torch.ones(len(prompts), max_length, dtype=torch.int64)
+        return BatchEncoding({"input_ids": ids, "attention_mask": ids})
+
+
+def backbone(settings: config.Backbone, budget: Budget) -> StableDiffusion:
+    """The base of params.yaml.
+
+    Raises:
+        ValueError: config files that cannot be reached.
+    """
+    dtype, sdxl = DTYPES[settings.dtype], settings.family == "sdxl"
+    unet, vae = sizes.empty_models(settings)
+    upcast = sdxl and dtype == torch.float16 and (settings.vae is None or vae.config.force_upcast)
+    models = {"unet": unet.to(dtype), "vae": vae.to(torch.float32 if upcast else dtype)}
+    kinds: dict[str, Any] = {"text_encoder": CLIPTextModel}
+    if sdxl:
+        kinds["text_encoder_2"] = CLIPTextModelWithProjection
+    for part, kind in kinds.items():
+        models[part] = _text_encoder(settings, part, kind).to(dtype)
+    pipeline: Any = SimpleNamespace(
+        **models,
+        components=models,
+        tokenizer=Words(),
+        tokenizer_2=Words(),
+        vae_scale_factor=2 ** (len(vae.config.block_out_channels) - 1),
+        config=SimpleNamespace(force_zeros_for_empty_prompt=True),
+    )
+    used = sizes.scheduler_config(settings)
+    return StableDiffusion(pipeline, _text(pipeline, sdxl), settings.channels_last, used, budget)
+
+
+def _text_encoder(settings: config.Backbone, part: str, kind: Any) -> Any:
+    how: dict[str, Any] = {"subfolder": part, "revision": settings.revision}
+    load = partial(CLIPTextConfig.from_pretrained, settings.described_by, **how)
+    found = sizes.described(settings, f"{part}/config.json", lambda: load().to_dict())
+    with DEVICE:
+        return kind(CLIPTextConfig.from_dict(found))
+
+
+def preference_model(settings: config.Preference) -> StepAwarePreferenceModel:
+    """The step-aware preference model of params.yaml.
+
+    Raises:
+        OSError, ValueError: its config.json cannot be reached.
+    """
+    found = CLIPConfig.from_pretrained(settings.init, revision=settings.revision)
+    with DEVICE:
+        model = StepAwarePreferenceModel(CLIPModel(found), settings.step_condition)
+    return model.to(DEVICE)
