@@ -162,6 +162,7 @@ def described(name: str, folder: Path) -> config.Params:
             (base / part).mkdir(parents=True, exist_ok=True)
             found = dict(model.config) if part in ("unet", "vae") else model.config.to_dict()
             if part == "vae":
+                found.pop("_use_default_values", None)
                 found["force_upcast"] = False  # as SDXL's fp16-safe one, which the preset names
             text = json.dumps(found, default=str)
             (base / part / "config.json").write_text(text, encoding="utf-8")
