@@ -148,7 +148,7 @@ def train(
         section.optimizer,
         checkpoints=checkpoints,
         checkpoint_every=section.checkpoint_every,
-        on_metrics=lambda metrics, updates: None,
+        on_metrics=lambda metrics, iteration: None,
         scale_loss=params.backbone.dtype == "fp16",
         sampler_ema=method.SPEC.sampler_ema(section),
     )

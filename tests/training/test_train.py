@@ -123,8 +123,8 @@ def test_it_names_update_timestep_and_prompt_and_keeps_the_last_checkpoint(tmp_p
 def test_a_watch_is_called_at_the_start_and_after_each_iteration_and_can_stop() -> None:
     seen = []
 
-    def watch(iteration, metrics, updates) -> None:
-        seen.append((iteration, updates, "loss" in metrics))
+    def watch(iteration, metrics) -> None:
+        seen.append((iteration, metrics.get("updates", 0), "loss" in metrics))
         if iteration == 2:
             raise ValueError("enough")
 

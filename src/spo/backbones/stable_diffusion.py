@@ -152,7 +152,7 @@ class StableDiffusion:
     def save_pipeline(self, folder: Path) -> None:
         """Save the complete pipeline for `from_pretrained`, in the precision in which it was loaded."""
         same = self.unet.dtype == self._dtype  # else a copy: training may continue in fp32
-        self.pipeline.unet = self.unet if same else copy.deepcopy(self.unet).to(self._dtype)
+        self.pipeline.unet = self.unet if same else _on_cpu(self.unet, self._dtype)
         self.pipeline.save_pretrained(folder)
         self.pipeline.unet = self.unet
 
@@ -195,6 +195,16 @@ class StableDiffusion:
 
     def _has_adapter(self) -> bool:
         return bool(getattr(self.unet, "peft_config", None))
+
+
+def _on_cpu(module: Any, dtype: torch.dtype) -> Any:
+    """A copy of a module with its weights in another precision, for which its device needs no memory."""
+    memo: dict[int, Any] = {}
+    for weight in module.parameters():
+        memo[id(weight)] = torch.nn.Parameter(weight.detach().to(dtype).cpu(), requires_grad=False)
+    for value in module.buffers():
+        memo[id(value)] = value.to(dtype if value.is_floating_point() else value.dtype).cpu()
+    return copy.deepcopy(module, memo)
 
 
 def load(settings: config.Backbone, device: torch.device | str) -> StableDiffusion:

@@ -42,12 +42,14 @@ class LatentTraining:
         return self.schedule.timesteps[noise.integers(len(self.schedule.timesteps))], noise.draw()
 
     def scores(
-        self, latents: tuple[Tensor, Tensor], captions: Sequence[str], timesteps: Tensor, noise: Tensor
+        self, latents: tuple[Tensor, Tensor], captions: Sequence[str], timesteps: Tensor, noise: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         x_0 = torch.cat(latents).to(self.backbone.device)
         finite.check_finite(finite.STORED, x_0, [*captions, *captions])
         t = timesteps.repeat(2)
-        x_t = self.schedule.add_noise(x_0, torch.cat([noise[:, 0], noise[:, 1]]), t)
+        x_t = x_0
+        if noise is not None:
+            x_t = self.schedule.add_noise(x_0, torch.cat([noise[:, 0], noise[:, 1]]), t)
         score_0, score_1 = self.model.score(x_t, self.model.encode_text(captions).repeat(2), t).chunk(2)
         return score_0, score_1
 

@@ -51,10 +51,10 @@ class StepAware:
         latents: tuple[Tensor, Tensor],
         captions: Sequence[str],
         timesteps: Tensor,
-        noise: Tensor,
+        noise: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """As `Trained.scores`; without settings.noised, training is on images without noise, at t = 0."""
-        if self.model.training and not self.settings.noised:
+        if noise is None or (self.model.training and not self.settings.noised):
             images, timesteps = clean_pair(self.backbone, latents, captions), torch.zeros_like(timesteps)
             return self._scores(images, captions, timesteps)
         conditioning = self.backbone.encode_prompts(captions)

@@ -16,6 +16,7 @@ from spo.diffusion.noise import shuffled
 from spo.preference.loss import preference_loss
 from spo.training import distributed, loop
 from spo.training.checkpoint import CheckpointStore
+from spo.training.clock import Clock
 from spo.types import Backbone, Batch, LatentPairs, Mean, RewardModel
 
 EVALUATION_BATCH = 64  # pairs
@@ -46,9 +47,11 @@ class Trained(Protocol):
         ...
 
     def scores(
-        self, latents: tuple[Tensor, Tensor], captions: Sequence[str], timesteps: Tensor, noise: Tensor
+        self, latents: tuple[Tensor, Tensor], captions: Sequence[str], timesteps: Tensor, noise: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """Scores [P] of both images of P pairs, noised to `timesteps` int64 [P] by the noise of `draw`.
+
+        Without noise the images are as they are, and `timesteps` 0.
 
         Raises:
             ValueError: something on the way is not finite.
@@ -75,6 +78,8 @@ def train(
     seed: int,
     checkpoint: CheckpointStore | None = None,
     on_metrics: Callable[[Mapping[str, float], int], None] = lambda metrics, step: None,
+    on_resume: Callable[[int], None] = lambda iteration: None,
+    clock: Clock | None = None,
     scale_loss: bool = False,
 ) -> dict[str, Any]:
     """Train `trained.model` in place for settings.steps updates; returns as `training.loop.fit`.
@@ -94,6 +99,8 @@ def train(
         checkpoints=checkpoint,
         checkpoint_every=settings.checkpoint_every,
         on_metrics=on_metrics,
+        on_resume=on_resume,
+        clock=clock,
         ema=settings.ema,
         scale_loss=scale_loss,
     )
@@ -155,7 +162,8 @@ def evaluate(
 ) -> dict[int, dict[str, float]]:
     """Share of clear labels (no ties) that the model agrees with, at each timestep: {t: {accuracy, n}}.
 
-    The noise belongs to the pair and the timestep, so models are compared on the same images.
+    The noise belongs to the pair, the same at every timestep, so models are compared on the same images; at
+    t = 0 there is none.
 
     Raises:
         ValueError: an image or a score is not finite.
@@ -173,7 +181,7 @@ def evaluate(
                 captions = [pairs.captions[i] for i in indices.tolist()]
                 _, noise = trained.draw([f"evaluation {i}" for i in indices.tolist()], seed)
                 at = torch.full((len(indices),), t, device=device)
-                scores = trained.scores(pairs.read(indices), captions, at, noise)
+                scores = trained.scores(pairs.read(indices), captions, at, noise if t else None)
                 _check_scores(torch.stack(scores), t, captions)
                 first_wins = pairs.label_0[indices].to(device) > 0.5
                 right += ((scores[0] > scores[1]) == first_wins).sum()

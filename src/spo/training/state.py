@@ -12,6 +12,7 @@ from spo import config
 from spo.runtime.exit_codes import TransientError
 from spo.training import distributed
 from spo.training.checkpoint import CheckpointStore
+from spo.training.clock import Clock
 from spo.training.optimizer import adamw
 
 LEAST_SCALE = 2.0**-10  # of the loss in fp16; gradients that overflow below it are infinite
@@ -27,6 +28,7 @@ class TrainingState:
         ema: float,
         scale_loss: bool,
         sampler_ema: float = 0.0,
+        clock: Clock | None = None,
     ) -> None:
         """
         Args:
@@ -34,6 +36,7 @@ class TrainingState:
             sampler_ema: decay in [0,1) of an average that the weights are within `sampling` instead; 0: none.
             scale_loss: for fp16, whose gradients would underflow: the loss is scaled up, the gradients down
                 again; an update whose gradients overflow is skipped and the scale halved.
+            clock: of the stage; None: one that starts now.
         """
         assert not (ema and sampler_ema), "one average at most"
         self.parameters, self.settings = parameters, settings
@@ -42,6 +45,7 @@ class TrainingState:
         self.scaler = torch.amp.GradScaler(parameters[0].device.type, enabled=scale_loss)
         self.average = [p.detach().clone() for p in parameters] if ema or sampler_ema else []
         self.updates = self.pairs = self.skipped = 0
+        self.clock = clock or Clock()
 
     @property
     def learning_rate(self) -> float:
@@ -121,6 +125,7 @@ class TrainingState:
             "average": self.average,
             "updates": self.updates,
             "pairs": self.pairs,
+            "clock": self.clock.state(),
         }
         if self.scaler.is_enabled():
             state |= {"scaler": self.scaler.state_dict(), "skipped": self.skipped}
@@ -141,6 +146,7 @@ class TrainingState:
             average.copy_(value)
         self.optimizer.load_state_dict(state["optimizer"])
         self.updates, self.pairs = state["updates"], state["pairs"]
+        self.clock.resume(state["clock"])
         if self.scaler.is_enabled():
             self.scaler.load_state_dict(state["scaler"])
             self.skipped = state["skipped"]
@@ -155,7 +161,7 @@ def _newest(store: CheckpointStore) -> tuple[int, dict[str, Any] | None]:
     """
     main = distributed.is_main_process()
     iteration, state = (main and store.latest()) or (0, None)
-    iteration = distributed.broadcast_int(iteration)
+    iteration = distributed.broadcast(iteration)
     if iteration and not main:
         state = store.read(iteration)
     if distributed.any_rank(bool(iteration) and state is None):
