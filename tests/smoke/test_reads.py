@@ -24,8 +24,6 @@ FREE_KEYS = {
     "generate": {"generate.batch_size": "noise belongs to the picture (tests/backbones/test_drawing.py)"},
     "score": {"score.batch_size": "each picture has its own score (tests/backbones/test_drawing.py)"},
     "align": {
-        "generate": "the sampler of validation images, which change no weight",
-        "score": "the scorers of validation images",
         "name": "the model card says what a model was trained from when it was trained",
         "prompts.train": "as `name`: the stage reads outputs/prompts",
         "pairs.source": "as `name`: the stage reads outputs/pairs",
@@ -47,9 +45,6 @@ FREE_MODULES = {
     },
     "align": {
         "src/spo/evaluation/plots.py": "draws the validation images in a row",
-        "src/spo/evaluation/scoring.py": "the scorers of validation images",
-        "src/spo/rewards": "the same",
-        "src/spo/scenes": "the same",
     },
 }
 # files that no result depends on, and those that stand for others
