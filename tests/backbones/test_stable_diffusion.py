@@ -308,3 +308,22 @@ def test_a_full_fine_tune_in_half_precision_has_fp32_weights(load, family, tmp_p
     backbone.save_pipeline(tmp_path)
     again = backbones.load(config.Backbone(family=family, checkpoint=str(tmp_path), dtype="bf16"), "cpu")
     assert again.unet.dtype == torch.bfloat16 and torch.equal(predict(again), base)
+
+
+def test_saving_a_full_fine_tune_copies_no_weights_on_its_device(load, family, tmp_path, monkeypatch) -> None:
+    """What is copied is cast on the way, to the CPU; the weights in training stay what they were."""
+    backbone = load(family, dtype="bf16")
+    backbone.train_fully()
+    before = {name: id(value) for name, value in backbone.unet.named_parameters()}
+    copied = []
+    clone = torch.nn.Parameter.__deepcopy__
+    monkeypatch.setattr(
+        torch.nn.Parameter, "__deepcopy__", lambda self, memo: copied.append(self) or clone(self, memo)
+    )
+    backbone.save_pipeline(tmp_path)
+    assert copied == []
+    assert {name: id(value) for name, value in backbone.unet.named_parameters()} == before
+    assert backbone.pipeline.unet is backbone.unet and backbone.unet.dtype == torch.float32
+    saved = load_file(tmp_path / "unet/diffusion_pytorch_model.safetensors")
+    for name, value in backbone.unet.state_dict().items():
+        assert torch.equal(saved[name], value.to(torch.bfloat16)), name

@@ -5,8 +5,9 @@ import pytest
 import torch
 
 from spo import config
+from spo.preference import step_aware
 from spo.preference import trainer as spm
-from spo.preference.model import StepAwarePreferenceModel
+from spo.preference.model import StepAwarePreferenceModel, token_ids
 from spo.preference.step_aware import StepAware
 from spo.training.checkpoint import CheckpointStore
 
@@ -158,3 +159,23 @@ def test_heads_alone_leave_the_towers_as_they_are(clip, setup, pairs) -> None:
     assert any("adaLN" in n for n in moved)
     towers = ("self_attn", ".mlp.fc", "embeddings", "layer_norm1", "pre_layrnorm")
     assert not [n for n in moved if any(part in n for part in towers)]
+
+
+def test_at_t_0_the_accuracy_is_on_clean_images(clip, setup, pairs, monkeypatch) -> None:
+    """Elsewhere the images are noised; also for a model that was trained on clean images only."""
+    noised = []
+    original = step_aware.noised_pair
+    monkeypatch.setattr(
+        step_aware, "noised_pair", lambda *a: noised.append(a[3].unique().tolist()) or original(*a)
+    )
+    model = StepAwarePreferenceModel(clip).eval()
+    spm.evaluate(setup(model), pairs, [0, 200], seed=0)
+    assert noised and all(t == [200] for t in noised)
+    indices, captions = torch.arange(4), pairs.captions[:4]
+    zeros = torch.zeros(4, dtype=torch.int64)
+    with torch.no_grad():
+        given = setup(model).scores(pairs.read(indices), captions, zeros, None)
+        images = torch.cat(pairs.read(indices))
+        text = model.encode_text(token_ids(setup(model).tokenizer, captions, model))
+        expected = model.score_features(images, text.repeat(2, 1), zeros.repeat(2))
+    assert torch.equal(torch.cat(given), expected)

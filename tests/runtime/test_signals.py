@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -148,3 +149,14 @@ def test_a_ctrl_c_while_spo_is_imported_is_one_line() -> None:
     """A Ctrl-C in the first 0.2 s had been answered by a traceback."""
     done = subprocess.run([sys.executable, "-c", EARLY], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr, done.stdout) == (130, "spo: stopped\n", "")
+
+
+def test_outside_the_main_thread_no_handler_is_set() -> None:
+    def work() -> tuple[int, list[int]]:
+        with signals.stop_on_signal() as stopped, signals.exit_on_sigterm(), signals.stops_passed_on():
+            assert signal.getsignal(signal.SIGTERM) == before
+        return signals.run_in_foreground([sys.executable, "-c", "import sys; sys.exit(3)"]), stopped
+
+    before = signal.getsignal(signal.SIGTERM)
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(work).result() == (3, [])

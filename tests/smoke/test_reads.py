@@ -20,9 +20,11 @@ pytestmark = [pytest.mark.smoke, pytest.mark.timeout(1500)]  # the first test wa
 
 # keys that no stage's result depends on: {stage, or "" for every: {key: why}}
 FREE_KEYS = {
-    "": {"processes": "shares the work; the sum is the same (tests/backbones/test_processes.py)"},
-    "generate": {"generate.batch_size": "noise belongs to the picture (tests/backbones/test_drawing.py)"},
-    "score": {"score.batch_size": "each picture has its own score (tests/backbones/test_drawing.py)"},
+    "": {
+        "processes": "shares the work; the sum is the same (tests/backbones/test_processes.py)",
+        "generate.batch_size": "noise belongs to the picture (tests/backbones/test_drawing.py)",
+        "score.batch_size": "each picture has its own score (tests/backbones/test_drawing.py)",
+    },
     "align": {
         "name": "the model card says what a model was trained from when it was trained",
         "prompts.train": "as `name`: the stage reads outputs/prompts",
@@ -127,6 +129,19 @@ def test_the_record_sees_through_variables(clone: Path) -> None:
 def test_every_key_that_a_stage_reads_is_declared(clone: Path, declared: Declared) -> None:
     found = {n: undeclared_keys(r, declared.keys[n], n) for n, r in reads(clone).items()}
     assert {name: keys for name, keys in found.items() if keys} == {}
+
+
+def test_what_chooses_the_weights_is_not_exempt(clone: Path) -> None:
+    """Scores of validation images do (`validation.select`): their sampler and scorers must be declared."""
+    for method in ("spo", "diffusion_dpo", "lpo"):
+        read = reads(clone)[f"align@{method}"]
+        undeclared = undeclared_keys(read, set(), f"align@{method}")
+        assert {"generate.eta", "generate.num_inference_steps", f"generate.{method}.guidance"} <= {
+            *undeclared
+        }
+        assert any(key.startswith("score.hps") for key in undeclared)
+        code = undeclared_code(clone, read, set(), f"align@{method}")
+        assert {"src/spo/evaluation/scoring.py", "src/spo/rewards/hps.py"} <= {*code}
 
 
 def test_every_section_that_a_stage_declares_is_read(clone: Path, declared: Declared) -> None:

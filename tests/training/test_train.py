@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import os
 import signal
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -142,3 +143,36 @@ def test_nothing_to_train_is_one_line() -> None:
     model.trainable_parameters = lambda: []
     with pytest.raises(ValueError, match="align.squares: nothing to train"):
         run(model, Squares(1))
+
+
+def test_a_model_that_was_kept_has_the_state_after_it_saved_at_once(tmp_path) -> None:
+    store, resumed = CheckpointStore(tmp_path, keep=None), []
+    objective = Alignment("align.squares", Numbers(), Squares(5))
+    options = {"checkpoints": store, "checkpoint_every": 4, "on_metrics": lambda metrics, iteration: None}
+    options |= {"on_resume": resumed.append}
+    loop.fit(objective, settings(), watch=lambda iteration, metrics: iteration == 3, **options)
+    assert [int(p.stem) for p in sorted(tmp_path.iterdir())] == [3, 4, 5]
+    loop.fit(Alignment("align.squares", Numbers(), Squares(6)), settings(), **options)
+    assert resumed == [0, 5]
+
+
+def test_metrics_come_by_iteration_with_the_number_of_updates() -> None:
+    """The second of three iterations has no pair."""
+
+    class Gap(Squares):
+        def collect(self, backbone, iteration):
+            self.weight = float(iteration != 1)
+            return super().collect(backbone, iteration)
+
+    seen = []
+    run(Numbers(), Gap(3), on_metrics=lambda metrics, iteration: seen.append((iteration, metrics)))
+    assert [(i, m["updates"], "loss" in m) for i, m in seen] == [(1, 1, True), (2, 1, False), (3, 2, True)]
+
+
+def test_outside_the_main_thread_training_is_the_same() -> None:
+    """Where no signal comes: a task of Prefect, a callback of Gradio."""
+    main, other = Numbers(), Numbers()
+    run(main, Squares(3))
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(run, other, Squares(3)).result()["updates"] == 3
+    assert torch.equal(main.values, other.values)

@@ -198,7 +198,7 @@ def _efficiency(run: RunResults) -> str | None:
 def times(run: RunResults) -> Table:
     """The table of training times and counts, from the metrics files that exist."""
     stages = {**run.preference, **{f"align_{k}": v for k, v in run.alignment.items()}}
-    known = ("seconds", "training_seconds", "updates", "pairs", "iterations", "n_train")
+    known = ("seconds", "training_seconds", "updates", "skipped_updates", "pairs", "iterations", "n_train")
     columns = [c for c in known if any(c in v for v in stages.values())]
     rows = [[k, *(number(v[c]) if c in v else "–" for c in columns)] for k, v in stages.items()]
     return Table("", ["stage", *map(name, columns)], rows)
