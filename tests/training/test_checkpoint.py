@@ -45,7 +45,7 @@ def test_a_kill_while_writing_leaves_the_older_one(tmp_path, monkeypatch) -> Non
 
 
 def test_a_state_comes_back_on_the_cpu_whatever_device_it_was_on(tmp_path, monkeypatch) -> None:
-    """Tensors of the meta device stand for those of a GPU, which another process may not have."""
+    """That of GPU 0 would come to GPU 0 in every process."""
     asked, load = [], torch.load
     monkeypatch.setattr(torch, "load", lambda f, **options: asked.append(options) or load(f, **options))
     store = CheckpointStore(tmp_path)
