@@ -16,7 +16,6 @@ import torch
 from spo.runtime.files import atomic
 
 DIGEST = 32  # bytes of a SHA-256
-CHUNK = 2**20  # bytes that are hashed at a time
 
 
 class CheckpointStore:
@@ -126,12 +125,9 @@ def _write(file: IO[bytes], step: int, state: dict[str, Any]) -> None:
 
 def _read(path: Path) -> dict[str, Any] | None:
     """Read the state of a file; None if it is torn, altered or under another number."""
-    found = _hash(int(path.stem))
     with path.open("rb") as file:
         digest = file.read(DIGEST)
-        while part := file.read(CHUNK):
-            found.update(part)
-        if found.digest() != digest:
+        if hashlib.file_digest(file, lambda: _hash(int(path.stem))).digest() != digest:
             return None
         file.seek(DIGEST)
         state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
