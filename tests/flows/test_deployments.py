@@ -58,6 +58,17 @@ def project(tmp_path: Path, environment: dict[str, str]) -> Path:
     return folder
 
 
+STAND_IN = """
+
+def measure(params, prompts, seed):  # as if the champion had dropped
+    return [{"metric": metric, "mean_difference": -1.0} for metric in params.registry.improves], "scenes-3"
+
+
+def untrainable(params, prompts):  # data/ is not here: test_monitor.py asks it
+    return None
+"""
+
+
 def run(command: str, folder: Path, environment: dict[str, str]) -> str:
     done = subprocess.run(
         command, shell=True, cwd=folder, env=environment, capture_output=True, text=True, timeout=300
@@ -98,6 +109,28 @@ def test_a_champion_that_dropped_starts_a_training_on_the_prompts_where_it_did(
     assert (project / "train.txt").read_text() == "new/prompts.txt"
     changed = yaml.safe_load((project / "params.yaml").read_text())
     assert changed["prompts"]["train"] == "new/prompts.txt", "the override stays, as one of `nightly` does"
+
+
+def test_the_chain_of_weekly_and_retrain_succeeds_as_shipped(
+    environment: dict[str, str], project: Path
+) -> None:
+    variables = {**environment, "SPO_ROOT": str(project)}
+    with (project / "flows/monitor.py").open("a") as file:
+        file.write(STAND_IN)
+    deploy("weekly --name retrain", project, variables)
+    shipped = yaml.safe_load((ROOT / "flows/prefect.yaml").read_text())["deployments"]
+    (weekly,) = [d["parameters"] for d in shipped if d["name"] == "weekly"]
+    trained = {"prompts.train": weekly["prompts"]}
+
+    def retrained() -> list[dict[str, Any]]:
+        return [r for r in finished(environment, "retrain") if r["parameters"].get("overrides") == trained]
+
+    with started(["prefect", "worker", "start", "--pool", "spo"], project, variables):
+        run("prefect deployment run spo-monitor/weekly", project, variables)
+        (done,) = wait_for("the training", 400, retrained)
+    assert done["state"] == "COMPLETED", (project / "log.txt").read_text()[-3000:]
+    assert [run["state"] for run in finished(environment, "weekly")] == ["FAILED"], "it says so"
+    assert (project / "train.txt").read_text() == weekly["prompts"]
 
 
 def test_a_worker_elsewhere_takes_the_code_from_git_and_leaves_the_results_in_the_remote(
