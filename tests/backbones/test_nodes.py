@@ -41,7 +41,7 @@ ITERATIONS = 8
 
 
 @pytest.mark.smoke
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("experiment", ["sd"], indirect=True)
 def test_a_lost_node_ends_all_and_two_nodes_give_what_one_process_gives(
     experiment, tmp_path, monkeypatch
