@@ -109,7 +109,10 @@ def linked(folder: Path) -> Path:
 
 
 def traces() -> dict[str, tuple[int, int]]:
-    """Return time and size of each file in the repository and in the watched folders of the home."""
+    """Return time and size of each file in the repository and in the watched folders of the home.
+
+    Not of code and pages, which somebody may edit meanwhile.
+    """
     return {
         str(path): (found.st_mtime_ns, found.st_size)
         for folder in (ROOT, *WATCHED)
@@ -121,7 +124,7 @@ def traces() -> dict[str, tuple[int, int]]:
 def _files(folder: Path) -> Iterator[Path]:
     for parent, folders, files in os.walk(folder):
         folders[:] = [name for name in folders if name not in TOOLS and not name.endswith(".egg-info")]
-        yield from (Path(parent, name) for name in files)
+        yield from (Path(parent, name) for name in files if not name.endswith((".py", ".md")))
 
 
 def left(before: dict[str, tuple[int, int]]) -> list[str]:
