@@ -7,11 +7,14 @@ import sys
 from pathlib import Path
 
 TESTS = Path(__file__).parents[1]
-INSIDE = """
+INSIDE = '''
 import os, subprocess, sys
 from pathlib import Path
 
-SHOW = "import os, signal as s; print(*[s.getsignal(n).name for n in (1, 15, 17)], os.umask(0), os.environ['HOME'])"
+SHOW = """
+import os, signal
+print(*[signal.getsignal(number).name for number in (1, 15, 17)], os.umask(0), os.environ["HOME"])
+"""
 
 
 def test_commands_get_default_signals_and_a_home_of_their_own():
@@ -30,7 +33,7 @@ def test_a_stage_without_a_folder_reads_the_repository_and_writes_elsewhere():
 def test_careless():
     Path(__file__).parents[1].joinpath("mlruns").mkdir()
     Path(__file__).parents[1].joinpath("mlruns/careless.txt").write_text("a run")
-"""
+'''
 
 
 def as_in_a_background_job() -> None:
