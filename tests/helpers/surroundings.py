@@ -6,6 +6,7 @@ and commands that tests start inherit them.
 
 from __future__ import annotations
 
+import locale
 import os
 import shutil
 import signal
@@ -24,32 +25,13 @@ WATCHED = (
         for name in ("huggingface", "torch", "dvc", "matplotlib", "prefect", "mlflow", "clip", "spo")
     ),
 )
-TOOLS = {
-    ".git",
-    ".venv",
-    "__pycache__",
-    ".pytest_cache",
-    ".ruff_cache",
-    ".mypy_cache",
-    ".import_linter_cache",
-}
+TOOLS = ".git .venv __pycache__ .pytest_cache .ruff_cache .mypy_cache .import_linter_cache".split()
 MARK = "SPO_TESTS_HOME"  # set for the processes of a parallel run: the first one made it
-FOREIGN = (
-    "MLFLOW_",
-    "PREFECT_",
-    "DVC_",
-    "HF_",
-    "GIT_",
-    "XDG_",
-    "SLURM_",
-    "TORCHELASTIC_",
-    "SPO_PARENT",
-    "LC_",
-)
+FOREIGN = tuple("MLFLOW_ PREFECT_ DVC_ HF_ GIT_ XDG_ SLURM_ TORCHELASTIC_ SPO_PARENT LC_".split())
 SINGLE = """
 RANK LOCAL_RANK WORLD_SIZE MASTER_ADDR MASTER_PORT TORCH_HOME MPLCONFIGDIR LANGUAGE
 COLUMNS LINES NO_COLOR FORCE_COLOR CLICOLOR_FORCE
-PYTHONDONTWRITEBYTECODE PYTHONUNBUFFERED PYTHONOPTIMIZE PYTHONWARNINGS PYTHONIOENCODING
+PYTHONDONTWRITEBYTECODE PYTHONUNBUFFERED PYTHONOPTIMIZE PYTHONWARNINGS PYTHONIOENCODING PYTHONUTF8
 http_proxy https_proxy all_proxy HTTP_PROXY HTTPS_PROXY ALL_PROXY
 """.split()
 STATE = ("mlflow.db", "mlruns", "mlartifacts", "outputs", ".spo", ".venv")
@@ -59,6 +41,7 @@ def neutral() -> None:
     """Make signals, variables, permissions and home those of a fresh account, here and in all children."""
     _default_signals()
     os.umask(0o022)
+    locale.setlocale(locale.LC_ALL, "C.UTF-8")
     for name in [n for n in os.environ if n.startswith(FOREIGN) or n in SINGLE]:
         del os.environ[name]
     if "PYTEST_XDIST_WORKER" not in os.environ:
