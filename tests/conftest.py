@@ -88,5 +88,8 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    for path in config.stash.get(LEFT, ()):
+    left = config.stash.get(LEFT, [])
+    for path in left[:20]:
         terminalreporter.line(f"written outside temporary folders: {path}", red=True)
+    if left[20:]:
+        terminalreporter.line(f"and {len(left) - 20} more", red=True)
