@@ -267,7 +267,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         changes.merged(parameters["overrides"])  # before a server starts
         if options.serve:
-            pipeline.serve(name="spo", cron=options.cron, parameters=parameters)
+            serving.serve(pipeline, "spo", options.cron, parameters)
         else:
             with exit_on_sigterm():  # which ends Prefect's temporary server too
                 pipeline(**parameters)

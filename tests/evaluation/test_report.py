@@ -183,7 +183,7 @@ def test_a_browser_runs_nothing_of_a_prompt(
             [browser, *options, "--virtual-time-budget=5000", "--dump-dom", f"file://{tmp_path}/{name}.html"],
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=600,
         )
         seen[name] = done.stdout
     assert "<title>stolen</title>" in seen["unescaped"], "the browser would have run it"

@@ -156,7 +156,7 @@ def test_cancelling_ends_the_whole_group(
     """A stage's child that ignores SIGTERM is gone too."""
     monkeypatch.setattr(subprocesses, "FLOW_KILL", 0.5)
     pids: list[int] = []
-    script = "trap '' TERM; sleep 300 & echo $$ $!; wait; wait"
+    script = "trap '' TERM; sleep 900 & echo $$ $!; wait; wait"
     previous = signal.signal(signal.SIGUSR1, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
 
     def log(line: str) -> None:
@@ -169,9 +169,9 @@ def test_cancelling_ends_the_whole_group(
             subprocesses.execute(["sh", "-c", script], {}, log)
     finally:
         signal.signal(signal.SIGUSR1, previous)
-    assert len(pids) == 2 and time.monotonic() - started < 60
+    assert len(pids) == 2 and time.monotonic() - started < 300, "of 900 s"
     while any(alive(pid) for pid in pids):
-        assert time.monotonic() - started < 120, "the stage lives on"
+        assert time.monotonic() - started < 600, "the stage lives on"
         time.sleep(0.1)
 
 
@@ -219,7 +219,7 @@ def test_the_flow_by_a_prefect_server(
         "END\n"
         "cp one.txt two.txt\n"
     )
-    with prefect_test_harness(server_startup_timeout=120):
+    with prefect_test_harness(server_startup_timeout=600):
         done = pipeline.pipeline({"seed": 5})
         with get_client(sync_client=True) as client:
             tasks = {run.name.rsplit("-", 1)[0]: run for run in client.read_task_runs()}

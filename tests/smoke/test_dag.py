@@ -11,7 +11,7 @@ import pytest
 import yaml
 from clones import ROOT, must, run
 
-pytestmark = [pytest.mark.smoke, pytest.mark.timeout(1500)]  # the first test waits for the DAG
+pytestmark = [pytest.mark.smoke, pytest.mark.timeout(3600)]  # the first test waits for the DAG
 
 
 def test_every_variant_is_compared_on_every_metric(clone: Path) -> None:

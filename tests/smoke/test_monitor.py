@@ -42,7 +42,7 @@ def test_a_drop_is_an_event_and_a_failed_run(copy: Path, tmp_path: Path) -> None
         bounds = ("pickscore=-1e6", "pickscore=1e6")
         done = clones.run(copy, sys.executable, "-c", TWICE, *bounds, variables=prefect)
         assert done.stdout.splitlines()[-1] == "[0, 1]" and "below 1e+06" in done.stderr, done.stderr
-        (event,) = wait_for("the event", 120, events)
+        (event,) = wait_for("the event", 600, events)
         states = [run["state_type"] for run in ask(variables, "flow_runs/filter", sort="START_TIME_ASC")]
     assert states == ["COMPLETED", "FAILED"]
     assert event["resource"]["prefect.resource.id"] == "spo.model.smoke"

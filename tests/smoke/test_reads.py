@@ -16,7 +16,7 @@ import pytest
 import yaml
 from dvc.repo import Repo
 
-pytestmark = [pytest.mark.smoke, pytest.mark.timeout(1500)]  # the first test waits for the DAG
+pytestmark = [pytest.mark.smoke, pytest.mark.timeout(3600)]  # the first test waits for the DAG
 
 # keys that no stage's result depends on: {stage, or "" for every: {key: why}}
 FREE_KEYS = {
