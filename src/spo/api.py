@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spo import config
-from spo.config import Params
+from spo.config import Params, yaml_text
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -31,10 +31,8 @@ def load_params(source: str | Path = "params.yaml", changes: Mapping[str, Any] |
     Raises:
         ConfigError: a mistake in the file or in `changes`, as one line.
     """
-    import yaml
-
     if str(source) in config.preset_names():
-        params = config.validate(yaml.safe_load(config.preset(str(source))), source=str(source))
+        params = config.validate(yaml_text.parse(config.preset(str(source)), str(source)), source=str(source))
     else:
         params = config.load(source)
     raw = params.model_dump(mode="json")

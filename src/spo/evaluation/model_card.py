@@ -10,9 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from spo.config import Params
+from spo.config import Params, yaml_text
 from spo.methods import method_spec
 from spo.runtime.messages import redact
 
@@ -51,10 +49,10 @@ def _text(params: Params, method: str, trained: Mapping[str, Any]) -> str:
         if section.lora is not None
         else 'pipe = DiffusionPipeline.from_pretrained("this folder")'
     )
-    recipe = yaml.safe_dump(section.model_dump(mode="json", exclude_none=True), sort_keys=False)
+    recipe = yaml_text.dump(section.model_dump(mode="json", exclude_none=True))
     counts = "\n".join(f"- {k.replace('_', ' ')}: {v}" for k, v in trained.items() if k not in TIMES)
     return f"""---
-{yaml.safe_dump(head, sort_keys=False).strip()}
+{yaml_text.dump(head).strip()}
 ---
 # {params.name}: {kind} by {method_spec(method).paper}
 
@@ -85,8 +83,8 @@ def licence(checkpoint: str) -> str | None:
     if len(parts) < 3 or parts[0].strip():
         return None
     try:
-        front_matter = yaml.safe_load(parts[1])
-    except yaml.YAMLError:
+        front_matter = yaml_text.parse(parts[1], str(path))
+    except ValueError:
         return None
     name = front_matter.get("license") if isinstance(front_matter, dict) else None
     return name if isinstance(name, str) else None

@@ -11,7 +11,6 @@ Departure from the published methods:
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -82,9 +81,7 @@ class Watch:
         self.good, self.best, self.samples = scratch / "good", scratch / "best", scratch / "samples"
         self._run, self._earlier = run, sorted(self.samples.glob("*.png"))
         self._start = scratch / "validation.json"
-        self._start_values = (
-            json.loads(self._start.read_text(encoding="utf-8")) if self._start.exists() else None
-        )
+        self._start_values = read_json(self._start, "scores of the start") if self._start.exists() else None
 
     def __call__(self, iteration: int, metrics: Mapping[str, float], updates: int) -> None:
         """
@@ -120,7 +117,7 @@ class Watch:
 
     def _best_gain(self) -> float:
         saved = self.best / MARK
-        return float(json.loads(saved.read_text(encoding="utf-8"))["gain"]) if saved.exists() else -math.inf
+        return float(read_json(saved, "saved model")["gain"]) if saved.exists() else -math.inf
 
     def _log(self, now: Validated, gain: float | None, iteration: int, updates: int) -> None:
         means = {name: fmean(values) for name, values in now.scores.items()} | now.oracle
@@ -153,7 +150,7 @@ class Watch:
         saved = self.good / MARK
         last = "none"
         if saved.exists():
-            last = f"iteration {json.loads(saved.read_text(encoding='utf-8'))['iteration']}, in {self.good}"
+            last = f"iteration {read_json(saved, 'saved model')['iteration']}, in {self.good}"
         raise Collapse(f"{self.name}: stopped at iteration {iteration}: {reason}; last good model: {last}")
 
 

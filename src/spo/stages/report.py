@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator
 from itertools import islice, zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spo.config import METHODS, VARIANTS, Params
-from spo.runtime.files import atomic, require, write_json
+from spo.runtime.files import atomic, read_csv, read_json, require, write_json
 from spo.runtime.workspace import METRICS, TRAINING
 from spo.stages.common import of_suite, stage
+from spo.tracking import dvc_lock
 from spo.tracking.provenance import git, versions
 
 if TYPE_CHECKING:
@@ -104,23 +104,13 @@ def read_scores(baselines: tuple[str, ...], folder: Path = SCORES) -> dict[str, 
     Raises:
         ValueError: no tables, a damaged table, or one without a required column.
     """
-    from pandas import read_csv
+    from spo.evaluation import results
 
     files = {p.stem: p for p in sorted(require(folder, "scores").glob("*.csv"))}
     if not files:
         raise ValueError(f"{folder}: no scores in this folder; run `make repro`")
-    tables = {}
-    for name in dict.fromkeys(n for n in (*baselines, *VARIANTS, *files) if n in files):
-        try:
-            tables[name] = read_csv(
-                files[name], keep_default_na=False, dtype={"prompt": str}
-            )  # a prompt: "NA"
-        except ValueError as error:  # pandas' errors are ValueErrors
-            raise ValueError(f"{files[name]}: a damaged table ({error}); run `spo score {name}`") from None
-        missing = {"prompt", "seed"} - set(tables[name].columns)
-        if missing:
-            raise ValueError(f"{files[name]}: no column {min(missing)!r}; run `spo score {name}` again")
-    return tables
+    names = dict.fromkeys(n for n in (*baselines, *VARIANTS, *files) if n in files)
+    return {name: results.read_scores(files[name]) for name in names}
 
 
 def read_images(scores: dict[str, DataFrame], n: int) -> tuple[list[str], dict[str, list[Image.Image]]]:
@@ -152,27 +142,20 @@ def scored_images(variant: str, table: DataFrame) -> Iterator[Image.Image]:
 
 def _measured() -> dict[str, Any]:
     """Read the metrics, curves and summaries of earlier stages; the page says which are missing."""
-    import pandas as pd
-    import yaml
-
     preference = _in_order(METRICS.glob("preference*.json"), [*JUDGES, *SPM_BASELINES])
     align = _in_order(METRICS.glob("align_*.json"), [f"align_{m}" for m in METHODS])
     curves = _in_order(TRAINING.glob("*.csv"), [*JUDGES, *METHODS])
     summaries = {k: Path(f"outputs/{k}/summary.json") for k in ("prompts", "pairs")}
-    world, lock = Path("data/world.json"), Path("dvc.lock")
+    world = Path("data/world.json")
     samples = {m: sorted(Path(f"outputs/align/{m}/samples").glob("*.png")) for m in METHODS}
     return {
-        "preference": {p.stem: json.loads(p.read_text(encoding="utf-8")) for p in preference},
-        "alignment": {
-            p.stem.removeprefix("align_"): json.loads(p.read_text(encoding="utf-8")) for p in align
-        },
-        "curves": {p.stem: pd.read_csv(p) for p in curves},
-        "summaries": {
-            k: json.loads(p.read_text(encoding="utf-8")) for k, p in summaries.items() if p.exists()
-        },
+        "preference": {p.stem: read_json(p, "metrics") for p in preference},
+        "alignment": {p.stem.removeprefix("align_"): read_json(p, "metrics") for p in align},
+        "curves": {p.stem: read_csv(p, "training curve") for p in curves},
+        "summaries": {k: read_json(p, "summary") for k, p in summaries.items() if p.exists()},
         "samples": {m: [(int(p.stem), _open(p)) for p in rows] for m, rows in samples.items()},
-        "world": json.loads(world.read_text(encoding="utf-8")) if world.exists() else None,
-        "lock": yaml.safe_load(lock.read_text(encoding="utf-8")) if lock.exists() else None,
+        "world": read_json(world, "facts") if world.exists() else None,
+        "outs": [(e.stage, path, md5[:12]) for e in dvc_lock.read().values() for path, md5 in e.outs.items()],
     }
 
 
