@@ -241,7 +241,7 @@ def summary(done: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]]
         lines += ["| method | baseline | metric | difference | 95 % interval | win rate | n |"]
         lines += ["|---|---|---|---:|---|---:|---:|"]
     for r in rows:
-        interval = f"[{r['ci_low']:+.3f}, {r['ci_high']:+.3f}]"
+        interval = "–" if r["ci_low"] is None else f"[{r['ci_low']:+.3f}, {r['ci_high']:+.3f}]"
         lines.append(
             f"| {r['method']} | {r['baseline']} | {r['metric']} | {r['mean_difference']:+.3f} "
             f"| {interval} | {r['win_rate']:.0%} | {r['n']} |"

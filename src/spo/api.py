@@ -191,7 +191,7 @@ def judge(
 
     Returns:
         A row per metric: means of both, mean_difference with its 95 % interval (ci_low, ci_high) over the
-        prompts, win_rate, and n.
+        prompts (None for fewer than registry.min_prompts), win_rate, and n.
 
     Raises:
         ValueError: another number of prompts than images, an unreadable image, or no scorer there.
@@ -203,5 +203,7 @@ def judge(
 
     given = Path(prompts) if isinstance(prompts, str | Path) else list(prompts)
     tables = external.tables(params, {"method": Path(images), "baseline": Path(baseline)}, given)
-    rows = statistics.comparisons(tables, ["baseline"], params.report.bootstrap_samples, params.seed)
+    rows = statistics.comparisons(
+        tables, ["baseline"], params.report.bootstrap_samples, params.seed, params.registry.min_prompts
+    )
     return DataFrame(rows).drop(columns=["method", "baseline"]).set_index("metric")

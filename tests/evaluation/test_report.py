@@ -91,7 +91,8 @@ def write_run(root: Path) -> None:
     write_json(root / "outputs/prompts/summary.json", {"train": 1200, "removed": {"duplicate": 3}})
     write_json(root / "data/world.json", {"labels": {"ties": 0.0903}, "oracle": {"rendered": {"n": 1000}}})
     out = {"path": "outputs/images/spo", "md5": "0123456789abcdef.dir"}
-    (root / "dvc.lock").write_text(yaml.safe_dump({"stages": {"generate@spo": {"outs": [out]}}}))
+    stage = {"cmd": "spo generate spo", "outs": [out]}
+    (root / "dvc.lock").write_text(yaml.safe_dump({"stages": {"generate@spo": stage}}))
 
 
 def write_images(folder: Path, level: int) -> None:

@@ -38,12 +38,9 @@ def test_a_score_that_rises_while_another_falls_is_shown() -> None:
     rising = pd.DataFrame({"step": range(8), "score": [1.0, 1, 2, 2, 3, 3, 4, 4]})
     falls = [row("oracle_alignment", *worse)]
     text = verdict.contradictions([row("hps", *better), *falls], {})
-    assert text == (
-        "Beware: with SPO, HPS (+0.200, +0.100 to +0.300) rose while the oracle's alignment "
-        "(−0.200, −0.300 to −0.100) fell (against Base): the gain may have come at the cost of the loss."
-    )
+    assert text == ("Beware: with SPO, HPS rose while the oracle's alignment fell (against Base).")
     text = verdict.contradictions([row("hps", *unclear), *falls], {"spo": rising})
-    assert "the preference model's own score (1 to 4) rose while the oracle's alignment" in text
+    assert "the preference model's own score rose while the oracle's alignment" in text
     assert not verdict.contradictions([row("hps", *unclear), *falls], {"spo": rising[::-1]})
     assert not verdict.contradictions([row("hps", *better), row("aesthetic", *unclear)], {"spo": rising})
     # the first method's baseline alone: what is worse against another method is not said twice

@@ -27,7 +27,11 @@ def params(**changes: Any) -> config.Params:
 
 def scores(path: str, pickscore: float, hps: float = 30.0, noise: float = 0.1, seed: int = 1000) -> None:
     rows = np.random.default_rng(int(pickscore * 100)).normal(0, noise, 40)
-    table = {"index": range(40), "prompt": "a circle", "seed": range(seed, seed + 40)}
+    table = {
+        "index": range(40),
+        "prompt": [f"{i} circles" for i in range(40)],
+        "seed": range(seed, seed + 40),
+    }
     Path("outputs/scores").mkdir(parents=True, exist_ok=True)
     pd.DataFrame({**table, "pickscore": pickscore + rows, "hps": hps + rows}).to_csv(
         f"outputs/scores/{path}.csv", index=False

@@ -10,6 +10,7 @@ from typing import Any
 
 from spo.config import METHODS, Params
 from spo.runtime.files import read_csv, read_json, write_json
+from spo.runtime.messages import public
 from spo.runtime.workspace import METRICS, TRAINING
 from spo.tracking import dvc_lock
 from spo.tracking.provenance import flatten
@@ -30,7 +31,7 @@ def run(params: Params, name: str) -> Path:
     _check_report(settings)
     path = kept_runs.FOLDER / f"{name}.json"
     content = {
-        "params": settings,
+        "params": public(settings),
         "comparisons": [{key: row[key] for key in results.SHOWN} for row in rows],
         "courses": _courses({row["method"] for row in rows}),
     }

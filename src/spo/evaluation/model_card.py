@@ -12,7 +12,8 @@ from typing import Any
 
 from spo.config import Params, yaml_text
 from spo.methods import method_spec
-from spo.runtime.messages import redact
+from spo.runtime.hub import is_hub_id
+from spo.runtime.messages import public
 
 TIMES = ("seconds", "training_seconds")  # differ between runs, so they are not on the card
 
@@ -27,8 +28,8 @@ def write(folder: Path, params: Params, method: str, trained: Mapping[str, Any])
 
 
 def text(params: Params, method: str, trained: Mapping[str, Any]) -> str:
-    """The text of the card, without the passwords of URLs."""
-    return redact(_text(params, method, trained))
+    """The text of the card, without the passwords of URLs and the paths of this machine."""
+    return public(_text(params, method, trained))
 
 
 def _text(params: Params, method: str, trained: Mapping[str, Any]) -> str:
@@ -36,7 +37,7 @@ def _text(params: Params, method: str, trained: Mapping[str, Any]) -> str:
     kind = "LoRA" if section.lora is not None else "full fine-tune of the UNet"
     known = licence(base.checkpoint) or base.license
     head = {
-        "base_model": base.checkpoint,
+        **({"base_model": base.checkpoint} if names_hub_id(base.checkpoint) else {}),
         **({"license": known} if known else {}),
         "library_name": "diffusers",
         "pipeline_tag": "text-to-image",
@@ -49,17 +50,17 @@ def _text(params: Params, method: str, trained: Mapping[str, Any]) -> str:
         if section.lora is not None
         else 'pipe = DiffusionPipeline.from_pretrained("this folder")'
     )
-    recipe = yaml_text.dump(section.model_dump(mode="json", exclude_none=True))
+    recipe = yaml_text.dump(public(section.model_dump(mode="json", exclude_none=True)))
     counts = "\n".join(f"- {k.replace('_', ' ')}: {v}" for k, v in trained.items() if k not in TIMES)
     return f"""---
 {yaml_text.dump(head).strip()}
 ---
 # {params.name}: {kind} by {method_spec(method).paper}
 
-- base model: {base.checkpoint}{at} ({"SDXL" if base.family == "sdxl" else "Stable Diffusion"} family)
+- base model: {public(base.checkpoint)}{at} ({"SDXL" if base.family == "sdxl" else "Stable Diffusion"} family)
 - licence of the base model: {terms}
-- training prompts: {params.prompts.train}
-- preference pairs: {params.pairs.source}
+- training prompts: {public(params.prompts.train)}
+- preference pairs: {public(params.pairs.source)}
 {counts}
 
 ```python
@@ -72,6 +73,11 @@ def _text(params: Params, method: str, trained: Mapping[str, Any]) -> str:
 {recipe.strip()}
 ```
 """
+
+
+def names_hub_id(checkpoint: str) -> bool:
+    """Whether a checkpoint is a repository of the hub, not a path."""
+    return is_hub_id(checkpoint) and not Path(checkpoint).exists()
 
 
 def licence(checkpoint: str) -> str | None:
@@ -102,8 +108,9 @@ def scores(rows: Sequence[Mapping[str, Any]], method: str) -> str:
     ]
     for r in rows:
         if r["method"] == method:
+            ends = "–" if r["ci_low"] is None else f"{r['ci_low']:+.3f} to {r['ci_high']:+.3f}"
             lines.append(
                 f"| {r['metric']} | {r['mean_method']:.3f} | {r['baseline']} | {r['mean_difference']:+.3f} | "
-                f"{r['ci_low']:+.3f} to {r['ci_high']:+.3f} | {100 * r['win_rate']:.0f} % | {r['n']} |"
+                f"{ends} | {100 * r['win_rate']:.0f} % | {r['n']} |"
             )
     return "\n".join(lines) + "\n"

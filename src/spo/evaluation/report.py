@@ -25,7 +25,7 @@ from spo.evaluation.verdict import (
     signed,
 )
 from spo.methods import method_spec
-from spo.runtime.messages import redact
+from spo.runtime.messages import public
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -92,7 +92,7 @@ def render(run: RunResults) -> str:
         times=times(run),
         compute=" ".join(compute(run)),
         outs=run.outs,
-        params_yaml=yaml_text.dump(redact(shown)),
+        params_yaml=yaml_text.dump(public(shown)),
         summaries=[t for k, v in run.summaries.items() for t in tables(k, v)],
         world={k: list(tables("", v)) for k, v in (run.world or {}).items()},
         has_oracle=any(r["metric"].startswith("oracle_") for r in run.comparisons),

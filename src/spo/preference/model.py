@@ -100,6 +100,7 @@ class StepAwarePreferenceModel(nn.Module):
         state = {k: v.detach().cpu().contiguous() for k, v in self.model.state_dict().items()}
         save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
         settings = {**self.model.config.to_dict(), "step_condition": self.step_condition}
+        settings.pop("_name_or_path", None)  # a path of this machine
         (folder / CONFIG).write_text(json.dumps(settings, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
     def save_official_checkpoint(self, path: str | Path) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice, zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spo.config import METHODS, VARIANTS, Params
 from spo.runtime.files import atomic, read_csv, read_json, require, write_json
+from spo.runtime.messages import public
 from spo.runtime.workspace import METRICS, TRAINING
 from spo.stages.common import of_suite, stage
 from spo.tracking import dvc_lock
@@ -29,12 +30,12 @@ CODE = ("src", "flows", "dvc.yaml", "params.yaml")  # uncommitted changes here a
 
 def run(params: Params, variant: str | None = None) -> None:
     """Write the page, the comparisons, the image grid and the gallery to reports/."""
-    from spo.evaluation import gallery, kept_runs, plots, report, statistics, verdict
+    from spo.evaluation import gallery, kept_runs, plots, report, verdict
 
     settings = params.report
     with stage("report", params) as tracked:
         scores = read_scores(settings.baselines)
-        rows = statistics.comparisons(scores, settings.baselines, settings.bootstrap_samples, params.seed)
+        rows = _comparisons(params, scores)
         if not rows:
             raise ValueError(
                 f"nothing to compare: {SCORES} has only {', '.join(scores)}; add another variant's scores or "
@@ -43,7 +44,7 @@ def run(params: Params, variant: str | None = None) -> None:
         suites = read_suites(params)
         prompts, images = read_images(scores, max(settings.grid_prompts, GRID_PROMPTS))
         shown = {v: images[v][: settings.grid_prompts] for v in scores}
-        shown_params = params.model_dump(mode="json", exclude={"processes", "tracking", "registry"})
+        shown_params = public(params.model_dump(mode="json", exclude={"processes", "tracking", "registry"}))
         page = report.render(
             report.RunResults(
                 params=shown_params,
@@ -79,19 +80,26 @@ def run(params: Params, variant: str | None = None) -> None:
             tracked.log_artifact(GALLERY, "report")
 
 
+def _comparisons(params: Params, scores: Mapping[str, DataFrame]) -> list[dict[str, Any]]:
+    from spo.evaluation import statistics
+
+    settings = params.report
+    return statistics.comparisons(
+        scores, settings.baselines, settings.bootstrap_samples, params.seed, params.registry.min_prompts
+    )
+
+
 def read_suites(params: Params) -> dict[str, tuple[dict[str, DataFrame], list[dict[str, Any]]]]:
     """By suite of prompts: the table of each variant, and the rows of their comparisons.
 
     Raises:
         ValueError: as `read_scores` and `statistics.comparisons`, with the suite.
     """
-    from spo.evaluation import statistics
-
-    suites, settings = {}, params.report
+    suites = {}
     for name in params.generate.suites:
         try:
-            scores = read_scores(settings.baselines, of_suite(SCORES, name))
-            rows = statistics.comparisons(scores, settings.baselines, settings.bootstrap_samples, params.seed)
+            scores = read_scores(params.report.baselines, of_suite(SCORES, name))
+            rows = _comparisons(params, scores)
         except ValueError as error:
             raise ValueError(f"generate.suites.{name}: {error}") from None
         suites[name] = (scores, rows)
@@ -152,7 +160,7 @@ def _measured() -> dict[str, Any]:
         "preference": {p.stem: read_json(p, "metrics") for p in preference},
         "alignment": {p.stem.removeprefix("align_"): read_json(p, "metrics") for p in align},
         "curves": {p.stem: read_csv(p, "training curve") for p in curves},
-        "summaries": {k: read_json(p, "summary") for k, p in summaries.items() if p.exists()},
+        "summaries": {k: public(read_json(p, "summary")) for k, p in summaries.items() if p.exists()},
         "samples": {m: [(int(p.stem), _open(p)) for p in rows] for m, rows in samples.items()},
         "world": read_json(world, "facts") if world.exists() else None,
         "outs": [(e.stage, path, md5[:12]) for e in dvc_lock.read().values() for path, md5 in e.outs.items()],
@@ -194,6 +202,7 @@ def _flat(rows: list[dict[str, Any]]) -> dict[str, float]:
         f"{r['method']}_vs_{r['baseline']}/{r['metric']}/{name}": r[key]
         for r in rows
         for name, key in kinds.items()
+        if r[key] is not None
     }
 
 
