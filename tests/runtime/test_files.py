@@ -61,6 +61,13 @@ def test_only_a_missing_file_is_empty(content: bytes, message: str, tmp_path: Pa
     assert "\n" not in str(error.value)
 
 
+def test_a_file_without_a_key_is_named_with_it(tmp_path: Path) -> None:
+    write_json(tmp_path / "a.json", {"a": 1})
+    assert read_json(tmp_path / "a.json", "numbers", keys=["a"]) == {"a": 1}
+    with pytest.raises(ValueError, match="a.json: no key 'n'; delete it"):
+        read_json(tmp_path / "a.json", "numbers", keys=["a", "n"], then="delete it")
+
+
 def test_a_folder_in_place_of_a_file_is_one_line(tmp_path: Path) -> None:
     for read in (read_json, read_csv):
         with pytest.raises(ValueError, match=f"{tmp_path}: .*[Dd]irectory"):

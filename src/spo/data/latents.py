@@ -81,7 +81,7 @@ def encode(
                 rows = _write(pairs, backbone, decode_image, file)
                 file.flush()  # before anyone takes it for complete
                 write_json(done, rows)
-    rows = read_json(done, "encoded pairs", then=f"delete {folder}")
+    rows = read_json(done, "encoded pairs", keys=("captions", "label_0", "weight"), then=f"delete {folder}")
     if len(rows["captions"]) != total:
         raise ValueError(
             f"{folder}: {len(rows['captions'])} pairs, but the summary says {total}; delete this folder"

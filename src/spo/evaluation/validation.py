@@ -117,7 +117,7 @@ class Watch:
 
     def _best_gain(self) -> float:
         saved = self.best / MARK
-        return float(read_json(saved, "saved model")["gain"]) if saved.exists() else -math.inf
+        return float(read_json(saved, "saved model", keys=["gain"])["gain"]) if saved.exists() else -math.inf
 
     def _log(self, now: Validated, gain: float | None, iteration: int, updates: int) -> None:
         means = {name: fmean(values) for name, values in now.scores.items()} | now.oracle

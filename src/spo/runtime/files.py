@@ -6,7 +6,7 @@ import fcntl
 import hashlib
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,21 +37,29 @@ def write_json(path: Path, content: Any) -> None:
         partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
-def read_json(path: str | Path, what: str, kind: type = dict, then: str = "run `make repro`") -> Any:
-    """Read a JSON file whose content is of a kind: dict or list.
+def read_json(
+    path: str | Path,
+    what: str,
+    kind: type = dict,
+    keys: Collection[str] = (),
+    then: str = "run `make repro`",
+) -> Any:
+    """Read a JSON file whose content is of a kind, dict (with at least `keys`) or list.
 
     Raises:
-        ValueError: it is not there, cannot be read, is truncated, invalid or of another kind; with `then`,
-            what to do about it.
+        ValueError: it is not there, cannot be read, is truncated, invalid, of another kind or lacks a key;
+            with `then`, what to do about it.
     """
     text = read_text(path, what)
     try:
-        content = json.loads(text)
+        content: Any = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: truncated or invalid JSON ({error}); {then}") from None
     if not isinstance(content, kind):
         wanted = "a list" if kind is list else "an object"
         raise ValueError(f"{path}: must be {wanted}, not {type(content).__name__}; {then}")
+    if lacking := [key for key in keys if key not in content]:
+        raise ValueError(f"{path}: no key {lacking[0]!r}; {then}")
     return content
 
 

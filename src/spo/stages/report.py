@@ -157,7 +157,7 @@ def _measured() -> dict[str, Any]:
     world = Path("data/world.json")
     samples = {m: sorted(Path(f"outputs/align/{m}/samples").glob("*.png")) for m in METHODS}
     return {
-        "preference": {p.stem: read_json(p, "metrics") for p in preference},
+        "preference": {p.stem: read_json(p, "metrics", keys=("accuracy", "n")) for p in preference},
         "alignment": {p.stem.removeprefix("align_"): read_json(p, "metrics") for p in align},
         "curves": {p.stem: read_csv(p, "training curve") for p in curves},
         "summaries": {k: public(read_json(p, "summary")) for k, p in summaries.items() if p.exists()},
