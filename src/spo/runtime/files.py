@@ -52,10 +52,10 @@ def read_json(
     """
     text = read_text(path, what)
     try:
-        content: Any = json.loads(text)
+        content = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: truncated or invalid JSON ({error}); {then}") from None
-    if not isinstance(content, kind):
+    if type(content) is not kind:
         wanted = "a list" if kind is list else "an object"
         raise ValueError(f"{path}: must be {wanted}, not {type(content).__name__}; {then}")
     if lacking := [key for key in keys if key not in content]:
