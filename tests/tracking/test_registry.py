@@ -170,7 +170,7 @@ def test_the_champion_is_who_passes_the_gate(folder: Path, runs: Any) -> None:
 
 
 def test_mistakes_are_one_line(folder: Path, runs: Any) -> None:
-    with pytest.raises(ValueError, match="no such scores; run `make repro`"):
+    with pytest.raises(ValueError, match="no scores there; run `make repro`"):
         registry.register(params())
     scores("base", 20)
     scores("spo", 21)
