@@ -30,7 +30,6 @@ CODE = ("data", "evaluation/scoring.py", "rewards", "scenes")  # what scores the
 
 def run(params: Params, name: str, suite: str | None = None) -> None:
     """Write outputs/scores/NAME.csv, or outputs/scores/suites/SUITE/NAME.csv, for the variant `name`."""
-    from spo.evaluation import statistics
     from spo.training.checkpoint import CheckpointStore
 
     if suite is not None:
@@ -44,7 +43,7 @@ def run(params: Params, name: str, suite: str | None = None) -> None:
             return
         output.mkdir(parents=True, exist_ok=True)
         frame.to_csv(output / f"{name}.csv", index=False, float_format="%.6f")
-        means = {m: sum(frame[m].tolist()) / len(frame) for m in statistics.metrics(frame)}
+        means = {m: sum(frame[m].tolist()) / len(frame) for m in frame.columns[3:]}
         rounded = {k: round(v, 6) for k, v in means.items()}
         write_json(metrics_file(title), {**rounded, SCORED_BY: scored_by(params)})
         tracked.log_metrics(means, step=0)
@@ -57,7 +56,7 @@ def metrics_file(title: str) -> Path:
 
 
 def table(params: Params, folder: Path, cache: CheckpointStore | None = None) -> DataFrame:
-    """Score the images of a folder that `generate` wrote: prompt, seed, and a column per metric."""
+    """Score the images of a folder that `generate` wrote: index, prompt, seed, and a column per metric."""
     import pandas as pd
 
     from spo.data.images import load_images
