@@ -100,9 +100,10 @@ def _rendered(overrides: Mapping[str, Any]) -> tuple[bytes, config.Params]:
         raw = yaml_text.parse(text, source)
     except ValueError as error:
         raise config.ConfigError(str(error)) from None
+    params = config.validate(raw, source)
     if raw != override(_unshared(yaml_text.parse(before.decode(), source)), overrides):
         raise config.ConfigError(f"{source}: an anchor shares the section; write it out where it is used")
-    return text.encode(), config.validate(raw, source)
+    return text.encode(), params
 
 
 def _dumped(content: Any) -> str:

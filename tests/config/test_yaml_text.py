@@ -77,7 +77,7 @@ def test_text_is_not_taken_for_a_number_or_a_boolean(old: str, new: str, tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("content", "message"), [(b"", "not NoneType"), (b"\xff", "not valid YAML"), (b"1: 2", "1")]
+    ("content", "message"), [(b"", "not NoneType"), (b"\xff", "not valid YAML"), (b"1: 2", "is missing")]
 )
 def test_a_file_without_sections_is_one_line(content: bytes, message: str, tmp_path: Path) -> None:
     (tmp_path / "params.yaml").write_bytes(content)
