@@ -39,6 +39,7 @@ def test_of_a_path_outside_the_project_the_last_component_stays(text: str, expec
         "s3://bucket/a/b",
         "git@host:owner/name.git",
         "red and/or blue, 1/2",
+        "<b>bold</b>",
         "![](samples/0.png)",
     ],
 )

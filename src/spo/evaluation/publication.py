@@ -11,7 +11,7 @@ from spo.config import Params
 from spo.evaluation import model_card
 from spo.evaluation.verdict import name
 from spo.runtime import hub
-from spo.runtime.messages import public
+from spo.runtime.messages import public, redact
 
 FILE = "README.md"
 LICENCE = "- licence of the base model:"
@@ -72,7 +72,7 @@ def text(
         model_card.scores(rows, method),
         _pictures(samples, rows[0], method),
     ]
-    return public("\n\n".join(part.strip() for part in parts) + "\n")
+    return redact("\n\n".join(part.strip() for part in parts) + "\n")
 
 
 def _with_licence(body: str, licence: str) -> str:
