@@ -54,7 +54,7 @@ def monitor(prompts: str, at_least: dict[str, float] | None = None, seed: int = 
     """
     with contextlib.chdir(ROOT):
         params = config.load()
-        lines = new_prompts(Path(prompts))
+        lines = new_prompts(Path(prompts), params.registry.min_prompts)
         bounds = at_least or dict.fromkeys(params.registry.improves, 0.0)
         rows, version = measure(params, lines, seed)
         reasons = dropped(rows, bounds)
@@ -92,11 +92,11 @@ def untrainable(params: config.Params, prompts: str) -> str | None:
     return None
 
 
-def new_prompts(path: Path) -> list[str]:
+def new_prompts(path: Path, fewest: int = 1) -> list[str]:
     """Read the prompts of a file of any kind that params.yaml may name, those that are not empty.
 
     Raises:
-        ValueError: no such file, nothing in it, or a prompt that cannot be encoded.
+        ValueError: no such file, fewer prompts in it than `fewest`, or a prompt that cannot be encoded.
     """
     from spo.data.prompt_files import read_prompts
     from spo.data.prompts import clean, flaw
@@ -108,6 +108,8 @@ def new_prompts(path: Path) -> list[str]:
     prompts = [prompt for line in lines if (prompt := clean(line))]
     if not prompts:
         raise ValueError(f"{path}: no prompt in it")
+    if (n := len(set(prompts))) < fewest:
+        raise ValueError(f"{path}: {n} different prompts in it; registry.min_prompts is {fewest}")
     return prompts
 
 
@@ -181,8 +183,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "seed": options.seed,
     }
     try:
-        config.load()
-        new_prompts(Path(options.prompts))
+        new_prompts(Path(options.prompts), config.load().registry.min_prompts)
         if options.serve:
             serving.serve(monitor, "spo-monitor", options.cron, parameters)
         else:

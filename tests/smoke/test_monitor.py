@@ -28,10 +28,15 @@ pytestmark = [pytest.mark.smoke, pytest.mark.services]
 
 def test_a_drop_is_an_event_and_a_failed_run(copy: Path, tmp_path: Path) -> None:
     params = yaml.safe_load((copy / "params.yaml").read_text())
-    params["registry"] = {"improves": [], "holds": {"pickscore": 1e6}}  # whatever two updates made of it
+    params["registry"] = {
+        "improves": [],
+        "holds": {"pickscore": 1e6},
+        "min_prompts": 2,
+    }  # whatever two updates made of it
     (copy / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
     assert "champion" in clones.must(copy, "spo", "register")
-    (copy / "new.txt").write_text((copy / "outputs/prompts/test.txt").read_text().splitlines()[0])
+    lines = (copy / "outputs/prompts/test.txt").read_text().splitlines()
+    (copy / "new.txt").write_text("\n".join(lines[:2]))
     (tmp_path / "prefect").mkdir()
     with server(tmp_path / "prefect") as variables:
         prefect = {k: v for k, v in variables.items() if k.startswith("PREFECT_")}

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from spo import config
-from spo.backbones import checks, external, lora, parts, scheduler, single_file, sizes, unet_file
+from spo.backbones import checks, external, lora, parts, scheduler, single_file, sizes, unet_file, weights
 from spo.backbones.checks import latent_side
 from spo.backbones.features import DownPath
 from spo.backbones.layer_names import COMPONENTS
@@ -154,6 +154,7 @@ class StableDiffusion:
         same = self.unet.dtype == self._dtype  # else a copy: training may continue in fp32
         self.pipeline.unet = self.unet if same else _on_cpu(self.unet, self._dtype)
         self.pipeline.save_pretrained(folder)
+        weights.forget_source(folder)
         self.pipeline.unet = self.unet
 
     def add_lora(self, settings: config.Lora, seed: int) -> None:

@@ -49,7 +49,8 @@ def differences(rows: Sequence[Mapping[str, Any]], names: Mapping[str, str]) -> 
         for place, method in enumerate(reversed(methods)):
             row = next(r for r in rows if r["metric"] == metric and r["method"] == method)
             middle = row["mean_difference"]
-            margins = [[middle - row["ci_low"]], [row["ci_high"] - middle]]
+            low, high = (middle if row[end] is None else row[end] for end in ("ci_low", "ci_high"))
+            margins = [[middle - low], [high - middle]]
             colour = COLOURS[methods.index(method) % len(COLOURS)]
             axes.errorbar(middle, place, xerr=margins, color=colour, marker="o", ms=5, capsize=3, lw=1.8)
         axes.axvline(0, color=INK, lw=0.9)

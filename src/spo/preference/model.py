@@ -28,6 +28,7 @@ from transformers import AutoTokenizer, CLIPConfig, CLIPModel
 from spo.data.images import CLIP_MEAN, CLIP_STD
 from spo.data.tokens import tokenize
 from spo.preference import checkpoint as checkpoint_files
+from spo.runtime.files import read_json
 from spo.runtime.messages import first_line
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
@@ -85,7 +86,7 @@ class StepAwarePreferenceModel(nn.Module):
         folder = Path(folder)
         if not (folder / CONFIG).exists() or not (folder / WEIGHTS).exists():
             raise ValueError(f"{folder}: no preference model there; run `make repro` or `spo preference`")
-        settings = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        settings = read_json(folder / CONFIG, "preference model")
         step_condition = settings.pop("step_condition", True)
         model = cls(CLIPModel(CLIPConfig.from_dict(settings)), step_condition)
         state = {f"model.{k}": v.float() for k, v in checkpoint_files.read_tensors(folder / WEIGHTS).items()}
@@ -99,6 +100,7 @@ class StepAwarePreferenceModel(nn.Module):
         state = {k: v.detach().cpu().contiguous() for k, v in self.model.state_dict().items()}
         save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
         settings = {**self.model.config.to_dict(), "step_condition": self.step_condition}
+        settings.pop("_name_or_path", None)  # a path of this machine
         (folder / CONFIG).write_text(json.dumps(settings, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
     def save_official_checkpoint(self, path: str | Path) -> None:

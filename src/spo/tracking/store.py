@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from spo.runtime.files import locked
-from spo.runtime.messages import redact
+from spo.runtime.messages import public, redact
 from spo.tracking.records import (
     DELETED,
     Gone,
@@ -121,7 +121,7 @@ class Store:
 
         client = self.connect()
         run = client.create_run(self._experiment(experiment), run_name=name, tags=tags)
-        pairs = [Param(k, v) for k, v in redact(params).items()]
+        pairs = [Param(k, v) for k, v in public(params).items()]
         for start in range(0, len(pairs), 100):
             client.log_batch(run.info.run_id, params=pairs[start : start + 100])
         return str(run.info.run_id)
