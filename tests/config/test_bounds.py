@@ -1,4 +1,4 @@
-"""What would fail after hours is refused when params.yaml is read, or by the first stage: key, value and bound."""
+"""What would fail after hours is refused at once, in one line with key, value and bound."""
 
 from typing import Any
 

@@ -123,8 +123,8 @@ class Validation(Section):
     """
 
     every: Positive  # iterations
-    prompts: Annotated[int, Field(ge=2)] = 8
-    images: Annotated[int, Field(ge=2)] = 2  # per prompt, to measure diversity
+    prompts: Annotated[Positive, Field(ge=2)] = 8
+    images: Annotated[Positive, Field(ge=2)] = 2  # per prompt, to measure diversity
     max_fall: Rate | None = None  # drop of a score, in standard errors of the paired difference to the start
     max_divergence: Rate | None = None  # `kl` (SPO, LPO; nats per step) or `output_distance` (Diffusion-DPO)
     min_diversity: Fraction | None = None  # as a fraction of the diversity at the start
@@ -145,7 +145,7 @@ Threshold = Annotated[float, Field(ge=0, lt=1)]  # no two softmax values differ 
 class Rollout(Section):
     """A stepwise method's rollout: where candidates are drawn and how two of them form a pair."""
 
-    candidates: Annotated[int, Field(ge=2)] = 4  # K
+    candidates: Annotated[Positive, Field(ge=2)] = 4  # K
     num_inference_steps: Positive = 20
     eta: Annotated[Eta, Field(gt=0)] = 1.0
     guidance: Guidance = 5.0
