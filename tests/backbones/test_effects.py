@@ -317,6 +317,7 @@ def title(group: dict[str, Any]) -> str:
     return f"{group['stage']} {' '.join(flattened(group)['with'])}".strip()
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("group", GROUPS, ids=title)
 def test_each_key_changes_what_the_table_says(made, group, tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(made / "hub"))
