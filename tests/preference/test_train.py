@@ -104,8 +104,8 @@ def test_the_kept_weights_are_the_average_of_the_steps(clip, setup, pairs) -> No
         seen.append(model.model.logit_scale.item())
 
     spm.train(setup(model, steps=4, ema=0.1), pairs, seed=0, on_metrics=keep)
-    by_hand = seen[0]  # decay 0, then 1/11, then .1
-    for value, decay in zip(seen[1:], (1 / 11, 0.1, 0.1), strict=True):
+    by_hand = seen[0]  # decay n / (n + 10) after n updates
+    for value, decay in zip(seen[1:], (1 / 11, 2 / 12, 3 / 13), strict=True):
         by_hand = decay * by_hand + (1 - decay) * value
     assert model.model.logit_scale.item() == pytest.approx(by_hand, abs=1e-7)
     assert by_hand != pytest.approx(seen[-1], abs=1e-7)

@@ -45,6 +45,10 @@ FREE_MODULES = {
         "src/spo/stages/common.py": "holds the lock and opens the run of a stage",
         "src/spo/tracking": "logs runs",
     },
+    "inputs": dict.fromkeys(
+        ("src/spo/backbones", "src/spo/diffusion", "src/spo/methods", "src/spo/training", "src/spo/types.py"),
+        "refuses timesteps that the base does not have: no output depends on it",
+    ),
     "align": {
         "src/spo/evaluation/plots.py": "draws the validation images in a row",
     },

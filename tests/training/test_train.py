@@ -8,11 +8,13 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+import two_numbers
 from two_numbers import Numbers, Squares, run, settings
 
 from spo.training import loop
 from spo.training.alignment import Alignment
 from spo.training.checkpoint import CheckpointStore
+from spo.training.state import TrainingState
 
 
 def test_the_first_update_of_adamw_is_the_sign_of_the_gradient() -> None:
@@ -176,3 +178,17 @@ def test_outside_the_main_thread_training_is_the_same() -> None:
     with ThreadPoolExecutor(1) as pool:
         assert pool.submit(run, other, Squares(3)).result()["updates"] == 3
     assert torch.equal(main.values, other.values)
+
+
+def test_every_ema_counts_after_as_many_updates_as_the_default_has() -> None:
+    """Sixty: the decay rises with the updates, but no value of the key is out of its reach."""
+    ends = set()
+    for ema in (0.0, 0.1, 0.5, 0.98, 0.99, 0.9999, 1.0):
+        weight = torch.nn.Parameter(torch.zeros(1))
+        state = TrainingState([weight], two_numbers.settings(), ema, scale_loss=False)
+        for _ in range(60):
+            weight.grad = weight.detach() - 1
+            state.step()
+        state.finish()
+        ends.add(weight.item())
+    assert len(ends) == 7

@@ -34,14 +34,8 @@ def measure(settings: config.Backbone) -> Sizes:
     Raises:
         ValueError: config files that cannot be reached.
     """
-    from diffusers import DDIMScheduler
-
     unet, vae = empty_models(settings)
-    how = {"subfolder": "scheduler", "revision": settings.revision}
-    announced = described(
-        settings, "scheduler_config.json", lambda: DDIMScheduler.load_config(settings.described_by, **how)
-    )
-    used = {**announced, **scheduler.overridden(settings.scheduler)}
+    used = scheduler_config(settings)
     side = latent_side(unet.config.sample_size, "backbone.checkpoint")
     return Sizes(_count(unet), _count(vae), (unet.config.in_channels, side, side), _flops(unet, side), used)
 
@@ -61,6 +55,21 @@ def empty_models(settings: config.Backbone) -> tuple[Any, Any]:
     vae = described(settings, "vae/config.json", lambda: AutoencoderKL.load_config(name, **place))
     with torch.device("meta"):
         return UNet2DConditionModel.from_config(unet), AutoencoderKL.from_config(vae)
+
+
+def scheduler_config(settings: config.Backbone) -> dict[str, Any]:
+    """Read scheduler_config.json, with the overrides of params.yaml.
+
+    Raises:
+        ValueError: a file that cannot be reached or read.
+    """
+    from diffusers import DDIMScheduler
+
+    how = {"subfolder": "scheduler", "revision": settings.revision}
+    announced = described(
+        settings, "scheduler_config.json", lambda: DDIMScheduler.load_config(settings.described_by, **how)
+    )
+    return {**announced, **scheduler.overridden(settings.scheduler)}
 
 
 def unet_config(settings: config.Backbone) -> dict[str, Any]:

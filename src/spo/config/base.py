@@ -6,12 +6,15 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
-Positive = Annotated[int, Field(gt=0)]
-Count = Annotated[int, Field(ge=0)]
+Positive = Annotated[int, Field(gt=0, lt=2**31)]
+Count = Annotated[int, Field(ge=0, lt=2**31)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
-Rate = Annotated[float, Field(gt=0)]
+Decay = Annotated[float, Field(ge=0, lt=1)]  # of an average; at 1 it would never move
+Rate = Annotated[float, Field(gt=0, le=1e9)]  # in fp32 its square is finite too
+Amount = Annotated[float, Field(ge=0, le=1e9)]
+Eta = Annotated[float, Field(ge=0, le=1)]  # DDIM's; 0: no noise, 1: the variance of DDPM's posterior
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
-Guidance = Annotated[float, Field(ge=0)]  # guidance scale; up to 1: conditional prediction only
+Guidance = Annotated[float, Field(ge=0, le=100)]  # guidance scale; up to 1: conditional prediction only
 
 
 class Section(BaseModel):

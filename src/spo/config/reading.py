@@ -118,7 +118,9 @@ def _line(error: Any, source: str) -> str:
         return f"{source}: unknown key {key[:200]!r}; {hint}"
     if error["type"] == "missing":
         return f"{source}: key {key!r} is missing; add it"
-    return f"{source}: {key}: {error['msg'].removeprefix('Value error, ')} (got {_short(error['input'])})"
+    found = "" if isinstance(error["input"], dict) else f" (got {_short(error['input'])})"
+    where = f"{source}: {key}" if key else source
+    return f"{where}: {error['msg'].removeprefix('Value error, ')}{found}"
 
 
 def _short(value: Any) -> str:

@@ -32,7 +32,9 @@ class TrainingState:
     ) -> None:
         """
         Args:
-            ema: decay in [0,1) of an average of the weights, which they become at the end; 0: none.
+            ema: in [0,1], how far an average of the weights, which they become at the end, reaches back as a
+                part of the updates: those after update t count in proportion to t^(1/ema - 1), the power
+                function of EDM2 (arXiv 2312.02696, Sec. 3.1); 1: all the same; 0: no average.
             sampler_ema: decay in [0,1) of an average that the weights are within `sampling` instead; 0: none.
             scale_loss: for fp16, whose gradients would underflow: the loss is scaled up, the gradients down
                 again; an update whose gradients overflow is skipped and the scale halved.
@@ -62,9 +64,8 @@ class TrainingState:
             group["lr"] = rate
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        early = self.updates / (self.updates + 10)  # the first weights are forgotten soon
-        decay = self.sampler_ema or min(self.ema, early)
         if self.average:
+            decay = self.sampler_ema or self.updates / (self.updates + 1 / self.ema)
             for average, parameter in zip(self.average, self.parameters, strict=True):
                 average.lerp_(parameter.detach(), 1 - decay)
         self.updates += 1

@@ -37,11 +37,8 @@ class StepwiseMethod:
         """`schedule` has the sampler's timesteps, on the backbone's device.
 
         Raises:
-            ValueError: the config has no step to draw candidates at, a clip of 1 or more, or there are no
-                prompts.
+            ValueError: the config has no step to draw candidates at, or there are no prompts.
         """
-        if config.clip >= 1:
-            raise ValueError(f"{self.name}.clip: {config.clip} is not below 1; the paper's is 0.1")
         if not prompts:
             raise ValueError(f"{self.name}: there are no training prompts; look at the prompts stage")
         self.rollout = Rollout(config, schedule, reward_model, self.name, keep_outputs=self.keep_outputs)
