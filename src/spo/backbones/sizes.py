@@ -12,7 +12,7 @@ from spo import config
 from spo.backbones import scheduler
 from spo.backbones.checks import latent_side
 from spo.backbones.parts import settings_of
-from spo.runtime.messages import first_line
+from spo.runtime import hub
 
 TEXT_TOKENS = 77
 
@@ -84,9 +84,10 @@ def described(settings: config.Backbone, file: str, load: Callable[[], Any]) -> 
         ValueError: it cannot be reached.
     """
     try:
+        hub.check(settings.described_by)
         content = load()
     except (OSError, ValueError) as error:
-        reason = first_line(error)
+        reason = hub.reason(settings.described_by, error)
         key = "config" if settings.is_single_file else "checkpoint"
         raise ValueError(
             f"backbone: {settings.described_by} cannot be reached ({reason}); give the folder of a local "
