@@ -9,7 +9,7 @@ NAME = re.compile(r"(.*)-(\d{5})-of-(\d{5})(.*)")
 
 
 def missing(found: Collection[str], selects: Callable[[str], bool]) -> int:
-    """Count the shards that `selects` takes and that are not there, by the count in the names of those found."""
+    """Count the shards that `selects` takes and that are not there, by the count in the names found."""
     families: dict[tuple[str, str], set[int]] = {}
     rest: dict[tuple[str, str], str] = {}
     for name in found:
