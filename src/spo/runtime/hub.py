@@ -231,7 +231,7 @@ def _cached(name: str, at: Place, error: Exception) -> Path:
         ValueError: the hub refuses, or the cache has nothing of the revision.
     """
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import IncompleteSnapshotError, OfflineModeIsEnabled
+    from huggingface_hub.errors import IncompleteSnapshotError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
     if refused := hub_answers.refusal(at.page, at.revision, error):
         raise ValueError(f"{name}: {refused}") from None
@@ -241,7 +241,9 @@ def _cached(name: str, at: Place, error: Exception) -> Path:
         folder = Path(incomplete.snapshot_path)
     except Exception:
         raise _missing(name, at, f"the hub {hub_answers.state(error)}") from error
-    if not isinstance(error, OfflineModeIsEnabled):
+    if not isinstance(
+        error, OfflineModeIsEnabled | LocalEntryNotFoundError
+    ):  # of `download`: `commit` has said it
         _say(f"{name}: the hub {hub_answers.state(error)}; commit {folder.name[:12]} of its cache is used")
     return folder
 

@@ -34,7 +34,7 @@ def refusal(repository: str, revision: str | None, error: BaseException) -> str 
         case errors.RepositoryNotFoundError():
             return f"the hub has no repository {repository}, or it is private: correct the name, or {LOG_IN}"
     if status == 401:
-        return f"the hub does not accept the token for {repository} (401): {LOG_IN}"
+        return f"the hub does not authorise the request for {repository} (401): {LOG_IN}"
     why = "forbids access to" if status == 403 else "refuses the request for"
     return f"the hub {why} {repository} ({status}): check the name, and the permissions of the token"
 
