@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import threading
+import time
+import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -33,6 +36,7 @@ class Server:
     requests: list[str] = field(default_factory=list)
     files: dict[str, bytes] = field(default_factory=dict)
     headers: dict[str, str] = field(default_factory=dict)
+    run_id: str = field(default_factory=lambda: uuid.uuid4().hex)  # MLflow keeps where a run's artifacts are
 
     def answer(self, method: str, path: str, body: bytes) -> Answer:
         self.requests.append(f"{method} {path}")
@@ -47,17 +51,17 @@ class Server:
         asked = json.loads(body) if body else {}
         if "experiments" in path:
             return {"experiment": {"experiment_id": "1", "name": "tiny", "lifecycle_stage": "active"}}
-        run = self.runs.setdefault("0" * 32, {"status": "RUNNING", "metrics": {}})
+        run = self.runs.setdefault(self.run_id, {"status": "RUNNING", "metrics": {}})
         if name == "search":
             return {}
         run["status"] = asked.get("status", run["status"])
         run["metrics"] |= {m["key"]: m["value"] for m in asked.get("metrics", ())}
         info = {
-            "run_id": "0" * 32,
+            "run_id": self.run_id,
             "experiment_id": "1",
             "status": run["status"],
             "lifecycle_stage": "active",
-            "artifact_uri": f"mlflow-artifacts:/1/{'0' * 32}/artifacts",
+            "artifact_uri": f"mlflow-artifacts:/1/{self.run_id}/artifacts",
         }
         return {"run": {"info": info, "data": {}}}
 
@@ -203,7 +207,8 @@ def test_the_wait_that_a_server_asks_for_is_kept_to_within_reason(
     folder: Path, server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     waits: list[float] = []
-    monkeypatch.setattr("urllib3.util.retry.time.sleep", waits.append)
+    clock = SimpleNamespace(sleep=waits.append, time=time.time)
+    monkeypatch.setattr("urllib3.util.retry.time", clock)
     for asked in ("3", "86400"):
         server.headers = {"Retry-After": asked}
         server.rule = lambda method, path, body: (429, "text/plain", "often")
