@@ -40,7 +40,7 @@ def meaning(error: BaseException) -> str | None:
     """Say in one line what an answer means for which the error has no good words; None: there is none."""
     code = status(error)
     if code in (401, 407):
-        return f"not authorised ({code}): {LOG_IN}; then run `spo sync`"
+        return f"not authorised ({code}): {LOG_IN}"
     return f"not MLflow's answer ({code}), but a page of a proxy or a login" if is_page(error) else None
 
 
