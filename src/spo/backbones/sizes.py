@@ -12,6 +12,7 @@ from spo import config
 from spo.backbones import scheduler
 from spo.backbones.checks import latent_side
 from spo.backbones.parts import settings_of
+from spo.runtime import hub
 from spo.runtime.messages import first_line
 
 TEXT_TOKENS = 77
@@ -93,8 +94,11 @@ def described(settings: config.Backbone, file: str, load: Callable[[], Any]) -> 
         ValueError: it cannot be reached.
     """
     try:
+        hub.check(settings.described_by)
         content = load()
     except (OSError, ValueError) as error:
+        if refused := hub.refusal(settings.described_by, error):
+            raise ValueError(f"backbone: {settings.described_by}: {refused}") from None
         reason = first_line(error)
         key = "config" if settings.is_single_file else "checkpoint"
         raise ValueError(

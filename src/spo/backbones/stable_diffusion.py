@@ -19,7 +19,7 @@ from spo.backbones.features import DownPath
 from spo.backbones.layer_names import COMPONENTS
 from spo.backbones.shared_start import shared_start
 from spo.backbones.text import SdText, SdxlText
-from spo.runtime.hub import is_hub_id
+from spo.runtime import hub
 from spo.training import distributed
 from spo.types import Conditioning
 
@@ -303,9 +303,11 @@ def _check_folder(settings: config.Backbone) -> None:
     name = settings.checkpoint
     path, where = Path(name), f"backbone.checkpoint: {name}"
     if not path.exists():
-        if is_hub_id(name):
-            return
-        raise ValueError(f"{where}: no such file or folder; run `make repro` or `dvc pull data.dvc`")
+        try:
+            hub.check(name)
+        except ValueError as error:
+            raise ValueError(f"backbone.checkpoint: {error}") from None
+        return
     if path.is_file():
         raise ValueError(f"{where} is not a .safetensors file; convert it, or give a diffusers folder")
     if (path / "model_index.json").exists():

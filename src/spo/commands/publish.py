@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 from spo.config import METHODS, Params
 from spo.evaluation import publication
-from spo.evaluation.model_card import names_hub_id
 from spo.runtime.files import read_text, require
 from spo.runtime.hub import is_hub_id
 from spo.runtime.messages import one_line
@@ -46,9 +45,9 @@ def run(
     """
     method = _method(params, adapter)
     _check_current(adapter, method)
-    to_hub = is_hub_id(target) and not Path(target).exists()
+    to_hub = is_hub_id(target)
     given = base_model or params.backbone.checkpoint
-    known_base = given if names_hub_id(given) else None
+    known_base = given if is_hub_id(given) else None
     if base_model and known_base is None:
         raise ValueError(f"--base-model {base_model}: not a hub id of the form OWNER/NAME")
     details = publication.Publication(target if to_hub else "this folder", known_base, licence)

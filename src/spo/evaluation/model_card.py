@@ -37,7 +37,7 @@ def _text(params: Params, method: str, trained: Mapping[str, Any]) -> str:
     kind = "LoRA" if section.lora is not None else "full fine-tune of the UNet"
     known = licence(base.checkpoint) or base.license
     head = {
-        **({"base_model": base.checkpoint} if names_hub_id(base.checkpoint) else {}),
+        **({"base_model": base.checkpoint} if is_hub_id(base.checkpoint) else {}),
         **({"license": known} if known else {}),
         "library_name": "diffusers",
         "pipeline_tag": "text-to-image",
@@ -73,11 +73,6 @@ def _text(params: Params, method: str, trained: Mapping[str, Any]) -> str:
 {recipe.strip()}
 ```
 """
-
-
-def names_hub_id(checkpoint: str) -> bool:
-    """Whether a checkpoint is a repository of the hub, not a path."""
-    return is_hub_id(checkpoint) and not Path(checkpoint).exists()
 
 
 def licence(checkpoint: str) -> str | None:

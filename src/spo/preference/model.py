@@ -28,8 +28,8 @@ from transformers import AutoTokenizer, CLIPConfig, CLIPModel
 from spo.data.images import CLIP_MEAN, CLIP_STD
 from spo.data.tokens import tokenize
 from spo.preference import checkpoint as checkpoint_files
+from spo.runtime import hub
 from spo.runtime.files import read_json
-from spo.runtime.messages import first_line
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 FREQUENCIES = 256  # sinusoids of the timestep
@@ -205,10 +205,11 @@ def clip_text_projection(name: str, revision: str | None = None) -> Tensor:
 def _clip(name: str, revision: str | None, key: str) -> Any:
     """A CLIPModel in fp32; `key` of params.yaml names it in messages."""
     try:
+        hub.check(name)
         settings: dict[str, Any] = {"revision": revision, "dtype": torch.float32}
         loaded: Any = CLIPModel.from_pretrained(name, output_loading_info=True, **settings)
     except (OSError, ValueError, SafetensorError) as error:
-        raise ValueError(f"{key}: {name} cannot be loaded ({first_line(error, 200)})") from None
+        raise ValueError(f"{key}: {name} cannot be loaded ({hub.reason(name, error)})") from None
     clip, info = loaded
     if missing := sorted(info["missing_keys"]):
         raise ValueError(f"{key}: {name} is an incomplete CLIP: {missing[0]} is missing")
@@ -218,10 +219,11 @@ def _clip(name: str, revision: str | None, key: str) -> Any:
 def load_tokenizer(name: str, revision: str | None = None) -> Any:
     """Load the tokenizer of a CLIP's folder or hub id."""
     try:
+        hub.check(name)
         return AutoTokenizer.from_pretrained(name, revision=revision)
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"{name}: no tokenizer can be loaded from there ({first_line(error, 200)})"
+            f"{name}: no tokenizer can be loaded from there ({hub.reason(name, error)})"
         ) from None
 
 

@@ -153,7 +153,9 @@ class Spool:
         path = self.path.with_suffix(".refused")
         with path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({**record, "why": why}) + "\n")
-        warn(f"MLflow refused a record, kept in {path}: {why}")
+        names = record.get("metrics") or record.get("params") or record.get("tags") or ()
+        what = f"{record['op']} {record.get('path') or ', '.join(names)}".strip()
+        warn(f"MLflow refused a record ({what[:200]}), kept in {path}: {why}")
 
     def remove(self) -> None:
         self.path.unlink(missing_ok=True)
