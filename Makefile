@@ -34,6 +34,9 @@ data: setup
 repro: data
 	spo repro
 
+# tests write names of every script, whatever the language of this account
+test fast smoke parity check: export LC_ALL := C.UTF-8
+
 # two processes, a file at a time
 test: data
 	pytest -n 2

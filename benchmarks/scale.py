@@ -22,12 +22,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-import yaml
 from PIL import Image
 
 from benchmarks import shapes, tracking_load
 from benchmarks.page import table
 from spo import cli, config
+from spo.api import load_params
+from spo.config import yaml_text
 
 SIZES = (500, 5_000)  # pairs
 SIDE = 64  # of their images, in pixels
@@ -86,9 +87,9 @@ def _save_pairs(folder: Path, count: int) -> int:
         rows.append({"caption": f"a circle {i}", "jpg_0": images[0], "jpg_1": images[1], **labels})
     folder.mkdir()
     pq.write_table(pa.Table.from_pylist(rows), folder / "train-00000.parquet", row_group_size=100)
-    params = yaml.safe_load(config.preset("smoke"))
+    params = yaml_text.parse(config.preset("smoke"), "smoke")
     params["pairs"] |= {"source": str(folder), "filter": None}
-    Path("params.yaml").write_text(yaml.safe_dump(params), encoding="utf-8")
+    Path("params.yaml").write_text(yaml_text.dump(params), encoding="utf-8")
     return (folder / "train-00000.parquet").stat().st_size
 
 
@@ -125,7 +126,7 @@ def weights() -> list[list[str]]:
     """Parameters at the real sizes, counted on the meta device; bytes in fp32."""
     rows = []
     for preset in PARAMETERS:
-        lora = config.validate(yaml.safe_load(config.preset(preset))).align.spo.lora
+        lora = load_params(preset).align.spo.lora
         unet = _unet(preset)
         adapter = sum(
             lora.rank * (layer.in_features + layer.out_features)
@@ -194,7 +195,7 @@ def _update(rank: int, port: int, size: int, queue: Any) -> None:
     from spo.training.state import TrainingState
 
     objective: Any = Squares(size)
-    settings = config.validate(yaml.safe_load(config.preset("smoke"))).align.spo.optimizer
+    settings = load_params("smoke").align.spo.optimizer
     state = TrainingState(objective.parameters(), settings, 0.0, False)
     PartialState._reset_state()  # the parent's, of one process
     distributed.state()

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
 from diffusers import UNet2DConditionModel as UNet
 from transformers import (
@@ -21,7 +20,7 @@ from transformers import (
 )
 
 from benchmarks.models import SEED, Models
-from spo import config
+from spo.api import load_params
 from spo.backbones.stable_diffusion import StableDiffusion, _text
 from spo.preference.model import StepAwarePreferenceModel
 
@@ -111,7 +110,7 @@ def load(
         small_judge: a tiny preference model, where it is not used.
     """
     shape = (TINY if tiny else SHAPES)[name]
-    params = config.validate(yaml.safe_load(config.preset(name)))
+    params = load_params(name)
     torch.manual_seed(SEED)
     with torch.device(device):
         pipeline = _pipeline(shape, words)

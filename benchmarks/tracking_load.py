@@ -18,9 +18,7 @@ from contextlib import ExitStack, chdir, contextmanager
 from typing import Any
 from unittest.mock import patch
 
-import yaml
-
-from spo import config
+from spo.api import load_params
 
 CALLS = ("create_experiment", "get_experiment_by_name", "set_experiment_tag", "create_run", "get_run") + (
     *(
@@ -48,7 +46,7 @@ def _tracked(iterations: int) -> list[str]:
     from spo.tracking import runs
 
     calls: list[str] = []
-    params = config.validate(yaml.safe_load(config.preset("smoke"))).model_dump()
+    params = load_params("smoke").model_dump()
     with tempfile.TemporaryDirectory() as folder, chdir(folder), _noted(SqlAlchemyStore, calls):
         began = time.monotonic()
         with runs.stage_run("align", params, "spo") as run:

@@ -1,14 +1,19 @@
-"""Overrides of params.yaml by dotted key: the result is checked before any is written."""
+"""Overrides of params.yaml by dotted key: checked as they will be read, before any is written."""
 
 from __future__ import annotations
 
 import argparse
 import copy
-from collections.abc import Mapping
+import io
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ruamel.yaml import YAML
+
 from spo import config
+from spo.config import yaml_text
 from spo.runtime.files import atomic
 
 FILE = Path("params.yaml")
@@ -20,29 +25,22 @@ def parse(text: str) -> tuple[str, Any]:
     Raises:
         ArgumentTypeError: no `=`, no key, or a value that is not YAML.
     """
-    from ruamel.yaml import YAML
-    from ruamel.yaml.error import YAMLError
-
     key, equals, value = text.partition("=")
     if not key or not equals:
         raise argparse.ArgumentTypeError(f"{text!r} is not of the form KEY=VALUE")
     try:
-        return key, YAML(typ="safe").load(value)
-    except YAMLError:
+        return key, yaml_text.parse(value, key)
+    except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r}: {value!r} is not valid YAML") from None
 
 
 def merged(overrides: Mapping[str, Any]) -> config.Params:
-    """Read params.yaml with the overrides, without writing it.
+    """Read params.yaml as it will be with the overrides, without writing it.
 
     Raises:
         ConfigError: one line, as `config.load`.
     """
-    import yaml
-
-    config.load(FILE)
-    raw = yaml.safe_load(FILE.read_text(encoding="utf-8"))
-    return config.validate(override(raw, overrides), source=f"{FILE} with overrides")
+    return _rendered(overrides)[1]
 
 
 def override(raw: Any, overrides: Mapping[str, Any]) -> Any:
@@ -64,13 +62,68 @@ def override(raw: Any, overrides: Mapping[str, Any]) -> Any:
 
 
 def write(overrides: Mapping[str, Any]) -> None:
-    """Write the overrides to params.yaml; its comments stay."""
-    if not overrides:
-        return
-    from ruamel.yaml import YAML
+    """Write the overrides to params.yaml, if it can be read then; its comments stay.
 
-    yaml = YAML()
+    Raises:
+        ConfigError: as `merged`.
+    """
+    _replace(_rendered(overrides)[0])
+
+
+@contextmanager
+def applied(overrides: Mapping[str, Any]) -> Iterator[config.Params]:
+    """Write the overrides, and yield the parameters; if the body fails, params.yaml is as it was before.
+
+    A file that was edited meanwhile stays as it is.
+
+    Raises:
+        ConfigError: as `merged`.
+    """
+    (content, params), before = _rendered(overrides), FILE.read_bytes()
+    _replace(content)
+    try:
+        yield params
+    except BaseException:
+        if FILE.read_bytes() == content:
+            _replace(before)
+        raise
+
+
+def _rendered(overrides: Mapping[str, Any]) -> tuple[bytes, config.Params]:
+    """The content of params.yaml with the overrides, and the parameters that are read from it."""
+    params = config.load(FILE)
+    before = FILE.read_bytes()
+    if not overrides:
+        return before, params
+    text, source = _dumped(override(YAML().load(before), overrides)), f"{FILE} with overrides"
+    try:
+        raw = yaml_text.parse(text, source)
+    except ValueError as error:
+        raise config.ConfigError(str(error)) from None
+    params = config.validate(raw, source)
+    if raw != override(_unshared(yaml_text.parse(before.decode(), source)), overrides):
+        raise config.ConfigError(f"{source}: an anchor shares the section; write it out where it is used")
+    return text.encode(), params
+
+
+def _dumped(content: Any) -> str:
+    yaml, stream = YAML(), io.StringIO()
     yaml.preserve_quotes, yaml.width = True, 110
-    content = override(yaml.load(FILE.read_text(encoding="utf-8")), overrides)
-    with atomic(FILE) as partial:
-        yaml.dump(content, partial)
+    try:
+        yaml.dump(content, stream)
+    except Exception as error:  # ruamel's representers raise many types
+        raise config.ConfigError(f"{FILE} with overrides: cannot be written as YAML: {error}") from None
+    return stream.getvalue()
+
+
+def _unshared(value: Any) -> Any:
+    """Copy nested values, those of an anchor for each of its uses."""
+    if isinstance(value, dict):
+        return {key: _unshared(inner) for key, inner in value.items()}
+    return [_unshared(inner) for inner in value] if isinstance(value, list) else value
+
+
+def _replace(content: bytes) -> None:
+    if content != FILE.read_bytes():
+        with atomic(FILE) as partial:
+            partial.write_bytes(content)

@@ -5,7 +5,8 @@
 
 Generates images by the champion of MLflow's registry and by the base model, from the same seeds, and scores
 both. Where the champion's mean gain over the base is below its bound, the flow emits the event
-`spo.champion.dropped`, which starts the deployment `retrain` of prefect.yaml, and fails.
+`spo.champion.dropped` and fails. The event starts the deployment `retrain` of prefect.yaml, unless these
+prompts cannot be trained on: too few, or those of the evaluation.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import argparse
 import contextlib
 import os
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -52,7 +54,7 @@ def monitor(prompts: str, at_least: dict[str, float] | None = None, seed: int = 
     """
     with contextlib.chdir(ROOT):
         params = config.load()
-        lines = new_prompts(Path(prompts))
+        lines = new_prompts(Path(prompts), params.registry.min_prompts)
         bounds = at_least or dict.fromkeys(params.registry.improves, 0.0)
         rows, version = measure(params, lines, seed)
         reasons = dropped(rows, bounds)
@@ -60,22 +62,41 @@ def monitor(prompts: str, at_least: dict[str, float] | None = None, seed: int = 
             [*rows], key="spo-monitor", description=f"champion: {version}, n = {len(lines)}"
         )
         if reasons:
-            announce(params.registry.name or params.name, version, reasons, prompts)
-            raise QualityDropped("; ".join(reasons))
+            obstacle = untrainable(params, prompts)
+            announce(params.registry.name or params.name, version, reasons, prompts, retrain=obstacle is None)
+            raise QualityDropped("; ".join(reasons + ([f"no new training: {obstacle}"] if obstacle else [])))
     return rows
 
 
-def announce(model: str, version: str, reasons: Sequence[str], prompts: str) -> None:
-    """Emit the event; its payload names the prompts, on which the deployment `retrain` trains."""
-    payload = {"version": version, "reasons": [*reasons], "prompts": prompts}
-    emit_event(EVENT, resource={"prefect.resource.id": f"spo.model.{model}"}, payload=payload)
+def announce(model: str, version: str, reasons: Sequence[str], prompts: str, retrain: bool = True) -> None:
+    """Emit the event; with `retrain`, that deployment trains on the prompts that the payload names."""
+    resource = {"prefect.resource.id": f"spo.model.{model}", "spo.retrain": "yes" if retrain else "no"}
+    emit_event(
+        EVENT, resource=resource, payload={"version": version, "reasons": [*reasons], "prompts": prompts}
+    )
 
 
-def new_prompts(path: Path) -> list[str]:
+def untrainable(params: config.Params, prompts: str) -> str | None:
+    """Say why the stage `prompts` would refuse this file as `prompts.train`; None if it can be trained on.
+
+    Tokens are not counted.
+    """
+    from spo.stages.prompts import prepare
+
+    section = params.prompts.model_copy(update={"train": prompts})
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            prepare(section, lambda prompt: 0, Path(folder), params.generate.suites)
+        except ValueError as error:
+            return str(error)
+    return None
+
+
+def new_prompts(path: Path, fewest: int = 1) -> list[str]:
     """Read the prompts of a file of any kind that params.yaml may name, those that are not empty.
 
     Raises:
-        ValueError: no such file, nothing in it, or a prompt that cannot be encoded.
+        ValueError: no such file, fewer prompts in it than `fewest`, or a prompt that cannot be encoded.
     """
     from spo.data.prompt_files import read_prompts
     from spo.data.prompts import clean, flaw
@@ -87,6 +108,8 @@ def new_prompts(path: Path) -> list[str]:
     prompts = [prompt for line in lines if (prompt := clean(line))]
     if not prompts:
         raise ValueError(f"{path}: no prompt in it")
+    if (n := len(set(prompts))) < fewest:
+        raise ValueError(f"{path}: {n} different prompts in it; registry.min_prompts is {fewest}")
     return prompts
 
 
@@ -160,10 +183,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "seed": options.seed,
     }
     try:
-        config.load()
-        new_prompts(Path(options.prompts))
+        new_prompts(Path(options.prompts), config.load().registry.min_prompts)
         if options.serve:
-            monitor.serve(name="spo-monitor", cron=options.cron, parameters=parameters)
+            serving.serve(monitor, "spo-monitor", options.cron, parameters)
         else:
             monitor(**parameters)
     except QualityDropped as error:

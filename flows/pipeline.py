@@ -12,7 +12,6 @@ import argparse
 import base64
 import contextlib
 import fcntl
-import json
 import os
 import sys
 import tempfile
@@ -38,6 +37,7 @@ from prefect.cache_policies import NO_CACHE  # noqa: E402
 
 from spo import config
 from spo.commands import repro, stages_at_once
+from spo.evaluation import results
 from spo.runtime import cores, side_by_side
 from spo.runtime.exit_codes import EXIT_FILE, TRANSIENT
 from spo.runtime.messages import redact
@@ -66,7 +66,8 @@ def pipeline(
     """Run the experiment; return what each stage did: {stage, result, seconds}.
 
     Args:
-        overrides: changes of params.yaml by dotted key, e.g. {"align.spo.beta": 20}; they stay in the file.
+        overrides: changes of params.yaml by dotted key, e.g. {"align.spo.beta": 20}; they stay in the file,
+            unless the flow fails.
         force: run every stage, changed or not.
         wait_minutes: for another flow in this folder to end; 0: refuse at once.
         push: a DVC remote that gets the outputs and the run cache in the end, for clones elsewhere.
@@ -76,9 +77,8 @@ def pipeline(
         StageError: a stage or the push failed.
     """
     with contextlib.chdir(ROOT):
-        params = changes.merged(overrides or {})
-        with alone(wait_minutes):
-            changes.write(overrides or {})
+        changes.merged(overrides or {})  # before waiting
+        with alone(wait_minutes), changes.applied(overrides or {}) as params:
             done: list[dict[str, Any]] = []
             parent = runs.open_parent(params.model_dump())
             try:
@@ -231,7 +231,7 @@ def alone(wait_minutes: float = 0) -> Iterator[None]:
 
 def comparisons() -> list[dict[str, Any]]:
     path = Path("reports/comparisons.json")
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    return results.read_comparisons(path) if path.exists() else []
 
 
 def summary(done: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]]) -> str:
@@ -241,7 +241,7 @@ def summary(done: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]]
         lines += ["| method | baseline | metric | difference | 95 % interval | win rate | n |"]
         lines += ["|---|---|---|---:|---|---:|---:|"]
     for r in rows:
-        interval = f"[{r['ci_low']:+.3f}, {r['ci_high']:+.3f}]"
+        interval = "–" if r["ci_low"] is None else f"[{r['ci_low']:+.3f}, {r['ci_high']:+.3f}]"
         lines.append(
             f"| {r['method']} | {r['baseline']} | {r['metric']} | {r['mean_difference']:+.3f} "
             f"| {interval} | {r['win_rate']:.0%} | {r['n']} |"
@@ -267,7 +267,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         changes.merged(parameters["overrides"])  # before a server starts
         if options.serve:
-            pipeline.serve(name="spo", cron=options.cron, parameters=parameters)
+            serving.serve(pipeline, "spo", options.cron, parameters)
         else:
             with exit_on_sigterm():  # which ends Prefect's temporary server too
                 pipeline(**parameters)

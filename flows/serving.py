@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
 import urllib.error
 import urllib.request
+from collections.abc import Mapping
+from datetime import datetime
+from typing import Any
 
 from spo.runtime.messages import redact
 
@@ -20,8 +24,11 @@ def check(parser: argparse.ArgumentParser, options: argparse.Namespace, example:
 
     if options.cron and not options.serve:
         parser.error("--cron needs --serve")
-    if options.cron is not None and not valid_cron(options.cron):
-        parser.error(f'--cron {options.cron!r} is no cron expression, e.g. "{example}"')
+    if options.cron is not None:
+        try:
+            next_dates({"cron": options.cron})
+        except ValueError as error:
+            parser.error(f'--cron: {error}, e.g. "{example}"')
     if not options.serve:
         return
     url = PREFECT_API_URL.value()
@@ -42,12 +49,46 @@ def answers(url: str) -> bool:
     return True
 
 
-def valid_cron(text: str) -> bool:
-    """Five fields that Prefect's scheduler understands."""
-    from prefect.client.schemas.schedules import CronSchedule
+def serve(flow: Any, name: str, cron: str | None, parameters: dict[str, Any]) -> None:
+    """Stay, and run the flow when asked or by the clock; prints when it will run next."""
+    if cron is not None:
+        dates = ", ".join(f"{date:%Y-%m-%d %H:%M %Z}" for date in next_dates({"cron": cron}))
+        print(f"next runs: {dates}", flush=True)
+    flow.serve(name=name, cron=cron, parameters=parameters)
 
+
+def next_dates(schedule: Mapping[str, Any], count: int = 3) -> list[datetime]:
+    """Return when a schedule of prefect.yaml fires next, by Prefect's own scheduler.
+
+    Args:
+        schedule: {cron, timezone}, {interval, ...} or {rrule, timezone}; without a time zone in UTC.
+
+    Raises:
+        ValueError: Prefect does not understand it, or it never fires, as on 31 February.
+    """
+    from prefect.server.schemas.schedules import SCHEDULE_TYPES
+    from pydantic import TypeAdapter, ValidationError
+
+    kind = next((kind for kind in ("cron", "rrule", "interval") if kind in schedule), "schedule")
+    text = schedule.get(kind)
     try:
-        CronSchedule(cron=text)
+        known: Any = TypeAdapter(SCHEDULE_TYPES).validate_python({"timezone": "UTC", **schedule})
+    except ValidationError:
+        known = None
+    if known is None or kind == "cron" and len(str(text).split()) != 5:
+        raise ValueError(f"{text!r} is no {kind} expression")
+    try:
+        dates = asyncio.run(known.get_dates(count))
+    except ValueError:  # what croniter raises where no day of the next 50 years fits
+        dates = []
+    if not dates:
+        raise ValueError(f"{text!r} never fires: there is no such date")
+    return [*dates]
+
+
+def valid_cron(text: str) -> bool:
+    """Whether five fields name dates that exist, as Prefect's scheduler understands them."""
+    try:
+        return bool(next_dates({"cron": text}))
     except ValueError:
         return False
-    return len(text.split()) == 5

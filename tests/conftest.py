@@ -7,18 +7,16 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import surroundings
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("DVC_NO_ANALYTICS", "1")
-os.environ.setdefault("DO_NOT_TRACK", "1")
-# commands leave bytecode in a clone, and buffer what they print, as they do at a user's
-os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
-os.environ.pop("PYTHONUNBUFFERED", None)
-os.environ.pop("MLFLOW_TRACKING_URI", None)
-os.environ.pop("SPO_PARENT_RUN", None)
+surroundings.neutral()
+BEFORE, LEFT = pytest.StashKey[dict[str, tuple[int, int]]](), pytest.StashKey[list[str]]()
 
-if "PYTEST_XDIST_WORKER" in os.environ:  # several processes on few cores: one thread each
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+@pytest.fixture(scope="session", autouse=True)
+def working_folder(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What a test writes to no particular folder lies in a temporary one, with links to the repository."""
+    os.chdir(surroundings.linked(tmp_path_factory.mktemp("elsewhere")))
 
 
 @pytest.fixture(autouse=True)
@@ -55,7 +53,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         shared = item.get_closest_marker("smoke") and SHARED & {*getattr(item, "fixturenames", ())}
         if shared and not item.get_closest_marker("timeout"):
-            item.add_marker(pytest.mark.timeout(1500))
+            item.add_marker(pytest.mark.timeout(3600))
     long = {
         item.path for item in items if item.get_closest_marker("smoke") or item.get_closest_marker("services")
     }
@@ -73,3 +71,25 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
     config.option.loadscopereorder = False
     return ByFile(config, log)
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    if not hasattr(session.config, "workerinput"):  # of xdist
+        session.config.stash[BEFORE] = surroundings.traces()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if not hasattr(session.config, "workerinput"):
+        left = session.config.stash[LEFT] = surroundings.left(session.config.stash[BEFORE])
+        surroundings.forget()
+        if left and session.exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    left = config.stash.get(LEFT, [])
+    for path in left[:20]:
+        terminalreporter.line(f"written outside temporary folders: {path}", red=True)
+    if left[20:]:
+        terminalreporter.line(f"and {len(left) - 20} more", red=True)

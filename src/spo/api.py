@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spo import config
-from spo.config import Params
+from spo.config import Params, yaml_text
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -31,10 +31,8 @@ def load_params(source: str | Path = "params.yaml", changes: Mapping[str, Any] |
     Raises:
         ConfigError: a mistake in the file or in `changes`, as one line.
     """
-    import yaml
-
     if str(source) in config.preset_names():
-        params = config.validate(yaml.safe_load(config.preset(str(source))), source=str(source))
+        params = config.validate(yaml_text.parse(config.preset(str(source)), str(source)), source=str(source))
     else:
         params = config.load(source)
     raw = params.model_dump(mode="json")
@@ -148,7 +146,7 @@ def train(
         section.optimizer,
         checkpoints=checkpoints,
         checkpoint_every=section.checkpoint_every,
-        on_metrics=lambda metrics, updates: None,
+        on_metrics=lambda metrics, iteration: None,
         scale_loss=params.backbone.dtype == "fp16",
         sampler_ema=method.SPEC.sampler_ema(section),
     )
@@ -193,7 +191,7 @@ def judge(
 
     Returns:
         A row per metric: means of both, mean_difference with its 95 % interval (ci_low, ci_high) over the
-        prompts, win_rate, and n.
+        prompts (None for fewer than registry.min_prompts), win_rate, and n.
 
     Raises:
         ValueError: another number of prompts than images, an unreadable image, or no scorer there.
@@ -205,5 +203,7 @@ def judge(
 
     given = Path(prompts) if isinstance(prompts, str | Path) else list(prompts)
     tables = external.tables(params, {"method": Path(images), "baseline": Path(baseline)}, given)
-    rows = statistics.comparisons(tables, ["baseline"], params.report.bootstrap_samples, params.seed)
+    rows = statistics.comparisons(
+        tables, ["baseline"], params.report.bootstrap_samples, params.seed, params.registry.min_prompts
+    )
     return DataFrame(rows).drop(columns=["method", "baseline"]).set_index("metric")

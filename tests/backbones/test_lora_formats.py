@@ -7,6 +7,7 @@ import adapters
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from rounding import assert_same
 
 PROMPTS = ["a red circle", ""]
 
@@ -91,7 +92,7 @@ def test_every_layer_has_its_own_strength(load, family, tmp_path, write) -> None
 
     said = backbone.load_lora(write(tmp_path, adapter))
     assert f"changes {len(adapter)} layers of the unet" in said
-    assert torch.allclose(predict(backbone), expected, atol=1e-5)
+    assert_same(predict(backbone), expected, backbone.unet)
     assert (expected - base).abs().max() > 0.1
     assert backbone.trainable_parameters() == []
     assert torch.equal(predict(backbone, reference=True), base)
@@ -108,7 +109,7 @@ def test_the_old_attention_processor_format_has_strength_one(load, family, tmp_p
         key = f"{attention}.processor.{layer}_lora"
         state |= {f"{key}.down.weight": change.down, f"{key}.up.weight": change.up}
     backbone.load_lora(adapters.write(tmp_path / "pytorch_lora_weights.safetensors", state))
-    assert torch.allclose(predict(backbone), predict(merged), atol=1e-5)
+    assert_same(predict(backbone), predict(merged), backbone.unet)
 
 
 @pytest.mark.parametrize("write", [diffusers, peft])
@@ -121,7 +122,7 @@ def test_rank_stabilised_lora_is_divided_by_the_root_of_its_rank(
     plain = adapters.settings
     monkeypatch.setattr(adapters, "settings", lambda adapter: plain(adapter, use_rslora=True))
     backbone.load_lora(write(tmp_path, adapter))
-    assert torch.allclose(predict(backbone), predict(merged), atol=1e-5)
+    assert_same(predict(backbone), predict(merged), backbone.unet)
 
 
 @pytest.mark.parametrize("more", [{}, {"use_rslora": True}, {"use_dora": True}])
@@ -148,7 +149,7 @@ def test_what_peft_saves_is_what_peft_computes(load, family, tmp_path, more) -> 
                 parameter.mul_(0.3)
     model.save_pretrained(tmp_path)
     backbone.load_lora(tmp_path)
-    assert torch.allclose(predict(backbone), predict(theirs), atol=1e-5)
+    assert_same(predict(backbone), predict(theirs), backbone.unet)
     assert (predict(theirs) - predict(load(family))).abs().max() > 0.01
 
 
@@ -167,7 +168,7 @@ def test_kohyas_dora_has_the_rows_norms(load, family, tmp_path) -> None:
             weight *= magnitude / norm
             state[f"lora_unet_{name.replace('.', '_')}.dora_scale"] = magnitude
     backbone.load_lora(adapters.write(tmp_path / "dora.safetensors", state))
-    assert torch.allclose(predict(backbone), predict(merged), atol=2e-5)
+    assert_same(predict(backbone), predict(merged), backbone.unet)
 
 
 def test_locon_in_tuckers_form(load, family, tmp_path) -> None:
@@ -201,7 +202,7 @@ def test_matrices_and_kernels_of_one_are_the_same(load, family, tmp_path) -> Non
         if value.ndim:
             state[key] = value[:, :, 0, 0] if value.ndim == 4 else value[:, :, None, None]
     backbone.load_lora(adapters.write(tmp_path / "shapes.safetensors", state))
-    assert torch.allclose(predict(backbone), predict(merged), atol=1e-5)
+    assert_same(predict(backbone), predict(merged), backbone.unet)
 
 
 def text_changes(backbone, component: str) -> dict[str, adapters.Change]:

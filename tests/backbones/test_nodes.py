@@ -41,7 +41,7 @@ ITERATIONS = 8
 
 
 @pytest.mark.smoke
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("experiment", ["sd"], indirect=True)
 def test_a_lost_node_ends_all_and_two_nodes_give_what_one_process_gives(
     experiment, tmp_path, monkeypatch
@@ -77,7 +77,7 @@ def kill_a_node(folder: Path) -> None:
         assert kills.until(lambda: bool(kills.checkpoints(folder)), 400, 0.02)
         for process in (*psutil.Process(second.pid).children(), second):
             process.send_signal(signal.SIGKILL)
-        assert first.wait(400) != 0
+        assert first.wait(1500) != 0
     lines = [line for line in (folder / "node0").read_text().splitlines() if line.startswith("spo: ")]
     assert len(lines) == 1 and lines[0].startswith("spo: the connection to another of the 2 processes broke")
     assert (folder / "code").read_text() == str(TRANSIENT), "torchrun's own is 1, whatever happened"

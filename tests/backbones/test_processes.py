@@ -20,10 +20,16 @@ from spo.rewards import clip
 from spo.training import distributed, loop
 from spo.training.alignment import Alignment
 from spo.training.checkpoint import CheckpointStore
-from spo.types import Budget, StepPair, UNetBatch
+from spo.types import Budget, Conditioning, StepPair, UNetBatch
 
 PROMPTS = ["a circle", "a blue star on sand", "a large red square", "a small star"]
 LORA = {"rank": 2, "alpha": 2}
+BATCH = UNetBatch(
+    x_t=torch.zeros(4),
+    timesteps=torch.zeros(4, dtype=torch.int64),
+    conditioning=Conditioning({}),
+    weight=torch.ones(4),
+)
 OPTIMIZER = {"learning_rate": 1e-3}
 
 
@@ -235,3 +241,48 @@ def test_fewer_pairs_than_processes_is_one_line(load, pairs) -> None:
             message
             == "align.diffusion_dpo.batch_size: 1 is less than the 2 processes; raise it, or use fewer"
         )
+
+
+class Halves:
+    """A judge of which each process trains another part, and `idle` in none: weight decay is on."""
+
+    name, iterations = "halves", 3
+
+    def __init__(self) -> None:
+        self.weights = {n: torch.nn.Parameter(torch.ones(3)) for n in ("both", "second", "idle")}
+
+    def parameters(self):
+        return list(self.weights.values())
+
+    def collect(self, iteration):
+        every = torch.arange(4.0) + iteration
+        return [
+            [replace(BATCH, x_t=distributed.shard(every), weight=torch.ones(4 // distributed.count()))]
+        ], {}
+
+    def loss(self, batch):
+        late = batch.x_t >= self.iterations  # at first only in the second process's share
+        losses = batch.x_t * self.weights["both"].sum()
+        if bool(late.any()):
+            losses = losses + late * self.weights["second"].square().sum()
+        return losses, {}
+
+
+def test_weights_without_gradient_are_left_alone_by_any_number_of_processes() -> None:
+    """AdamW decays a weight whose gradient is 0, and not one that has none."""
+
+    def body() -> dict[str, torch.Tensor]:
+        objective = Halves()
+        optimizer = config.Optimizer(learning_rate=0.01, weight_decay=0.3)
+        options = {"checkpoints": None, "checkpoint_every": 9, "on_metrics": lambda m, i: None}
+        loop.fit(objective, optimizer, **options)
+        assert objective.weights["idle"].grad is None
+        return {name: value.detach() for name, value in objective.weights.items()}
+
+    (one,), several = run_in(1, body), run_in(2, body)
+    for other in several:
+        assert torch.equal(other["idle"], torch.ones(3)) and torch.equal(one["idle"], torch.ones(3))
+        for name in ("both", "second"):
+            torch.testing.assert_close(other[name], one[name], rtol=1e-5, atol=0)
+            assert not torch.equal(one[name], torch.ones(3))
+    assert all(torch.equal(several[0][name], several[1][name]) for name in one)

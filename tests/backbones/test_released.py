@@ -8,6 +8,7 @@ import pytest
 import single_file
 import torch
 import yaml
+from rounding import assert_same
 from safetensors.torch import load_file, save_file
 
 from spo import backbones, cli, config
@@ -66,11 +67,12 @@ def test_a_unet_is_loaded_from_every_release_format(aligned, tuned, family, tmp_
     ways = [folder, folder.parent, folder / FILE, tmp_path / "my unet.safetensors", half, pickled]
     for path in [*ways, tmp_path / "original names.safetensors"]:
         backbone = aligned(path)
-        assert torch.allclose(predict(backbone), expected, atol=1e-5), path
+        assert_same(predict(backbone), expected, backbone.unet)
         assert backbone.trainable_parameters() == []
         assert "UNet, " in capsys.readouterr().err
     for path in (pipeline, single):
-        assert torch.allclose(predict(aligned(path)), expected, atol=1e-5), path
+        backbone = aligned(path)
+        assert_same(predict(backbone), expected, backbone.unet)
     assert (predict(aligned(None)) - expected).abs().max() > 0.01
     assert file.exists()
 
@@ -85,7 +87,8 @@ def test_shards_are_one_unet(aligned, tuned) -> None:
     index = {"weight_map": {k: n for n, part in zip(names, parts, strict=True) for k in part}}
     (folder / f"{FILE}.index.json").write_text(json.dumps(index))
     (folder / FILE).unlink()
-    assert torch.allclose(predict(aligned(folder)), expected, atol=1e-5)
+    backbone = aligned(folder)
+    assert_same(predict(backbone), expected, backbone.unet)
 
 
 def refused(attempt, path, message: str) -> None:

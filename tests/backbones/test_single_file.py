@@ -4,6 +4,7 @@ import pytest
 import single_file
 import torch
 import yaml
+from rounding import assert_same
 
 from spo import backbones, config
 from spo.backbones import sizes
@@ -27,10 +28,9 @@ def test_it_is_the_model_of_the_folder(one, load) -> None:
         weights = [getattr(b.pipeline, part).state_dict() for b in (ours, theirs)]
         assert weights[0].keys() == weights[1].keys()
         assert all(torch.equal(weights[0][name], value) for name, value in weights[1].items()), part
-    assert torch.allclose(
-        ours.predict(x_t, t, embeddings[0]), theirs.predict(x_t, t, embeddings[1]), atol=1e-5
-    )
-    assert torch.allclose(ours.decode(x_t), theirs.decode(x_t), atol=1e-5)
+    outputs = [b.predict(x_t, t, e) for b, e in zip((ours, theirs), embeddings, strict=True)]
+    assert_same(*outputs, ours.unet)
+    assert_same(ours.decode(x_t), theirs.decode(x_t), ours.vae)
     assert ours.scheduler_config["beta_schedule"] == theirs.scheduler_config["beta_schedule"]
 
 

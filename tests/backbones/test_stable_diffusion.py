@@ -4,6 +4,7 @@ import diffusers
 import pytest
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline
+from rounding import assert_same
 from safetensors.torch import load_file, save_file
 
 from spo import backbones, config
@@ -110,7 +111,7 @@ def test_the_prompt_and_the_timestep_reach_the_unet(load, family) -> None:
     )
     assert not torch.allclose(backbone.predict(x_t, timesteps.flip(0), conditioning), output, atol=1e-4)
     alone = backbone.predict(x_t[1:], timesteps[1:], conditioning.select(slice(1, 2)))
-    assert torch.allclose(alone, output[1:], atol=1e-5)
+    assert_same(alone, output[1:], backbone.unet)
 
 
 def test_saved_adapter_loads_here_and_in_diffusers(load, family, checkpoints, tmp_path) -> None:
@@ -123,7 +124,7 @@ def test_saved_adapter_loads_here_and_in_diffusers(load, family, checkpoints, tm
     for path in (tmp_path, tmp_path / lora.FILE):
         again = load(family)
         again.load_lora(path)
-        assert torch.allclose(predict(again), expected, atol=1e-5)
+        assert_same(predict(again), expected, backbone.unet)
         assert again.trainable_parameters() == []
 
     pipe = DiffusionPipeline.from_pretrained(checkpoints[family])
@@ -132,7 +133,7 @@ def test_saved_adapter_loads_here_and_in_diffusers(load, family, checkpoints, tm
     arguments = backbone._text.unet_arguments(conditioning)
     with torch.no_grad():
         output = pipe.unet(x_t, timesteps, **arguments).sample
-    assert torch.allclose(output, expected, atol=1e-5)
+    assert_same(output, expected, pipe.unet)
 
 
 def image_pipeline(folder):
@@ -268,7 +269,7 @@ def test_an_adapter_in_kohyas_format_loads(load, family, tmp_path) -> None:
     save_file(kohya, tmp_path / "kohya.safetensors")
     again = load(family)
     again.load_lora(tmp_path / "kohya.safetensors")
-    assert torch.allclose(predict(again), predict(backbone), atol=1e-5)
+    assert_same(predict(again), predict(backbone), backbone.unet)
 
 
 def test_a_full_fine_tune_keeps_its_reference_and_loads_here_and_in_diffusers(load, family, tmp_path) -> None:
@@ -289,12 +290,13 @@ def test_a_full_fine_tune_keeps_its_reference_and_loads_here_and_in_diffusers(lo
 
     settings = config.Backbone(family=family, checkpoint="nowhere/at-all")
     again = backbones.load_aligned(settings, tmp_path, "cpu")
-    assert torch.allclose(predict(again), changed, atol=1e-5) and again.trainable_parameters() == []
+    assert_same(predict(again), changed, again.unet)
+    assert again.trainable_parameters() == []
     pipe = DiffusionPipeline.from_pretrained(tmp_path)
     x_t, timesteps, conditioning = inputs(backbone)
     with torch.no_grad():
         output = pipe.unet(x_t, timesteps, **backbone._text.unet_arguments(conditioning)).sample
-    assert torch.allclose(output, changed, atol=1e-5)
+    assert_same(output, changed, pipe.unet)
 
 
 def test_a_full_fine_tune_in_half_precision_has_fp32_weights(load, family, tmp_path) -> None:
@@ -308,3 +310,22 @@ def test_a_full_fine_tune_in_half_precision_has_fp32_weights(load, family, tmp_p
     backbone.save_pipeline(tmp_path)
     again = backbones.load(config.Backbone(family=family, checkpoint=str(tmp_path), dtype="bf16"), "cpu")
     assert again.unet.dtype == torch.bfloat16 and torch.equal(predict(again), base)
+
+
+def test_saving_a_full_fine_tune_copies_no_weights_on_its_device(load, family, tmp_path, monkeypatch) -> None:
+    """What is copied is cast on the way, to the CPU; the weights in training stay what they were."""
+    backbone = load(family, dtype="bf16")
+    backbone.train_fully()
+    before = {name: id(value) for name, value in backbone.unet.named_parameters()}
+    copied = []
+    clone = torch.nn.Parameter.__deepcopy__
+    monkeypatch.setattr(
+        torch.nn.Parameter, "__deepcopy__", lambda self, memo: copied.append(self) or clone(self, memo)
+    )
+    backbone.save_pipeline(tmp_path)
+    assert copied == []
+    assert {name: id(value) for name, value in backbone.unet.named_parameters()} == before
+    assert backbone.pipeline.unet is backbone.unet and backbone.unet.dtype == torch.float32
+    saved = load_file(tmp_path / "unet/diffusion_pytorch_model.safetensors")
+    for name, value in backbone.unet.state_dict().items():
+        assert torch.equal(saved[name], value.to(torch.bfloat16)), name

@@ -27,6 +27,7 @@ def experiment(tmp_path_factory):
     params = yaml.safe_load(config.preset("smoke"))
     text = yaml.safe_dump(params["score"]).replace("data/scorers", str(folder))
     params["score"] = {**yaml.safe_load(text), "oracle": None}
+    params["registry"]["min_prompts"] = 2
     path = folder / "params.yaml"
     path.write_text(yaml.safe_dump(params))
     return path

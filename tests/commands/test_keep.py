@@ -28,7 +28,7 @@ def params(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> config.Params:
     files = {"comparisons": [ROW], "metrics/preference": {"training_seconds": 2.0, "unet_samples": 50}}
     for name, content in {**files, "metrics/align_spo": trained}.items():
         (tmp_path / f"reports/{name}.json").write_text(json.dumps(content))
-    curve = {"step": [0, 9], "validation/iteration": [0, 10], "validation/gain": [0.0, 1.5]}
+    curve = {"step": [0, 10], "validation/gain": [0.0, 1.5]}
     pd.DataFrame(curve).to_csv(tmp_path / "reports/training/spo.csv", index=False)
     return config.validate(raw)
 

@@ -56,12 +56,12 @@ def test_stages_at_the_same_time_encode_once(tmp_path, capsys) -> None:
 
     def slow():
         begun.set()
-        assert go_on.wait(60)
+        assert go_on.wait(300)
         yield from labelled(40)
 
     with ThreadPoolExecutor(2) as pool:
         one = pool.submit(encode, slow(), 40, first, decode, tmp_path / "l")
-        assert begun.wait(60)
+        assert begun.wait(300)
         other = pool.submit(encode, labelled(40), 40, second, decode, tmp_path / "l")
         while not other.done() and "waits" not in capsys.readouterr().err:
             time.sleep(0.01)

@@ -30,7 +30,7 @@ def test_a_grid_runs_every_combination_and_nothing_that_no_value_touches(
     assert project(status).count("Queued") == 4
     ran = project.stages(run)
     project(stop)
-    end = time.monotonic() + 300
+    end = time.monotonic() + 1200
     while "0 active, 0 idle" not in (shown := project(status)):
         assert time.monotonic() < end, shown
         time.sleep(4)  # each look is a process of DVC, 1.5 s of the processor that the work needs

@@ -2,10 +2,11 @@
 
 from pathlib import Path
 
+import pytest
 import yaml
 
 from spo import config
-from spo.evaluation import model_card
+from spo.evaluation import model_card, publication, results
 
 ROW = {"method": "spo", "baseline": "base", "metric": "hps", "mean_method": 27.1, "mean_baseline": 26.0}
 ROW |= {"mean_difference": 1.1, "ci_low": 0.9, "ci_high": 1.3, "win_rate": 0.8125, "n": 256}
@@ -67,3 +68,41 @@ def test_scores_are_those_of_the_method() -> None:
     card = model_card.scores([ROW, {**ROW, "method": "diffusion_dpo", "metric": "pickscore"}], "spo")
     assert "| hps | 27.100 | base | +1.100 | +0.900 to +1.300 | 81 % | 256 |" in card
     assert "pickscore" not in card
+
+
+def test_no_card_names_a_path_of_the_machine() -> None:
+    raw = yaml.safe_load(config.preset("scenes"))
+    raw["backbone"]["checkpoint"] = "/home/alice/models/my-sd"
+    raw["prompts"]["train"], raw["pairs"]["source"] = "/home/alice/secret/train.txt", "../alice/pairs"
+    made = config.validate(raw)
+    card = model_card.text(made, "spo", {"updates": 3})
+    assert "base_model" not in front_matter(card)
+    assert "- base model: my-sd " in card and "- training prompts: train.txt" in card
+    samples = [publication.Sample("a cat", "samples/0-base.png", "samples/0-spo.png")]
+    earlier = card.replace("my-sd", "/home/alice/models/my-sd")  # as earlier versions wrote it
+    for written in (card, earlier):
+        details = publication.Publication("owner/new", "owner/base", "mit")
+        text = publication.text(written, made, "spo", [ROW], samples, details)
+        assert publication.metadata(text)["base_model"] == "owner/base"
+        assert "alice" not in text and "samples/0-spo.png" in text
+
+
+def test_a_card_without_the_line_of_the_licence_is_refused_by_name() -> None:
+    made = params()
+    card = model_card.text(made, "spo", {}).replace("- licence of the base model:", "- license:")
+    details = publication.Publication("owner/new", "owner/base", "mit")
+    with pytest.raises(ValueError, match=r"README.md of the adapter has no line '- licence of the base"):
+        publication.text(card, made, "spo", [ROW], [], details)
+
+
+def test_few_prompts_have_no_interval_on_the_card() -> None:
+    card = model_card.scores([{**ROW, "ci_low": None, "ci_high": None, "n": 3}], "spo")
+    assert "| +1.100 | – | 81 % | 3 |" in card
+
+
+@pytest.mark.parametrize("text", ["[{}]", "[1]", "{}", '[{"method": "spo"}', "null"])
+def test_damaged_comparisons_are_one_line_with_their_name(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "comparisons.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r"^[^\n]*comparisons.json: [^\n]*; run `[^\n]*$"):
+        results.read_comparisons(path)

@@ -91,7 +91,8 @@ def write_run(root: Path) -> None:
     write_json(root / "outputs/prompts/summary.json", {"train": 1200, "removed": {"duplicate": 3}})
     write_json(root / "data/world.json", {"labels": {"ties": 0.0903}, "oracle": {"rendered": {"n": 1000}}})
     out = {"path": "outputs/images/spo", "md5": "0123456789abcdef.dir"}
-    (root / "dvc.lock").write_text(yaml.safe_dump({"stages": {"generate@spo": {"outs": [out]}}}))
+    stage = {"cmd": "spo generate spo", "outs": [out]}
+    (root / "dvc.lock").write_text(yaml.safe_dump({"stages": {"generate@spo": stage}}))
 
 
 def write_images(folder: Path, level: int) -> None:
@@ -115,6 +116,7 @@ def write_json(path: Path, content: Any) -> None:
 
 def params(**changes: Any) -> config.Params:
     raw = yaml.safe_load(config.preset("scenes"))
+    raw["registry"]["min_prompts"] = 2
     return config.validate({**raw, "report": {"bootstrap_samples": 200, "grid_prompts": 3}, **changes})
 
 
@@ -183,7 +185,7 @@ def test_a_browser_runs_nothing_of_a_prompt(
             [browser, *options, "--virtual-time-budget=5000", "--dump-dom", f"file://{tmp_path}/{name}.html"],
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=600,
         )
         seen[name] = done.stdout
     assert "<title>stolen</title>" in seen["unescaped"], "the browser would have run it"
@@ -259,7 +261,9 @@ def test_the_grid_has_the_first_image_of_each_prompt(tracked: Tracked) -> None:
     prompts, images = stage.read_images(scores, 2)
     assert prompts == ["p 0", "p 1"]
     assert [image.getpixel((0, 0))[1] for image in images["base"]] == [0, 30]
-    assert "4 test prompts, 3 images each" in Path("reports/report.html").read_text(encoding="utf-8")
+    assert "4 test prompts of data/prompts/evaluation.txt, 3 images each" in Path(
+        "reports/report.html"
+    ).read_text(encoding="utf-8")
 
 
 def rewrite_prompts(folder: Path, prompts: list[str]) -> None:

@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from group import run_in
 from PIL import Image
 
 from spo.config import Validation
 from spo.evaluation import validation
 from spo.evaluation.validation import Collapse, Validated, Watch
+from spo.training import distributed
 
 
 class Curve:
@@ -63,17 +65,16 @@ GOOD = ([1.0, 2.0], 0.4)
 def test_it_validates_before_every_few_iterations_and_after_the_last(tmp_path: Path) -> None:
     model = Trained(GOOD, ([2.0, 3.0], 0.3), ([2.0, 5.0], 0.2), ([3.0, 5.0], 0.2))
     callback, curve = watch(tmp_path, model)
-    for iteration in range(6):
-        callback(iteration, {"loss": 1.0}, 10 * iteration)
-    assert [step for step, _ in curve.rows] == [0, 20, 40, 50]
+    validated = [callback(iteration, {"loss": 1.0}) for iteration in range(6)]
+    assert validated == [True, False, True, False, True, True]
+    assert [step for step, _ in curve.rows] == [0, 2, 4, 5]
     assert curve.rows[1][1] == {
         "validation/hps": 2.5,
         "validation/oracle_aesthetic": 0.5,
         "validation/diversity": 0.3,
-        "validation/iteration": 2,
     }
     samples = sorted((tmp_path / "samples").glob("*.png"))
-    assert [p.stem for p in samples] == ["000000", "000020", "000040", "000050"]
+    assert [p.stem for p in samples] == ["000000", "000002", "000004", "000005"]
     assert (tmp_path / "good/model").read_text() == "3"  # of iteration 4; the stage saves the last
     assert model.saved == 2 and callback.selected() is None
 
@@ -83,7 +84,7 @@ def test_the_best_validation_by_the_named_scorers_is_selected(tmp_path: Path) ->
     model = Trained(GOOD, ([2.0, 3.0], 0.4), ([4.0, 5.0], 0.4), ([3.0, 4.0], 0.4))
     callback, curve = watch(tmp_path, model, select=("hps",))
     for iteration in range(6):
-        callback(iteration, {}, iteration)
+        callback(iteration, {})
     gains = [row["validation/gain"] for _, row in curve.rows]
     assert gains == pytest.approx([g / 0.5**0.5 for g in (0, 1, 3, 2)])
     assert callback.selected() == {"iteration": 4, "gain": pytest.approx(3 / 0.5**0.5)}
@@ -100,24 +101,71 @@ def test_a_selection_names_a_scorer() -> None:
 def test_a_resumed_stage_knows_the_best_so_far_and_logs_every_image(tmp_path: Path) -> None:
     run, resumed = Run(), Run()
     first, _ = watch(tmp_path, Trained(GOOD, ([4.0, 5.0], 0.4)), run=run, select=("hps",))
-    first(0, {}, 0)
-    first(2, {}, 20)
+    first(0, {})
+    first(2, {})
     again, _ = watch(tmp_path, Trained(*3 * [([2.0, 3.0], 0.4)]), run=resumed, select=("hps",))
-    again(2, {}, 20)  # killed after it was validated, before it was saved
-    again(4, {}, 40)
+    again.resume(3)
+    again(4, {})
     assert again.selected()["iteration"] == 2
-    assert run.images == [("validation", 0), ("validation", 20)]
-    assert resumed.images == [("validation", 0), ("validation", 20), ("validation", 40)]
+    assert run.images == [("validation", 0), ("validation", 2)]
+    assert resumed.images == [("validation", 0), ("validation", 2), ("validation", 4)]
+
+
+@pytest.mark.parametrize("killed", ["before the state was saved", "later"])
+def test_what_was_validated_after_the_checkpoint_counts_no_more(tmp_path: Path, killed: str) -> None:
+    """Gains 1, then 2 in the part that is lost; the part that replaces it has 0 there.
+
+    Killed later: the state after iteration 4 was saved, and is damaged.
+    """
+    run, options = Run(), {"iterations": 9, "select": ("hps",)}
+    first, _ = watch(tmp_path, Trained(GOOD, ([2.0, 3.0], 0.4), ([3.0, 4.0], 0.4)), **options)
+    for iteration in range(5 if killed == "before the state was saved" else 6):
+        first(iteration, {})
+    assert first.selected()["iteration"] == 4
+    again, _ = watch(tmp_path, Trained(GOOD), run=run, **options)
+    again.resume(3)
+    assert sorted(p.name for p in (tmp_path / "samples").iterdir()) == ["000000.png", "000002.png"]
+    assert run.images == [("validation", 0), ("validation", 2)]
+    again(4, {})
+    if killed == "before the state was saved":
+        assert again.selected()["iteration"] == 2
+        assert (tmp_path / "best/model").read_text() == "2"
+    else:
+        assert again.selected() == {"iteration": 4, "gain": 0.0}
+    assert json.loads((tmp_path / "good/validation.json").read_text()) == {"iteration": 4}
+
+
+def test_the_main_process_judges_and_the_others_follow(tmp_path: Path) -> None:
+    """The other process sees another folder: no start, no saved model, other scores."""
+
+    def body() -> str:
+        main = distributed.is_main_process()
+        folder = tmp_path / ("shared" if main else "another")
+        bad = ([-3.0, -4.0], 0.4) if main else GOOD
+        callback, _ = watch(folder, Trained(GOOD, GOOD, bad), max_fall=4.9, max_divergence=1.0)
+        callback(0, {"kl": 0.0})
+        callback(2, {"kl": 0.0})
+        again, _ = watch(folder, Trained(bad), max_fall=4.9, max_divergence=1.0)
+        again.resume(2)
+        try:
+            again(4, {"kl": 0.0})
+        except Collapse as collapse:
+            return str(collapse)
+        return "went on"
+
+    first, second = run_in(2, body)
+    assert first == second and "iteration 4: hps" in first and "last good model: iteration 2" in first
+    assert not (tmp_path / "another").exists(), "the other process writes nothing"
 
 
 def test_the_scores_of_a_saved_model_are_those_of_its_validation() -> None:
     rows = {
-        0: {"validation/iteration": 0, "validation/hps": 20.0},
-        40: {"loss": 0.5, "validation/iteration": 4, "validation/hps": 21.0},
-        50: {"loss": 0.4},
+        0: {"validation/hps": 20.0},
+        4: {"loss": 0.5, "validation/hps": 21.0},
+        5: {"loss": 0.4},
     }
-    assert validation.scores_at(rows, 4) == (40, {"validation/hps": 21.0})
-    assert validation.scores_at(rows, 5) == (50, {})
+    assert validation.scores_at(rows, 4) == {"validation/hps": 21.0}
+    assert validation.scores_at(rows, 5) == {} == validation.scores_at(rows, 6)
 
 
 def test_the_gain_does_not_depend_on_a_scorers_units() -> None:
@@ -143,32 +191,32 @@ def test_the_gain_does_not_depend_on_a_scorers_units() -> None:
 )
 def test_a_collapse_stops_and_names_the_last_good_model(tmp_path: Path, bad, limits, why: str) -> None:
     callback, curve = watch(tmp_path, Trained(GOOD, GOOD, bad), **limits)
-    callback(0, {}, 0)
-    callback(2, {}, 2)
+    callback(0, {})
+    callback(2, {})
     with pytest.raises(Collapse, match=rf"align.spo: stopped at iteration 4: {why}.* iteration 2, in .*good"):
-        callback(4, {}, 4)
+        callback(4, {})
     assert curve.rows[-1][0] == 4, "the scores are logged before it stops"
     assert json.loads((tmp_path / "good/validation.json").read_text()) == {"iteration": 2}
     milder = {name: value + 0.2 if name == "max_fall" else value - 0.1 for name, value in limits.items()}
     callback, _ = watch(tmp_path / "again", Trained(GOOD, GOOD, bad), **milder)
     for iteration in (0, 2, 4):
-        callback(iteration, {}, iteration)
+        callback(iteration, {})
 
 
 def test_divergence_is_watched_at_every_iteration(tmp_path: Path) -> None:
     callback, _ = watch(tmp_path, Trained(GOOD), max_divergence=2.0)
-    callback(0, {}, 0)
-    callback(1, {"kl": 1.9, "output_distance": 9.0}, 1)
+    callback(0, {})
+    callback(1, {"kl": 1.9, "output_distance": 9.0})
     with pytest.raises(Collapse, match="iteration 3: kl to the reference is 2.5 .max_divergence 2.; .*none"):
-        callback(3, {"kl": 2.5}, 3)
+        callback(3, {"kl": 2.5})
 
 
 def test_a_resumed_stage_compares_with_its_own_start(tmp_path: Path) -> None:
     callback, _ = watch(tmp_path, Trained(GOOD, GOOD), max_fall=1.0)
-    callback(0, {}, 0)
+    callback(0, {})
     again, _ = watch(tmp_path, Trained(([-3.0, -4.0], 0.4)), max_fall=1.0)
     with pytest.raises(Collapse, match="hps"):
-        again(2, {}, 2)
+        again(2, {})
 
 
 def test_diversity_is_one_minus_the_mean_cosine_of_images_of_a_prompt() -> None:

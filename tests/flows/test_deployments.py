@@ -14,7 +14,7 @@ import pytest
 import yaml
 from prefect_server import ask, started, wait_for
 
-pytestmark = [pytest.mark.services, pytest.mark.timeout(1200)]  # Prefect takes long to start
+pytestmark = [pytest.mark.services, pytest.mark.timeout(3600)]  # Prefect takes long to start
 ROOT = Path(__file__).parents[2]
 DAG = """\
 stages:
@@ -58,6 +58,17 @@ def project(tmp_path: Path, environment: dict[str, str]) -> Path:
     return folder
 
 
+STAND_IN = """
+
+def measure(params, prompts, seed):  # as if the champion had dropped
+    return [{"metric": metric, "mean_difference": -1.0} for metric in params.registry.improves], "scenes-3"
+
+
+def untrainable(params, prompts):  # data/ is not here: test_monitor.py asks it
+    return None
+"""
+
+
 def run(command: str, folder: Path, environment: dict[str, str]) -> str:
     done = subprocess.run(
         command, shell=True, cwd=folder, env=environment, capture_output=True, text=True, timeout=300
@@ -92,12 +103,34 @@ def test_a_champion_that_dropped_starts_a_training_on_the_prompts_where_it_did(
             "PYTHONPATH": f"{project / 'flows'}{os.pathsep}{variables.get('PYTHONPATH', '')}",
         }
         subprocess.run([sys.executable, "-c", emit], env=other, check=True, capture_output=True)
-        (done,) = wait_for("the training", 400, lambda: finished(environment, "retrain"))
+        (done,) = wait_for("the training", 600, lambda: finished(environment, "retrain"))
     assert done["state"] == "COMPLETED", (project / "log.txt").read_text()[-3000:]
     assert done["parameters"]["overrides"] == {"prompts.train": "new/prompts.txt"}
     assert (project / "train.txt").read_text() == "new/prompts.txt"
     changed = yaml.safe_load((project / "params.yaml").read_text())
     assert changed["prompts"]["train"] == "new/prompts.txt", "the override stays, as one of `nightly` does"
+
+
+def test_the_chain_of_weekly_and_retrain_succeeds_as_shipped(
+    environment: dict[str, str], project: Path
+) -> None:
+    variables = {**environment, "SPO_ROOT": str(project)}
+    with (project / "flows/monitor.py").open("a") as file:
+        file.write(STAND_IN)
+    deploy("weekly --name retrain", project, variables)
+    shipped = yaml.safe_load((ROOT / "flows/prefect.yaml").read_text())["deployments"]
+    (weekly,) = [d["parameters"] for d in shipped if d["name"] == "weekly"]
+    trained = {"prompts.train": weekly["prompts"]}
+
+    def retrained() -> list[dict[str, Any]]:
+        return [r for r in finished(environment, "retrain") if r["parameters"].get("overrides") == trained]
+
+    with started(["prefect", "worker", "start", "--pool", "spo"], project, variables):
+        run("prefect deployment run spo-monitor/weekly", project, variables)
+        (done,) = wait_for("the training", 600, retrained)
+    assert done["state"] == "COMPLETED", (project / "log.txt").read_text()[-3000:]
+    assert [run["state"] for run in finished(environment, "weekly")] == ["FAILED"], "it says so"
+    assert (project / "train.txt").read_text() == weekly["prompts"]
 
 
 def test_a_worker_elsewhere_takes_the_code_from_git_and_leaves_the_results_in_the_remote(
@@ -110,7 +143,7 @@ def test_a_worker_elsewhere_takes_the_code_from_git_and_leaves_the_results_in_th
     push = json.dumps({"push": "team"})
     with started(["prefect", "worker", "start", "--pool", "spo"], elsewhere, environment):
         run(f"prefect deployment run spo/from-git --params '{push}'", elsewhere, environment)
-        (done,) = wait_for("the run", 400, lambda: finished(environment, "from-git"))
+        (done,) = wait_for("the run", 600, lambda: finished(environment, "from-git"))
     assert done["state"] == "COMPLETED", (elsewhere / "log.txt").read_text()[-3000:]
     assert not (project / "train.txt").exists() and not (project / "dvc.lock").exists()
     run(f"git clone -q {project} clone", tmp_path, environment)

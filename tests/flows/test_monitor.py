@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
+import changes
+import jinja2
 import pytest
 import serving
 import yaml
+from prefect.events.schemas.events import Resource, ResourceSpecification
+
+from spo import config
+from spo.data.prompts import key
 
 FLOWS = Path(__file__).parents[2] / "flows"
 
@@ -42,6 +50,11 @@ def test_a_drop_is_a_gain_below_its_bound(monitor: ModuleType) -> None:
         (["nowhere.txt"], 2, "nowhere.txt"),
         (["x.txt", "--at-least", "hps"], None, "is not SCORE=NUMBER"),
         (["x.txt", "--serve", "--cron", "every day"], None, "is no cron expression"),
+        (
+            ["x.txt", "--serve", "--cron", "0 3 30 2 *"],
+            None,
+            "'0 3 30 2 *' never fires: there is no such date",
+        ),
         (["x.txt", "--cron", "0 6 * * 1"], None, "--cron needs --serve"),
     ],
 )
@@ -84,5 +97,106 @@ def test_deployments_name_flows_that_exist_with_their_parameters(
         path, _, name = deployment["entrypoint"].partition(":")
         assert (FLOWS.parent / path).exists()
         assert set(deployment["parameters"]) == set(found[name].parameters.properties)
+        found[name].validate_parameters(deployment["parameters"])
         for schedule in deployment.get("schedules", ()):
-            assert serving.valid_cron(schedule["cron"])
+            assert serving.next_dates({k: v for k, v in schedule.items() if k != "active"})
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        {"cron": "0 3 31 2 *"},
+        {"cron": "0 0 31 4,6,9,11 *"},
+        {"rrule": "FREQ=YEARLY;BYMONTH=2;BYMONTHDAY=30"},
+        {"rrule": "DTSTART:20200101T000000\nRRULE:FREQ=DAILY;COUNT=2"},
+    ],
+)
+def test_a_schedule_that_never_fires_is_refused(schedule: dict[str, Any]) -> None:
+    assert not serving.valid_cron(schedule.get("cron", "")) and serving.valid_cron("0 3 29 2 *")
+    with pytest.raises(ValueError, match="never fires: there is no such date"):
+        serving.next_dates(schedule)
+
+
+def test_the_dates_of_a_schedule_are_those_of_the_calendar() -> None:
+    days = [(d.day, d.month) for d in serving.next_dates({"cron": "0 3 29 2 *"})]
+    assert days == [(29, 2)] * 3
+    (berlin,) = serving.next_dates({"cron": "0 3 24 12 *", "timezone": "Europe/Berlin"}, count=1)
+    assert f"{berlin:%d %H:%M %Z}" == "24 03:00 CET"
+    assert len(serving.next_dates({"interval": 3600})) == 3
+    for wrong in ({"interval": 0}, {"cron": "0 3 * * *", "timezone": "Mars/One"}, {}):
+        with pytest.raises(ValueError, match="is no (interval|cron|schedule) expression"):
+            serving.next_dates(wrong)
+
+
+def test_serving_begins_with_the_next_three_dates(capsys: pytest.CaptureFixture[str]) -> None:
+    asked: list[dict[str, Any]] = []
+    flow = SimpleNamespace(serve=lambda **options: asked.append(options))
+    serving.serve(flow, "spo", "0 3 29 2 *", {"seed": 1})
+    line = capsys.readouterr().out
+    assert line.startswith("next runs: ") and line.count("-02-29 03:00 UTC") == 3 and line.count("\n") == 1
+    serving.serve(flow, "spo", None, {})
+    assert capsys.readouterr().out == "" and [o["cron"] for o in asked] == ["0 3 29 2 *", None]
+
+
+def deployment(name: str) -> dict[str, Any]:
+    settings = yaml.safe_load((FLOWS / "prefect.yaml").read_text())
+    (found,) = [d for d in settings["deployments"] if d["name"] == name]
+    return found
+
+
+@pytest.fixture
+def dropped(monitor: ModuleType, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """The events of a champion that dropped on whatever prompts it is asked for."""
+    events: list[dict[str, Any]] = []
+    rows = [
+        {"metric": metric, "mean_difference": -1.0}
+        for metric in config.load(FLOWS.parent / "params.yaml").registry.improves
+    ]
+    monkeypatch.setattr(monitor, "measure", lambda params, prompts, seed: (rows, "scenes-1"))
+    monkeypatch.setattr(monitor, "create_table_artifact", lambda *_, **__: None)
+    monkeypatch.setattr(monitor, "emit_event", lambda name, **event: events.append(event))
+    return events
+
+
+def starts_retrain(event: dict[str, Any]) -> bool:
+    (trigger,) = deployment("retrain")["triggers"]
+    return ResourceSpecification(trigger["match"]).matches(Resource(event["resource"]))
+
+
+needs_data = pytest.mark.skipif(not (FLOWS.parent / "data").exists(), reason="needs `make data`")
+
+
+@needs_data
+def test_the_shipped_weekly_hands_retrain_prompts_that_it_can_train_on(
+    monitor: ModuleType, pipeline: ModuleType, dropped: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(monitor.QualityDropped) as raised:
+        monitor.monitor.fn(**deployment("weekly")["parameters"])
+    (event,) = dropped
+    assert "no new training" not in str(raised.value) and starts_retrain(event)
+    (trigger,) = deployment("retrain")["triggers"]
+    template = jinja2.Template(json.dumps(trigger["parameters"]))
+    asked = json.loads(template.render(event={"payload": event["payload"]}))
+    pipeline.pipeline.validate_parameters(asked)
+    monkeypatch.chdir(FLOWS.parent)
+    params = changes.merged(asked["overrides"])
+    assert monitor.untrainable(params, params.prompts.train) is None
+
+
+@needs_data
+def test_a_drop_on_the_evaluation_prompts_starts_no_training(
+    monitor: ModuleType, dropped: list[dict[str, Any]]
+) -> None:
+    with pytest.raises(
+        monitor.QualityDropped, match="no new training: .*prompts.n_train is 1200, but only 0"
+    ):
+        monitor.monitor.fn("data/prompts/evaluation.txt")
+    assert not starts_retrain(dropped[0])
+
+
+@needs_data
+def test_the_shipped_new_prompts_are_in_no_other_list() -> None:
+    new = {key(line) for line in (FLOWS / "new_prompts.txt").read_text(encoding="utf-8").splitlines()}
+    for name in ("train", "evaluation"):
+        others = (FLOWS.parent / f"data/prompts/{name}.txt").read_text(encoding="utf-8").splitlines()
+        assert new.isdisjoint(map(key, others))

@@ -13,7 +13,7 @@ import psutil
 import pytest
 from prefect_server import ask, started, wait_for
 
-pytestmark = [pytest.mark.services, pytest.mark.timeout(1200)]  # Prefect takes long to start
+pytestmark = [pytest.mark.services, pytest.mark.timeout(3600)]  # Prefect takes long to start
 FLOWS = Path(__file__).parents[2] / "flows"
 DAG = """\
 stages:
@@ -77,8 +77,8 @@ def test_a_worker_runs_the_deployment_and_cancelling_ends_every_child(
         run = runs(environment, "RUNNING", "nightly")[0]["id"]
         state = {"type": "CANCELLING", "name": "Cancelling"}
         ask(environment, f"flow_runs/{run}/set_state", state=state, force=False)
-        wait_for("the end of the stage", 300, lambda: not child.is_running())  # of 600 s
-        wait_for("the cancelled state", 300, lambda: runs(environment, "CANCELLED", "nightly"))
+        wait_for("the end of the stage", 600, lambda: not child.is_running())  # of 600 s
+        wait_for("the cancelled state", 600, lambda: runs(environment, "CANCELLED", "nightly"))
         assert not (project / "two.txt").exists()
         (project / "second.sh").write_text("cp one.txt two.txt\n")  # the next run goes on
         subprocess.run(start, cwd=project, env=environment, check=True, capture_output=True)
@@ -91,7 +91,7 @@ def test_a_worker_runs_the_deployment_and_cancelling_ends_every_child(
 
 
 def test_a_served_flow_runs_by_the_clock(environment: dict[str, str], served: Path) -> None:
-    done = wait_for("a scheduled run", 300, lambda: runs(environment, "COMPLETED", "spo"))
+    done = wait_for("a scheduled run", 600, lambda: runs(environment, "COMPLETED", "spo"))
     assert done[0]["auto_scheduled"] and (served / "two.txt").exists()
     names = {
         task["name"].rsplit("-", 1)[0]

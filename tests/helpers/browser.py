@@ -88,7 +88,7 @@ class Browser:
 
     def wait(self, script: str, wanted: Any = True) -> None:
         """Wait until a script gives what is wanted: the browser may act on an event after it was sent."""
-        end = time.monotonic() + 60
+        end = time.monotonic() + 600
         while (value := self.value(script)) != wanted:
             assert time.monotonic() < end, f"{script} is {value!r}, not {wanted!r}"
             time.sleep(0.02)

@@ -56,7 +56,7 @@ def run(
         "capture_output": True,
         "text": True,
     }
-    return subprocess.run(command, timeout=1400, **options)
+    return subprocess.run(command, timeout=3000, **options)
 
 
 def must(folder: Path, *command: str) -> str:

@@ -37,7 +37,7 @@ class Experiment:
             tempfile.TemporaryFile("w+", encoding="utf-8") as err,
         ):
             options = {"cwd": self.folder, "env": environment, "stdout": out, "stderr": err, "text": True}
-            done = subprocess.run(command, shell=True, input=answer, timeout=800, **options)
+            done = subprocess.run(command, shell=True, input=answer, timeout=1700, **options)
             out.seek(0), err.seek(0)
             return subprocess.CompletedProcess(command, done.returncode, out.read(), err.read())
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+import json
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from spo.runtime.hub import place
@@ -21,8 +22,9 @@ def add(cache: Path, name: str, files: Mapping[str, bytes], revision: str | None
     at, root = place(name, revision), folder(cache, name)
     commit = at.revision if at.revision and len(at.revision) == 40 else COMMIT
     if commit == COMMIT:
-        (root / "refs").mkdir(parents=True, exist_ok=True)
-        (root / "refs" / (at.revision or "main")).write_text(commit)
+        ref = root / "refs" / (at.revision or "main")
+        ref.parent.mkdir(parents=True, exist_ok=True)
+        ref.write_text(commit)
     for path, content in files.items():
         blob = root / "blobs" / hashlib.sha256(content).hexdigest()
         link = root / "snapshots" / commit / path
@@ -32,6 +34,14 @@ def add(cache: Path, name: str, files: Mapping[str, bytes], revision: str | None
         if not link.exists():
             link.symlink_to(blob)
     return commit
+
+
+def list_files(cache: Path, name: str, commit: str, paths: Iterable[str]) -> None:
+    """Leave the hub's list of a commit's files, as its client does when it downloads some of them."""
+    trees = folder(cache, name) / "trees"
+    trees.mkdir(exist_ok=True)
+    listed = {path: {"size": 1, "blob_id": "b"} for path in paths}
+    (trees / f"{commit}.json").write_text(json.dumps({"format_version": 1, "files": listed}))
 
 
 def of_folder(path: Path) -> dict[str, bytes]:

@@ -27,6 +27,8 @@ from pathlib import Path
 import clones
 import psutil
 
+from spo.runtime import signals
+
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 TARGETS = ("stage", "dvc", "group")
 MOMENTS = ("any time", "in a write", "after a write")
@@ -36,7 +38,7 @@ LONGER = {
     "generate": {"batch_size": 2},
 }
 SPREAD = 15.0  # seconds after the start of a stage within which "any time" falls
-PATIENCE = 60.0  # seconds within which all must be gone
+PATIENCE = signals.FLOW_KILL  # seconds within which all must be gone: the last limit of a stop
 # what Python says to a Ctrl-C in its first 20 ms, before any code of ours runs
 PYTHONS_OWN_START = re.compile(
     r"""(?:Fatal\ Python\ error:\ init_.*\n.*\nTraceback.*\n | Traceback.*\n\ \ File\ ".*/bin/spo",.*\n)
@@ -153,7 +155,7 @@ def attempt(folder: Path, kill: Kill | None, draw: random.Random, forked: bool, 
             until(lambda: ended() or stage_of(dvc.pid) is not None, 600)
             stage = stage_of(dvc.pid)
         if kill is None or stage is None:
-            code = dvc.wait(timeout=900)
+            code = dvc.wait(timeout=3000)
             return Outcome(None, code, log.read_text(errors="replace"))
         name = _name(stage)
         _send(kill, dvc, stage)

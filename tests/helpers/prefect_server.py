@@ -42,7 +42,7 @@ def started(
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGTERM)
         try:
-            process.wait(30)
+            process.wait(120)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
@@ -58,7 +58,7 @@ def server(folder: Path) -> Iterator[dict[str, str]]:
     command = ["prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
     with started(command, folder, variables):
         variables["PREFECT_API_URL"] = f"http://127.0.0.1:{port}/api"
-        wait_for("the server", 300, lambda: _answers(variables))
+        wait_for("the server", 600, lambda: _answers(variables))
         yield variables
 
 
@@ -76,5 +76,5 @@ def ask(variables: dict[str, str], path: str, **body: Any) -> Any:
         json.dumps(body).encode(),
         {"Content-Type": "application/json"},
     )
-    with urllib.request.urlopen(request, timeout=20) as answer:
+    with urllib.request.urlopen(request, timeout=120) as answer:
         return json.load(answer)

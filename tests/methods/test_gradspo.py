@@ -13,6 +13,7 @@ from spo_settings import PROMPTS
 from spo.config import Spo
 from spo.diffusion import ddim
 from spo.diffusion.denoiser import GuidedDenoiser
+from spo.diffusion.noise import SampleNoise
 from spo.diffusion.schedule import Schedule
 from spo.methods.spo import SPEC, SpoMethod
 from spo.methods.stepwise.batch import StepBatch
@@ -175,3 +176,13 @@ def test_a_range_without_the_last_step_has_its_thresholds(backbone, judge, sched
 def test_inner_steps_are_refused_in_one_line() -> None:
     with pytest.raises(ValueError, match="gradspo needs inner_steps 1, not 3"):
         settings(inner_steps=3)
+
+
+def test_only_gradspo_keeps_the_outputs_of_the_rollout(backbone, judge, schedule) -> None:
+    """They are as large as a third of a pair's latents, and sent to all processes."""
+    for kind, kept in ((SpoMethod, False), (GradSpoMethod, True)):
+        method = kind(settings(), schedule, judge, PROMPTS, seed=0)
+        with backbone.inference():
+            noise = SampleNoise(0, PROMPTS[:2], backbone.latent_shape)
+            judged = list(method.rollout.run(backbone, PROMPTS[:2], noise))
+        assert judged and {j.pair.output is not None for j in judged} == {kept}

@@ -146,7 +146,6 @@ def test_outputs_far_from_the_reference_are_clipped_without_gradient() -> None:
     ("changes", "prompts", "word"),
     [
         ({"divert_start_step": 5}, ["a"], "divert_start_step"),
-        ({"clip": 1.0}, ["a"], "clip"),
         ({}, [], "prompts"),
     ],
 )

@@ -217,7 +217,7 @@ def test_only_valid_pairs_are_kept(backbone, judge, schedule) -> None:
 
 
 def test_without_a_valid_pair_one_batch_of_weight_zero(backbone, judge, schedule) -> None:
-    method = SpoMethod(settings(threshold=1.0), schedule, judge, PROMPTS, seed=0)
+    method = SpoMethod(settings(threshold=0.999999), schedule, judge, PROMPTS, seed=0)
     (batch,), metrics = collect(method, backbone, 0)
     assert metrics["pairs"] == 0 and metrics["valid_fraction"] == 0
     assert batch.weight.tolist() == [0.0] and len(batch.x_t) == 1

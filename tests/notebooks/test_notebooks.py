@@ -75,7 +75,7 @@ def test_the_results_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setenv("SPO_ROOT", str(tmp_path))
     notebook = nbformat.read(FOLDER / "01_results.ipynb", as_version=4)
     resources = {"metadata": {"path": str(FOLDER)}}
-    NotebookClient(notebook, timeout=120, kernel_name="python3", resources=resources).execute()
+    NotebookClient(notebook, timeout=600, kernel_name="python3", resources=resources).execute()
     outputs = [o for c in notebook.cells if c.cell_type == "code" for o in c.outputs]
     text = "".join(o.get("text", "") for o in outputs)
     assert f"{N} test prompts; variants: base, base_high_guidance, diffusion_dpo, spo" in text

@@ -13,6 +13,9 @@ from spo.rewards import aesthetic, hps, pickscore
 pytestmark = pytest.mark.parity
 GOLDEN = Path(__file__).parent / "golden"
 IMAGES = ["small", "square", "tall", "wide"]
+# Pixels are sums over 12 taps along and 12 across, divided by a deviation of 1/4: their rounding in fp32, in
+# the processor's order of sums, takes that share of them over the border between two numbers of fp16.
+OVER_THE_BORDER = 2 * 4 * 24**0.5 * torch.finfo(torch.float32).eps / torch.finfo(torch.float16).eps
 
 
 def check_pixels(actual: torch.Tensor, file: Path) -> None:
@@ -23,7 +26,7 @@ def check_pixels(actual: torch.Tensor, file: Path) -> None:
     assert actual.dtype == torch.float32 and actual.shape == golden.shape
     beyond = ((actual - golden).abs() - half_unit).clamp(min=0)
     assert float(beyond.max() / golden.abs().max()) < 1e-4
-    assert float((actual.half() == torch.from_numpy(stored)).float().mean()) > 0.999
+    assert float((actual.half() == torch.from_numpy(stored)).float().mean()) > 1 - OVER_THE_BORDER
 
 
 @pytest.mark.parametrize("name", IMAGES)

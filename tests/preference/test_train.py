@@ -5,8 +5,9 @@ import pytest
 import torch
 
 from spo import config
+from spo.preference import step_aware
 from spo.preference import trainer as spm
-from spo.preference.model import StepAwarePreferenceModel
+from spo.preference.model import StepAwarePreferenceModel, token_ids
 from spo.preference.step_aware import StepAware
 from spo.training.checkpoint import CheckpointStore
 from spo.types import Budget
@@ -108,8 +109,8 @@ def test_the_kept_weights_are_the_average_of_the_steps(clip, setup, pairs) -> No
         seen.append(model.model.logit_scale.item())
 
     spm.train(setup(model, steps=4, ema=0.1), pairs, seed=0, on_metrics=keep)
-    by_hand = seen[0]  # decay 0, then 1/11, then .1
-    for value, decay in zip(seen[1:], (1 / 11, 0.1, 0.1), strict=True):
+    by_hand = seen[0]  # decay n / (n + 10) after n updates
+    for value, decay in zip(seen[1:], (1 / 11, 2 / 12, 3 / 13), strict=True):
         by_hand = decay * by_hand + (1 - decay) * value
     assert model.model.logit_scale.item() == pytest.approx(by_hand, abs=1e-7)
     assert by_hand != pytest.approx(seen[-1], abs=1e-7)
@@ -165,3 +166,23 @@ def test_heads_alone_leave_the_towers_as_they_are(clip, setup, pairs) -> None:
     assert any("adaLN" in n for n in moved)
     towers = ("self_attn", ".mlp.fc", "embeddings", "layer_norm1", "pre_layrnorm")
     assert not [n for n in moved if any(part in n for part in towers)]
+
+
+def test_at_t_0_the_accuracy_is_on_clean_images(clip, setup, pairs, monkeypatch) -> None:
+    """Elsewhere the images are noised; also for a model that was trained on clean images only."""
+    noised = []
+    original = step_aware.noised_pair
+    monkeypatch.setattr(
+        step_aware, "noised_pair", lambda *a: noised.append(a[3].unique().tolist()) or original(*a)
+    )
+    model = StepAwarePreferenceModel(clip).eval()
+    spm.evaluate(setup(model), pairs, [0, 200], seed=0)
+    assert noised and all(t == [200] for t in noised)
+    indices, captions = torch.arange(4), pairs.captions[:4]
+    zeros = torch.zeros(4, dtype=torch.int64)
+    with torch.no_grad():
+        given = setup(model).scores(pairs.read(indices), captions, zeros, None)
+        images = torch.cat(pairs.read(indices))
+        text = model.encode_text(token_ids(setup(model).tokenizer, captions, model))
+        expected = model.score_features(images, text.repeat(2, 1), zeros.repeat(2))
+    assert torch.equal(torch.cat(given), expected)

@@ -27,7 +27,7 @@ with tied_to_starter():
 """
 
 
-def until(condition, seconds: float = 30.0) -> bool:
+def until(condition, seconds: float = 300.0) -> bool:
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         if condition():

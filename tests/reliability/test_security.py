@@ -103,7 +103,7 @@ def test_a_tracking_server_that_is_away_is_named_without_it(folder: Path) -> Non
     write(folder)
     away = os.environ | {"MLFLOW_TRACKING_URI": f"http://me:{SECRET}@127.0.0.1:9"}
     words = [sys.executable, "-m", "spo", "pairs"]
-    done = subprocess.run(words, cwd=folder, env=away, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(words, cwd=folder, env=away, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0 and "http://***@127.0.0.1:9" in done.stderr
     assert list((folder / ".spo").rglob("*.jsonl")), "the run waits in the spool"
     assert leaks(folder, done) == []
@@ -161,7 +161,7 @@ def test_make_ui_listens_on_the_loopback_interface_only(tmp_path: Path) -> None:
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "start_new_session": True}
     with subprocess.Popen(command, cwd=tmp_path, env=environment, **quiet) as server:
         try:
-            deadline = time.monotonic() + 120
+            deadline = time.monotonic() + 600
             while not (found := listening(server.pid)):
                 assert time.monotonic() < deadline and server.poll() is None, "the server does not start"
                 time.sleep(0.5)

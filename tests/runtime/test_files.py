@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from spo.runtime.files import atomic, read_json, write_json
+from spo.runtime.files import atomic, read_csv, read_json, write_json
 from spo.runtime.messages import first_line
 
 
@@ -40,3 +40,43 @@ def test_a_torn_file_is_named_with_the_command_that_makes_it(tmp_path: Path) -> 
 )
 def test_the_first_line_of_an_error(error: Exception, line: str) -> None:
     assert first_line(error) == line
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"\xff", "a.json: cannot be read: .*utf-8"),
+        (b"<<<<<<< HEAD\n{}", "a.json: truncated or invalid JSON"),
+        (b"", "a.json: truncated or invalid JSON"),
+        (b"[" * 100_000, "a.json: truncated or invalid JSON"),
+        (b"[]", "a.json: must be an object, not list; run `make repro`"),
+        (b"null", "a.json: must be an object, not NoneType"),
+    ],
+)
+def test_only_a_missing_file_is_empty(content: bytes, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=message) as error:
+        read_json(path, "numbers")
+    assert "\n" not in str(error.value)
+
+
+def test_a_file_without_a_key_is_named_with_it(tmp_path: Path) -> None:
+    write_json(tmp_path / "a.json", {"a": 1})
+    assert read_json(tmp_path / "a.json", "numbers", keys=["a"]) == {"a": 1}
+    with pytest.raises(ValueError, match="a.json: no key 'n'; delete it"):
+        read_json(tmp_path / "a.json", "numbers", keys=["a", "n"], then="delete it")
+
+
+def test_a_folder_in_place_of_a_file_is_one_line(tmp_path: Path) -> None:
+    for read in (read_json, read_csv):
+        with pytest.raises(ValueError, match=f"{tmp_path}: .*[Dd]irectory"):
+            read(tmp_path, "numbers")
+
+
+@pytest.mark.parametrize("content", [b"", b"a,b\n1,2,3\n1,2,3,4\n", b"\xff\xfe,\n"])
+def test_a_damaged_table_is_one_line_with_its_name(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"a.csv: a damaged table \([^\n]+\); run `make repro`$"):
+        read_csv(path, "numbers")

@@ -43,7 +43,7 @@ def test_independent_tasks_run_at_the_same_time() -> None:
 
     def work(task: str) -> bool:
         if task in ("short", "long"):
-            both.wait(timeout=60)
+            both.wait(timeout=300)
         return True
 
     outcome, started = run(3, work)
@@ -60,7 +60,7 @@ def test_after_a_failure_those_that_run_end_and_none_starts() -> None:
             failed.set()
             return False
         if task == "short":
-            assert failed.wait(timeout=60)
+            assert failed.wait(timeout=300)
         return True
 
     outcome, _ = run(2, work)

@@ -5,13 +5,23 @@ from __future__ import annotations
 import compileall
 import json
 import subprocess
+import sys
 from pathlib import Path
 
+import clones
 import pytest
 import yaml
 from clones import ROOT, must, run
 
-pytestmark = [pytest.mark.smoke, pytest.mark.timeout(1500)]  # the first test waits for the DAG
+README = """
+import sys
+from spo import cli
+
+for line in sys.stdin.read().splitlines():  # in one process, which takes 6 s to import all
+    if code := cli.main(line.split()):
+        sys.exit(f"spo {line}: {code}")
+"""
+pytestmark = [pytest.mark.smoke, pytest.mark.timeout(3600)]  # the first test waits for the DAG
 
 
 def test_every_variant_is_compared_on_every_metric(clone: Path) -> None:
@@ -21,7 +31,7 @@ def test_every_variant_is_compared_on_every_metric(clone: Path) -> None:
     assert {("spo", b, m) for b in ("base", "base_high_guidance", "diffusion_dpo") for m in metrics} <= seen
     assert {("diffusion_dpo", "base", m) for m in metrics} <= seen
     for row in rows:
-        assert row["n"] == 8
+        assert row["n"] == 24
         assert row["ci_low"] <= row["mean_difference"] <= row["ci_high"]
         assert row["mean_difference"] == pytest.approx(row["mean_method"] - row["mean_baseline"], abs=1e-6)
 
@@ -106,3 +116,39 @@ def test_a_damaged_seed_remote_is_refused(clone: Path, tmp_path: Path) -> None:
     blob.chmod(0o644)
     blob.write_bytes(content)
     assert run(other, "dvc", "pull", "--quiet", "data.dvc").returncode != 0
+
+
+def test_the_commands_of_the_readme_work_on_a_finished_run(copy: Path) -> None:
+    """In its order, on what `dvc repro` left: params.yaml and dvc.lock as DVC writes them."""
+    params = (copy / "params.yaml").read_text()
+    gate = "  improves: [pickscore]\n  holds: {hps: 0.5, aesthetic: 0.05}\n"
+    assert gate in params  # whatever two updates made of it:
+    (copy / "params.yaml").write_text(params.replace(gate, "  improves: []\n  holds: {pickscore: 1.0e+6}\n"))
+    prompts = copy / "outputs/prompts/test.txt"
+    commands = [
+        "align spo --dry-run",
+        "keep b20",
+        "report",  # compares with b20
+        "register",
+        "sample circle --model champion --output drawn.png",
+        "publish outputs/align/spo --to published",
+        f"score --images outputs/images/spo --prompts {prompts} --baseline outputs/images/base",
+        "sync",
+    ]
+    environment = clones.environment(copy)
+    done = subprocess.run(
+        [sys.executable, "-c", README],
+        input="\n".join(commands),
+        cwd=copy,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    kept = json.loads((copy / "reports/runs/b20.json").read_text())
+    assert kept["params"]["seed"] == 0 and kept["comparisons"]
+    assert "champion" in done.stdout and (copy / "drawn.png").exists()
+    card = (copy / "published/README.md").read_text()
+    assert "| pickscore |" in card and str(copy.parent) not in card
+    assert "scored_by" in must(copy, "dvc", "metrics", "diff", "--all")

@@ -28,10 +28,15 @@ pytestmark = [pytest.mark.smoke, pytest.mark.services]
 
 def test_a_drop_is_an_event_and_a_failed_run(copy: Path, tmp_path: Path) -> None:
     params = yaml.safe_load((copy / "params.yaml").read_text())
-    params["registry"] = {"improves": [], "holds": {"pickscore": 1e6}}  # whatever two updates made of it
+    params["registry"] = {
+        "improves": [],
+        "holds": {"pickscore": 1e6},
+        "min_prompts": 2,
+    }  # whatever two updates made of it
     (copy / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
     assert "champion" in clones.must(copy, "spo", "register")
-    (copy / "new.txt").write_text((copy / "outputs/prompts/test.txt").read_text().splitlines()[0])
+    lines = (copy / "outputs/prompts/test.txt").read_text().splitlines()
+    (copy / "new.txt").write_text("\n".join(lines[:2]))
     (tmp_path / "prefect").mkdir()
     with server(tmp_path / "prefect") as variables:
         prefect = {k: v for k, v in variables.items() if k.startswith("PREFECT_")}
@@ -42,7 +47,7 @@ def test_a_drop_is_an_event_and_a_failed_run(copy: Path, tmp_path: Path) -> None
         bounds = ("pickscore=-1e6", "pickscore=1e6")
         done = clones.run(copy, sys.executable, "-c", TWICE, *bounds, variables=prefect)
         assert done.stdout.splitlines()[-1] == "[0, 1]" and "below 1e+06" in done.stderr, done.stderr
-        (event,) = wait_for("the event", 120, events)
+        (event,) = wait_for("the event", 600, events)
         states = [run["state_type"] for run in ask(variables, "flow_runs/filter", sort="START_TIME_ASC")]
     assert states == ["COMPLETED", "FAILED"]
     assert event["resource"]["prefect.resource.id"] == "spo.model.smoke"

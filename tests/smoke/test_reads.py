@@ -16,16 +16,16 @@ import pytest
 import yaml
 from dvc.repo import Repo
 
-pytestmark = [pytest.mark.smoke, pytest.mark.timeout(1500)]  # the first test waits for the DAG
+pytestmark = [pytest.mark.smoke, pytest.mark.timeout(3600)]  # the first test waits for the DAG
 
 # keys that no stage's result depends on: {stage, or "" for every: {key: why}}
 FREE_KEYS = {
-    "": {"processes": "shares the work; the sum is the same (tests/backbones/test_processes.py)"},
-    "generate": {"generate.batch_size": "noise belongs to the picture (tests/backbones/test_drawing.py)"},
-    "score": {"score.batch_size": "each picture has its own score (tests/backbones/test_drawing.py)"},
+    "": {
+        "processes": "shares the work; the sum is the same (tests/backbones/test_processes.py)",
+        "generate.batch_size": "noise belongs to the picture (tests/backbones/test_drawing.py)",
+        "score.batch_size": "each picture has its own score (tests/backbones/test_drawing.py)",
+    },
     "align": {
-        "generate": "the sampler of validation images, which change no weight",
-        "score": "the scorers of validation images",
         "name": "the model card says what a model was trained from when it was trained",
         "prompts.train": "as `name`: the stage reads outputs/prompts",
         "pairs.source": "as `name`: the stage reads outputs/pairs",
@@ -45,11 +45,12 @@ FREE_MODULES = {
         "src/spo/stages/common.py": "holds the lock and opens the run of a stage",
         "src/spo/tracking": "logs runs",
     },
+    "inputs": dict.fromkeys(
+        ("src/spo/backbones", "src/spo/diffusion", "src/spo/methods", "src/spo/training", "src/spo/types.py"),
+        "refuses timesteps that the base does not have: no output depends on it",
+    ),
     "align": {
         "src/spo/evaluation/plots.py": "draws the validation images in a row",
-        "src/spo/evaluation/scoring.py": "the scorers of validation images",
-        "src/spo/rewards": "the same",
-        "src/spo/scenes": "the same",
     },
 }
 # files that no result depends on, and those that stand for others
@@ -132,6 +133,19 @@ def test_the_record_sees_through_variables(clone: Path) -> None:
 def test_every_key_that_a_stage_reads_is_declared(clone: Path, declared: Declared) -> None:
     found = {n: undeclared_keys(r, declared.keys[n], n) for n, r in reads(clone).items()}
     assert {name: keys for name, keys in found.items() if keys} == {}
+
+
+def test_what_chooses_the_weights_is_not_exempt(clone: Path) -> None:
+    """Scores of validation images do (`validation.select`): their sampler and scorers must be declared."""
+    for method in ("spo", "diffusion_dpo", "lpo"):
+        read = reads(clone)[f"align@{method}"]
+        undeclared = undeclared_keys(read, set(), f"align@{method}")
+        assert {"generate.eta", "generate.num_inference_steps", f"generate.{method}.guidance"} <= {
+            *undeclared
+        }
+        assert any(key.startswith("score.hps") for key in undeclared)
+        code = undeclared_code(clone, read, set(), f"align@{method}")
+        assert {"src/spo/evaluation/scoring.py", "src/spo/rewards/hps.py"} <= {*code}
 
 
 def test_every_section_that_a_stage_declares_is_read(clone: Path, declared: Declared) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from clones import must
 
-pytestmark = [pytest.mark.smoke, pytest.mark.timeout(1500)]  # the first test waits for the DAG
+pytestmark = [pytest.mark.smoke, pytest.mark.timeout(3600)]  # the first test waits for the DAG
 
 FILE = Path(__file__).parents[1] / "helpers/third_method/sft.py"
 SECTION = '''class Sft(Section):

@@ -71,10 +71,23 @@ def test_what_a_stage_is_made_from(locked_folder: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("text", ["", "]", "stages: [1]", "stages: {a: {}}"])
-def test_a_lock_file_that_is_none_is_no_stage(folder: Path, text: str) -> None:
-    (folder / "dvc.lock").write_text(text)
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "]",
+        "stages: [1]",
+        "stages: {a: {}}",
+        "<<<<<<< HEAD\nstages: {}\n",
+        "stages:\n  a:\n   b",
+        "a: 1\na: 2",
+    ],
+)
+def test_only_a_missing_lock_file_is_empty(folder: Path, text: str) -> None:
     assert dvc_lock.read() == {}
+    (folder / "dvc.lock").write_text(text)
+    with pytest.raises(ValueError, match=r"^dvc.lock: [^\n]*; resolve its conflict, or restore it by `git"):
+        dvc_lock.read()
 
 
 def stage(

@@ -39,7 +39,7 @@ def server() -> Iterator[tuple[list[str], list[str], str]]:
     port = free_port()
 
     def run(*command: str) -> None:
-        done = subprocess.run(command, user=user, cwd="/", capture_output=True, text=True, timeout=120)
+        done = subprocess.run(command, user=user, cwd="/", capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, done.stdout + done.stderr
 
     data = str(folder / "data")
@@ -71,7 +71,7 @@ def test_runs_reach_it_and_wait_while_it_is_away(
     began = time.monotonic()
     with stage_run("generate", PARAMS, "spo") as run:
         run.log_metrics({"seconds": 2.0}, step=0)
-    assert time.monotonic() - began < 60, "a stage does not wait for a server that is gone"
+    assert time.monotonic() - began < 300, "a stage does not wait for a server that is gone"
     control(start)
     sync(None)
     client = load_mlflow().MlflowClient(uri)

@@ -16,6 +16,8 @@ from safetensors.numpy import save_file
 
 from spo import config
 from spo.commands import registry
+from spo.runtime.files import write_json
+from spo.stages import score
 from spo.tracking.records import load_mlflow
 
 
@@ -27,7 +29,11 @@ def params(**changes: Any) -> config.Params:
 
 def scores(path: str, pickscore: float, hps: float = 30.0, noise: float = 0.1, seed: int = 1000) -> None:
     rows = np.random.default_rng(int(pickscore * 100)).normal(0, noise, 40)
-    table = {"index": range(40), "prompt": "a circle", "seed": range(seed, seed + 40)}
+    table = {
+        "index": range(40),
+        "prompt": [f"{i} circles" for i in range(40)],
+        "seed": range(seed, seed + 40),
+    }
     Path("outputs/scores").mkdir(parents=True, exist_ok=True)
     pd.DataFrame({**table, "pickscore": pickscore + rows, "hps": hps + rows}).to_csv(
         f"outputs/scores/{path}.csv", index=False
@@ -164,7 +170,7 @@ def test_the_champion_is_who_passes_the_gate(folder: Path, runs: Any) -> None:
 
 
 def test_mistakes_are_one_line(folder: Path, runs: Any) -> None:
-    with pytest.raises(ValueError, match="no such scores; run `make repro`"):
+    with pytest.raises(ValueError, match="no scores there; run `make repro`"):
         registry.register(params())
     scores("base", 20)
     scores("spo", 21)
@@ -201,3 +207,111 @@ def test_scores_are_comparable_while_scorers_and_their_parameters_are_the_same(f
 
     assert lock() == lock(**{"outputs/images/spo": "other images"})
     assert len({lock(), lock(2.0), lock(**{"outputs/inputs/imagereward.json": "other weights"})}) == 3
+
+
+@pytest.mark.parametrize("n", [1, 2, 19])
+def test_no_champion_below_so_many_prompts(candidate: Any, n: int) -> None:
+    for variant in ("base", "spo"):
+        path = f"outputs/scores/{variant}.csv"
+        pd.read_csv(path).head(n).to_csv(path, index=False)
+    verdict = registry.register(params())
+    assert verdict.alias == "challenger"
+    assert verdict.reasons == [f"scores of {n} prompts; registry.min_prompts is 20"]
+    if n >= 2:
+        assert registry.register(params(min_prompts=n)).alias == "champion"
+
+
+def test_several_images_of_a_prompt_count_once(candidate: Any) -> None:
+    for variant in ("base", "spo"):
+        path = f"outputs/scores/{variant}.csv"
+        pd.read_csv(path).assign(prompt=[f"prompt {i // 4}" for i in range(40)]).to_csv(path, index=False)
+    assert registry.register(params()).reasons == ["scores of 10 prompts; registry.min_prompts is 20"]
+
+
+def test_a_gate_of_one_prompt_is_refused() -> None:
+    with pytest.raises(config.ConfigError, match="registry.min_prompts"):
+        params(min_prompts=1)
+
+
+def other_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(score, "libraries", lambda: ["pillow 8.4.0"])
+
+
+def test_scores_of_other_libraries_are_made_again(
+    candidate: Any, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the images that are with the champion; those in outputs/ are of the candidate by then."""
+    Path("outputs/images/spo").mkdir(parents=True)
+    Path("outputs/images/spo/images.zip").write_bytes(b"of the first")
+    assert registry.register(params()).alias == "champion"
+    Path("outputs/images/spo/images.zip").write_bytes(b"of the second")
+    other_libraries(monkeypatch)
+    adapter(2)
+    scores("spo", 30)
+    again: list[bytes] = []
+
+    def table(settings: config.Params, images: Path) -> pd.DataFrame:
+        again.append((images / "images.zip").read_bytes())
+        return pd.read_csv("outputs/scores/spo.csv").assign(pickscore=40.0)
+
+    monkeypatch.setattr(score, "table", table)
+    second = registry.register(params())
+    assert again == [b"of the first"]
+    assert second.alias == "challenger" and "pickscore over version 1 is" in second.reasons[0]
+
+
+def test_scores_of_other_libraries_are_refused_where_the_images_are_gone(
+    candidate: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert registry.register(params()).alias == "champion"
+    other_libraries(monkeypatch)
+    adapter(2)
+    scores("spo", 30)
+    (reason,) = registry.register(params()).reasons
+    assert "version 1 was scored with other weights, code or libraries; registry: images of version" in reason
+
+
+def test_the_baseline_is_scored_again_by_what_the_candidate_was(
+    candidate: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_json(score.metrics_file("base"), {"pickscore": 20.0, score.SCORED_BY: "other"})
+    assert "outputs/images/base is gone" in registry.register(params()).reasons[0]
+    Path("outputs/images/base").mkdir(parents=True)
+    write_json(score.metrics_file("spo"), {"pickscore": 21.0, score.SCORED_BY: "not what is here"})
+    with pytest.raises(ValueError, match=r"outputs/scores/spo.csv: made with other .*; run `spo score spo`"):
+        registry.register(params())
+
+
+def test_a_torn_record_stops_the_gate(candidate: Any) -> None:
+    file = score.metrics_file("spo")
+    file.parent.mkdir(parents=True)
+    file.write_text("{")
+    with pytest.raises(ValueError, match=r"score_spo.json: truncated or invalid JSON"):
+        registry.register(params())
+    file.unlink()
+    Path("dvc.lock").write_text("<<<<<<< HEAD\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"dvc.lock: "):
+        registry.register(params())
+    assert candidate.search_registered_models() == []
+
+
+def test_a_champion_that_register_did_not_make_is_named(candidate: Any) -> None:
+    candidate.create_registered_model("tiny")
+    run = candidate.create_run("0")
+    candidate.create_model_version("tiny", "file://nowhere", run.info.run_id)
+    candidate.set_registered_model_alias("tiny", "champion", "1")
+    for call in (registry.register, lambda settings: registry.fetch(settings, "champion")):
+        with pytest.raises(ValueError, match="version 1 of 'tiny' has no tag '(method|adapter)'"):
+            call(params())
+
+
+def test_scored_by_names_what_made_the_scores(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here = registry.scored_by()
+    other_libraries(monkeypatch)
+    assert registry.scored_by() != here, "even without dvc.lock and record"
+    write_json(score.metrics_file("spo"), {score.SCORED_BY: "a"})
+    recorded = registry.scored_by()
+    monkeypatch.setattr(score, "libraries", lambda: ["pillow 9"])
+    assert registry.scored_by() == recorded, "the libraries of then, not of now"
+    write_json(score.metrics_file("spo"), {score.SCORED_BY: "b"})
+    assert registry.scored_by() != recorded

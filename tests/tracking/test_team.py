@@ -57,7 +57,7 @@ class Clone:
 
     def __call__(self, *command: str, fails: bool = False) -> str:
         done = subprocess.run(
-            command, cwd=self.folder, env=self.environment, capture_output=True, text=True, timeout=180
+            command, cwd=self.folder, env=self.environment, capture_output=True, text=True, timeout=600
         )
         assert (done.returncode != 0) == fails, f"{command}: {done.stdout}{done.stderr}"
         return done.stdout + done.stderr
@@ -147,7 +147,7 @@ def store() -> Iterator[str]:
     url = f"http://127.0.0.1:{port}"
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
         try:
-            deadline = time.monotonic() + 180
+            deadline = time.monotonic() + 600
             while True:
                 with contextlib.suppress(OSError):
                     urllib.request.urlopen(urllib.request.Request(f"{url}/team", method="PUT"))

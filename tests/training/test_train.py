@@ -4,14 +4,17 @@ import copy
 import dataclasses
 import os
 import signal
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+import two_numbers
 from two_numbers import Numbers, Squares, run, settings
 
 from spo.training import loop
 from spo.training.alignment import Alignment
 from spo.training.checkpoint import CheckpointStore
+from spo.training.state import TrainingState
 
 
 def test_the_first_update_of_adamw_is_the_sign_of_the_gradient() -> None:
@@ -123,8 +126,8 @@ def test_it_names_update_timestep_and_prompt_and_keeps_the_last_checkpoint(tmp_p
 def test_a_watch_is_called_at_the_start_and_after_each_iteration_and_can_stop() -> None:
     seen = []
 
-    def watch(iteration, metrics, updates) -> None:
-        seen.append((iteration, updates, "loss" in metrics))
+    def watch(iteration, metrics) -> None:
+        seen.append((iteration, metrics.get("updates", 0), "loss" in metrics))
         if iteration == 2:
             raise ValueError("enough")
 
@@ -142,3 +145,50 @@ def test_nothing_to_train_is_one_line() -> None:
     model.trainable_parameters = lambda: []
     with pytest.raises(ValueError, match="align.squares: nothing to train"):
         run(model, Squares(1))
+
+
+def test_a_model_that_was_kept_has_the_state_after_it_saved_at_once(tmp_path) -> None:
+    store, resumed = CheckpointStore(tmp_path, keep=None), []
+    objective = Alignment("align.squares", Numbers(), Squares(5))
+    options = {"checkpoints": store, "checkpoint_every": 4, "on_metrics": lambda metrics, iteration: None}
+    options |= {"on_resume": resumed.append}
+    loop.fit(objective, settings(), watch=lambda iteration, metrics: iteration == 3, **options)
+    assert [int(p.stem) for p in sorted(tmp_path.iterdir())] == [3, 4, 5]
+    loop.fit(Alignment("align.squares", Numbers(), Squares(6)), settings(), **options)
+    assert resumed == [0, 5]
+
+
+def test_metrics_come_by_iteration_with_the_number_of_updates() -> None:
+    """The second of three iterations has no pair."""
+
+    class Gap(Squares):
+        def collect(self, backbone, iteration):
+            self.weight = float(iteration != 1)
+            return super().collect(backbone, iteration)
+
+    seen = []
+    run(Numbers(), Gap(3), on_metrics=lambda metrics, iteration: seen.append((iteration, metrics)))
+    assert [(i, m["updates"], "loss" in m) for i, m in seen] == [(1, 1, True), (2, 1, False), (3, 2, True)]
+
+
+def test_outside_the_main_thread_training_is_the_same() -> None:
+    """Where no signal comes: a task of Prefect, a callback of Gradio."""
+    main, other = Numbers(), Numbers()
+    run(main, Squares(3))
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(run, other, Squares(3)).result()["updates"] == 3
+    assert torch.equal(main.values, other.values)
+
+
+def test_every_ema_counts_after_as_many_updates_as_the_default_has() -> None:
+    """Sixty: the decay rises with the updates, but no value of the key is out of its reach."""
+    ends = set()
+    for ema in (0.0, 0.1, 0.5, 0.98, 0.99, 0.9999, 1.0):
+        weight = torch.nn.Parameter(torch.zeros(1))
+        state = TrainingState([weight], two_numbers.settings(), ema, scale_loss=False)
+        for _ in range(60):
+            weight.grad = weight.detach() - 1
+            state.step()
+        state.finish()
+        ends.add(weight.item())
+    assert len(ends) == 7

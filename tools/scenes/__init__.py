@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from spo.runtime.files import read_json
+
 if TYPE_CHECKING:
     from tools.scenes.preferences import Pairs
 
@@ -51,7 +53,7 @@ class Build:
     def report(self, name: str, content: dict[str, Any]) -> None:
         """Facts about the world, shipped with it: world.json."""
         path = self.output / "world.json"
-        facts = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        facts = read_json(path, "facts") if path.exists() else {}
         path.write_text(json.dumps({**facts, name: content}, indent=1) + "\n", encoding="utf-8")
 
 

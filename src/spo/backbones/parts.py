@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from spo import config
-from spo.runtime.hub import split_revision
+from spo.runtime import hub
 
 # the supported class of each part
 PARTS = {
@@ -84,7 +84,7 @@ def load_vae(name: str, dtype: torch.dtype) -> Any:
         ValueError: as `load_part`, and for an autoencoder of another class.
     """
     where = f"backbone.vae: {name}"
-    path, (name, revision) = Path(name), split_revision(name)
+    path, (name, revision) = Path(name), hub.split_revision(name)
     if path.is_file():
         raise ValueError(
             f"{where} is a file; give a folder written by diffusers' AutoencoderKL.save_pretrained"
@@ -163,23 +163,12 @@ def weight_files(name: str, revision: str | None) -> dict[str, list[str]]:
     if path.is_dir():
         paths = [p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file()]
     else:
-        paths = _hub_files(name, revision)
+        paths = hub.files(name, revision)
     folders: dict[str, list[str]] = {}
     for file in paths:
         folder, _, base = file.rpartition("/")
         folders.setdefault(folder, []).append(base)
     return folders
-
-
-def _hub_files(name: str, revision: str | None) -> list[str]:
-    """List the files of a hub id, or without a network those of its local cache."""
-    from huggingface_hub import HfApi, snapshot_download
-
-    try:
-        return list(HfApi().list_repo_files(name, revision=revision))
-    except Exception:  # the hub's client raises many types
-        root = Path(snapshot_download(name, revision=revision, local_files_only=True))
-        return [p.relative_to(root).as_posix() for p in root.rglob("*") if p.is_file()]
 
 
 def choose_variants(files: Mapping[str, list[str]], wanted: str | None, where: str) -> dict[str, str | None]:
@@ -221,15 +210,14 @@ def reach(where: str, name: str, loader: Callable[[], Any]) -> Any:
         ValueError: one line for any error of the loader except a lack of memory.
     """
     try:
+        hub.check(name)
         return loader()
     except MemoryError:
         raise
     except Exception as error:  # these loaders and the hub's client raise dozens of types
         if "out of memory" in str(error) or "can't allocate memory" in str(error):
             raise
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        hint = "" if Path(name).exists() else "; without a network, give the folder of a local copy"
-        raise ValueError(f"{where}: cannot be loaded ({reason}){hint}") from None
+        raise ValueError(f"{where}: cannot be loaded ({hub.reason(name, error)})") from None
 
 
 class quiet:

@@ -12,6 +12,7 @@ from spo import config
 from spo.backbones import scheduler
 from spo.backbones.checks import latent_side
 from spo.backbones.parts import settings_of
+from spo.runtime import hub
 from spo.runtime.messages import first_line
 
 TEXT_TOKENS = 77
@@ -40,21 +41,6 @@ def measure(settings: config.Backbone) -> Sizes:
     return Sizes(_count(unet), _count(vae), (unet.config.in_channels, side, side), _flops(unet, side), used)
 
 
-def scheduler_config(settings: config.Backbone) -> dict[str, Any]:
-    """Read scheduler_config.json, with the overrides of params.yaml.
-
-    Raises:
-        ValueError: a file that cannot be reached.
-    """
-    from diffusers import DDIMScheduler
-
-    how = {"subfolder": "scheduler", "revision": settings.revision}
-    announced = described(
-        settings, "scheduler_config.json", lambda: DDIMScheduler.load_config(settings.described_by, **how)
-    )
-    return {**announced, **scheduler.overridden(settings.scheduler)}
-
-
 def empty_models(settings: config.Backbone) -> tuple[Any, Any]:
     """Build UNet and VAE from their configs on the meta device, without weights.
 
@@ -70,6 +56,21 @@ def empty_models(settings: config.Backbone) -> tuple[Any, Any]:
     vae = described(settings, "vae/config.json", lambda: AutoencoderKL.load_config(name, **place))
     with torch.device("meta"):
         return UNet2DConditionModel.from_config(unet), AutoencoderKL.from_config(vae)
+
+
+def scheduler_config(settings: config.Backbone) -> dict[str, Any]:
+    """Read scheduler_config.json, with the overrides of params.yaml.
+
+    Raises:
+        ValueError: a file that cannot be reached or read.
+    """
+    from diffusers import DDIMScheduler
+
+    how = {"subfolder": "scheduler", "revision": settings.revision}
+    announced = described(
+        settings, "scheduler_config.json", lambda: DDIMScheduler.load_config(settings.described_by, **how)
+    )
+    return {**announced, **scheduler.overridden(settings.scheduler)}
 
 
 def unet_config(settings: config.Backbone) -> dict[str, Any]:
@@ -93,8 +94,11 @@ def described(settings: config.Backbone, file: str, load: Callable[[], Any]) -> 
         ValueError: it cannot be reached.
     """
     try:
+        hub.check(settings.described_by)
         content = load()
     except (OSError, ValueError) as error:
+        if refused := hub.refusal(settings.described_by, error):
+            raise ValueError(f"backbone: {settings.described_by}: {refused}") from None
         reason = first_line(error)
         key = "config" if settings.is_single_file else "checkpoint"
         raise ValueError(

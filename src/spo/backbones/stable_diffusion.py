@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from spo import config
-from spo.backbones import checks, external, lora, parts, scheduler, single_file, sizes, unet_file
+from spo.backbones import checks, external, lora, parts, scheduler, single_file, sizes, unet_file, weights
 from spo.backbones.checks import latent_side
 from spo.backbones.features import DownPath
 from spo.backbones.layer_names import COMPONENTS
 from spo.backbones.shared_start import shared_start
 from spo.backbones.text import SdText, SdxlText
-from spo.runtime.hub import is_hub_id
+from spo.runtime import hub
 from spo.training import distributed, placement
 from spo.training.placement import lower
 from spo.types import Budget, Conditioning
@@ -216,8 +216,9 @@ class StableDiffusion:
     def save_pipeline(self, folder: Path) -> None:
         """Save the complete pipeline for `from_pretrained`, in the precision in which it was loaded."""
         same = self.unet.dtype == self._dtype  # else a copy: training may continue in fp32
-        self.pipeline.unet = self.unet if same else copy.deepcopy(self.unet).to(self._dtype)
+        self.pipeline.unet = self.unet if same else _on_cpu(self.unet, self._dtype)
         self.pipeline.save_pretrained(folder)
+        weights.forget_source(folder)
         self.pipeline.unet = self.unet
 
     def add_lora(self, settings: config.Lora, seed: int) -> None:
@@ -260,6 +261,16 @@ class StableDiffusion:
 
     def _has_adapter(self) -> bool:
         return bool(getattr(self.unet, "peft_config", None))
+
+
+def _on_cpu(module: Any, dtype: torch.dtype) -> Any:
+    """A copy of a module with its weights in another precision, for which its device needs no memory."""
+    memo: dict[int, Any] = {}
+    for weight in module.parameters():
+        memo[id(weight)] = torch.nn.Parameter(weight.detach().to(dtype).cpu(), requires_grad=False)
+    for value in module.buffers():
+        memo[id(value)] = value.to(dtype if value.is_floating_point() else value.dtype).cpu()
+    return copy.deepcopy(module, memo)
 
 
 def load(
@@ -362,9 +373,11 @@ def _check_folder(settings: config.Backbone) -> None:
     name = settings.checkpoint
     path, where = Path(name), f"backbone.checkpoint: {name}"
     if not path.exists():
-        if is_hub_id(name):
-            return
-        raise ValueError(f"{where}: no such file or folder; run `make repro` or `dvc pull data.dvc`")
+        try:
+            hub.check(name)
+        except ValueError as error:
+            raise ValueError(f"backbone.checkpoint: {error}") from None
+        return
     if path.is_file():
         raise ValueError(f"{where} is not a .safetensors file; convert it, or give a diffusers folder")
     if (path / "model_index.json").exists():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -91,3 +92,12 @@ def _pickled(file: Path) -> dict[str, Tensor]:
     if not isinstance(state, dict):
         raise ValueError(f"{file}: must be tensors by name, not a {type(state).__name__}")
     return {str(key): value for key, value in state.items()}
+
+
+def forget_source(folder: Path) -> None:
+    """Remove from the configs of a saved pipeline where it was loaded from, which may be a path."""
+    for file in folder.rglob("*.json"):
+        content = json.loads(file.read_text(encoding="utf-8"))
+        if isinstance(content, dict) and content.keys() & {"_name_or_path", "name_or_path"}:
+            kept = {k: v for k, v in content.items() if k not in ("_name_or_path", "name_or_path")}
+            file.write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")

@@ -93,14 +93,17 @@ def score(
     output = output or OUTPUT / folder.stem
     output.mkdir(parents=True, exist_ok=True)
     scored["method"].to_csv(output / "scores.csv", index=False, float_format="%.6f")
-    samples, seed = params.report.bootstrap_samples, params.seed
+    samples, seed, enough = params.report.bootstrap_samples, params.seed, params.registry.min_prompts
     lines = [f"{folder}: {len(scored['method'])} images, scores in {output / 'scores.csv'}"]
     by_prompt = statistics.prompt_means(scored["method"])
+    few = len(by_prompt) < enough
     for metric in statistics.metrics(by_prompt):
         mean, low, high = statistics.mean_interval(by_prompt[metric].to_numpy(), samples, seed)
-        lines.append(f"  {metric:18} {mean:9.4f} [{low:.4f}, {high:.4f}]")
+        lines.append(f"  {metric:18} {mean:9.4f}" + (f" [{low:.4f}, {high:.4f}]" if not few else ""))
+    if few:
+        lines.append(f"  {len(by_prompt)} prompts are too few for intervals (registry.min_prompts: {enough})")
     if baseline:
-        rows = statistics.comparisons(scored, ["baseline"], samples, seed)
+        rows = statistics.comparisons(scored, ["baseline"], samples, seed, enough)
         labels = {"method": folder.name, "baseline": baseline.name}
         rows = [{**r, "method": labels["method"], "baseline": labels["baseline"]} for r in rows]
         write_json(output / "comparisons.json", rows)
@@ -123,9 +126,9 @@ def tables(
 
 
 def _line(row: Mapping[str, Any]) -> str:
-    interval = f"[{row['ci_low']:+.4f}, {row['ci_high']:+.4f}]"
+    interval = "" if row["ci_low"] is None else f" [{row['ci_low']:+.4f}, {row['ci_high']:+.4f}]"
     better = f"{100 * row['win_rate']:.0f} % better"
-    return f"  {row['metric']:18} {row['mean_difference']:+9.4f} {interval}, {better}"
+    return f"  {row['metric']:18} {row['mean_difference']:+9.4f}{interval}, {better}"
 
 
 def _table(params: Params, images: list[Image.Image], prompts: list[str], device: str) -> DataFrame:

@@ -9,13 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from spo.config import METHODS, Params
-from spo.runtime.files import read_json, write_json
+from spo.runtime.files import read_csv, read_json, write_json
+from spo.runtime.messages import public
 from spo.runtime.workspace import METRICS, TRAINING
 from spo.tracking import dvc_lock
 from spo.tracking.provenance import flatten
-
-COMPARISONS = Path("reports/comparisons.json")
-SHOWN = ("method", "baseline", "metric", "mean_difference", "ci_low", "ci_high", "win_rate", "n")
 
 
 def run(params: Params, name: str) -> Path:
@@ -24,17 +22,17 @@ def run(params: Params, name: str) -> Path:
     Raises:
         ValueError: a name that is no file name, or no report of these parameters.
     """
-    from spo.evaluation import kept_runs
+    from spo.evaluation import kept_runs, results
 
     if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
         raise ValueError(f"keep: {name!r}: a name is of letters, digits, - and _")
-    rows = read_json(COMPARISONS, "comparisons")
+    rows = results.read_comparisons()
     settings = params.model_dump(mode="json", exclude=set(kept_runs.WITHOUT_EFFECT))
     _check_report(settings)
     path = kept_runs.FOLDER / f"{name}.json"
     content = {
-        "params": settings,
-        "comparisons": [{key: row[key] for key in SHOWN} for row in rows],
+        "params": public(settings),
+        "comparisons": [{key: row[key] for key in results.SHOWN} for row in rows],
         "courses": _courses({row["method"] for row in rows}),
     }
     write_json(path, content)
@@ -56,8 +54,6 @@ def _check_report(settings: dict[str, Any]) -> None:
 
 def _courses(methods: set[str]) -> dict[str, Any]:
     """The course of each method's quality over compute, where it was measured."""
-    import pandas as pd
-
     from spo.evaluation.efficiency import course
     from spo.methods import method_spec
 
@@ -67,8 +63,8 @@ def _courses(methods: set[str]) -> dict[str, Any]:
         first = [METRICS / f"{key}.json" for key in method_spec(method).trained_first]
         if not all(path.exists() for path in (curve, trained, *first)):
             continue
-        facts = [json.loads(path.read_text(encoding="utf-8")) for path in (trained, *first)]
-        measured = course(pd.read_csv(curve), facts[0], facts[1:])
+        facts = [read_json(path, "metrics") for path in (trained, *first)]
+        measured = course(read_csv(curve, "training curve"), facts[0], facts[1:])
         if measured is not None:
             courses[method] = {"column": measured[0], **asdict(measured[1])}
     return courses

@@ -5,7 +5,6 @@ Not a stage of the DAG. The result goes to a folder, or to a repository of the H
 
 from __future__ import annotations
 
-import json
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -15,14 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 from spo.config import METHODS, Params
 from spo.evaluation import publication
-from spo.runtime.files import require
+from spo.runtime.files import read_text, require
 from spo.runtime.hub import is_hub_id
 from spo.runtime.messages import one_line
 
 if TYPE_CHECKING:
     from spo.evaluation.publication import Publication, Sample
 
-COMPARISONS = Path("reports/comparisons.json")
 SAMPLES, SAMPLE_PROMPTS = "samples", 4
 
 
@@ -47,9 +45,9 @@ def run(
     """
     method = _method(params, adapter)
     _check_current(adapter, method)
-    to_hub = is_hub_id(target) and not Path(target).exists()
+    to_hub = is_hub_id(target)
     given = base_model or params.backbone.checkpoint
-    known_base = given if is_hub_id(given) and not Path(given).exists() else None
+    known_base = given if is_hub_id(given) else None
     if base_model and known_base is None:
         raise ValueError(f"--base-model {base_model}: not a hub id of the form OWNER/NAME")
     details = publication.Publication(target if to_hub else "this folder", known_base, licence)
@@ -111,7 +109,7 @@ def _to_folder(params: Params, adapter: Path, method: str, details: Publication,
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"publish: {folder} exists and is not empty; remove it or give another folder")
-    written = require(adapter / publication.FILE, "model card").read_text(encoding="utf-8")
+    written = read_text(adapter / publication.FILE, "model card")
     rows = _rows(method)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as partial:
@@ -131,20 +129,19 @@ def _rows(method: str) -> list[dict[str, Any]]:
     Raises:
         ValueError: none, or of other scores.
     """
-    from pandas import read_csv
+    from spo.evaluation import results, statistics
 
-    from spo.evaluation import statistics
-
-    require(COMPARISONS, "comparisons")
-    rows = [row for row in json.loads(COMPARISONS.read_text(encoding="utf-8")) if row["method"] == method]
-    scores = require(f"outputs/scores/{method}.csv", f"scores of {method}")
+    rows = [row for row in results.read_comparisons() if row["method"] == method]
+    scores = Path(f"outputs/scores/{method}.csv")
     if not rows:
-        raise ValueError(f"{COMPARISONS}: no scores of {method}; run `spo report`")
-    table = statistics.prompt_means(read_csv(scores, keep_default_na=False, dtype={"prompt": str}))
+        raise ValueError(f"{results.COMPARISONS}: no scores of {method}; run `spo report`")
+    table = statistics.prompt_means(results.read_scores(scores))
     for row in rows:
         metric = row["metric"]
         if metric not in table or abs(table[metric].mean() - row["mean_method"]) > 1e-6:
-            raise ValueError(f"{COMPARISONS}: {metric} is not that of {scores}; run `spo report` again")
+            raise ValueError(
+                f"{results.COMPARISONS}: {metric} is not that of {scores}; run `spo report` again"
+            )
     return rows
 
 

@@ -8,7 +8,6 @@ the reasons.
 from __future__ import annotations
 
 import hashlib
-import json
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,10 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spo.config import SCORERS, Params
-from spo.evaluation import model_card
-from spo.runtime.files import locked
-from spo.runtime.messages import redact
+from spo.commands.gate import gate, scored_again, scored_by
+from spo.config import Params
+from spo.evaluation import model_card, results
+from spo.runtime.files import locked, read_text
+from spo.runtime.messages import public, redact
 from spo.runtime.workspace import home
 from spo.tracking import dvc_lock
 from spo.tracking.provenance import code, flatten
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 
 CHAMPION, CHALLENGER = "champion", "challenger"
 REPORT = ("report.html", "comparisons.json", "grid.png")
-SCORED_BY = (*SCORERS, "oracle")
 
 
 @dataclass(frozen=True)
@@ -71,7 +70,7 @@ def register(params: Params) -> Verdict:
         ValueError: a model without an adapter or scores, or MLflow is unreachable or refuses.
     """
     method, name = params.registry.method, model_name(params)
-    table = _scores(Path(f"outputs/scores/{method}.csv"))
+    table = results.read_scores(Path(f"outputs/scores/{method}.csv"))
     adapter = Path("outputs/align") / method
     if not any(adapter.glob("*.safetensors")):
         raise ValueError(f"{adapter}: no adapter; run `make repro`")
@@ -79,57 +78,41 @@ def register(params: Params) -> Verdict:
     lock_file.parent.mkdir(parents=True, exist_ok=True)
     with _connected(params) as store, locked(lock_file):
         client = store.connect()
-        tags = {"method": method, "adapter": _digest(adapter), "scored_by": scored_by()}
-        known = _find(client, name, tags)
+        tags = {"method": method, "adapter": _digest(adapter), "scored_by": scored_by(method)}
+        known, champion = _find(client, name, tags), _champion(client, name)
+        if champion is not None and known is not None and str(champion.version) == str(known.version):
+            return Verdict(name, str(known.version), CHAMPION, [], False)
+        failures = _compare(store, params, table, champion, tags["scored_by"])
         version = known or _create(store, params, adapter, tags)
-        champion = _champion(client, name)
-        if champion is not None and str(champion.version) == str(version.version):
-            return Verdict(name, str(version.version), CHAMPION, [], known is None)
-        against, baseline = _opponent(store, params, champion)
-        failures = gate(params, table, baseline, against)
-        if champion is not None and champion.tags.get("scored_by") != tags["scored_by"]:
-            failures = {"scorers": f"{against} was scored by other scorers: register it again after a repro"}
         return _set_alias(client, name, version, failures, known is None)
 
 
-def gate(params: Params, candidate: DataFrame, baseline: DataFrame, against: str) -> dict[str, str]:
-    """Apply the gate to scores that are paired by prompt and seed.
+def _compare(store: Store, params: Params, table: DataFrame, champion: Any, made_with: str) -> dict[str, str]:
+    """Apply the gate against the champion, or against the baseline while there is no champion.
 
-    Returns:
-        The reason of failure by metric; empty if the candidate passes.
-
-    Raises:
-        ValueError: a metric of the gate without scores.
+    Scores that were made with something else are not compared: the images are scored again.
     """
-    from spo.evaluation import statistics
-
-    settings = params.registry
-    metrics = (*settings.improves, *settings.holds)
-    unknown = [m for m in metrics if m not in statistics.metrics(candidate)]
-    if unknown:
-        raise ValueError(
-            f"registry: unknown score {unknown[0]!r}; known: {', '.join(statistics.metrics(candidate))}"
-        )
-    try:
-        statistics.check_same_rows("the candidate", candidate, against, baseline)
-    except ValueError as error:
-        return {"rows": str(error)}
-    candidate, baseline = statistics.prompt_means(candidate), statistics.prompt_means(baseline)
-    reasons = {}
-    for metric in dict.fromkeys(metrics):
-        bound = 0.0 if metric in settings.improves else -settings.holds[metric]
-        row = statistics.compare(
-            candidate[metric].to_numpy(),
-            baseline[metric].to_numpy(),
-            params.report.bootstrap_samples,
-            params.seed,
-        )
-        enough = row["ci_low"] > bound if metric in settings.improves else row["ci_low"] >= bound
-        if not enough:
-            interval = f"{row['mean_difference']:+.4f} [{row['ci_low']:+.4f}, {row['ci_high']:+.4f}]"
-            rule = "must exceed 0" if metric in settings.improves else f"must not be below {bound:g}"
-            reasons[metric] = f"{metric} over {against} is {interval}: its lower bound {rule}"
-    return reasons
+    with tempfile.TemporaryDirectory() as folder:
+        if champion is None:
+            against = params.registry.baseline
+            scores, images = Path(f"outputs/scores/{against}.csv"), Path(f"outputs/images/{against}")
+            by = scored_by(against)
+        else:
+            against, by = f"version {champion.version}", champion.tags.get("scored_by")
+            scores = _download(store, champion, f"scores/{_tag(champion, 'method')}.csv", Path(folder))
+            images = Path(folder)
+        baseline = results.read_scores(scores)
+        if by == made_with:
+            return gate(params, table, baseline, against)
+        other = f"{against} was scored with other weights, code or libraries"
+        if champion is not None:
+            try:
+                images = _download(store, champion, "images", Path(folder))
+            except ValueError as error:
+                return {"scorers": f"{other}; {error}"}
+        if not images.exists():
+            return {"scorers": f"{other}, and {images} is gone"}
+        return gate(params, table, scored_again(params, images), against)
 
 
 def fetch(params: Params, alias: str) -> tuple[Path, str]:
@@ -156,21 +139,9 @@ def fetch(params: Params, alias: str) -> tuple[Path, str]:
             raise ValueError(
                 f"registry: no version {alias!r} of the model {name!r} in {store.name}; run `spo register`"
             ) from None
-        target = home() / ".spo/models" / f"{name}-{version.version}-{version.tags['adapter'][:12]}"
+        target = home() / ".spo/models" / f"{name}-{version.version}-{_tag(version, 'adapter')[:12]}"
         folder = _download(store, version, "model/adapter_weights", target)
-        return folder, version.tags["method"]
-
-
-def scored_by() -> str:
-    """SHA-256 of the scorers' hashes and parameters: scores with the same value are comparable."""
-    entries = dvc_lock.read().values()
-    used = {k: v for e in entries for k, v in (e.deps | e.outs).items() if _is_scorer(Path(k))}
-    used |= {k: repr(v) for e in entries if e.words[0] == "score" for k, v in e.params.items()}
-    return hashlib.sha256(repr(sorted(used.items())).encode()).hexdigest()
-
-
-def _is_scorer(path: Path) -> bool:
-    return path.stem in SCORED_BY or path.is_relative_to("src/spo/rewards")
+        return folder, _tag(version, "method")
 
 
 def _create(store: Store, params: Params, adapter: Path, tags: dict[str, str]) -> Any:
@@ -191,6 +162,8 @@ def _create(store: Store, params: Params, adapter: Path, tags: dict[str, str]) -
     for file in (p for p in map(Path("reports").joinpath, REPORT) if p.exists()):
         client.log_artifact(run_id, str(file), "report")
     client.log_artifact(run_id, f"outputs/scores/{tags['method']}.csv", "scores")
+    if (images := Path("outputs/images") / tags["method"]).exists():  # to be scored again by other scorers
+        client.log_artifacts(run_id, str(images), "images")
     if card := _card(adapter, tags["method"]):
         client.log_text(run_id, card, "model/README.md")
     client.set_terminated(run_id)
@@ -200,11 +173,11 @@ def _create(store: Store, params: Params, adapter: Path, tags: dict[str, str]) -
 
 def _card(adapter: Path, method: str) -> str | None:
     """The model card that `align` wrote, with the scores; None without a card or comparisons."""
-    written, compared = adapter / "README.md", Path("reports/comparisons.json")
+    written, compared = adapter / "README.md", results.COMPARISONS
     if not written.exists() or not compared.exists():
         return None
-    scores = model_card.scores(json.loads(compared.read_text(encoding="utf-8")), method)
-    return f"{written.read_text(encoding='utf-8')}\n{scores}"
+    scores = model_card.scores(results.read_comparisons(compared), method)
+    return f"{read_text(written, 'model card')}\n{scores}"
 
 
 def _set_alias(client: Any, name: str, version: Any, failures: Mapping[str, str], new: bool) -> Verdict:
@@ -220,16 +193,6 @@ def _set_alias(client: Any, name: str, version: Any, failures: Mapping[str, str]
     if not failures and str(client.get_registered_model(name).aliases.get(CHALLENGER)) == number:
         client.delete_registered_model_alias(name, CHALLENGER)
     return Verdict(name, number, alias, list(failures.values()), new)
-
-
-def _opponent(store: Store, params: Params, champion: Any) -> tuple[str, DataFrame]:
-    """The name and the scores of the champion, or of the baseline while there is no champion."""
-    if champion is None:
-        baseline = params.registry.baseline
-        return baseline, _scores(Path(f"outputs/scores/{baseline}.csv"))
-    with tempfile.TemporaryDirectory() as folder:
-        path = _download(store, champion, f"scores/{champion.tags['method']}.csv", Path(folder) / "scores")
-        return f"version {champion.version}", _scores(path)
 
 
 def _download(store: Store, version: Any, path: str, target: Path) -> Path:
@@ -256,14 +219,6 @@ def _download(store: Store, version: Any, path: str, target: Path) -> Path:
     return done
 
 
-def _scores(path: Path) -> DataFrame:
-    from pandas import read_csv
-
-    if not path.exists():
-        raise ValueError(f"{path}: no such scores; run `make repro`")
-    return read_csv(path, keep_default_na=False, dtype={"prompt": str})
-
-
 def _find(client: Any, name: str, tags: Mapping[str, str]) -> Any:
     """The version with the same adapter and scorers, or None."""
     query = f"tags.`adapter` = {literal(tags['adapter'])}"  # not by name, which may contain quotes
@@ -274,12 +229,38 @@ def _find(client: Any, name: str, tags: Mapping[str, str]) -> Any:
 
 
 def _champion(client: Any, name: str) -> Any:
+    """The champion's version; None for a model without one.
+
+    Raises:
+        ValueError: the alias is of a version that is gone, or was not made by `register`.
+    """
     try:
-        return client.get_model_version_by_alias(name, CHAMPION)
+        number = client.get_registered_model(name).aliases.get(CHAMPION)
     except Exception as error:
         if _is_missing(error):
             return None
         raise
+    if number is None:
+        return None
+    try:
+        version = client.get_model_version(name, str(number))
+    except Exception as error:
+        if not _is_missing(error):
+            raise
+        raise ValueError(
+            f"registry: the champion of {name!r} is version {number}, which is gone: remove its alias"
+        ) from None
+    _tag(version, "method")
+    return version
+
+
+def _tag(version: Any, key: str) -> str:
+    if key not in version.tags:
+        raise ValueError(
+            f"registry: version {version.version} of {version.name!r} has no tag {key!r}: `spo register` did "
+            f"not make it; give its aliases to another version"
+        )
+    return str(version.tags[key])
 
 
 def _is_missing(error: Exception) -> bool:
@@ -294,9 +275,9 @@ def _digest(folder: Path) -> str:
 
 
 def _base(params: Params) -> str:
-    """The base checkpoint; a relative folder as ./folder, so that MLflow does not look it up on the hub."""
+    """The base checkpoint; a folder as ./folder, so that MLflow does not look it up on the hub."""
     path = params.backbone.checkpoint
-    return f"./{path}" if Path(path).exists() and not Path(path).is_absolute() else path
+    return f"./{public(path)}" if Path(path).exists() else path
 
 
 @contextmanager

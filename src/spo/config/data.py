@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from spo.config.base import Count, Fraction, Positive, Section, Seed
 from spo.config.scorers import Scorers
 
-Bound = Annotated[float, Field(strict=True)]  # in a scorer's units
+Bound = Annotated[float, Field(strict=True, ge=-1e9, le=1e9)]  # in a scorer's units
 
 
 class Prompts(Section):
@@ -21,7 +21,7 @@ class Prompts(Section):
     pairs: str  # folder of preference shards, whose captions are excluded from the evaluation prompts
     vocabulary: str | None = None  # a file of allowed words, one per line
     block_list: str | None = None  # a file of forbidden words and phrases, one per line
-    max_tokens: Positive = 77
+    max_tokens: Annotated[int, Field(ge=3, le=77)] = 77  # of a CLIP text encoder; start and end count too
     n_train: Positive
     n_validation: Count
     n_test: Positive
@@ -52,7 +52,7 @@ class Pairs(Section):
     """Preference pairs in Pick-a-Pic's schema."""
 
     source: str  # folder of parquet shards
-    validation_fraction: Fraction = 0.1
+    validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
     rows_per_shard: Positive = 1000
     max_bad_fraction: Fraction = 0.01
     drop_ties: bool = False

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from spo.config.base import Guidance, Positive, Section, Seed
+from spo.config.base import Amount, Eta, Guidance, Positive, Section, Seed
 from spo.config.scorers import AestheticConfig, HpsConfig, PickScoreConfig, Scorers
 
 
@@ -22,7 +22,7 @@ class Generate(Section):
 
     split: Literal["test", "validation"] = "test"  # validation: for tuning
     num_inference_steps: Positive = 20
-    eta: Annotated[float, Field(ge=0)] = 1.0
+    eta: Eta = 1.0
     seed: Seed = 0
     batch_size: Positive = 16
     images_per_prompt: Positive = 1  # each from a seed of its own; scores are compared by their mean
@@ -57,8 +57,13 @@ class Score(Scorers):
 class Report(Section):
     """The statistics and the image grid of the report."""
 
-    baselines: tuple[str, ...] = ("base", "base_high_guidance", "diffusion_dpo", "lpo")
-    bootstrap_samples: Positive = 10_000
+    baselines: Annotated[tuple[str, ...], Field(min_length=1)] = (
+        "base",
+        "base_high_guidance",
+        "diffusion_dpo",
+        "lpo",
+    )
+    bootstrap_samples: Annotated[int, Field(ge=40, le=1_000_000)] = 10_000  # 40: for the quantile .025
     grid_prompts: Positive = 8
 
 
@@ -72,8 +77,9 @@ class Registry(Section):
     name: str | None = None  # of the registered model; None: the experiment's name
     method: str = "spo"  # one of `align`
     baseline: str = "base"
+    min_prompts: Annotated[int, Field(ge=2)] = 20  # fewer give no interval, no `better` and no champion
     improves: tuple[str, ...] = ("pickscore",)  # superiority: the lower bound must exceed 0
-    holds: dict[str, Annotated[float, Field(ge=0)]] = {  # non-inferiority: it must not be below -x
+    holds: dict[str, Amount] = {  # non-inferiority: it must not be below -x
         "hps": 0.5,
         "aesthetic": 0.05,
     }

@@ -7,9 +7,11 @@ from pydantic import model_validator
 from spo.config.base import Positive, Section, Seed
 from spo.config.data import Pairs, Prompts
 from spo.config.device import Device
-from spo.config.evaluation import Generate, Registry, Report, Score
+from spo.config.evaluation import VARIANTS, Generate, Registry, Report, Score
 from spo.config.models import Backbone
-from spo.config.training import METHODS, Align, LatentPreference, Preference
+from spo.config.training import METHODS, Align, LatentPreference, Preference, Stepwise
+
+JUDGES = ("preference", "latent_preference")
 
 
 class Params(Section):
@@ -35,6 +37,43 @@ class Params(Section):
     def _registered_method(self) -> Params:
         if self.registry.method not in METHODS:
             raise ValueError(f"registry.method: there are {', '.join(METHODS)}, not {self.registry.method}")
+        return self
+
+    @model_validator(mode="after")
+    def _known_baselines(self) -> Params:
+        if unknown := [name for name in self.report.baselines if name not in VARIANTS]:
+            raise ValueError(
+                f"report.baselines: no variant {unknown[0]!r}; there are {', '.join(VARIANTS)} in generate"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _enough_validation_prompts(self) -> Params:
+        used = {f"{name}.local_prompts": getattr(self, name).local_prompts for name in JUDGES}
+        for method in METHODS:
+            validation = getattr(self.align, method).validation
+            used[f"align.{method}.validation.prompts"] = validation.prompts if validation else 0
+        for key, count in used.items():
+            if count > self.prompts.n_validation:
+                raise ValueError(
+                    f"{key}: {count} is more than the {self.prompts.n_validation} of prompts.n_validation; "
+                    "lower it, or raise that"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _work_for_every_process(self) -> Params:
+        """Each process takes its share of every update, or of every rollout."""
+        shared = {f"{name}.batch_size": getattr(self, name).batch_size for name in JUDGES}
+        for method in METHODS:
+            section = getattr(self.align, method)
+            name = "prompts_per_iteration" if isinstance(section, Stepwise) else "batch_size"
+            shared[f"align.{method}.{name}"] = getattr(section, name, self.processes)
+        for key, size in shared.items():
+            if size < self.processes:
+                raise ValueError(
+                    f"{key}: {size} is less than the {self.processes} of processes; raise it, or use fewer"
+                )
         return self
 
     @model_validator(mode="after")

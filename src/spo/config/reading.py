@@ -8,9 +8,9 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, get_args
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
+from spo.config import yaml_text
 from spo.config.params import Params
 
 
@@ -24,32 +24,28 @@ def load(path: str | Path = "params.yaml") -> Params:
     Raises:
         ConfigError: one line with the file, the key, what is wrong and, for an unknown key, the nearest one.
     """
+    return validate(read(path), source=str(path))
+
+
+def read(path: str | Path) -> Any:
+    """Read the content of a params.yaml, unchecked.
+
+    Raises:
+        ConfigError: one line: no such file, or one that cannot be read.
+    """
     path = Path(path)
     try:
-        raw = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        return yaml_text.parse(path.read_text(encoding="utf-8"), str(path))
     except FileNotFoundError:
         raise ConfigError(
             f"{path}: no such file; run in the repository root, or write one by `spo preset scenes`"
         ) from None
-    except (yaml.YAMLError, ValueError) as error:
-        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())[:300]}") from None
-    except (RecursionError, TypeError, AttributeError):  # of PyYAML's constructors
-        raise ConfigError(f"{path}: not valid YAML: nested too deeply, or an unknown tag") from None
-    return validate(raw, source=str(path))
-
-
-class _Loader(yaml.SafeLoader):
-    """A safe YAML loader that refuses duplicate keys, of which PyYAML silently takes the last."""
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        seen = set[str]()
-        for name, _ in node.value if isinstance(node, yaml.MappingNode) else ():
-            if str(name.value) in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"duplicate key {name.value!r}", name.start_mark
-                )
-            seen.add(str(name.value))
-        return super().construct_mapping(node, deep)
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
 
 
 def validate(raw: Any, source: str = "params.yaml") -> Params:
@@ -122,7 +118,9 @@ def _line(error: Any, source: str) -> str:
         return f"{source}: unknown key {key[:200]!r}; {hint}"
     if error["type"] == "missing":
         return f"{source}: key {key!r} is missing; add it"
-    return f"{source}: {key}: {error['msg'].removeprefix('Value error, ')} (got {_short(error['input'])})"
+    found = "" if isinstance(error["input"], dict) else f" (got {_short(error['input'])})"
+    where = f"{source}: {key}" if key else source
+    return f"{where}: {error['msg'].removeprefix('Value error, ')}{found}"
 
 
 def _short(value: Any) -> str:

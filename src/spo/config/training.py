@@ -2,25 +2,36 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from spo.config.base import Count, Fraction, Guidance, Positive, Rate, Section
+from spo.config.base import Amount, Count, Decay, Eta, Fraction, Guidance, Positive, Rate, Section
 from spo.config.scorers import SCORERS, Scorers
 
 
 class Optimizer(Section):
     """AdamW with a linear warm-up."""
 
-    learning_rate: Rate
-    weight_decay: Annotated[float, Field(ge=0)] = 1e-4
-    beta1: Fraction = 0.9
-    beta2: Fraction = 0.999
-    epsilon: Rate = 1e-8
+    learning_rate: Annotated[float, Field(gt=0, le=1)]
+    weight_decay: Amount = 1e-4
+    beta1: Decay = 0.9
+    beta2: Decay = 0.999
+    epsilon: Annotated[float, Field(ge=1e-37, le=1)] = (
+        1e-8  # less is 0 in fp32, and 0 / 0 where a gradient is 0
+    )
     warmup_steps: Count = 0
     max_grad_norm: Rate | None = 1.0
     eight_bit: bool = False  # 8-bit optimizer state, by bitsandbytes
+
+    @model_validator(mode="after")
+    def _decays(self) -> Optimizer:
+        if self.learning_rate * self.weight_decay >= 1:
+            raise ValueError(
+                f"weight_decay {self.weight_decay:g} times learning_rate {self.learning_rate:g} is not below "
+                "1: an update would take the whole weight or more; lower one of them"
+            )
+        return self
 
 
 class PseudoLabels(Scorers):
@@ -40,7 +51,7 @@ class Lora(Section):
 
     rank: Positive
     alpha: Positive
-    target_modules: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
+    target_modules: Annotated[tuple[str, ...], Field(min_length=1)] = ("to_q", "to_k", "to_v", "to_out.0")
 
 
 class Preference(Section):
@@ -55,7 +66,7 @@ class Preference(Section):
     labels: PseudoLabels | None = None  # None: the annotators'
     logit_scale: Rate | None = None  # initial value; None: that of `init`
     optimizer: Optimizer
-    ema: Annotated[float, Field(ge=0, lt=1)] = 0.0  # decay of the average of the weights; 0: no average
+    ema: Fraction = 0.0  # how far the averaged weights reach back, as a part of the updates; 0: no average
     steps: Positive
     batch_size: Positive
     guidance: Guidance = 5.0
@@ -85,7 +96,7 @@ class LatentPreference(Section):
     revision: str | None = None  # of that hub id
     feature_guidance: Guidance = 7.5  # of the visual feature enhancement (VFE); up to 1: none
     optimizer: Optimizer
-    ema: Annotated[float, Field(ge=0, lt=1)] = 0.0  # decay of the average of the weights; 0: no average
+    ema: Fraction = 0.0  # how far the averaged weights reach back, as a part of the updates; 0: no average
     steps: Positive
     batch_size: Positive
     guidance: Guidance = 5.0  # of the rollouts of `local_prompts`
@@ -108,8 +119,8 @@ class Validation(Section):
     """
 
     every: Positive  # iterations
-    prompts: Annotated[int, Field(ge=2)] = 8
-    images: Annotated[int, Field(ge=2)] = 2  # per prompt, to measure diversity
+    prompts: Annotated[Positive, Field(ge=2)] = 8
+    images: Annotated[Positive, Field(ge=2)] = 2  # per prompt, to measure diversity
     max_fall: Rate | None = None  # drop of a score, in standard errors of the paired difference to the start
     max_divergence: Rate | None = None  # `kl` (SPO, LPO; nats per step) or `output_distance` (Diffusion-DPO)
     min_diversity: Fraction | None = None  # as a fraction of the diversity at the start
@@ -124,20 +135,23 @@ class Validation(Section):
         return value
 
 
+Threshold = Annotated[float, Field(ge=0, lt=1)]  # no two softmax values differ by 1: no pair would be valid
+
+
 class Rollout(Section):
     """A stepwise method's rollout: where candidates are drawn and how two of them form a pair."""
 
-    candidates: Annotated[int, Field(ge=2)] = 4  # K
+    candidates: Annotated[Positive, Field(ge=2)] = 4  # K
     num_inference_steps: Positive = 20
-    eta: Annotated[float, Field(gt=0)] = 1.0
+    eta: Annotated[Eta, Field(gt=0)] = 1.0
     guidance: Guidance = 5.0
     divert_start_step: Count = 4
     timestep_range: tuple[Count, Count] | None = None  # lowest and highest t of an x_t that gives pairs
     inner_steps: Positive = 1  # denoising steps of the K branches before they are scored (SDXL: 3)
     pair_choice: Literal["best_worst", "random"] = "best_worst"  # which two of the K candidates form a pair
     resampler: Literal["random", "win", "lose"] = "random"  # the candidate from which the rollout continues
-    threshold: Fraction = 0.3  # least difference of the softmax over a pair's scores, first diverted step
-    threshold_end: Fraction | None = None  # at the last step; linear in `threshold_by`; None: constant
+    threshold: Threshold = 0.3  # least difference of the softmax over a pair's scores, first diverted step
+    threshold_end: Threshold | None = None  # at the last step; linear in `threshold_by`; None: constant
     threshold_by: Literal["step", "timestep", "sigma"] = "step"  # sigma: DDIM's at eta (arXiv 2502.01051)
 
     @field_validator("timestep_range")
@@ -146,6 +160,15 @@ class Rollout(Section):
         if value is not None and value[0] > value[1]:
             raise ValueError("must have the lowest timestep first, as in [0, 750]")
         return value
+
+    @model_validator(mode="after")
+    def _diverts(self) -> Self:
+        if self.divert_start_step >= self.num_inference_steps:
+            raise ValueError(
+                f"divert_start_step {self.divert_start_step} leaves none of the {self.num_inference_steps} "
+                "steps of num_inference_steps (the first is 0) to draw candidates at; lower it"
+            )
+        return self
 
 
 class Stepwise(Rollout):
@@ -157,7 +180,7 @@ class Stepwise(Rollout):
     prompts_per_iteration: Positive
     batch_size: Positive  # pairs per optimizer update
     beta: Rate = 10.0
-    clip: Rate = 0.1
+    clip: Annotated[float, Field(gt=0, lt=1)] = 0.1
     checkpoint_every: Positive = 5
     validation: Validation | None = None
 
@@ -166,7 +189,7 @@ class GradSpo(Section):
     """GradSPO: another loss on the pairs of SPO, from rollouts of an average of the policy's weights."""
 
     scale: Rate = 0.5  # g, how far winner and loser are from the sampler's prediction
-    sampler_ema: Fraction = 0.9  # decay of the average; 0: the policy itself
+    sampler_ema: Decay = 0.9  # decay of the average; 0: the policy itself
 
 
 class Spo(Stepwise):

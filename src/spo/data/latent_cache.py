@@ -32,7 +32,7 @@ def latent_pairs(params: Params, backbone: Backbone, part: str) -> EncodedPairs:
     from spo.training import distributed
 
     folder = require(Path("outputs/pairs") / part, "preference pairs")
-    total = read_json("outputs/pairs/summary.json", "summary of the pairs")[part]
+    total = read_json("outputs/pairs/summary.json", "summary of the pairs", keys=[part])[part]
     settings = ("latents", str(backbone.image_size), params.backbone.dtype, _vae(params))
     name = fingerprint(settings, [folder], CODE)
     decode = partial(decode_image, size=backbone.image_size)
@@ -45,7 +45,7 @@ def latent_pairs(params: Params, backbone: Backbone, part: str) -> EncodedPairs:
 
 def _vae(params: Params) -> str:
     """The hashes of the VAE's files from the stage `inputs`; of a single-file checkpoint, its hash."""
-    base, *others = read_json("outputs/inputs/base.json", "hashes of the base model")
+    base, *others = read_json("outputs/inputs/base.json", "hashes of the base model", list)
     if params.backbone.vae is not None:
         return str(others[0])
     files = base.get("files", {})

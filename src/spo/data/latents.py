@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import shutil
@@ -16,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from spo.diffusion import finite
-from spo.runtime.files import locked, write_json
+from spo.runtime.files import locked, read_json, write_json
 from spo.types import Backbone, PreferencePair
 
 COMPLETE = "pairs.json"  # written last: captions and labels
@@ -82,7 +81,7 @@ def encode(
                 rows = _write(pairs, backbone, decode_image, file)
                 file.flush()  # before anyone takes it for complete
                 write_json(done, rows)
-    rows = json.loads(done.read_text(encoding="utf-8"))
+    rows = read_json(done, "encoded pairs", keys=("captions", "label_0", "weight"), then=f"delete {folder}")
     if len(rows["captions"]) != total:
         raise ValueError(
             f"{folder}: {len(rows['captions'])} pairs, but the summary says {total}; delete this folder"

@@ -19,7 +19,7 @@ def manifest(name: str, revision: str | None = None) -> dict[str, Any]:
         revision: of a hub id; a branch is resolved to its commit.
 
     Raises:
-        ValueError: neither an existing path, nor a hub id or URL that can be reached.
+        ValueError: neither an existing path, nor a hub id or URL that can be reached and is not refused.
     """
     if hub.is_hub_url(name):
         return _hub_manifest(name, None)
@@ -29,11 +29,8 @@ def manifest(name: str, revision: str | None = None) -> dict[str, Any]:
     if path.exists():
         files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
         return {"path": name, "files": {_relative(p, path): _sha256(p) for p in files}}
-    if hub.is_hub_id(name):
-        return _hub_manifest(name, revision)
-    raise ValueError(
-        f"{name}: no such file or folder; run `make repro` or `dvc pull data.dvc`, or correct params.yaml"
-    )
+    hub.check(name)
+    return _hub_manifest(name, revision)
 
 
 def _remote_manifest(url: str) -> dict[str, Any]:

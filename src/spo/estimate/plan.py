@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 from spo.config import Params
 from spo.diffusion.denoiser import is_guided
+from spo.runtime.files import read_json
 from spo.training.compute import Work
 
 PAIRS = Path("outputs/pairs/summary.json")
@@ -98,5 +98,5 @@ def _validation_pairs() -> int:
     """Those with a winner; 0 where the stage pairs has not run."""
     if not PAIRS.exists():
         return 0
-    counted = json.loads(PAIRS.read_text(encoding="utf-8"))
+    counted = read_json(PAIRS, "summary of the pairs")
     return int(counted["labels"]["validation"]["decided"])

@@ -28,20 +28,20 @@ def course(
     """The column of the quality and its course over compute; None where something was not measured.
 
     Args:
-        curve: the training CSV of a method, with the columns of its validations.
+        curve: the training CSV of a method by iteration, with the columns of its validations.
         trained: its metrics file; compute grows evenly with the iterations.
         first: the metrics files of the models that were trained for it, whose compute comes before.
     """
     column = next((c for c in QUALITIES if c in curve and curve[c].notna().any()), None)
     needed = ("training_seconds", "unet_samples")
-    if column is None or "validation/iteration" not in curve or not trained.get("iterations"):
+    if column is None or not trained.get("iterations"):
         return None
     if any(key not in facts for facts in (trained, *first) for key in needed):
         return None
     rows = curve[curve[column].notna()]
-    share = rows["validation/iteration"] / trained["iterations"]
+    share = rows["step"] / trained["iterations"]
     seconds, samples = (sum(float(f[key]) for f in first) + share * float(trained[key]) for key in needed)
-    chosen = (rows["validation/iteration"] == trained.get("selected_iteration")).to_numpy().nonzero()[0]
+    chosen = (rows["step"] == trained.get("selected_iteration")).to_numpy().nonzero()[0]
     return column, Course(
         seconds=seconds.tolist(),
         unet_samples=samples.tolist(),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from spo.evaluation.efficiency import Course
+from spo.runtime.files import read_json
 from spo.tracking.provenance import flatten
 
 FOLDER = Path("reports/runs")
@@ -59,7 +59,7 @@ def read(params: Mapping[str, Any], folder: Path = FOLDER) -> list[KeptRun]:
     runs = []
     for path in sorted(folder.glob("*.json")):
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = read_json(path, "saved run", then="remove it")
             changes = changed(params, content["params"])
             courses = {m: (c.pop("column"), Course(**c)) for m, c in content["courses"].items()}
             run = KeptRun(path.stem, changes, content["comparisons"], courses)

@@ -10,11 +10,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from spo.config import Params
+from spo.config import Params, yaml_text
 from spo.methods import method_spec
-from spo.runtime.messages import redact
+from spo.runtime.hub import is_hub_id
+from spo.runtime.messages import public
 
 TIMES = ("seconds", "training_seconds")  # differ between runs, so they are not on the card
 
@@ -29,8 +28,8 @@ def write(folder: Path, params: Params, method: str, trained: Mapping[str, Any])
 
 
 def text(params: Params, method: str, trained: Mapping[str, Any]) -> str:
-    """The text of the card, without the passwords of URLs."""
-    return redact(_text(params, method, trained))
+    """The text of the card, without the passwords of URLs and the paths of this machine."""
+    return public(_text(params, method, trained))
 
 
 def _text(params: Params, method: str, trained: Mapping[str, Any]) -> str:
@@ -38,7 +37,7 @@ def _text(params: Params, method: str, trained: Mapping[str, Any]) -> str:
     kind = "LoRA" if section.lora is not None else "full fine-tune of the UNet"
     known = licence(base.checkpoint) or base.license
     head = {
-        "base_model": base.checkpoint,
+        **({"base_model": base.checkpoint} if is_hub_id(base.checkpoint) else {}),
         **({"license": known} if known else {}),
         "library_name": "diffusers",
         "pipeline_tag": "text-to-image",
@@ -51,17 +50,17 @@ def _text(params: Params, method: str, trained: Mapping[str, Any]) -> str:
         if section.lora is not None
         else 'pipe = DiffusionPipeline.from_pretrained("this folder")'
     )
-    recipe = yaml.safe_dump(section.model_dump(mode="json", exclude_none=True), sort_keys=False)
+    recipe = yaml_text.dump(public(section.model_dump(mode="json", exclude_none=True)))
     counts = "\n".join(f"- {k.replace('_', ' ')}: {v}" for k, v in trained.items() if k not in TIMES)
     return f"""---
-{yaml.safe_dump(head, sort_keys=False).strip()}
+{yaml_text.dump(head).strip()}
 ---
 # {params.name}: {kind} by {method_spec(method).paper}
 
-- base model: {base.checkpoint}{at} ({"SDXL" if base.family == "sdxl" else "Stable Diffusion"} family)
+- base model: {public(base.checkpoint)}{at} ({"SDXL" if base.family == "sdxl" else "Stable Diffusion"} family)
 - licence of the base model: {terms}
-- training prompts: {params.prompts.train}
-- preference pairs: {params.pairs.source}
+- training prompts: {public(params.prompts.train)}
+- preference pairs: {public(params.pairs.source)}
 {counts}
 
 ```python
@@ -85,8 +84,8 @@ def licence(checkpoint: str) -> str | None:
     if len(parts) < 3 or parts[0].strip():
         return None
     try:
-        front_matter = yaml.safe_load(parts[1])
-    except yaml.YAMLError:
+        front_matter = yaml_text.parse(parts[1], str(path))
+    except ValueError:
         return None
     name = front_matter.get("license") if isinstance(front_matter, dict) else None
     return name if isinstance(name, str) else None
@@ -104,8 +103,9 @@ def scores(rows: Sequence[Mapping[str, Any]], method: str) -> str:
     ]
     for r in rows:
         if r["method"] == method:
+            ends = "–" if r["ci_low"] is None else f"{r['ci_low']:+.3f} to {r['ci_high']:+.3f}"
             lines.append(
                 f"| {r['metric']} | {r['mean_method']:.3f} | {r['baseline']} | {r['mean_difference']:+.3f} | "
-                f"{r['ci_low']:+.3f} to {r['ci_high']:+.3f} | {100 * r['win_rate']:.0f} % | {r['n']} |"
+                f"{ends} | {100 * r['win_rate']:.0f} % | {r['n']} |"
             )
     return "\n".join(lines) + "\n"

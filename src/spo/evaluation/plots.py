@@ -49,7 +49,8 @@ def differences(rows: Sequence[Mapping[str, Any]], names: Mapping[str, str]) -> 
         for place, method in enumerate(reversed(methods)):
             row = next(r for r in rows if r["metric"] == metric and r["method"] == method)
             middle = row["mean_difference"]
-            margins = [[middle - row["ci_low"]], [row["ci_high"] - middle]]
+            low, high = (middle if row[end] is None else row[end] for end in ("ci_low", "ci_high"))
+            margins = [[middle - low], [high - middle]]
             colour = COLOURS[methods.index(method) % len(COLOURS)]
             axes.errorbar(middle, place, xerr=margins, color=colour, marker="o", ms=5, capsize=3, lw=1.8)
         axes.axvline(0, color=INK, lw=0.9)
@@ -62,12 +63,14 @@ def differences(rows: Sequence[Mapping[str, Any]], names: Mapping[str, str]) -> 
 
 
 def curves(table: DataFrame, colour: str = COLOURS[0]) -> bytes:
-    """Plot training metrics over updates: measured values (faint) and their running mean.
+    """Plot training metrics over iterations: measured values (faint) and their running mean.
 
     Raises:
         ValueError: a table without a metric.
     """
-    columns = [c for c in METRICS if c in table.columns] or [c for c in table.columns if c != "step"]
+    columns = [c for c in METRICS if c in table.columns] or [
+        c for c in table.columns if c not in ("step", "updates")
+    ]
     columns = [c for c in columns if table[c].notna().any()][:4]
     if not columns:
         raise ValueError(f"a training curve has no metric; its columns: {', '.join(table.columns)}")
@@ -78,13 +81,13 @@ def curves(table: DataFrame, colour: str = COLOURS[0]) -> bytes:
         axes.plot(known["step"], _smooth(known[column]), color=colour, lw=1.7)
         axes.set_title(column.replace("_", " "), fontsize=9)
         axes.locator_params(nbins=4)
-        axes.set_xlabel("update")
+        axes.set_xlabel("iteration")
     return _png(figure)
 
 
 def validation(table: DataFrame, colour: str = COLOURS[1]) -> bytes | None:
-    """Plot scores and diversity of the validation images over updates; None without validation."""
-    shown = (c for c in table.columns if c.startswith("validation/") and c != "validation/iteration")
+    """Plot scores and diversity of the validation images over iterations; None without validation."""
+    shown = (c for c in table.columns if c.startswith("validation/"))
     columns = [c for c in shown if table[c].notna().any()]
     if not columns:
         return None
@@ -94,7 +97,7 @@ def validation(table: DataFrame, colour: str = COLOURS[1]) -> bytes | None:
         axes.plot(known["step"], known[column], color=colour, marker="o", ms=4, lw=1.4)
         axes.set_title(column.removeprefix("validation/"), fontsize=9)
         axes.locator_params(nbins=4)
-        axes.set_xlabel("update")
+        axes.set_xlabel("iteration")
     return _png(figure)
 
 

@@ -11,9 +11,10 @@ from spo.config import Params
 from spo.evaluation import model_card
 from spo.evaluation.verdict import name
 from spo.runtime import hub
-from spo.runtime.messages import redact
+from spo.runtime.messages import public, redact
 
 FILE = "README.md"
+LICENCE = "- licence of the base model:"
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ def text(
     """
     from huggingface_hub import ModelCard
 
-    known = ModelCard(card)
+    known = ModelCard(public(card))
     data: Any = known.data  # a ModelCardData
     title = f"{params.name}-{method}".replace("_", "-")
     data.base_model, data.license = publication.base_model, publication.licence or data.license
@@ -64,8 +65,7 @@ def text(
     data["widget"] = [{"text": s.prompt, "output": {"url": s.method}} for s in samples]
     body = known.text.replace('"this folder"', f'"{publication.place}"').strip()
     if publication.licence:
-        old = next(x for x in body.splitlines() if x.startswith("- licence of the base model: "))
-        body = body.replace(old, f"- licence of the base model: {publication.licence}")
+        body = _with_licence(body, publication.licence)
     parts = [
         f"---\n{data.to_yaml()}\n---",
         body,
@@ -73,6 +73,19 @@ def text(
         _pictures(samples, rows[0], method),
     ]
     return redact("\n\n".join(part.strip() for part in parts) + "\n")
+
+
+def _with_licence(body: str, licence: str) -> str:
+    """
+    Raises:
+        ValueError: a card without the line of the licence.
+    """
+    lines = body.splitlines()
+    places = [i for i, line in enumerate(lines) if line.startswith(LICENCE)]
+    if not places:
+        raise ValueError(f"publish: {FILE} of the adapter has no line {LICENCE!r}; run `spo align` again")
+    lines[places[0]] = f"{LICENCE} {licence}"
+    return "\n".join(lines)
 
 
 def _results(params: Params, rows: Sequence[Mapping[str, Any]]) -> list[Any]:

@@ -7,8 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
+from spo.config import yaml_text
 from spo.evaluation import kept_tables, plots
 from spo.evaluation.efficiency import Course, course
 from spo.evaluation.kept_runs import KeptRun
@@ -26,7 +25,7 @@ from spo.evaluation.verdict import (
     signed,
 )
 from spo.methods import method_spec
-from spo.runtime.messages import redact
+from spo.runtime.messages import public
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -59,7 +58,7 @@ class RunResults:
         default_factory=dict
     )
     world: Mapping[str, Any] | None = None
-    lock: Mapping[str, Any] | None = None
+    outs: Sequence[tuple[str, str, str]] = ()  # (stage, path, hash) of each output in dvc.lock
 
 
 def render(run: RunResults) -> str:
@@ -92,8 +91,8 @@ def render(run: RunResults) -> str:
         },
         times=times(run),
         compute=" ".join(compute(run)),
-        outs=_outs(run.lock),
-        params_yaml=yaml.safe_dump(redact(shown), sort_keys=False, allow_unicode=True),
+        outs=run.outs,
+        params_yaml=yaml_text.dump(public(shown)),
         summaries=[t for k, v in run.summaries.items() for t in tables(k, v)],
         world={k: list(tables("", v)) for k, v in (run.world or {}).items()},
         has_oracle=any(r["metric"].startswith("oracle_") for r in run.comparisons),
@@ -198,7 +197,7 @@ def _efficiency(run: RunResults) -> str | None:
 def times(run: RunResults) -> Table:
     """The table of training times and counts, from the metrics files that exist."""
     stages = {**run.preference, **{f"align_{k}": v for k, v in run.alignment.items()}}
-    known = ("seconds", "training_seconds", "updates", "pairs", "iterations", "n_train")
+    known = ("seconds", "training_seconds", "updates", "skipped_updates", "pairs", "iterations", "n_train")
     columns = [c for c in known if any(c in v for v in stages.values())]
     rows = [[k, *(number(v[c]) if c in v else "–" for c in columns)] for k, v in stages.items()]
     return Table("", ["stage", *map(name, columns)], rows)
@@ -217,16 +216,6 @@ def compute(run: RunResults) -> list[str]:
         total = f"{sum(seconds.values()):,.0f} s"
         lines.append(f"{name(method)} took {total}{f' ({each})' if len(seconds) > 1 else ''}.")
     return lines
-
-
-def _outs(lock: Mapping[str, Any] | None) -> list[tuple[str, str, str]]:
-    """(stage, path, hash) of each output in dvc.lock."""
-    stages = (lock or {}).get("stages", {})
-    return [
-        (stage, out["path"], str(out.get("md5", out.get("hash", "")))[:12])
-        for stage, entry in stages.items()
-        for out in entry.get("outs", [])
-    ]
 
 
 def tables(title: str, facts: Mapping[str, Any]) -> Iterator[Table]:

@@ -28,7 +28,7 @@ def score_images(
     """
     from spo.training import distributed
 
-    done = distributed.broadcast_int(sum(1 for _ in cache.states()) if cache else 0)
+    done = distributed.broadcast(sum(1 for _ in cache.states()) if cache else 0)
     columns: dict[str, list[float]] = {}
     for state in cache.states() if cache and distributed.is_main_process() else ():
         columns |= state

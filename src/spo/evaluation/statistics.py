@@ -22,8 +22,12 @@ DECIMALS = 8  # of written results
 
 
 def compare(
-    method_scores: NDArray[np.floating], baseline_scores: NDArray[np.floating], n_bootstrap: int, seed: int
-) -> dict[str, float | int]:
+    method_scores: NDArray[np.floating],
+    baseline_scores: NDArray[np.floating],
+    n_bootstrap: int,
+    seed: int,
+    min_rows: int = 2,
+) -> dict[str, Any]:
     """Compare two variants on one metric, row by row.
 
     Args:
@@ -31,6 +35,7 @@ def compare(
         baseline_scores: [n], of the same prompts and seeds in the same order.
         n_bootstrap: resamples of the n rows.
         seed: of the resampling; the same seed gives the same interval.
+        min_rows: of an interval; with fewer rows ci_low and ci_high are None.
 
     Returns:
         mean_method, mean_baseline, mean_difference (method - baseline), ci_low and ci_high (95 %),
@@ -49,7 +54,8 @@ def compare(
         if len(bad):
             raise ValueError(f"the {name}'s score in row {bad[0]} is {values[bad[0]]}: scores must be finite")
     differences = method - baseline
-    low, high = _interval(differences, n_bootstrap, seed)
+    enough = len(differences) >= min_rows
+    low, high = _interval(differences, n_bootstrap, seed) if enough else (None, None)
     result = {
         "mean_method": method.mean(),
         "mean_baseline": baseline.mean(),
@@ -58,7 +64,8 @@ def compare(
         "ci_high": high,
         "win_rate": (differences > 0).mean() + (differences == 0).mean() / 2,
     }
-    return {**{k: round(float(v), DECIMALS) for k, v in result.items()}, "n": len(method)}
+    rounded = {k: None if v is None else round(float(v), DECIMALS) for k, v in result.items()}
+    return {**rounded, "n": len(method)}
 
 
 def mean_interval(scores: NDArray[np.floating], n_bootstrap: int, seed: int) -> tuple[float, float, float]:
@@ -88,7 +95,11 @@ def _interval(differences: NDArray[np.floating], n_bootstrap: int, seed: int) ->
 
 
 def comparisons(
-    scores: Mapping[str, DataFrame], baselines: Sequence[str], n_bootstrap: int, seed: int
+    scores: Mapping[str, DataFrame],
+    baselines: Sequence[str],
+    n_bootstrap: int,
+    seed: int,
+    min_prompts: int = 2,
 ) -> list[dict[str, Any]]:
     """Compare every variant with every baseline on every metric: the rows of reports/comparisons.json.
 
@@ -97,6 +108,7 @@ def comparisons(
 
     Args:
         scores: a table per variant, with columns index, prompt, seed, and one per metric.
+        min_prompts: of an interval, as `min_rows` of `compare`.
 
     Raises:
         ValueError: a baseline without scores, tables with different metrics or rows, or invalid values.
@@ -109,12 +121,12 @@ def comparisons(
     for method in (*aligned, *reversed(baselines)):
         against = baselines[: baselines.index(method)] if method in baselines else baselines
         for baseline in against:
-            rows += _one_pair(scores, method, baseline, n_bootstrap, seed)
+            rows += _one_pair(scores, method, baseline, n_bootstrap, seed, min_prompts)
     return rows
 
 
 def _one_pair(
-    scores: Mapping[str, DataFrame], method: str, baseline: str, n_bootstrap: int, seed: int
+    scores: Mapping[str, DataFrame], method: str, baseline: str, n_bootstrap: int, seed: int, min_prompts: int
 ) -> list[dict[str, Any]]:
     one, other = scores[method], scores[baseline]
     check_same_rows(method, one, baseline, other)
@@ -122,7 +134,8 @@ def _one_pair(
     rows = []
     for metric in metrics(one):
         try:
-            result = compare(one[metric].to_numpy(), other[metric].to_numpy(), n_bootstrap, seed)
+            columns = (one[metric].to_numpy(), other[metric].to_numpy())
+            result = compare(*columns, n_bootstrap, seed, min_prompts)
         except ValueError as error:
             raise ValueError(f"{metric} of {method} and {baseline}: {error}") from None
         rows.append({"method": method, "baseline": baseline, "metric": metric, **result})

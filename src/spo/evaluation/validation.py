@@ -11,7 +11,6 @@ Departure from the published methods:
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -71,102 +70,134 @@ class Watch:
         Args:
             save: writes the model to a folder.
             scratch: exists as long as the stage's checkpoints; holds the scores at the start, the images by
-                update in `samples`, the last good model in `good`, and the best one in `best`.
+                iteration in `samples`, the last good model in `good`, and the best one in `best`.
             name: of the params section, for messages.
             iterations: of the training; the last is validated too.
             divergence: the method's metric of the distance to the reference.
-            run: gets the images by update.
+            run: gets the images by iteration.
         """
         self.settings, self.validate, self.save, self.curve = settings, validate, save, curve
         self.name, self.divergence, self._last = name, divergence, iterations
         self.good, self.best, self.samples = scratch / "good", scratch / "best", scratch / "samples"
-        self._run, self._earlier = run, sorted(self.samples.glob("*.png"))
-        self._start = scratch / "validation.json"
-        self._start_values = (
-            json.loads(self._start.read_text(encoding="utf-8")) if self._start.exists() else None
-        )
+        self._run, self._start = run, scratch / "validation.json"
 
-    def __call__(self, iteration: int, metrics: Mapping[str, float], updates: int) -> None:
-        """
+    def resume(self, iteration: int) -> None:
+        """Go on from a checkpoint: what was validated later is dropped, the run gets the earlier images."""
+        if not is_main_process():
+            return
+        for folder in (self.good, self.best):
+            for kept in (folder, _before(folder)):
+                if kept.exists() and _mark(kept)["iteration"] > iteration:
+                    shutil.rmtree(kept)
+            if _before(folder).exists() and not folder.exists():
+                _before(folder).rename(folder)
+        for image in sorted(self.samples.glob("*.png")):
+            if int(image.stem) > iteration:
+                image.unlink()
+            else:
+                self._run.log_image(image, "validation", int(image.stem))
+
+    def __call__(self, iteration: int, metrics: Mapping[str, float]) -> bool:
+        """Validate after some iterations; returns whether it did, as `training.loop.fit` wants to know.
+
+        The main process judges, since it alone is sure to see its files, and the others follow.
+
         Raises:
             Collapse: a limit was passed; the line names it and the last good model.
         """
-        limits = self.settings
-        self._stop(iteration, divergence_passed(self.divergence, metrics, limits.max_divergence))
-        if iteration % limits.every and iteration != self._last:
-            return
+        if is_main_process():
+            for folder in (self.good, self.best):  # by now the state after it is saved
+                shutil.rmtree(_before(folder), ignore_errors=True)
+        limit = self.settings.max_divergence
+        if limit is not None:
+            self._stop(iteration, divergence_passed(self.divergence, metrics, limit))
+        if iteration % self.settings.every and iteration != self._last:
+            return False
         now = self.validate()
-        self._save_images(now.row, updates)
-        if iteration == 0 or self._start_values is None:
-            self._start_values = {"scores": now.scores, "diversity": now.diversity}
-            if is_main_process():
-                write_json(self._start, self._start_values)
-        start = self._start_values
+        self._stop(iteration, self._judge(iteration, now) if is_main_process() else None)
+        return True
+
+    def _judge(self, iteration: int, now: Validated) -> str | None:
+        """Log and save what was validated; returns the reason to stop if a limit was passed."""
+        limits = self.settings
+        self._save_image(now.row, iteration)
+        if iteration == 0:
+            write_json(self._start, {"scores": now.scores, "diversity": now.diversity})
+        start = read_json(self._start, "scores at the start")
         gain = (
             None if limits.select is None else standardised_gain(start["scores"], now.scores, limits.select)
         )
-        self._log(now, gain, iteration, updates)
-        self._stop(iteration, scorers_passed(start["scores"], now.scores, limits.max_fall))
-        self._stop(iteration, diversity_passed(start["diversity"], now.diversity, limits.min_diversity))
-        if iteration and is_main_process():
-            if iteration != self._last:
-                self._save_model(self.good, {"iteration": iteration})
-            if gain is not None and gain > self._best_gain():
-                self._save_model(self.best, {"iteration": iteration, "gain": gain})
+        self._log(now, gain, iteration)
+        reason = scorers_passed(start["scores"], now.scores, limits.max_fall) or diversity_passed(
+            start["diversity"], now.diversity, limits.min_diversity
+        )
+        if reason is not None or iteration == 0:
+            return reason
+        if iteration != self._last:
+            self._save_model(self.good, {"iteration": iteration})
+        if gain is not None and gain > self._best_gain():
+            self._save_model(self.best, {"iteration": iteration, "gain": gain})
+        return None
 
     def selected(self) -> dict[str, float] | None:
         """Iteration and gain of the model in `best`; None without `select`."""
-        return None if self.settings.select is None else read_json(self.best / MARK, "selected model")
+        return None if self.settings.select is None else _mark(self.best)
 
     def _best_gain(self) -> float:
-        saved = self.best / MARK
-        return float(json.loads(saved.read_text(encoding="utf-8"))["gain"]) if saved.exists() else -math.inf
+        return float(_mark(self.best)["gain"]) if self.best.exists() else -math.inf
 
-    def _log(self, now: Validated, gain: float | None, iteration: int, updates: int) -> None:
+    def _log(self, now: Validated, gain: float | None, iteration: int) -> None:
         means = {name: fmean(values) for name, values in now.scores.items()} | now.oracle
         if gain is not None:
             means["gain"] = gain
-        row = {**means, "diversity": now.diversity, "iteration": iteration}
-        self.curve.log({f"validation/{name}": value for name, value in row.items()}, updates)
+        row = {**means, "diversity": now.diversity}
+        self.curve.log({f"validation/{name}": value for name, value in row.items()}, iteration)
 
-    def _save_images(self, row: Image.Image, updates: int) -> None:
-        if is_main_process():
-            self.samples.mkdir(parents=True, exist_ok=True)
-            row.save(path := self.samples / f"{updates:06d}.png")
-            earlier = [p for p in self._earlier if int(p.stem) < updates]  # of a run that was killed
-            for image in (*earlier, path):
-                self._run.log_image(image, "validation", int(image.stem))
-            self._earlier = []
+    def _save_image(self, row: Image.Image, iteration: int) -> None:
+        self.samples.mkdir(parents=True, exist_ok=True)
+        row.save(path := self.samples / f"{iteration:06d}.png")
+        self._run.log_image(path, "validation", iteration)
 
     def _save_model(self, folder: Path, facts: Mapping[str, float]) -> None:
-        """Replace a saved model; its folder is complete except between the two renames."""
+        """Replace a saved model; the one before stays beside it until the state of the training is saved too.
+
+        A process that is killed before that goes on from an earlier state, of which this model is no part.
+        """
         fresh = folder.with_name(f"{folder.name}.partial")
         shutil.rmtree(fresh, ignore_errors=True)
         self.save(fresh)
         write_json(fresh / MARK, facts)
-        shutil.rmtree(folder, ignore_errors=True)
+        if folder.exists():
+            shutil.rmtree(_before(folder), ignore_errors=True)
+            folder.rename(_before(folder))
         fresh.rename(folder)
 
     def _stop(self, iteration: int, reason: str | None) -> None:
-        if reason is None:
-            return
-        saved = self.good / MARK
-        last = "none"
-        if saved.exists():
-            last = f"iteration {json.loads(saved.read_text(encoding='utf-8'))['iteration']}, in {self.good}"
-        raise Collapse(f"{self.name}: stopped at iteration {iteration}: {reason}; last good model: {last}")
+        """Stop in all processes if the main one has a reason."""
+        from spo.training import distributed
+
+        line = None
+        if reason is not None and is_main_process():
+            good = self.good
+            last = f"iteration {_mark(good)['iteration']}, in {good}" if good.exists() else "none"
+            line = f"{self.name}: stopped at iteration {iteration}: {reason}; last good model: {last}"
+        line = distributed.broadcast(line)
+        if line is not None:
+            raise Collapse(line)
 
 
-def scores_at(rows: Mapping[int, Mapping[str, float]], iteration: int) -> tuple[int, dict[str, float]]:
-    """The update and the scores of the validation after an iteration, from a curve's rows.
+def _before(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}.before")
 
-    Without such a validation: the last update, and no scores.
-    """
-    mark, prefix = "validation/iteration", "validation/"
-    for step, row in rows.items():
-        if row.get(mark) == iteration:
-            return step, {k: v for k, v in row.items() if k.startswith(prefix) and k != mark}
-    return max(rows, default=0), {}
+
+def _mark(folder: Path) -> Any:
+    """What is known of a saved model."""
+    return read_json(folder / MARK, "saved model")
+
+
+def scores_at(rows: Mapping[int, Mapping[str, float]], iteration: int) -> dict[str, float]:
+    """The scores of the validation after an iteration, from a curve's rows; none if there was none."""
+    return {k: v for k, v in rows.get(iteration, {}).items() if k.startswith("validation/")}
 
 
 def divergence_passed(name: str, metrics: Mapping[str, float], limit: float | None) -> str | None:

@@ -33,6 +33,12 @@ PROSE = {
     "oracle_aesthetic": "the oracle's aesthetics",
     "oracle_alignment": "the oracle's alignment",
 }
+KINDS = (
+    ("better", "higher"),
+    ("worse", "lower"),
+    ("unclear", "not clearly different"),
+    ("few", "too few prompts for an interval"),
+)
 # whether an image shows its caption, the first that was measured; all other metrics measure quality
 ALIGNMENT = ("oracle_alignment", "clipscore")
 
@@ -55,12 +61,20 @@ def number(value: Any) -> str:
 
 def signed(value: float, row: Mapping[str, Any]) -> str:
     """Format a difference or an end of its interval: three decimals, five for a narrow interval."""
-    text = f"{value:+.{3 if row['ci_high'] - row['ci_low'] >= 0.004 else 5}f}"
+    narrow = has_interval(row) and row["ci_high"] - row["ci_low"] < 0.004
+    text = f"{value:+.{5 if narrow else 3}f}"
     return text.replace("-", "−") if float(text) else text[1:]
 
 
+def has_interval(row: Mapping[str, Any]) -> bool:
+    """Whether there are enough prompts for an interval."""
+    return row["ci_low"] is not None
+
+
 def outcome(row: Mapping[str, Any]) -> str:
-    """`better` or `worse` where the interval excludes 0, else `unclear`."""
+    """`better` or `worse` where the interval excludes 0, else `unclear`, as without an interval."""
+    if not has_interval(row):
+        return "unclear"
     if row["ci_low"] > 0:
         return "better"
     return "worse" if row["ci_high"] < 0 else "unclear"
@@ -85,19 +99,14 @@ def contradictions(rows: Sequence[Mapping[str, Any]], curves: Mapping[str, DataF
         own = [r for r in rows if r["method"] == method]
         own = [r for r in own if r["baseline"] == own[0]["baseline"]]
         up, down = (
-            [
-                f"{PROSE.get(r['metric'], name(r['metric']))} ({interval(r)})"
-                for r in own
-                if outcome(r) == kind
-            ]
+            [PROSE.get(r["metric"], name(r["metric"])) for r in own if outcome(r) == kind]
             for kind in ("better", "worse")
         )
         up += _training_score(curves.get(method))
         if up and down:
             rival = name(own[0]["baseline"])
             sentences.append(
-                f"Beware: with {name(method)}, {listed(up)} rose while {listed(down)} fell "
-                f"(against {rival}): the gain may have come at the cost of the loss."
+                f"Beware: with {name(method)}, {listed(up)} rose while {listed(down)} fell (against {rival})."
             )
     return " ".join(sentences)
 
@@ -108,15 +117,18 @@ def _training_score(curve: DataFrame | None) -> list[str]:
         return []
     quarter = len(known) // 4
     first, last = float(known[:quarter].mean()), float(known[-quarter:].mean())
-    return [f"the preference model's own score ({first:.3g} to {last:.3g})"] if last > first else []
+    return ["the preference model's own score"] if last > first else []
 
 
 def _sentence(method: str, baseline: str, rows: Sequence[Mapping[str, Any]]) -> str:
-    quality = [r for r in rows if r["baseline"] == baseline and r["metric"] not in ALIGNMENT]
+    rival = "the base model" if baseline == "base" else name(baseline)
+    own = [r for r in rows if r["baseline"] == baseline]
+    if not all(map(has_interval, own)):
+        return f"{name(method)} and {rival}: {own[0]['n']} prompts are too few to tell them apart."
+    quality = [r for r in own if r["metric"] not in ALIGNMENT]
     by: dict[str, list[str]] = {"better": [], "worse": [], "unclear": []}
     for row in quality:
         by[outcome(row)].append(PROSE.get(row["metric"], name(row["metric"])))
-    rival = "the base model" if baseline == "base" else name(baseline)
     parts = [f"beats {rival} by {listed(by['better']) or 'no measure of quality'}"]
     if by["worse"]:
         parts.append(f"is worse by {listed(by['worse'])}")
@@ -140,9 +152,15 @@ def _alignment(rows: Sequence[Mapping[str, Any]], baseline: str) -> str:
 
 
 def interval(row: Mapping[str, Any]) -> str:
-    """Format a mean difference with its interval."""
+    """Format a mean difference with its interval, if it has one."""
+    if not has_interval(row):
+        return signed(row["mean_difference"], row)
     middle, low, high = (signed(row[k], row) for k in ("mean_difference", "ci_low", "ci_high"))
     return f"{middle}, {low} to {high}"
+
+
+def _kind(row: Mapping[str, Any]) -> str:
+    return outcome(row) if has_interval(row) else "few"
 
 
 def details(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
@@ -151,8 +169,8 @@ def details(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
     entries = []
     for baseline in dict.fromkeys(r["baseline"] for r in own):
         parts = []
-        for kind, words in (("better", "higher"), ("worse", "lower"), ("unclear", "not clearly different")):
-            those = [r for r in own if r["baseline"] == baseline and outcome(r) == kind]
+        for kind, words in KINDS:
+            those = [r for r in own if r["baseline"] == baseline and _kind(r) == kind]
             if those:
                 parts.append(f"{words}: " + ", ".join(f"{name(r['metric'])} ({interval(r)})" for r in those))
         entries.append((f"{name(rows[0]['method'])} against {name(baseline)}", "; ".join(parts) + "."))

@@ -45,12 +45,13 @@ class LatentTraining:
 
     @torch.no_grad()
     def shown(
-        self, latents: tuple[Tensor, Tensor], captions: Sequence[str], timesteps: Tensor, noise: Tensor
+        self, latents: tuple[Tensor, Tensor], captions: Sequence[str], timesteps: Tensor, noise: Tensor | None
     ) -> Tensor:
-        """As `Trained.shown`: noised latents [P,2,C,h,w]."""
-        x_0 = torch.cat(latents).to(self.backbone.device)
-        finite.check_finite(finite.STORED, x_0, [*captions, *captions])
-        x_t = self.schedule.add_noise(x_0, torch.cat([noise[:, 0], noise[:, 1]]), timesteps.repeat(2))
+        """As `Trained.shown`: latents [P,2,C,h,w]."""
+        x_t = torch.cat(latents).to(self.backbone.device)
+        finite.check_finite(finite.STORED, x_t, [*captions, *captions])
+        if noise is not None:
+            x_t = self.schedule.add_noise(x_t, torch.cat([noise[:, 0], noise[:, 1]]), timesteps.repeat(2))
         return torch.stack(x_t.chunk(2), dim=1)
 
     def scores(self, shown: Tensor, captions: Sequence[str], timesteps: Tensor) -> tuple[Tensor, Tensor]:

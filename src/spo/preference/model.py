@@ -28,7 +28,8 @@ from transformers import AutoTokenizer, CLIPConfig, CLIPModel
 from spo.data.images import CLIP_MEAN, CLIP_STD
 from spo.data.tokens import tokenize
 from spo.preference import checkpoint as checkpoint_files
-from spo.runtime.messages import first_line
+from spo.runtime import hub
+from spo.runtime.files import read_json
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 FREQUENCIES = 256  # sinusoids of the timestep
@@ -85,7 +86,7 @@ class StepAwarePreferenceModel(nn.Module):
         folder = Path(folder)
         if not (folder / CONFIG).exists() or not (folder / WEIGHTS).exists():
             raise ValueError(f"{folder}: no preference model there; run `make repro` or `spo preference`")
-        settings = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        settings = read_json(folder / CONFIG, "preference model")
         step_condition = settings.pop("step_condition", True)
         model = cls(CLIPModel(CLIPConfig.from_dict(settings)), step_condition)
         state = {f"model.{k}": v.float() for k, v in checkpoint_files.read_tensors(folder / WEIGHTS).items()}
@@ -99,6 +100,7 @@ class StepAwarePreferenceModel(nn.Module):
         state = {k: v.detach().cpu().contiguous() for k, v in self.model.state_dict().items()}
         save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
         settings = {**self.model.config.to_dict(), "step_condition": self.step_condition}
+        settings.pop("_name_or_path", None)  # a path of this machine
         (folder / CONFIG).write_text(json.dumps(settings, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
     def save_official_checkpoint(self, path: str | Path) -> None:
@@ -203,10 +205,11 @@ def clip_text_projection(name: str, revision: str | None = None) -> Tensor:
 def _clip(name: str, revision: str | None, key: str) -> Any:
     """A CLIPModel in fp32; `key` of params.yaml names it in messages."""
     try:
+        hub.check(name)
         settings: dict[str, Any] = {"revision": revision, "dtype": torch.float32}
         loaded: Any = CLIPModel.from_pretrained(name, output_loading_info=True, **settings)
     except (OSError, ValueError, SafetensorError) as error:
-        raise ValueError(f"{key}: {name} cannot be loaded ({first_line(error, 200)})") from None
+        raise ValueError(f"{key}: {name} cannot be loaded ({hub.reason(name, error)})") from None
     clip, info = loaded
     if missing := sorted(info["missing_keys"]):
         raise ValueError(f"{key}: {name} is an incomplete CLIP: {missing[0]} is missing")
@@ -216,10 +219,11 @@ def _clip(name: str, revision: str | None, key: str) -> Any:
 def load_tokenizer(name: str, revision: str | None = None) -> Any:
     """Load the tokenizer of a CLIP's folder or hub id."""
     try:
+        hub.check(name)
         return AutoTokenizer.from_pretrained(name, revision=revision)
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"{name}: no tokenizer can be loaded from there ({first_line(error, 200)})"
+            f"{name}: no tokenizer can be loaded from there ({hub.reason(name, error)})"
         ) from None
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spo.config import Preference, PseudoLabels
-from spo.runtime.files import locked, require, write_json
+from spo.runtime.files import locked, read_json, require, write_json
 from spo.runtime.fingerprint import fingerprint
 from spo.runtime.workspace import SCRATCH
 
@@ -51,7 +50,7 @@ def pseudo_label(
             with locked(cached.with_suffix(".lock"), message):
                 if not cached.exists():
                     write_json(cached, list(_differences(labels, folder, len(pairs), device)))
-    difference = torch.tensor(json.loads(cached.read_text(encoding="utf-8")))
+    difference = torch.tensor(read_json(cached, "scores of the pairs", list, then="delete it"))
     label_0 = torch.where(difference.abs() < labels.gap, 0.5, (difference > 0).float())
     decided = label_0 != 0.5
     if not decided.any():

@@ -52,11 +52,11 @@ class StepAware:
         latents: tuple[Tensor, Tensor],
         captions: Sequence[str],
         timesteps: Tensor,
-        noise: Tensor,
+        noise: Tensor | None,
     ) -> Tensor:
         """As `Trained.shown`: images [P,2,3,s,s] of the CLIP's size; in training without settings.noised
         those without noise."""
-        if self._clean:
+        if noise is None or self._clean:
             images = clean_pair(self.backbone, latents, captions)
         else:
             conditioning = self.backbone.encode_prompts(captions)

@@ -17,6 +17,7 @@ from spo.diffusion.noise import shuffled
 from spo.preference.loss import preference_loss
 from spo.training import distributed, loop
 from spo.training.checkpoint import CheckpointStore
+from spo.training.clock import Clock
 from spo.training.placement import lower
 from spo.types import Backbone, Batch, LatentPairs, Mean, RewardModel
 
@@ -46,10 +47,12 @@ class Trained(Protocol):
         ...
 
     def shown(
-        self, latents: tuple[Tensor, Tensor], captions: Sequence[str], timesteps: Tensor, noise: Tensor
+        self, latents: tuple[Tensor, Tensor], captions: Sequence[str], timesteps: Tensor, noise: Tensor | None
     ) -> Tensor:
         """What the model scores of P pairs [P,2,...], without gradients: both images, noised to `timesteps`
         int64 [P] by the noise of `draw`.
+
+        Without noise the images are as they are, and `timesteps` 0.
 
         Raises:
             ValueError: something on the way is not finite.
@@ -80,6 +83,8 @@ def train(
     seed: int,
     checkpoint: CheckpointStore | None = None,
     on_metrics: Callable[[Mapping[str, float], int], None] = lambda metrics, step: None,
+    on_resume: Callable[[int], None] = lambda iteration: None,
+    clock: Clock | None = None,
     scale_loss: bool = False,
 ) -> dict[str, Any]:
     """Train `trained.model` in place for settings.steps updates; returns as `training.loop.fit`.
@@ -99,6 +104,8 @@ def train(
         checkpoints=checkpoint,
         checkpoint_every=settings.checkpoint_every,
         on_metrics=on_metrics,
+        on_resume=on_resume,
+        clock=clock,
         ema=settings.ema,
         scale_loss=scale_loss,
     )
@@ -170,14 +177,15 @@ class LabelObjective:
 
 
 def shown_of(
-    trained: Trained, pairs: LatentPairs, indices: Tensor, timesteps: Tensor, noise: Tensor
+    trained: Trained, pairs: LatentPairs, indices: Tensor, timesteps: Tensor, noise: Tensor | None
 ) -> Tensor:
     """What the model scores of the pairs at `indices` int64 [P], in calls of the device's budget."""
     size, parts = max(1, trained.backbone.budget.samples // 2), []
     for start in range(0, len(indices), size):
         part = slice(start, start + size)
         captions = [pairs.captions[i] for i in indices[part].tolist()]
-        parts.append(trained.shown(pairs.read(indices[part]), captions, timesteps[part], noise[part]))
+        own = None if noise is None else noise[part]
+        parts.append(trained.shown(pairs.read(indices[part]), captions, timesteps[part], own))
     return torch.cat(parts)
 
 
@@ -187,7 +195,8 @@ def evaluate(
 ) -> dict[int, dict[str, float]]:
     """Share of clear labels (no ties) that the model agrees with, at each timestep: {t: {accuracy, n}}.
 
-    The noise belongs to the pair and the timestep, so models are compared on the same images.
+    The noise belongs to the pair, the same at every timestep, so models are compared on the same images; at
+    t = 0 there is none.
 
     Raises:
         ValueError: an image or a score is not finite.
@@ -205,7 +214,8 @@ def evaluate(
                 captions = [pairs.captions[i] for i in indices.tolist()]
                 _, noise = trained.draw([f"evaluation {i}" for i in indices.tolist()], seed)
                 at = torch.full((len(indices),), t, device=device)
-                scores = trained.scores(shown_of(trained, pairs, indices, at, noise), captions, at)
+                seen = shown_of(trained, pairs, indices, at, noise if t else None)
+                scores = trained.scores(seen, captions, at)
                 _check_scores(torch.stack(scores), t, captions)
                 first_wins = pairs.label_0[indices].to(device) > 0.5
                 right += ((scores[0] > scores[1]) == first_wins).sum()

@@ -16,7 +16,7 @@ from transformers import CLIPModel, CLIPTokenizer
 
 from spo.data.images import CLIP_MEAN, CLIP_STD
 from spo.data.tokens import tokenize
-from spo.runtime.hub import is_hub_id
+from spo.runtime import hub
 from spo.runtime.messages import first_line
 from spo.training import distributed
 
@@ -201,12 +201,11 @@ def reach(loader: Callable[[], Any], name: str, key: str) -> Any:
     Raises:
         ValueError: no such folder or hub id, or one that cannot be loaded.
     """
-    if not Path(name).exists() and not is_hub_id(name):
-        raise ValueError(f"{key}: {name}: no such file or folder; run `make repro` or `dvc pull data.dvc`")
+    try:
+        hub.check(name)
+    except ValueError as error:
+        raise ValueError(f"{key}: {error}") from None
     try:
         return loader()
     except Exception as error:  # transformers, safetensors and the hub's client raise many types
-        reason = first_line(error, 200)
-        raise ValueError(
-            f"{key}: {name} cannot be loaded ({reason}); without a network, give the folder of a local copy"
-        ) from None
+        raise ValueError(f"{key}: {name} cannot be loaded ({hub.reason(name, error)})") from None

@@ -23,7 +23,7 @@ class TransientError(ValueError):
 
 def is_transient(error: BaseException) -> bool:
     """Whether the network, a server or another process caused an error, by the types of all before it."""
-    chain = list(_causes(error))
+    chain = list(causes(error))
     if any(type(cause).__name__ == "OfflineModeIsEnabled" for cause in chain):
         return False  # a ConnectionError of huggingface_hub, but offline by HF_HUB_OFFLINE
     return any(_is_transient(cause) for cause in chain)
@@ -43,7 +43,7 @@ def leave_exit_code(code: int) -> None:
             Path(path).write_text(str(code), encoding="utf-8")
 
 
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
+def causes(error: BaseException | None) -> Iterator[BaseException]:
     """Yield the error and all that were being handled when it was raised, also under `from None`."""
     while error is not None:
         yield error

@@ -6,10 +6,13 @@ import fcntl
 import hashlib
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 
 @contextmanager
@@ -34,16 +37,60 @@ def write_json(path: Path, content: Any) -> None:
         partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
-def read_json(path: str | Path, what: str) -> Any:
-    """Read a JSON file.
+def read_json(
+    path: str | Path,
+    what: str,
+    kind: type = dict,
+    keys: Collection[str] = (),
+    then: str = "run `make repro`",
+) -> Any:
+    """Read a JSON file whose content is of a kind, dict (with at least `keys`) or list.
 
     Raises:
-        ValueError: it is not there, truncated or invalid; with the command that makes it.
+        ValueError: it is not there, cannot be read, is truncated, invalid, of another kind or lacks a key;
+            with `then`, what to do about it.
     """
+    text = read_text(path, what)
     try:
-        return json.loads(require(path, what).read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: truncated or invalid JSON ({error}); run `make repro`") from None
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: truncated or invalid JSON ({error}); {then}") from None
+    fits = isinstance(content, kind)
+    if not fits:
+        wanted = "a list" if kind is list else "an object"
+        raise ValueError(f"{path}: must be {wanted}, not {type(content).__name__}; {then}")
+    if lacking := [key for key in keys if key not in content]:
+        raise ValueError(f"{path}: no key {lacking[0]!r}; {then}")
+    return content
+
+
+def read_text(path: str | Path, what: str) -> str:
+    """Read a text file in UTF-8.
+
+    Raises:
+        ValueError: it is not there, with the command that makes it, or cannot be read.
+    """
+    file = require(path, what)
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: cannot be read: {error}") from None
+
+
+def read_csv(path: str | Path, what: str, **options: Any) -> DataFrame:
+    """Read a table; `options` as of `pandas.read_csv`.
+
+    Raises:
+        ValueError: it is not there, cannot be read, or is no table.
+    """
+    from pandas import read_csv
+
+    file = require(path, what)
+    try:
+        return read_csv(file, **options)
+    except (OSError, ValueError) as error:  # pandas' errors are ValueErrors
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path}: a damaged table ({reason}); run `make repro`") from None
 
 
 def require(path: str | Path, what: str) -> Path:

@@ -3,19 +3,29 @@
     OWNER/NAME[@REVISION]                            a model, as its loader takes it
     hf://[datasets/]OWNER/NAME[@REVISION][/FILE]     a file; * selects several, a folder all below it
 
-A revision is a commit, a branch or a tag. Without a network the cache has to have them.
+A revision is a commit, a branch, a tag, or `refs/...` as huggingface_hub reads it; a / in another one is
+written %2F. Without a network the cache has to have them.
 """
 
 from __future__ import annotations
 
 import re
+import sys
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+from spo.runtime import hub_answers, shards
+from spo.runtime.messages import first_line
+
 SCHEME = "hf://"
-SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})(.*)")  # of a data set: number and count in the file's name
+OURS = ("data", "outputs")  # folders of the workspace, which may not be there yet
+FILES = (  # a name with such an ending is a file's, not a repository's
+    *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".json", ".jsonl", ".txt", ".csv", ".tsv", ".parquet"),
+    *(".zip", ".tar", ".png", ".yaml", ".yml"),
+)
 
 
 @dataclass(frozen=True)
@@ -27,10 +37,34 @@ class Place:
     revision: str | None
     pattern: str  # of paths in the repository; empty for a model as a whole
 
+    @property
+    def patterns(self) -> list[str]:
+        """What `pattern` selects: files, or all below a folder."""
+        return [self.pattern, f"{self.pattern}/*"]
+
+    def selects(self, path: str) -> bool:
+        return any(fnmatchcase(path, pattern) for pattern in self.patterns)
+
+    @property
+    def page(self) -> str:
+        """The repository in the hub's addresses."""
+        return self.repository if self.kind == "model" else f"{self.kind}s/{self.repository}"
+
 
 def is_hub_id(name: str) -> bool:
-    """Whether a name has the form OWNER/NAME and is no path of this workspace."""
-    return name.count("/") == 1 and not name.startswith((".", "/", "data/", "outputs/"))
+    """Whether a name is OWNER/NAME[@REVISION] of a model on the hub.
+
+    Not what is meant as a path: it exists, or its first folder does, or it ends as files do.
+    """
+    from huggingface_hub.errors import HfUriError
+    from huggingface_hub.utils import parse_hf_uri
+
+    if name.partition("@")[0].count("/") != 1 or Path(name).exists() or _as_path(name):
+        return False
+    try:
+        return not parse_hf_uri(f"{SCHEME}{name}").path_in_repo
+    except HfUriError:
+        return False
 
 
 def is_hub_url(name: object) -> bool:
@@ -38,73 +72,91 @@ def is_hub_url(name: object) -> bool:
     return str(name).startswith(SCHEME)
 
 
+def check(name: str) -> None:
+    """Check that a name is an existing path or a hub id.
+
+    Raises:
+        ValueError: neither; why it is not looked up on the hub.
+    """
+    if Path(name).exists() or is_hub_id(name):
+        return
+    why = _as_path(name) if name.count("/") == 1 else ""
+    if "@" in name:
+        why = "nor OWNER/NAME@REVISION of the hub, where a / of the revision is written %2F"
+    raise ValueError(
+        f"{name}: no such file or folder{f' ({why})' if why else ''}; "
+        "run `make repro` or `dvc pull data.dvc`, or correct params.yaml"
+    )
+
+
 def split_revision(name: str) -> tuple[str, str | None]:
     """Split OWNER/NAME@REVISION; a path, and an id without a revision, have None."""
-    if not is_hub_id(name) or Path(name).exists():
+    if not is_hub_id(name):
         return name, None
-    repository, _, revision = name.partition("@")
-    return repository, revision or None
+    at = _parse(f"{SCHEME}{name}")
+    return at.repository, at.revision
 
 
 def place(name: str, revision: str | None = None) -> Place:
-    """Parse a hub id or URL.
+    """Parse a hub id or URL; a `revision` beside it takes precedence.
 
     Raises:
-        ValueError: a URL without owner and name.
+        ValueError: a URL without owner and name, or of neither a model nor a data set.
     """
-    if not is_hub_url(name):
-        repository, own = split_revision(name)
-        return Place(repository, "model", revision or own, "")
-    rest = name.removeprefix(SCHEME)
-    kind = "dataset" if rest.startswith("datasets/") else "model"
-    words = rest.removeprefix("datasets/").split("/", 2)
-    if len(words) < 2 or not all(words):
-        raise ValueError(f"{name}: not of the form {SCHEME}[datasets/]OWNER/NAME[@REVISION][/FILE]")
-    repository, _, own = words[1].partition("@")
-    pattern = words[2].strip("/") if len(words) > 2 else "*"
-    return Place(f"{words[0]}/{repository}", kind, own or None, pattern)
+    if is_hub_url(name):
+        return _parse(name)
+    repository, own = split_revision(name)
+    return Place(repository, "model", revision or own, "")
 
 
 def commit(name: str, revision: str | None = None) -> str:
     """Resolve the revision of a hub id or URL to its commit: the hub's, else that in the cache.
 
     Raises:
-        ValueError: neither the hub nor the cache has it; one line that says what to put where.
+        ValueError: the hub refuses it, or neither the hub nor the cache has it.
     """
-    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub import HfApi
 
     at = place(name, revision)
     try:
         return str(HfApi().repo_info(at.repository, revision=at.revision, repo_type=at.kind).sha)
-    except Exception as online:  # the hub's client raises many types
-        options: dict[str, Any] = {"repo_type": at.kind, "revision": at.revision, "local_files_only": True}
-        try:
-            return Path(snapshot_download(at.repository, **options)).name
-        except Exception:
-            raise _missing(name, at, type(online).__name__) from None
+    except Exception as error:  # the hub's client raises many types
+        return _cached(name, at, error).name
+
+
+def files(name: str, revision: str | None = None) -> list[str]:
+    """List the paths of a model's files: the hub's, else those in the cache.
+
+    Raises:
+        ValueError: as `commit`.
+    """
+    from huggingface_hub import HfApi
+
+    at = place(name, revision)
+    try:
+        return list(HfApi().list_repo_files(at.repository, revision=at.revision))
+    except Exception as error:
+        return list(_files(_cached(name, at, error)))
 
 
 def download(url: str) -> dict[str, Path]:
     """Return the files of a URL in the cache by their path in the repository, sorted; download those missing.
 
     Raises:
-        ValueError: no such file, or the hub cannot be reached and the cache has not all of them.
+        ValueError: no such file, the hub refuses, or it cannot be reached and the cache has not all of them.
     """
     from huggingface_hub import snapshot_download
 
     at = place(url)
-    wanted = [at.pattern, f"{at.pattern}/*"]
-    options: dict[str, Any] = {"repo_type": at.kind, "revision": at.revision, "allow_patterns": wanted}
+    commit(url)  # snapshot_download itself takes the cache without a word, whatever the hub answers
     try:
-        root = Path(snapshot_download(at.repository, **options))
+        root = Path(snapshot_download(at.repository, **_options(at), allow_patterns=at.patterns))
     except Exception as error:
-        raise _missing(url, at, type(error).__name__) from None
-    paths = {p.relative_to(root).as_posix(): p for p in sorted(root.rglob("*")) if p.is_file()}
-    found = {n: p for n, p in paths.items() if any(fnmatchcase(n, pattern) for pattern in wanted)}
-    if not found:
-        raise _missing(url, at, "no such file in the cache")
-    if left := _missing_shards(found, at.pattern):
-        raise _missing(url, at, f"{left} of its shards are not in the cache")
+        if refused := hub_answers.refusal(at.page, at.revision, error):
+            raise ValueError(f"{url}: {refused}") from None
+        root = _cached(url, at, error)
+    found = {name: path for name, path in _files(root).items() if at.selects(name)}
+    _check_complete(url, at, root.name, found)
     return found
 
 
@@ -132,21 +184,109 @@ def content(path: Path) -> str:
     return str(digest(path))  # a cache without symbolic links
 
 
-def _missing_shards(found: dict[str, Path], pattern: str) -> int:
-    """Count the shards that the pattern selects, by the count in their names, but that are not there."""
-    families: dict[tuple[str, str], set[int]] = {}
-    rest: dict[tuple[str, str], str] = {}
-    for name in found:
-        if parts := SHARD.fullmatch(name):
-            family = (parts[1], parts[3])
-            families.setdefault(family, set()).add(int(parts[2]))
-            rest[family] = parts[4]
-    missing = 0
-    for (start, count), numbers in families.items():
-        for number in set(range(int(count))) - numbers:
-            name = f"{start}-{number:05}-of-{count}{rest[start, count]}"
-            missing += fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}/*")
-    return missing
+def refusal(name: str, error: BaseException) -> str | None:
+    """Say what the hub refused when a loader read a hub id; None if it did not."""
+    at = place(name)
+    return hub_answers.refusal(at.page, at.revision, error)
+
+
+def reason(name: str, error: BaseException) -> str:
+    """Say in one line why a loader could not read a path or hub id."""
+    hint = "; without a network, give the folder of a local copy" if is_hub_id(name) else ""
+    return refusal(name, error) or f"{first_line(error, 200)}{hint}"
+
+
+def _as_path(name: str) -> str:
+    """Why a name of the form OWNER/NAME is a path; empty if it is not."""
+    first = name.partition("/")[0]
+    if first in OURS or Path(first).is_dir():
+        return f"{first}/ is a folder here, so it is not looked up on the hub"
+    if name.lower().endswith(FILES):
+        return f"a file, so not looked up on the hub, where files are {SCHEME}OWNER/NAME/FILE"
+    return ""
+
+
+def _parse(url: str) -> Place:
+    from huggingface_hub.errors import HfUriError
+    from huggingface_hub.utils import parse_hf_uri
+
+    try:
+        uri = parse_hf_uri(url)
+    except HfUriError:
+        uri = None
+    if uri is None or uri.type not in ("model", "dataset"):
+        raise ValueError(f"{url}: not of the form {SCHEME}[datasets/]OWNER/NAME[@REVISION][/FILE]")
+    revision = re.sub("^~", "refs/convert/", uri.revision) if uri.revision else None  # ~parquet
+    return Place(uri.id, uri.type, revision, uri.path_in_repo or "*")
+
+
+def _options(at: Place) -> dict[str, Any]:
+    return {"repo_type": at.kind, "revision": at.revision}
+
+
+def _files(root: Path) -> dict[str, Path]:
+    return {p.relative_to(root).as_posix(): p for p in sorted(root.rglob("*")) if p.is_file()}
+
+
+def _cached(name: str, at: Place, error: Exception) -> Path:
+    """Return the folder of a revision in the cache, complete or not, after an error of the hub's client.
+
+    Raises:
+        ValueError: the hub refuses, or the cache has nothing of the revision.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import IncompleteSnapshotError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    if refused := hub_answers.refusal(at.page, at.revision, error):
+        raise ValueError(f"{name}: {refused}") from None
+    try:
+        folder = Path(snapshot_download(at.repository, **_options(at), local_files_only=True))
+    except IncompleteSnapshotError as incomplete:  # what is asked for may be there
+        folder = Path(incomplete.snapshot_path)
+    except Exception:
+        raise _missing(name, at, f"the hub {hub_answers.state(error)}") from error
+    if not isinstance(
+        error, OfflineModeIsEnabled | LocalEntryNotFoundError
+    ):  # of `download`: `commit` has said it
+        _say(f"{name}: the hub {hub_answers.state(error)}; commit {folder.name[:12]} of its cache is used")
+    return folder
+
+
+@cache
+def _say(line: str) -> None:
+    """Print a line once."""
+    print(f"spo: {line}", file=sys.stderr)
+
+
+def _check_complete(url: str, at: Place, commit: str, found: dict[str, Path]) -> None:
+    """Check that the cache has all files of a URL: by the hub's list in it, else by the names of shards.
+
+    Raises:
+        ValueError: the repository has no such file, or the cache lacks some.
+    """
+    from huggingface_hub import get_cached_repo_tree
+    from huggingface_hub.errors import CachedRepoTreeNotFoundError
+
+    try:
+        tree = get_cached_repo_tree(at.repository, repo_type=at.kind, revision=commit)
+    except CachedRepoTreeNotFoundError:
+        tree = None
+    if tree is not None:
+        listed = {file.path for file in tree if at.selects(file.path)}
+        if not listed:
+            raise ValueError(f"{url}: {at.repository} has no such file at {at.revision or 'main'}")
+        if lost := listed - set(found):
+            raise _missing(url, at, f"the cache lacks {len(lost)} of {len(listed)} files, e.g. {min(lost)}")
+        return
+    if not found:
+        raise _missing(url, at, "no such file in the cache")
+    if left := shards.missing(found, at.selects):
+        raise _missing(url, at, f"{left} of its shards are not in the cache")
+    if set(found) != {at.pattern} and not all(shards.NAME.fullmatch(name) for name in found):
+        _say(
+            f"{url}: the {len(found)} files of the cache are used; without the hub's list of files in it "
+            "it is not known whether there are more"
+        )
 
 
 def _missing(name: str, at: Place, why: str) -> ValueError:
@@ -157,7 +297,7 @@ def _missing(name: str, at: Place, why: str) -> ValueError:
     kind = f" --repo-type {at.kind}" if at.kind != "model" else ""
     folder = f"{at.kind}s--{at.repository.replace('/', '--')}"
     return ValueError(
-        f"{name}: not a local path, and the hub cannot be reached ({why}); with a network run "
+        f"{name}: not a local path, and {why}; with a network run "
         f"`hf download {at.repository}{kind}{revision}{files}` and copy {folder} from its cache to "
         f"{constants.HF_HUB_CACHE}, or give a local path in params.yaml"
     )

@@ -103,10 +103,9 @@ def stop_on_signal() -> Iterator[list[int]]:
 def exit_on_sigterm() -> Iterator[None]:
     """Turn SIGTERM (a cancelled flow, a scheduler) into an exception, so that the MLflow run is ended too.
 
-    Where another handler is set already, or outside the main thread, nothing changes.
+    Where another handler is set already nothing changes.
     """
-    main = threading.current_thread() is threading.main_thread()
-    if not main or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+    if signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
         yield
         return
     with _handlers({signal.SIGTERM: lambda number, _: sys.exit(128 + number)}):
@@ -175,7 +174,13 @@ def stops_passed_on() -> Iterator[tuple[list[subprocess.Popen[bytes]], list[int]
 
 @contextmanager
 def _handlers(handlers: Mapping[int, Handler]) -> Iterator[None]:
-    """Set signal handlers, and put back those that were there."""
+    """Set signal handlers, and put back those that were there.
+
+    Outside the main thread, which alone gets signals, nothing changes.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
     before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
         yield

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,12 +33,13 @@ def run(params: Params, method: str) -> None:
     from spo.training import budget, distributed, loop, optimizer
     from spo.training.alignment import Alignment
     from spo.training.checkpoint import CheckpointStore
+    from spo.training.clock import Clock
     from spo.training.distributed import device
 
     section = getattr(params.align, method)
     optimizer.check(section.optimizer)
     with stage("align", params, method) as tracked:
-        started = time.monotonic()
+        clock = Clock()
         backbone = backbones.load(params.backbone, device(), budget.of(params, method))
         spec = method_spec(method)
         built = spec.build(params, backbone)  # of the backbone without an adapter
@@ -48,6 +48,12 @@ def run(params: Params, method: str) -> None:
         scratch = _scratch(params, method)
         curve = Curve(tracked, scratch)
         watch = _watch(params, method, objective, curve, scratch, tracked)
+
+        def resume(iteration: int) -> None:
+            curve.resume(iteration)
+            if watch:
+                watch.resume(iteration)
+
         try:
             summary = loop.fit(
                 objective,
@@ -55,7 +61,9 @@ def run(params: Params, method: str) -> None:
                 checkpoints=CheckpointStore(scratch / "checkpoints"),
                 checkpoint_every=section.checkpoint_every,
                 on_metrics=curve.log,
+                on_resume=resume,
                 watch=watch,
+                clock=clock,
                 scale_loss=params.backbone.dtype == "fp16",
                 sampler_ema=spec.sampler_ema(section),
             )
@@ -71,8 +79,7 @@ def run(params: Params, method: str) -> None:
             "unet_samples": cost.unet_samples,
             **_write(params, method, backbone, watch, summary, scratch),
         }
-        seconds = round(time.monotonic() - started, 1)
-        write_json(METRICS / f"align_{method}.json", {**summary, "seconds": seconds})
+        write_json(METRICS / f"align_{method}.json", {**summary, "seconds": round(clock.seconds, 1)})
         iteration = int(summary.get("selected_iteration", objective.iterations))
         _log_model(tracked, OUTPUT / method, section.lora is None, curve, iteration)
         if section.lora is None:  # too large to be stored twice: DVC has it
@@ -142,9 +149,9 @@ def _save(backbone: Any, full: bool, folder: Path) -> None:
 
 def _log_model(tracked: Run, folder: Path, full: bool, curve: Curve, iteration: int) -> None:
     """Log the weights in a folder, those of an iteration, with the scores of their validation."""
-    step, scores = validation.scores_at(curve.rows, iteration)
+    scores = validation.scores_at(curve.rows, iteration)
     path, kind = (folder, "pipeline") if full else (folder / ADAPTER, "adapter")
-    tracked.log_model(path, kind, step, scores, {"iteration": iteration})
+    tracked.log_model(path, kind, iteration, scores, {"iteration": iteration})
 
 
 def _log_last_good(tracked: Run, watch: validation.Watch, full: bool, curve: Curve) -> None:

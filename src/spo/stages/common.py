@@ -46,8 +46,7 @@ def stage(name: str, params: Params, variant: str | None = None) -> Iterator[Any
         began = time.time()
         with runs.stage_run(name, params.model_dump(), name=variant) as run, tied_to_starter():
             yield run
-            _log_written(run, full, began)
-            run.log_metrics({"seconds": time.monotonic() - started}, step=0)
+            run.log_metrics({"seconds": time.monotonic() - started, **_written(run, full, began)}, step=0)
 
 
 def of_suite(folder: Path, suite: str | None) -> Path:
@@ -60,10 +59,14 @@ def run_name(variant: str, suite: str | None) -> str:
     return variant if suite is None else f"{variant}-suite-{suite}"
 
 
-def _log_written(run: runs.Run, full: str, began: float) -> None:
-    """Log the metrics file that the stage wrote for DVC to MLflow too, except metrics already logged."""
+def _written(run: runs.Run, full: str, began: float) -> dict[str, float]:
+    """Return what the stage wrote to its metrics file for DVC, except metrics that are logged already.
+
+    Its seconds are those of all processes of a training that was resumed.
+    """
     name = "comparisons" if full == "report" else full.replace("-", "_")
     path = METRICS / f"{name}.json"
-    if path.exists() and path.stat().st_mtime >= began - 1:
-        known = {"seconds", *run.summary()}
-        run.log_metrics({k: v for k, v in read_metrics(path).items() if k not in known})
+    if not path.exists() or path.stat().st_mtime < began - 1:
+        return {}
+    known = run.summary()
+    return {k: v for k, v in read_metrics(path).items() if k not in known}

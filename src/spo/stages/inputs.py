@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 from spo import config
 from spo.config import SCORERS, Params, Source
@@ -21,6 +23,45 @@ def run(params: Params, variant: str | None = None) -> None:
         for role, named in sources(params).items():
             write_json(OUTPUT / f"{role}.json", [manifest(n, revision) for n, revision in named if n])
         write_json(OUTPUT / DEFAULTS, config.code_defaults(params))
+        check_before_training(params)
+
+
+def check_before_training(params: Params) -> None:
+    """Refuse what would fail only after hours: an oracle or timesteps that are asked for and not there.
+
+    Raises:
+        ValueError: with the key that asks for it.
+    """
+    from spo.backbones import sizes
+
+    for name in ("preference", "latent_preference"):
+        if getattr(params, name).local_prompts and params.score.oracle is None:
+            raise ValueError(f"{name}.local_prompts: needs score.oracle, which only scenes has; set it to 0")
+    try:
+        announced = sizes.scheduler_config(params.backbone)
+    except ValueError:  # the next stage says so: it reads the base's tokenizer
+        return
+    sections = {"generate": params.generate, "preference": params.preference}
+    sections |= {"latent_preference": params.latent_preference}
+    sections |= {f"align.{method}": getattr(params.align, method) for method in config.METHODS}
+    for name, section in sections.items():
+        if hasattr(section, "num_inference_steps"):
+            _check_timesteps(name, section, announced)
+
+
+def _check_timesteps(name: str, section: Any, scheduler_config: Mapping[str, Any]) -> None:
+    from spo.diffusion.schedule import Schedule
+    from spo.methods.stepwise import pairs
+
+    try:
+        schedule = Schedule.from_config(scheduler_config, section.num_inference_steps)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+    last = schedule.num_train_timesteps - 1
+    if beyond := [t for t in getattr(section, "eval_timesteps", ()) if t > last]:
+        raise ValueError(f"{name}.eval_timesteps: {beyond[0]} is above {last}, the last of the base model")
+    if isinstance(section, config.Rollout):
+        pairs.blocks(section, schedule, name)
 
 
 def sources(params: Params) -> dict[str, list[Source]]:

@@ -9,7 +9,6 @@ only when their inputs or code change.
 from __future__ import annotations
 
 import shutil
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +25,7 @@ if TYPE_CHECKING:
     from spo.preference.latent_training import LatentTraining
     from spo.preference.step_aware import StepAware
     from spo.preference.trainer import Trained
+    from spo.training.clock import Clock
     from spo.types import Backbone
 
 # of the models that are kept
@@ -39,11 +39,12 @@ def run(params: Params, item: str | None = None) -> None:
     """Train the SPM, or with `item` the latent reward model or one of the SPM's baselines."""
     from spo import backbones
     from spo.training import budget, distributed
+    from spo.training.clock import Clock
     from spo.training.distributed import device
 
     name = f"preference_{item}" if item else "preference"
     with stage("preference", params, item) as tracked:
-        started = time.monotonic()
+        clock = Clock()
         settings = _settings(params, item)
         kind = "latent_preference" if item == "latent" else "preference"
         backbone = backbones.load(params.backbone, device(), budget.of(params, kind))
@@ -54,14 +55,14 @@ def run(params: Params, item: str | None = None) -> None:
             trained = _latent(params, settings, backbone)
         else:
             trained = _step_aware(params, settings, backbone)
-        report = _train(params, trained, scratch, curve)
+        report = _train(params, trained, scratch, curve, clock)
         if not distributed.is_main_process():
             return
         if item in OUTPUTS:
             curve.write(TRAINING / f"{name}.csv")
             shutil.rmtree(OUTPUTS[item], ignore_errors=True)
             trained.save(OUTPUTS[item])
-        write_json(METRICS / f"{name}.json", {**report, "seconds": round(time.monotonic() - started, 1)})
+        write_json(METRICS / f"{name}.json", {**report, "seconds": round(clock.seconds, 1)})
         for name in ("accuracy", "local"):
             tracked.log_metrics({f"{name}_t{t}": a for t, a in report.get(name, {}).items()}, step=0)
         if item in OUTPUTS:
@@ -111,7 +112,7 @@ def _latent(params: Params, settings: LatentPreference, backbone: Backbone) -> L
     return LatentTraining(model.to(place), backbone, schedule.to(place), settings, params.seed)
 
 
-def _train(params: Params, trained: Trained, scratch: Path, curve: Curve) -> dict[str, Any]:
+def _train(params: Params, trained: Trained, scratch: Path, curve: Curve, clock: Clock) -> dict[str, Any]:
     """Train the model; returns its accuracy by timestep on validation pairs, and facts."""
     from spo.data.latent_cache import latent_pairs
     from spo.preference import trainer
@@ -127,6 +128,8 @@ def _train(params: Params, trained: Trained, scratch: Path, curve: Curve) -> dic
         seed=params.seed,
         checkpoint=CheckpointStore(scratch / "checkpoints"),
         on_metrics=curve.log,
+        on_resume=curve.resume,
+        clock=clock,
         # the step-aware model computes in fp32 whatever the base's precision
         scale_loss=isinstance(settings, LatentPreference) and params.backbone.dtype == "fp16",
     )
@@ -138,8 +141,7 @@ def _train(params: Params, trained: Trained, scratch: Path, curve: Curve) -> dic
         "accuracy": {str(t): round(m["accuracy"], 4) for t, m in measured.items()},
         "n": int((pairs["validation"].label_0 != 0.5).sum()),
         "n_train": len(pairs["train"]),
-        "updates": settings.steps,
-        "training_seconds": summary["training_seconds"],
+        **{k: summary[k] for k in ("updates", "skipped_updates", "training_seconds") if k in summary},
         "unet_samples": unet_samples(settings),
         **facts,
     }

@@ -14,7 +14,6 @@ from spo import config
 from spo.config import Params
 from spo.runtime import hub
 from spo.runtime.files import write_json
-from spo.runtime.messages import first_line
 from spo.stages.common import stage
 
 OUTPUT = Path("outputs/prompts")
@@ -149,9 +148,10 @@ def _token_counter(params: Params) -> Callable[[str], int]:
 
     name = params.backbone.described_by
     try:
+        hub.check(name)
         tokenizer = AutoTokenizer.from_pretrained(
             name, subfolder="tokenizer", revision=params.backbone.revision
         )
     except (OSError, ValueError) as error:
-        raise ValueError(f"backbone.checkpoint: no tokenizer in {name} ({first_line(error, 200)})") from None
+        raise ValueError(f"backbone.checkpoint: no tokenizer in {name} ({hub.reason(name, error)})") from None
     return lambda prompt: len(tokenizer(prompt).input_ids)

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice, zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spo.config import METHODS, VARIANTS, Params
-from spo.runtime.files import atomic, require, write_json
+from spo.runtime.files import atomic, read_csv, read_json, require, write_json
+from spo.runtime.messages import public
 from spo.runtime.workspace import METRICS, TRAINING
 from spo.stages.common import of_suite, stage
+from spo.tracking import dvc_lock
 from spo.tracking.provenance import git, versions
 
 if TYPE_CHECKING:
@@ -29,12 +30,12 @@ CODE = ("src", "flows", "dvc.yaml", "params.yaml")  # uncommitted changes here a
 
 def run(params: Params, variant: str | None = None) -> None:
     """Write the page, the comparisons, the image grid and the gallery to reports/."""
-    from spo.evaluation import gallery, kept_runs, plots, report, statistics, verdict
+    from spo.evaluation import gallery, kept_runs, plots, report, verdict
 
     settings = params.report
     with stage("report", params) as tracked:
         scores = read_scores(settings.baselines)
-        rows = statistics.comparisons(scores, settings.baselines, settings.bootstrap_samples, params.seed)
+        rows = _comparisons(params, scores)
         if not rows:
             raise ValueError(
                 f"nothing to compare: {SCORES} has only {', '.join(scores)}; add another variant's scores or "
@@ -43,7 +44,7 @@ def run(params: Params, variant: str | None = None) -> None:
         suites = read_suites(params)
         prompts, images = read_images(scores, max(settings.grid_prompts, GRID_PROMPTS))
         shown = {v: images[v][: settings.grid_prompts] for v in scores}
-        shown_params = params.model_dump(mode="json", exclude={"processes", "tracking", "registry"})
+        shown_params = public(params.model_dump(mode="json", exclude={"processes", "tracking", "registry"}))
         page = report.render(
             report.RunResults(
                 params=shown_params,
@@ -79,19 +80,26 @@ def run(params: Params, variant: str | None = None) -> None:
             tracked.log_artifact(GALLERY, "report")
 
 
+def _comparisons(params: Params, scores: Mapping[str, DataFrame]) -> list[dict[str, Any]]:
+    from spo.evaluation import statistics
+
+    settings = params.report
+    return statistics.comparisons(
+        scores, settings.baselines, settings.bootstrap_samples, params.seed, params.registry.min_prompts
+    )
+
+
 def read_suites(params: Params) -> dict[str, tuple[dict[str, DataFrame], list[dict[str, Any]]]]:
     """By suite of prompts: the table of each variant, and the rows of their comparisons.
 
     Raises:
         ValueError: as `read_scores` and `statistics.comparisons`, with the suite.
     """
-    from spo.evaluation import statistics
-
-    suites, settings = {}, params.report
+    suites = {}
     for name in params.generate.suites:
         try:
-            scores = read_scores(settings.baselines, of_suite(SCORES, name))
-            rows = statistics.comparisons(scores, settings.baselines, settings.bootstrap_samples, params.seed)
+            scores = read_scores(params.report.baselines, of_suite(SCORES, name))
+            rows = _comparisons(params, scores)
         except ValueError as error:
             raise ValueError(f"generate.suites.{name}: {error}") from None
         suites[name] = (scores, rows)
@@ -104,23 +112,13 @@ def read_scores(baselines: tuple[str, ...], folder: Path = SCORES) -> dict[str, 
     Raises:
         ValueError: no tables, a damaged table, or one without a required column.
     """
-    from pandas import read_csv
+    from spo.evaluation import results
 
     files = {p.stem: p for p in sorted(require(folder, "scores").glob("*.csv"))}
     if not files:
         raise ValueError(f"{folder}: no scores in this folder; run `make repro`")
-    tables = {}
-    for name in dict.fromkeys(n for n in (*baselines, *VARIANTS, *files) if n in files):
-        try:
-            tables[name] = read_csv(
-                files[name], keep_default_na=False, dtype={"prompt": str}
-            )  # a prompt: "NA"
-        except ValueError as error:  # pandas' errors are ValueErrors
-            raise ValueError(f"{files[name]}: a damaged table ({error}); run `spo score {name}`") from None
-        missing = {"prompt", "seed"} - set(tables[name].columns)
-        if missing:
-            raise ValueError(f"{files[name]}: no column {min(missing)!r}; run `spo score {name}` again")
-    return tables
+    names = dict.fromkeys(n for n in (*baselines, *VARIANTS, *files) if n in files)
+    return {name: results.read_scores(files[name]) for name in names}
 
 
 def read_images(scores: dict[str, DataFrame], n: int) -> tuple[list[str], dict[str, list[Image.Image]]]:
@@ -152,27 +150,20 @@ def scored_images(variant: str, table: DataFrame) -> Iterator[Image.Image]:
 
 def _measured() -> dict[str, Any]:
     """Read the metrics, curves and summaries of earlier stages; the page says which are missing."""
-    import pandas as pd
-    import yaml
-
     preference = _in_order(METRICS.glob("preference*.json"), [*JUDGES, *SPM_BASELINES])
     align = _in_order(METRICS.glob("align_*.json"), [f"align_{m}" for m in METHODS])
     curves = _in_order(TRAINING.glob("*.csv"), [*JUDGES, *METHODS])
     summaries = {k: Path(f"outputs/{k}/summary.json") for k in ("prompts", "pairs")}
-    world, lock = Path("data/world.json"), Path("dvc.lock")
+    world = Path("data/world.json")
     samples = {m: sorted(Path(f"outputs/align/{m}/samples").glob("*.png")) for m in METHODS}
     return {
-        "preference": {p.stem: json.loads(p.read_text(encoding="utf-8")) for p in preference},
-        "alignment": {
-            p.stem.removeprefix("align_"): json.loads(p.read_text(encoding="utf-8")) for p in align
-        },
-        "curves": {p.stem: pd.read_csv(p) for p in curves},
-        "summaries": {
-            k: json.loads(p.read_text(encoding="utf-8")) for k, p in summaries.items() if p.exists()
-        },
+        "preference": {p.stem: read_json(p, "metrics", keys=("accuracy", "n")) for p in preference},
+        "alignment": {p.stem.removeprefix("align_"): read_json(p, "metrics") for p in align},
+        "curves": {p.stem: read_csv(p, "training curve") for p in curves},
+        "summaries": {k: public(read_json(p, "summary")) for k, p in summaries.items() if p.exists()},
         "samples": {m: [(int(p.stem), _open(p)) for p in rows] for m, rows in samples.items()},
-        "world": json.loads(world.read_text(encoding="utf-8")) if world.exists() else None,
-        "lock": yaml.safe_load(lock.read_text(encoding="utf-8")) if lock.exists() else None,
+        "world": read_json(world, "facts") if world.exists() else None,
+        "outs": [(e.stage, path, md5[:12]) for e in dvc_lock.read().values() for path, md5 in e.outs.items()],
     }
 
 
@@ -211,6 +202,7 @@ def _flat(rows: list[dict[str, Any]]) -> dict[str, float]:
         f"{r['method']}_vs_{r['baseline']}/{r['metric']}/{name}": r[key]
         for r in rows
         for name, key in kinds.items()
+        if r[key] is not None
     }
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from spo.config import SCORERS, Params
 from spo.runtime.files import require, write_json
@@ -14,44 +15,65 @@ from spo.runtime.fingerprint import fingerprint
 from spo.runtime.launch import is_main_process
 from spo.runtime.workspace import METRICS, SCRATCH
 from spo.stages.common import of_suite, run_name, stage
+from spo.tracking.provenance import versions
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+    from spo.training.checkpoint import CheckpointStore
 
 IMAGES, OUTPUT = Path("outputs/images"), Path("outputs/scores")
+SCORED_BY = "scored_by"  # key of the metrics file
+LIBRARIES = ("torch", "torchvision", "transformers", "tokenizers", "open_clip_torch", "numpy", "pillow")
 CODE = ("data", "evaluation/scoring.py", "rewards", "scenes")  # what scores the images
 
 
 def run(params: Params, name: str, suite: str | None = None) -> None:
     """Write outputs/scores/NAME.csv, or outputs/scores/suites/SUITE/NAME.csv, for the variant `name`."""
-    import pandas as pd
-
-    from spo.data.images import load_images
-    from spo.evaluation.scoring import score_images
     from spo.training.checkpoint import CheckpointStore
-    from spo.training.distributed import device
 
     if suite is not None:
         params.generate.check_suite(suite)
     folder = require(of_suite(IMAGES, suite) / name, f"images of {name}")
     output, title = of_suite(OUTPUT, suite), run_name(name, suite)
     with stage("score", params, title) as tracked:
-        images, prompts, seeds = zip(*load_images(folder), strict=True)
-        scratch = _scratch(params, title, folder)
-        cache = CheckpointStore(scratch, keep=None)
-        columns = score_images(params, list(images), list(prompts), device(), cache)
+        scratch = SCRATCH / "resume" / f"score-{fingerprint((title, scored_by(params)), [folder], ())}"
+        frame = table(params, folder, CheckpointStore(scratch, keep=None))
         if not is_main_process():
             return
-        frame = pd.DataFrame({"index": range(len(prompts)), "prompt": prompts, "seed": seeds, **columns})
         output.mkdir(parents=True, exist_ok=True)
         frame.to_csv(output / f"{name}.csv", index=False, float_format="%.6f")
-        means = {metric: sum(values) / len(values) for metric, values in columns.items()}
-        write_json(
-            METRICS / f"score_{title.replace('-', '_')}.json", {k: round(v, 6) for k, v in means.items()}
-        )
+        means = {m: sum(frame[m].tolist()) / len(frame) for m in frame.columns[3:]}
+        rounded = {k: round(v, 6) for k, v in means.items()}
+        write_json(metrics_file(title), {**rounded, SCORED_BY: scored_by(params)})
         tracked.log_metrics(means, step=0)
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _scratch(params: Params, title: str, folder: Path) -> Path:
-    """The cache of scores, named by a fingerprint of everything on which they depend."""
+def metrics_file(title: str) -> Path:
+    """The metrics of a variant's scores, with what made them by the key `scored_by`."""
+    return METRICS / f"score_{title.replace('-', '_')}.json"
+
+
+def table(params: Params, folder: Path, cache: CheckpointStore | None = None) -> DataFrame:
+    """Score the images of a folder that `generate` wrote: index, prompt, seed, and a column per metric."""
+    import pandas as pd
+
+    from spo.data.images import load_images
+    from spo.evaluation.scoring import score_images
+    from spo.training.distributed import device
+
+    images, prompts, seeds = zip(*load_images(folder), strict=True)
+    columns = score_images(params, list(images), list(prompts), device(), cache)
+    return pd.DataFrame({"index": range(len(prompts)), "prompt": prompts, "seed": seeds, **columns})
+
+
+def scored_by(params: Params) -> str:
+    """A fingerprint of all that scores depend on but the images: weights, parameters, code and libraries."""
     pins = [Path(f"outputs/inputs/{role}.json") for role in (*SCORERS, "oracle")]
-    inputs = [folder, *filter(Path.exists, pins)]
-    return SCRATCH / "resume" / f"score-{fingerprint(('score', title, params.score), inputs, CODE)}"
+    return fingerprint((params.score, *libraries()), filter(Path.exists, pins), CODE)
+
+
+def libraries() -> list[str]:
+    """The versions of the libraries that read and score images."""
+    return [f"{name} {version}" for name, version in versions().items() if name in LIBRARIES]

@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from spo.runtime.messages import public
 from spo.tracking import dvc_lock
 from spo.tracking.provenance import section
 from spo.tracking.spool import Spool, spools
@@ -104,7 +105,7 @@ def _add_datasets(parent: Spool, params: Mapping[str, Any], entry: dvc_lock.Entr
     data = [
         {"name": name, "digest": entry.deps[pins], "context": context}
         for key, pins, context in DATASETS.get(entry.stage, ())
-        if (name := params.get(entry.stage, {}).get(key)) and name not in known and pins in entry.deps
+        if (name := public(params.get(entry.stage, {}).get(key))) and name not in known and pins in entry.deps
     ]
     if data:
         parent.append("inputs", data=data)

@@ -12,14 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from spo.config import yaml_text
+from spo.runtime.files import read_json, read_text
 from spo.tracking.provenance import flatten
 
 METRICS = "reports/metrics/"
+RESTORE = "resolve its conflict, or restore it by `git checkout dvc.lock`"
 LOCK = Path(".dvc/tmp/lock")  # DVC holds it while it writes dvc.lock, not while a stage runs
 PATIENCE = 60.0  # seconds; DVC hashes a stage's outputs under its lock too
-LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's, where PyYAML has it: .04 s for .4
 
 
 @dataclass(frozen=True)
@@ -83,23 +83,32 @@ class Entry:
 
 
 def read_metrics(path: Path) -> dict[str, float]:
-    """Return the numbers of a metrics file by nested key; none if it is not there or not readable."""
-    try:
-        flat = flatten(json.loads(path.read_text(encoding="utf-8")), separator="/")
-    except (OSError, ValueError, AttributeError):
-        return {}
+    """Return the numbers of a metrics file by nested key; none if it is not there.
+
+    Raises:
+        ValueError: a damaged file.
+    """
+    flat = flatten(read_json(path, "metrics"), separator="/") if path.exists() else {}
     return {k: float(v) for k, v in flat.items() if isinstance(v, int | float)}
 
 
 def read(path: Path = Path("dvc.lock")) -> dict[str, Entry]:
-    """Read all stages by name, in the file's order; none if there is no readable file."""
-    try:
-        with _complete():
-            text = path.read_text(encoding="utf-8")
-        stages = (yaml.load(text, Loader=LOADER) or {}).get("stages", {})
-        return {name: _entry(name, stage) for name, stage in stages.items()}
-    except (OSError, yaml.YAMLError, AttributeError, KeyError, TypeError):
+    """Read all stages by name, in the file's order; none if there is no such file.
+
+    Raises:
+        ValueError: a file that cannot be read, as one with the marks of a merge conflict.
+    """
+    if not path.exists():
         return {}
+    with _complete():
+        text = read_text(path, "dvc.lock")
+    try:
+        stages = yaml_text.parse(text, str(path)).get("stages", {})
+        return {name: _entry(name, stage) for name, stage in stages.items()}
+    except (AttributeError, KeyError, TypeError):
+        raise ValueError(f"{path}: not as DVC writes it; {RESTORE}") from None
+    except ValueError as error:
+        raise ValueError(f"{error}; {RESTORE}") from None
 
 
 @contextmanager

@@ -14,11 +14,11 @@ from typing import Any
 
 from spo.config import PREFERENCE_BASELINES
 from spo.runtime.files import digest
-from spo.runtime.messages import redact
+from spo.runtime.messages import public
 
 PACKAGES = (
     *("spo", "torch", "torchvision", "diffusers", "transformers", "peft", "accelerate"),
-    *("open_clip_torch", "numpy", "pandas", "pillow", "dvc", "mlflow", "prefect"),
+    *("tokenizers", "open_clip_torch", "numpy", "pandas", "pillow", "dvc", "mlflow", "prefect"),
 )
 
 
@@ -85,7 +85,7 @@ def code() -> dict[str, str]:
     lock = digest(Path("dvc.lock"))
     tags = {"dvc.lock": lock} if lock else {}
     tags |= {"mlflow.source.type": "PROJECT", "mlflow.source.name": Path.cwd().name}
-    if url := redact(git("config", "remote.origin.url")):
+    if url := public(git("config", "remote.origin.url")):
         tags |= {"mlflow.source.name": url, "mlflow.source.git.repoURL": url}
     if branch := git("branch", "--show-current"):
         tags["mlflow.source.git.branch"] = branch

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
 import logging
 import os
@@ -11,10 +13,12 @@ from typing import Any
 
 from spo.runtime.files import digest
 from spo.runtime.messages import one_line, redact
-from spo.tracking import logged_models
+from spo.tracking import answers, logged_models
 from spo.tracking.spool import Spool
 
+TIMEOUT = "MLFLOW_HTTP_REQUEST_TIMEOUT"  # environment: seconds
 BATCH = 1000  # the most metrics that MLflow takes in one call; params and tags: 100
+LONGEST_WAIT = 30  # seconds that a server may ask to wait before another attempt (Retry-After)
 DELETED = "deleted"  # MLflow's lifecycle stage
 
 
@@ -44,14 +48,15 @@ def is_missing(error: BaseException) -> bool:
 
 def is_refusal(error: BaseException) -> bool:
     """Whether MLflow answered, and will say no again; else it may be away, or its file damaged."""
-    codes = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_DOES_NOT_EXIST")
     damaged = "sqlite3.DatabaseError" in str(error)
-    return isinstance(error, Refused) or (getattr(error, "error_code", None) in codes and not damaged)
+    return isinstance(error, Refused) or (answers.is_final(error) and not damaged)
 
 
 def reason(error: BaseException) -> str:
     """Return the error in one line; without the name of its type where the message is ours."""
-    return redact(str(error)) if isinstance(error, Waiting | Gone) else one_line(error)
+    if isinstance(error, Waiting | Gone):
+        return str(redact(str(error)))
+    return answers.meaning(error) or one_line(error)
 
 
 def check_experiment(experiment: Any) -> None:
@@ -68,10 +73,15 @@ def check_experiment(experiment: Any) -> None:
 def load_mlflow() -> Any:
     """Import MLflow with short timeouts, no logs and no telemetry. The import takes 3 s."""
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")
+    os.environ.setdefault(TIMEOUT, "5")
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     import mlflow
+    from mlflow.utils import request_utils
+    from urllib3 import Retry
+
+    # MLflow waits as long as a server asks for, be it hours, and has no setting for that
+    request_utils.Retry = functools.partial(Retry, retry_after_max=LONGEST_WAIT)  # type: ignore[misc, assignment]
 
     for name in ("mlflow", "alembic", "urllib3.connectionpool"):
         logging.getLogger(name).setLevel(logging.CRITICAL)  # we say their errors, in one line
@@ -127,9 +137,31 @@ def call(client: Any, spool: Spool, run_id: str, records: list[dict[str, Any]]) 
         case "artifact":
             if record["sha256"] is None or digest(Path(record["path"])) != record["sha256"]:
                 raise Refused(f"{record['path']}: changed or gone since it was logged")
-            client.log_artifact(run_id, record["path"], record["folder"])
+            _log_artifact(client, run_id, Path(record["path"]), record["folder"])
         case "end":
             client.set_terminated(run_id, _status(spool, record), end_time=record["time"])
+
+
+def _log_artifact(client: Any, run_id: str, path: Path, folder: str | None) -> None:
+    """Log a file, and ask for the list of files: a login page in the server's place takes any upload."""
+    with _time_for(path):
+        client.log_artifact(run_id, str(path), folder)
+        try:
+            client.list_artifacts(run_id, folder)
+        except Exception as error:
+            if answers.is_page(error):
+                raise
+
+
+@contextlib.contextmanager
+def _time_for(path: Path) -> Iterator[None]:
+    """Let MLflow's requests take as long as an upload of the file may."""
+    before = os.environ[TIMEOUT]
+    os.environ[TIMEOUT] = str(max(int(before), answers.seconds_for(path)))
+    try:
+        yield
+    finally:
+        os.environ[TIMEOUT] = before
 
 
 def _log_image(client: Any, run_id: str, record: dict[str, Any]) -> None:
@@ -143,7 +175,7 @@ def _log_image(client: Any, run_id: str, record: dict[str, Any]) -> None:
         return
     if not path.is_file():
         raise Refused(f"{path}: gone since it was logged")
-    with Image.open(path) as image:
+    with _time_for(path), Image.open(path) as image:
         image.load()
         client.log_image(run_id, image, key=key, step=step, timestamp=record["time"], synchronous=True)
 

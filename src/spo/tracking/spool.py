@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from spo.runtime.files import atomic, digest, write_json
-from spo.runtime.messages import redact
+from spo.runtime.messages import public, redact
 from spo.runtime.workspace import home
 
 
@@ -80,7 +80,7 @@ class Spool:
     def _write(self, *records: dict[str, Any]) -> None:
         """Append records in one write; each starts on a line of its own, even after a torn one."""
         now = int(time.time() * 1000)
-        line = "".join(f"\n{json.dumps(redact({'time': now, **record}))}\n" for record in records).encode()
+        line = "".join(f"\n{json.dumps(_cleaned({'time': now, **record}))}\n" for record in records).encode()
         file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
         try:
             if os.write(file, line) < len(line):
@@ -153,7 +153,9 @@ class Spool:
         path = self.path.with_suffix(".refused")
         with path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({**record, "why": why}) + "\n")
-        warn(f"MLflow refused a record, kept in {path}: {why}")
+        names = record.get("metrics") or record.get("params") or record.get("tags") or ()
+        what = f"{record['op']} {record.get('path') or ', '.join(names)}".strip()
+        warn(f"MLflow refused a record ({what[:200]}), kept in {path}: {why}")
 
     def remove(self) -> None:
         self.path.unlink(missing_ok=True)
@@ -192,3 +194,9 @@ def _alive(writer: dict[str, Any]) -> bool:
         return abs(psutil.Process(writer["pid"]).create_time() - writer["started"]) < 5
     except (psutil.NoSuchProcess, KeyError, TypeError, ValueError, OverflowError):
         return False
+
+
+def _cleaned(record: dict[str, Any]) -> dict[str, Any]:
+    """A record without passwords; what MLflow shows of it, without paths of this machine either."""
+    shown = {key: public(record[key]) for key in ("params", "tags", "data") if key in record}
+    return redact(record) | shown

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from spo.runtime.files import locked
-from spo.runtime.messages import redact
+from spo.runtime.messages import public, redact
+from spo.tracking.answers import status
 from spo.tracking.records import (
     DELETED,
     Gone,
@@ -121,7 +122,7 @@ class Store:
 
         client = self.connect()
         run = client.create_run(self._experiment(experiment), run_name=name, tags=tags)
-        pairs = [Param(k, v) for k, v in redact(params).items()]
+        pairs = [Param(k, v) for k, v in public(params).items()]
         for start in range(0, len(pairs), 100):
             client.log_batch(run.info.run_id, params=pairs[start : start + 100])
         return str(run.info.run_id)
@@ -146,12 +147,18 @@ class Store:
         except Exception as error:
             if not is_refusal(error):
                 raise
+            if status(error) != 400:  # it is not the name
+                raise Waiting(f"MLflow refuses the experiment {name!r} ({reason(error)})", AGAIN) from None
             why = f"MLflow takes no experiment of the name {name[:80]!r} ({reason(error)[:120]})"
             then = "but no store will take them under this name"
             raise Waiting(f"{why}; give another `name` in params.yaml", then) from None
         check_experiment(experiment)
         if KIND[0] not in experiment.tags:
-            client.set_experiment_tag(experiment.experiment_id, *KIND)
+            try:
+                client.set_experiment_tag(experiment.experiment_id, *KIND)
+            except Exception as error:
+                if not is_refusal(error):  # without the right to change the experiment, runs are logged
+                    raise
         return str(experiment.experiment_id)
 
     def _check_run(self, run_id: str) -> None:
@@ -273,5 +280,6 @@ class Store:
             if len(records) == 1:
                 spool.set_aside(records[0], reason(error))
             else:
-                for record in records:
-                    self._send(spool, run_id, [record])
+                half = len(records) // 2
+                self._send(spool, run_id, records[:half])
+                self._send(spool, run_id, records[half:])

@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import itertools
 import os
 import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
 from spo.runtime.files import atomic
 
+DIGEST = 32  # bytes of a SHA-256
+
 
 class CheckpointStore:
     """A folder of numbered states (tensors, numbers, strings and containers of them).
 
-    A file is a SHA-256 (32 bytes) of its number and the rest, then torch's own format. It is written
-    beside its final name, flushed to disk and renamed, so that a kill at any moment leaves the older
-    ones complete. One process at a time writes to a folder.
+    A file is a SHA-256 (32 bytes) of its number and the rest, then torch's own format; neither writing nor
+    reading holds the file in memory beside the tensors, which come back on the CPU. It is written beside its
+    final name, flushed to disk and renamed, so that a kill at any moment leaves the older ones complete. One
+    process at a time writes to a folder.
     """
 
     def __init__(self, folder: Path, keep: int | None = 2) -> None:
@@ -36,12 +38,9 @@ class CheckpointStore:
             OSError: it cannot be written (disk full, no permission); the older ones are as they were.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        buffer = io.BytesIO()
-        torch.save(state, buffer)
-        data = buffer.getvalue()
         try:
             with atomic(self._path(step)) as partial, partial.open("wb") as file:
-                file.write(_digest(step, data) + data)
+                _write(file, step, state)
                 file.flush()
                 os.fsync(file.fileno())
             self._flush_folder()
@@ -92,14 +91,48 @@ class CheckpointStore:
             os.close(folder)
 
 
+class _Hashed:
+    """A file for torch.save, which writes from the beginning to the end, and the hash of what it got."""
+
+    def __init__(self, file: IO[bytes], step: int) -> None:
+        self.file, self.hash = file, _hash(step)
+        self.error: BaseException | None = None  # torch.save makes a RuntimeError of its own of it
+
+    def write(self, data: bytes) -> int:
+        try:
+            self.hash.update(data)
+            return self.file.write(data)
+        except BaseException as error:  # a full disk, a second Ctrl-C
+            self.error = error
+            raise
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+def _write(file: IO[bytes], step: int, state: dict[str, Any]) -> None:
+    hashed: Any = _Hashed(file, step)
+    file.write(bytes(DIGEST))  # replaced at the end
+    try:
+        torch.save(state, hashed)
+    except RuntimeError:
+        if hashed.error is not None:
+            raise hashed.error from None
+        raise
+    file.seek(0)
+    file.write(hashed.hash.digest())
+
+
 def _read(path: Path) -> dict[str, Any] | None:
     """Read the state of a file; None if it is torn, altered or under another number."""
-    data = path.read_bytes()
-    if _digest(int(path.stem), data[32:]) != data[:32]:
-        return None
-    state: dict[str, Any] = torch.load(io.BytesIO(data[32:]), weights_only=True)
-    return state
+    with path.open("rb") as file:
+        digest = file.read(DIGEST)
+        if hashlib.file_digest(file, lambda: _hash(int(path.stem))).digest() != digest:
+            return None
+        file.seek(DIGEST)
+        state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
+        return state
 
 
-def _digest(step: int, data: bytes) -> bytes:
-    return hashlib.sha256(b"%08d" % step + data).digest()
+def _hash(step: int) -> Any:
+    return hashlib.sha256(b"%08d" % step)

@@ -112,7 +112,7 @@ def check_folder(folder: Path) -> None:
     Raises:
         ValueError: one does not see what the main process wrote.
     """
-    file = folder / f"node-{broadcast_int(secrets.randbits(31))}"
+    file = folder / f"node-{broadcast(secrets.randbits(31))}"
     if is_main_process():
         folder.mkdir(parents=True, exist_ok=True)
         file.touch()
@@ -171,11 +171,16 @@ def any_rank(flag: bool) -> bool:
     return flag if count() == 1 else bool(all_reduce_sum(torch.tensor(int(flag), device=state().device)))
 
 
-def broadcast_int(number: int) -> int:
-    """Return the number that the main process has."""
+def broadcast(value: T) -> T:
+    """Return what the main process has, anything that pickle takes."""
+    from accelerate.utils import broadcast_object_list
+
     if count() == 1:
-        return number
-    return int(all_reduce_sum(torch.tensor(number if is_main_process() else 0, device=state().device)))
+        return value
+    values = [value]
+    with _collective():
+        broadcast_object_list(values)
+    return values[0]
 
 
 def gather(rows: Tensor) -> Tensor:
@@ -202,13 +207,19 @@ def gather_conditioning(conditioning: Conditioning) -> Conditioning:
 
 
 def sum_gradients(parameters: Sequence[torch.nn.Parameter]) -> list[Tensor]:
-    """Replace every gradient by its sum over processes, in one flat tensor; return them, zeros where none."""
+    """Replace every gradient by its sum over processes, in one flat tensor; return them, zeros where none.
+
+    A parameter that has none in any process keeps none: the optimizer leaves it alone, as with one process.
+    """
     if count() > 1:
-        gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
+        known = torch.tensor([p.grad is not None for p in parameters], device=parameters[0].device)
+        anywhere = all_reduce_sum(known.int()).tolist()
+        trained = [p for p, number in zip(parameters, anywhere, strict=True) if number]
+        gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in trained]
         flat = torch.cat([g.flatten() for g in gradients])
         with _collective():
             torch.distributed.all_reduce(flat)  # in place: of a full fine-tune it is gigabytes
-        for parameter, part in zip(parameters, flat.split([g.numel() for g in gradients]), strict=True):
+        for parameter, part in zip(trained, flat.split([g.numel() for g in gradients]), strict=True):
             parameter.grad = part.view_as(parameter)
     return [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
 

@@ -6,7 +6,6 @@ number of the iteration are the whole state: a resumed run equals an uninterrupt
 
 from __future__ import annotations
 
-import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -21,6 +20,7 @@ from spo.diffusion.finite import NotFiniteError
 from spo.runtime.signals import stop_on_signal
 from spo.training import distributed
 from spo.training.checkpoint import CheckpointStore
+from spo.training.clock import Clock
 from spo.training.state import TrainingState
 from spo.types import Batch, Mean, Objective
 
@@ -34,7 +34,9 @@ def fit(
     checkpoints: CheckpointStore | None,
     checkpoint_every: int,
     on_metrics: Log,
-    watch: Callable[[int, Mapping[str, float], int], None] | None = None,
+    on_resume: Callable[[int], None] = lambda iteration: None,
+    watch: Callable[[int, Mapping[str, float]], bool | None] | None = None,
+    clock: Clock | None = None,
     ema: float = 0.0,
     scale_loss: bool = False,
     sampler_ema: float = 0.0,
@@ -43,15 +45,20 @@ def fit(
 
     Args:
         checkpoints: where to resume from and save to, every `checkpoint_every` iterations.
-        on_metrics: called once an iteration with mean metrics and the number of updates so far.
+        on_metrics: called after each iteration with mean metrics, among them the number of updates so far,
+            and the number of iterations.
+        on_resume: called once with the number of iterations that are done already; what was noted of later
+            ones belongs to a process that was killed, and is computed again.
         watch: called before training and after each iteration, before its weights are saved, with the
-            number of iterations, mean metrics and updates; an error of it ends training.
+            number of iterations and mean metrics; where it is true they are saved at once. An error of it
+            ends training.
+        clock: of the stage; goes on from where the resumed training was saved.
         ema, scale_loss: as of TrainingState.
         sampler_ema: batches are collected by an average of the weights with this decay; 0: by the weights.
 
     Returns:
-        updates, pairs trained on, iterations, and this process's seconds of training (without `watch`); with
-        scale_loss, skipped_updates.
+        updates, pairs trained on, iterations, and seconds in iterations, all of the whole training, however
+        often it was resumed; with scale_loss, skipped_updates.
 
     Raises:
         FloatingPointError: a loss or gradient is not finite; the weights are those before the update.
@@ -60,43 +67,42 @@ def fit(
     parameters = objective.parameters()
     if not parameters:
         raise ValueError(f"{objective.name}: nothing to train: the model has no trainable parameters")
-    state = TrainingState(parameters, optimizer, ema, scale_loss, sampler_ema)
+    state = TrainingState(parameters, optimizer, ema, scale_loss, sampler_ema, clock)
     first = state.resume(checkpoints)
-    started, validating, done, total = time.monotonic(), 0.0, first, objective.iterations
+    on_resume(first)
+    done, total = first, objective.iterations
     bar = tqdm(total=total, initial=first, desc=objective.name, unit="iteration")
     with stop_on_signal() as stopped, bar:
         if watch and first == 0:
-            watch(0, {}, 0)
-            started = time.monotonic()
+            watch(0, {})
         for iteration in range(first, total):
-            metrics = _iteration(objective, iteration, state)
-            on_metrics(metrics, state.updates)
+            with state.clock.training():
+                metrics = _iteration(objective, iteration, state)
+            done = iteration + 1
+            on_metrics(metrics, done)
             bar.update()
             bar.set_postfix(loss=f"{metrics.get('loss', float('nan')):.4f}", pairs=state.pairs, refresh=False)
-            done = iteration + 1
-            if watch:
-                paused = time.monotonic()
-                watch(done, metrics, state.updates)
-                validating += time.monotonic() - paused
+            kept = watch is not None and watch(done, metrics)
             stop = distributed.any_rank(bool(stopped))
-            if checkpoints and (done % checkpoint_every == 0 or done == total or stop):
+            if checkpoints and (kept or done % checkpoint_every == 0 or done == total or stop):
                 state.save(checkpoints, done)
             if stop:
                 raise KeyboardInterrupt(f"stopped after iteration {done}; run it again to resume from there")
     state.finish()
     counts = {"skipped_updates": state.skipped} if scale_loss else {}
-    seconds = round(time.monotonic() - started - validating, 1)
     return {
         "updates": state.updates,
         "pairs": state.pairs,
         "iterations": done,
         **counts,
-        "training_seconds": seconds,
+        "training_seconds": round(state.clock.training_seconds, 1),
     }
 
 
 def _iteration(objective: Objective, iteration: int, state: TrainingState) -> dict[str, float]:
-    """All updates of one iteration; returns what was collected, and the means of the updates' metrics."""
+    """All updates of one iteration; returns what was collected, means of the updates' metrics, and how many
+    updates there have been.
+    """
     state.optimizer.zero_grad(set_to_none=True)  # what is collected needs their memory
     with state.sampling():
         updates, collected = objective.collect(iteration)
@@ -104,7 +110,8 @@ def _iteration(objective: Objective, iteration: int, state: TrainingState) -> di
     for parts in _in_step(updates):
         for name, value in update(objective, parts, state).items():
             values[name].append(value)
-    return {**collected, **{name: sum(v) / len(v) for name, v in values.items()}}
+    means = {name: sum(v) / len(v) for name, v in values.items()}
+    return {"updates": state.updates, **collected, **means}
 
 
 def update(objective: Objective, parts: Sequence[Batch], state: TrainingState) -> dict[str, float]:

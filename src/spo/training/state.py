@@ -12,6 +12,7 @@ from spo import config
 from spo.runtime.exit_codes import TransientError
 from spo.training import distributed
 from spo.training.checkpoint import CheckpointStore
+from spo.training.clock import Clock
 from spo.training.optimizer import adamw
 
 LEAST_SCALE = 2.0**-10  # of the loss in fp16; gradients that overflow below it are infinite
@@ -27,13 +28,17 @@ class TrainingState:
         ema: float,
         scale_loss: bool,
         sampler_ema: float = 0.0,
+        clock: Clock | None = None,
     ) -> None:
         """
         Args:
-            ema: decay in [0,1) of an average of the weights, which they become at the end; 0: none.
+            ema: in [0,1], how far an average of the weights, which they become at the end, reaches back as a
+                part of the updates: those after update t count in proportion to t^(1/ema - 1), the power
+                function of EDM2 (arXiv 2312.02696, Sec. 3.1); 1: all the same; 0: no average.
             sampler_ema: decay in [0,1) of an average that the weights are within `sampling` instead; 0: none.
             scale_loss: for fp16, whose gradients would underflow: the loss is scaled up, the gradients down
                 again; an update whose gradients overflow is skipped and the scale halved.
+            clock: of the stage; None: one that starts now.
         """
         assert not (ema and sampler_ema), "one average at most"
         self.parameters, self.settings = parameters, settings
@@ -42,6 +47,7 @@ class TrainingState:
         self.scaler = torch.amp.GradScaler(parameters[0].device.type, enabled=scale_loss)
         self.average = [p.detach().clone() for p in parameters] if ema or sampler_ema else []
         self.updates = self.pairs = self.skipped = 0
+        self.clock = clock or Clock()
 
     @property
     def learning_rate(self) -> float:
@@ -58,9 +64,8 @@ class TrainingState:
             group["lr"] = rate
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        early = self.updates / (self.updates + 10)  # the first weights are forgotten soon
-        decay = self.sampler_ema or min(self.ema, early)
         if self.average:
+            decay = self.sampler_ema or self.updates / (self.updates + 1 / self.ema)
             for average, parameter in zip(self.average, self.parameters, strict=True):
                 average.lerp_(parameter.detach(), 1 - decay)
         self.updates += 1
@@ -121,6 +126,7 @@ class TrainingState:
             "average": self.average,
             "updates": self.updates,
             "pairs": self.pairs,
+            "clock": self.clock.state(),
         }
         if self.scaler.is_enabled():
             state |= {"scaler": self.scaler.state_dict(), "skipped": self.skipped}
@@ -141,6 +147,7 @@ class TrainingState:
             average.copy_(value)
         self.optimizer.load_state_dict(state["optimizer"])
         self.updates, self.pairs = state["updates"], state["pairs"]
+        self.clock.resume(state["clock"])
         if self.scaler.is_enabled():
             self.scaler.load_state_dict(state["scaler"])
             self.skipped = state["skipped"]
@@ -155,7 +162,7 @@ def _newest(store: CheckpointStore) -> tuple[int, dict[str, Any] | None]:
     """
     main = distributed.is_main_process()
     iteration, state = (main and store.latest()) or (0, None)
-    iteration = distributed.broadcast_int(iteration)
+    iteration = distributed.broadcast(iteration)
     if iteration and not main:
         state = store.read(iteration)
     if distributed.any_rank(bool(iteration) and state is None):

@@ -23,7 +23,7 @@ class StepBatch(UNetBatch):
     x_win: Tensor  # [P,C,h,w]
     x_lose: Tensor  # [P,C,h,w]
     lose_row: Tensor | None = None  # int64 [P]; None: p for every pair
-    output: Tensor | None = None  # [P,C,h,w], of the rollout at x_t, guided; None: some branches have parted
+    output: Tensor | None = None  # [P,C,h,w], of the rollout at x_t, guided; None: not kept
 
 
 def batch_of(rows: step_pairs.Rows, chosen: Tensor, weight: float, prompts: Sequence[str]) -> StepBatch:

@@ -35,6 +35,7 @@ class GradSpoMethod(StepwiseMethod):
     """SPO's rollout with the loss of GradSPO."""
 
     name = "align.spo"
+    keep_outputs = True
 
     def __init__(
         self,

@@ -27,6 +27,7 @@ class StepwiseMethod:
     """Online batches: a rollout of the current policy, judged at every diverted step."""
 
     name = "align"  # the section of params.yaml, for messages
+    keep_outputs = False  # of the rollout, in the batches
 
     def __init__(
         self,
@@ -39,14 +40,11 @@ class StepwiseMethod:
         """`schedule` has the sampler's timesteps, on the backbone's device.
 
         Raises:
-            ValueError: the config has no step to draw candidates at, a clip of 1 or more, or there are no
-                prompts.
+            ValueError: the config has no step to draw candidates at, or there are no prompts.
         """
-        if config.clip >= 1:
-            raise ValueError(f"{self.name}.clip: {config.clip} is not below 1; the paper's is 0.1")
         if not prompts:
             raise ValueError(f"{self.name}: there are no training prompts; look at the prompts stage")
-        self.rollout = Rollout(config, schedule, reward_model, self.name)
+        self.rollout = Rollout(config, schedule, reward_model, self.name, keep_outputs=self.keep_outputs)
         self.config, self.schedule = config, schedule
         self.prompts, self.seed = list(prompts), seed
         self.iterations, self.guidance = config.iterations, config.guidance

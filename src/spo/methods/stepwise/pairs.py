@@ -141,7 +141,7 @@ class Rows:
     x_t_lose: Tensor | None  # None: no pair has one of its own
     parted: Tensor  # bool [N]: the loser's x_t is another
     conditioning: Conditioning  # B samples
-    output: Tensor | None = None  # of the rollout at x_t; None: some pair has none
+    output: Tensor | None = None  # of the rollout at x_t; None: not kept, or some pair has none
 
     @classmethod
     def of(cls, pairs: list[StepPair]) -> Rows:

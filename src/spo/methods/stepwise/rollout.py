@@ -121,12 +121,19 @@ class Rollout:
     """DDIM from x_T with `settings.candidates` branches at the diverted steps."""
 
     def __init__(
-        self, settings: config.Rollout, schedule: Schedule, reward_model: RewardModel, name: str = "align"
+        self,
+        settings: config.Rollout,
+        schedule: Schedule,
+        reward_model: RewardModel,
+        name: str = "align",
+        *,
+        keep_outputs: bool = False,
     ) -> None:
         """
         Args:
             schedule: has the sampler's timesteps, on the backbone's device.
             name: of the section of params.yaml, for messages.
+            keep_outputs: pairs have the UNet's output at x_t, for a loss that reads it.
 
         Raises:
             ValueError: the settings leave no step to draw candidates at.
@@ -134,6 +141,7 @@ class Rollout:
         self.blocks = step_pairs.blocks(settings, schedule, name)
         self.thresholds = step_pairs.thresholds(settings, schedule, self.blocks)
         self.settings, self.schedule, self.reward_model = settings, schedule, reward_model
+        self.keep_outputs = keep_outputs
 
     def run(self, backbone: Backbone, prompts: list[str], noise: SampleNoise) -> Iterator[JudgedStep]:
         """Yield the pairs of every diverted step for B prompts; `noise` is of B samples.
@@ -159,7 +167,8 @@ class Rollout:
             branches = self._branch(block, step, noise, branched)
             scores, outputs = self._score(backbone, block[-1], branches[-1], branched)
             win, lose, valid = step_pairs.choose(self.settings, scores, threshold, noise)
-            for index, pair in self._pairs(block, x_t, output, branches, win, lose, own.denoiser):
+            kept = output if self.keep_outputs else None
+            for index, pair in self._pairs(block, x_t, kept, branches, win, lose, own.denoiser):
                 yield JudgedStep(index, pair, valid, scores)
             following = step_pairs.resample(self.settings, win, lose, noise), every
             x_t, i = branches[-1][following], block[-1] + 1

@@ -1,0 +1,36 @@
+"""Seconds of work, of all processes that a training took: they are part of its state."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class Clock:
+    """Starts when it is made, and after a resume goes on from what was saved."""
+
+    def __init__(self) -> None:
+        self._start = time.monotonic()
+        self.training_seconds = 0.0
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self._start
+
+    @contextmanager
+    def training(self) -> Iterator[None]:
+        """Count the body as training."""
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            self.training_seconds += time.monotonic() - began
+
+    def state(self) -> dict[str, float]:
+        return {"seconds": self.seconds, "training_seconds": self.training_seconds}
+
+    def resume(self, state: dict[str, float]) -> None:
+        """Add what `state` gave at the time of a checkpoint."""
+        self._start -= state["seconds"]
+        self.training_seconds += state["training_seconds"]

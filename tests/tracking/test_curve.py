@@ -1,0 +1,47 @@
+"""A curve has one row an iteration; a resumed stage goes on from those of its checkpoint."""
+
+import csv
+from pathlib import Path
+
+from spo.tracking.curve import Curve
+
+
+class Run:
+    def __init__(self) -> None:
+        self.logged: list[tuple[int, dict[str, float]]] = []
+
+    def log_metrics(self, metrics: dict[str, float], step: int) -> None:
+        self.logged.append((step, dict(metrics)))
+
+
+def test_rows_beyond_the_checkpoint_are_dropped(tmp_path: Path) -> None:
+    """Killed after iteration 4, with the state after iteration 2; the last line is torn."""
+    first, run = Curve(Run(), tmp_path), Run()
+    first.log({"validation/hps": 1.0}, 0)
+    for iteration in range(1, 5):
+        first.log({"loss": 0.1 * iteration, "updates": iteration}, iteration)
+    first.log({"validation/hps": 2.0}, 2)
+    with (tmp_path / "curve.jsonl").open("a", encoding="utf-8") as file:
+        file.write('{"step": 5, "loss"')
+    again = Curve(run, tmp_path)
+    again.resume(2)
+    again.log({"loss": 0.7, "updates": 2}, 3)  # without an update: another row than iteration 2's
+    again.write(tmp_path / "curve.csv")
+    rows = list(csv.DictReader((tmp_path / "curve.csv").open(encoding="utf-8")))
+    assert [(r["step"], r["loss"], r["updates"], r["validation/hps"]) for r in rows] == [
+        ("0", "", "", "1"),
+        ("1", "0.1", "1", ""),
+        ("2", "0.2", "2", "2"),
+        ("3", "0.7", "2", ""),
+    ]
+    assert [step for step, _ in run.logged] == [0, 1, 2, 2, 3], "the new run has the whole curve"
+    third = Curve(Run(), tmp_path)
+    third.resume(3)
+    assert third.rows == again.rows
+
+
+def test_without_a_checkpoint_the_curve_begins_again(tmp_path: Path) -> None:
+    Curve(Run(), tmp_path).log({"loss": 0.5}, 1)
+    again = Curve(Run(), tmp_path)
+    again.resume(0)
+    assert again.rows == {} and (tmp_path / "curve.jsonl").read_text(encoding="utf-8") == ""
