@@ -14,6 +14,7 @@ import yaml
 
 from spo.config import Params
 from spo.methods import method_spec
+from spo.runtime.files import write_text
 from spo.runtime.messages import redact
 
 TIMES = ("seconds", "training_seconds")  # differ between runs, so they are not on the card
@@ -25,7 +26,7 @@ def write(folder: Path, params: Params, method: str, trained: Mapping[str, Any])
     Args:
         trained: counts of the training; its times are omitted.
     """
-    (folder / "README.md").write_text(text(params, method, trained), encoding="utf-8")
+    write_text(folder / "README.md", text(params, method, trained))
 
 
 def text(params: Params, method: str, trained: Mapping[str, Any]) -> str:

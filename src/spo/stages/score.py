@@ -9,7 +9,7 @@ import shutil
 from pathlib import Path
 
 from spo.config import SCORERS, Params
-from spo.runtime.files import require, write_json
+from spo.runtime.files import atomic, require, write_json
 from spo.runtime.fingerprint import fingerprint
 from spo.runtime.launch import is_main_process
 from spo.runtime.workspace import METRICS, SCRATCH
@@ -40,8 +40,8 @@ def run(params: Params, name: str, suite: str | None = None) -> None:
         if not is_main_process():
             return
         frame = pd.DataFrame({"index": range(len(prompts)), "prompt": prompts, "seed": seeds, **columns})
-        output.mkdir(parents=True, exist_ok=True)
-        frame.to_csv(output / f"{name}.csv", index=False, float_format="%.6f")
+        with atomic(output / f"{name}.csv") as partial:
+            frame.to_csv(partial, index=False, float_format="%.6f", lineterminator="\n")
         means = {metric: sum(values) / len(values) for metric, values in columns.items()}
         write_json(
             METRICS / f"score_{title.replace('-', '_')}.json", {k: round(v, 6) for k, v in means.items()}
