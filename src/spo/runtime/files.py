@@ -32,7 +32,7 @@ def atomic(path: Path) -> Iterator[Path]:
 
 
 def remove_partials(folder: Path) -> None:
-    """Remove what a kill in the middle of a write left in a folder; for the only process that writes to it."""
+    """Remove what a kill in the middle of a write left; for the one process that writes to the folder."""
     for path in folder.glob(".*.partial"):
         path.unlink()
 
