@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from spo.runtime.files import atomic
+
 if TYPE_CHECKING:
     from tools.scenes.preferences import Pairs
 
@@ -65,6 +67,7 @@ def run(build: Build, until: str | None = None, only: str | None = None) -> None
         if name is not None and name not in STEPS:
             raise ValueError(f"no step {name!r} in `python -m tools.scenes`; there are: {', '.join(STEPS)}")
     build.work.mkdir(parents=True, exist_ok=True)
+    own_files(build.output)
     for name in [only] if only else STEPS:
         mark = build.work / f"{name}.done"
         if not mark.exists():
@@ -73,6 +76,14 @@ def run(build: Build, until: str | None = None, only: str | None = None) -> None
             mark.touch()
         if name == until:
             break
+
+
+def own_files(folder: Path) -> None:
+    """Replace links by copies: as a link of DVC's, a file of data/ is one of its cache."""
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and (path.is_symlink() or path.stat().st_nlink > 1):
+            with atomic(path) as partial:
+                shutil.copyfile(path, partial)
 
 
 def _base(build: Build) -> None:
