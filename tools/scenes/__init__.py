@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spo.runtime.files import atomic
+from spo.runtime.files import atomic, write_json, write_text
 
 if TYPE_CHECKING:
     from tools.scenes.preferences import Pairs
@@ -54,7 +54,7 @@ class Build:
         """Facts about the world, shipped with it: world.json."""
         path = self.output / "world.json"
         facts = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        path.write_text(json.dumps({**facts, name: content}, indent=1) + "\n", encoding="utf-8")
+        write_json(path, {**facts, name: content})
 
 
 def run(build: Build, until: str | None = None, only: str | None = None) -> None:
@@ -97,14 +97,13 @@ def _prompts(build: Build) -> None:
     from tools.scenes.pictures import different_captions
 
     folder = build.output / "prompts"
-    folder.mkdir(parents=True, exist_ok=True)
     lists = {
         "train": different_captions(N_TRAIN_PROMPTS, build.seed + SEED_TRAIN_PROMPTS),
         "evaluation": different_captions(N_EVALUATION_PROMPTS, build.seed + SEED_EVALUATION),
         "vocabulary": world.vocabulary(),
     }
     for name, lines in lists.items():
-        (folder / f"{name}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        write_text(folder / f"{name}.txt", "\n".join(lines) + "\n")
 
 
 def _perception(name: str, width: int, own: int) -> Callable[[Build], None]:

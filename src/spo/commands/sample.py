@@ -43,7 +43,7 @@ def run(
         raise ValueError(f"--method {method}: unknown variant; known: {', '.join(VARIANTS)}")
     variant = getattr(params.generate, method)
     kind = Image.registered_extensions().get(output.suffix.lower())
-    if kind is None:
+    if kind not in Image.SAVE:
         raise ValueError(
             f"--output {output}: {output.suffix or 'no ending'} is no image format; give FILE.png"
         )
