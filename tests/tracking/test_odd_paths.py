@@ -48,6 +48,8 @@ def test_a_run_lands_in_the_folder_s_own_store(tmp_path: Path, monkeypatch: pyte
     (project / "a.txt").write_text("a")
     store.connect().log_artifact(run, "a.txt", "files")
     assert [p.name for p in tmp_path.iterdir()] == [project.name]
+    made = {"mlflow.db", "mlflow.db.lock", "mlartifacts", "a.txt"}
+    assert {p.name for p in project.iterdir()} == made
     with closing(sqlite3.connect(project / "mlflow.db")) as tables:
         assert tables.execute("select run_uuid from runs").fetchall() == [(run,)]
     assert len(list(project.glob("mlartifacts/*/artifacts/files/a.txt"))) == 1

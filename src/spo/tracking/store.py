@@ -38,7 +38,9 @@ KIND = ("mlflow.experimentKind", "custom_model_development")  # opens the UI in 
 
 def sqlite_uri(path: Path) -> str:
     """Return the URI of a sqlite file; a `?` is quoted, behind which SQLAlchemy reads options."""
-    return f"sqlite:///file:{quote(str(path))}?uri=true" if "?" in str(path) else f"sqlite:///{path}"
+    if "?" not in str(path):
+        return f"sqlite:///{path}"
+    return f"sqlite:///file:{quote(str(path), safe='')}?uri=true"  # with a `/` MLflow makes a folder `file:`
 
 
 def sqlite_file(uri: str) -> Path | None:
