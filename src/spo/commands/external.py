@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spo.config import Params, Variant
-from spo.runtime.files import require, write_json
+from spo.runtime.files import atomic, require, write_json
 from spo.runtime.launch import is_main_process
 
 if TYPE_CHECKING:
@@ -90,8 +90,8 @@ def score(
     if not is_main_process():
         return ""
     output = output or OUTPUT / folder.stem
-    output.mkdir(parents=True, exist_ok=True)
-    scored["method"].to_csv(output / "scores.csv", index=False, float_format="%.6f")
+    with atomic(output / "scores.csv") as partial:
+        scored["method"].to_csv(partial, index=False, float_format="%.6f", lineterminator="\n")
     samples, seed, enough = params.report.bootstrap_samples, params.seed, params.registry.min_prompts
     lines = [f"{folder}: {len(scored['method'])} images, scores in {output / 'scores.csv'}"]
     by_prompt = statistics.prompt_means(scored["method"])

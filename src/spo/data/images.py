@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from spo.data.decoding import MAX_PIXELS, open_image
-from spo.runtime.files import atomic
+from spo.runtime.files import atomic, remove_partials
 from spo.runtime.messages import first_line
 
 # mean and standard deviation of the pixels of CLIP's training images, [3,1,1], in [0,1]
@@ -85,6 +85,7 @@ def save_images(
 ) -> None:
     """Write `folder`/images.zip: 00000.png ... and index.csv (file, prompt, seed), all or nothing."""
     rows = []
+    remove_partials(folder)
     with atomic(folder / ARCHIVE) as partial, zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
         for number, (image, prompt, seed) in enumerate(zip(images, prompts, seeds, strict=True)):
             buffer = io.BytesIO()

@@ -11,7 +11,6 @@ Departures from the official code:
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,7 +28,7 @@ from spo.data.images import CLIP_MEAN, CLIP_STD
 from spo.data.tokens import tokenize
 from spo.preference import checkpoint as checkpoint_files
 from spo.runtime import hub
-from spo.runtime.files import read_json
+from spo.runtime.files import atomic, read_json, write_json
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 FREQUENCIES = 256  # sinusoids of the timestep
@@ -96,16 +95,17 @@ class StepAwarePreferenceModel(nn.Module):
     def save_pretrained(self, folder: str | Path) -> None:
         """Write config.json and model.safetensors: CLIPModel's keys and those of the modulation."""
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         state = {k: v.detach().cpu().contiguous() for k, v in self.model.state_dict().items()}
-        save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
+        with atomic(folder / WEIGHTS) as partial:
+            save_file(state, partial, metadata={"format": "pt"})
         settings = {**self.model.config.to_dict(), "step_condition": self.step_condition}
         settings.pop("_name_or_path", None)  # a path of this machine
-        (folder / CONFIG).write_text(json.dumps(settings, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        write_json(folder / CONFIG, settings, sort_keys=True)
 
     def save_official_checkpoint(self, path: str | Path) -> None:
         """Write the format of the released SPMs: a state dict whose keys start with `model.`."""
-        torch.save({k: v.detach().cpu() for k, v in self.state_dict().items()}, path)
+        with atomic(Path(path)) as partial:
+            torch.save({k: v.detach().cpu() for k, v in self.state_dict().items()}, partial)
 
     def set_logit_scale(self, logit_scale: float) -> None:
         """Set exp(logit_scale).

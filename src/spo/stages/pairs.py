@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import shutil
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from spo import config
 from spo.config import Params
-from spo.runtime.files import write_json
+from spo.runtime.files import remove, write_json
 from spo.runtime.fingerprint import fingerprint
 from spo.runtime.workspace import SCRATCH
 from spo.stages.common import stage
@@ -52,7 +51,7 @@ def prepare(section: config.Pairs, output: Path) -> dict[str, Any]:
 
     total = sources.count_rows(section.source)
     scorers = _load_scorers(section.filter)  # before the last outputs are deleted
-    shutil.rmtree(output, ignore_errors=True)
+    remove(output)
     writers = {name: pairs.ShardWriter(output / name, section.rows_per_shard) for name in PARTS}
     left_out, rejected = Counter[str](), 0
     with (

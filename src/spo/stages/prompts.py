@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import shutil
 from collections.abc import Callable, Mapping
 from itertools import chain
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 from spo import config
 from spo.config import Params
 from spo.runtime import hub
-from spo.runtime.files import write_json
+from spo.runtime.files import remove, write_json, write_text
 from spo.stages.common import stage
 
 OUTPUT = Path("outputs/prompts")
@@ -72,10 +71,11 @@ def prepare(
         name: prompts.select(lines, length, section.max_tokens, used_elsewhere, blocked)
         for name, lines in suite_lists.items()
     }
-    output.mkdir(parents=True, exist_ok=True)
-    _write_suites(output / "suites", kept)
-    for name, lines in parts.items():
-        (output / f"{name}.txt").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    _check_suites(kept)
+    remove(output)
+    lists = parts | {f"suites/{name}": selection.prompts for name, selection in kept.items()}
+    for name, lines in lists.items():
+        write_text(output / f"{name}.txt", "".join(f"{line}\n" for line in lines))
     used = {"train": len(parts["train"]), "evaluation": len(parts["test"]) + len(parts["validation"])}
     selections = {"train": training, "evaluation": held_out}
     summary: dict[str, Any] = {name: len(lines) for name, lines in parts.items()}
@@ -100,19 +100,15 @@ def _suite(name: str, source: str) -> list[str]:
         raise ValueError(f"generate.suites.{name}: {error}") from None
 
 
-def _write_suites(folder: Path, suites: Mapping[str, Any]) -> None:
+def _check_suites(suites: Mapping[str, Any]) -> None:
     """
     Raises:
         ValueError: a suite of which no prompt is left.
     """
-    shutil.rmtree(folder, ignore_errors=True)
     for name, selection in suites.items():
         if not selection.prompts:
             reasons = ", ".join(f"{n} {why}" for why, n in selection.rejected.items()) or "it is empty"
             raise ValueError(f"generate.suites.{name}: no prompt is left ({reasons}); give another list")
-        folder.mkdir(parents=True, exist_ok=True)
-        text = "".join(f"{line}\n" for line in selection.prompts)
-        (folder / f"{name}.txt").write_text(text, encoding="utf-8")
 
 
 def _captions(source: str) -> list[str]:

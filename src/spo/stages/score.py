@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from spo.config import SCORERS, Params
-from spo.runtime.files import require, write_json
+from spo.runtime.files import atomic, require, write_json
 from spo.runtime.fingerprint import fingerprint
 from spo.runtime.launch import is_main_process
 from spo.runtime.workspace import METRICS, SCRATCH
@@ -41,8 +41,8 @@ def run(params: Params, name: str, suite: str | None = None) -> None:
         frame = table(params, folder, CheckpointStore(scratch, keep=None))
         if not is_main_process():
             return
-        output.mkdir(parents=True, exist_ok=True)
-        frame.to_csv(output / f"{name}.csv", index=False, float_format="%.6f")
+        with atomic(output / f"{name}.csv") as partial:
+            frame.to_csv(partial, index=False, float_format="%.6f", lineterminator="\n")
         means = {m: sum(frame[m].tolist()) / len(frame) for m in frame.columns[3:]}
         rounded = {k: round(v, 6) for k, v in means.items()}
         write_json(metrics_file(title), {**rounded, SCORED_BY: scored_by(params)})
