@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from spo.data import values
-from spo.data.pairs import Rejected, check
-from spo.types import PreferencePair
+from spo.data.pairs import Check, Rejected, Rows, check, parse
+from spo.data.prompt_columns import agreed, is_caption
 
 BLOCK = 1 << 16  # characters read at a time
 MAX_ENTRY = 1 << 20  # characters of an entry
@@ -33,16 +33,16 @@ def read_captions(path: Path) -> Iterator[str]:
     """Iterate over the prompts of all entries; a prompt that `read_rows` rejects is empty."""
     for entry in entries(path):
         try:
-            yield values.read_caption("prompt", entry.get("prompt")) if isinstance(entry, dict) else ""
+            yield _caption(entry) if isinstance(entry, dict) and "prompt" in entry else ""
         except ValueError:
             yield ""
 
 
-def read_rows(path: Path) -> Iterator[tuple[PreferencePair | None, Rejected | None]]:
+def read_rows(path: Path, check: Check = check) -> Rows:
     """Iterate over all entries, each as a pair or as its rejection; like `spo.data.pairs.read_rows`."""
     for row, entry in enumerate(entries(path)):
         try:
-            yield check(_record(entry, path.parent), None), None
+            yield check(parse(_record(entry, path.parent), None)), None
         except ValueError as error:
             yield None, Rejected(path.name, row, str(error))
 
@@ -114,13 +114,18 @@ def _record(entry: Any, folder: Path) -> dict[str, Any]:
     for name, value in (("file_path", files), ("human_preference", votes)):
         if not isinstance(value, list) or len(value) != 2:
             raise ValueError(f"{name} is {ascii(value)[:60]}; must be a list of two values")
-    caption = values.read_caption("prompt", entry["prompt"])
+    caption = _caption(entry)
     votes = [values.read_number("human_preference", vote) for vote in votes]
     if votes == [1, 1] or votes == [0, 0]:
         votes = [0.5, 0.5]
     images = [_read_image(folder, name) for name in files]
     labels = {"label_0": votes[0], "label_1": votes[1]}
     return {"caption": caption, "jpg_0": images[0], "jpg_1": images[1], **labels}
+
+
+def _caption(entry: dict[str, Any]) -> str:
+    given = {name: entry[name] for name in entry if is_caption(name)}
+    return values.read_caption("prompt", agreed(given, "the entry"))
 
 
 def _read_image(folder: Path, name: Any) -> bytes:
