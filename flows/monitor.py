@@ -72,22 +72,24 @@ def announce(model: str, version: str, reasons: Sequence[str], prompts: str) -> 
 
 
 def new_prompts(path: Path) -> list[str]:
-    """Read the prompts of a file of any kind that params.yaml may name, those that are not empty.
+    """Read the prompts of a file of any kind that params.yaml may name, each once, without empty ones.
 
     Raises:
         ValueError: no such file, nothing in it, or a prompt that cannot be encoded.
     """
     from spo.data.prompt_files import read_prompts
-    from spo.data.prompts import clean, flaw
+    from spo.data.prompts import clean, flaw, key
 
     lines = read_prompts(path)
     for row, line in enumerate(lines, start=1):
         if reason := flaw(line):
             raise ValueError(f"{path}: prompt {row} has {reason}; it cannot be encoded")
-    prompts = [prompt for line in lines if (prompt := clean(line))]
+    prompts: dict[str, str] = {}
+    for line in filter(clean, lines):
+        prompts.setdefault(key(line), clean(line))
     if not prompts:
         raise ValueError(f"{path}: no prompt in it")
-    return prompts
+    return [*prompts.values()]
 
 
 def measure(params: config.Params, prompts: list[str], seed: int) -> tuple[list[dict[str, Any]], str]:

@@ -167,6 +167,7 @@ def test_an_archive_beside_other_images_is_refused(capsys, tmp_path, experiment)
         ("p.jsonl", r'{"caption": "half \ude00"}', "p.jsonl: prompt 1 has half of a surrogate pair"),
         ("p.json", r'["a\u0000b"]', "p.json: prompt 1 has a NUL character"),
         ("p.txt", "a\0b\n", "p.txt: line 1 has a NUL character"),
+        ("p.txt", "a cat\na <|endoftext|> dog\n", "p.txt: prompt 2 has the special token <|endoftext|>"),
         ("p.csv", "prompt,id\na,1\n,2\n", "p.csv: prompt 2 is empty"),
         ("p.csv", "prompt,id\n", "p.csv: is empty"),
         ("p.md", "a", "not .md"),

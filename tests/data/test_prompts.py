@@ -97,6 +97,49 @@ def test_prompts_that_differ_after_normalisation_and_case_are_kept(texts) -> Non
     )
 
 
+@pytest.mark.parametrize(
+    "token",
+    (
+        "<|endoftext|>",
+        "<|StartOfText|>",
+        "<end_of_text>",
+        "<START_OF_TEXT>",
+        "&lt;end_of_text&gt;",
+        "&amp;lt;|endoftext|&amp;gt;",
+        "\uff1cend_of_text\uff1e",
+        "<\ufb06art_of_text>",
+        "<|end\u200boftext|>",
+        "[CLS]",
+        "[SEP]",
+        "[ENC]",
+        "</s>",
+        "<pad>",
+        "<extra_id_12>",
+    ),
+)
+def test_a_special_token_is_a_flaw_in_every_spelling(token: str) -> None:
+    assert "special token" in (prompts.flaw(f"a red circle {token} above a star") or "")
+    assert "special token" in (prompts.flaw(f"a{token}") or "")
+    assert prompts.select(["a cat", f"a {token} dog"], len, 100).rejected == {"broken_text": 1}
+
+
+@pytest.mark.parametrize(
+    "text",
+    (
+        "a <b> tag",
+        "I <3 cats",
+        "[mask] of a fox",
+        "(red:1.2) [blue]",
+        "<lora:x:1>",
+        "a | b",
+        "AT&T",
+        "x < y > z",
+    ),
+)
+def test_brackets_of_other_meanings_are_no_flaw(text: str) -> None:
+    assert prompts.flaw(text) is None
+
+
 def test_half_of_a_surrogate_pair_is_rejected_by_name() -> None:
     selection = prompts.select(["a cat", "a \ud83d dog", "a\0b"], len, 100)
     assert selection.prompts == ["a cat"] and selection.rejected == {"broken_text": 2}

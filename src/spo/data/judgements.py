@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import hashlib
 
+from spo.data.pairs import decoded
 from spo.data.prompts import key
 from spo.types import PreferencePair
 
+SAME_IMAGE = "both images are the same"  # by their pixels
 CONTRADICTED = "another row prefers the other image of this pair"
 
 
 class Judgements:
     """The judgement of each pair that was added, in 16 bytes of hash a pair.
 
-    A pair is a prompt (by its key) and two image files, in either order. Where rows prefer different images, all
-    of them are contradicted: annotators disagree, and neither is known to be right. A tie contradicts nothing.
+    A pair is a prompt (by its key) and two image files, in either order. Where rows prefer different images,
+    all of them are contradicted: neither annotator is known to be right. A tie contradicts nothing.
     """
 
     def __init__(self) -> None:
@@ -35,10 +37,14 @@ class Judgements:
     def check(self, pair: PreferencePair) -> PreferencePair:
         """
         Raises:
-            ValueError: an added pair prefers the other image.
+            ValueError: an added pair prefers the other image, both images are the same, or one is not
+                readable.
         """
         if self._contradicted and _judgement(pair)[0] in self._contradicted:
             raise ValueError(CONTRADICTED)
+        left, right = decoded(pair)
+        if left == right:
+            raise ValueError(SAME_IMAGE)
         return pair
 
 

@@ -13,6 +13,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from spo.data import columns, remote, values
 from spo.data.prompt_columns import agreed, is_caption
 from spo.data.prompts import key
@@ -21,7 +23,6 @@ from spo.runtime.messages import first_line
 from spo.types import PreferencePair
 
 REQUIRED = ("caption", "jpg_0", "jpg_1", "label_0", "label_1")
-SAME_IMAGE = "jpg_0 and jpg_1 are the same image"  # by their pixels
 READ_BATCH = 64  # rows
 BUFFER = 1 << 20  # bytes of a column that are read ahead; the default is a row group's complete column
 
@@ -73,15 +74,18 @@ def count_rows(paths: Sequence[str | Path]) -> int:
     return sum(_open(path).metadata.num_rows for path in paths)
 
 
-def check(pair: PreferencePair) -> PreferencePair:
-    """Check the images of a pair.
+def decoded(pair: PreferencePair) -> tuple[Image.Image, Image.Image]:
+    """Decode the images of a pair.
 
     Raises:
-        ValueError: an image that cannot be decoded, or twice the same one.
+        ValueError: an image that cannot be decoded, by the name of its column.
     """
-    left, right = values.decoded("jpg_0", pair.image_0), values.decoded("jpg_1", pair.image_1)
-    if left == right:
-        raise ValueError(SAME_IMAGE)
+    return values.decoded("jpg_0", pair.image_0), values.decoded("jpg_1", pair.image_1)
+
+
+def check(pair: PreferencePair) -> PreferencePair:
+    """Check that the images of a pair can be decoded; raises as `decoded`."""
+    decoded(pair)
     return pair
 
 

@@ -51,7 +51,7 @@ def prepare(section: config.Pairs, output: Path) -> dict[str, Any]:
 
     from spo.data import judgements, pairs, sources
 
-    kinds = {pairs.SAME_IMAGE: "same_image", judgements.CONTRADICTED: "contradicted"}
+    kinds = {judgements.SAME_IMAGE: "same_image", judgements.CONTRADICTED: "contradicted"}
     total = sources.count_rows(section.source)
     scorers = _load_scorers(section.filter)  # before the last outputs are deleted
     shutil.rmtree(output, ignore_errors=True)
@@ -65,8 +65,8 @@ def prepare(section: config.Pairs, output: Path) -> dict[str, Any]:
         _filtered(section, writers["train"], scorers) as train,
     ):
         set_aside.writerow(["shard", "row", "reason"])
-        rows = sources.read_rows(section.source, lambda pair: pairs.check(found.check(pair)))
-        for pair, bad in tqdm(rows, "check pairs", total, unit="pair"):
+        rows = tqdm(sources.read_rows(section.source, found.check), "check pairs", total, unit="pair")
+        for pair, bad in rows:
             if pair is None:
                 rejected[kinds.get(bad.reason, "bad")] += 1
                 set_aside.writerow([bad.shard, bad.row, bad.reason])
