@@ -250,13 +250,17 @@ def test_an_entry_of_hpd_is_rejected_with_the_true_reason(tmp_path, change, reas
 
 
 def test_an_entry_whose_prompt_and_caption_differ_is_rejected(tmp_path) -> None:
-    assert "prompt and caption differ" in entries(tmp_path, {"caption": "a dog"})[0]
+    with pytest.raises(ValueError, match="train.json: entry 0: prompt and caption differ"):
+        entries(tmp_path, {"caption": "a dog"})
+    ((pair, rejected),) = hpd.read_rows(tmp_path / "train.json")
+    assert pair is None and "prompt and caption differ" in rejected.reason
 
 
 def test_a_row_whose_caption_and_prompt_differ_is_rejected(tmp_path) -> None:
     first, second = read(tmp_path, prompt=["a cat", "another"])
     assert first.caption == "a cat" and "caption and prompt differ" in second
-    assert list(pairs.read_captions([tmp_path / "a.parquet"])) == ["a cat", ""]
+    with pytest.raises(ValueError, match="a.parquet: row 1: caption and prompt differ"):
+        list(pairs.read_captions([tmp_path / "a.parquet"]))
 
 
 def test_a_caption_with_a_special_token_is_rejected_as_one_with_nul_is(tmp_path) -> None:

@@ -30,10 +30,15 @@ def count_rows(path: Path) -> int:
 
 
 def read_captions(path: Path) -> Iterator[str]:
-    """Iterate over the prompts of all entries; a prompt that `read_rows` rejects is empty."""
-    for entry in entries(path):
+    """Iterate over the prompts of all entries; a prompt that `read_rows` rejects is empty.
+
+    Raises:
+        ValueError: as `entries`; an entry whose prompt another key contradicts.
+    """
+    for row, entry in enumerate(entries(path)):
+        prompt = _agreed(entry, f"{path}: entry {row}") if isinstance(entry, dict) else None
         try:
-            yield _caption(entry) if isinstance(entry, dict) and "prompt" in entry else ""
+            yield values.read_caption("prompt", prompt)
         except ValueError:
             yield ""
 
@@ -114,7 +119,7 @@ def _record(entry: Any, folder: Path) -> dict[str, Any]:
     for name, value in (("file_path", files), ("human_preference", votes)):
         if not isinstance(value, list) or len(value) != 2:
             raise ValueError(f"{name} is {ascii(value)[:60]}; must be a list of two values")
-    caption = _caption(entry)
+    caption = values.read_caption("prompt", _agreed(entry, "the entry"))
     votes = [values.read_number("human_preference", vote) for vote in votes]
     if votes == [1, 1] or votes == [0, 0]:
         votes = [0.5, 0.5]
@@ -123,9 +128,9 @@ def _record(entry: Any, folder: Path) -> dict[str, Any]:
     return {"caption": caption, "jpg_0": images[0], "jpg_1": images[1], **labels}
 
 
-def _caption(entry: dict[str, Any]) -> str:
+def _agreed(entry: dict[str, Any], where: str) -> Any:
     given = {name: entry[name] for name in entry if is_caption(name)}
-    return values.read_caption("prompt", agreed(given, "the entry"))
+    return agreed(given, where) if "prompt" in entry else None
 
 
 def _read_image(folder: Path, name: Any) -> bytes:

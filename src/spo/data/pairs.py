@@ -119,23 +119,19 @@ def _other_captions(file: Any) -> list[str]:
     ]
 
 
-def _caption(record: dict[str, Any]) -> str:
-    given = {name: record[name] for name in record if is_caption(name)}
-    return values.read_caption("caption", agreed(given, "the row"))
-
-
 def read_captions(paths: Sequence[str | Path]) -> Iterator[str]:
     """Iterate over the captions of all rows; a caption that `read_rows` rejects is empty.
 
     Raises:
-        ValueError: as `read_rows`, for the caption column.
+        ValueError: as `read_rows`, for the caption column; a row whose caption another column contradicts.
     """
     for path in paths:
         file = _open(path)
         columns.check_columns(file, ["caption"], str(path))
-        for record in records(path, ["caption", *_other_captions(file)]):
+        for row, record in enumerate(records(path, ["caption", *_other_captions(file)])):
+            caption = agreed(record, f"{path}: row {row}")
             try:
-                yield _caption(record)
+                yield values.read_caption("caption", caption)
             except ValueError:
                 yield ""
 
@@ -169,7 +165,8 @@ def parse(record: dict[str, Any], folder: Path | None) -> PreferencePair:
     labelled = record.get("has_label")
     if labelled is not None and not values.read_flag("has_label", labelled):
         raise ValueError("has_label is false")
-    caption = _caption(record)
+    given = {name: record[name] for name in record if is_caption(name)}
+    caption = values.read_caption("caption", agreed(given, "the row"))
     labels = values.read_labels((record["label_0"], record["label_1"]))
     left, right = (values.read_image(name, record[name], folder) for name in ("jpg_0", "jpg_1"))
     examples = record.get("num_example_per_prompt")
