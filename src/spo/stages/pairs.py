@@ -18,6 +18,7 @@ from spo.runtime.workspace import SCRATCH
 from spo.stages.common import stage
 
 if TYPE_CHECKING:
+    from spo.data.judgements import Judgements
     from spo.data.pairs import ShardWriter
     from spo.types import Scorer
 
@@ -53,13 +54,11 @@ def prepare(section: config.Pairs, output: Path) -> dict[str, Any]:
 
     kinds = {judgements.SAME_IMAGE: "same_image", judgements.CONTRADICTED: "contradicted"}
     total = sources.count_rows(section.source)
-    scorers = _load_scorers(section.filter)  # before the last outputs are deleted
+    scorers = _load_scorers(section.filter)  # as the next line, before the last outputs are deleted
+    found = _judgements(section.source, total)
     shutil.rmtree(output, ignore_errors=True)
     writers = {name: pairs.ShardWriter(output / name, section.rows_per_shard) for name in PARTS}
     left_out, rejected = Counter[str](), Counter[str]()
-    found = judgements.Judgements()
-    for _ in tqdm(sources.read_rows(section.source, found.add), "compare pairs", total, unit="pair"):
-        pass
     with (
         _table(output / "set_aside.csv") as set_aside,
         _filtered(section, writers["train"], scorers) as train,
@@ -96,6 +95,18 @@ def prepare(section: config.Pairs, output: Path) -> dict[str, Any]:
     return summary
 
 
+def _judgements(source: str, total: int) -> Judgements:
+    """The judgements of all rows, whose images are not decoded for it."""
+    from tqdm import tqdm
+
+    from spo.data import judgements, sources
+
+    found = judgements.Judgements()
+    for _ in tqdm(sources.read_rows(source, found.add), "compare pairs", total, unit="pair"):
+        pass
+    return found
+
+
 @contextmanager
 def _table(path: Path) -> Iterator[Any]:
     """A CSV writer of a new file."""
@@ -104,7 +115,7 @@ def _table(path: Path) -> Iterator[Any]:
 
 
 def _load_scorers(settings: config.PairFilter | None) -> dict[str, Scorer]:
-    """The filter's scorers, all in memory, since the pairs are read only once."""
+    """The filter's scorers, all in memory, since images are decoded only once."""
     if settings is None:
         return {}
     from spo.rewards import load_scorer
