@@ -29,6 +29,12 @@ def test_cleaning_composes_across_removed_characters() -> None:
     assert prompts.clean("e\u200b\u0301") == "\u00e9"
 
 
+@pytest.mark.parametrize("end", "\r\n\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029")
+def test_a_clean_prompt_is_one_line_to_every_reader(end: str) -> None:
+    assert prompts.clean(f"a{end}cat{end}").splitlines() == ["a cat"]
+    assert prompts.key(f"A{end}cat") == prompts.key("a cat")
+
+
 def test_words_in_lower_case_are_their_own_key() -> None:
     words = "a small blue triangle at the right on sand"
     assert prompts.key(words) == words == prompts.exact_key(words)
