@@ -43,7 +43,7 @@ class Judgements:
         if self._contradicted and _judgement(pair)[0] in self._contradicted:
             raise ValueError(CONTRADICTED)
         left, right = decoded(pair)
-        if left == right:
+        if left.size == right.size and left.tobytes() == right.tobytes():
             raise ValueError(SAME_IMAGE)
         return pair
 
