@@ -189,6 +189,12 @@ def test_prompts_that_cannot_be_drawn_are_one_line(
     assert message in line
 
 
+def test_a_special_token_in_the_prompt_of_a_sample_is_one_line(capsys, experiment) -> None:
+    assert cli.main(["sample", "a cat &lt;|endoftext|&gt; a dog", "--params", str(experiment)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "the prompt has the special token <|endoftext|> of a tokenizer; it cannot be encoded" in line
+
+
 def test_bytes_of_the_shell_that_are_no_text_are_one_line(capsys, experiment) -> None:
     prompt = b"a caf\xe9".decode("utf-8", "surrogateescape")  # as Python gives an argument
     assert cli.main(["sample", prompt, "--params", str(experiment)]) == 2
