@@ -256,6 +256,15 @@ def test_an_entry_whose_prompt_and_caption_differ_is_rejected(tmp_path) -> None:
     assert pair is None and "prompt and caption differ" in rejected.reason
 
 
+def test_an_entry_with_a_key_twice_is_refused(tmp_path) -> None:
+    entry = (
+        '{"prompt": "a cat", "prompt": "a dog", "file_path": ["x.png", "x.png"], "human_preference": [1, 0]}'
+    )
+    (tmp_path / "train.json").write_text(f"[{entry}]")
+    with pytest.raises(ValueError, match="train.json: entry 0: an object has the key 'prompt' twice"):
+        list(hpd.read_rows(tmp_path / "train.json"))
+
+
 def test_a_row_whose_caption_and_prompt_differ_is_rejected(tmp_path) -> None:
     first, second = read(tmp_path, prompt=["a cat", "another"])
     assert first.caption == "a cat" and "caption and prompt differ" in second

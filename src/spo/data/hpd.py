@@ -14,6 +14,7 @@ from typing import Any, TextIO
 from spo.data import values
 from spo.data.pairs import Check, Rejected, Rows, check, parse
 from spo.data.prompt_columns import agreed, is_caption
+from spo.data.prompt_files import unique_keys
 
 BLOCK = 1 << 16  # characters read at a time
 MAX_ENTRY = 1 << 20  # characters of an entry
@@ -56,7 +57,7 @@ def entries(path: Path) -> Iterator[Any]:
     """Iterate over the entries of a JSON list, with one entry in memory at a time.
 
     Raises:
-        ValueError: not a JSON list, or a truncated one.
+        ValueError: not a JSON list, a truncated one, or a key twice in an entry.
     """
     number = 0
     try:
@@ -88,7 +89,7 @@ def _entries(file: TextIO) -> Iterator[Any]:
 
 def _next(file: TextIO, text: str) -> tuple[Any, str]:
     """Parse the entry at the start of `text`; returns it and the text after it, reading more if needed."""
-    decoder = json.JSONDecoder()
+    decoder = json.JSONDecoder(object_pairs_hook=unique_keys)
     while True:
         try:
             entry, end = decoder.raw_decode(text)

@@ -105,7 +105,7 @@ def _lines(path: Path) -> list[str]:
 
 def _json(path: Path) -> list[str]:
     try:
-        content = json.loads(read_text(path), object_pairs_hook=_object)
+        content = json.loads(read_text(path), object_pairs_hook=unique_keys)
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}: not JSON at line {error.lineno} ({error.msg})") from None
     except ValueError as error:  # a key twice, a number of thousands of digits
@@ -121,7 +121,7 @@ def _jsonl(path: Path) -> list[str]:
         if not line.strip():
             continue
         try:
-            captions.append(_caption(json.loads(line, object_pairs_hook=_object), path, f"line {number}"))
+            captions.append(_caption(json.loads(line, object_pairs_hook=unique_keys), path, f"line {number}"))
         except json.JSONDecodeError as error:
             raise ValueError(f"{path}: line {number} is not JSON ({error.msg})") from None
         except ValueError as error:
@@ -129,8 +129,12 @@ def _jsonl(path: Path) -> list[str]:
     return captions
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Build a JSON object and refuse duplicate keys, of which `json` silently takes the last."""
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Build a JSON object and refuse duplicate keys, of which `json` silently takes the last.
+
+    Raises:
+        ValueError: the first key that occurs twice.
+    """
     content = dict(pairs)
     if len(content) < len(pairs):
         keys = [key for key, _ in pairs]
