@@ -168,6 +168,7 @@ def test_an_archive_beside_other_images_is_refused(capsys, tmp_path, experiment)
         ("p.jsonl", r'{"caption": "half \ude00"}', "p.jsonl: prompt 1 has half of a surrogate pair"),
         ("p.json", r'["a\u0000b"]', "p.json: prompt 1 has a NUL character"),
         ("p.txt", "a\0b\n", "p.txt: line 1 has a NUL character"),
+        ("p.txt", "a cat\na <|endoftext|> dog\n", "p.txt: prompt 2 has the special token <|endoftext|>"),
         ("p.csv", "prompt,id\na,1\n,2\n", "p.csv: prompt 2 is empty"),
         ("p.csv", "prompt,id\n", "p.csv: is empty"),
         ("p.md", "a", "not .md"),
@@ -187,6 +188,12 @@ def test_prompts_that_cannot_be_drawn_are_one_line(
     assert cli.main(["generate", *map(str, options)]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert message in line
+
+
+def test_a_special_token_in_the_prompt_of_a_sample_is_one_line(capsys, experiment) -> None:
+    assert cli.main(["sample", "a cat &lt;|endoftext|&gt; a dog", "--params", str(experiment)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "the prompt has the special token <|endoftext|> of a tokenizer; it cannot be encoded" in line
 
 
 def test_bytes_of_the_shell_that_are_no_text_are_one_line(capsys, experiment) -> None:

@@ -41,6 +41,12 @@ def test_a_folder_of_images_comes_back_in_order(tmp_path) -> None:
     assert [i.getpixel((0, 0)) for i, _, _ in loaded] == [(0, 0, 0), (1, 0, 0), (2, 0, 0)]
 
 
+def test_prompts_with_line_ends_come_back_as_they_were(tmp_path) -> None:
+    prompts = [f"a{end}b, {end}" for end in "\r\n\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029"] + ["a\r\nb", "plain"]
+    images.save_images(tmp_path, [image()] * len(prompts), prompts, range(len(prompts)))
+    assert [prompt for _, prompt, _ in images.load_images(tmp_path)] == prompts
+
+
 def test_equal_images_give_equal_archives(tmp_path) -> None:
     for name in "ab":
         images.save_images(tmp_path / name, [image()], ["p"], [1])

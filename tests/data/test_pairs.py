@@ -90,3 +90,9 @@ def test_the_split_is_by_caption_and_stable() -> None:
     assert chosen == [pairs.is_validation(c, 0.15) for c in captions]
     assert not any(pairs.is_validation(c, 0.0) for c in captions)
     assert all(pairs.is_validation(c, 1.0) for c in captions)
+
+
+def test_all_spellings_of_a_prompt_are_in_one_part() -> None:
+    for i in range(50):
+        spellings = (f"a cat {i}", f"A  Cat {i} ", f"a cat, {i}.", f"a\u200b cat\r{i}")
+        assert len({pairs.is_validation(c, 0.5) for c in spellings}) == 1

@@ -147,16 +147,21 @@ def _prompts(file: Path) -> list[str]:
 
 
 def _checked(prompts: list[str], file: str) -> list[str]:
-    from spo.data.prompts import flaw
+    """Clean prompts as the stage `prompts` does.
+
+    Raises:
+        ValueError: no prompts, an empty one, or one that cannot be encoded.
+    """
+    from spo.data.prompts import clean, flaw
 
     if not prompts:
         raise ValueError(f"{file}: is empty; it must have at least one prompt")
     for row, prompt in enumerate(prompts, start=1):
-        if not prompt.strip():
+        if not clean(prompt):
             raise ValueError(f"{file}: prompt {row} is empty; every image needs a prompt")
         if reason := flaw(prompt):
             raise ValueError(f"{file}: prompt {row} has {reason}; it cannot be encoded")
-    return prompts
+    return [*map(clean, prompts)]
 
 
 def _images(folder: Path, given: Path | Sequence[str] | None) -> tuple[list[Image.Image], list[str]]:
@@ -196,7 +201,8 @@ def _archive(folder: Path) -> tuple[list[Image.Image], list[str]]:
     rows = list(load_images(folder))
     if not rows:
         raise ValueError(f"{folder / ARCHIVE}: no images in this archive")
-    return [image for image, _, _ in rows], [prompt for _, prompt, _ in rows]
+    prompts = _checked([prompt for _, prompt, _ in rows], str(folder / ARCHIVE))
+    return [image for image, _, _ in rows], prompts
 
 
 def _open(path: Path) -> Image.Image:

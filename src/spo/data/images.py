@@ -93,10 +93,15 @@ def save_images(
             name = f"{number:05d}.png"
             archive.writestr(zipfile.ZipInfo(name, _EPOCH), buffer.getvalue())
             rows.append((name, prompt, seed))
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerows([("file", "prompt", "seed"), *rows])
-        archive.writestr(zipfile.ZipInfo(INDEX, _EPOCH), text.getvalue())
+        lines = map(_csv_line, [("file", "prompt", "seed"), *rows])
+        archive.writestr(zipfile.ZipInfo(INDEX, _EPOCH), "".join(lines))
+
+
+def _csv_line(fields: Sequence[object]) -> str:
+    """A row and a line feed; csv quotes a carriage return in a field only if it ends lines, too."""
+    line = io.StringIO(newline="")
+    csv.writer(line, lineterminator="\r\n").writerow(fields)
+    return line.getvalue().removesuffix("\r\n") + "\n"
 
 
 def load_images(folder: Path) -> Iterator[tuple[Image.Image, str, int]]:
@@ -110,7 +115,7 @@ def load_images(folder: Path) -> Iterator[tuple[Image.Image, str, int]]:
         raise ValueError(f"{path}: no such archive; run `make repro` or `spo generate {folder.name}`")
     try:
         with zipfile.ZipFile(path) as archive:
-            for row in csv.DictReader(io.StringIO(_entry(archive, INDEX).decode())):
+            for row in csv.DictReader(io.StringIO(_entry(archive, INDEX).decode(), newline="")):
                 yield open_image(_entry(archive, row["file"])), row["prompt"], int(row["seed"])
     except MemoryError:
         raise

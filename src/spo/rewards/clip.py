@@ -15,11 +15,13 @@ from tqdm import tqdm
 from transformers import CLIPModel, CLIPTokenizer
 
 from spo.data.images import CLIP_MEAN, CLIP_STD
+from spo.data.prompts import flaw
 from spo.data.tokens import tokenize
 from spo.runtime import hub
 from spo.runtime.messages import first_line
 from spo.training import distributed
 
+OPEN_CLIP = "score.hps.tokenizer"  # the key of the tokenizer whose model open_clip trained
 LONG = 16  # aspect ratio above which an image is cropped and resized in one step, to bound the memory
 
 
@@ -74,12 +76,16 @@ def in_batches(
     """Score N images, each with its own prompt, `batch_size` at a time.
 
     Raises:
-        ValueError: another number of prompts than images, or a score that is not finite.
+        ValueError: another number of prompts than images, one that cannot be encoded, or a score that is not
+            finite.
     """
     if len(images) != len(prompts):
         raise ValueError(
             f"{name}: {len(images)} images, but {len(prompts)} prompts; give one prompt per image"
         )
+    for prompt in prompts:
+        if reason := flaw(prompt):
+            raise ValueError(f"{name}: the prompt {ascii(prompt)[:100]} has {reason}; it cannot be encoded")
     scores: list[float] = []
     parts = [slice(start, start + batch_size) for start in range(0, len(images), batch_size)]
     single = len(parts) == 1  # a caller with many small batches shows a bar of its own
@@ -116,8 +122,10 @@ def load_model(
     return model.eval().requires_grad_(False).to(device)
 
 
-def load_tokenizer(name: str, revision: str | None, vocabulary: int, key: str) -> CLIPTokenizer:
+def load_tokenizer(name: str, revision: str | None, vocabulary: int, key: str) -> Any:
     """Load CLIP's tokenizer from a folder or hub id, for a model with `vocabulary` token embeddings.
+
+    That of HPS reads text as open_clip does, all others as transformers.
 
     Raises:
         ValueError: no tokenizer, or one with more tokens than the model has embeddings.
@@ -129,6 +137,10 @@ def load_tokenizer(name: str, revision: str | None, vocabulary: int, key: str) -
         raise ValueError(
             f"{key}: {name} has {len(tokenizer)} tokens, but the model's vocabulary {vocabulary}"
         )
+    if key == OPEN_CLIP:
+        from spo.rewards.open_clip_tokenizer import OpenClipTokenizer
+
+        return OpenClipTokenizer(tokenizer)
     return tokenizer
 
 
@@ -137,6 +149,8 @@ def token_ids(tokenizer: Any, prompts: Sequence[str], length: int) -> Tensor:
 
     No mask is needed: attention is causal, so tokens after the end token do not affect the text embedding.
     """
+    if not isinstance(tokenizer, CLIPTokenizer):  # open_clip's
+        return tokenizer(list(prompts), length)
     return tokenize(tokenizer, prompts, length).input_ids
 
 

@@ -98,8 +98,7 @@ def _model(model_config: dict[str, Any], architecture: str) -> open_clip.CLIP:
 
 def _tokenizer(settings: config.HpsConfig, model: open_clip.CLIP) -> Callable[[Sequence[str]], Tensor]:
     if settings.tokenizer is not None:
-        key = "score.hps.tokenizer"
-        tokenizer = clip.load_tokenizer(settings.tokenizer, None, model.vocab_size, key)
+        tokenizer = clip.load_tokenizer(settings.tokenizer, None, model.vocab_size, clip.OPEN_CLIP)
         return lambda prompts: clip.token_ids(tokenizer, prompts, model.context_length)
     if settings.architecture.endswith(".json"):
         raise ValueError("score.hps.tokenizer: must name a folder if score.hps.architecture is a file")

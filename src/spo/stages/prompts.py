@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from types import MappingProxyType
@@ -22,7 +22,8 @@ PARTS = ("train", "test", "validation")
 def run(params: Params, variant: str | None = None) -> None:
     """Write outputs/prompts."""
     with stage("prompts", params) as tracked:
-        summary = prepare(params.prompts, _token_counter(params), OUTPUT, params.generate.suites)
+        counter, suites = _token_counter(params), params.generate.suites
+        summary = prepare(params.prompts, counter, OUTPUT, suites, [params.pairs.source])
         tracked.log_metrics({name: float(summary[name]) for name in PARTS}, step=0)
 
 
@@ -31,6 +32,7 @@ def prepare(
     length: Callable[[str], int],
     output: Path,
     suites: Mapping[str, str] = MappingProxyType({}),
+    trained: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Write train.txt, test.txt, validation.txt, set_aside.csv and summary.json to `output`.
 
@@ -40,6 +42,7 @@ def prepare(
     Args:
         length: counts the tokens of a prompt, start and end tokens included.
         suites: a list of prompts by name.
+        trained: preference data besides `section.pairs`, whose captions are not evaluated either.
 
     Returns:
         The summary.
@@ -56,7 +59,8 @@ def prepare(
         prompts.check_vocabulary(map(prompts.clean, evaluation + train + more), section.vocabulary)
     blocked = prompts.BlockList.load(section.block_list) if section.block_list else None
     candidates = {prompts.key(p) for p in evaluation + more}  # only these captions of the pairs matter
-    paired = {k for c in sources.read_captions(section.pairs) if (k := prompts.key(c)) in candidates}
+    captions = chain.from_iterable(map(sources.read_captions, {section.pairs, *trained}))
+    paired = {k for c in captions if (k := prompts.key(c)) in candidates}
     held_out = prompts.select(evaluation, length, section.max_tokens, paired, blocked)
     keys = {prompts.key(p) for p in held_out.prompts}
     training = prompts.select(train, length, section.max_tokens, keys, blocked)
