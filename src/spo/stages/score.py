@@ -23,7 +23,7 @@ def run(params: Params, name: str, suite: str | None = None) -> None:
     """Write outputs/scores/NAME.csv, or outputs/scores/suites/SUITE/NAME.csv, for the variant `name`."""
     import pandas as pd
 
-    from spo.data.images import load_images
+    from spo.data.images import archived
     from spo.evaluation.scoring import score_images
     from spo.training.checkpoint import CheckpointStore
     from spo.training.distributed import device
@@ -33,10 +33,10 @@ def run(params: Params, name: str, suite: str | None = None) -> None:
     folder = require(of_suite(IMAGES, suite) / name, f"images of {name}")
     output, title = of_suite(OUTPUT, suite), run_name(name, suite)
     with stage("score", params, title) as tracked:
-        images, prompts, seeds = zip(*load_images(folder), strict=True)
+        images, prompts, seeds = archived(folder)
         scratch = _scratch(params, title, folder)
         cache = CheckpointStore(scratch, keep=None)
-        columns = score_images(params, list(images), list(prompts), device(), cache)
+        columns = score_images(params, images, prompts, device(), cache)
         if not is_main_process():
             return
         frame = pd.DataFrame({"index": range(len(prompts)), "prompt": prompts, "seed": seeds, **columns})
