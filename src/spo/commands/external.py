@@ -157,7 +157,7 @@ def _checked(prompts: list[str], file: str) -> list[str]:
 
 
 def _images(folder: Path, given: Path | Sequence[str] | None) -> tuple[Sequence[Image.Image], list[str]]:
-    """The images, read when they are scored, in the order of their names (2 before 10) or of an archive, and their prompts."""
+    """The images in the order of their names (2 before 10) or of an archive, and their prompts."""
     from spo.data.folders import list_images
     from spo.data.images import ARCHIVE, Pictures
 

@@ -129,8 +129,8 @@ def archived(folder: Path) -> tuple[Pictures, list[str], list[int]]:
 
     with _archive(folder) as archive:
         rows = list(_index(archive))
-    files, prompts, seeds = ([row[column] for row in rows] for column in range(3))
-    return Pictures(files, read), prompts, seeds
+    pictures = Pictures([file for file, _, _ in rows], read)
+    return pictures, [prompt for _, prompt, _ in rows], [seed for _, _, seed in rows]
 
 
 def load_images(folder: Path) -> Iterator[tuple[Image.Image, str, int]]:
