@@ -20,7 +20,7 @@ from spo.types import PreferencePair
 
 REQUIRED = ("caption", "jpg_0", "jpg_1", "label_0", "label_1")
 READ_BATCH = 64  # rows
-SHARD_BYTES = 1 << 27  # of a shard's images: it is in memory three times while it is written
+SHARD_BYTES = 1 << 26  # of a shard's images: about four times as much is in memory while it is written
 BUFFER = 1 << 20  # bytes of a column that are read ahead; the default is a row group's complete column
 
 
