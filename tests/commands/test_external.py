@@ -1,6 +1,7 @@
 """External models and images: tiny scorers in their real formats, images as files."""
 
 import json
+import weakref
 
 import pytest
 import torch
@@ -8,6 +9,8 @@ import yaml
 from PIL import Image
 
 from spo import cli, config
+from spo.commands import external
+from spo.config import reading
 from spo.scenes import world
 from tools.scenes import clips, tokenizer
 
@@ -101,6 +104,25 @@ def test_images_come_in_the_order_of_their_numbers(images) -> None:
     from spo.data.folders import list_images
 
     assert [p.name for p in list_images(images("mine", 0))] == [f"image{n}.png" for n in (2, 10, 11)]
+
+
+def test_no_more_images_than_a_batch_are_in_memory(tmp_path, experiment, images, monkeypatch) -> None:
+    """Of both folders and all scorers together; one more may be there while it is opened."""
+    raw = yaml.safe_load(experiment.read_text())
+    raw["score"]["batch_size"] = 1
+    open_one, now, most = external._open, set(), []
+
+    def opened(path):
+        image = open_one(path)
+        now.add(id(image))
+        weakref.finalize(image, now.discard, id(image))
+        most.append(len(now))
+        return image
+
+    monkeypatch.setattr(external, "_open", opened)
+    folders = {"method": images("mine", 0), "baseline": images("theirs", 1)}
+    scored = external.tables(reading.validate(raw), folders, PROMPTS)
+    assert max(most) <= 2 and len(most) == 2 * 3 * (len(scored["method"].columns) - 3)
 
 
 def test_mistakes_are_one_line(capsys, tmp_path, experiment, images) -> None:

@@ -2,10 +2,12 @@ import io
 
 import numpy as np
 import pandas as pd
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
 from spo.data import pairs
+from spo.types import PreferencePair
 
 
 def jpg(value: int) -> bytes:
@@ -81,6 +83,21 @@ def test_shards_are_written_in_order_and_none_is_lost(tmp_path) -> None:
     assert [p.name for p in pairs.shards(tmp_path / "out")] == [f"{i:05d}.parquet" for i in range(3)]
     assert [p.caption for p in pairs.read_pairs(tmp_path / "out")] == [f"caption {i}" for i in range(7)]
     assert writer.count == 7 and writer.labels == {"decided": 7}
+
+
+def test_shards_are_bounded_by_bytes_too(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(pairs, "SHARD_BYTES", 250)
+    writer = pairs.ShardWriter(tmp_path, 4)
+    written = [
+        PreferencePair(f"prompt {i}", bytes(n), bytes(n), 1.0, 0.0)
+        for i, n in enumerate((40, 50, 60, 500, 1, 2, 3, 4, 5))
+    ]
+    for pair in written:
+        writer.add(pair)
+    writer.close()
+    shards = [pq.ParquetFile(path).metadata.num_rows for path in sorted(tmp_path.glob("*.parquet"))]
+    assert shards == [3, 1, 4, 1]  # 300 bytes, 1000 bytes, four rows, the rest
+    assert list(pairs.read_pairs(tmp_path)) == written
 
 
 def test_the_split_is_by_caption_and_stable() -> None:

@@ -130,7 +130,7 @@ def _line(row: Mapping[str, Any]) -> str:
     return f"  {row['metric']:18} {row['mean_difference']:+9.4f}{interval}, {better}"
 
 
-def _table(params: Params, images: list[Image.Image], prompts: list[str], device: str) -> DataFrame:
+def _table(params: Params, images: Sequence[Image.Image], prompts: list[str], device: str) -> DataFrame:
     import pandas as pd
 
     from spo.evaluation.scoring import score_images
@@ -164,17 +164,18 @@ def _checked(prompts: list[str], file: str) -> list[str]:
     return [*map(clean, prompts)]
 
 
-def _images(folder: Path, given: Path | Sequence[str] | None) -> tuple[list[Image.Image], list[str]]:
+def _images(folder: Path, given: Path | Sequence[str] | None) -> tuple[Sequence[Image.Image], list[str]]:
     """The images in the order of their names (2 before 10) or of an archive, and their prompts."""
     from spo.data.folders import list_images
-    from spo.data.images import ARCHIVE
+    from spo.data.images import ARCHIVE, Pictures
 
+    images: Sequence[Image.Image]
     if (folder / ARCHIVE).exists():
         images, prompts = _archive(folder)
         if given is None:
             return images, prompts
     else:
-        images = [_open(path) for path in list_images(folder)]
+        images = Pictures(list_images(folder), lambda paths: map(_open, paths))
         if given is None:
             raise ValueError(
                 f"{folder}: give --prompts FILE with a prompt for each of the {len(images)} images"
@@ -189,20 +190,19 @@ def _images(folder: Path, given: Path | Sequence[str] | None) -> tuple[list[Imag
     return images, prompts
 
 
-def _archive(folder: Path) -> tuple[list[Image.Image], list[str]]:
+def _archive(folder: Path) -> tuple[Sequence[Image.Image], list[str]]:
     """The images and prompts that `spo generate` wrote to `folder`; other images beside them are refused."""
     from spo.data.folders import find_images
-    from spo.data.images import ARCHIVE, load_images
+    from spo.data.images import ARCHIVE, archived
 
     if others := find_images(folder):
         raise ValueError(
             f"{folder}: contains {ARCHIVE} and {others[0].name}; give a folder with one of the two"
         )
-    rows = list(load_images(folder))
-    if not rows:
+    images, prompts, _ = archived(folder)
+    if not images:
         raise ValueError(f"{folder / ARCHIVE}: no images in this archive")
-    prompts = _checked([prompt for _, prompt, _ in rows], str(folder / ARCHIVE))
-    return [image for image, _, _ in rows], prompts
+    return images, _checked(prompts, str(folder / ARCHIVE))
 
 
 def _open(path: Path) -> Image.Image:

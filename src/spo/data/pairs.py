@@ -24,6 +24,7 @@ from spo.types import PreferencePair
 
 REQUIRED = ("caption", "jpg_0", "jpg_1", "label_0", "label_1")
 READ_BATCH = 64  # rows
+SHARD_BYTES = 1 << 26  # of a shard's images: about four times as much is in memory while it is written
 BUFFER = 1 << 20  # bytes of a column that are read ahead; the default is a row group's complete column
 
 
@@ -186,12 +187,13 @@ def is_validation(caption: str, fraction: float) -> bool:
 
 
 class ShardWriter:
-    """Writes pairs to 00000.parquet, ... of at most `rows_per_shard` rows each."""
+    """Writes pairs to 00000.parquet, ... of at most `rows_per_shard` rows and about SHARD_BYTES each."""
 
     def __init__(self, folder: Path, rows_per_shard: int) -> None:
         self.folder, self.rows_per_shard, self.count = folder, rows_per_shard, 0
         self.labels = Counter[str]()
         self._rows: list[dict[str, Any]] = []
+        self._bytes, self._shards = 0, 0
         folder.mkdir(parents=True, exist_ok=True)
 
     def add(self, pair: PreferencePair) -> None:
@@ -199,7 +201,8 @@ class ShardWriter:
         self._rows.append(asdict(pair))
         self.labels["ties" if pair.label_0 == 0.5 else "decided"] += 1
         self.count += 1
-        if len(self._rows) == self.rows_per_shard:
+        self._bytes += len(pair.image_0) + len(pair.image_1)
+        if len(self._rows) == self.rows_per_shard or self._bytes >= SHARD_BYTES:
             self.close()
 
     def close(self) -> None:
@@ -208,10 +211,9 @@ class ShardWriter:
         import pyarrow.parquet as pq
 
         if self._rows:
-            number = (self.count - 1) // self.rows_per_shard
-            path = self.folder / f"{number:05d}.parquet"
+            path = self.folder / f"{self._shards:05d}.parquet"
             pq.write_table(pa.Table.from_pylist(self._rows), path, compression="none")
-            self._rows = []
+            self._rows, self._bytes, self._shards = [], 0, self._shards + 1
 
 
 def read_pairs(folder: str | Path) -> Iterator[PreferencePair]:

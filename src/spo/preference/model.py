@@ -25,6 +25,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoTokenizer, CLIPConfig, CLIPModel
 
 from spo.data.images import CLIP_MEAN, CLIP_STD
+from spo.data.preprocessing import OPENAI, announced
 from spo.data.tokens import tokenize
 from spo.preference import checkpoint as checkpoint_files
 from spo.runtime import hub
@@ -62,9 +63,16 @@ class StepAwarePreferenceModel(nn.Module):
         """Load any CLIP-format folder or hub id in fp32, with modulation at identity.
 
         Raises:
-            ValueError: it cannot be loaded, or tensors are missing.
+            ValueError: it cannot be loaded, tensors are missing, or its images are prepared in another way.
         """
-        return cls(_clip(name, revision, "preference.init"), step_condition)
+        model = cls(_clip(name, revision, "preference.init"), step_condition)
+        own = announced(name, revision, model.image_size, "preference.init")
+        if not all(map(torch.equal, own, OPENAI)):
+            raise ValueError(
+                f"preference.init: {name} announces another image_mean or image_std than OpenAI's CLIP; "
+                "the step-aware model supports only these"
+            )
+        return model
 
     @classmethod
     def from_official_checkpoint(cls, path: str | Path, config: CLIPConfig) -> StepAwarePreferenceModel:

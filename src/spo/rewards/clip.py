@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import CLIPModel, CLIPTokenizer
 
-from spo.data.images import CLIP_MEAN, CLIP_STD
+from spo.data.preprocessing import OPENAI, Normalisation
 from spo.data.prompts import flaw
 from spo.data.tokens import tokenize
 from spo.runtime import hub
@@ -25,7 +25,7 @@ OPEN_CLIP = "score.hps.tokenizer"  # the key of the tokenizer whose model open_c
 LONG = 16  # aspect ratio above which an image is cropped and resized in one step, to bound the memory
 
 
-def preprocess(image: Image.Image, size: int = 224) -> Tensor:
+def preprocess(image: Image.Image, size: int = 224, normalisation: Normalisation = OPENAI) -> Tensor:
     """Resize the shortest side to `size` (PIL, bicubic), centre-crop and normalise: [3,size,size].
 
     Rounds like transformers' CLIPImageProcessor on PIL images; OpenAI's own crop is one pixel off from it
@@ -38,9 +38,9 @@ def preprocess(image: Image.Image, size: int = 224) -> Tensor:
     if max(image.size) > LONG * short:  # resizing all of 4000 x 1 pixels would take a gigabyte
         x, y = image.width / width, image.height / height
         box = (left * x, top * y, min(image.width, (left + size) * x), min(image.height, (top + size) * y))
-        return normalise(to_unit(image.resize((size, size), Image.Resampling.BICUBIC, box)))
+        return normalise(to_unit(image.resize((size, size), Image.Resampling.BICUBIC, box)), normalisation)
     image = image.resize((width, height), Image.Resampling.BICUBIC)
-    return normalise(to_unit(image.crop((left, top, left + size, top + size))))
+    return normalise(to_unit(image.crop((left, top, left + size, top + size))), normalisation)
 
 
 def rgb(image: Image.Image) -> Image.Image:
@@ -60,9 +60,9 @@ def to_unit(image: Image.Image) -> Tensor:
     return flat.view(image.height, image.width, 3).permute(2, 0, 1).float() / 255
 
 
-def normalise(pixels: Tensor) -> Tensor:
-    """Normalise pixels [3,h,w] in [0,1] by CLIP's mean and standard deviation."""
-    return (pixels - CLIP_MEAN) / CLIP_STD
+def normalise(pixels: Tensor, normalisation: Normalisation = OPENAI) -> Tensor:
+    """Normalise pixels [3,h,w] in [0,1] by a mean and a standard deviation, OpenAI's where none are given."""
+    return (pixels - normalisation.mean) / normalisation.std
 
 
 def in_batches(
