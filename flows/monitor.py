@@ -86,31 +86,34 @@ def untrainable(params: config.Params, prompts: str) -> str | None:
     section = params.prompts.model_copy(update={"train": prompts})
     with tempfile.TemporaryDirectory() as folder:
         try:
-            prepare(section, lambda prompt: 0, Path(folder), params.generate.suites)
+            suites, trained = params.generate.suites, [params.pairs.source]
+            prepare(section, lambda prompt: 0, Path(folder), suites, trained)
         except ValueError as error:
             return str(error)
     return None
 
 
 def new_prompts(path: Path, fewest: int = 1) -> list[str]:
-    """Read the prompts of a file of any kind that params.yaml may name, those that are not empty.
+    """Read the prompts of a file of any kind that params.yaml may name, each once, without empty ones.
 
     Raises:
         ValueError: no such file, fewer prompts in it than `fewest`, or a prompt that cannot be encoded.
     """
     from spo.data.prompt_files import read_prompts
-    from spo.data.prompts import clean, flaw
+    from spo.data.prompts import clean, flaw, key
 
     lines = read_prompts(path)
     for row, line in enumerate(lines, start=1):
         if reason := flaw(line):
             raise ValueError(f"{path}: prompt {row} has {reason}; it cannot be encoded")
-    prompts = [prompt for line in lines if (prompt := clean(line))]
+    prompts: dict[str, str] = {}
+    for line in filter(clean, lines):
+        prompts.setdefault(key(line), clean(line))
     if not prompts:
         raise ValueError(f"{path}: no prompt in it")
-    if (n := len(set(prompts))) < fewest:
-        raise ValueError(f"{path}: {n} different prompts in it; registry.min_prompts is {fewest}")
-    return prompts
+    if len(prompts) < fewest:
+        raise ValueError(f"{path}: {len(prompts)} different prompts in it; registry.min_prompts is {fewest}")
+    return [*prompts.values()]
 
 
 def measure(params: config.Params, prompts: list[str], seed: int) -> tuple[list[dict[str, Any]], str]:

@@ -83,7 +83,8 @@ class PreferenceModel:
             timestep: 0 (finished images) to 999.
 
         Raises:
-            ValueError: another number of prompts than images, or no timestep of a diffusion model.
+            ValueError: another number of prompts than images, one that is empty or cannot be encoded, or no
+                timestep of a diffusion model.
         """
         import torch
 
@@ -93,6 +94,7 @@ class PreferenceModel:
             raise ValueError(f"{len(images)} images, but {len(prompts)} prompts; give one prompt per image")
         if not 0 <= timestep <= 999:
             raise ValueError(f"timestep {timestep}: must be from 0 to 999")
+        _check_prompts(prompts)
         clip, scores = self._model.model, list[float]()
         for start in range(0, len(images), BATCH):
             part = slice(start, start + BATCH)
@@ -122,13 +124,16 @@ def train(
         FloatingPointError: training diverged.
     """
     from spo import backbones
+    from spo.data.prompts import check_vocabulary
     from spo.methods import spo as method
     from spo.training import budget, distributed, loop, optimizer
     from spo.training.alignment import Alignment
     from spo.training.checkpoint import CheckpointStore
 
     section, output = params.align.spo, Path(output)
-    _check_prompts(params, prompts)
+    _check_prompts(prompts)
+    if params.prompts.vocabulary is not None:
+        check_vocabulary(list(prompts), Path(params.prompts.vocabulary))
     if output.exists():
         raise ValueError(f"{output} exists; remove it or give another folder")
     optimizer.check(section.optimizer)
@@ -156,18 +161,16 @@ def train(
     return output
 
 
-def _check_prompts(params: Params, prompts: Sequence[str]) -> None:
+def _check_prompts(prompts: Sequence[str]) -> None:
     """
     Raises:
-        ValueError: one is empty, cannot be encoded, or has words outside params.prompts.vocabulary.
+        ValueError: one is empty or cannot be encoded.
     """
-    from spo.data.prompts import check_vocabulary, flaw
+    from spo.data.prompts import clean, flaw
 
     for number, prompt in enumerate(prompts, start=1):
-        if reason := flaw(prompt) if prompt.strip() else "no text":
+        if reason := flaw(prompt) if clean(prompt) else "no text":
             raise ValueError(f"prompt {number} has {reason}; it cannot be encoded")
-    if params.prompts.vocabulary is not None:
-        check_vocabulary(list(prompts), Path(params.prompts.vocabulary))
 
 
 def _resume_folder(params: Params, prompts: Sequence[str], preference_model: Path) -> Path:

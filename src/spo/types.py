@@ -248,7 +248,7 @@ class Candidates(Protocol):
 class RewardModel(Protocol):
     """Scores candidates, latents or images, by their prompt and timestep. Text is encoded once a prompt."""
 
-    model: Any  # torch.nn.Module
+    model: Any  # torch.nn.Module, which leaves the device while candidates are not scored
 
     def encode_text(self, prompts: Sequence[str]) -> Conditioning:
         """Whatever the model needs of B prompts."""

@@ -110,6 +110,7 @@ def test_mistakes_are_named(params: spo.config.Params, spm: Path) -> None:
     for wrong, reason in (
         (lambda: model.score([image], []), "1 images, but 0 prompts"),
         (lambda: model.score([image], ["x"], timestep=1000), "timestep 1000: must be from 0 to 999"),
+        (lambda: model.score([image], ["a </s> b"]), "prompt 1 has the special token </s> of a tokenizer"),
         (lambda: spo.PreferenceModel("nowhere"), "nowhere: no preference model there"),
         (lambda: spo.PreferenceModel(spm / "released.bin", clip="nowhere"), "nowhere: no config of a CLIP"),
         (lambda: spo.train(params, [], "out", spm / "spm"), "no training prompts"),

@@ -1,6 +1,7 @@
 """External models and images: tiny scorers in their real formats, images as files."""
 
 import json
+import weakref
 
 import pytest
 import torch
@@ -8,6 +9,8 @@ import yaml
 from PIL import Image
 
 from spo import cli, config
+from spo.commands import external
+from spo.config import reading
 from spo.scenes import world
 from tools.scenes import clips, tokenizer
 
@@ -103,6 +106,25 @@ def test_images_come_in_the_order_of_their_numbers(images) -> None:
     assert [p.name for p in list_images(images("mine", 0))] == [f"image{n}.png" for n in (2, 10, 11)]
 
 
+def test_no_more_images_than_a_batch_are_in_memory(tmp_path, experiment, images, monkeypatch) -> None:
+    """Of both folders and all scorers together; one more may be there while it is opened."""
+    raw = yaml.safe_load(experiment.read_text())
+    raw["score"]["batch_size"] = 1
+    open_one, now, most = external._open, set(), []
+
+    def opened(path):
+        image = open_one(path)
+        now.add(id(image))
+        weakref.finalize(image, now.discard, id(image))
+        most.append(len(now))
+        return image
+
+    monkeypatch.setattr(external, "_open", opened)
+    folders = {"method": images("mine", 0), "baseline": images("theirs", 1)}
+    scored = external.tables(reading.validate(raw), folders, PROMPTS)
+    assert max(most) <= 2 and len(most) == 2 * 3 * (len(scored["method"].columns) - 3)
+
+
 def test_mistakes_are_one_line(capsys, tmp_path, experiment, images) -> None:
     lists = {"three": PROMPTS, "two": PROMPTS[:2], "gap": [PROMPTS[0], " ", PROMPTS[1]], "none": []}
     for name, lines in lists.items():
@@ -168,6 +190,7 @@ def test_an_archive_beside_other_images_is_refused(capsys, tmp_path, experiment)
         ("p.jsonl", r'{"caption": "half \ude00"}', "p.jsonl: prompt 1 has half of a surrogate pair"),
         ("p.json", r'["a\u0000b"]', "p.json: prompt 1 has a NUL character"),
         ("p.txt", "a\0b\n", "p.txt: line 1 has a NUL character"),
+        ("p.txt", "a cat\na <|endoftext|> dog\n", "p.txt: prompt 2 has the special token <|endoftext|>"),
         ("p.csv", "prompt,id\na,1\n,2\n", "p.csv: prompt 2 is empty"),
         ("p.csv", "prompt,id\n", "p.csv: is empty"),
         ("p.md", "a", "not .md"),
@@ -187,6 +210,12 @@ def test_prompts_that_cannot_be_drawn_are_one_line(
     assert cli.main(["generate", *map(str, options)]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert message in line
+
+
+def test_a_special_token_in_the_prompt_of_a_sample_is_one_line(capsys, experiment) -> None:
+    assert cli.main(["sample", "a cat &lt;|endoftext|&gt; a dog", "--params", str(experiment)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "the prompt has the special token <|endoftext|> of a tokenizer; it cannot be encoded" in line
 
 
 def test_bytes_of_the_shell_that_are_no_text_are_one_line(capsys, experiment) -> None:

@@ -216,7 +216,7 @@ def damaged() -> list[bytes]:
 def test_damaged_images_give_the_same_reasons_in_each_run(tmp_path) -> None:
     n, bad = 40, damaged()
     rows = {"caption": [f"c {i}" for i in range(n)], "jpg_0": [*bad, *[PNG] * (n - len(bad))]}
-    rows |= {"jpg_1": [PNG] * n, "label_0": [1.0] * n, "label_1": [0.0] * n}
+    rows |= {"jpg_1": [encoded(size=9)] * n, "label_0": [1.0] * n, "label_1": [0.0] * n}
     (tmp_path / "in").mkdir()
     pq.write_table(pa.table(rows), tmp_path / "in/a.parquet")
     section = config.Pairs(source=str(tmp_path / "in"), validation_fraction=0.3, max_bad_fraction=1)
@@ -247,6 +247,35 @@ def test_damaged_images_give_the_same_reasons_in_each_run(tmp_path) -> None:
 )
 def test_an_entry_of_hpd_is_rejected_with_the_true_reason(tmp_path, change, reason: str) -> None:
     assert reason in entries(tmp_path, change)[0]
+
+
+def test_an_entry_whose_prompt_and_caption_differ_is_rejected(tmp_path) -> None:
+    with pytest.raises(ValueError, match="train.json: entry 0: prompt and caption differ"):
+        entries(tmp_path, {"caption": "a dog"})
+    ((pair, rejected),) = hpd.read_rows(tmp_path / "train.json")
+    assert pair is None and "prompt and caption differ" in rejected.reason
+
+
+def test_an_entry_with_a_key_twice_is_refused(tmp_path) -> None:
+    entry = (
+        '{"prompt": "a cat", "prompt": "a dog", "file_path": ["x.png", "x.png"], "human_preference": [1, 0]}'
+    )
+    (tmp_path / "train.json").write_text(f"[{entry}]")
+    with pytest.raises(ValueError, match="train.json: entry 0: an object has the key 'prompt' twice"):
+        list(hpd.read_rows(tmp_path / "train.json"))
+
+
+def test_a_row_whose_caption_and_prompt_differ_is_rejected(tmp_path) -> None:
+    first, second = read(tmp_path, prompt=["a cat", "another"])
+    assert first.caption == "a cat" and "caption and prompt differ" in second
+    with pytest.raises(ValueError, match="a.parquet: row 1: caption and prompt differ"):
+        list(pairs.read_captions([tmp_path / "a.parquet"]))
+
+
+def test_a_caption_with_a_special_token_is_rejected_as_one_with_nul_is(tmp_path) -> None:
+    token, nul = read(tmp_path, caption=["a <|endoftext|> b", "a\0b"])
+    assert token == "caption has the special token <|endoftext|> of a tokenizer"
+    assert nul == "caption has a NUL character"
 
 
 @pytest.mark.parametrize(

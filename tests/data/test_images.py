@@ -41,6 +41,24 @@ def test_a_folder_of_images_comes_back_in_order(tmp_path) -> None:
     assert [i.getpixel((0, 0)) for i, _, _ in loaded] == [(0, 0, 0), (1, 0, 0), (2, 0, 0)]
 
 
+def test_prompts_with_line_ends_come_back_as_they_were(tmp_path) -> None:
+    prompts = [f"a{end}b, {end}" for end in "\r\n\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029"] + ["a\r\nb", "plain"]
+    images.save_images(tmp_path, [image()] * len(prompts), prompts, range(len(prompts)))
+    assert [prompt for _, prompt, _ in images.load_images(tmp_path)] == prompts
+
+
+def test_images_of_an_archive_are_read_when_they_are_asked_for(tmp_path) -> None:
+    drawn = [Image.new("RGB", (4, 4), (level, 0, 0)) for level in (10, 20, 30)]
+    images.save_images(tmp_path, drawn, ["a", "b", "c"], [5, 6, 7])
+    pictures, prompts, seeds = images.archived(tmp_path)
+    assert (len(pictures), prompts, seeds) == (3, ["a", "b", "c"], [5, 6, 7])
+    assert [image.tobytes() for image in pictures[1:]] == [image.tobytes() for image in drawn[1:]]
+    assert pictures[0].tobytes() == drawn[0].tobytes()
+    (tmp_path / "images.zip").unlink()
+    with pytest.raises(ValueError, match="images.zip: no such archive"):
+        pictures[0]
+
+
 def test_equal_images_give_equal_archives(tmp_path) -> None:
     for name in "ab":
         images.save_images(tmp_path / name, [image()], ["p"], [1])

@@ -2,10 +2,12 @@ import io
 
 import numpy as np
 import pandas as pd
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
 from spo.data import pairs
+from spo.types import PreferencePair
 
 
 def jpg(value: int) -> bytes:
@@ -83,6 +85,21 @@ def test_shards_are_written_in_order_and_none_is_lost(tmp_path) -> None:
     assert writer.count == 7 and writer.labels == {"decided": 7}
 
 
+def test_shards_are_bounded_by_bytes_too(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(pairs, "SHARD_BYTES", 250)
+    writer = pairs.ShardWriter(tmp_path, 4)
+    written = [
+        PreferencePair(f"prompt {i}", bytes(n), bytes(n), 1.0, 0.0)
+        for i, n in enumerate((40, 50, 60, 500, 1, 2, 3, 4, 5))
+    ]
+    for pair in written:
+        writer.add(pair)
+    writer.close()
+    shards = [pq.ParquetFile(path).metadata.num_rows for path in sorted(tmp_path.glob("*.parquet"))]
+    assert shards == [3, 1, 4, 1]  # 300 bytes, 1000 bytes, four rows, the rest
+    assert list(pairs.read_pairs(tmp_path)) == written
+
+
 def test_the_split_is_by_caption_and_stable() -> None:
     captions = [f"caption {i}" for i in range(4000)]
     chosen = [pairs.is_validation(c, 0.15) for c in captions]
@@ -90,3 +107,9 @@ def test_the_split_is_by_caption_and_stable() -> None:
     assert chosen == [pairs.is_validation(c, 0.15) for c in captions]
     assert not any(pairs.is_validation(c, 0.0) for c in captions)
     assert all(pairs.is_validation(c, 1.0) for c in captions)
+
+
+def test_all_spellings_of_a_prompt_are_in_one_part() -> None:
+    for i in range(50):
+        spellings = (f"a cat {i}", f"A  Cat {i} ", f"a cat, {i}.", f"a\u200b cat\r{i}")
+        assert len({pairs.is_validation(c, 0.5) for c in spellings}) == 1

@@ -147,6 +147,41 @@ def test_tables_of_spreadsheets_are_read(tmp_path, text: str, encoding: str) -> 
     assert prompts.read_prompts(written(tmp_path / "p.csv", text, encoding)) == ["a cat, a dog", "b"]
 
 
+@pytest.mark.parametrize("note", ["sep=;", '"sep=;"', "SEP=;", "\nsep=,", "sep=\t"])
+def test_a_spreadsheet_s_note_of_its_separator_is_refused(tmp_path, note: str) -> None:
+    refused(written(tmp_path / "p.csv", f"{note}\r\nid;prompt\r\n1;a cat\r\n"), "line 1", "remove it")
+    refused(written(tmp_path / "p.tsv", f"{note}\nid\tprompt\n1\ta cat\n"), "line 1", "remove it")
+
+
+def in_two_columns(folder, ending: str, names: tuple[str, str], texts: tuple[str, str]):
+    """A list whose first row has one prompt in both columns, and whose second row has `texts`."""
+    table = pd.DataFrame([("a fox", "a fox"), texts], columns=names)
+    path = folder / f"p.{ending}"
+    if ending == "parquet":
+        table.to_parquet(path)
+    elif ending in ("json", "jsonl"):
+        table.to_json(path, orient="records", lines=ending == "jsonl")
+    else:
+        table.to_csv(path, index=False, sep="\t" if ending == "tsv" else ",")
+    return path
+
+
+@pytest.mark.parametrize("ending", ["json", "jsonl", "csv", "tsv", "parquet"])
+def test_columns_that_differ_are_refused_and_equal_ones_are_read(tmp_path, ending: str) -> None:
+    for names in (("prompt", "caption"), ("Caption", "TEXT"), (" text ", "Prompt")):
+        path = in_two_columns(tmp_path, ending, names, ("a cat", "a dog"))
+        refused(path, "differ", names[0].strip(), names[1].strip())
+        path = in_two_columns(tmp_path, ending, names, ("a cat", "a cat"))
+        assert prompts.read_prompts(path) == ["a fox", "a cat"]
+        refused(in_two_columns(tmp_path, ending, ("prompt", "Prompt "), ("a", "a")), "2 columns prompt")
+
+
+def test_a_header_ends_at_line_feeds_and_carriage_returns_only(tmp_path) -> None:
+    for end in "\n\r":
+        text = end.join(("a\x85note;prompt", "1;a cat, sleeping", ""))
+        assert prompts.read_prompts(written(tmp_path / "p.csv", text)) == ["a cat, sleeping"]
+
+
 def test_lines_end_as_on_any_system(tmp_path) -> None:
     for text in ("a\nb\n", "a\r\nb\r\n", "a\rb"):
         assert prompts.read_prompts(written(tmp_path / "p.txt", text)) == ["a", "b"]

@@ -29,6 +29,12 @@ def test_cleaning_composes_across_removed_characters() -> None:
     assert prompts.clean("e\u200b\u0301") == "\u00e9"
 
 
+@pytest.mark.parametrize("end", "\r\n\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029")
+def test_a_clean_prompt_is_one_line_to_every_reader(end: str) -> None:
+    assert prompts.clean(f"a{end}cat{end}").splitlines() == ["a cat"]
+    assert prompts.key(f"A{end}cat") == prompts.key("a cat")
+
+
 def test_words_in_lower_case_are_their_own_key() -> None:
     words = "a small blue triangle at the right on sand"
     assert prompts.key(words) == words == prompts.exact_key(words)
@@ -95,6 +101,49 @@ def test_prompts_that_differ_after_normalisation_and_case_are_kept(texts) -> Non
     assert all(
         prompts.clean(p) == p and prompts.key(prompts.key(p)) == prompts.key(p) for p in selection.prompts
     )
+
+
+@pytest.mark.parametrize(
+    "token",
+    (
+        "<|endoftext|>",
+        "<|StartOfText|>",
+        "<end_of_text>",
+        "<START_OF_TEXT>",
+        "&lt;end_of_text&gt;",
+        "&amp;lt;|endoftext|&amp;gt;",
+        "\uff1cend_of_text\uff1e",
+        "<\ufb06art_of_text>",
+        "<|end\u200boftext|>",
+        "[CLS]",
+        "[SEP]",
+        "[ENC]",
+        "</s>",
+        "<pad>",
+        "<extra_id_12>",
+    ),
+)
+def test_a_special_token_is_a_flaw_in_every_spelling(token: str) -> None:
+    assert "special token" in (prompts.flaw(f"a red circle {token} above a star") or "")
+    assert "special token" in (prompts.flaw(f"a{token}") or "")
+    assert prompts.select(["a cat", f"a {token} dog"], len, 100).rejected == {"broken_text": 1}
+
+
+@pytest.mark.parametrize(
+    "text",
+    (
+        "a <b> tag",
+        "I <3 cats",
+        "[mask] of a fox",
+        "(red:1.2) [blue]",
+        "<lora:x:1>",
+        "a | b",
+        "AT&T",
+        "x < y > z",
+    ),
+)
+def test_brackets_of_other_meanings_are_no_flaw(text: str) -> None:
+    assert prompts.flaw(text) is None
 
 
 def test_half_of_a_surrogate_pair_is_rejected_by_name() -> None:

@@ -53,6 +53,42 @@ def test_every_row_is_written_filtered_or_rejected(tmp_path) -> None:
     assert "0.7" in rows[0]["reason"]
 
 
+def test_pairs_that_repeat_contradict_or_compare_an_image_with_itself_are_counted(tmp_path) -> None:
+    table = frame(30)
+    swapped = table.head(3).assign(jpg_0=png(9), jpg_1=png(1), label_0=0.0, label_1=1.0)  # says the same
+    swapped["caption"] = [" Caption 0", "caption  1", "caption 2."]
+    contrary = table.iloc[[5, 6]].assign(jpg_0=[png(1), png(9)], jpg_1=[png(9), png(1)])
+    contrary[["label_0", "label_1"]] = [[0.0, 1.0], [1.0, 0.0]]
+    itself = table.tail(1).assign(caption="the same", jpg_1=png(1))
+    tie = table.iloc[[7]].assign(label_0=0.5, label_1=0.5)
+    everything = pd.concat([table, swapped, contrary, itself, tie])
+    everything.to_parquet(tmp_path / "a.parquet")
+    out = tmp_path / "out"
+    summary = pairs_stage.prepare(section(tmp_path), out)
+    assert summary["repeats"] == {"repeated": 6, "same_image": 1, "contradicted": 4}
+    assert summary["set_aside"] == 5 and summary["train"] + summary["validation"] == len(everything) - 5
+    assert json.loads((out / "summary.json").read_text())["repeats"] == summary["repeats"]
+    rows = {r["row"]: r["reason"] for r in csv.DictReader((out / "set_aside.csv").open())}
+    contradicted = "another row prefers the other image of this pair"
+    assert rows == {**dict.fromkeys(("5", "6", "33", "34"), contradicted), "35": "both images are the same"}
+    prompts_left = {p.caption for part in ("train", "validation") for p in pairs.read_pairs(out / part)}
+    assert not prompts_left & {"caption 5", "caption 6", "the same"}
+
+
+def test_an_image_in_two_encodings_is_the_same(tmp_path) -> None:
+    buffer = io.BytesIO()
+    Image.open(io.BytesIO(png(1))).save(buffer, format="WEBP", lossless=True)
+    table = frame(20)
+    table.at[3, "jpg_1"] = buffer.getvalue()
+    table.to_parquet(tmp_path / "a.parquet")
+    assert pairs_stage.prepare(section(tmp_path), tmp_path / "out")["repeats"]["same_image"] == 1
+
+
+def test_pairs_without_repeats_have_no_count_of_them(tmp_path) -> None:
+    frame(20).to_parquet(tmp_path / "a.parquet")
+    assert "repeats" not in pairs_stage.prepare(section(tmp_path), tmp_path / "out")
+
+
 def test_a_row_that_goes_uncounted_is_an_error(tmp_path, monkeypatch) -> None:
     frame(20).to_parquet(tmp_path / "a.parquet")
     monkeypatch.setattr(sources, "count_rows", lambda source: 21)
@@ -69,8 +105,8 @@ def test_more_bad_rows_than_the_bound_is_an_error(tmp_path) -> None:
 
 def hpd_data(folder: Path, n: int = 30) -> None:
     (folder / "train").mkdir(parents=True)
-    for name in ("a.png", "b.png"):
-        (folder / "train" / name).write_bytes(png())
+    for value, name in enumerate(("a.png", "b.png")):
+        (folder / "train" / name).write_bytes(png(value))
     votes = ([1, 0], [0, 1], [1, 1])
     entries = [
         {

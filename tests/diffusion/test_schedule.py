@@ -84,6 +84,25 @@ def test_previous_alpha(to_one: bool, last: float) -> None:
     assert previous.flatten().tolist() == pytest.approx([0.9, 0.72, last, last])
 
 
+@pytest.mark.parametrize(
+    ("spacing", "count", "ends"),
+    [
+        ("linspace", 5, [7, 4, 2, 0]),  # of 9, 7, 4, 2; T // N is 2
+        ("linspace", 3, [4, 0]),  # of 9, 4; T // N is 3
+        ("linspace", 1, []),
+        ("trailing", 3, [6, 2]),  # of 9, 6: thirds of 10, rounded
+        ("trailing", 5, [7, 5, 3, 1]),
+        ("leading", 4, [4, 2, 0]),
+    ],
+)
+def test_a_step_ends_at_the_next_timestep_of_the_list(spacing: str, count: int, ends: list[int]) -> None:
+    """alpha-bar at t is .9 ^ (t + 1)."""
+    config = {"trained_betas": [0.1] * 10, "timestep_spacing": spacing}
+    schedule = Schedule.from_config(config, count)
+    expected = [0.9 ** (t + 1) for t in ends] + [1.0]
+    assert schedule.alpha_previous(schedule.timesteps).flatten().tolist() == pytest.approx(expected)
+
+
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 def test_prediction_inverts_noising(prediction_type: str) -> None:
     schedule = Schedule.from_config({**SD, "prediction_type": prediction_type}, 20)

@@ -28,6 +28,15 @@ def test_means_by_prompt_in_the_order_of_the_prompts() -> None:
     assert means["hps"].tolist() == [2.0, 5.5]
 
 
+def test_spellings_of_a_prompt_are_one_prompt() -> None:
+    means = statistics.prompt_means(
+        pd.DataFrame(
+            {"index": range(3), "prompt": ["b", "A cat", "a  cat."], "seed": [5, 6, 7], "hps": [1.0, 3, 5]}
+        )
+    )
+    assert means["prompt"].tolist() == ["b", "A cat"] and means["hps"].tolist() == [1.0, 4.0]
+
+
 def test_one_image_of_each_prompt_is_left_as_it_is() -> None:
     one = table(0, per_prompt=1)
     assert statistics.prompt_means(one) is one

@@ -82,6 +82,11 @@ def test_an_empty_file_of_prompts_is_refused(monitor: ModuleType, tmp_path: Path
     assert monitor.new_prompts(tmp_path / "p.txt") == ["one", "two"]
 
 
+def test_a_prompt_in_several_spellings_counts_once(monitor: ModuleType, tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_text("One  cat\na dog\none cat!\n")
+    assert monitor.new_prompts(tmp_path / "p.txt") == ["One cat", "a dog"]
+
+
 def test_a_prompt_that_cannot_be_encoded_is_refused_with_its_row(monitor: ModuleType, tmp_path: Path) -> None:
     (tmp_path / "p.json").write_text(r'["a cat", "half \ud83d"]')
     with pytest.raises(ValueError, match="p.json: prompt 2 has half of a surrogate pair"):

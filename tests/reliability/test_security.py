@@ -43,14 +43,14 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         monkeypatch.setenv(name, value)
     pairs = tmp_path / "pairs"
     pairs.mkdir()
-    row = {"jpg_0": png(), "jpg_1": png(), "label_0": 1.0, "label_1": 0.0}
+    row = {"jpg_0": png(), "jpg_1": png(9), "label_0": 1.0, "label_1": 0.0}
     pq.write_table(pa.Table.from_pylist([row | {"caption": f"{i}"} for i in range(12)]), pairs / "0.parquet")
     return tmp_path
 
 
-def png() -> bytes:
+def png(size: int = 8) -> bytes:
     buffer = io.BytesIO()
-    Image.new("RGB", (8, 8)).save(buffer, format="PNG")
+    Image.new("RGB", (size, size)).save(buffer, format="PNG")
     return buffer.getvalue()
 
 

@@ -79,6 +79,12 @@ def test_lengths_must_agree(n_prompts: int) -> None:
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("prompt", ["a <|endoftext|> b", "a <end_of_text> b", "a [SEP] b", "a\0b"])
+def test_a_prompt_that_cannot_be_encoded_gets_no_score(prompt: str) -> None:
+    with pytest.raises(ValueError, match="some_scorer: the prompt 'a.*b' has .*; it cannot be encoded"):
+        in_batches(width_and_length, 2, ["fine", prompt])
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_score_that_is_not_finite_names_its_prompt(bad: float) -> None:
     def score(images, prompts):

@@ -1,13 +1,15 @@
+import gzip
 import json
 from pathlib import Path
 
 import open_clip
 import pytest
 import torch
+from open_clip.tokenizer import bytes_to_unicode, default_bpe
 from PIL import Image
 from safetensors.torch import save_file
 
-from spo.rewards import hps
+from spo.rewards import clip, hps
 from spo.rewards.hps import Hps, preprocess
 
 
@@ -101,6 +103,26 @@ def test_open_clips_own_names_bring_their_tokenizer(monkeypatch, hps_settings, t
     assert Hps(settings).score(images[:1], ["Two dogs"])[0] == pytest.approx(float(expected), abs=1e-4)
     with pytest.raises(ValueError, match="score.hps.tokenizer: must name a folder"):
         Hps(settings.model_copy(update={"architecture": str(tmp_path / "small.json")}))
+
+
+def test_a_folder_s_tokenizer_reads_text_as_open_clip_s(tmp_path) -> None:
+    merges = gzip.open(default_bpe()).read().decode("utf-8").split("\n")[1 : 49152 - 256 - 2 + 1]
+    letters = list(bytes_to_unicode().values())
+    vocabulary = [*letters, *(letter + "</w>" for letter in letters), *("".join(m.split()) for m in merges)]
+    vocabulary += ["<|startoftext|>", "<|endoftext|>"]
+    (tmp_path / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(vocabulary)}))
+    (tmp_path / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]), encoding="utf-8")
+    folder = clip.load_tokenizer(str(tmp_path), None, len(vocabulary), clip.OPEN_CLIP)
+    texts = [
+        "fish &amp; chips",
+        "a cat\u2019s toy",
+        "\u201cquoted\u201d \ufb01sh",
+        "\uff11\uff12 \uff57ide",
+        "a  CAT!!",
+    ]
+    texts += ["a \u2603 r\u00e9sum\u00e9", "don't y'all'd've 3.5", "", "word " * 100]
+    expected = open_clip.get_tokenizer("ViT-H-14")(texts)
+    assert torch.equal(clip.token_ids(folder, texts, 77), expected)
 
 
 def test_mistakes_are_one_line(hps_settings, tmp_path) -> None:

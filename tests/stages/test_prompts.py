@@ -113,6 +113,36 @@ def test_suites_are_cleaned_without_prompts_of_training_and_pairs(data_set, tmp_
     assert "suites" not in plain and not (tmp_path / "plain/suites").exists()
 
 
+def test_captions_of_all_pairs_that_train_are_evaluated_nowhere(data_set, tmp_path, monkeypatch) -> None:
+    (tmp_path / "new").mkdir()
+    pd.DataFrame({"caption": ["Prompt of  EVALUATION 3!", "a girl in rain"]}).to_parquet(
+        tmp_path / "new/0.parquet"
+    )
+    lists = section(tmp_path).model_copy(update={"n_test": 5})
+    pd.DataFrame({"caption": ["prompt of evaluation 0"]}).to_parquet(tmp_path / "pairs/0.parquet")
+    raw = yaml.safe_load(config.preset("smoke"))
+    raw["prompts"] = lists.model_copy(update={"n_test": 4}).model_dump()
+    raw["pairs"]["source"] = str(tmp_path / "new")
+    raw["generate"]["suites"] = {"anime": suite_files(tmp_path)["hpd_anime"]}
+    params = config.validate(raw)
+    assert inputs.sources(params)["prompts"][-1] == (str(tmp_path / "new"), None)  # DVC runs the stage again
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    monkeypatch.setattr(prompts, "_token_counter", lambda params: len)
+    prompts.run(params)
+    made = (tmp_path / "outputs/prompts/test.txt").read_text().splitlines()
+    assert sorted(made) == [
+        "prompt of evaluation 1",
+        "prompt of evaluation 2",
+        "prompt of evaluation 4",
+        "seen",
+    ]
+    assert (tmp_path / "outputs/prompts/suites/anime.txt").read_text().splitlines() == [
+        "prompt of evaluation 1",
+        "in a pair",
+    ]
+
+
 def test_validation_prompts_are_in_no_suite(data_set, tmp_path) -> None:
     lists = section(tmp_path).model_copy(update={"n_validation": 2, "n_test": 4})
     prompts.prepare(lists, len, tmp_path / "out", {"pickapic": f"{DATA}/validation_unique-*.parquet"})

@@ -8,14 +8,13 @@ They have different seeds and training scenes; they share the renderer.
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spo.runtime.files import read_json
+from spo.runtime.files import atomic, read_json, write_json, write_text
 
 if TYPE_CHECKING:
     from tools.scenes.preferences import Pairs
@@ -54,7 +53,7 @@ class Build:
         """Facts about the world, shipped with it: world.json."""
         path = self.output / "world.json"
         facts = read_json(path, "facts") if path.exists() else {}
-        path.write_text(json.dumps({**facts, name: content}, indent=1) + "\n", encoding="utf-8")
+        write_json(path, {**facts, name: content})
 
 
 def run(build: Build, until: str | None = None, only: str | None = None) -> None:
@@ -67,6 +66,7 @@ def run(build: Build, until: str | None = None, only: str | None = None) -> None
         if name is not None and name not in STEPS:
             raise ValueError(f"no step {name!r} in `python -m tools.scenes`; there are: {', '.join(STEPS)}")
     build.work.mkdir(parents=True, exist_ok=True)
+    own_files(build.output)
     for name in [only] if only else STEPS:
         mark = build.work / f"{name}.done"
         if not mark.exists():
@@ -75,6 +75,14 @@ def run(build: Build, until: str | None = None, only: str | None = None) -> None
             mark.touch()
         if name == until:
             break
+
+
+def own_files(folder: Path) -> None:
+    """Replace links by copies: as a link of DVC's, a file of data/ is one of its cache."""
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and (path.is_symlink() or path.stat().st_nlink > 1):
+            with atomic(path) as partial:
+                shutil.copyfile(path, partial)
 
 
 def _base(build: Build) -> None:
@@ -88,14 +96,13 @@ def _prompts(build: Build) -> None:
     from tools.scenes.pictures import different_captions
 
     folder = build.output / "prompts"
-    folder.mkdir(parents=True, exist_ok=True)
     lists = {
         "train": different_captions(N_TRAIN_PROMPTS, build.seed + SEED_TRAIN_PROMPTS),
         "evaluation": different_captions(N_EVALUATION_PROMPTS, build.seed + SEED_EVALUATION),
         "vocabulary": world.vocabulary(),
     }
     for name, lines in lists.items():
-        (folder / f"{name}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        write_text(folder / f"{name}.txt", "\n".join(lines) + "\n")
 
 
 def _perception(name: str, width: int, own: int) -> Callable[[Build], None]:

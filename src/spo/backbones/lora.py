@@ -13,6 +13,7 @@ import torch
 
 from spo import config
 from spo.backbones import lora_file
+from spo.runtime.files import atomic
 
 FILE = "pytorch_lora_weights.safetensors"
 ADAPTER = "default"
@@ -48,15 +49,15 @@ def save(unet: Any, pipeline_class: Any, folder: Path) -> None:
     from peft.utils import get_peft_model_state_dict
 
     state = convert_state_dict_to_diffusers(get_peft_model_state_dict(unet))
-    folder.mkdir(parents=True, exist_ok=True)
     adapter = unet.peft_config[ADAPTER]
-    pipeline_class.save_lora_weights(
-        save_directory=folder,
-        unet_lora_layers=state,
-        weight_name=FILE,
-        unet_lora_adapter_metadata={k: _plain(v) for k, v in adapter.to_dict().items()},
-    )
-    _sort_header(folder / FILE)
+    with atomic(folder / FILE) as partial:
+        pipeline_class.save_lora_weights(
+            save_directory=folder,
+            unet_lora_layers=state,
+            weight_name=partial.name,
+            unet_lora_adapter_metadata={k: _plain(v) for k, v in adapter.to_dict().items()},
+        )
+        _sort_header(partial)
 
 
 def _sort_header(file: Path) -> None:

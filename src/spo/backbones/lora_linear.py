@@ -27,7 +27,8 @@ class MergedLoraLinear(Linear):
         base: Any = self.get_base_layer()
         if self.disable_adapters:
             return F.linear(x, base.weight, base.bias)
-        down, up = self.lora_A[adapter].weight, self.lora_B[adapter].weight
+        down: Any = self.lora_A[adapter].weight
+        up: Any = self.lora_B[adapter].weight
         if x.dtype != torch.float32:
             added = F.linear(F.linear(x, down.to(x.dtype)), up.to(x.dtype))
             return F.linear(x, base.weight, base.bias) + self.scaling[adapter] * added

@@ -11,6 +11,7 @@ from typing import Any
 
 from spo import config
 from spo.runtime import launch
+from spo.runtime.files import write_text
 
 # stage: (description, variants or methods that it takes as an argument)
 STAGES: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -215,7 +216,7 @@ def _run_preset(args: argparse.Namespace) -> None:
     text = config.preset(args.name)
     if args.output.exists() and args.output.read_text(encoding="utf-8") != text and not args.force:
         raise ValueError(f"{args.output} exists and differs; --force overwrites it")
-    args.output.write_text(text, encoding="utf-8")
+    write_text(args.output, text)
     print(f"{args.output}: {args.name}")
 
 

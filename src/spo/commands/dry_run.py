@@ -105,7 +105,7 @@ def _memory(params: Params, stage: str, variant: str | None, cut: Budget) -> lis
     from spo import estimate
     from spo.training import budget
 
-    found, limit = estimate.peak(params, stage, variant, cut), budget.memory(params.device)
+    found, limit = estimate.peak(params, stage, variant, cut), budget.usable(budget.memory(params.device))
     phases = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in found.phases.items())
     lines = [
         f"memory: {found.most / 1e9:.2f} GB at the peak, beside what the libraries take: {phases}; "
@@ -113,7 +113,7 @@ def _memory(params: Params, stage: str, variant: str | None, cut: Budget) -> lis
         f"device: {_budget(cut)}; {limit / 1e9:.1f} GB to plan for",
     ]
     if found.most > limit:
-        smaller = budget.smallest()
+        smaller = budget.LEAST
         least = estimate.peak(params, stage, variant, smaller)
         fits = f"{least.most / 1e9:.1f} GB with {_budget(smaller)}"
         lines.append(f"more than the device has; {fits}" + (", which fits" if least.most <= limit else ""))

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spo.config import Params, Variant
-from spo.runtime.files import require, write_json
+from spo.runtime.files import atomic, require, write_json
 from spo.runtime.launch import is_main_process
 
 if TYPE_CHECKING:
@@ -91,8 +91,8 @@ def score(
     if not is_main_process():
         return ""
     output = output or OUTPUT / folder.stem
-    output.mkdir(parents=True, exist_ok=True)
-    scored["method"].to_csv(output / "scores.csv", index=False, float_format="%.6f")
+    with atomic(output / "scores.csv") as partial:
+        scored["method"].to_csv(partial, index=False, float_format="%.6f", lineterminator="\n")
     samples, seed, enough = params.report.bootstrap_samples, params.seed, params.registry.min_prompts
     lines = [f"{folder}: {len(scored['method'])} images, scores in {output / 'scores.csv'}"]
     by_prompt = statistics.prompt_means(scored["method"])
@@ -131,7 +131,7 @@ def _line(row: Mapping[str, Any]) -> str:
     return f"  {row['metric']:18} {row['mean_difference']:+9.4f}{interval}, {better}"
 
 
-def _table(params: Params, images: list[Image.Image], prompts: list[str], device: str) -> DataFrame:
+def _table(params: Params, images: Sequence[Image.Image], prompts: list[str], device: str) -> DataFrame:
     import pandas as pd
 
     from spo.evaluation.scoring import score_images
@@ -148,29 +148,35 @@ def _prompts(file: Path) -> list[str]:
 
 
 def _checked(prompts: list[str], file: str) -> list[str]:
-    from spo.data.prompts import flaw
+    """Clean prompts as the stage `prompts` does.
+
+    Raises:
+        ValueError: no prompts, an empty one, or one that cannot be encoded.
+    """
+    from spo.data.prompts import clean, flaw
 
     if not prompts:
         raise ValueError(f"{file}: is empty; it must have at least one prompt")
     for row, prompt in enumerate(prompts, start=1):
-        if not prompt.strip():
+        if not clean(prompt):
             raise ValueError(f"{file}: prompt {row} is empty; every image needs a prompt")
         if reason := flaw(prompt):
             raise ValueError(f"{file}: prompt {row} has {reason}; it cannot be encoded")
-    return prompts
+    return [*map(clean, prompts)]
 
 
-def _images(folder: Path, given: Path | Sequence[str] | None) -> tuple[list[Image.Image], list[str]]:
+def _images(folder: Path, given: Path | Sequence[str] | None) -> tuple[Sequence[Image.Image], list[str]]:
     """The images in the order of their names (2 before 10) or of an archive, and their prompts."""
     from spo.data.folders import list_images
-    from spo.data.images import ARCHIVE
+    from spo.data.images import ARCHIVE, Pictures
 
+    images: Sequence[Image.Image]
     if (folder / ARCHIVE).exists():
         images, prompts = _archive(folder)
         if given is None:
             return images, prompts
     else:
-        images = [_open(path) for path in list_images(folder)]
+        images = Pictures(list_images(folder), lambda paths: map(_open, paths))
         if given is None:
             raise ValueError(
                 f"{folder}: give --prompts FILE with a prompt for each of the {len(images)} images"
@@ -185,19 +191,19 @@ def _images(folder: Path, given: Path | Sequence[str] | None) -> tuple[list[Imag
     return images, prompts
 
 
-def _archive(folder: Path) -> tuple[list[Image.Image], list[str]]:
+def _archive(folder: Path) -> tuple[Sequence[Image.Image], list[str]]:
     """The images and prompts that `spo generate` wrote to `folder`; other images beside them are refused."""
     from spo.data.folders import find_images
-    from spo.data.images import ARCHIVE, load_images
+    from spo.data.images import ARCHIVE, archived
 
     if others := find_images(folder):
         raise ValueError(
             f"{folder}: contains {ARCHIVE} and {others[0].name}; give a folder with one of the two"
         )
-    rows = list(load_images(folder))
-    if not rows:
+    images, prompts, _ = archived(folder)
+    if not images:
         raise ValueError(f"{folder / ARCHIVE}: no images in this archive")
-    return [image for image, _, _ in rows], [prompt for _, prompt, _ in rows]
+    return images, _checked(prompts, str(folder / ARCHIVE))
 
 
 def _open(path: Path) -> Image.Image:

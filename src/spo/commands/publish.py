@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from spo.config import METHODS, Params
 from spo.evaluation import publication
-from spo.runtime.files import read_text, require
+from spo.runtime.files import read_text, require, write_text
 from spo.runtime.hub import is_hub_id
 from spo.runtime.messages import one_line
 
@@ -118,7 +118,7 @@ def _to_folder(params: Params, adapter: Path, method: str, details: Publication,
         _copy_licence(Path(params.backbone.checkpoint), content)
         samples = _write_samples(content / SAMPLES, method, rows[0]["baseline"])
         text = publication.text(written, params, method, rows, samples, details)
-        (content / publication.FILE).write_text(text, encoding="utf-8")
+        write_text(content / publication.FILE, text)
         content.replace(folder)
     return folder
 

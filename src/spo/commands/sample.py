@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from spo.config import VARIANTS, Params
+from spo.runtime.files import atomic, require
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 
 def run(
@@ -23,12 +28,13 @@ def run(
         adapter: replaces the variant's own adapter.
 
     Raises:
-        ValueError: an unknown variant, words outside the vocabulary, or a missing adapter.
+        ValueError: an unknown variant or image format, words outside the vocabulary, or a missing adapter.
     """
+    from PIL import Image
+
     from spo import backbones
     from spo.data.prompts import check_vocabulary, flaw
     from spo.evaluation import generation
-    from spo.runtime.files import require
     from spo.training import budget, distributed
 
     if reason := flaw(prompt):
@@ -36,6 +42,11 @@ def run(
     if method not in VARIANTS:
         raise ValueError(f"--method {method}: unknown variant; known: {', '.join(VARIANTS)}")
     variant = getattr(params.generate, method)
+    kind = Image.registered_extensions().get(output.suffix.lower())
+    if kind not in Image.SAVE:
+        raise ValueError(
+            f"--output {output}: {output.suffix or 'no ending'} is no image format; give FILE.png"
+        )
     if guidance is not None:
         variant = variant.model_copy(update={"guidance": guidance})
     if adapter is not None:
@@ -49,12 +60,13 @@ def run(
     )
     seeds = [seed + i for i in range(n)]
     images = list(generation.draw(backbone, params, variant, [prompt] * n, seeds))
-    _side_by_side(images, output)
+    with atomic(output) as partial:
+        _side_by_side(images).save(partial, kind)
     return output
 
 
-def _side_by_side(images: list, output: Path) -> None:
-    """Write images side by side; small ones are enlarged to a side of about 384 pixels for viewing."""
+def _side_by_side(images: list) -> Image.Image:
+    """Images side by side; small ones are enlarged to a side of about 384 pixels for viewing."""
     from PIL import Image
 
     width, height = images[0].size
@@ -62,5 +74,4 @@ def _side_by_side(images: list, output: Path) -> None:
     sheet = Image.new("RGB", (width * len(images), height))
     for i, image in enumerate(images):
         sheet.paste(image, (i * width, 0))
-    output.parent.mkdir(parents=True, exist_ok=True)
-    sheet.resize((sheet.width * factor, sheet.height * factor), Image.Resampling.BICUBIC).save(output)
+    return sheet.resize((sheet.width * factor, sheet.height * factor), Image.Resampling.BICUBIC)

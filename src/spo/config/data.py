@@ -18,7 +18,7 @@ class Prompts(Section):
     seed: Seed = 0  # of the split; apart from the training seed, so that runs of other seeds are comparable
     train: str  # a file of captions: .json, .jsonl, .csv, .tsv, .txt or .parquet
     evaluation: str  # the same, for the test and validation prompts
-    pairs: str  # folder of preference shards, whose captions are excluded from the evaluation prompts
+    pairs: str  # preference shards whose captions, as those of pairs.source, are no evaluation prompts
     vocabulary: str | None = None  # a file of allowed words, one per line
     block_list: str | None = None  # a file of forbidden words and phrases, one per line
     max_tokens: Annotated[int, Field(ge=3, le=77)] = 77  # of a CLIP text encoder; start and end count too

@@ -1,9 +1,9 @@
 """Decode images to 8-bit RGB as a viewer shows them: one decoder for pairs, scores and the report.
 
 The EXIF orientation is applied, transparency is composited on white, 16 bits are scaled to 8, and colours are
-converted to sRGB from an embedded ICC profile or a PNG's gAMA chunk. As in browsers, a damaged EXIF block, a
-damaged profile and a profile of another colour space than the image's are ignored. PNG's cHRM and cICP chunks
-are not read.
+converted to sRGB from an embedded ICC profile or a PNG's gAMA chunk. As in browsers, damaged metadata, a
+profile of another colour space than the image's, and the further images in a phone's JPEG are ignored. PNG's
+cHRM and cICP chunks are not read.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
 
+from spo.data import containers
 from spo.runtime.messages import first_line
 
 MAX_PIXELS = 64_000_000  # beyond any preference data set: a decompression bomb
@@ -68,14 +69,18 @@ def open_image(data: bytes) -> Image.Image:
 
 
 def _decode(data: bytes) -> Image.Image:
-    if image_format(data) not in FORMATS:
+    kind = image_format(data)
+    if kind not in FORMATS:
         raise ValueError(_other_format(data))
+    if kind != "WEBP":
+        data = containers.png(data) if kind == "PNG" else containers.jpeg(data)
     image = Image.open(io.BytesIO(data), formats=FORMATS)
     if image.width * image.height > MAX_PIXELS:
         raise ValueError(f"{image.width} x {image.height} pixels are more than {MAX_PIXELS}")
-    # the other images in a phone's JPEG (MPO) are previews and depth maps: viewers show the first
-    if getattr(image, "is_animated", False) and image.format != "MPO":
+    if getattr(image, "is_animated", False):
         raise ValueError(f"an animation of {getattr(image, 'n_frames', 0)} frames; give a still image")
+    if kind == "PNG":
+        containers.check_png_pixels(data)
     image.load()
     alpha = _alpha(image, data)
     colours = _in_srgb(_eight_bits(image), image.info)

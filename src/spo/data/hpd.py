@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from spo.data import values
-from spo.data.pairs import Rejected, check
-from spo.types import PreferencePair
+from spo.data.pairs import Check, Rejected, Rows, check, parse
+from spo.data.prompt_columns import agreed, is_caption
+from spo.data.prompt_files import unique_keys
 
 BLOCK = 1 << 16  # characters read at a time
 MAX_ENTRY = 1 << 20  # characters of an entry
@@ -30,19 +31,24 @@ def count_rows(path: Path) -> int:
 
 
 def read_captions(path: Path) -> Iterator[str]:
-    """Iterate over the prompts of all entries; a prompt that `read_rows` rejects is empty."""
-    for entry in entries(path):
+    """Iterate over the prompts of all entries; a prompt that `read_rows` rejects is empty.
+
+    Raises:
+        ValueError: as `entries`; an entry whose prompt another key contradicts.
+    """
+    for row, entry in enumerate(entries(path)):
+        prompt = _agreed(entry, f"{path}: entry {row}") if isinstance(entry, dict) else None
         try:
-            yield values.read_caption("prompt", entry.get("prompt")) if isinstance(entry, dict) else ""
+            yield values.read_caption("prompt", prompt)
         except ValueError:
             yield ""
 
 
-def read_rows(path: Path) -> Iterator[tuple[PreferencePair | None, Rejected | None]]:
+def read_rows(path: Path, check: Check = check) -> Rows:
     """Iterate over all entries, each as a pair or as its rejection; like `spo.data.pairs.read_rows`."""
     for row, entry in enumerate(entries(path)):
         try:
-            yield check(_record(entry, path.parent), None), None
+            yield check(parse(_record(entry, path.parent), None)), None
         except ValueError as error:
             yield None, Rejected(path.name, row, str(error))
 
@@ -51,7 +57,7 @@ def entries(path: Path) -> Iterator[Any]:
     """Iterate over the entries of a JSON list, with one entry in memory at a time.
 
     Raises:
-        ValueError: not a JSON list, or a truncated one.
+        ValueError: not a JSON list, a truncated one, or a key twice in an entry.
     """
     number = 0
     try:
@@ -83,7 +89,7 @@ def _entries(file: TextIO) -> Iterator[Any]:
 
 def _next(file: TextIO, text: str) -> tuple[Any, str]:
     """Parse the entry at the start of `text`; returns it and the text after it, reading more if needed."""
-    decoder = json.JSONDecoder()
+    decoder = json.JSONDecoder(object_pairs_hook=unique_keys)
     while True:
         try:
             entry, end = decoder.raw_decode(text)
@@ -114,13 +120,18 @@ def _record(entry: Any, folder: Path) -> dict[str, Any]:
     for name, value in (("file_path", files), ("human_preference", votes)):
         if not isinstance(value, list) or len(value) != 2:
             raise ValueError(f"{name} is {ascii(value)[:60]}; must be a list of two values")
-    caption = values.read_caption("prompt", entry["prompt"])
+    caption = values.read_caption("prompt", _agreed(entry, "the entry"))
     votes = [values.read_number("human_preference", vote) for vote in votes]
     if votes == [1, 1] or votes == [0, 0]:
         votes = [0.5, 0.5]
     images = [_read_image(folder, name) for name in files]
     labels = {"label_0": votes[0], "label_1": votes[1]}
     return {"caption": caption, "jpg_0": images[0], "jpg_1": images[1], **labels}
+
+
+def _agreed(entry: dict[str, Any], where: str) -> Any:
+    given = {name: entry[name] for name in entry if is_caption(name)}
+    return agreed(given, where) if "prompt" in entry else None
 
 
 def _read_image(folder: Path, name: Any) -> bytes:

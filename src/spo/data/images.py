@@ -5,8 +5,10 @@ from __future__ import annotations
 import csv
 import io
 import zipfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from spo.data.decoding import MAX_PIXELS, open_image
-from spo.runtime.files import atomic
+from spo.runtime.files import atomic, remove_partials
 from spo.runtime.messages import first_line
 
 # mean and standard deviation of the pixels of CLIP's training images, [3,1,1], in [0,1]
@@ -85,6 +87,7 @@ def save_images(
 ) -> None:
     """Write `folder`/images.zip: 00000.png ... and index.csv (file, prompt, seed), all or nothing."""
     rows = []
+    remove_partials(folder)
     with atomic(folder / ARCHIVE) as partial, zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
         for number, (image, prompt, seed) in enumerate(zip(images, prompts, seeds, strict=True)):
             buffer = io.BytesIO()
@@ -92,10 +95,53 @@ def save_images(
             name = f"{number:05d}.png"
             archive.writestr(zipfile.ZipInfo(name, _EPOCH), buffer.getvalue())
             rows.append((name, prompt, seed))
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerows([("file", "prompt", "seed"), *rows])
-        archive.writestr(zipfile.ZipInfo(INDEX, _EPOCH), text.getvalue())
+        lines = map(_csv_line, [("file", "prompt", "seed"), *rows])
+        archive.writestr(zipfile.ZipInfo(INDEX, _EPOCH), "".join(lines))
+
+
+def _csv_line(fields: Sequence[object]) -> str:
+    """A row and a line feed; csv quotes a carriage return in a field only if it ends lines, too."""
+    line = io.StringIO(newline="")
+    csv.writer(line, lineterminator="\r\n").writerow(fields)
+    return line.getvalue().removesuffix("\r\n") + "\n"
+
+
+class Pictures(Sequence[Image.Image]):
+    """Images that are read when they are indexed, so that no more than a slice is in memory."""
+
+    def __init__(self, names: Sequence[Any], read: Callable[[Sequence[Any]], Iterable[Image.Image]]) -> None:
+        """
+        Args:
+            read: opens the images of some of the names, in order.
+        """
+        self._names, self._read = names, read
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __getitem__(self, index: Any) -> Any:
+        """The image at a number, or the list of those in a slice; raises as `read`."""
+        if isinstance(index, slice):
+            return list(self._read(self._names[index]))
+        return next(iter(self._read([self._names[index]])))
+
+
+def archived(folder: Path) -> tuple[Pictures, list[str], list[int]]:
+    """The images of `folder`/images.zip, their prompts and their seeds; raises as `load_images`."""
+    with _archive(folder) as archive:
+        rows = list(_index(archive))
+    return archive_images(folder, len(rows)), [prompt for _, prompt, _ in rows], [seed for _, _, seed in rows]
+
+
+def archive_images(folder: Path, count: int) -> Pictures:
+    """The `count` images of `folder`/images.zip, which is opened when they are asked for."""
+
+    def read(numbers: Sequence[int]) -> list[Image.Image]:
+        with _archive(folder) as archive:
+            files = [file for file, _, _ in _index(archive)]
+            return [open_image(_entry(archive, files[number])) for number in numbers]
+
+    return Pictures(range(count), read)
 
 
 def load_images(folder: Path) -> Iterator[tuple[Image.Image, str, int]]:
@@ -104,19 +150,31 @@ def load_images(folder: Path) -> Iterator[tuple[Image.Image, str, int]]:
     Raises:
         ValueError: a missing or damaged archive.
     """
+    with _archive(folder) as archive:
+        for file, prompt, seed in _index(archive):
+            yield open_image(_entry(archive, file)), prompt, seed
+
+
+@contextmanager
+def _archive(folder: Path) -> Iterator[zipfile.ZipFile]:
     path = folder / ARCHIVE
     if not path.exists():
         raise ValueError(f"{path}: no such archive; run `make repro` or `spo generate {folder.name}`")
     try:
         with zipfile.ZipFile(path) as archive:
-            for row in csv.DictReader(io.StringIO(_entry(archive, INDEX).decode())):
-                yield open_image(_entry(archive, row["file"])), row["prompt"], int(row["seed"])
+            yield archive
     except MemoryError:
         raise
     except Exception as error:  # zipfile raises many types for truncated files
         raise ValueError(
             f"{path}: damaged ({first_line(error, 200)}); delete it and run `dvc repro`"
         ) from None
+
+
+def _index(archive: zipfile.ZipFile) -> Iterator[tuple[str, str, int]]:
+    """File, prompt and seed of each image."""
+    for row in csv.DictReader(io.StringIO(_entry(archive, INDEX).decode(), newline="")):
+        yield row["file"], row["prompt"], int(row["seed"])
 
 
 def _entry(archive: zipfile.ZipFile, name: str) -> bytes:

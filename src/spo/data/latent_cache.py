@@ -15,7 +15,10 @@ if TYPE_CHECKING:
     from spo.types import Backbone
 
 # what decodes the images and encodes them to latents
-CODE = ("backbones/stable_diffusion.py", "data/decoding.py", "data/images.py", "data/latents.py")
+CODE = (
+    *("backbones/stable_diffusion.py", "data/containers.py", "data/decoding.py"),
+    *("data/images.py", "data/latents.py"),
+)
 
 
 def latent_pairs(params: Params, backbone: Backbone, part: str) -> EncodedPairs:

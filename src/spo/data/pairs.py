@@ -8,18 +8,23 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from spo.data import columns, remote, values
+from spo.data.prompt_columns import agreed, is_caption
+from spo.data.prompts import key
 from spo.runtime import hub
 from spo.runtime.messages import first_line
 from spo.types import PreferencePair
 
 REQUIRED = ("caption", "jpg_0", "jpg_1", "label_0", "label_1")
 READ_BATCH = 64  # rows
+SHARD_BYTES = 1 << 26  # of a shard's images: about four times as much is in memory while it is written
 BUFFER = 1 << 20  # bytes of a column that are read ahead; the default is a row group's complete column
 
 
@@ -30,6 +35,10 @@ class Rejected:
     shard: str
     row: int
     reason: str
+
+
+Check = Callable[[PreferencePair], PreferencePair]
+Rows = Iterator[tuple[PreferencePair, None] | tuple[None, Rejected]]
 
 
 def shards(source: str | Path) -> list[str | Path]:
@@ -66,8 +75,23 @@ def count_rows(paths: Sequence[str | Path]) -> int:
     return sum(_open(path).metadata.num_rows for path in paths)
 
 
-def read_rows(paths: Sequence[str | Path]) -> Iterator[tuple[PreferencePair | None, Rejected | None]]:
-    """Iterate over all rows of the shards, each as a pair or as its rejection.
+def decoded(pair: PreferencePair) -> tuple[Image.Image, Image.Image]:
+    """Decode the images of a pair.
+
+    Raises:
+        ValueError: an image that cannot be decoded, by the name of its column.
+    """
+    return values.decoded("jpg_0", pair.image_0), values.decoded("jpg_1", pair.image_1)
+
+
+def check(pair: PreferencePair) -> PreferencePair:
+    """Check that the images of a pair can be decoded; raises as `decoded`."""
+    decoded(pair)
+    return pair
+
+
+def read_rows(paths: Sequence[str | Path], check: Check = check) -> Rows:
+    """Iterate over all rows of the shards, each as a pair or as its rejection by `check`.
 
     Raises:
         ValueError: a file that is not parquet or is damaged, or a column that is missing or of another type.
@@ -75,27 +99,40 @@ def read_rows(paths: Sequence[str | Path]) -> Iterator[tuple[PreferencePair | No
     for path in paths:
         file = _open(path)
         columns.check_columns(file, REQUIRED, str(path))
-        names = [*REQUIRED, *(c for c in columns.OPTIONAL if c in file.schema_arrow.names)]
+        optional = [c for c in columns.OPTIONAL if c in file.schema_arrow.names]
+        names = [*REQUIRED, *optional, *_other_captions(file)]
         shard = str(path).rsplit("/", 1)[-1]
         folder = None if remote.is_remote(path) else Path(path).parent
         for row, record in enumerate(records(path, names)):
             try:
-                yield check(record, folder), None
+                yield check(parse(record, folder)), None
             except ValueError as error:
                 yield None, Rejected(shard, row, str(error))
+
+
+def _other_captions(file: Any) -> list[str]:
+    """The columns besides `caption` that may hold a row's prompt."""
+    schema = file.schema_arrow
+    return [
+        n
+        for n in schema.names
+        if is_caption(n) and n != "caption" and columns.holds_text(schema.field(n).type)
+    ]
 
 
 def read_captions(paths: Sequence[str | Path]) -> Iterator[str]:
     """Iterate over the captions of all rows; a caption that `read_rows` rejects is empty.
 
     Raises:
-        ValueError: as `read_rows`, for the caption column.
+        ValueError: as `read_rows`, for the caption column; a row whose caption another column contradicts.
     """
     for path in paths:
-        columns.check_columns(_open(path), ["caption"], str(path))
-        for record in records(path, ["caption"]):
+        file = _open(path)
+        columns.check_columns(file, ["caption"], str(path))
+        for row, record in enumerate(records(path, ["caption", *_other_captions(file)])):
+            caption = agreed(record, f"{path}: row {row}")
             try:
-                yield values.read_caption("caption", record["caption"])
+                yield values.read_caption("caption", caption)
             except ValueError:
                 yield ""
 
@@ -117,8 +154,8 @@ def records(path: str | Path, names: list[str]) -> Iterator[dict[str, Any]]:
         raise ValueError(f"{path}: damaged after row {row} ({first_line(error)}); fetch it again") from None
 
 
-def check(record: dict[str, Any], folder: Path | None) -> PreferencePair:
-    """Convert a row in Pick-a-Pic's columns to a pair.
+def parse(record: dict[str, Any], folder: Path | None) -> PreferencePair:
+    """Convert a row in Pick-a-Pic's columns to a pair, whose images are not decoded yet.
 
     Args:
         folder: of images that the row stores by path; None: such images are rejected.
@@ -129,7 +166,8 @@ def check(record: dict[str, Any], folder: Path | None) -> PreferencePair:
     labelled = record.get("has_label")
     if labelled is not None and not values.read_flag("has_label", labelled):
         raise ValueError("has_label is false")
-    caption = values.read_caption("caption", record["caption"])
+    given = {name: record[name] for name in record if is_caption(name)}
+    caption = values.read_caption("caption", agreed(given, "the row"))
     labels = values.read_labels((record["label_0"], record["label_1"]))
     left, right = (values.read_image(name, record[name], folder) for name in ("jpg_0", "jpg_1"))
     examples = record.get("num_example_per_prompt")
@@ -140,21 +178,22 @@ def check(record: dict[str, Any], folder: Path | None) -> PreferencePair:
 
 
 def is_validation(caption: str, fraction: float) -> bool:
-    """Whether a caption's pairs are for validation, by its hash: no caption is in both parts.
+    """Whether a caption's pairs are for validation, by the hash of its key: no prompt is in both parts.
 
     The same for every seed, so that a scorer trained on the training part never sees the other.
     """
-    digest = hashlib.sha256(caption.encode()).digest()
+    digest = hashlib.sha256(key(caption).encode()).digest()
     return int.from_bytes(digest[:8], "big") < fraction * 2**64
 
 
 class ShardWriter:
-    """Writes pairs to 00000.parquet, ... of at most `rows_per_shard` rows each."""
+    """Writes pairs to 00000.parquet, ... of at most `rows_per_shard` rows and about SHARD_BYTES each."""
 
     def __init__(self, folder: Path, rows_per_shard: int) -> None:
         self.folder, self.rows_per_shard, self.count = folder, rows_per_shard, 0
         self.labels = Counter[str]()
         self._rows: list[dict[str, Any]] = []
+        self._bytes, self._shards = 0, 0
         folder.mkdir(parents=True, exist_ok=True)
 
     def add(self, pair: PreferencePair) -> None:
@@ -162,7 +201,8 @@ class ShardWriter:
         self._rows.append(asdict(pair))
         self.labels["ties" if pair.label_0 == 0.5 else "decided"] += 1
         self.count += 1
-        if len(self._rows) == self.rows_per_shard:
+        self._bytes += len(pair.image_0) + len(pair.image_1)
+        if len(self._rows) == self.rows_per_shard or self._bytes >= SHARD_BYTES:
             self.close()
 
     def close(self) -> None:
@@ -171,10 +211,9 @@ class ShardWriter:
         import pyarrow.parquet as pq
 
         if self._rows:
-            number = (self.count - 1) // self.rows_per_shard
-            path = self.folder / f"{number:05d}.parquet"
+            path = self.folder / f"{self._shards:05d}.parquet"
             pq.write_table(pa.Table.from_pylist(self._rows), path, compression="none")
-            self._rows = []
+            self._rows, self._bytes, self._shards = [], 0, self._shards + 1
 
 
 def read_pairs(folder: str | Path) -> Iterator[PreferencePair]:

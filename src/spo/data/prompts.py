@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import html
 import re
 import unicodedata
 from collections import Counter
@@ -11,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from spo.data.prompt_files import read_prompts
+from spo.data.prompt_files import read_prompts, read_text
 
 # Punctuation with a meaning: C# is not C, 1/2 is not 12.
 SIGNS = frozenset("#%&@*/\\\u2030\u2031\u2032\u2033\u00a7\u00b6\u2020\u2021\u203b")
@@ -23,6 +24,13 @@ UNSPACED = ("CJK", "HIRAGANA", "KATAKANA", "THAI", "LAO", "KHMER", "MYANMAR", "T
 INVISIBLE = frozenset(
     map(chr, (0xAD, 0x61C, 0x180E, 0x200B, 0x200E, 0x200F, 0x2060, 0xFEFF, 0xFFF9, 0xFFFA, 0xFFFB))
 ) | frozenset(map(chr, (*range(0x202A, 0x202F), *range(0x2061, 0x2070))))
+
+# Tokens that are not read as text: those of CLIP, open_clip, T5 and RoBERTa in any case, those of BERT and
+# BLIP in upper case only, since brackets are weights in many prompts.
+SPECIAL = re.compile(
+    r"(?i:<\|\w+\|>|</?s>|<(?:pad|unk|mask|bos|eos|(?:start|end)_of_text|extra_id_\d+)>)"
+    r"|\[(?:CLS|SEP|PAD|MASK|UNK|BOS|EOS|DEC|ENC)\]"
+)
 
 
 def clean(prompt: str) -> str:
@@ -83,10 +91,21 @@ def _is_meaningful(before: str, character: str, after: str) -> bool:
 
 
 def flaw(prompt: str) -> str | None:
-    """Why a prompt cannot be encoded; None if it can."""
-    if any("\ud800" <= c <= "\udfff" for c in prompt):
-        return "half of a surrogate pair"
-    return "a NUL character" if "\0" in prompt else None
+    """Why a prompt cannot be encoded; None if it can.
+
+    A special token is refused in every spelling that a tokenizer's own cleaning makes one (open_clip replaces
+    HTML entities, full-width letters and ligatures): the text behind it would not count.
+    """
+    for i, character in enumerate(prompt):
+        if "\ud800" <= character <= "\udfff":
+            return f"half of a surrogate pair at character {i}"
+    if "\0" in prompt:
+        return "a NUL character"
+    text = prompt
+    while (plain := html.unescape(text)) != text:
+        text = plain
+    token = SPECIAL.search(unicodedata.normalize("NFKC", clean(text)))
+    return f"the special token {token[0]} of a tokenizer" if token else None
 
 
 @dataclass
@@ -208,7 +227,7 @@ def check_vocabulary(prompts: Iterable[str], path: str | Path) -> None:
     Raises:
         ValueError: the first prompt with unknown words, and the nearest known words.
     """
-    known = set(Path(path).read_text(encoding="utf-8").split())
+    known = set(read_text(Path(path)).split())
     for prompt in prompts:
         unknown = [w for w in prompt.casefold().split() if w not in known]
         if unknown:

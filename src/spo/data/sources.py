@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from spo.data import hpd, pairs, remote
-from spo.types import PreferencePair
 
 HPD = "train.json"
 
@@ -21,14 +20,14 @@ def count_rows(source: str | Path) -> int:
     return hpd.count_rows(file) if file else pairs.count_rows(pairs.shards(source))
 
 
-def read_rows(source: str | Path) -> Iterator[tuple[PreferencePair | None, pairs.Rejected | None]]:
-    """Iterate over all rows, each as a pair or as its rejection.
+def read_rows(source: str | Path, check: pairs.Check = pairs.check) -> pairs.Rows:
+    """Iterate over all rows, each as a pair or as its rejection by `check`.
 
     Raises:
         ValueError: no such source, or a file that is damaged or of another schema.
     """
     file = _hpd_file(source)
-    return hpd.read_rows(file) if file else pairs.read_rows(pairs.shards(source))
+    return hpd.read_rows(file, check) if file else pairs.read_rows(pairs.shards(source), check)
 
 
 def read_captions(source: str | Path) -> Iterator[str]:

@@ -15,8 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from spo.data.decoding import open_image
+from spo.data.prompts import clean, flaw
 from spo.runtime.messages import first_line
 
 MAX_FILE = 1 << 28  # bytes of an image file
@@ -28,7 +30,7 @@ def read_caption(name: str, value: Any) -> str:
     """Read a caption from text or UTF-8 bytes.
 
     Raises:
-        ValueError: a missing, empty or invalid text.
+        ValueError: a missing or empty text, or one that cannot be encoded.
     """
     if value is None:
         raise ValueError(f"{name} is missing")
@@ -39,12 +41,10 @@ def read_caption(name: str, value: Any) -> str:
             raise ValueError(f"{name} is not UTF-8 text at byte {error.start}") from None
     if not isinstance(value, str):
         raise ValueError(f"{name} is {_shown(value)}; must be text")
-    if not value.strip():
+    if not clean(value):
         raise ValueError(f"{name} is empty")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise ValueError(f"{name} has half of a surrogate pair at character {error.start}") from None
+    if reason := flaw(value):
+        raise ValueError(f"{name} has {reason}")
     return value
 
 
@@ -101,7 +101,7 @@ def read_image(name: str, value: Any, folder: Path | None) -> bytes:
         folder: of images that are stored by path; None: such images are refused.
 
     Raises:
-        ValueError: a missing value, or an image that cannot be decoded.
+        ValueError: a missing value, or one that is no file. It is not decoded: see `decoded`.
     """
     if isinstance(value, dict):
         data = _of_struct(name, value, folder)
@@ -115,11 +115,19 @@ def read_image(name: str, value: Any, folder: Path | None) -> bytes:
         raise ValueError(f"{name} is missing")
     if not isinstance(data, bytes):
         raise ValueError(f"{name} is {_shown(value)}; must be an encoded image")
+    return data
+
+
+def decoded(name: str, data: bytes) -> Image.Image:
+    """Decode an image.
+
+    Raises:
+        ValueError: as `open_image`, with the name.
+    """
     try:
-        open_image(data)
+        return open_image(data)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
-    return data
 
 
 def read_file(folder: Path, name: Any, subfolders: Sequence[str] = (".",)) -> bytes:

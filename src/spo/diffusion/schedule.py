@@ -5,9 +5,11 @@ meet. Keys, defaults and rounding are those of diffusers' DDIMScheduler, so the 
 discrete-time DDPM serves. Keys that say how another sampler steps (solver order, Karras sigmas) are not
 read, as there; keys that announce another forward process are refused.
 
-Departure from diffusers' DDIMScheduler:
+Departures from diffusers' DDIMScheduler:
 1. `clip_sample` is off where the file does not name it: latents are not confined to [-1, 1], and diffusers'
    Stable Diffusion pipeline switches it off.
+2. A step ends at the next timestep of the list. There it ends T // N before its own, which is another one for
+   `linspace` (10 steps: 999 to 899, and the next is 888) and for `trailing` where N does not divide T.
 """
 
 from __future__ import annotations
@@ -100,8 +102,14 @@ class Schedule:
         return self.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
 
     def alpha_previous(self, timesteps: Tensor) -> Tensor:
-        """alpha-bar one sampler step (T // N) before `timesteps` [B], as [B,1,1,1]."""
-        previous = timesteps - self.num_train_timesteps // len(self.timesteps)
+        """alpha-bar at the end of the sampler step from `timesteps` [B], as [B,1,1,1].
+
+        That of the next timestep in the list; of a timestep that is not in the list, T // N before it.
+        """
+        visited = timesteps[:, None] == self.timesteps  # [B,N]
+        following = torch.nn.functional.pad(self.timesteps[1:], (0, 1), value=-1)
+        elsewhere = timesteps - self.num_train_timesteps // len(self.timesteps)
+        previous = torch.where(visited.any(1), (visited * following).sum(1), elsewhere)
         known = self.alphas_cumprod[previous.clamp(min=0)]
         return torch.where(previous >= 0, known, self.final_alpha_cumprod).view(-1, 1, 1, 1)
 

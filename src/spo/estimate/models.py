@@ -78,7 +78,8 @@ def preference_model(settings: config.Preference) -> StepAwarePreferenceModel:
     Raises:
         OSError, ValueError: its config.json cannot be reached.
     """
-    found = CLIPConfig.from_pretrained(settings.init, revision=settings.revision)
+    how: dict[str, Any] = {"revision": settings.revision}
+    found = CLIPConfig.from_pretrained(settings.init, **how)
     with DEVICE:
         model = StepAwarePreferenceModel(CLIPModel(found), settings.step_condition)
     return model.to(DEVICE)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -175,7 +176,7 @@ def _updates(counter: _Counter, objective: Objective, settings: Any, ema: float)
             updates, _ = counter.phase("collecting", lambda: objective.collect(0))
             largest = max(updates, key=lambda parts: len(parts[0].timesteps))
             # two parts: the second has the gradients of the first beside it, as all others do
-            counter.phase("update", lambda parts=largest[:2]: loop.update(objective, parts, state))
+            counter.phase("update", partial(loop.update, objective, largest[:2], state))
 
 
 class _EightBit(torch.optim.Optimizer):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import io
-import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from spo.evaluation import plots
 from spo.evaluation.pages import environment
 from spo.evaluation.statistics import metrics
 from spo.evaluation.verdict import name
-from spo.runtime.files import atomic
+from spo.runtime.files import remove, write_text
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -55,8 +54,7 @@ def write(
         compared: the variant and the baseline whose difference is shown first.
     """
     folder = page.with_suffix("")
-    if folder.exists():
-        shutil.rmtree(folder)
+    remove(folder)
     thumbnails = _write_images(folder, images, sum(map(len, scores.values())))
     first = next(iter(scores.values()))
     rows = [
@@ -64,9 +62,8 @@ def write(
         for i, prompt in enumerate(first["prompt"])
     ]
     template = environment().get_template("gallery.html.j2")
-    text = template.render(title=title, rows=rows, variants=list(scores), data=_data(scores, compared))
-    with atomic(page) as partial:
-        partial.write_text(text, encoding="utf-8")
+    data = _data(scores, compared)
+    write_text(page, template.render(title=title, rows=rows, variants=list(scores), data=data))
 
 
 def _data(scores: Mapping[str, DataFrame], compared: tuple[str, str]) -> dict[str, Any]:

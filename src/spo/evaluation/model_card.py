@@ -12,6 +12,7 @@ from typing import Any
 
 from spo.config import Params, yaml_text
 from spo.methods import method_spec
+from spo.runtime.files import write_text
 from spo.runtime.hub import is_hub_id
 from spo.runtime.messages import public
 
@@ -24,7 +25,7 @@ def write(folder: Path, params: Params, method: str, trained: Mapping[str, Any])
     Args:
         trained: counts of the training; its times are omitted.
     """
-    (folder / "README.md").write_text(text(params, method, trained), encoding="utf-8")
+    write_text(folder / "README.md", text(params, method, trained))
 
 
 def text(params: Params, method: str, trained: Mapping[str, Any]) -> str:

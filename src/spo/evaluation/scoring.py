@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from spo.config import Params
@@ -13,14 +13,15 @@ if TYPE_CHECKING:
 
 def score_images(
     params: Params,
-    images: list[Any],
-    prompts: list[str],
+    images: Sequence[Any],
+    prompts: Sequence[str],
     device: str,
     cache: CheckpointStore | None = None,
 ) -> dict[str, list[float]]:
     """Score images by each scorer, with one scorer in memory at a time.
 
     Args:
+        images: read a batch at a time by each scorer, so that `data.images.Pictures` are never all in memory.
         cache: the main process saves the scores of each scorer there; cached scores are not computed again.
 
     Returns:
@@ -42,7 +43,9 @@ def score_images(
     return columns
 
 
-def _scorers(params: Params, device: str) -> list[Callable[[list[Any], list[str]], dict[str, list[float]]]]:
+def _scorers(
+    params: Params, device: str
+) -> list[Callable[[Sequence[Any], Sequence[str]], dict[str, list[float]]]]:
     """Functions of (images, prompts) that give scores by metric; each loads and releases its model."""
     from functools import partial
 
@@ -50,17 +53,25 @@ def _scorers(params: Params, device: str) -> list[Callable[[list[Any], list[str]
 
     score = params.score
 
-    def reward(name: str, settings: Any, images: list[Any], prompts: list[str]) -> dict[str, list[float]]:
+    def reward(
+        name: str, settings: Any, images: Sequence[Any], prompts: Sequence[str]
+    ) -> dict[str, list[float]]:
         return {name: load_scorer(name, settings, device, score.batch_size).score(images, prompts)}
 
-    def oracle(images: list[Any], prompts: list[str]) -> dict[str, list[float]]:
+    def oracle(images: Sequence[Any], prompts: Sequence[str]) -> dict[str, list[float]]:
         import torch
 
         from spo.data.images import to_tensor
-        from spo.scenes.oracle import Oracle
+        from spo.scenes.oracle import CHUNK, Oracle
 
         assert score.oracle is not None
-        return Oracle(score.oracle).score(torch.stack([to_tensor(p) for p in images]), prompts)
+        scorer = Oracle(score.oracle)
+        parts = [slice(start, start + CHUNK) for start in range(0, len(images), CHUNK)]
+        scores = [
+            scorer.score(torch.stack([to_tensor(image) for image in images[part]]), prompts[part])
+            for part in parts
+        ]
+        return {metric: [value for part in scores for value in part[metric]] for metric in Oracle.metrics}
 
     rewards = [partial(reward, name, settings) for name, settings in score.configured().items()]
     return [*rewards, oracle] if score.oracle is not None else list(rewards)

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from spo.data.prompts import key
+
 if TYPE_CHECKING:
     from pandas import DataFrame
 
@@ -143,15 +145,16 @@ def _one_pair(
 
 
 def prompt_means(table: DataFrame) -> DataFrame:
-    """Mean scores by prompt, in the order of the prompts; the seed is that of the first image.
+    """Mean scores by prompt (its key), in the order of the prompts; the seed is that of the first image.
 
     The images of a prompt are no independent samples, so that intervals are of prompts.
     """
-    if table["prompt"].is_unique:
+    names = table["prompt"].map(key)
+    if names.is_unique:
         return table
-    groups = table.groupby("prompt", sort=False)
+    groups = table.groupby(names, sort=False)
     means = groups[metrics(table)].mean()
-    return means.assign(seed=groups["seed"].first()).reset_index()
+    return means.assign(prompt=groups["prompt"].first(), seed=groups["seed"].first()).reset_index(drop=True)
 
 
 def metrics(table: DataFrame) -> list[str]:

@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from spo.config import LatentPreference
 from spo.diffusion.denoiser import is_guided
 from spo.preference import checkpoint
+from spo.runtime.files import atomic, write_json
 from spo.types import Backbone, Candidates, Conditioning, FeatureModel
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
@@ -131,16 +132,16 @@ class LatentPreferenceModel(nn.Module):
             backbone: the base, whose VAE made the latents.
         """
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         self.encoder.merge_lora()  # nothing, if the training was finished
         state = {k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}
-        save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
+        with atomic(folder / WEIGHTS) as partial:
+            save_file(state, partial, metadata={"format": "pt"})
         settings = {
             "feature_guidance": self.feature_guidance,
             "base": _base(self.encoder, backbone),
             "vae_probe": [round(float(v), 4) for v in vae_probe(backbone)],
         }
-        (folder / CONFIG).write_text(json.dumps(settings, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        write_json(folder / CONFIG, settings, sort_keys=True)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, backbone: Backbone) -> LatentPreferenceModel:

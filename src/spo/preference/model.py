@@ -11,7 +11,6 @@ Departures from the official code:
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,10 +25,11 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoTokenizer, CLIPConfig, CLIPModel
 
 from spo.data.images import CLIP_MEAN, CLIP_STD
+from spo.data.preprocessing import OPENAI, announced
 from spo.data.tokens import tokenize
 from spo.preference import checkpoint as checkpoint_files
 from spo.runtime import hub
-from spo.runtime.files import read_json
+from spo.runtime.files import atomic, read_json, write_json
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 FREQUENCIES = 256  # sinusoids of the timestep
@@ -63,9 +63,16 @@ class StepAwarePreferenceModel(nn.Module):
         """Load any CLIP-format folder or hub id in fp32, with modulation at identity.
 
         Raises:
-            ValueError: it cannot be loaded, or tensors are missing.
+            ValueError: it cannot be loaded, tensors are missing, or its images are prepared in another way.
         """
-        return cls(_clip(name, revision, "preference.init"), step_condition)
+        model = cls(_clip(name, revision, "preference.init"), step_condition)
+        own = announced(name, revision, model.image_size, "preference.init")
+        if not all(map(torch.equal, own, OPENAI)):
+            raise ValueError(
+                f"preference.init: {name} announces another image_mean or image_std than OpenAI's CLIP; "
+                "the step-aware model supports only these"
+            )
+        return model
 
     @classmethod
     def from_official_checkpoint(cls, path: str | Path, config: CLIPConfig) -> StepAwarePreferenceModel:
@@ -96,16 +103,17 @@ class StepAwarePreferenceModel(nn.Module):
     def save_pretrained(self, folder: str | Path) -> None:
         """Write config.json and model.safetensors: CLIPModel's keys and those of the modulation."""
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         state = {k: v.detach().cpu().contiguous() for k, v in self.model.state_dict().items()}
-        save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
+        with atomic(folder / WEIGHTS) as partial:
+            save_file(state, partial, metadata={"format": "pt"})
         settings = {**self.model.config.to_dict(), "step_condition": self.step_condition}
         settings.pop("_name_or_path", None)  # a path of this machine
-        (folder / CONFIG).write_text(json.dumps(settings, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        write_json(folder / CONFIG, settings, sort_keys=True)
 
     def save_official_checkpoint(self, path: str | Path) -> None:
         """Write the format of the released SPMs: a state dict whose keys start with `model.`."""
-        torch.save({k: v.detach().cpu() for k, v in self.state_dict().items()}, path)
+        with atomic(Path(path)) as partial:
+            torch.save({k: v.detach().cpu() for k, v in self.state_dict().items()}, partial)
 
     def set_logit_scale(self, logit_scale: float) -> None:
         """Set exp(logit_scale).

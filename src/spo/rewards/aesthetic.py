@@ -10,6 +10,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from spo import config
+from spo.data.preprocessing import announced
 from spo.rewards import clip
 from spo.rewards.clip import preprocess
 from spo.rewards.head import linear_head
@@ -60,6 +61,9 @@ class Aesthetic:
         self.clip = clip.load_model(
             settings.clip, settings.revision, settings.image_size, "score.aesthetic.clip", device
         )
+        self.normalisation = announced(
+            settings.clip, settings.revision, settings.image_size, "score.aesthetic.clip"
+        )
         self.head = AestheticHead.load(hub.local(settings.head)).to(device)
         width, expected = self.clip.config.projection_dim, self.head.layers[0].in_features
         if width != expected:
@@ -85,13 +89,16 @@ class Aesthetic:
         rows = []
         with torch.no_grad():
             for start in range(0, len(images), self.batch_size):
-                part = [preprocess(image, self.size) for image in images[start : start + self.batch_size]]
+                part = [self._prepared(image) for image in images[start : start + self.batch_size]]
                 rows.append(clip.image_features(self.clip, torch.stack(part).to(self.device)))
         embeddings = nn.functional.normalize(torch.cat(rows).float(), dim=-1)
         if not embeddings.isfinite().all():
             raise ValueError(f"{self.name}: an embedding of its CLIP is not finite; check its weights")
         return embeddings
 
+    def _prepared(self, image: Image.Image) -> Tensor:
+        return preprocess(image, self.size, self.normalisation)
+
     def _score(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
-        pixels = torch.stack([preprocess(image, self.size) for image in images]).to(self.device)
+        pixels = torch.stack([self._prepared(image) for image in images]).to(self.device)
         return self.head(clip.image_features(self.clip, pixels))

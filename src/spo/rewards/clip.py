@@ -14,16 +14,18 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import CLIPModel, CLIPTokenizer
 
-from spo.data.images import CLIP_MEAN, CLIP_STD
+from spo.data.preprocessing import OPENAI, Normalisation
+from spo.data.prompts import flaw
 from spo.data.tokens import tokenize
 from spo.runtime import hub
 from spo.runtime.messages import first_line
 from spo.training import distributed
 
+OPEN_CLIP = "score.hps.tokenizer"  # the key of the tokenizer whose model open_clip trained
 LONG = 16  # aspect ratio above which an image is cropped and resized in one step, to bound the memory
 
 
-def preprocess(image: Image.Image, size: int = 224) -> Tensor:
+def preprocess(image: Image.Image, size: int = 224, normalisation: Normalisation = OPENAI) -> Tensor:
     """Resize the shortest side to `size` (PIL, bicubic), centre-crop and normalise: [3,size,size].
 
     Rounds like transformers' CLIPImageProcessor on PIL images; OpenAI's own crop is one pixel off from it
@@ -36,9 +38,9 @@ def preprocess(image: Image.Image, size: int = 224) -> Tensor:
     if max(image.size) > LONG * short:  # resizing all of 4000 x 1 pixels would take a gigabyte
         x, y = image.width / width, image.height / height
         box = (left * x, top * y, min(image.width, (left + size) * x), min(image.height, (top + size) * y))
-        return normalise(to_unit(image.resize((size, size), Image.Resampling.BICUBIC, box)))
+        return normalise(to_unit(image.resize((size, size), Image.Resampling.BICUBIC, box)), normalisation)
     image = image.resize((width, height), Image.Resampling.BICUBIC)
-    return normalise(to_unit(image.crop((left, top, left + size, top + size))))
+    return normalise(to_unit(image.crop((left, top, left + size, top + size))), normalisation)
 
 
 def rgb(image: Image.Image) -> Image.Image:
@@ -58,9 +60,9 @@ def to_unit(image: Image.Image) -> Tensor:
     return flat.view(image.height, image.width, 3).permute(2, 0, 1).float() / 255
 
 
-def normalise(pixels: Tensor) -> Tensor:
-    """Normalise pixels [3,h,w] in [0,1] by CLIP's mean and standard deviation."""
-    return (pixels - CLIP_MEAN) / CLIP_STD
+def normalise(pixels: Tensor, normalisation: Normalisation = OPENAI) -> Tensor:
+    """Normalise pixels [3,h,w] in [0,1] by a mean and a standard deviation, OpenAI's where none are given."""
+    return (pixels - normalisation.mean) / normalisation.std
 
 
 def in_batches(
@@ -74,12 +76,16 @@ def in_batches(
     """Score N images, each with its own prompt, `batch_size` at a time.
 
     Raises:
-        ValueError: another number of prompts than images, or a score that is not finite.
+        ValueError: another number of prompts than images, one that cannot be encoded, or a score that is not
+            finite.
     """
     if len(images) != len(prompts):
         raise ValueError(
             f"{name}: {len(images)} images, but {len(prompts)} prompts; give one prompt per image"
         )
+    for prompt in prompts:
+        if reason := flaw(prompt):
+            raise ValueError(f"{name}: the prompt {ascii(prompt)[:100]} has {reason}; it cannot be encoded")
     scores: list[float] = []
     parts = [slice(start, start + batch_size) for start in range(0, len(images), batch_size)]
     single = len(parts) == 1  # a caller with many small batches shows a bar of its own
@@ -116,8 +122,10 @@ def load_model(
     return model.eval().requires_grad_(False).to(device)
 
 
-def load_tokenizer(name: str, revision: str | None, vocabulary: int, key: str) -> CLIPTokenizer:
+def load_tokenizer(name: str, revision: str | None, vocabulary: int, key: str) -> Any:
     """Load CLIP's tokenizer from a folder or hub id, for a model with `vocabulary` token embeddings.
+
+    That of HPS reads text as open_clip does, all others as transformers.
 
     Raises:
         ValueError: no tokenizer, or one with more tokens than the model has embeddings.
@@ -129,6 +137,10 @@ def load_tokenizer(name: str, revision: str | None, vocabulary: int, key: str) -
         raise ValueError(
             f"{key}: {name} has {len(tokenizer)} tokens, but the model's vocabulary {vocabulary}"
         )
+    if key == OPEN_CLIP:
+        from spo.rewards.open_clip_tokenizer import OpenClipTokenizer
+
+        return OpenClipTokenizer(tokenizer)
     return tokenizer
 
 
@@ -137,6 +149,8 @@ def token_ids(tokenizer: Any, prompts: Sequence[str], length: int) -> Tensor:
 
     No mask is needed: attention is causal, so tokens after the end token do not affect the text embedding.
     """
+    if not isinstance(tokenizer, CLIPTokenizer):  # open_clip's
+        return tokenizer(list(prompts), length)
     return tokenize(tokenizer, prompts, length).input_ids
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +16,13 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity, interpolate, pad
 
 from spo import config
+from spo.data.preprocessing import OPENAI, Normalisation, read_normalisation
 from spo.rewards import clip
 from spo.runtime import hub
+from spo.runtime.launch import is_main_process
 
 
-def preprocess(image: Image.Image, size: int = 224) -> Tensor:
+def preprocess(image: Image.Image, size: int = 224, normalisation: Normalisation = OPENAI) -> Tensor:
     """Resize the longest side to `size`, zero-pad to a square and normalise: [3,size,size].
 
     Like the released scorer, unlike open_clip's transforms: bicubic with antialiasing on the tensor, without
@@ -29,7 +33,7 @@ def preprocess(image: Image.Image, size: int = 224) -> Tensor:
     height, width = (max(1, round(side * scale)) for side in pixels.shape[1:])
     pixels = interpolate(pixels[None], (height, width), mode="bicubic", antialias=True)[0]
     left, top = (size - width) // 2, (size - height) // 2
-    return clip.normalise(pad(pixels, (left, size - width - left, top, size - height - top)))
+    return clip.normalise(pad(pixels, (left, size - width - left, top, size - height - top)), normalisation)
 
 
 class Hps:
@@ -45,7 +49,8 @@ class Hps:
             ValueError: an unknown architecture, or weights or a tokenizer that are missing or do not fit.
         """
         self.device, self.batch_size, self.size = device, batch_size, settings.image_size
-        model_config = _model_config(settings.architecture)
+        model_config, self.normalisation = _model_config(settings.architecture)
+        _say_activation(settings.architecture)
         self.model = _model(model_config, settings.architecture)
         clip.check_image_size(self.model.visual.image_size[0], settings.image_size, "score.hps")
         where = f"score.hps.checkpoint: {settings.checkpoint}"
@@ -62,28 +67,52 @@ class Hps:
         return clip.in_batches(self._score, images, prompts, name=self.name, batch_size=self.batch_size)
 
     def _score(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
-        pixels = torch.stack([preprocess(image, self.size) for image in images]).to(self.device)
+        pixels = torch.stack([preprocess(image, self.size, self.normalisation) for image in images]).to(
+            self.device
+        )
         text = self.model.encode_text(self.tokens(prompts).to(self.device))
         return 100 * cosine_similarity(self.model.encode_image(pixels), text)
 
 
-def _model_config(architecture: str) -> dict[str, Any]:
-    """The model config (embed_dim, vision_cfg, text_cfg) of an open_clip model name or a JSON file."""
+def _model_config(architecture: str) -> tuple[dict[str, Any], Normalisation]:
+    """The model config (embed_dim, vision_cfg, text_cfg) of an open_clip model name or a JSON file.
+
+    A file may give mean and std too (`preprocess_cfg`); its resizing is not read, since HPS has its own.
+    """
     key = "score.hps.architecture"
     if not architecture.endswith(".json"):
         known = open_clip.get_model_config(architecture) if architecture in open_clip.list_models() else None
         if known is None:
             raise ValueError(f"{key}: {architecture!r} is not a model of open_clip; HPSv2 is a ViT-H-14")
-        return known
+        return known, OPENAI
     try:
         content = json.loads(Path(architecture).read_text(encoding="utf-8"))
-        return content.get("model_cfg", content)  # nested in open_clip's files for the hub
     except FileNotFoundError:
         raise ValueError(
             f"{key}: {architecture}: no such file; run `make repro` or `dvc pull data.dvc`"
         ) from None
     except ValueError as error:
         raise ValueError(f"{key}: {architecture} is not valid JSON ({error})") from None
+    prepared = content.get("preprocess_cfg", {})
+    own = read_normalisation(
+        prepared.get("mean"), prepared.get("std"), f"{key}: {architecture}: preprocess_cfg"
+    )
+    return content.get("model_cfg", content), own  # nested in open_clip's files for the hub
+
+
+@cache
+def _say_activation(architecture: str) -> None:
+    """Say which activation a name stands for where open_clip has both: a file of weights cannot tell."""
+    plain = architecture.removesuffix("-quickgelu")
+    names = {plain: "GELU", f"{plain}-quickgelu": "QuickGELU"}
+    if is_main_process() and names.keys() <= set(open_clip.list_models()):
+        used = names.pop(architecture)
+        ((other, activation),) = names.items()
+        print(
+            f"spo: score.hps.architecture: {architecture} computes {used}; weights trained with {activation} "
+            f"need {other}, and a weights file does not say which",
+            file=sys.stderr,
+        )
 
 
 def _model(model_config: dict[str, Any], architecture: str) -> open_clip.CLIP:
@@ -98,8 +127,7 @@ def _model(model_config: dict[str, Any], architecture: str) -> open_clip.CLIP:
 
 def _tokenizer(settings: config.HpsConfig, model: open_clip.CLIP) -> Callable[[Sequence[str]], Tensor]:
     if settings.tokenizer is not None:
-        key = "score.hps.tokenizer"
-        tokenizer = clip.load_tokenizer(settings.tokenizer, None, model.vocab_size, key)
+        tokenizer = clip.load_tokenizer(settings.tokenizer, None, model.vocab_size, clip.OPEN_CLIP)
         return lambda prompts: clip.token_ids(tokenizer, prompts, model.context_length)
     if settings.architecture.endswith(".json"):
         raise ValueError("score.hps.tokenizer: must name a folder if score.hps.architecture is a file")

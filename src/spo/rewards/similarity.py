@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from spo import config
+from spo.data.preprocessing import announced
 from spo.rewards import clip
 from spo.runtime.hub import split_revision
 
@@ -41,11 +42,16 @@ class ClipSimilarity:
         else:
             source = *split_revision(settings.processor), text.vocab_size, f"{key}.processor"
         self.tokenizer = clip.load_tokenizer(*source)
+        name, revision, _, named_by = source
+        self.normalisation = announced(name, revision, settings.image_size, named_by)
         self.length = min(self.tokenizer.model_max_length, text.max_position_embeddings)
+
+    def preprocess(self, image: Image.Image) -> Tensor:
+        return clip.preprocess(image, self.size, self.normalisation)
 
     def cosine(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
         """The cosine [B] of each image and its own prompt."""
-        pixels = torch.stack([clip.preprocess(image, self.size) for image in images]).to(self.device)
+        pixels = torch.stack([self.preprocess(image) for image in images]).to(self.device)
         ids = clip.token_ids(self.tokenizer, prompts, self.length).to(self.device)
         text = self.model.get_text_features(input_ids=ids).pooler_output
         return cosine_similarity(clip.image_features(self.model, pixels), text)

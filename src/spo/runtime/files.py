@@ -5,6 +5,8 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import secrets
+import shutil
 import sys
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
@@ -19,10 +21,11 @@ if TYPE_CHECKING:
 def atomic(path: Path) -> Iterator[Path]:
     """Yield a file to write, which then replaces `path` in one step: nobody ever sees half a file.
 
-    The folder is made if it is not there. After an error `path` is as it was. One process at a time.
+    The folder is made if it is not there. After an error `path` is as it was. A link is replaced, and what
+    it leads to stays: that may be DVC's cache. Of several writers at once the last one's file stays.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
     try:
         yield partial
         partial.replace(path)
@@ -31,10 +34,36 @@ def atomic(path: Path) -> Iterator[Path]:
             partial.unlink(missing_ok=True)
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Write a JSON file in one step."""
+def remove_partials(folder: Path) -> None:
+    """Remove what a kill in the middle of a write left; for the one process that writes to the folder."""
+    for path in folder.glob(".*.partial"):
+        path.unlink()
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a link or a folder, if it is there; what a link leads to stays.
+
+    Raises:
+        OSError: it cannot be removed; the message has `path`, not a file in it.
+    """
+    try:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file in one step: UTF-8, and the line breaks of `text`, on every machine."""
     with atomic(path) as partial:
-        partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        partial.write_bytes(text.encode())
+
+
+def write_json(path: Path, content: Any, sort_keys: bool = False) -> None:
+    """Write a JSON file in one step."""
+    write_text(path, json.dumps(content, indent=1, sort_keys=sort_keys) + "\n")
 
 
 def read_json(

@@ -17,18 +17,25 @@ def fingerprint(
     """Name what is made from parameters, files and code; state made from anything else has another name.
 
     Args:
-        inputs: files and folders; each file is read a block at a time.
+        inputs: files and folders without hidden files; each file is read a block at a time.
         code: modules and folders of the package that make it, as `data/images.py` and `diffusion`.
     """
     digest = hashlib.sha256()
     for section in sections:
         text = section.model_dump_json() if isinstance(section, BaseModel) else str(section)
         digest.update(text.encode() + b"\0")
-    for root in (*inputs, *(PACKAGE / part for part in code)):
-        for path in sorted(root.rglob("*")) if root.is_dir() else [root]:
-            if path.is_file() and "__pycache__" not in path.parts:
-                digest.update(path.name.encode() + _content(path))
+    modules = [path for part in code for path in _files(PACKAGE / part) if path.suffix == ".py"]
+    for path in (*(path for root in inputs for path in _files(root)), *modules):
+        digest.update(path.name.encode() + _content(path))
     return digest.hexdigest()[:16]
+
+
+def _files(root: Path) -> list[Path]:
+    """A file, or those of a folder in order, without hidden ones: what programs and kills leave there."""
+    if not root.is_dir():
+        return [root] if root.is_file() else []
+    found = [path for path in root.rglob("*") if path.is_file()]
+    return sorted(p for p in found if not any(part.startswith(".") for part in p.relative_to(root).parts))
 
 
 def _content(path: Path) -> bytes:

@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from spo.runtime.files import write_text
 from spo.runtime.messages import first_line
 from spo.scenes import world
 from spo.scenes.world import ABSENT, CHOICES, QUALITY
@@ -73,7 +74,7 @@ class Perception(nn.Module):
         save_file(
             {k: v.half().contiguous() for k, v in self.state_dict().items()}, folder / "model.safetensors"
         )
-        (folder / "config.json").write_text(json.dumps({"width": self.width}) + "\n", encoding="utf-8")
+        write_text(folder / "config.json", json.dumps({"width": self.width}) + "\n")
 
     @classmethod
     def load(cls, folder: str | Path) -> Perception:

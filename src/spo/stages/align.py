@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from spo.config import Params
 from spo.evaluation import validation
-from spo.runtime.files import read_json, write_json
+from spo.runtime.files import read_json, remove, write_json
 from spo.runtime.fingerprint import fingerprint
 from spo.runtime.workspace import METRICS, SCRATCH, TRAINING
 from spo.stages.common import stage
@@ -114,7 +114,7 @@ def _write(
     from spo.evaluation import model_card
 
     folder, full = OUTPUT / method, getattr(params.align, method).lora is None
-    _remove(folder)
+    remove(folder)
     selected = watch.selected() if watch else None
     if watch and selected is not None:
         shutil.copytree(watch.best, folder, ignore=shutil.ignore_patterns(validation.MARK))
@@ -125,19 +125,6 @@ def _write(
     if (scratch / "samples").exists():
         shutil.copytree(scratch / "samples", folder / "samples")
     return facts
-
-
-def _remove(folder: Path) -> None:
-    """
-    Raises:
-        OSError: it cannot be removed; the message has the folder, not a file in it.
-    """
-    try:
-        shutil.rmtree(folder)
-    except FileNotFoundError:
-        pass
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(folder)) from None
 
 
 def _save(backbone: Any, full: bool, folder: Path) -> None:

@@ -69,6 +69,7 @@ def sources(params: Params) -> dict[str, list[Source]]:
     base, preference, prompts = params.backbone, params.preference, params.prompts
     described = base.described_by if base.described_by != base.checkpoint else None
     lists = (prompts.train, prompts.evaluation, prompts.vocabulary, prompts.block_list, prompts.pairs)
+    trained = {params.pairs.source} - {prompts.pairs}  # whose captions are not evaluated
     suites = params.generate.suites.values()
     scorers = dict.fromkeys(SCORERS, list[Source]()) | _of_scorers(params.score)
     scorers["oracle"] = [(params.score.oracle, None)]
@@ -80,7 +81,7 @@ def sources(params: Params) -> dict[str, list[Source]]:
             *chain(*_of_scorers(preference.labels).values()),
         ],
         "latent": [(params.latent_preference.text_projection, params.latent_preference.revision)],
-        "prompts": [(name, None) for name in (*lists, *suites)],
+        "prompts": [(name, None) for name in (*lists, *suites, *trained)],
         "pairs": [(params.pairs.source, None), *chain(*_of_scorers(params.pairs.filter).values())],
         "adapters": [(a, None) for a in _adapters(params.generate) if Path(a).parts[:1] != ("outputs",)],
         **scorers,

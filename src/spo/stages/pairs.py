@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import shutil
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 from spo import config
 from spo.config import Params
-from spo.runtime.files import write_json
+from spo.runtime.files import remove, write_json
 from spo.runtime.fingerprint import fingerprint
 from spo.runtime.workspace import SCRATCH
 from spo.stages.common import stage
 
 if TYPE_CHECKING:
+    from spo.data.judgements import Judgements
     from spo.data.pairs import ShardWriter
     from spo.types import Scorer
 
@@ -30,14 +30,15 @@ def run(params: Params, variant: str | None = None) -> None:
     """Write outputs/pairs."""
     with stage("pairs", params) as tracked:
         summary = prepare(params.pairs, OUTPUT)
-        tracked.log_metrics({name: float(summary[name]) for name in (*PARTS, "set_aside")}, step=0)
+        counts = {name: summary[name] for name in (*PARTS, "set_aside")} | summary.get("repeats", {})
+        tracked.log_metrics({name: float(count) for name, count in counts.items()}, step=0)
 
 
 def prepare(section: config.Pairs, output: Path) -> dict[str, Any]:
     """Write the shards of `train` and `validation`, set_aside.csv and summary.json to `output`.
 
-    With a filter, filter.csv has the gaps of each training pair and the scorers whose rule it fails. Memory
-    does not grow with the number of rows.
+    With a filter, filter.csv has the gaps of each training pair and the scorers whose rule it fails. The rows
+    are read twice, first for contradictions; memory grows by a hash of 16 bytes a row.
 
     Returns:
         The summary.
@@ -48,22 +49,25 @@ def prepare(section: config.Pairs, output: Path) -> dict[str, Any]:
     """
     from tqdm import tqdm
 
-    from spo.data import pairs, sources
+    from spo.data import judgements, pairs, sources
 
+    kinds = {judgements.SAME_IMAGE: "same_image", judgements.CONTRADICTED: "contradicted"}
     total = sources.count_rows(section.source)
-    scorers = _load_scorers(section.filter)  # before the last outputs are deleted
-    shutil.rmtree(output, ignore_errors=True)
+    scorers = _load_scorers(section.filter)  # as the next line, before the last outputs are deleted
+    found = _judgements(section.source, total)
+    remove(output)
     writers = {name: pairs.ShardWriter(output / name, section.rows_per_shard) for name in PARTS}
-    left_out, rejected = Counter[str](), 0
+    left_out, rejected = Counter[str](), Counter[str]()
     with (
         _table(output / "set_aside.csv") as set_aside,
         _filtered(section, writers["train"], scorers) as train,
     ):
         set_aside.writerow(["shard", "row", "reason"])
-        for pair, reason in tqdm(sources.read_rows(section.source), "check pairs", total, unit="pair"):
+        rows = tqdm(sources.read_rows(section.source, found.check), "check pairs", total, unit="pair")
+        for pair, bad in rows:
             if pair is None:
-                rejected += 1
-                set_aside.writerow([reason.shard, reason.row, reason.reason] if reason else ["", "", ""])
+                rejected[kinds.get(bad.reason, "bad")] += 1
+                set_aside.writerow([bad.shard, bad.row, bad.reason])
             elif section.drop_ties and pair.label_0 == 0.5:
                 left_out["ties"] += 1
             elif pairs.is_validation(pair.caption, section.validation_fraction):
@@ -77,14 +81,29 @@ def prepare(section: config.Pairs, output: Path) -> dict[str, Any]:
         left_out["filter"] = train.read - train.count
         facts["fail_the_rule_of"] = {name: dict(counts) for name, counts in train.failed.items()}
     counts = {name: writer.count for name, writer in writers.items()}
-    summary = {"read": total, **counts, "set_aside": rejected, "left_out": dict(left_out)}
-    count = sum(counts.values()) + rejected + left_out.total()
+    summary = {"read": total, **counts, "set_aside": rejected.total(), "left_out": dict(left_out)}
+    repeats = {"repeated": found.repeated, **{kind: rejected[kind] for kind in kinds.values()}}
+    if any(repeats.values()):
+        summary["repeats"] = repeats
+    count = sum(counts.values()) + rejected.total() + left_out.total()
     if count != total:
         raise ValueError(f"pairs: {total} rows announced, {count} read; is the source being written to?")
     labels = {name: dict(writer.labels) for name, writer in writers.items()}
     write_json(output / "summary.json", {**summary, "labels": labels, **facts})
     _check(summary, section.max_bad_fraction, output)
     return summary
+
+
+def _judgements(source: str, total: int) -> Judgements:
+    """The judgements of all rows, whose images are not decoded for it."""
+    from tqdm import tqdm
+
+    from spo.data import judgements, sources
+
+    found = judgements.Judgements()
+    for _ in tqdm(sources.read_rows(source, found.add), "compare pairs", total, unit="pair"):
+        pass
+    return found
 
 
 @contextmanager
@@ -95,7 +114,7 @@ def _table(path: Path) -> Iterator[Any]:
 
 
 def _load_scorers(settings: config.PairFilter | None) -> dict[str, Scorer]:
-    """The filter's scorers, all in memory, since the pairs are read only once."""
+    """The filter's scorers, all in memory, since images are decoded only once."""
     if settings is None:
         return {}
     from spo.rewards import load_scorer

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spo.config import PREFERENCE_BASELINES, LatentPreference, Params, Preference
-from spo.runtime.files import require, write_json
+from spo.runtime.files import remove, require, write_json
 from spo.runtime.fingerprint import fingerprint
 from spo.runtime.hub import split_revision
 from spo.runtime.workspace import METRICS, SCRATCH, TRAINING
@@ -60,7 +60,7 @@ def run(params: Params, item: str | None = None) -> None:
             return
         if item in OUTPUTS:
             curve.write(TRAINING / f"{name}.csv")
-            shutil.rmtree(OUTPUTS[item], ignore_errors=True)
+            remove(OUTPUTS[item])
             trained.save(OUTPUTS[item])
         write_json(METRICS / f"{name}.json", {**report, "seconds": round(clock.seconds, 1)})
         for name in ("accuracy", "local"):

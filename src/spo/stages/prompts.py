@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import csv
-import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from types import MappingProxyType
@@ -13,7 +12,7 @@ from typing import Any
 from spo import config
 from spo.config import Params
 from spo.runtime import hub
-from spo.runtime.files import write_json
+from spo.runtime.files import remove, write_json, write_text
 from spo.stages.common import stage
 
 OUTPUT = Path("outputs/prompts")
@@ -23,7 +22,8 @@ PARTS = ("train", "test", "validation")
 def run(params: Params, variant: str | None = None) -> None:
     """Write outputs/prompts."""
     with stage("prompts", params) as tracked:
-        summary = prepare(params.prompts, _token_counter(params), OUTPUT, params.generate.suites)
+        counter, suites = _token_counter(params), params.generate.suites
+        summary = prepare(params.prompts, counter, OUTPUT, suites, [params.pairs.source])
         tracked.log_metrics({name: float(summary[name]) for name in PARTS}, step=0)
 
 
@@ -32,6 +32,7 @@ def prepare(
     length: Callable[[str], int],
     output: Path,
     suites: Mapping[str, str] = MappingProxyType({}),
+    trained: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Write train.txt, test.txt, validation.txt, set_aside.csv and summary.json to `output`.
 
@@ -41,6 +42,7 @@ def prepare(
     Args:
         length: counts the tokens of a prompt, start and end tokens included.
         suites: a list of prompts by name.
+        trained: preference data besides `section.pairs`, whose captions are not evaluated either.
 
     Returns:
         The summary.
@@ -57,7 +59,8 @@ def prepare(
         prompts.check_vocabulary(map(prompts.clean, evaluation + train + more), section.vocabulary)
     blocked = prompts.BlockList.load(section.block_list) if section.block_list else None
     candidates = {prompts.key(p) for p in evaluation + more}  # only these captions of the pairs matter
-    paired = {k for c in sources.read_captions(section.pairs) if (k := prompts.key(c)) in candidates}
+    captions = chain.from_iterable(map(sources.read_captions, {section.pairs, *trained}))
+    paired = {k for c in captions if (k := prompts.key(c)) in candidates}
     held_out = prompts.select(evaluation, length, section.max_tokens, paired, blocked)
     keys = {prompts.key(p) for p in held_out.prompts}
     training = prompts.select(train, length, section.max_tokens, keys, blocked)
@@ -72,10 +75,11 @@ def prepare(
         name: prompts.select(lines, length, section.max_tokens, used_elsewhere, blocked)
         for name, lines in suite_lists.items()
     }
-    output.mkdir(parents=True, exist_ok=True)
-    _write_suites(output / "suites", kept)
-    for name, lines in parts.items():
-        (output / f"{name}.txt").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    _check_suites(kept)
+    remove(output)
+    lists = parts | {f"suites/{name}": selection.prompts for name, selection in kept.items()}
+    for name, lines in lists.items():
+        write_text(output / f"{name}.txt", "".join(f"{line}\n" for line in lines))
     used = {"train": len(parts["train"]), "evaluation": len(parts["test"]) + len(parts["validation"])}
     selections = {"train": training, "evaluation": held_out}
     summary: dict[str, Any] = {name: len(lines) for name, lines in parts.items()}
@@ -100,19 +104,15 @@ def _suite(name: str, source: str) -> list[str]:
         raise ValueError(f"generate.suites.{name}: {error}") from None
 
 
-def _write_suites(folder: Path, suites: Mapping[str, Any]) -> None:
+def _check_suites(suites: Mapping[str, Any]) -> None:
     """
     Raises:
         ValueError: a suite of which no prompt is left.
     """
-    shutil.rmtree(folder, ignore_errors=True)
     for name, selection in suites.items():
         if not selection.prompts:
             reasons = ", ".join(f"{n} {why}" for why, n in selection.rejected.items()) or "it is empty"
             raise ValueError(f"generate.suites.{name}: no prompt is left ({reasons}); give another list")
-        folder.mkdir(parents=True, exist_ok=True)
-        text = "".join(f"{line}\n" for line in selection.prompts)
-        (folder / f"{name}.txt").write_text(text, encoding="utf-8")
 
 
 def _captions(source: str) -> list[str]:

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spo.config import METHODS, VARIANTS, Params
-from spo.runtime.files import atomic, read_csv, read_json, require, write_json
+from spo.runtime.files import atomic, read_csv, read_json, require, write_json, write_text
 from spo.runtime.messages import public
 from spo.runtime.workspace import METRICS, TRAINING
 from spo.stages.common import of_suite, stage
 from spo.tracking import dvc_lock
-from spo.tracking.provenance import git, versions
+from spo.tracking.provenance import git, git_refusal, versions
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -66,8 +66,9 @@ def run(params: Params, variant: str | None = None) -> None:
             REPORTS / "suites.json", {name: compared_rows for name, (_, compared_rows) in suites.items()}
         )
         write_json(METRICS / "comparisons.json", summary(rows))
-        _write(REPORTS / "report.html", page.encode())
-        _write(REPORTS / "grid.png", plots.grid(prompts[:GRID_PROMPTS], columns))
+        write_text(REPORTS / "report.html", page)
+        with atomic(REPORTS / "grid.png") as partial:
+            partial.write_bytes(plots.grid(prompts[:GRID_PROMPTS], columns))
         drawn = {v: scored_images(v, table) for v, table in scores.items()}
         gallery.write(GALLERY, params.name, scores, drawn, (rows[0]["method"], rows[0]["baseline"]))
         tracked.log_metrics(_flat(rows), step=0)
@@ -208,13 +209,8 @@ def _flat(rows: list[dict[str, Any]]) -> dict[str, float]:
 
 def commit() -> str:
     """The git commit, and whether code or parameters have uncommitted changes."""
+    if refused := git_refusal(Path.cwd()):
+        return refused
     head = git("rev-parse", "HEAD")
-    if not head:
-        return "not in a git repository"
     changed = git("status", "--porcelain", "--", *CODE)
     return f"{head} (with changes in {', '.join(CODE)})" if changed else head
-
-
-def _write(path: Path, content: bytes) -> None:
-    with atomic(path) as partial:
-        partial.write_bytes(content)

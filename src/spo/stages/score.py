@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from spo.config import SCORERS, Params
-from spo.runtime.files import require, write_json
+from spo.runtime.files import atomic, require, write_json
 from spo.runtime.fingerprint import fingerprint
 from spo.runtime.launch import is_main_process
 from spo.runtime.workspace import METRICS, SCRATCH
@@ -41,8 +41,8 @@ def run(params: Params, name: str, suite: str | None = None) -> None:
         frame = table(params, folder, CheckpointStore(scratch, keep=None))
         if not is_main_process():
             return
-        output.mkdir(parents=True, exist_ok=True)
-        frame.to_csv(output / f"{name}.csv", index=False, float_format="%.6f")
+        with atomic(output / f"{name}.csv") as partial:
+            frame.to_csv(partial, index=False, float_format="%.6f", lineterminator="\n")
         means = {m: sum(frame[m].tolist()) / len(frame) for m in frame.columns[3:]}
         rounded = {k: round(v, 6) for k, v in means.items()}
         write_json(metrics_file(title), {**rounded, SCORED_BY: scored_by(params)})
@@ -59,12 +59,13 @@ def table(params: Params, folder: Path, cache: CheckpointStore | None = None) ->
     """Score the images of a folder that `generate` wrote: index, prompt, seed, and a column per metric."""
     import pandas as pd
 
-    from spo.data.images import load_images
+    from spo.data.images import archive_images, load_images
     from spo.evaluation.scoring import score_images
     from spo.training.distributed import device
 
-    images, prompts, seeds = zip(*load_images(folder), strict=True)
-    columns = score_images(params, list(images), list(prompts), device(), cache)
+    # all are read once, so that a damaged image is found before a scorer is loaded
+    prompts, seeds = zip(*((prompt, seed) for _, prompt, seed in load_images(folder)), strict=True)
+    columns = score_images(params, archive_images(folder, len(prompts)), list(prompts), device(), cache)
     return pd.DataFrame({"index": range(len(prompts)), "prompt": prompts, "seed": seeds, **columns})
 
 

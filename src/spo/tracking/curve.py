@@ -52,8 +52,7 @@ class Curve:
     def write(self, path: Path) -> None:
         rows = sorted(self.rows.items())
         columns = list(dict.fromkeys(k for _, row in rows for k in row))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("w", encoding="utf-8", newline="") as file:
+        with atomic(path) as partial, partial.open("w", encoding="utf-8", newline="") as file:
             writer = csv.DictWriter(file, ["step", *columns], lineterminator="\n")
             writer.writeheader()
             writer.writerows({"step": s, **{k: f"{v:.6g}" for k, v in r.items()}} for s, r in rows)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import platform
+import re
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -14,7 +16,8 @@ from typing import Any
 
 from spo.config import PREFERENCE_BASELINES
 from spo.runtime.files import digest
-from spo.runtime.messages import public
+from spo.runtime.messages import first_line, one_line, public
+from spo.tracking.spool import warn
 
 PACKAGES = (
     *("spo", "torch", "torchvision", "diffusers", "transformers", "peft", "accelerate"),
@@ -81,10 +84,15 @@ def _processor() -> str:
 
 
 def code() -> dict[str, str]:
-    """Return tags: source, git commit and branch, whether files differ from it, and dvc.lock's SHA-256."""
+    """Return tags: source, git commit and branch, whether files differ from it, and dvc.lock's SHA-256.
+
+    Where git says nothing of this folder, `git.refused` is its reason.
+    """
     lock = digest(Path("dvc.lock"))
     tags = {"dvc.lock": lock} if lock else {}
     tags |= {"mlflow.source.type": "PROJECT", "mlflow.source.name": Path.cwd().name}
+    if refused := git_refusal(Path.cwd()):
+        return tags | {"git.refused": refused}
     if url := public(git("config", "remote.origin.url")):
         tags |= {"mlflow.source.name": url, "mlflow.source.git.repoURL": url}
     if branch := git("branch", "--show-current"):
@@ -96,9 +104,41 @@ def code() -> dict[str, str]:
 
 
 def git(*arguments: str) -> str:
-    """Return what a git command prints; nothing if it fails, as outside a repository."""
+    """Return what a git command prints; nothing if it fails (see `git_refusal`)."""
     try:
-        done = subprocess.run(["git", *arguments], capture_output=True, encoding="utf-8", timeout=20)
-    except (OSError, subprocess.TimeoutExpired):
+        return _git(*arguments)
+    except (OSError, subprocess.SubprocessError):
         return ""
-    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+@functools.cache
+def git_refusal(folder: Path) -> str:
+    """Return in one line, without paths, why git knows no commit of a folder; empty if it does.
+
+    A process warns of it once, unless the folder is in no repository, as that of an archive.
+    """
+    try:
+        _git("-C", str(folder), "rev-parse", "HEAD")
+    except subprocess.CalledProcessError as error:
+        why = first_line(ValueError(error.stderr), 300).removeprefix("fatal: ")
+    except (OSError, subprocess.TimeoutExpired) as error:
+        why = one_line(error)
+    else:
+        return ""
+    if why.startswith("not a git repository (or any"):
+        return "not in a git repository"
+    warn(f"no commit is recorded, since git refuses ({why}); `git status` says what to do")
+    return re.sub(r"(:| at)? '?/.*", "", why)
+
+
+def _git(*arguments: str) -> str:
+    done = subprocess.run(
+        ["git", *arguments],
+        capture_output=True,
+        encoding="utf-8",
+        errors="replace",
+        timeout=20,
+        check=True,
+        env={**os.environ, "LC_ALL": "C"},  # no translated messages
+    )
+    return done.stdout.strip()

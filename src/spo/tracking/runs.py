@@ -26,14 +26,14 @@ from spo.tracking import cached_stages, delivery, dvc_lock, system
 from spo.tracking.provenance import code, flatten, hardware, section, versions
 from spo.tracking.records import Waiting, is_refusal, reason
 from spo.tracking.spool import Spool, close_dead, spools, warn
-from spo.tracking.store import Store
+from spo.tracking.store import Store, sqlite_uri
 
 PARENT_VARIABLE = "SPO_PARENT_RUN"  # a parent's key, or the id of a run that MLflow has
 
 
 def tracking_uri(configured: str | None = None) -> str:
     """Return params.yaml's URI, else the environment's, else that of a sqlite file in this folder."""
-    return configured or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home() / 'mlflow.db'}"
+    return configured or os.environ.get("MLFLOW_TRACKING_URI") or sqlite_uri(home() / "mlflow.db")
 
 
 class Run:

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import os
 import sqlite3
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote, unquote
 
 from spo.runtime.files import locked
 from spo.runtime.messages import public, redact
@@ -31,7 +33,25 @@ from spo.tracking.records import (
 from spo.tracking.spool import Spool, warn
 
 AGAIN = "`spo sync` tries again"
+SERVER_ARTIFACTS = "_MLFLOW_SERVER_ARTIFACT_ROOT"  # where MLflow's default experiment has its artifacts
 KIND = ("mlflow.experimentKind", "custom_model_development")  # opens the UI in its model training view
+
+
+def sqlite_uri(path: Path) -> str:
+    """Return the URI of a sqlite file; a `?` is quoted, behind which SQLAlchemy reads options."""
+    if "?" not in str(path):
+        return f"sqlite:///{path}"
+    return f"sqlite:///file:{quote(str(path), safe='')}?uri=true"  # with a `/` MLflow makes a folder `file:`
+
+
+def sqlite_file(uri: str) -> Path | None:
+    """Return the file of a sqlite URI; None for another store."""
+    name, _, options = uri.removeprefix("sqlite:///").partition("?")
+    if not uri.startswith("sqlite:///"):
+        return None
+    if name.startswith("file:") and "uri=true" in options:
+        name = unquote(name.removeprefix("file:"))
+    return Path(name).absolute()
 
 
 class Store:
@@ -39,9 +59,12 @@ class Store:
 
     def __init__(self, uri: str) -> None:
         self.uri, self.name = uri, redact(uri)
-        local = uri.startswith("sqlite:///")
-        self._file = Path(uri.removeprefix("sqlite:///").split("?")[0]).absolute() if local else None
+        self._file = sqlite_file(uri)
         self._client: Any = None
+
+    @staticmethod
+    def _artifacts(file: Path) -> str:
+        return (file.parent / "mlartifacts").as_uri()
 
     def deliver(self, spool: Spool) -> int:
         """Send the records that this store has not had; return their number.
@@ -113,6 +136,8 @@ class Store:
             with locked(self._file.with_name(f"{self._file.name}.lock")):
                 with contextlib.closing(sqlite3.connect(self._file)) as connection:
                     connection.execute("PRAGMA schema_version")  # MLflow tries a broken file for minutes
+                # else MLflow puts a folder's path as it is into SQL, and fails at its quotes
+                os.environ[SERVER_ARTIFACTS] = self._artifacts(self._file)
                 self._client = mlflow.MlflowClient(self.uri)
         return self._client
 
@@ -134,7 +159,7 @@ class Store:
             Waiting: it was deleted, or MLflow takes no such name.
         """
         client = self.connect()
-        folder = (self._file.parent / "mlartifacts").as_uri() if self._file else None
+        folder = self._artifacts(self._file) if self._file else None
         try:
             experiment = client.get_experiment_by_name(name)
             if experiment is None:

@@ -16,14 +16,16 @@ from spo.types import Budget
 
 WHOLE = Budget()  # more at once is no faster
 LEAST = Budget(1, 1, 1, True, True)
+FEW = 2  # pairs of a forward, below which activations are better computed again
 
 
 class Cost(NamedTuple):
-    """GB (1e9 bytes) of a stage."""
+    """GB (1e9 bytes) of a stage in fp16, with AdamW's state."""
 
-    models: float  # that lie on the device throughout, with gradients and AdamW's state
-    resting: float  # the same with `offload`
-    pair: float  # of a forward with gradient; 0: the stage trains nothing
+    sampled: float  # models while it samples, predicts or encodes, nothing at rest
+    trained: float  # models and gradients while it trains, the rest in host memory
+    rest: float  # what rests in host memory meanwhile, with `offload`
+    pair: float  # activations of a forward with gradient
     recomputed: float  # the same with `checkpointing`
 
 
@@ -31,10 +33,20 @@ IMAGE = {"sd": 0.4, "sdxl": 1.65}  # of a VAE call
 SAMPLE = {"sd": 0.14, "sdxl": 0.35}  # of a denoiser call with guidance
 COSTS = {
     "sd": {
-        "generate": Cost(2.2, 1.8, 0, 0),
+        "preference": Cost(17.9, 20.9, 2.2, 1.4, 0.3),
+        "latent_preference": Cost(6.5, 9.0, 1.8, 1.9, 0.6),
+        "spo": Cost(7.4, 1.8, 5.6, 1.7, 0.5),
+        "diffusion_dpo": Cost(2.2, 1.8, 0.4, 1.7, 0.6),
+        "lpo": Cost(3.1, 1.8, 1.4, 1.7, 0.6),
+        "generate": Cost(2.2, 1.8, 0.4, 0, 0),
     },
     "sdxl": {
-        "generate": Cost(7.0, 5.3, 0, 0),
+        "preference": Cost(22.9, 20.9, 7.0, 1.6, 0.5),
+        "latent_preference": Cost(32.0, 40.0, 7.0, 10.0, 2.0),
+        "spo": Cost(13.7, 6.6, 7.0, 23.0, 2.4),
+        "diffusion_dpo": Cost(8.5, 6.6, 1.8, 11.5, 1.2),
+        "lpo": Cost(13.0, 6.6, 6.0, 11.5, 1.2),
+        "generate": Cost(7.0, 5.2, 1.8, 0, 0),
     },
 }
 
@@ -47,8 +59,10 @@ def kind(stage: str, variant: str | None) -> str:
 
 
 def memory(settings: Device) -> float:
-    """Bytes to plan for: params.device.memory, or those of the accelerator; infinite on a CPU, whose memory is
-    not the program's alone."""
+    """Bytes to plan for: device.memory, or those of the accelerator.
+
+    Infinite on a CPU, whose memory is not the program's alone.
+    """
     if settings.memory != "auto":
         return settings.memory * 1e9
     if not torch.cuda.is_available():
@@ -63,14 +77,42 @@ def of(params: Params, kind: str) -> Budget:
     return Budget(**{name: found[name] if value == "auto" else value for name, value in given.items()})
 
 
+def usable(memory: float) -> float:
+    """Bytes that tensors may take: the allocator's gaps, cuDNN and the CUDA context need the rest."""
+    return memory - max(2.7e9, 0.16 * memory)
+
+
 def automatic(family: str, kind: str, memory: float) -> Budget:
-    """The fastest budget that fits: without offload and checkpointing if FEW pairs fit so.
+    """The fastest budget that fits: without checkpointing and offload if FEW pairs fit so.
 
     Args:
-        memory: in bytes; a share of it is left to the allocator and the libraries.
+        memory: of the device, in bytes.
     """
     if memory == float("inf"):
         return WHOLE
-    free = memory / 1e9 - max(2.7, 0.16 * memory / 1e9)
-    cost = COSTS[family].get(kind, COSTS[family]["generate"])
-    ...
+    room, cost = usable(memory) / 1e9, COSTS[family].get(kind, COSTS[family]["generate"])
+    trained, choice = _training(cost, room)
+    left = room - (cost.sampled - (cost.rest if choice.offload and not cost.pair else 0))
+    return choice._replace(
+        images=_between(left / IMAGE[family], WHOLE.images),
+        samples=_between(left / SAMPLE[family], WHOLE.samples),
+        pairs=trained,
+    )
+
+
+def _training(cost: Cost, room: float) -> tuple[int, Budget]:
+    """Pairs of a forward, and whether with checkpointing and offload."""
+    for checkpointing, offload in ((False, False), (True, False), (True, True)):
+        models = cost.trained + (0 if offload else cost.rest)
+        pairs = (
+            (room - models) / (cost.recomputed if checkpointing else cost.pair)
+            if cost.pair
+            else room - models
+        )
+        if pairs >= FEW:
+            break
+    return _between(pairs, WHOLE.pairs), WHOLE._replace(checkpointing=checkpointing, offload=offload)
+
+
+def _between(count: float, most: int) -> int:
+    return max(1, min(most, int(count)))

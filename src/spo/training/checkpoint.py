@@ -13,7 +13,7 @@ from typing import IO, Any
 
 import torch
 
-from spo.runtime.files import atomic
+from spo.runtime.files import atomic, remove_partials
 
 DIGEST = 32  # bytes of a SHA-256
 
@@ -48,8 +48,9 @@ class CheckpointStore:
             reason = f"checkpoint not written ({error.strerror}); the one before is complete"
             raise OSError(error.errno, reason, str(self.folder)) from None
         old = self._files()[: -self.keep] if self.keep else []
-        for path in (*old, *self.folder.glob(".*.partial")):  # of kills in the middle of a write
+        for path in old:
             path.unlink()
+        remove_partials(self.folder)
 
     def latest(self) -> tuple[int, dict[str, Any]] | None:
         """Return the newest complete state; torn or altered ones are named and skipped."""
