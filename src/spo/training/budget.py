@@ -103,12 +103,8 @@ def automatic(family: str, kind: str, memory: float) -> Budget:
 def _training(cost: Cost, room: float) -> tuple[int, Budget]:
     """Pairs of a forward, and whether with checkpointing and offload."""
     for checkpointing, offload in ((False, False), (True, False), (True, True)):
-        models = cost.trained + (0 if offload else cost.rest)
-        pairs = (
-            (room - models) / (cost.recomputed if checkpointing else cost.pair)
-            if cost.pair
-            else room - models
-        )
+        left = room - cost.trained - (0 if offload else cost.rest)
+        pairs = left / ((cost.recomputed if checkpointing else cost.pair) or 1)
         if pairs >= FEW:
             break
     return _between(pairs, WHOLE.pairs), WHOLE._replace(checkpointing=checkpointing, offload=offload)
