@@ -168,15 +168,17 @@ def _method(params: Params, name: str, section: Any, base: Any) -> Any:
 
 
 def _updates(counter: _Counter, objective: Objective, settings: Any, ema: float) -> None:
-    """Two iterations: AdamW has its moments from the first update on."""
+    """An iteration after the first, when AdamW has its moments."""
     with mock.patch.object(optimizer, "_eight_bit", lambda: _EightBit):
         state = TrainingState(objective.parameters(), settings.optimizer, ema, False)
-        for _ in range(2):
-            state.optimizer.zero_grad(set_to_none=True)
-            updates, _ = counter.phase("collecting", lambda: objective.collect(0))
-            largest = max(updates, key=lambda parts: len(parts[0].timesteps))
-            # two parts: the second has the gradients of the first beside it, as all others do
-            counter.phase("update", partial(loop.update, objective, largest[:2], state))
+        for parameter in state.parameters:
+            parameter.grad = torch.zeros_like(parameter)
+        state.optimizer.step()
+        state.optimizer.zero_grad(set_to_none=True)
+        updates, _ = counter.phase("collecting", lambda: objective.collect(0))
+        largest = max(updates, key=lambda parts: len(parts[0].timesteps))
+        # two parts: the second has the gradients of the first beside it, as all others do
+        counter.phase("update", partial(loop.update, objective, largest[:2], state))
 
 
 class _EightBit(torch.optim.Optimizer):

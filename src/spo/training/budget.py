@@ -64,7 +64,7 @@ def memory(settings: Device) -> float:
     Infinite on a CPU, whose memory is not the program's alone.
     """
     if settings.memory != "auto":
-        return settings.memory * 1e9
+        return settings.memory * 2**30
     if not torch.cuda.is_available():
         return float("inf")
     return float(torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory)
