@@ -1,6 +1,6 @@
 """What each stage of the presets sd15 and sdxl takes on cards of four sizes: counted, not measured.
 
-`python -m benchmarks.cards` writes tests/estimate/peaks.csv and the table of docs/gpu.md (half an hour of a core).
+`python -m benchmarks.cards` writes tests/estimate/peaks.csv and the table of docs/gpu.md, in half an hour.
 """
 
 from __future__ import annotations
@@ -78,9 +78,8 @@ def table(rows: list[dict[str, object]]) -> str:
         switches = " | ".join("yes" if str(row[k]) == "True" else "" for k in ("checkpointing", "offload"))
         sizes = ", ".join(str(row[k]) for k in ("images", "samples", "pairs"))
         shown = f"{hours:.2g}" if hours else ""
-        lines.append(
-            f"| {row['preset']} | {row['stage']} | {row['card']} | {sizes} | {switches} | {row['gb']} | {shown} |"
-        )
+        what = f"{row['preset']} | {row['stage']} | {row['card']}"
+        lines.append(f"| {what} | {sizes} | {switches} | {row['gb']} | {shown} |")
     return "\n".join(lines) + "\n"
 
 

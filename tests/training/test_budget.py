@@ -15,9 +15,7 @@ def test_more_memory_never_makes_a_call_smaller(family: str, kind: str) -> None:
     cuts = [budget.automatic(family, kind, gib * GIB) for gib in (8, 16, 24, 48, 80, 141)]
     for smaller, larger in zip(cuts, cuts[1:], strict=False):
         if (smaller.checkpointing, smaller.offload) == (larger.checkpointing, larger.offload):
-            assert smaller[:3] <= larger[:3] and all(
-                a <= b for a, b in zip(smaller[:3], larger[:3], strict=True)
-            )
+            assert all(a <= b for a, b in zip(smaller[:3], larger[:3], strict=True))
         assert smaller.offload >= larger.offload and smaller.checkpointing >= larger.checkpointing
     assert min(min(cut[:3]) for cut in cuts) >= 1
 
@@ -49,13 +47,11 @@ def test_what_params_name_goes_first(monkeypatch) -> None:
     ("stage", "variant", "kind"),
     [
         ("align", "lpo", "lpo"),
-        ("preference", None, "preference"),
-        ("preference", "latent", "latent_preference"),
-    ]
-    + [
-        ("generate", "base", "generate"),
-        ("preference", "unconditioned", "preference"),
         ("align", None, "spo"),
+        ("preference", None, "preference"),
+        ("preference", "unconditioned", "preference"),
+        ("preference", "latent", "latent_preference"),
+        ("generate", "base", "generate"),
     ],
 )
 def test_kinds(stage: str, variant: str | None, kind: str) -> None:
