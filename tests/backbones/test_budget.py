@@ -1,6 +1,7 @@
 """The budget of a device cuts the work and changes no result: calls of one sample and calls of all."""
 
 import itertools
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,8 +18,10 @@ from spo.preference.latent import LatentPreferenceModel, LatentRewardModel
 from spo.preference.latent_training import LatentTraining
 from spo.preference.reward_model import ClipRewardModel
 from spo.preference.step_aware import StepAware
+from spo.stages import align, generate, preference
 from spo.training import loop
 from spo.training.alignment import Alignment
+from spo.training.checkpoint import CheckpointStore
 from spo.types import Budget
 
 ONE, ALL = Budget(1, 1, 1), Budget(4096, 4096, 4096)
@@ -167,6 +170,37 @@ def test_what_rests_comes_back(load, model, words, pairs) -> None:
         assert backbone.device.type == "cpu"
     assert moved == [False, True]
     assert results[0][0] == results[1][0] and torch.equal(results[0][1], results[1][1])
+
+
+def test_a_budget_may_change_in_mid_training(load, model, words, pairs, tmp_path) -> None:
+    """The state has no word of it, and no name of a resume folder nor a stage of dvc.yaml has."""
+    weights = []
+    for budgets in ((ALL, ALL), (ALL, ONE)):
+        backbone, store = load("sd"), CheckpointStore(tmp_path / str(len(weights)))
+        built = method("spo", backbone, model, words, pairs)
+        backbone.add_lora(LORA, 0)
+        objective = Alignment("align.spo", backbone, built)
+        options = {"checkpoints": store, "checkpoint_every": 1, "on_metrics": lambda m, s: None}
+        for objective.iterations, backbone.budget in zip((1, 2), budgets, strict=True):
+            summary = loop.fit(objective, OPTIMIZER, **options)
+        assert summary["iterations"] == 2
+        weights.append(torch.cat([p.detach().flatten() for p in backbone.trainable_parameters()]))
+    assert float((weights[0] - weights[1]).norm()) <= 1e-3 * float(weights[0].norm())
+
+
+def test_no_stage_depends_on_the_budget() -> None:
+    params = config.load()
+    other = params.model_copy(update={"device": config.Device(images=1, samples=1, pairs=1, offload=True)})
+    file = Path("outputs/prompts/test.txt")
+    for one, two in (
+        [align._scratch(p, "spo") for p in (params, other)],
+        [preference._scratch(p, p.preference, "preference") for p in (params, other)],
+        [generate._scratch(p, "base", p.generate.base, file) for p in (params, other)],
+    ):
+        assert one == two
+    stages = config.yaml_text.parse(Path("dvc.yaml").read_text(encoding="utf-8"), "dvc.yaml")["stages"]
+    named = {str(name) for s in stages.values() for name in s.get("do", s).get("params", [])}
+    assert "align.${key}" in named and not {name for name in named if name.split(".")[0] == "device"}
 
 
 def test_an_empty_prompt_is_encoded_once(load) -> None:

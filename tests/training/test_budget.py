@@ -26,7 +26,7 @@ def test_by_hand() -> None:
     found = budget.automatic("sd", "spo", 80 * GIB)
     room = 0.84 * 80 * GIB / 1e9
     assert not found.checkpointing and not found.offload
-    assert found.pairs == int((room - cost.trained - cost.rest) / cost.pair)
+    assert found.pairs == int((room - cost.trained - cost.others) / cost.pair)
     assert found.images == 16 and found.samples == 128
 
 
