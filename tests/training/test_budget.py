@@ -21,10 +21,10 @@ def test_more_memory_never_makes_a_call_smaller(family: str, kind: str) -> None:
 
 
 def test_by_hand() -> None:
-    """16 % of 80 GiB, 85.9 GB, are left: 72.2 GB. SPO on SD 1.5: models 1.8 GB, 5.6 GB besides."""
+    """Of 80 GiB, 85.9 GB, a fifth less 2.5 GB is left free. SPO on SD 1.5: models 1.8 GB, 5.6 GB besides."""
     cost = budget.COSTS["sd"]["spo"]
     found = budget.automatic("sd", "spo", 80 * GIB)
-    room = 0.84 * 80 * GIB / 1e9
+    room = 0.8 * 80 * GIB / 1e9 + 2.5
     assert not found.checkpointing and not found.offload
     assert found.pairs == int((room - cost.trained - cost.others) / cost.pair)
     assert found.images == 16 and found.samples == 128
