@@ -46,8 +46,8 @@ SHARED = {"clone", "first", "project", "shared"}  # that run, and `experiments.s
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Nightly tests only where -m names them. Files with long tests first, so that no process has one left when
-    the others are done.
+    """Nightly tests only where -m names them. Files with long tests first, so that no process has one left
+    when the others are done.
 
     Any test that uses a shared fixture may be the one that makes it, or that waits for another process to.
     """
