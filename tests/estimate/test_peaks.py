@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 import real_sizes
+import torch
 
 from benchmarks import cards
 from spo import estimate
+from spo.estimate import stages
 from spo.types import Budget
 
 LIMITS = {24: 23.0, 80: 72.0}
@@ -66,3 +68,19 @@ def check(params, preset: str, stage: tuple, card: int) -> None:
     assert estimate.peak(params, *stage, own).most / 1e9 == pytest.approx(
         float(row["gb"]), rel=0.02, abs=0.06
     )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("stage", cards.STAGES)
+@pytest.mark.parametrize("preset", ["sd15", "sdxl"])
+def test_what_is_counted_is_what_a_gpu_allocates(presets, preset: str, stage: tuple) -> None:
+    """To a tenth, in bf16: random weights may overflow fp16."""
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    params = presets[preset]
+    params = params.model_copy(update={"backbone": params.backbone.model_copy(update={"dtype": "bf16"})})
+    own = cards.cut(params, *stage, 24)
+    torch.cuda.empty_cache()
+    counted, found = (run(params, *stage, own).most / 1e9 for run in (estimate.peak, stages.measured))
+    print(f"{preset} {cards.name(*stage)}: counted {counted:.2f} GB, allocated {found:.2f} GB")
+    assert found == pytest.approx(counted, rel=0.1)
