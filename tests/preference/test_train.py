@@ -181,7 +181,8 @@ def test_at_t_0_the_accuracy_is_on_clean_images(clip, setup, pairs, monkeypatch)
     indices, captions = torch.arange(4), pairs.captions[:4]
     zeros = torch.zeros(4, dtype=torch.int64)
     with torch.no_grad():
-        given = setup(model).scores(pairs.read(indices), captions, zeros, None)
+        shown = setup(model).shown(pairs.read(indices), captions, zeros, None)
+        given = setup(model).scores(shown, captions, zeros)
         images = torch.cat(pairs.read(indices))
         text = model.encode_text(token_ids(setup(model).tokenizer, captions, model))
         expected = model.score_features(images, text.repeat(2, 1), zeros.repeat(2))

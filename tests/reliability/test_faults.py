@@ -105,7 +105,7 @@ def test_a_checkpoint_under_another_number_is_not_used(tmp_path: Path) -> None:
         (MemoryError(), "out of memory"),
         (
             RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"),
-            "lower the stage's batch_size",
+            "lower device.pairs, device.samples and device.images in params.yaml",
         ),
         (OSError(28, "No space left on device", "outputs/x"), "outputs/x"),
         (ValueError("http://me:planted-token@host/x?token=planted-token is away"), "***@host"),

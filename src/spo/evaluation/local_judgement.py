@@ -28,7 +28,7 @@ class _BesideOracle:
 
     def __init__(self, reward_model: RewardModel, oracle: Oracle) -> None:
         self.reward_model, self.oracle = reward_model, oracle
-        self.model = reward_model.model
+        self.model = getattr(reward_model, "model", None)
         self.aesthetics: list[Tensor] = []
 
     def encode_text(self, prompts: Sequence[str]) -> Conditioning:
