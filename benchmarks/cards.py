@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import sys
 import tempfile
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from tests.helpers import real_sizes
 
 CARDS = {24: ("RTX 4090", 165e12), 48: ("L40S", 362e12), 80: ("A100", 312e12), 141: ("H200", 989e12)}  # bf16
 USED = 0.4  # of that rate
+PRESETS = ("sd15", "sdxl")
 STAGES = (
     *(("pairs", None), ("preference", None), ("preference", "latent")),
     *(("align", "spo"), ("align", "lpo"), ("align", "diffusion_dpo"), ("generate", "base")),
@@ -48,21 +50,20 @@ def flops(params: Params, stage: str, variant: str | None) -> float:
     return sum(count * counted.get(kind, 0) for kind, count in asdict(work.most).items())
 
 
-def count(folder: Path) -> list[dict[str, object]]:
-    """A row for each preset, stage and card; a budget that several cards share is counted once."""
+def count(preset: str, folder: Path) -> list[dict[str, object]]:
+    """A row for each stage and card; a budget that several cards share is counted once."""
     rows: list[dict[str, object]] = []
-    for preset in ("sd15", "sdxl"):
-        params = real_sizes.described(preset, folder / preset)
-        for stage, variant in STAGES:
-            known: dict[Budget, int] = {}
-            work = flops(params, stage, variant)
-            for card in CARDS:
-                own = cut(params, stage, variant, card)
-                if own not in known:
-                    known[own] = estimate.peak(params, stage, variant, own).most
-                row = {"preset": preset, "stage": name(stage, variant), "card": card, **own._asdict()}
-                rows.append({**row, "gb": f"{known[own] / 1e9:.1f}", "pflop": f"{work / 1e15:.4g}"})
-                print(rows[-1], file=sys.stderr)
+    params = real_sizes.described(preset, folder)
+    for stage, variant in STAGES:
+        known: dict[Budget, int] = {}
+        work = flops(params, stage, variant)
+        for card in CARDS:
+            own = cut(params, stage, variant, card)
+            if own not in known:
+                known[own] = estimate.peak(params, stage, variant, own).most
+            row = {"preset": preset, "stage": name(stage, variant), "card": card, **own._asdict()}
+            rows.append({**row, "gb": f"{known[own] / 1e9:.1f}", "pflop": f"{work / 1e15:.4g}"})
+            print(rows[-1], file=sys.stderr)
     return rows
 
 
@@ -84,8 +85,9 @@ def table(rows: list[dict[str, object]]) -> str:
 
 
 def main() -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        rows = count(Path(folder))
+    with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(2) as pool:
+        folders = [Path(folder) / preset for preset in PRESETS]
+        rows = [row for rows in pool.map(count, PRESETS, folders) for row in rows]
     with PEAKS.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, [*rows[0]], lineterminator="\n")
         writer.writeheader()
