@@ -279,11 +279,12 @@ class Objective(Protocol[BatchT]):
         """
         ...
 
-    def loss(self, batch: BatchT) -> tuple[Tensor, dict[str, Mean]]:
+    def loss(self, batch: BatchT, check: Any) -> tuple[Tensor, dict[str, Mean]]:
         """The losses [P] of a batch, and metrics without gradients.
 
-        Raises:
-            NotFiniteError: something that the losses do not show is NaN or infinite.
+        Args:
+            check: a `FiniteCheck`, which notes what must be finite and the losses do not show. It is read
+                once an update, with all else.
         """
         ...
 

@@ -22,6 +22,7 @@ from spo.config import DiffusionDpo, Params
 from spo.diffusion.noise import SampleNoise, shuffled
 from spo.diffusion.schedule import Schedule
 from spo.methods.spec import Cost, MethodSpec, Work
+from spo.runtime.transfer import send
 from spo.training import distributed
 from spo.types import Backbone, Conditioning, LatentPairs, UNetBatch
 
@@ -122,7 +123,7 @@ class DiffusionDpoMethod:
         indices = self._pairs_of(chosen)
         keys = [f"pair {int(i)} epoch {e}" for (e, _), i in zip(chosen, indices, strict=True)]
         captions = [self.pairs.captions[i] for i in indices.tolist()]
-        win, lose = (x.to(backbone.device) for x in self._sides(indices))
+        win, lose = (send(x, backbone.device) for x in self._sides(indices))
         randomness, schedule = SampleNoise(self.seed, keys, win.shape[1:], backbone.device), self.schedule
         timesteps = randomness.integers(schedule.num_train_timesteps)
         noise = randomness.draw()
@@ -132,7 +133,7 @@ class DiffusionDpoMethod:
             timesteps=timesteps.repeat(2),
             # selecting copies, so these are ordinary tensors, whatever `inference` made
             conditioning=conditioning.select(both),
-            weight=self.pairs.weight[indices].to(backbone.device),
+            weight=send(self.pairs.weight[indices], backbone.device),
             prompts=captions,
             target_win=schedule.training_target(win, noise, timesteps),
             target_lose=schedule.training_target(lose, noise, timesteps),

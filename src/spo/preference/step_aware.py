@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from spo.config import Preference
+from spo.diffusion.finite import FiniteCheck
 from spo.diffusion.noise import SampleNoise
 from spo.diffusion.schedule import Schedule
 from spo.preference.model import StepAwarePreferenceModel, token_ids
@@ -53,17 +54,18 @@ class StepAware:
         captions: Sequence[str],
         timesteps: Tensor,
         noise: Tensor | None,
+        check: FiniteCheck,
     ) -> Tensor:
         """As `Trained.shown`: images [P,2,3,s,s] of the CLIP's size; in training without settings.noised
         those without noise."""
         if noise is None or self._clean:
-            images = clean_pair(self.backbone, latents, captions)
+            images = clean_pair(self.backbone, latents, check, captions)
         else:
             conditioning = self.backbone.encode_prompts(captions)
             schedule = self.schedule.to(self.backbone.device)
             guidance = self.settings.guidance
             images = noised_pair(
-                self.backbone, schedule, latents, timesteps, noise, conditioning, guidance, captions
+                self.backbone, schedule, latents, timesteps, noise, conditioning, guidance, check, captions
             )
         return torch.stack([self.model.fitted(side) for side in images], dim=1)
 

@@ -85,6 +85,7 @@ def _step_aware(params: Params, settings: Preference, backbone: Backbone) -> Ste
     from spo.preference.step_aware import StepAware
 
     schedule = Schedule.from_config(backbone.scheduler_config, settings.num_inference_steps)
+    schedule = schedule.to(backbone.device)
     own = settings.init, settings.revision
     tokenizer = load_tokenizer(*(split_revision(settings.tokenizer) if settings.tokenizer else own))
     torch.manual_seed(params.seed)  # the timestep embedding is drawn at random
