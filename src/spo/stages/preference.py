@@ -192,7 +192,7 @@ def _local_judgement(params: Params, trained: Trained) -> dict[str, float]:
 
 def _scratch(params: Params, settings: Preference | LatentPreference, name: str) -> Path:
     # the name, because two stages with equal settings may run at the same time
-    sections = (name, params.seed, params.backbone, settings)
+    sections = (name, params.seed, params.backbone, params.pairs.latents, settings)
     pinned = "latent" if isinstance(settings, LatentPreference) else "clip"
     inputs = [Path(p) for p in ("outputs/pairs", "outputs/inputs/base.json", f"outputs/inputs/{pinned}.json")]
     return SCRATCH / "resume" / f"preference-{fingerprint(sections, inputs, CODE)}"

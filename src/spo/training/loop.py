@@ -22,6 +22,7 @@ from spo.runtime.signals import stop_on_signal
 from spo.training import distributed
 from spo.training.checkpoint import CheckpointStore
 from spo.training.clock import Clock
+from spo.training.speed import fast
 from spo.training.state import TrainingState
 from spo.types import Batch, Mean, Objective
 
@@ -68,7 +69,7 @@ def fit(
     parameters = objective.parameters()
     if not parameters:
         raise ValueError(f"{objective.name}: nothing to train: the model has no trainable parameters")
-    state = TrainingState(parameters, optimizer, ema, scale_loss, sampler_ema, clock)
+    state = TrainingState(parameters, optimizer, ema, scale_loss, sampler_ema, clock, objective.iterations)
     first = state.resume(checkpoints)
     on_resume(first)
     done, total = first, objective.iterations
@@ -77,7 +78,7 @@ def fit(
         if watch and first == 0:
             watch(0, {})
         for iteration in range(first, total):
-            with state.clock.training():
+            with state.clock.training(), fast(parameters[0].device):
                 metrics = _iteration(objective, iteration, state)
             done = iteration + 1
             on_metrics(metrics, done)
@@ -104,6 +105,7 @@ def _iteration(objective: Objective, iteration: int, state: TrainingState) -> di
     """All updates of one iteration; returns what was collected, means of the updates' metrics, and how many
     updates there have been.
     """
+    state.iteration = iteration
     state.optimizer.zero_grad(set_to_none=True)  # what is collected needs their memory
     with state.sampling():
         updates, collected = objective.collect(iteration)

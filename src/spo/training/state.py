@@ -29,6 +29,7 @@ class TrainingState:
         scale_loss: bool,
         sampler_ema: float = 0.0,
         clock: Clock | None = None,
+        iterations: int = 1,
     ) -> None:
         """
         Args:
@@ -39,6 +40,7 @@ class TrainingState:
             scale_loss: for fp16, whose gradients would underflow: the loss is scaled up, the gradients down
                 again; an update whose gradients overflow is skipped and the scale halved.
             clock: of the stage; None: one that starts now.
+            iterations: of the whole training, at whose end a linear decay of the learning rate would reach 0.
         """
         assert not (ema and sampler_ema), "one average at most"
         self.parameters, self.settings = parameters, settings
@@ -47,13 +49,20 @@ class TrainingState:
         self.scaler = torch.amp.GradScaler(parameters[0].device.type, enabled=scale_loss)
         self.average = [p.detach().clone() for p in parameters] if ema or sampler_ema else []
         self.updates = self.pairs = self.skipped = 0
+        self.iteration, self.iterations = 0, iterations
         self.clock = clock or Clock()
 
     @property
     def learning_rate(self) -> float:
-        """That of the next update: linear warm-up, then constant."""
-        warm = min(1.0, (self.updates + 1) / max(self.settings.warmup_steps, 1))
-        return self.settings.learning_rate * warm
+        """That of the next update: linear warm-up by updates, then constant or linear decay by iterations.
+
+        The decay is that of DeepSpeed's WarmupDecayLR where an iteration is one update.
+        """
+        warmup = self.settings.warmup_steps
+        factor = min(1.0, (self.updates + 1) / max(warmup, 1))
+        if self.settings.decay == "linear":
+            factor = min(factor, (self.iterations - self.iteration) / max(self.iterations - warmup, 1))
+        return self.settings.learning_rate * factor
 
     def gradient_norm(self) -> torch.Tensor:
         """Sum the gradients over processes, undo the scale of the loss, and return their norm [], unread."""
