@@ -15,7 +15,11 @@ from spo.scenes.oracle import Perception
 from spo.training import placement
 from tools.scenes import tokenizer
 
-PROMPTS = ["a red circle", "a blue square", "a small green triangle"]
+PROMPTS = [
+    "a large red circle above a small blue ring on sand",
+    "a small blue ring above a large red circle on sand",
+    "a large blue circle above a small red ring on sand",
+]
 
 
 @pytest.fixture
