@@ -142,8 +142,8 @@ class Backbone(Protocol):
         """
         ...
 
-    def encode(self, images: Tensor) -> Tensor:
-        """Images in [-1,1] to scaled latents (the posterior's mean)."""
+    def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Images in [-1,1] to scaled latents: the posterior's mean, or with `noise` [B,C,h,w] a sample."""
         ...
 
     def decode(self, latents: Tensor) -> Tensor:
@@ -171,6 +171,10 @@ class FeatureModel(Protocol):
 
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
         """Text for `features`, and as `pooled` its [B,text_width]; with gradients where they are trained."""
+        ...
+
+    def empty_prompt(self) -> Conditioning:
+        """The empty prompt, encoded once while the text encoders are frozen."""
         ...
 
     def features(
@@ -279,11 +283,12 @@ class Objective(Protocol[BatchT]):
         """
         ...
 
-    def loss(self, batch: BatchT) -> tuple[Tensor, dict[str, Mean]]:
+    def loss(self, batch: BatchT, check: Any) -> tuple[Tensor, dict[str, Mean]]:
         """The losses [P] of a batch, and metrics without gradients.
 
-        Raises:
-            NotFiniteError: something that the losses do not show is NaN or infinite.
+        Args:
+            check: a `FiniteCheck`, which notes what must be finite and the losses do not show. It is read
+                once an update, with all else.
         """
         ...
 

@@ -63,10 +63,10 @@ def test_scoring_resumes_after_the_last_scorer(tmp_path: Path, monkeypatch) -> N
         raise KeyboardInterrupt
 
     store = CheckpointStore(tmp_path, keep=None)
-    monkeypatch.setattr(scoring, "_scorers", lambda params, device: [scorer("a"), broken])
+    monkeypatch.setattr(scoring, "_scorers", lambda *given: [scorer("a"), broken])
     with pytest.raises(KeyboardInterrupt):
         scoring.score_images(settings(1), [None] * 2, PROMPTS[:2], "cpu", store)
-    monkeypatch.setattr(scoring, "_scorers", lambda params, device: [scorer("a"), scorer("b")])
+    monkeypatch.setattr(scoring, "_scorers", lambda *given: [scorer("a"), scorer("b")])
     scores = scoring.score_images(settings(1), [None] * 2, PROMPTS[:2], "cpu", store)
     assert scores == {"a": [0.1, 1 / 3], "b": [0.1, 1 / 3]} and list(scores) == ["a", "b"]
     assert asked == ["a", "b"]

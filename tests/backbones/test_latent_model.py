@@ -18,6 +18,7 @@ from spo.preference.latent import LatentPreferenceModel, LatentRewardModel
 from spo.types import Conditioning
 
 PROMPTS = ["a circle", "a blue star on sand", "a large red square"]
+RATE = config.Optimizer(learning_rate=1e-3)
 FAMILIES = pytest.mark.parametrize("family", ["sd", "sdxl"])
 
 
@@ -95,6 +96,28 @@ def test_features_and_score_are_those_of_the_blocks_run_by_hand(load, checkpoint
     seen = features @ model.visual_projection.weight.T
     score = math.exp(1.5) * (seen * pooled).sum(-1) / (seen.norm(dim=-1) * pooled.norm(dim=-1))
     torch.testing.assert_close(model.score(x_t, text, timesteps), score, rtol=1e-4, atol=1e-5)
+
+
+@FAMILIES
+def test_the_empty_prompt_is_encoded_once_while_its_encoders_are_frozen(load, family, monkeypatch) -> None:
+    model, encoded = latent_model(load(family)), []
+    original = DownPath.encode_prompts
+    monkeypatch.setattr(
+        DownPath, "encode_prompts", lambda self, p: encoded.append(list(p)) or original(self, p)
+    )
+    texts = [model.encode_text(PROMPTS) for _ in range(2)]
+    assert encoded == [PROMPTS, [""], PROMPTS]
+    assert all(torch.equal(texts[0].tensors[name], texts[1].tensors[name]) for name in texts[0].tensors)
+    model.make_trainable(config.LatentPreference(trained="all", optimizer=RATE, steps=1, batch_size=1), 0)
+    with torch.no_grad():
+        for weight in model.encoder.text_encoders.parameters():
+            weight.mul_(1.1)
+    encoded.clear()
+    trained = [model.encode_text(PROMPTS) for _ in range(2)]
+    assert encoded == [PROMPTS, [""]] * 2 and trained[0].tensors["empty text"].requires_grad
+    LatentRewardModel(model, "candidate")  # which freezes it, as it is now
+    again = model.encode_text(PROMPTS)
+    assert torch.equal(again.tensors["empty text"], trained[0].tensors["empty text"])
 
 
 @FAMILIES

@@ -9,6 +9,7 @@ import torch
 from group import check_alike, run_in
 
 from spo import config
+from spo.diffusion.finite import FiniteCheck
 from spo.diffusion.schedule import Schedule
 from spo.methods.lpo import LpoMethod
 from spo.preference import trainer
@@ -47,7 +48,7 @@ def test_the_loss_of_pairs_by_hand(load, pairs, family) -> None:
         (((batch,),), _) = objective.collect(iteration)
         assert set(batch.timesteps.tolist()) <= set(trained.schedule.timesteps.tolist())
         with torch.no_grad():
-            losses, measured = objective.loss(batch)
+            losses, measured = objective.loss(batch, FiniteCheck())
         for p, index in enumerate(batch.indices.tolist()):
             t = batch.timesteps[p : p + 1]
             alpha = trained.schedule.alphas_cumprod[t]

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from spo import cli, config
 from spo.backbones.finite import check_finite_weights
 from spo.data.latents import encode
+from spo.diffusion.finite import FiniteCheck
 from spo.diffusion.schedule import Schedule
 from spo.methods.diffusion_dpo import DiffusionDpoMethod
 from spo.methods.spo import SpoMethod
@@ -216,8 +217,10 @@ def test_preference_training_and_its_evaluation_stop(load, model, words, pairs) 
     backbone.vae.decoder.conv_out.bias.data[0] = INF
     with pytest.raises(ValueError, match="VAE decoder output at t=0, prompt 'a circle'"):
         spm.evaluate(*evaluate, seed=0)
+    check = FiniteCheck()
+    clean_pair(backbone, pairs.read(torch.tensor([0, 1])), check, pairs.captions[:2])
     with pytest.raises(ValueError, match="VAE decoder output, prompt 'a circle'"):
-        clean_pair(backbone, pairs.read(torch.tensor([0, 1])), pairs.captions[:2])
+        check.check()
     with pytest.raises(
         FloatingPointError, match=r"VAE decoder output at t=\d+, prompt 'a .*nothing was updated"
     ):

@@ -23,6 +23,7 @@ from spo.methods.diffusion_dpo import DiffusionDpoMethod
 from spo.methods.lpo import LpoMethod
 from spo.methods.spo import SpoMethod
 from spo.preference.latent import LatentPreferenceModel, LatentRewardModel
+from spo.preference.latent_training import LatentTraining
 from spo.preference.reward_model import ClipRewardModel
 from spo.preference.step_aware import StepAware
 from spo.preference.trainer import LabelObjective
@@ -66,14 +67,11 @@ def stepwise(backbone, words, model, judge: str, steps: int):
     return method
 
 
-TEXT = ("backbones/text.py tokenized", "preference/model.py token_ids")
-
-
 def waited(monkeypatch, run: Callable[[], Any]) -> tuple[Any, Counter[str]]:
-    """The result, and the waits but for text, whose token ids are copied once a call of an encoder."""
+    """The result, and the waits."""
     with counted(monkeypatch) as found:
         result = run()
-    return result, Counter({place: count for place, count in found.items() if place not in TEXT})
+    return result, found
 
 
 @pytest.mark.parametrize(
@@ -82,66 +80,67 @@ def waited(monkeypatch, run: Callable[[], Any]) -> tuple[Any, Counter[str]]:
 def test_a_rollout_waits_as_often_whatever_its_steps(base, words, model, judge: str, monkeypatch) -> None:
     for steps in (3, 5):
         method = stepwise(base, words, model, judge, steps)
-        with counted(monkeypatch) as found:
-            method.collect(base, 0)
-        texts = {
-            # token ids and mask, of prompts and the empty one; the latent judge has its own encoders
-            TEXT[0]: 2 * 2 * len(base._text.encoders) * (1 + (judge == "latent")),
-            TEXT[1]: int(judge == "step-aware"),
+        _, found = waited(monkeypatch, lambda method=method: method.collect(base, 0))
+        assert found == {
+            "diffusion/finite.py failure": 1,  # all values of the rollout, after its last step
+            "methods/stepwise/method.py _updates": 2,  # which pairs are valid: how many, then which
+            "methods/stepwise/method.py _metrics": 3,  # means by step: validity, scores, timesteps
         }
-        assert found == Counter(texts) + Counter(
-            {
-                "diffusion/finite.py failure": 1,  # all values of the rollout, after its last step
-                "methods/stepwise/method.py _updates": 2,  # which pairs are valid: how many, then which
-                "methods/stepwise/method.py _metrics": 3,  # means by step: validity, scores, timesteps
-            }
-        )
 
 
-def once_an_update(parts: int) -> dict[str, int]:
-    return {
-        "diffusion/finite.py failure": parts,  # outputs of both UNets, before the loss hides infinity
-        "training/loop.py _check_finite": parts + 1,  # the losses of each part, the norm of all gradients
-        "training/loop.py update": 3,  # is there a pair; after the step, for the log: how many, the norm
-        "training/loop.py _means": 1,  # the metrics, in one copy
-    }
+# whether there is a pair, whether all is finite, the norm of the gradients and the metrics, in one copy
+ONCE_AN_UPDATE = {"training/loop.py _read": 1}
+SCALED = pytest.mark.parametrize("scale_loss", [False, True])
 
 
-def test_updates_of_spo(base, words, model, monkeypatch) -> None:
+@SCALED
+def test_updates_of_spo(base, words, model, monkeypatch, scale_loss: bool) -> None:
     """An update in two parts, forward and backward through every layer, and AdamW."""
     base.add_lora(LORA, 0)
     method = stepwise(base, words, model, "step-aware", 4)
     ((parts, *_), _), _ = waited(monkeypatch, lambda: method.collect(base, 0))
-    _, found = waited(monkeypatch, lambda: update(Alignment("align.spo", base, method), parts))
-    assert len(parts) == 2 and found == once_an_update(2)
+    _, found = waited(monkeypatch, lambda: update(Alignment("align.spo", base, method), parts, scale_loss))
+    assert len(parts) == 2 and found == ONCE_AN_UPDATE
 
 
-def update(objective: Any, parts: Any) -> None:
-    loop.update(objective, parts, TrainingState(objective.parameters(), OPTIMIZER, 0.0, False))
+def update(objective: Any, parts: Any, scale_loss: bool) -> None:
+    state = TrainingState(objective.parameters(), OPTIMIZER, 0.0, scale_loss)
+    assert loop.update(objective, parts, state)["gradient_norm"] == 1 and state.updates == 1
 
 
-def test_updates_of_diffusion_dpo(base, pairs, monkeypatch) -> None:
+@SCALED
+def test_updates_of_diffusion_dpo(base, pairs, monkeypatch, scale_loss: bool) -> None:
     base.add_lora(LORA, 0)
     settings = config.DiffusionDpo(lora=LORA, iterations=1, **UPDATE)
     schedule = Schedule.from_config(base.scheduler_config, 20).to(DEVICE)
     objective = Alignment("align.diffusion_dpo", base, DiffusionDpoMethod(settings, schedule, pairs, 0))
     ((parts,), _), found = waited(monkeypatch, lambda: objective.collect(0))
-    # the latents of winners and losers, and the weights, of each part are sent to the device
-    assert sum(found.values()) == 2 * 3
-    _, found = waited(monkeypatch, lambda: update(objective, parts))
-    assert len(parts) == 2 and found == once_an_update(2)
+    assert not found
+    _, found = waited(monkeypatch, lambda: update(objective, parts, scale_loss))
+    assert len(parts) == 2 and found == ONCE_AN_UPDATE
 
 
-def test_updates_of_the_preference_model(base, words, model, pairs, monkeypatch) -> None:
+@SCALED
+@pytest.mark.parametrize("kind", ["step-aware", "latent"])
+def test_updates_of_the_preference_models(
+    base, words, model, pairs, monkeypatch, kind: str, scale_loss: bool
+) -> None:
+    """What they are shown is computed while their batch is collected, and read in the update."""
     schedule = Schedule.from_config(base.scheduler_config, 20).to(DEVICE)
-    settings = config.Preference(init="", steps=1, **UPDATE)
-    trained = StepAware(model.to(DEVICE).train(), words, base, schedule, settings)
+    trained: Any
+    if kind == "latent":
+        settings = config.LatentPreference(trained="all", steps=1, **UPDATE)
+        latent = LatentPreferenceModel(base.feature_model(), 2.0).to(DEVICE)
+        trained = LatentTraining(latent, base, schedule, settings)
+    else:
+        settings = config.Preference(init="", steps=1, **UPDATE)
+        trained = StepAware(model.to(DEVICE).train(), words, base, schedule, settings)
     trained.prepare()
     objective = LabelObjective(trained, pairs, 0)
-    ((parts,), _), _ = waited(monkeypatch, lambda: objective.collect(0))
-    _, found = waited(monkeypatch, lambda: update(objective, parts))
-    # the latents of each part are sent to the device
-    assert found == {**once_an_update(2), "preference/noising.py noised_pair": 2}
+    ((parts,), _), found = waited(monkeypatch, lambda: objective.collect(0))
+    assert not found
+    _, found = waited(monkeypatch, lambda: update(objective, parts, scale_loss))
+    assert len(parts) == 2 and found == ONCE_AN_UPDATE
 
 
 @pytest.mark.parametrize("base", ["sdxl"], indirect=True)

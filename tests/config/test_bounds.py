@@ -75,6 +75,18 @@ def test_a_value_outside_its_range_is_one_line_with_key_and_value(key: str, valu
     assert str(value)[:20].strip("[]'{}") in message.replace("()", "") or value == {"sampler_ema": 1.0}
 
 
+@pytest.mark.parametrize("section", OPTIMIZERS)
+def test_a_training_that_ends_before_its_rate_decays_is_refused(section: str) -> None:
+    length = "steps" if "preference" in section else "iterations"
+    changes = {f"{section}.{length}": 5, f"{section}.optimizer.warmup_steps": 4}
+    with_decay = changes | {f"{section}.optimizer.decay": "linear"}
+    config.validate(with_values(with_decay))
+    with pytest.raises(config.ConfigError, match=f"{section}.*optimizer.decay: linear never begins") as error:
+        config.validate(with_values(with_decay | {f"{section}.{length}": 4}))
+    assert "\n" not in str(error.value)
+    config.validate(with_values(changes | {f"{section}.{length}": 4}))
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_no_number_may_be_nan_or_infinite(value: float) -> None:
     raw = config.validate(with_values({})).model_dump(mode="json")

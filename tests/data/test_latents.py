@@ -83,6 +83,32 @@ def test_an_interrupted_encoding_is_done_again(tmp_path) -> None:
     assert len(encode(labelled(40), 40, Half(), decode, tmp_path / "l")) == 40
 
 
+class Posterior(Half):
+    """A VAE whose latents are the noise that it is given."""
+
+    latent_shape = (1, 2, 2)
+
+    def encode(self, images, noise=None):
+        return torch.zeros(len(images), *self.latent_shape) if noise is None else noise
+
+
+def test_samples_of_the_posterior_belong_to_seed_and_image(tmp_path) -> None:
+    """Not to where a pair is; without a seed there is no noise."""
+    pairs = [PreferencePair("c", b"one", b"two", 1.0, 0.0), PreferencePair("d", b"three", b"one", 1.0, 0.0)]
+    both = torch.arange(2)
+
+    def sides(name: str, pairs: list[PreferencePair], seed: int | None) -> torch.Tensor:
+        encoded = encode(pairs, 2, Posterior(), decode, tmp_path / name, seed)
+        return torch.stack(encoded.read(both), 1)
+
+    first = sides("first", pairs, 0)
+    assert torch.equal(first[0, 0], first[1, 1])  # the same image
+    assert len({float(x) for x in first[:, :, 0, 0, 0].flatten()}) == 3
+    assert torch.equal(sides("turned", pairs[::-1], 0), first.flip(0))
+    assert not torch.equal(sides("other", pairs, 1), first)
+    assert not sides("mean", pairs, None).any()
+
+
 def test_another_count_than_the_summary_is_refused(tmp_path) -> None:
     with pytest.raises(ValueError, match="summary says 6"):
         encode(labelled(5), 6, Half(), decode, tmp_path / "l")

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from spo import config
+from spo.diffusion.finite import FiniteCheck
 from spo.preference import step_aware
 from spo.preference import trainer as spm
 from spo.preference.model import StepAwarePreferenceModel, token_ids
@@ -181,7 +182,7 @@ def test_at_t_0_the_accuracy_is_on_clean_images(clip, setup, pairs, monkeypatch)
     indices, captions = torch.arange(4), pairs.captions[:4]
     zeros = torch.zeros(4, dtype=torch.int64)
     with torch.no_grad():
-        shown = setup(model).shown(pairs.read(indices), captions, zeros, None)
+        shown = setup(model).shown(pairs.read(indices), captions, zeros, None, FiniteCheck())
         given = setup(model).scores(shown, captions, zeros)
         images = torch.cat(pairs.read(indices))
         text = model.encode_text(token_ids(setup(model).tokenizer, captions, model))

@@ -4,6 +4,7 @@ import sys
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from two_numbers import Numbers, Squares, run, settings
 
 from spo.training import loop, optimizer
@@ -108,6 +109,31 @@ def test_gradients_that_no_scale_makes_finite_stop() -> None:
     with pytest.raises(FloatingPointError, match="whatever the loss is scaled by"):
         run(model, Infinite(40), scale_loss=True)
     assert model.values.tolist() == [1.0, -2.0]
+
+
+def test_in_half_precision_an_update_without_a_pair_leaves_the_scale(tmp_path) -> None:
+    """A loss of weight 0 that is not finite is none of an update's."""
+    weighted, model, store = [0.0, 0.0, 1.0, 0.0], Numbers(), CheckpointStore(tmp_path)
+
+    class Sometimes(InHalf):
+        def collect(self, backbone, iteration):
+            self.weight = weighted[iteration]
+            return super().collect(backbone, iteration)
+
+        def loss(self, policy, reference, batch):
+            losses, metrics = super().loss(policy, reference, batch)
+            return losses if self.weight else losses / 0, metrics
+
+    summary = run(model, Sometimes(4, target=0.5), store, scale_loss=True, weight_decay=0.5)
+    assert summary["updates"] == 0 and summary["skipped_updates"] == 1
+    assert store.latest()[1]["scaler"]["scale"] == 2.0**15 and model.values.tolist() == [1.0, -2.0]
+
+
+def test_on_cuda_adamw_needs_no_copies_of_the_weights() -> None:
+    with FakeTensorMode():
+        for device, fused in (("cuda", True), ("cpu", None)):
+            weight = torch.nn.Parameter(torch.zeros(2, device=device))
+            assert optimizer.adamw([weight], settings()).defaults["fused"] is fused
 
 
 class Collected(Squares):

@@ -55,11 +55,53 @@ def test_warm_up_raises_the_rate_linearly() -> None:
     assert rates == pytest.approx([0.025, 0.05, 0.075, 0.1])
 
 
+def test_linear_decay_ends_at_0_with_the_training() -> None:
+    """DeepSpeed's WarmupDecayLR: (total - i) / (total - warm-up) after a warm-up, here 2 of 6 iterations."""
+    rates = []
+    changes = {"on_metrics": lambda m, s: rates.append(m["learning_rate"]), "decay": "linear"}
+    run(Numbers(), Squares(6), warmup_steps=2, **changes)
+    assert rates == pytest.approx([0.05, 0.1, 0.1, 0.075, 0.05, 0.025])
+    rates.clear()
+    run(Numbers(), Squares(4), **changes)
+    assert rates == pytest.approx([0.1, 0.075, 0.05, 0.025])
+
+
+def test_linear_decay_goes_by_iterations_however_many_updates_they_have() -> None:
+    class Twice(Squares):
+        def collect(self, backbone, iteration):
+            (update,), collected = super().collect(backbone, iteration)
+            return [update, update], collected
+
+    rates = []
+    summary = run(
+        Numbers(), Twice(4), on_metrics=lambda m, s: rates.append(m["learning_rate"]), decay="linear"
+    )
+    assert summary["updates"] == 8 and rates == pytest.approx([0.1, 0.075, 0.05, 0.025])
+
+
+def test_a_resumed_decay_is_the_uninterrupted_one(tmp_path) -> None:
+    whole, parts, store = Numbers(), Numbers(), CheckpointStore(tmp_path)
+    run(whole, Squares(6), warmup_steps=1, decay="linear")
+
+    def stop(metrics, step):
+        if step == 3:
+            raise RuntimeError("power cut")
+
+    with pytest.raises(RuntimeError):
+        run(parts, Squares(6), store, stop, warmup_steps=1, decay="linear")
+    rates = []
+    again = Numbers()
+    note = lambda m, s: rates.append(m["learning_rate"])  # noqa: E731
+    run(again, Squares(6), store, note, warmup_steps=1, decay="linear")
+    assert torch.equal(again.values, whole.values) and rates == pytest.approx([0.08, 0.06, 0.04, 0.02])
+
+
 def test_a_batch_without_a_pair_changes_nothing() -> None:
     model = Numbers()
     summary = run(model, Squares(3, weight=0.0), weight_decay=0.5)
     assert model.values.tolist() == [1.0, -2.0]
-    assert summary["updates"] == 0 and model.forwards["policy"] == 0
+    assert summary["updates"] == 0
+    assert model.forwards["policy"] == 3  # that there is no pair is read with all else, after the forward
 
 
 @pytest.mark.parametrize("stop_at", [1, 4, 6])
@@ -188,7 +230,7 @@ def test_every_ema_counts_after_as_many_updates_as_the_default_has() -> None:
         state = TrainingState([weight], two_numbers.settings(), ema, scale_loss=False)
         for _ in range(60):
             weight.grad = weight.detach() - 1
-            state.step()
+            state.step(state.gradient_norm())
         state.finish()
         ends.add(weight.item())
     assert len(ends) == 7

@@ -45,11 +45,20 @@ class DownPath(nn.Module):
         self.text_width = self._text.pooled_width
         self.down_widths = tuple(block.resnets[-1].out_channels for block in self.unet.down_blocks)
         self.mid_width = self.unet.mid_block.resnets[-1].out_channels
+        self._empty: Conditioning | None = None
         self.eval().requires_grad_(False)
 
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
         with self._autocast(self.text_encoders[0].dtype):
             return self._text(prompts)
+
+    def empty_prompt(self) -> Conditioning:
+        if any(weight.requires_grad for weight in self.text_encoders.parameters()):
+            self._empty = None
+            return self.encode_prompts([""])
+        if self._empty is None:
+            self._empty = self.encode_prompts([""])
+        return self._empty
 
     def features(
         self, x_t: Tensor, timesteps: Tensor, conditioning: Conditioning

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from spo.data.tokens import tokenize
+from spo.runtime.transfer import send
 from spo.types import Conditioning
 
 
@@ -56,11 +57,11 @@ class SdxlText:
             output = encoder(tokenized(tokenizer, prompts, encoder).input_ids, output_hidden_states=True)
             states.append(output.hidden_states[-2])
             pooled = output[0]
-        mask = torch.tensor([float(p != "" or not self.zeros) for p in prompts], device=states[0].device)
         assert pooled is not None
         text = torch.cat(states, dim=-1)
-        time_ids = torch.tensor([self.time_ids] * len(prompts), dtype=text.dtype, device=text.device)
-        mask = mask.to(text.dtype)
+        mask = torch.tensor([float(p != "" or not self.zeros) for p in prompts], dtype=text.dtype)
+        time_ids = torch.tensor([self.time_ids] * len(prompts), dtype=text.dtype)
+        mask, time_ids = send(mask, text.device), send(time_ids, text.device)
         return Conditioning(
             {"text": text * mask.view(-1, 1, 1), "pooled": pooled * mask.view(-1, 1), "time_ids": time_ids}
         )
@@ -79,4 +80,7 @@ def tokenized(tokenizer: Any, prompts: Sequence[str], encoder: Any) -> Any:
     L is the encoder's length where a tokenizer has no `model_max_length`.
     """
     length = min(tokenizer.model_max_length, encoder.config.max_position_embeddings)
-    return tokenize(tokenizer, prompts, length).to(encoder.device)
+    tokens = tokenize(tokenizer, prompts, length)
+    for name, values in tokens.items():
+        tokens[name] = send(values, encoder.device)
+    return tokens

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -56,4 +56,5 @@ class Pairs(Section):
     rows_per_shard: Positive = 1000
     max_bad_fraction: Fraction = 0.01
     drop_ties: bool = False
+    latents: Literal["mean", "sample"] = "mean"  # of the VAE's posterior, on which training on pairs rests
     filter: PairFilter | None = None  # of the training pairs

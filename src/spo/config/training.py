@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -11,7 +11,7 @@ from spo.config.scorers import SCORERS, Scorers
 
 
 class Optimizer(Section):
-    """AdamW with a linear warm-up."""
+    """AdamW with a linear warm-up, and linear decay of the learning rate or none."""
 
     learning_rate: Annotated[float, Field(gt=0, le=1)]
     weight_decay: Amount = 1e-4
@@ -21,6 +21,9 @@ class Optimizer(Section):
         1e-8  # less is 0 in fp32, and 0 / 0 where a gradient is 0
     )
     warmup_steps: Count = 0
+    decay: Literal["constant", "linear"] = (
+        "constant"  # linear: after the warm-up, to 0 at the end of training
+    )
     max_grad_norm: Rate | None = 1.0
     eight_bit: bool = False  # 8-bit optimizer state, by bitsandbytes
 
@@ -32,6 +35,20 @@ class Optimizer(Section):
                 "1: an update would take the whole weight or more; lower one of them"
             )
         return self
+
+
+def _decays_within(section: Any) -> Any:
+    """
+    Raises:
+        ValueError: the training ends before its learning rate would decay.
+    """
+    optimizer, length = section.optimizer, getattr(section, "steps", 0) or section.iterations
+    if optimizer.decay == "linear" and optimizer.warmup_steps >= length:
+        raise ValueError(
+            f"optimizer.decay: linear never begins: warmup_steps {optimizer.warmup_steps} is not below the "
+            f"{length} iterations of the training; lower it, or set decay to constant"
+        )
+    return section
 
 
 class PseudoLabels(Scorers):
@@ -75,6 +92,8 @@ class Preference(Section):
     local_prompts: Count = 0  # validation prompts whose candidates the oracle scores too; only scenes has one
     checkpoint_every: Positive = 100
 
+    _decay = model_validator(mode="after")(_decays_within)
+
 
 # preference models that SPO's is compared with: {name: what is changed in `preference`}
 PREFERENCE_BASELINES: dict[str, dict[str, bool]] = {
@@ -104,6 +123,8 @@ class LatentPreference(Section):
     eval_timesteps: tuple[Count, ...] = (1, 251, 501, 701, 951)
     local_prompts: Count = 0  # validation prompts whose candidates the oracle scores too; only scenes has one
     checkpoint_every: Positive = 100
+
+    _decay = model_validator(mode="after")(_decays_within)
 
     @model_validator(mode="after")
     def _adapter(self) -> LatentPreference:
@@ -184,6 +205,8 @@ class Stepwise(Rollout):
     checkpoint_every: Positive = 5
     validation: Validation | None = None
 
+    _decay = model_validator(mode="after")(_decays_within)
+
 
 class GradSpo(Section):
     """GradSPO: another loss on the pairs of SPO, from rollouts of an average of the policy's weights."""
@@ -220,6 +243,8 @@ class DiffusionDpo(Section):
     beta: Rate = 2000.0
     checkpoint_every: Positive = 50
     validation: Validation | None = None
+
+    _decay = model_validator(mode="after")(_decays_within)
 
 
 class Align(Section):

@@ -36,14 +36,17 @@ def latent_pairs(params: Params, backbone: Backbone, part: str) -> EncodedPairs:
 
     folder = require(Path("outputs/pairs") / part, "preference pairs")
     total = read_json("outputs/pairs/summary.json", "summary of the pairs", keys=[part])[part]
-    settings = ("latents", str(backbone.image_size), params.backbone.dtype, _vae(params))
+    settings = ["latents", str(backbone.image_size), params.backbone.dtype, _vae(params)]
+    seed = params.seed if params.pairs.latents == "sample" else None
+    if seed is not None:
+        settings.append(f"samples of seed {seed}")
     name = fingerprint(settings, [folder], CODE)
     decode = partial(decode_image, size=backbone.image_size)
     cache = SCRATCH / "latents" / f"{part}-{name}"
     with distributed.main_process_first():
         if not distributed.is_main_process():
             distributed.wait_for(cache / COMPLETE)
-        return encode(read_pairs(folder), total, backbone, decode, cache)
+        return encode(read_pairs(folder), total, backbone, decode, cache, seed)
 
 
 def _vae(params: Params) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 import shutil
@@ -15,7 +16,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from spo.diffusion import finite
+from spo.diffusion.noise import SampleNoise
 from spo.runtime.files import locked, read_json, write_json
+from spo.runtime.transfer import send
 from spo.types import Backbone, PreferencePair
 
 COMPLETE = "pairs.json"  # written last: captions and labels
@@ -55,6 +58,7 @@ def encode(
     backbone: Backbone,
     decode_image: Callable[[bytes], Tensor],
     folder: Path,
+    seed: int | None = None,
 ) -> EncodedPairs:
     """Encode pairs with the backbone's VAE into `folder`, or read a complete cache from it.
 
@@ -63,7 +67,8 @@ def encode(
     Args:
         total: number of pairs, from the summary of the `pairs` stage.
         decode_image: decodes bytes to an image [3,H,W] in [-1,1].
-        folder: the cache, named by a fingerprint of the pairs and the VAE.
+        folder: the cache, named by a fingerprint of the pairs, the VAE and the seed.
+        seed: of samples of the VAE's posterior, whose noise belongs to the image; None: the posterior's mean.
 
     Raises:
         ValueError: latents that are NaN, infinite or beyond the range of float16, or another number of pairs.
@@ -78,7 +83,7 @@ def encode(
                 shutil.rmtree(folder, ignore_errors=True)
                 folder.mkdir()
                 file = _allocate(folder / "latents.f16", shape)
-                rows = _write(pairs, backbone, decode_image, file)
+                rows = _write(pairs, backbone, decode_image, file, seed)
                 file.flush()  # before anyone takes it for complete
                 write_json(done, rows)
     rows = read_json(done, "encoded pairs", keys=("captions", "label_0", "weight"), then=f"delete {folder}")
@@ -124,19 +129,32 @@ def _check(latents: Tensor, captions: list[str]) -> None:
         )
 
 
+def _encoded(
+    files: list[bytes], backbone: Backbone, decode_image: Callable[[bytes], Tensor], seed: int | None
+) -> Tensor:
+    """The latents [B,C,h,w] of B image files, on the CPU."""
+    images = send(torch.stack([decode_image(file) for file in files]), backbone.device)
+    noise = []
+    if seed is not None:
+        keys = [f"latents {hashlib.sha256(file).hexdigest()}" for file in files]
+        noise = [SampleNoise(seed, keys, backbone.latent_shape, backbone.device).draw()]
+    with backbone.inference():
+        return backbone.encode(images, *noise).float().cpu()
+
+
 def _write(
     pairs: Iterable[PreferencePair],
     backbone: Backbone,
     decode_image: Callable[[bytes], Tensor],
     latents: np.ndarray,
+    seed: int | None,
 ) -> dict[str, list]:
     rows: dict[str, list] = {"captions": [], "label_0": [], "weight": []}
     chunk: list[PreferencePair] = []
 
     def flush() -> None:
-        images = torch.stack([decode_image(b) for p in chunk for b in (p.image_0, p.image_1)])
-        with backbone.inference():
-            encoded = backbone.encode(images.to(backbone.device)).float().cpu()
+        files = [image for pair in chunk for image in (pair.image_0, pair.image_1)]
+        encoded = _encoded(files, backbone, decode_image, seed)
         _check(encoded, [p.caption for p in chunk for _ in range(2)])
         start = len(rows["captions"])
         latents[start : start + len(chunk)] = encoded.view(len(chunk), 2, *encoded.shape[1:]).numpy()

@@ -64,6 +64,15 @@ class FiniteCheck:
         for values in conditioning.tensors.values() if conditioning is not None else ():
             self.note(TEXT, values, prompts)
 
+    def take(self, other: FiniteCheck) -> None:
+        """Move the notes of another check here."""
+        self._notes += other._notes
+        other._notes = []
+
+    def flags(self) -> list[Tensor]:
+        """Whether each thing noted is finite, bool [] on its device: to be read with other numbers."""
+        return [note.finite.all() for note in self._notes]
+
     def check(self) -> None:
         """
         Raises:
@@ -75,10 +84,11 @@ class FiniteCheck:
 
     def failure(self) -> str | None:
         """What `check` would say."""
+        flags = self.flags()
         notes, self._notes = self._notes, []
         if not notes:
             return None
-        finite = torch.stack([note.finite.all() for note in notes]).tolist()
+        finite = torch.stack(flags).tolist()
         first = next((note for note, good in zip(notes, finite, strict=True) if not good), None)
         return None if first is None else self._message(first)
 

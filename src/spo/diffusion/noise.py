@@ -8,11 +8,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from spo.runtime.transfer import send
+
 
 class SampleNoise:
     """One CPU generator a sample, seeded by a stable hash of (seed, key).
 
-    Draws are sent to the device without waiting for what it computes (`non_blocking`).
+    Draws are sent to the device without waiting for what it computes.
     """
 
     def __init__(
@@ -33,7 +35,7 @@ class SampleNoise:
     def draw(self) -> Tensor:
         """The next standard normal [B,*shape] of every sample."""
         rows = [torch.randn(self.shape, generator=g) for g in self._generators]
-        return torch.stack(rows).to(self.device, self.dtype, non_blocking=True)
+        return send(torch.stack(rows), self.device, self.dtype)
 
     def draw_many(self, k: int) -> Tensor:
         """The next k draws, [k,B,*shape]."""
@@ -42,7 +44,7 @@ class SampleNoise:
     def integers(self, high: int) -> Tensor:
         """A uniform integer in [0, high) of every sample, int64 [B]."""
         rows = [torch.randint(high, (), generator=g) for g in self._generators]
-        return torch.stack(rows).to(self.device, non_blocking=True)
+        return send(torch.stack(rows), self.device)
 
 
 def generator(seed: int, key: int | str) -> torch.Generator:

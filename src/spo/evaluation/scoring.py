@@ -17,12 +17,14 @@ def score_images(
     prompts: Sequence[str],
     device: str,
     cache: CheckpointStore | None = None,
+    once: Callable[[str, Callable[[], Any]], Any] = lambda name, load: load(),
 ) -> dict[str, list[float]]:
     """Score images by each scorer, with one scorer in memory at a time.
 
     Args:
         images: read a batch at a time by each scorer, so that `data.images.Pictures` are never all in memory.
         cache: the main process saves the scores of each scorer there; cached scores are not computed again.
+        once: gives the scorer of a name, which it may have retained, or loads it.
 
     Returns:
         A list of scores by metric.
@@ -33,7 +35,7 @@ def score_images(
     columns: dict[str, list[float]] = {}
     for state in cache.states() if cache and distributed.is_main_process() else ():
         columns |= state
-    for number, score in enumerate(_scorers(params, device)):
+    for number, score in enumerate(_scorers(params, device, once)):
         if number < done:
             continue
         scores = score(images, prompts)
@@ -44,7 +46,7 @@ def score_images(
 
 
 def _scorers(
-    params: Params, device: str
+    params: Params, device: str, once: Callable[[str, Callable[[], Any]], Any]
 ) -> list[Callable[[Sequence[Any], Sequence[str]], dict[str, list[float]]]]:
     """Functions of (images, prompts) that give scores by metric; each loads and releases its model."""
     from functools import partial
@@ -56,7 +58,8 @@ def _scorers(
     def reward(
         name: str, settings: Any, images: Sequence[Any], prompts: Sequence[str]
     ) -> dict[str, list[float]]:
-        return {name: load_scorer(name, settings, device, score.batch_size).score(images, prompts)}
+        scorer = once(name, lambda: load_scorer(name, settings, device, score.batch_size))
+        return {name: scorer.score(images, prompts)}
 
     def oracle(images: Sequence[Any], prompts: Sequence[str]) -> dict[str, list[float]]:
         import torch
@@ -64,8 +67,9 @@ def _scorers(
         from spo.data.images import to_tensor
         from spo.scenes.oracle import CHUNK, Oracle
 
-        assert score.oracle is not None
-        scorer = Oracle(score.oracle)
+        folder = score.oracle
+        assert folder is not None
+        scorer = once("oracle", lambda: Oracle(folder))
         parts = [slice(start, start + CHUNK) for start in range(0, len(images), CHUNK)]
         scores = [
             scorer.score(torch.stack([to_tensor(image) for image in images[part]]), prompts[part])

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from PIL import Image
     from torch import Tensor
 
+    from spo.evaluation.scorers import Scorers
     from spo.types import Backbone
 
 PROMPTS = Path("outputs/prompts/validation.txt")
@@ -280,20 +281,17 @@ def sections(params: Params) -> list[Any]:
     return [params.score, params.generate.model_copy(update={"suites": {}, "images_per_prompt": 1})]
 
 
-def validate(backbone: Backbone, params: Params, settings: Validation, method: str) -> Validated:
+def validate(
+    backbone: Backbone, params: Params, settings: Validation, method: str, scorers: Scorers
+) -> Validated:
     """Generate and score validation images."""
-    from spo.evaluation.scoring import score_images
-    from spo.rewards.aesthetic import Aesthetic
-    from spo.training.distributed import device
-
     guidance = getattr(params.generate, method).guidance
     images, prompts = generate(backbone, params, settings, guidance)
     n = settings.images
+    scores, embeddings = scorers.score(images, prompts)
     columns = {
-        name: [fmean(values[i : i + n]) for i in range(0, len(values), n)]
-        for name, values in score_images(params, images, prompts, device()).items()
+        name: [fmean(values[i : i + n]) for i in range(0, len(values), n)] for name, values in scores.items()
     }
     oracle = {name: fmean(columns.pop(name)) for name in list(columns) if name.startswith("oracle_")}
-    scorer = Aesthetic(params.score.aesthetic, device=device(), batch_size=params.score.batch_size)
-    spread = diversity(scorer.embed(images).unflatten(0, (-1, n)))
+    spread = diversity(embeddings.unflatten(0, (-1, n)))
     return Validated(columns, oracle, spread, plots.row(images[::n]))

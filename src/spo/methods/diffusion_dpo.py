@@ -3,9 +3,13 @@
 Departures from the paper (P) or the official code (C):
 1. P's beta T omega(lambda_t) is one constant, as in C: beta / 2 on mean squared errors (not sums).
 2. A pair counts with its weight, 1 / num_example_per_prompt in Pick-a-Pic; C counts all alike.
-3. The latents are the VAE posterior's mean; C draws from the posterior. No flips.
+3. C draws from the VAE's posterior anew each time it sees an image, and flips some. Here images are encoded
+   once: by the posterior's mean, or with `pairs.latents: sample` by one draw. No flips.
 4. C replaces a share of the captions by the empty one; here none is.
 5. v_prediction models regress v; C knows epsilon only.
+6. P and C fine-tune the whole UNet on batches of 2,048 pairs. The presets sd15 and sdxl have 64 (batch_size)
+   and a LoRA like SPO's (null: the whole UNet).
+7. C raises the learning rate over 500 updates; the presets have it constant (optimizer.warmup_steps).
 """
 
 from __future__ import annotations
@@ -22,6 +26,7 @@ from spo.config import DiffusionDpo, Params
 from spo.diffusion.noise import SampleNoise, shuffled
 from spo.diffusion.schedule import Schedule
 from spo.methods.spec import Cost, MethodSpec, Work
+from spo.runtime.transfer import send
 from spo.training import distributed
 from spo.types import Backbone, Conditioning, LatentPairs, UNetBatch
 
@@ -122,7 +127,7 @@ class DiffusionDpoMethod:
         indices = self._pairs_of(chosen)
         keys = [f"pair {int(i)} epoch {e}" for (e, _), i in zip(chosen, indices, strict=True)]
         captions = [self.pairs.captions[i] for i in indices.tolist()]
-        win, lose = (x.to(backbone.device) for x in self._sides(indices))
+        win, lose = (send(x, backbone.device) for x in self._sides(indices))
         randomness, schedule = SampleNoise(self.seed, keys, win.shape[1:], backbone.device), self.schedule
         timesteps = randomness.integers(schedule.num_train_timesteps)
         noise = randomness.draw()
@@ -132,7 +137,7 @@ class DiffusionDpoMethod:
             timesteps=timesteps.repeat(2),
             # selecting copies, so these are ordinary tensors, whatever `inference` made
             conditioning=conditioning.select(both),
-            weight=self.pairs.weight[indices].to(backbone.device),
+            weight=send(self.pairs.weight[indices], backbone.device),
             prompts=captions,
             target_win=schedule.training_target(win, noise, timesteps),
             target_lose=schedule.training_target(lose, noise, timesteps),

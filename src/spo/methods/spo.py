@@ -1,9 +1,13 @@
 """Step-aware Preference Optimization (arXiv 2406.04314, Sec. 4).
 
 A step-aware preference model judges the image predicted from each candidate. With a section `gradspo` the
-pairs are learned from by the loss of GradSPO (stepwise/gradspo.py). Departures from the paper and
-the official code are numbered where they are: the loss in stepwise/loss.py, the rollout in
-stepwise/rollout.py, the preference model in preference/model.py and preference/step_aware.py.
+pairs are learned from by the loss of GradSPO (stepwise/gradspo.py).
+
+Departures from the official code (C) in training; those of the loss are in stepwise/loss.py, of the rollout
+in stepwise/rollout.py, of the preference model in preference/model.py and preference/step_aware.py:
+1. C hands an exhausted iterator to `clip_grad_norm_` and clips nothing; here `max_grad_norm: null` does not.
+2. C copies the whole UNet as the reference; here the adapter is disabled. Same numbers.
+3. C resumes at whole epochs, with the random state of one process; here at any iteration.
 """
 
 from __future__ import annotations

@@ -12,8 +12,8 @@ Departures from the paper (P) or the official code (C):
    openai/clip-vit-large-patch14, which `text_projection` names; without it, ours starts as the identity.
 4. `trained: heads` or `lora` leave the UNet and the text encoders as they are (`all`, as published, trains
    them).
-5. P trains with linear decay of the learning rate and keeps the checkpoint with the best validation accuracy;
-   here the rate is constant after the warm-up, `ema` may average the weights, and the last ones are kept.
+5. P keeps the checkpoint with the best validation accuracy; here the last weights are kept, which `ema` may
+   average. P's linear decay of the learning rate is `optimizer.decay: linear`.
 6. Official LRM checkpoints are not loaded: the names of their tensors are not known to us. The paper does not
    give them, and guessed names could end in a judge that is silently wrong.
 """
@@ -101,7 +101,7 @@ class LatentPreferenceModel(nn.Module):
         projected = pooled if self.text_projection is None else self.text_projection(pooled)
         tensors = {**conditioning.tensors, "target": F.normalize(projected, dim=-1)}
         if is_guided(self.feature_guidance):
-            empty = self.encoder.encode_prompts([""]).repeat(len(prompts))
+            empty = self.encoder.empty_prompt().repeat(len(prompts))
             tensors |= {EMPTY + name: value for name, value in empty.tensors.items()}
         return Conditioning(tensors)
 

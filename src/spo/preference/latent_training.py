@@ -18,6 +18,7 @@ from spo.diffusion import finite
 from spo.diffusion.noise import SampleNoise
 from spo.diffusion.schedule import Schedule
 from spo.preference.latent import LatentPreferenceModel, LatentRewardModel
+from spo.runtime.transfer import send
 from spo.types import Backbone
 
 
@@ -45,11 +46,16 @@ class LatentTraining:
 
     @torch.no_grad()
     def shown(
-        self, latents: tuple[Tensor, Tensor], captions: Sequence[str], timesteps: Tensor, noise: Tensor | None
+        self,
+        latents: tuple[Tensor, Tensor],
+        captions: Sequence[str],
+        timesteps: Tensor,
+        noise: Tensor | None,
+        check: finite.FiniteCheck,
     ) -> Tensor:
         """As `Trained.shown`: latents [P,2,C,h,w]."""
-        x_t = torch.cat(latents).to(self.backbone.device)
-        finite.check_finite(finite.STORED, x_t, [*captions, *captions])
+        x_t = send(torch.cat(latents), self.backbone.device)
+        check.note(finite.STORED, x_t, [*captions, *captions])
         if noise is not None:
             x_t = self.schedule.add_noise(x_t, torch.cat([noise[:, 0], noise[:, 1]]), timesteps.repeat(2))
         return torch.stack(x_t.chunk(2), dim=1)

@@ -30,6 +30,7 @@ from spo.data.tokens import tokenize
 from spo.preference import checkpoint as checkpoint_files
 from spo.runtime import hub
 from spo.runtime.files import atomic, read_json, write_json
+from spo.runtime.transfer import send
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 FREQUENCIES = 256  # sinusoids of the timestep
@@ -238,7 +239,7 @@ def load_tokenizer(name: str, revision: str | None = None) -> Any:
 def token_ids(tokenizer: Any, prompts: Sequence[str], model: StepAwarePreferenceModel) -> Tensor:
     """int64 [B,L] on the model's device, padded and cut to the length the text tower takes."""
     length = model.model.config.text_config.max_position_embeddings
-    return tokenize(tokenizer, prompts, length).input_ids.to(model.model.logit_scale.device)
+    return send(tokenize(tokenizer, prompts, length).input_ids, model.model.logit_scale.device)
 
 
 def _layer(layer: Any, hidden: Tensor, condition: Tensor | None) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 from spo.diffusion import finite
 from spo.diffusion.denoiser import GuidedDenoiser
 from spo.diffusion.schedule import Schedule
+from spo.runtime.transfer import send
 from spo.types import Backbone, Conditioning
 
 
@@ -21,19 +22,20 @@ def noised_pair(
     noise: Tensor,
     captions: Conditioning,
     guidance: float,
+    check: finite.FiniteCheck,
     prompts: Sequence[str] = (),
 ) -> tuple[Tensor, Tensor]:
     """Both images [B,3,H,W] in [-1,1] of B pairs of latents, with the same noise at the same t (Sec. 4.2).
 
     x_t = q(x_t | x_0), then x_0 predicted by the backbone with guidance, then decoded.
 
-    Raises:
-        ValueError: something on the way is NaN or infinite; `prompts` are the B captions, for that message.
+    Args:
+        check: notes all that must be finite on the way; `prompts` are the B captions, for its message.
     """
-    check, prompts = finite.FiniteCheck(), [*prompts, *prompts]
+    prompts = [*prompts, *prompts]
     count = len(timesteps)
     with backbone.inference():
-        x_0 = torch.cat(sides).to(backbone.device)
+        x_0 = send(torch.cat(sides), backbone.device)
         t = timesteps.repeat(2)
         check.note(finite.STORED, x_0, prompts)
         check.note_text(captions, prompts[:count])
@@ -42,7 +44,6 @@ def noised_pair(
         check.note(finite.UNET, output, prompts, t)
         decoded = backbone.decode(schedule.predict_x0(output, t, x_t))
         check.note(finite.DECODER, decoded, prompts, t)
-    check.check()
     images = decoded.clamp(-1, 1)
     return images[:count], images[count:]
 
@@ -50,17 +51,21 @@ def noised_pair(
 def clean_pair(
     backbone: Backbone,
     sides: tuple[Tensor, Tensor],
+    check: finite.FiniteCheck,
     prompts: Sequence[str] = (),
     timesteps: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Both images of B pairs without noise; raises as `noised_pair`, with `timesteps` [B] named if given."""
-    check, prompts = finite.FiniteCheck(), [*prompts, *prompts]
+    """Both images of B pairs without noise; `check` and `prompts` as of `noised_pair`.
+
+    Args:
+        timesteps: int64 [B], to be named in messages.
+    """
+    prompts = [*prompts, *prompts]
     with backbone.inference():
-        x_0 = torch.cat(sides).to(backbone.device)
+        x_0 = send(torch.cat(sides), backbone.device)
         check.note(finite.STORED, x_0, prompts)
         decoded = backbone.decode(x_0)
         at = None if timesteps is None else timesteps.repeat(2)
         check.note(finite.DECODER, decoded, prompts, at)
-    check.check()
     images = decoded.clamp(-1, 1)
     return images[: len(sides[0])], images[len(sides[0]) :]

@@ -3,6 +3,14 @@
 Departures from the official code:
 1. `preference.ema` averages the weights over training (0, as published, does not).
 2. `preference.trained: heads` leaves the towers as they are (all, as published, trains every weight).
+3. Official code draws from the VAE's posterior anew each time it sees an image. Here images are encoded once:
+   by the posterior's mean, or with `pairs.latents: sample`, as in the presets sd15 and sdxl, by one draw.
+4. The learning rate is constant after the warm-up, or with `optimizer.decay: linear`, as in these presets,
+   falls as in official code; its warm-up is linear in the updates.
+5. These presets train 4,000 updates, and the rate is 0 at their end. `deepspeed_accelerator.py` of the
+   official code has max_steps of 8,000 and 7,000, its recipe 4,000 updates: which of them made the released
+   models is not known to us.
+6. An image without noise, as at t = 0 of the evaluation, is the decoded latents; theirs is the file.
 """
 
 from __future__ import annotations
@@ -16,6 +24,7 @@ import torch
 from torch import Tensor
 
 from spo.config import Preference
+from spo.diffusion.finite import FiniteCheck
 from spo.diffusion.noise import SampleNoise
 from spo.diffusion.schedule import Schedule
 from spo.preference.model import StepAwarePreferenceModel, token_ids
@@ -53,17 +62,19 @@ class StepAware:
         captions: Sequence[str],
         timesteps: Tensor,
         noise: Tensor | None,
+        check: FiniteCheck,
     ) -> Tensor:
         """As `Trained.shown`: images [P,2,3,s,s] of the CLIP's size; in training without settings.noised
         those without noise."""
         if noise is None or self._clean:
-            images = clean_pair(self.backbone, latents, captions, None if self._clean else timesteps)
+            named = None if self._clean else timesteps
+            images = clean_pair(self.backbone, latents, check, captions, named)
         else:
             conditioning = self.backbone.encode_prompts(captions)
             schedule = self.schedule.to(self.backbone.device)
             guidance = self.settings.guidance
             images = noised_pair(
-                self.backbone, schedule, latents, timesteps, noise, conditioning, guidance, captions
+                self.backbone, schedule, latents, timesteps, noise, conditioning, guidance, check, captions
             )
         return torch.stack([self.model.fitted(side) for side in images], dim=1)
 

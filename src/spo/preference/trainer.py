@@ -12,9 +12,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from spo.config import LatentPreference, Preference
-from spo.diffusion.finite import NotFiniteError
+from spo.diffusion.finite import FiniteCheck
 from spo.diffusion.noise import shuffled
 from spo.preference.loss import preference_loss
+from spo.runtime.transfer import send
 from spo.training import distributed, loop
 from spo.training.checkpoint import CheckpointStore
 from spo.training.clock import Clock
@@ -47,15 +48,17 @@ class Trained(Protocol):
         ...
 
     def shown(
-        self, latents: tuple[Tensor, Tensor], captions: Sequence[str], timesteps: Tensor, noise: Tensor | None
+        self,
+        latents: tuple[Tensor, Tensor],
+        captions: Sequence[str],
+        timesteps: Tensor,
+        noise: Tensor | None,
+        check: FiniteCheck,
     ) -> Tensor:
         """What the model scores of P pairs [P,2,...], without gradients: both images, noised to `timesteps`
         int64 [P] by the noise of `draw`.
 
-        Without noise the images are as they are, and `timesteps` 0.
-
-        Raises:
-            ValueError: something on the way is not finite.
+        Without noise the images are as they are, and `timesteps` 0. `check` notes what must be finite.
         """
         ...
 
@@ -120,6 +123,7 @@ class PairBatch(Batch):
     indices: Tensor  # int64 [P], of the pairs
     noise: Tensor  # [P,...], as `Trained.draw` gives it
     shown: Tensor  # [P,2,...], as `Trained.shown` gives it
+    check: FiniteCheck  # of all that is shown in the update; the first of its parts hands it on
 
 
 class LabelObjective:
@@ -143,14 +147,10 @@ class LabelObjective:
         indices = torch.tensor([i for _, i in chosen])
         captions = [self.pairs.captions[i] for i in indices.tolist()]
         timesteps, noise = self.trained.draw([f"spm {e} {i}" for e, i in chosen], self.seed)
-        try:
-            shown = shown_of(self.trained, self.pairs, indices, timesteps, noise)
-        except NotFiniteError as error:
-            raise FloatingPointError(
-                f"{self.name}: update {iteration + 1}: {error}; nothing was updated"
-            ) from None
+        check = FiniteCheck()
+        shown = shown_of(self.trained, self.pairs, indices, timesteps, noise, check)
         self.trained.backbone.rest()
-        weight = self.pairs.weight[indices].to(shown.device)
+        weight = send(self.pairs.weight[indices], shown.device)
         size = self.trained.backbone.budget.pairs
         parts = [slice(start, start + size) for start in range(0, len(chosen), size)]
         return [
@@ -162,22 +162,29 @@ class LabelObjective:
                     indices=indices[part],
                     noise=noise[part],
                     shown=shown[part],
+                    check=check,
                 )
                 for part in parts
             ]
         ], {}
 
-    def loss(self, batch: PairBatch) -> tuple[Tensor, dict[str, Mean]]:
+    def loss(self, batch: PairBatch, check: FiniteCheck) -> tuple[Tensor, dict[str, Mean]]:
         """Losses [P], and how many clear labels the model agrees with."""
+        check.take(batch.check)
         with lower("pairs"):
             score_0, score_1 = self.trained.scores(batch.shown, batch.prompts, batch.timesteps)
-        label_0 = self.pairs.label_0[batch.indices].to(score_0.device, non_blocking=True)
+        label_0 = send(self.pairs.label_0[batch.indices], score_0.device)
         right = ((score_0 > score_1) == (label_0 > 0.5)).float()
         return preference_loss(score_0, score_1, label_0), {"accuracy": Mean(right, (label_0 != 0.5).float())}
 
 
 def shown_of(
-    trained: Trained, pairs: LatentPairs, indices: Tensor, timesteps: Tensor, noise: Tensor | None
+    trained: Trained,
+    pairs: LatentPairs,
+    indices: Tensor,
+    timesteps: Tensor,
+    noise: Tensor | None,
+    check: FiniteCheck,
 ) -> Tensor:
     """What the model scores of the pairs at `indices` int64 [P], in calls of the device's budget."""
     size, parts = max(1, trained.backbone.budget.samples // 2), []
@@ -185,7 +192,7 @@ def shown_of(
         part = slice(start, start + size)
         captions = [pairs.captions[i] for i in indices[part].tolist()]
         own = None if noise is None else noise[part]
-        parts.append(trained.shown(pairs.read(indices[part]), captions, timesteps[part], own))
+        parts.append(trained.shown(pairs.read(indices[part]), captions, timesteps[part], own, check))
     return torch.cat(parts)
 
 
@@ -214,10 +221,12 @@ def evaluate(
                 captions = [pairs.captions[i] for i in indices.tolist()]
                 _, noise = trained.draw([f"evaluation {i}" for i in indices.tolist()], seed)
                 at = torch.full((len(indices),), t, device=device)
-                seen = shown_of(trained, pairs, indices, at, noise if t else None)
+                check = FiniteCheck()
+                seen = shown_of(trained, pairs, indices, at, noise if t else None, check)
+                check.check()
                 scores = trained.scores(seen, captions, at)
                 _check_scores(torch.stack(scores), t, captions)
-                first_wins = pairs.label_0[indices].to(device) > 0.5
+                first_wins = send(pairs.label_0[indices], device) > 0.5
                 right += ((scores[0] > scores[1]) == first_wins).sum()
                 bar.update(n)
             accuracy = int(distributed.all_reduce_sum(right)) / max(len(decided), 1)

@@ -81,24 +81,30 @@ class Aesthetic:
         return clip.in_batches(self._score, images, prompts, name=self.name, batch_size=self.batch_size)
 
     def embed(self, images: Sequence[Image.Image]) -> Tensor:
-        """Embed N images: CLIP's normalised embeddings [N,D].
+        """Embed N images: CLIP's normalised embeddings [N,D]; raises as `normalised`."""
+        return self.normalised(self.features(images))
 
+    @torch.no_grad()
+    def features(self, images: Sequence[Image.Image]) -> Tensor:
+        """CLIP's embeddings [N,D] of N images, of which `normalised` and the scores are functions."""
+        size = self.batch_size
+        return torch.cat(
+            [self._features(images[start : start + size]) for start in range(0, len(images), size)]
+        )
+
+    def normalised(self, features: Tensor) -> Tensor:
+        """
         Raises:
             ValueError: an embedding that is not finite.
         """
-        rows = []
-        with torch.no_grad():
-            for start in range(0, len(images), self.batch_size):
-                part = [self._prepared(image) for image in images[start : start + self.batch_size]]
-                rows.append(clip.image_features(self.clip, torch.stack(part).to(self.device)))
-        embeddings = nn.functional.normalize(torch.cat(rows).float(), dim=-1)
+        embeddings = nn.functional.normalize(features.float(), dim=-1)
         if not embeddings.isfinite().all():
             raise ValueError(f"{self.name}: an embedding of its CLIP is not finite; check its weights")
         return embeddings
 
-    def _prepared(self, image: Image.Image) -> Tensor:
-        return preprocess(image, self.size, self.normalisation)
+    def _features(self, images: Sequence[Image.Image]) -> Tensor:
+        pixels = [preprocess(image, self.size, self.normalisation) for image in images]
+        return clip.image_features(self.clip, torch.stack(pixels).to(self.device))
 
     def _score(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
-        pixels = torch.stack([self._prepared(image) for image in images]).to(self.device)
-        return self.head(clip.image_features(self.clip, pixels))
+        return self.head(self._features(images))

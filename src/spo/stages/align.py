@@ -20,9 +20,18 @@ if TYPE_CHECKING:
 
 OUTPUT = Path("outputs/align")
 ADAPTER = "pytorch_lora_weights.safetensors"
+LATENTS_OF = Path("outputs/pairs/train")  # read by methods that train on pairs.latents
 CODE = (  # that trains, and that judges on the way
-    *("backbones", "data", "diffusion", "evaluation/generation.py", "evaluation/scoring.py"),
-    *("evaluation/validation.py", "methods", "preference", "rewards", "training", "types.py"),
+    *("backbones", "data", "diffusion", "evaluation/generation.py", "evaluation/scorers.py"),
+    *(
+        "evaluation/scoring.py",
+        "evaluation/validation.py",
+        "methods",
+        "preference",
+        "rewards",
+        "training",
+        "types.py",
+    ),
 )
 
 
@@ -152,15 +161,18 @@ def _log_last_good(tracked: Run, watch: validation.Watch, full: bool, curve: Cur
 def _watch(
     params: Params, method: str, objective: Alignment, curve: Curve, scratch: Path, tracked: Run
 ) -> validation.Watch | None:
+    from spo.evaluation.scorers import Scorers
     from spo.methods import method_spec
+    from spo.training.distributed import device
 
     section, backbone = getattr(params.align, method), objective.backbone
     settings = section.validation
     if settings is None:
         return None
+    scorers = Scorers(params, device())
     return validation.Watch(
         settings,
-        validate=lambda: validation.validate(backbone, params, settings, method),
+        validate=lambda: validation.validate(backbone, params, settings, method, scorers),
         save=lambda folder: _save(backbone, section.lora is None, folder),
         curve=curve,
         scratch=scratch,
@@ -177,6 +189,8 @@ def _scratch(params: Params, method: str) -> Path:
     inputs = [Path(p) for p in (*method_spec(method).reads, "outputs/inputs/base.json")]
     section = getattr(params.align, method)
     sections = [method, params.seed, params.backbone, section]
+    if LATENTS_OF in inputs:
+        sections.append(params.pairs.latents)
     if section.validation is not None:  # the scores at the start are stored there
         inputs.append(validation.PROMPTS)
         sections += validation.sections(params)

@@ -85,6 +85,7 @@ def _step_aware(params: Params, settings: Preference, backbone: Backbone) -> Ste
     from spo.preference.step_aware import StepAware
 
     schedule = Schedule.from_config(backbone.scheduler_config, settings.num_inference_steps)
+    schedule = schedule.to(backbone.device)
     own = settings.init, settings.revision
     tokenizer = load_tokenizer(*(split_revision(settings.tokenizer) if settings.tokenizer else own))
     torch.manual_seed(params.seed)  # the timestep embedding is drawn at random
@@ -191,7 +192,7 @@ def _local_judgement(params: Params, trained: Trained) -> dict[str, float]:
 
 def _scratch(params: Params, settings: Preference | LatentPreference, name: str) -> Path:
     # the name, because two stages with equal settings may run at the same time
-    sections = (name, params.seed, params.backbone, settings)
+    sections = (name, params.seed, params.backbone, params.pairs.latents, settings)
     pinned = "latent" if isinstance(settings, LatentPreference) else "clip"
     inputs = [Path(p) for p in ("outputs/pairs", "outputs/inputs/base.json", f"outputs/inputs/{pinned}.json")]
     return SCRATCH / "resume" / f"preference-{fingerprint(sections, inputs, CODE)}"

@@ -26,24 +26,22 @@ class Alignment:
     def collect(self, iteration: int) -> tuple[list[list[UNetBatch]], dict[str, float]]:
         return self.method.collect(self.backbone, iteration)
 
-    def loss(self, batch: UNetBatch) -> tuple[Tensor, dict[str, Mean]]:
+    def loss(self, batch: UNetBatch, check: finite.FiniteCheck) -> tuple[Tensor, dict[str, Mean]]:
         """The method's losses [P] and metrics.
 
-        Raises:
-            NotFiniteError: inputs or outputs of a UNet are not finite. Losses do not always show it: a
-                clamped ratio, or logsigmoid, makes infinity finite.
+        `check` notes inputs and outputs of the UNets. Losses do not always show that they are not finite: a
+        clamped ratio, or logsigmoid, makes infinity finite.
         """
         denoiser = GuidedDenoiser.of(self.backbone, batch.conditioning, self.method.guidance)
         with torch.no_grad():
             reference = denoiser(batch.x_t, batch.timesteps, reference=True)
         policy = denoiser(batch.x_t, batch.timesteps)
-        _check_outputs(policy.detach(), reference, batch)
+        _note_outputs(check, policy.detach(), reference, batch)
         losses, metrics = self.method.loss(policy, reference, batch)
         return losses, {name: Mean(values.detach(), batch.weight) for name, values in metrics.items()}
 
 
-def _check_outputs(policy: Tensor, reference: Tensor, batch: UNetBatch) -> None:
-    check = finite.FiniteCheck()
+def _note_outputs(check: finite.FiniteCheck, policy: Tensor, reference: Tensor, batch: UNetBatch) -> None:
     prompts: Sequence[str] = batch.prompts
     if len(policy) == 2 * len(prompts):  # winners, then losers
         prompts = [*prompts, *prompts]
@@ -51,4 +49,3 @@ def _check_outputs(policy: Tensor, reference: Tensor, batch: UNetBatch) -> None:
     check.note_text(batch.conditioning, prompts)
     check.note(finite.REFERENCE, reference, prompts, batch.timesteps)
     check.note(finite.UNET, policy, prompts, batch.timesteps)
-    check.check()

@@ -207,7 +207,7 @@ def gather_conditioning(conditioning: Conditioning) -> Conditioning:
 
 
 def sum_gradients(parameters: Sequence[torch.nn.Parameter]) -> list[Tensor]:
-    """Replace every gradient by its sum over processes, in one flat tensor; return them, zeros where none.
+    """Replace every gradient by its sum over processes, in one flat tensor; return them.
 
     A parameter that has none in any process keeps none: the optimizer leaves it alone, as with one process.
     """
@@ -221,7 +221,7 @@ def sum_gradients(parameters: Sequence[torch.nn.Parameter]) -> list[Tensor]:
             torch.distributed.all_reduce(flat)  # in place: of a full fine-tune it is gigabytes
         for parameter, part in zip(trained, flat.split([g.numel() for g in gradients]), strict=True):
             parameter.grad = part.view_as(parameter)
-    return [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
+    return [p.grad for p in parameters if p.grad is not None]
 
 
 def map_round_robin(function: Callable[[Any], T], items: Sequence[Any]) -> Iterator[T]:

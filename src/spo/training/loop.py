@@ -6,21 +6,23 @@ number of the iteration are the whole state: a resumed run equals an uninterrupt
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from spo import config
-from spo.diffusion.finite import NotFiniteError
+from spo.diffusion.finite import FiniteCheck
 from spo.runtime.signals import stop_on_signal
 from spo.training import distributed
 from spo.training.checkpoint import CheckpointStore
 from spo.training.clock import Clock
+from spo.training.speed import fast
 from spo.training.state import TrainingState
 from spo.types import Batch, Mean, Objective
 
@@ -67,7 +69,7 @@ def fit(
     parameters = objective.parameters()
     if not parameters:
         raise ValueError(f"{objective.name}: nothing to train: the model has no trainable parameters")
-    state = TrainingState(parameters, optimizer, ema, scale_loss, sampler_ema, clock)
+    state = TrainingState(parameters, optimizer, ema, scale_loss, sampler_ema, clock, objective.iterations)
     first = state.resume(checkpoints)
     on_resume(first)
     done, total = first, objective.iterations
@@ -76,7 +78,7 @@ def fit(
         if watch and first == 0:
             watch(0, {})
         for iteration in range(first, total):
-            with state.clock.training():
+            with state.clock.training(), fast(parameters[0].device):
                 metrics = _iteration(objective, iteration, state)
             done = iteration + 1
             on_metrics(metrics, done)
@@ -103,6 +105,7 @@ def _iteration(objective: Objective, iteration: int, state: TrainingState) -> di
     """All updates of one iteration; returns what was collected, means of the updates' metrics, and how many
     updates there have been.
     """
+    state.iteration = iteration
     state.optimizer.zero_grad(set_to_none=True)  # what is collected needs their memory
     with state.sampling():
         updates, collected = objective.collect(iteration)
@@ -117,37 +120,64 @@ def _iteration(objective: Objective, iteration: int, state: TrainingState) -> di
 def update(objective: Objective, parts: Sequence[Batch], state: TrainingState) -> dict[str, float]:
     """One optimizer update on one batch, whole or in parts whose gradients are accumulated.
 
-    Without a pair in any process, or if the gradients overflow in fp16, nothing is updated or measured.
+    Without a pair in any process, or if the gradients overflow in fp16, nothing is updated or measured. All
+    that Python must know is read from the device at once, so that it waits once.
     """
+    check, losses_of, metrics = FiniteCheck(), [], []
     total = distributed.all_reduce_sum(torch.stack([batch.weight.sum() for batch in parts]).sum().float())
-    if float(total) == 0:  # no valid pair anywhere: AdamW would still decay the weights
-        return {}
     state.optimizer.zero_grad(set_to_none=True)
-    metrics: list[dict[str, Mean]] = []
     for batch in parts:
-        try:
-            losses, measured = objective.loss(batch)
-        except NotFiniteError as error:
-            raise FloatingPointError(
-                f"{objective.name}: update {state.updates + 1}: {error}; nothing was updated"
-            ) from None
-        state.scaler.scale((losses * batch.weight).sum() / total).backward()
+        losses, measured = objective.loss(batch, check)
+        weighted = losses * batch.weight
+        state.scaler.scale(weighted.sum() / total.where(total != 0, 1.0)).backward()
+        losses_of.append(weighted.detach())
         metrics.append({"loss": Mean(losses.detach(), batch.weight), **measured})
-        _check_finite(objective.name, "loss", losses.detach() * batch.weight, [batch], state.updates)
-    gradients = distributed.sum_gradients(state.parameters)
-    if state.overflow():
+    norm = state.gradient_norm()
+    read = _read(parts, metrics, [total, norm, *check.flags(), *(x.isfinite().all() for x in losses_of)])
+    weight, gradient_norm, *finite = read.local
+    if weight == 0:  # no valid pair anywhere: AdamW would still decay the weights
+        state.leave()
         return {}
-    norm = torch.nn.utils.get_total_norm(gradients)
-    _check_finite(objective.name, "gradient norm", norm, parts, state.updates)
-    rate = state.step()
-    state.pairs += int(distributed.all_reduce_sum(torch.stack([(b.weight > 0).sum() for b in parts]).sum()))
-    return {**_means(metrics), "gradient_norm": float(norm), "learning_rate": rate}
+    if not all(finite):
+        _stop(objective.name, check, losses_of, parts, state.updates)
+    if not math.isfinite(gradient_norm):
+        if state.overflow():
+            return {}
+        _check_finite(objective.name, "gradient norm", norm, parts, state.updates)
+    rate = state.step(norm)
+    state.pairs += read.pairs
+    return {**read.means, "gradient_norm": gradient_norm, "learning_rate": rate}
+
+
+class _Read(NamedTuple):
+    """Numbers of an update, read from the device."""
+
+    pairs: int  # with weight, in all processes
+    means: dict[str, float]  # of the metrics that have weight, over parts and processes
+    local: list[float]  # the numbers of this process alone
+
+
+def _read(parts: Sequence[Batch], metrics: Sequence[Mapping[str, Mean]], numbers: Sequence[Tensor]) -> _Read:
+    pairs = torch.stack([(batch.weight > 0).sum() for batch in parts]).sum().float()
+    sums = torch.stack([torch.stack([_sums(mean) for mean in row.values()]) for row in metrics]).sum(0)
+    # all processes have the same metrics in the same order
+    shared = distributed.all_reduce_sum(torch.cat([pairs.view(1), sums.flatten()]))
+    read = torch.cat([shared, torch.stack([number.float() for number in numbers])]).tolist()
+    count, local = int(read[0]), read[len(shared) :]
+    pairwise = zip(metrics[0], read[1 : len(shared) : 2], read[2 : len(shared) : 2], strict=True)
+    return _Read(count, {name: total / weight for name, total, weight in pairwise if weight}, local)
+
+
+def _sums(mean: Mean) -> Tensor:
+    return torch.stack([(mean.values * mean.weights).sum(), mean.weights.sum()]).float()
 
 
 def _in_step(updates: list[list[Batch]]) -> Iterator[list[Batch]]:
     """As many updates in every process: those with fewer of them repeat their last batch at weight 0."""
-    weight = updates[0][0].weight
-    count = int(distributed.gather(torch.tensor([len(updates)], device=weight.device)).max())
+    count = len(updates)
+    if distributed.count() > 1:
+        weight = updates[0][0].weight
+        count = int(distributed.gather(torch.tensor([count], device=weight.device)).max())
     for i in range(count):
         if i < len(updates):
             yield updates[i]
@@ -156,17 +186,18 @@ def _in_step(updates: list[list[Batch]]) -> Iterator[list[Batch]]:
             yield [replace(last, weight=torch.zeros_like(last.weight))]
 
 
-def _means(parts: Sequence[Mapping[str, Mean]]) -> dict[str, float]:
-    """Weighted means over the parts of an update and over processes; metrics without weight are left out."""
-    sums = torch.stack([torch.stack([_sums(m) for m in row.values()]) for row in parts]).sum(0)
-    sums = distributed.all_reduce_sum(sums)  # all processes have the same metrics in the same order
-    return {
-        name: total / weight for name, (total, weight) in zip(parts[0], sums.tolist(), strict=True) if weight
-    }
-
-
-def _sums(mean: Mean) -> Tensor:
-    return torch.stack([(mean.values * mean.weights).sum(), mean.weights.sum()]).float()
+def _stop(
+    name: str, check: FiniteCheck, losses: Sequence[Tensor], parts: Sequence[Batch], updates: int
+) -> None:
+    """
+    Raises:
+        FloatingPointError: with the first of what the update found not finite.
+    """
+    reason = check.failure()
+    if reason is not None:
+        raise FloatingPointError(f"{name}: update {updates + 1}: {reason}; nothing was updated")
+    for batch, values in zip(parts, losses, strict=True):
+        _check_finite(name, "loss", values, [batch], updates)
 
 
 def _check_finite(name: str, what: str, value: Tensor, parts: Sequence[Batch], updates: int) -> None:

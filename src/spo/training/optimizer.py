@@ -15,9 +15,12 @@ def adamw(parameters: Iterable[torch.nn.Parameter], settings: config.Optimizer) 
     Raises:
         ValueError: eight_bit is set, and bitsandbytes is not installed.
     """
-    kind: Any = torch.optim.AdamW if not settings.eight_bit else _eight_bit()
-    betas = (settings.beta1, settings.beta2)
-    return kind(list(parameters), settings.learning_rate, betas, settings.epsilon, settings.weight_decay)
+    parameters, betas = list(parameters), (settings.beta1, settings.beta2)
+    given: Any = (parameters, settings.learning_rate, betas, settings.epsilon, settings.weight_decay)
+    if settings.eight_bit:
+        return _eight_bit()(*given)
+    fused = True if all(p.is_cuda for p in parameters) else None  # without temporary copies of the weights
+    return torch.optim.AdamW(*given, fused=fused)
 
 
 def check(settings: config.Optimizer) -> None:

@@ -29,6 +29,7 @@ class TrainingState:
         scale_loss: bool,
         sampler_ema: float = 0.0,
         clock: Clock | None = None,
+        iterations: int = 1,
     ) -> None:
         """
         Args:
@@ -39,6 +40,7 @@ class TrainingState:
             scale_loss: for fp16, whose gradients would underflow: the loss is scaled up, the gradients down
                 again; an update whose gradients overflow is skipped and the scale halved.
             clock: of the stage; None: one that starts now.
+            iterations: of the whole training, at whose end a linear decay of the learning rate would reach 0.
         """
         assert not (ema and sampler_ema), "one average at most"
         self.parameters, self.settings = parameters, settings
@@ -47,22 +49,40 @@ class TrainingState:
         self.scaler = torch.amp.GradScaler(parameters[0].device.type, enabled=scale_loss)
         self.average = [p.detach().clone() for p in parameters] if ema or sampler_ema else []
         self.updates = self.pairs = self.skipped = 0
+        self.iteration, self.iterations = 0, iterations
         self.clock = clock or Clock()
 
     @property
     def learning_rate(self) -> float:
-        """That of the next update: linear warm-up, then constant."""
-        warm = min(1.0, (self.updates + 1) / max(self.settings.warmup_steps, 1))
-        return self.settings.learning_rate * warm
+        """That of the next update: linear warm-up by updates, then constant or linear decay by iterations.
 
-    def step(self) -> float:
-        """Clip the gradients and update the weights and their average; returns the learning rate."""
+        The decay is that of DeepSpeed's WarmupDecayLR where an iteration is one update.
+        """
+        warmup = self.settings.warmup_steps
+        factor = min(1.0, (self.updates + 1) / max(warmup, 1))
+        if self.settings.decay == "linear":
+            factor = min(factor, (self.iterations - self.iteration) / max(self.iterations - warmup, 1))
+        return self.settings.learning_rate * factor
+
+    def gradient_norm(self) -> torch.Tensor:
+        """Sum the gradients over processes, undo the scale of the loss, and return their norm [], unread."""
+        gradients = distributed.sum_gradients(self.parameters)
+        if self.scaler.is_enabled():
+            self.scaler.unscale_(self.optimizer)
+        return torch.nn.utils.get_total_norm(gradients)
+
+    def step(self, norm: torch.Tensor) -> float:
+        """Clip the gradients, of norm [], and update the weights and their average.
+
+        Returns:
+            The learning rate.
+        """
         if self.settings.max_grad_norm is not None:
-            torch.nn.utils.clip_grad_norm_(self.parameters, self.settings.max_grad_norm)
+            torch.nn.utils.clip_grads_with_norm_(self.parameters, self.settings.max_grad_norm, norm)
         rate = self.learning_rate
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        self.scaler.step(self.optimizer)
+        self.optimizer.step()  # not by the scaler, which would wait for the device to look for overflow
         self.scaler.update()
         if self.average:
             decay = self.sampler_ema or self.updates / (self.updates + 1 / self.ema)
@@ -71,19 +91,21 @@ class TrainingState:
         self.updates += 1
         return rate
 
+    def leave(self) -> None:
+        """Make no update of these gradients; the loss is scaled by what it was."""
+        self.scaler.update(self.scaler.get_scale())
+
     def overflow(self) -> bool:
-        """Unscale the gradients, which are the same in all processes; True if that left some not finite. Then
-        the update is skipped and the scale halved.
+        """After a norm that is not finite: whether the scale of the loss made some gradients so. Then the
+        update is skipped and the scale halved.
 
         Raises:
             FloatingPointError: no scale helps.
         """
         if not self.scaler.is_enabled():
             return False
-        self.scaler.unscale_(self.optimizer)
         if all(p.grad is None or bool(p.grad.isfinite().all()) for p in self.parameters):
             return False
-        self.scaler.step(self.optimizer)  # does nothing but note it
         self.scaler.update()
         self.skipped += 1
         if self.scaler.get_scale() < LEAST_SCALE:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from spo.methods.stepwise import pairs as step_pairs
+from spo.runtime.transfer import send
 from spo.types import UNetBatch
 
 
@@ -30,7 +31,7 @@ def batch_of(rows: step_pairs.Rows, chosen: Tensor, weight: float, prompts: Sequ
     """The pairs at `chosen` int64 [P], on the CPU; row r is of prompt r % len(prompts)."""
     size = len(rows.conditioning)
     captions = [prompts[r % size] for r in chosen.tolist()]
-    chosen = chosen.to(rows.x_t.device, non_blocking=True)
+    chosen = send(chosen, rows.x_t.device)
     x_t, samples, lose_row = rows.inputs(chosen)
     return StepBatch(
         x_t=x_t,

@@ -4,6 +4,7 @@ Departures from the paper (P) or the official code (C):
 1. C runs each UNet twice a pair; win and lose share x_t, so one policy and one reference forward give
    all four log-probs. Same numbers.
 2. P has no clamp on the log-ratio; C has it, and so have we, written without exp. Same values.
+3. P's log-prob sums over latent dimensions; C's and ours is their mean, which is the scale of beta and clip.
 """
 
 from __future__ import annotations

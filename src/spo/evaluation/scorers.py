@@ -1,0 +1,95 @@
+"""The scorers of a training's validations: loaded once, in host memory while they do not score."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from spo.config import Params
+from spo.training import placement
+
+if TYPE_CHECKING:
+    from spo.rewards.aesthetic import Aesthetic
+
+
+class Scorers:
+    """The scorers of `score`, one at a time on the device."""
+
+    def __init__(self, params: Params, device: str) -> None:
+        self.params, self.device = params, device
+        self._loaded: dict[str, Any] = {}
+        self._models: dict[str, list[tuple[nn.Module, torch.device]]] = {}  # and where they compute
+
+    def score(self, images: list[Any], prompts: list[str]) -> tuple[dict[str, list[float]], Tensor]:
+        """Score N images.
+
+        Returns:
+            Scores as of `score_images`, and the embeddings [N,D] of the aesthetic scorer's CLIP, which sees
+            each image once for both.
+        """
+        from spo.evaluation.scoring import score_images
+        from spo.rewards import load_scorer
+
+        score = self.params.score
+
+        def load() -> Any:
+            return load_scorer("aesthetic", score.aesthetic, self.device, score.batch_size)
+
+        try:
+            aesthetic = self.once("aesthetic", load)
+            features = aesthetic.features(images)
+            seen = _Seen(aesthetic, images, features)
+
+            def once(name: str, load: Callable[[], Any]) -> Any:
+                scorer = self.once(name, load)
+                return seen if scorer is aesthetic else scorer
+
+            columns = score_images(self.params, images, prompts, self.device, once=once)
+            return columns, aesthetic.normalised(features)
+        finally:
+            self._rest()
+
+    def once(self, name: str, load: Callable[[], Any]) -> Any:
+        """The scorer where it computes, loaded if it is not yet; the others leave their device."""
+        self._rest()
+        if name not in self._loaded:
+            self._loaded[name] = load()
+            self._models[name] = [(m, next(m.parameters()).device) for m in _models(self._loaded[name])]
+        for model, place in self._models[name]:
+            placement.move(model, place)
+        return self._loaded[name]
+
+    def _rest(self) -> None:
+        for models in self._models.values():
+            for model, _ in models:
+                placement.move(model, "cpu")
+
+
+def _models(value: Any) -> Iterator[nn.Module]:
+    """The models that a scorer consists of."""
+    if isinstance(value, nn.Module):
+        yield value
+    elif type(value).__module__.startswith("spo."):
+        for part in getattr(value, "__dict__", {}).values():
+            yield from _models(part)
+
+
+class _Seen:
+    """The aesthetic scorer of images that its CLIP has embedded already."""
+
+    name = "aesthetic"
+
+    def __init__(self, scorer: Aesthetic, images: Sequence[Any], features: Tensor) -> None:
+        self.scorer = scorer
+        self.features = {id(image): row for image, row in zip(images, features, strict=True)}
+
+    def score(self, images: Sequence[Any], prompts: Sequence[str]) -> list[float]:
+        from spo.rewards.clip import in_batches
+
+        def rate(part: Sequence[Any], _: Sequence[str]) -> Tensor:
+            return self.scorer.head(torch.stack([self.features[id(image)] for image in part]))
+
+        return in_batches(rate, images, prompts, name=self.name, batch_size=self.scorer.batch_size)
