@@ -28,6 +28,7 @@ from safetensors.torch import load
 
 from spo import backbones, config, rewards
 from spo.commands import registry
+from spo.preference import reward_model
 from spo.rewards import aesthetic
 from spo.runtime.files import read_json
 from spo.runtime.workspace import SCRATCH
@@ -64,14 +65,22 @@ def patch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(aesthetic, "Aesthetic", functools.cache(aesthetic.Aesthetic))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(Path("hub").absolute()))
     monkeypatch.setenv("TQDM_DISABLE", "1")
+    judge = functools.cache(reward_model.load_reward_model)
+    monkeypatch.setattr(reward_model, "load_reward_model", judge)
     loaded = functools.cache(backbones.load)
-    monkeypatch.setattr(backbones, "load", lambda *args: copy.deepcopy(loaded(*args)))
+    monkeypatch.setattr(backbones, "load", lambda *args: with_own_unet(loaded(*args)))
     perceive = Perception.perceive  # images of 48 pixels; those of the tiny model have 16
 
     def enlarged(self: Perception, images: torch.Tensor, *captions: Any) -> Any:
         return perceive(self, torch.nn.functional.interpolate(images, size=48), *captions)
 
     monkeypatch.setattr(Perception, "perceive", enlarged)
+
+
+def with_own_unet(loaded: backbones.StableDiffusion) -> backbones.StableDiffusion:
+    """A copy that may be trained; what no stage changes is shared."""
+    shared = {id(part): part for name, part in loaded.pipeline.components.items() if name != "unet"}
+    return copy.deepcopy(loaded, shared)
 
 
 def redirect(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,7 +110,7 @@ def result(stage: str, values: Mapping[str, Any], patterns: list[str] | None = N
         return {"stopped": str(error)}
     of_item = {
         "align": [f"outputs/align/{item}/**/*.safetensors", f"reports/training/{item}.csv"],
-        "generate": [f"outputs/images/{item}/*"],
+        "generate": [f"outputs/images/{item}/images.zip"],
     }
     found = patterns or OUTPUTS.get(stage) or of_item[name]
     paths = sorted({p for pattern in found for p in Path().glob(pattern) if p.is_file()})
