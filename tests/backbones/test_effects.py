@@ -24,11 +24,9 @@ from spo import config
 
 TABLE = yaml.safe_load(Path(__file__).with_name("effects.yaml").read_text(encoding="utf-8"))
 CLASSES = {"changes": "changes", "stops": "changes", "same": "same"}  # by part of a group
-SCORED = {
-    "score": "score base",
-    "pairs.filter": "pairs",
-    "preference.labels": "labels",
-}  # by a scorer's section
+TOP = set(config.Params.model_fields)
+# what is run for a scorer, by the section that it is in
+SCORED = {"score": "score base", "pairs.filter": "pairs", "preference.labels": "labels"}
 
 
 def keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
@@ -48,14 +46,11 @@ def in_full(group: dict[str, Any]) -> dict[str, dict[str, Any]]:
     prefix = f"align.{method}." if stage == "align" else ""
     return {
         part: {
-            key if key in TOP or key.partition(".")[0] in TOP else prefix + key: value
+            key if key.partition(".")[0] in TOP else prefix + key: value
             for key, value in group.get(part, {}).items()
         }
         for part in ("with", *CLASSES)
     }
-
-
-TOP = set(config.Params.model_fields)
 
 
 def of_scorers() -> Iterator[dict[str, Any]]:
@@ -139,6 +134,7 @@ def title(group: dict[str, Any]) -> str:
     return " ".join([group["stage"], *in_full(group)["with"]])
 
 
+@pytest.mark.smoke  # 300 runs of stages: a minute
 @pytest.mark.parametrize("group", GROUPS, ids=title)
 def test_each_key_changes_what_the_table_says(made, group) -> None:
     stage, of, files = group["stage"], in_full(group), group.get("files")
