@@ -112,8 +112,8 @@ def test_a_scorer_labels_in_place_of_the_annotators(experiment, tmp_path, capsys
     gap = sum(in_order[len(apart) // 2 - 1 :][:2]) / 2  # half are ties, and rounding moves none across
     experiment["preference"]["labels"] = {"pickscore": scorer, "gap": gap}
     write(experiment)
-    run("inputs")
-    run("preference")
+    for stage in ("inputs", "pairs", "preference"):
+        run(stage)
     facts = json.loads((tmp_path / "reports/metrics/preference.json").read_text())["pseudo_labels"]
     decided = [
         (a > b, r["label_0"] == 1) for a, b, r in zip(first, second, rows, strict=True) if abs(a - b) >= gap
@@ -124,7 +124,7 @@ def test_a_scorer_labels_in_place_of_the_annotators(experiment, tmp_path, capsys
     )
     experiment["preference"]["labels"]["gap"] = 1e6
     write(experiment)
-    assert cli.main(["preference"]) == 2
+    assert cli.main(["pairs"]) == 2
     assert "preference.labels.gap: no pair's scores differ by" in capsys.readouterr().err
     experiment["preference"]["labels"]["hps"] = experiment["score"]["hps"]
     write(experiment)

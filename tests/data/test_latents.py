@@ -35,7 +35,7 @@ def labelled(n: int):
 
 
 def test_both_sides_come_back_in_any_order(tmp_path) -> None:
-    pairs = encode(labelled(40), 40, Half(), decode, tmp_path / "l")
+    pairs = encode([labelled(40)], 40, Half(), decode, tmp_path / "l")
     left, right = pairs.read(torch.tensor([39, 2]))
     torch.testing.assert_close(left[:, 0, 0, 0], torch.tensor([39.0, 2.0]) / 510, atol=1e-4, rtol=0)
     torch.testing.assert_close(right[:, 0, 0, 0], torch.tensor([139.0, 102.0]) / 510, atol=3e-4, rtol=0)
@@ -44,9 +44,9 @@ def test_both_sides_come_back_in_any_order(tmp_path) -> None:
 
 
 def test_a_complete_cache_is_not_encoded_again(tmp_path) -> None:
-    encode(labelled(5), 5, Half(), decode, tmp_path / "l")
+    encode([labelled(5)], 5, Half(), decode, tmp_path / "l")
     second = Half()
-    encode(iter(()), 5, second, decode, tmp_path / "l")
+    encode([], 5, second, decode, tmp_path / "l")
     assert second.batches == []
 
 
@@ -60,9 +60,9 @@ def test_stages_at_the_same_time_encode_once(tmp_path, capsys) -> None:
         yield from labelled(40)
 
     with ThreadPoolExecutor(2) as pool:
-        one = pool.submit(encode, slow(), 40, first, decode, tmp_path / "l")
+        one = pool.submit(encode, [slow()], 40, first, decode, tmp_path / "l")
         assert begun.wait(300)
-        other = pool.submit(encode, labelled(40), 40, second, decode, tmp_path / "l")
+        other = pool.submit(encode, [labelled(40)], 40, second, decode, tmp_path / "l")
         while not other.done() and "waits" not in capsys.readouterr().err:
             time.sleep(0.01)
         go_on.set()
@@ -79,10 +79,10 @@ def test_an_interrupted_encoding_is_done_again(tmp_path) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        encode(interrupted(), 40, Half(), decode, tmp_path / "l")
-    assert len(encode(labelled(40), 40, Half(), decode, tmp_path / "l")) == 40
+        encode([interrupted()], 40, Half(), decode, tmp_path / "l")
+    assert len(encode([labelled(40)], 40, Half(), decode, tmp_path / "l")) == 40
 
 
 def test_another_count_than_the_summary_is_refused(tmp_path) -> None:
     with pytest.raises(ValueError, match="summary says 6"):
-        encode(labelled(5), 6, Half(), decode, tmp_path / "l")
+        encode([labelled(5)], 6, Half(), decode, tmp_path / "l")
