@@ -8,6 +8,7 @@ import pytest
 import torch
 from group import exit_codes, run_in
 
+from spo.data import latents
 from spo.data.latents import encode
 from spo.runtime import peers
 from spo.runtime.exit_codes import MISTAKE
@@ -167,6 +168,14 @@ def test_latents_that_were_put_together_in_part_are_completed(
     encode([()] * 6, 40, again, decode, tmp_path / "l")
     encode(sharded(), 40, Half(), decode, tmp_path / "whole")
     assert again.batches == [] and files(tmp_path / "l") == files(tmp_path / "whole")
+
+
+def test_a_process_that_comes_when_all_is_complete_encodes_nothing(tmp_path: Path) -> None:
+    """The shards' files are gone by then."""
+    encode(sharded(), 40, Half(), decode, tmp_path / "l")
+    late = Half()
+    latents._encode_share(sharded(), 40, late, decode, tmp_path / "l")
+    assert late.batches == [] and files(tmp_path / "l").keys() == {"latents.f16", "pairs.json"}
 
 
 def test_what_one_process_meets_ends_those_that_wait_for_it(tmp_path: Path, capfd) -> None:

@@ -8,7 +8,6 @@ import secrets
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,8 +26,9 @@ from spo.types import Backbone, PreferencePair
 
 LATENTS = "latents.f16"
 COMPLETE = "pairs.json"  # written last: captions and labels
+SHARDS = "shards"  # folder of what is encoded, until it is complete
 KEYS = ("captions", "label_0", "weight")  # of that file
-JOB = "job"  # in the folder of the shards: the processes that encode them
+JOB = "job"  # in that folder: the processes that encode them
 BATCH = 32  # pairs per forward pass of the encoder
 FLOAT16 = np.dtype(np.float16)
 FLOAT16_MAX = float(np.finfo(np.float16).max)
@@ -83,31 +83,24 @@ def encode(
         OSError: not enough space on the disk.
         TransientError: as `distributed.wait_for`, of the other processes.
     """
-    done, parts = folder / COMPLETE, folder / "shards"
+    done, shape = folder / COMPLETE, (2, *backbone.latent_shape)
     job = distributed.broadcast(secrets.token_hex(8))
-    shape = (2, *backbone.latent_shape)
-    mine = partial(_encode_mine, shards, total, backbone, decode_image, parts)
-    if distributed.is_main_process():
+    share = partial(_encode_share, shards, total, backbone, decode_image, folder)
+    if not distributed.is_main_process():
+        what = "process 0 encodes pairs, or waits for another stage that does"
+        distributed.wait_for(lambda: done.exists() or _has_begun(folder, job), folder, what)
+        share()
+        distributed.wait_for(done.exists, folder, "the others encode pairs")
+    elif not done.exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
         message = f"waits for another stage, which encodes the same pairs into {folder}"
-        with (
-            locked(folder.with_name(f".{folder.name}.lock"), message) if not done.exists() else nullcontext()
-        ):
+        with locked(folder.with_name(f".{folder.name}.lock"), message):
             if not done.exists():
-                parts.mkdir(parents=True, exist_ok=True)
-                remove_partials(parts)
-                _check_room(folder, total * math.prod(shape) * FLOAT16.itemsize)
-                write_text(parts / JOB, job)  # the other processes begin
-                mine()
+                _begin(folder, total * math.prod(shape) * FLOAT16.itemsize, job)
+                share()
                 for number in range(len(shards)):
-                    distributed.wait_for(_rows(parts, number).exists, folder, "the others encode pairs")
-                _assemble(parts, len(shards), math.prod(shape), folder)
-    else:
-        what = "process 0 encodes pairs, or waits for another stage that does"
-        distributed.wait_for(lambda: done.exists() or _has_begun(parts / JOB, job), folder, what)
-        if not done.exists():
-            mine()
-            distributed.wait_for(done.exists, folder, "the others encode pairs")
+                    distributed.wait_for(_rows(folder, number).exists, folder, "the others encode pairs")
+                _assemble(folder, len(shards), math.prod(shape))
     rows = read_json(done, "encoded pairs", keys=KEYS, then=f"delete {folder}")
     if len(rows["captions"]) != total:
         raise ValueError(
@@ -119,12 +112,15 @@ def encode(
     )
 
 
-def _check_room(folder: Path, size: int) -> None:
-    """Refuse at the start what finds no room at the end.
+def _begin(folder: Path, size: int, job: str) -> None:
+    """Have the other processes of a job begin, once it is sure that `size` bytes find room.
 
     Raises:
-        OSError: the disk has no space for `size` bytes less those that are written already.
+        OSError: the disk has no space for what is not written yet.
     """
+    shards = folder / SHARDS
+    shards.mkdir(parents=True, exist_ok=True)
+    remove_partials(shards)
     size -= sum(path.stat().st_size for path in folder.rglob("*.f16"))
     with tempfile.TemporaryFile(dir=folder) as file:
         try:
@@ -132,40 +128,43 @@ def _check_room(folder: Path, size: int) -> None:
         except OSError as error:
             message = f"{error.strerror}: the pairs' latents take {size / 1e6:.1f} MB"
             raise OSError(error.errno, message, str(folder / LATENTS)) from None
+    write_text(shards / JOB, job)
 
 
-def _has_begun(file: Path, job: str) -> bool:
-    """Whether the main process of this job has the lock."""
+def _has_begun(folder: Path, job: str) -> bool:
     try:
-        return file.read_text(encoding="utf-8") == job
+        return (folder / SHARDS / JOB).read_text(encoding="utf-8") == job
     except FileNotFoundError:
         return False
 
 
-def _rows(parts: Path, number: int) -> Path:
+def _rows(folder: Path, number: int) -> Path:
     """The captions and labels of a shard, written when its latents are."""
-    return parts / f"{number:05d}.json"
+    return folder / SHARDS / f"{number:05d}.json"
 
 
-def _encode_mine(
+def _encode_share(
     shards: Sequence[Iterable[PreferencePair]],
     total: int,
     backbone: Backbone,
     decode_image: Callable[[bytes], Tensor],
-    parts: Path,
+    folder: Path,
 ) -> None:
     """Encode every n-th shard, unless that is done."""
     n, rank = distributed.count(), distributed.state().process_index
-    with tqdm(total=total, desc="encode pairs", unit="pair") as bar:
-        for number, shard in enumerate(shards):
-            rows = _rows(parts, number)
-            if number % n == rank and not rows.exists():
+    with tqdm(total=total // n, desc="encode pairs", unit="pair") as bar:
+        for number in range(rank, len(shards), n):
+            rows = _rows(folder, number)
+            # in this order: the rows go when all is complete
+            if not rows.exists() and not (folder / COMPLETE).exists():
                 with atomic(rows.with_suffix(".f16")) as unfinished, unfinished.open("wb") as file:
-                    found = _write(shard, backbone, decode_image, file, bar)
+                    found = _write(shards[number], backbone, decode_image, file, bar)
+                    file.flush()
+                    os.fsync(file.fileno())
                 write_json(rows, found)
 
 
-def _assemble(parts: Path, count: int, length: int, folder: Path) -> None:
+def _assemble(folder: Path, count: int, length: int) -> None:
     """Append the latents of all shards to one file, and put their rows together.
 
     A shard's file goes when it is appended, so that all of them take their room once. After an interruption
@@ -177,7 +176,7 @@ def _assemble(parts: Path, count: int, length: int, folder: Path) -> None:
     rows: dict[str, list] = {key: [] for key in KEYS}
     with (folder / LATENTS).open("ab") as file:
         for number in range(count):
-            shard = _rows(parts, number).with_suffix(".f16")
+            shard = _rows(folder, number).with_suffix(".f16")
             if shard.exists():
                 file.truncate(len(rows["captions"]) * length * FLOAT16.itemsize)
                 with shard.open("rb") as part:
@@ -185,10 +184,10 @@ def _assemble(parts: Path, count: int, length: int, folder: Path) -> None:
                 file.flush()
                 os.fsync(file.fileno())
                 shard.unlink()
-            for key, values in read_json(_rows(parts, number), "encoded pairs", keys=KEYS).items():
+            for key, values in read_json(_rows(folder, number), "encoded pairs", keys=KEYS).items():
                 rows[key] += values
     write_json(folder / COMPLETE, rows)
-    shutil.rmtree(parts)
+    shutil.rmtree(folder / SHARDS)
 
 
 def _check(latents: Tensor, captions: list[str]) -> None:
