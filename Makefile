@@ -6,7 +6,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export DVC_NO_ANALYTICS := 1
 UV := $(BIN)/uv
 
-.PHONY: setup data repro test fast smoke parity bench check audit format ui lock preflight clean
+.PHONY: setup data repro test fast smoke nightly parity bench check audit format ui lock preflight clean
 
 preflight:
 	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) not found: install Python 3.11 (Debian: apt install python3.11 python3.11-venv)"; exit 2; }
@@ -35,7 +35,7 @@ repro: data
 	spo repro
 
 # tests write names of every script, whatever the language of this account
-test fast smoke parity check: export LC_ALL := C.UTF-8
+test fast smoke nightly parity check: export LC_ALL := C.UTF-8
 
 # two processes, a file at a time
 test: data
@@ -46,6 +46,10 @@ fast: setup
 
 smoke: data
 	pytest -m smoke
+
+# what takes minutes and changes rarely: every stage of the presets counted at real size
+nightly: data
+	pytest -n 2 -m nightly
 
 # this package beside the official algorithms and diffusers' pipeline; writes docs/benchmarks.md (5 minutes)
 bench: data

@@ -45,11 +45,14 @@ TOGETHER = {"tests/flows/test_schedules.py", "tests/flows/test_deployments.py"} 
 SHARED = {"clone", "first", "project", "shared"}  # that run, and `experiments.settled`
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with long tests first, so that no process has one left when the others are done.
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Nightly tests only where -m names them. Files with long tests first, so that no process has one left
+    when the others are done.
 
     Any test that uses a shared fixture may be the one that makes it, or that waits for another process to.
     """
+    if "nightly" not in config.option.markexpr:
+        items[:] = [item for item in items if not item.get_closest_marker("nightly")]
     for item in items:
         shared = item.get_closest_marker("smoke") and SHARED & {*getattr(item, "fixturenames", ())}
         if shared and not item.get_closest_marker("timeout"):

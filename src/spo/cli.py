@@ -94,7 +94,10 @@ def _shortage(error: Exception) -> str | None:
     """One line if memory or disk space ran out; None for any other error."""
     text = first_line(error, 200)
     if isinstance(error, MemoryError) or "can't allocate memory" in text or "out of memory" in text:
-        return f"out of memory ({text}); lower the stage's batch_size in params.yaml"
+        if "device." in text:  # it says which key to lower
+            return f"out of memory ({text})"
+        advice = "lower device.pairs, device.samples and device.images in params.yaml, which change no result"
+        return f"out of memory ({text}); {advice}"
     if type(error).__name__ == "SafetensorError":  # its writer raises no OSError on a full disk
         return f"weights cannot be read or written ({text})"
     return None

@@ -22,7 +22,7 @@ def test_two_processes_train_the_preference_model_as_one(load, model, words, pai
     )
 
     backbone = load("sd")
-    backbone.budget = Budget(pairs=2)
+    backbone.budget = Budget(samples=4, pairs=2)  # the same calls, however many processes
 
     def body() -> dict:
         seen: list[dict] = []

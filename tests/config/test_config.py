@@ -147,3 +147,13 @@ def test_a_file_that_is_not_a_mapping_is_refused(tmp_path, text: str) -> None:
 def test_a_missing_file_says_what_to_do(tmp_path) -> None:
     with pytest.raises(config.ConfigError, match="spo preset scenes"):
         config.load(tmp_path / "params.yaml")
+
+
+@pytest.mark.parametrize("name", config.preset_names())
+def test_a_preset_for_a_card_differs_in_its_memory_alone(name: str) -> None:
+    plain, card = (yaml.safe_load(config.preset(name, gib)) for gib in (None, 24))
+    assert config.validate(card).device.memory == 24
+    card["device"]["memory"] = "auto"
+    assert card == plain
+    with pytest.raises(config.ConfigError, match="--card 0: give the GiB of a card"):
+        config.preset(name, 0)

@@ -10,10 +10,14 @@ import torch
 import yaml
 
 from spo import config
+from spo import estimate as peaks
+from spo.commands import dry_run
+from spo.estimate import Peak
 from spo.estimate import time as estimate
 from spo.estimate.plan import plan
-from spo.training import probe
+from spo.training import budget, probe
 from spo.training.compute import Work
+from spo.types import Budget
 
 DDIM = {"beta_schedule": "scaled_linear", "set_alpha_to_one": False, "steps_offset": 1}
 
@@ -93,3 +97,17 @@ def test_waiting_counts_where_threads_wait_for_each_other(threads: int, least: f
         assert least <= probe.seconds(lambda n: time.sleep(0.05 * n), 2, "cpu") <= most
     finally:
         torch.set_num_threads(before)
+
+
+def test_a_stage_that_exceeds_its_device_says_what_would_fit(scenes, monkeypatch) -> None:
+    """90 MB with the budget of the card, 30 MB with the least; a tenth of the memory is left free."""
+    found = {False: Peak(20_000_000, {"update": 90_000_000}), True: Peak(10_000_000, {"update": 30_000_000})}
+    monkeypatch.setattr(peaks, "peak", lambda params, stage, variant, cut: found[cut == budget.LEAST])
+    cut = Budget(images=8, samples=16, pairs=4)
+    for gib, end in ((0.05, "fits"), (0.02, "does not fit either")):
+        params = scenes.model_copy(update={"device": config.Device(memory=gib)})
+        lines = dry_run._memory(params, "align", "spo", cut)
+        assert lines[0].startswith("memory: 0.09 GB at the peak") and "update 0.09" in lines[0]
+        assert lines[1] == "device: images 8, samples 16, pairs 4, checkpointing false, offload false"
+        assert "pairs 1, checkpointing true, offload true" in lines[2] and lines[2].endswith(end)
+    assert len(dry_run._memory(scenes, "align", "spo", cut)) == 2  # a CPU's memory is not known to be ours

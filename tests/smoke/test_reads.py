@@ -148,9 +148,13 @@ def test_what_chooses_the_weights_is_not_exempt(clone: Path) -> None:
         assert {"src/spo/evaluation/scoring.py", "src/spo/rewards/hps.py"} <= {*code}
 
 
+# not read there: named so that DVC misses the key before anything runs, not at the report
+NAMED = {"inputs": {"registry.min_prompts"}}
+
+
 def test_every_section_that_a_stage_declares_is_read(clone: Path, declared: Declared) -> None:
     for name, read in reads(clone).items():
-        for key in declared.keys[name]:
+        for key in declared.keys[name] - NAMED.get(name, set()):
             assert any(under(r, {key}, ".") for r in read["keys"]), f"{name} declares {key}, never read"
 
 

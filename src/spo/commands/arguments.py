@@ -209,11 +209,12 @@ def _preset(command: argparse.ArgumentParser) -> None:
     command.add_argument("name", choices=config.preset_names())
     command.add_argument("--output", type=Path, default=Path("params.yaml"), metavar="FILE")
     command.add_argument("--force", action="store_true", help="overwrite an existing file")
+    command.add_argument("--card", type=int, metavar="GIB", help="of the card to plan for, as 24 or 80")
     command.set_defaults(run=_run_preset)
 
 
 def _run_preset(args: argparse.Namespace) -> None:
-    text = config.preset(args.name)
+    text = config.preset(args.name, args.card)
     if args.output.exists() and args.output.read_text(encoding="utf-8") != text and not args.force:
         raise ValueError(f"{args.output} exists and differs; --force overwrites it")
     write_text(args.output, text)

@@ -105,18 +105,20 @@ def _memory(params: Params, stage: str, variant: str | None, cut: Budget) -> lis
     from spo import estimate
     from spo.training import budget
 
-    found, limit = estimate.peak(params, stage, variant, cut), budget.usable(budget.memory(params.device))
-    phases = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in found.phases.items())
+    found, size = estimate.peak(params, stage, variant, cut), budget.memory(params.device)
+    phases = ", ".join(f"{name} {peak / 1e9:.2f}" for name, peak in found.phases.items())
     lines = [
-        f"memory: {found.most / 1e9:.2f} GB at the peak, beside what the libraries take: {phases}; "
-        f"models {found.weights / 1e9:.2f}",
-        f"device: {_budget(cut)}; {limit / 1e9:.1f} GB to plan for",
+        f"memory: {found.most / 1e9:.2f} GB at the peak, beside what libraries take: {phases}; "
+        f"of them models {found.weights / 1e9:.2f}",
+        f"device: {_budget(cut)}",
     ]
-    if found.most > limit:
-        smaller = budget.LEAST
-        least = estimate.peak(params, stage, variant, smaller)
-        fits = f"{least.most / 1e9:.1f} GB with {_budget(smaller)}"
-        lines.append(f"more than the device has; {fits}" + (", which fits" if least.most <= limit else ""))
+    if size < float("inf") and found.most > (limit := budget.usable(size)):
+        least = estimate.peak(params, stage, variant, budget.LEAST).most
+        verdict = "fits" if least <= limit else "does not fit either"
+        lines.append(
+            f"memory: more than the {limit / 1e9:.2f} GB that {size / 2**30:g} GiB leave for tensors; "
+            f"{least / 1e9:.2f} GB, with device: {_budget(budget.LEAST)}, {verdict}"
+        )
     return lines
 
 

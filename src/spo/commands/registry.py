@@ -8,6 +8,7 @@ the reasons.
 from __future__ import annotations
 
 import hashlib
+import os
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ from spo.commands.gate import gate, scored_again, scored_by
 from spo.config import Params
 from spo.evaluation import model_card, results
 from spo.runtime.files import locked, read_text
-from spo.runtime.messages import public, redact
+from spo.runtime.messages import redact
 from spo.runtime.workspace import home
 from spo.tracking import dvc_lock
 from spo.tracking.provenance import code, flatten
@@ -275,9 +276,9 @@ def _digest(folder: Path) -> str:
 
 
 def _base(params: Params) -> str:
-    """The base checkpoint; a folder as ./folder, so that MLflow does not look it up on the hub."""
+    """The base checkpoint; a folder as ./folder from here, so that MLflow does not look it up on the hub."""
     path = params.backbone.checkpoint
-    return f"./{public(path)}" if Path(path).exists() else path
+    return f"./{os.path.relpath(path)}" if Path(path).exists() else path
 
 
 @contextmanager

@@ -17,7 +17,7 @@ class Device(Section):
     No key changes a result, so no stage depends on one.
     """
 
-    memory: Annotated[float, Field(gt=0)] | Auto = "auto"  # GB (1e9 bytes) to plan for; auto: of the device
+    memory: Annotated[float, Field(gt=0, le=10_000)] | Auto = "auto"  # GiB, as cards are named
     images: Positive | Auto = "auto"  # of a VAE call
     samples: Positive | Auto = "auto"  # latents of a denoiser call without gradient; guidance doubles them
     pairs: Positive | Auto = "auto"  # of a forward with gradient

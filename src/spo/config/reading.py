@@ -98,15 +98,21 @@ def preset_names() -> list[str]:
     )
 
 
-def preset(name: str) -> str:
+def preset(name: str, card: int | None = None) -> str:
     """The text of a ready-made params.yaml.
 
+    Args:
+        card: GiB of memory to plan for, in `device.memory`; None: those of the device that is there.
+
     Raises:
-        ConfigError: no preset of that name.
+        ConfigError: no preset of that name, or no memory.
     """
     if name not in preset_names():
         raise ConfigError(f"unknown preset {name!r}; known: {', '.join(preset_names())}")
-    return resources.files("spo.config.presets").joinpath(f"{name}.yaml").read_text(encoding="utf-8")
+    if card is not None and card < 1:
+        raise ConfigError(f"--card {card}: give the GiB of a card, as 24 or 80")
+    text = resources.files("spo.config.presets").joinpath(f"{name}.yaml").read_text(encoding="utf-8")
+    return text if card is None else text.replace("device: {memory: auto", f"device: {{memory: {card}", 1)
 
 
 def _line(error: Any, source: str) -> str:

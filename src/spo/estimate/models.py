@@ -37,21 +37,23 @@ class Words:
         return BatchEncoding({"input_ids": ids, "attention_mask": ids})
 
 
-def backbone(settings: config.Backbone, budget: Budget) -> StableDiffusion:
-    """The base of params.yaml.
+def backbone(
+    settings: config.Backbone, budget: Budget, device: torch.device | str = DEVICE
+) -> StableDiffusion:
+    """The base of params.yaml; elsewhere than on the meta device with random weights.
 
     Raises:
         ValueError: config files that cannot be reached.
     """
     dtype, sdxl = DTYPES[settings.dtype], settings.family == "sdxl"
-    unet, vae = sizes.empty_models(settings)
+    unet, vae = (_built(empty, device) for empty in sizes.empty_models(settings))
     upcast = sdxl and dtype == torch.float16 and (settings.vae is None or vae.config.force_upcast)
     models = {"unet": unet.to(dtype), "vae": vae.to(torch.float32 if upcast else dtype)}
     kinds: dict[str, Any] = {"text_encoder": CLIPTextModel}
     if sdxl:
         kinds["text_encoder_2"] = CLIPTextModelWithProjection
     for part, kind in kinds.items():
-        models[part] = _text_encoder(settings, part, kind).to(dtype)
+        models[part] = _text_encoder(settings, part, kind, device).to(dtype)
     pipeline: Any = SimpleNamespace(
         **models,
         components=models,
@@ -64,15 +66,24 @@ def backbone(settings: config.Backbone, budget: Budget) -> StableDiffusion:
     return StableDiffusion(pipeline, _text(pipeline, sdxl), settings.channels_last, used, budget)
 
 
-def _text_encoder(settings: config.Backbone, part: str, kind: Any) -> Any:
+def _built(empty: Any, device: torch.device | str) -> Any:
+    if torch.device(device) == DEVICE:
+        return empty
+    with torch.device(device):
+        return type(empty).from_config(empty.config)
+
+
+def _text_encoder(settings: config.Backbone, part: str, kind: Any, device: torch.device | str) -> Any:
     how: dict[str, Any] = {"subfolder": part, "revision": settings.revision}
     load = partial(CLIPTextConfig.from_pretrained, settings.described_by, **how)
     found = sizes.described(settings, f"{part}/config.json", lambda: load().to_dict())
-    with DEVICE:
+    with torch.device(device):
         return kind(CLIPTextConfig.from_dict(found))
 
 
-def preference_model(settings: config.Preference) -> StepAwarePreferenceModel:
+def preference_model(
+    settings: config.Preference, device: torch.device | str = DEVICE
+) -> StepAwarePreferenceModel:
     """The step-aware preference model of params.yaml.
 
     Raises:
@@ -80,6 +91,6 @@ def preference_model(settings: config.Preference) -> StepAwarePreferenceModel:
     """
     how: dict[str, Any] = {"revision": settings.revision}
     found = CLIPConfig.from_pretrained(settings.init, **how)
-    with DEVICE:
+    with torch.device(device):
         model = StepAwarePreferenceModel(CLIPModel(found), settings.step_condition)
-    return model.to(DEVICE)
+    return model.to(device)

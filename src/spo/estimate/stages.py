@@ -35,6 +35,7 @@ from spo.training.alignment import Alignment
 from spo.training.state import TrainingState
 from spo.types import Budget, Objective
 
+Memory = Any  # meta.Memory or _CudaMemory
 FEW = 5  # steps of a rollout
 PROMPT = "a prompt"
 
@@ -54,7 +55,7 @@ class Peak:
 class _Counter:
     """Runs phases one after the other."""
 
-    def __init__(self, memory: meta.Memory) -> None:
+    def __init__(self, memory: Memory) -> None:
         gc.collect()
         self.memory, self.found = memory, Peak(memory.live)
 
@@ -74,11 +75,31 @@ def peak(params: Params, stage: str, variant: str | None, budget: Budget) -> Pea
     """
     with meta.stand_in() as memory:
         base = models.backbone(params.backbone, budget)
-        counted = {"preference": _preference, "align": _align, "generate": _generate, "pairs": _encode}
-        return counted[stage](params, variant, base, memory).found
+        return STAGES[stage](params, variant, base, memory).found
 
 
-def _generate(params: Params, variant: str | None, base: Any, memory: meta.Memory) -> _Counter:
+def measured(params: Params, stage: str, variant: str | None, budget: Budget) -> Peak:
+    """The same with random weights on a CUDA device, by torch's allocator."""
+    base = models.backbone(params.backbone, budget, "cuda")
+    return STAGES[stage](params, variant, base, _CudaMemory()).found
+
+
+class _CudaMemory:
+    """What torch has allocated, in the place of `meta.Memory`."""
+
+    @property
+    def live(self) -> int:
+        return torch.cuda.memory_allocated()
+
+    @property
+    def peak(self) -> int:
+        return torch.cuda.max_memory_allocated()
+
+    def restart(self) -> None:
+        torch.cuda.reset_peak_memory_stats()
+
+
+def _generate(params: Params, variant: str | None, base: Any, memory: Memory) -> _Counter:
     counter, count = _Counter(memory), params.generate.batch_size
     guidance = getattr(params.generate, variant or "base").guidance
     counter.phase("images", lambda: _images(params, base, count, guidance))
@@ -93,7 +114,7 @@ def _images(params: Params, base: Any, count: int, guidance: float) -> torch.Ten
         return base.decode(x_0)
 
 
-def _encode(params: Params, variant: str | None, base: Any, memory: meta.Memory) -> _Counter:
+def _encode(params: Params, variant: str | None, base: Any, memory: Memory) -> _Counter:
     counter, size = _Counter(memory), base.image_size
     count = 2 * max(1, base.budget.images // 2)
     counter.phase("encoding", lambda: base.encode(torch.zeros(count, 3, *size, device=base.device)))
@@ -106,15 +127,15 @@ def _pairs(base: Any, count: int) -> EncodedPairs:
     return EncodedPairs(latents, [PROMPT] * count, labels, torch.ones(count))
 
 
-def _preference(params: Params, variant: str | None, base: Any, memory: meta.Memory) -> _Counter:
+def _preference(params: Params, variant: str | None, base: Any, memory: Memory) -> _Counter:
     settings: Any = params.latent_preference if variant == "latent" else params.preference
     schedule = Schedule.from_config(base.scheduler_config, settings.num_inference_steps)
     trained: Any
     if variant == "latent":
-        model = LatentPreferenceModel(base.feature_model(), settings.feature_guidance).to(meta.DEVICE)
-        trained = LatentTraining(model, base, schedule.to(meta.DEVICE), settings)
+        model = LatentPreferenceModel(base.feature_model(), settings.feature_guidance).to(base.device)
+        trained = LatentTraining(model, base, schedule.to(base.device), settings)
     else:
-        judge = models.preference_model(settings)
+        judge = models.preference_model(settings, base.device)
         trained = StepAware(judge, models.Words(), base, schedule, settings)
     trained.prepare()
     trained.model.train()
@@ -125,7 +146,7 @@ def _preference(params: Params, variant: str | None, base: Any, memory: meta.Mem
     return counter
 
 
-def _align(params: Params, variant: str | None, base: Any, memory: meta.Memory) -> _Counter:
+def _align(params: Params, variant: str | None, base: Any, memory: Memory) -> _Counter:
     name = variant or "spo"
     section = getattr(params.align, name)
     method = _method(params, name, section, base)
@@ -156,27 +177,29 @@ def _method(params: Params, name: str, section: Any, base: Any) -> Any:
     judge: Any
     if name == "lpo":
         latent = LatentPreferenceModel(base.feature_model(), params.latent_preference.feature_guidance)
-        judge = LatentRewardModel(latent.to(meta.DEVICE), section.judged_at)
+        judge = LatentRewardModel(latent.to(base.device), section.judged_at)
         method: Any = LpoMethod(section, schedule, judge, prompts, 0)
     else:
-        judge = ClipRewardModel(models.preference_model(params.preference), models.Words())
+        judge = ClipRewardModel(models.preference_model(params.preference, base.device), models.Words())
         method = SpoMethod(section, schedule, judge, prompts, 0)
     if base.budget.offload:
         placement.move(judge.model, "cpu")
-    method.schedule = method.rollout.schedule = schedule.to(meta.DEVICE)  # the steps were chosen on the CPU
+    method.schedule = method.rollout.schedule = schedule.to(base.device)  # the steps were chosen on the CPU
     return method
 
 
 def _updates(counter: _Counter, objective: Objective, settings: Any, ema: float) -> None:
-    """Two iterations: AdamW has its moments from the first update on."""
+    """An iteration after the first, when AdamW has its moments."""
     with mock.patch.object(optimizer, "_eight_bit", lambda: _EightBit):
         state = TrainingState(objective.parameters(), settings.optimizer, ema, False)
-        for _ in range(2):
-            state.optimizer.zero_grad(set_to_none=True)
-            updates, _ = counter.phase("collecting", lambda: objective.collect(0))
-            largest = max(updates, key=lambda parts: len(parts[0].timesteps))
-            # two parts: the second has the gradients of the first beside it, as all others do
-            counter.phase("update", partial(loop.update, objective, largest[:2], state))
+        for parameter in state.parameters:
+            parameter.grad = torch.zeros_like(parameter)
+        state.optimizer.step()
+        state.optimizer.zero_grad(set_to_none=True)
+        updates, _ = counter.phase("collecting", lambda: objective.collect(0))
+        largest = max(updates, key=lambda parts: len(parts[0].timesteps))
+        # two parts: the second has the gradients of the first beside it, as all others do
+        counter.phase("update", partial(loop.update, objective, largest[:2], state))
 
 
 class _EightBit(torch.optim.Optimizer):
@@ -190,3 +213,11 @@ class _EightBit(torch.optim.Optimizer):
             for p in group["params"]:
                 if not self.state[p]:
                     self.state[p] = {n: torch.zeros_like(p, dtype=torch.uint8) for n in ("m", "v")}
+
+
+STAGES: dict[str, Callable[[Params, str | None, Any, Memory], _Counter]] = {
+    "preference": _preference,
+    "align": _align,
+    "generate": _generate,
+    "pairs": _encode,
+}

@@ -48,15 +48,19 @@ def noised_pair(
 
 
 def clean_pair(
-    backbone: Backbone, sides: tuple[Tensor, Tensor], prompts: Sequence[str] = ()
+    backbone: Backbone,
+    sides: tuple[Tensor, Tensor],
+    prompts: Sequence[str] = (),
+    timesteps: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Both images of B pairs without noise; raises as `noised_pair`."""
+    """Both images of B pairs without noise; raises as `noised_pair`, with `timesteps` [B] named if given."""
     check, prompts = finite.FiniteCheck(), [*prompts, *prompts]
     with backbone.inference():
         x_0 = torch.cat(sides).to(backbone.device)
         check.note(finite.STORED, x_0, prompts)
         decoded = backbone.decode(x_0)
-        check.note(finite.DECODER, decoded, prompts)
+        at = None if timesteps is None else timesteps.repeat(2)
+        check.note(finite.DECODER, decoded, prompts, at)
     check.check()
     images = decoded.clamp(-1, 1)
     return images[: len(sides[0])], images[len(sides[0]) :]

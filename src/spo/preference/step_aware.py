@@ -57,7 +57,7 @@ class StepAware:
         """As `Trained.shown`: images [P,2,3,s,s] of the CLIP's size; in training without settings.noised
         those without noise."""
         if noise is None or self._clean:
-            images = clean_pair(self.backbone, latents, captions)
+            images = clean_pair(self.backbone, latents, captions, None if self._clean else timesteps)
         else:
             conditioning = self.backbone.encode_prompts(captions)
             schedule = self.schedule.to(self.backbone.device)

@@ -20,33 +20,34 @@ FEW = 2  # pairs of a forward, below which activations are better computed again
 
 
 class Cost(NamedTuple):
-    """GB (1e9 bytes) of a stage in fp16, with AdamW's state."""
+    """GB (1e9 bytes) of a stage in fp16, AdamW's state included."""
 
-    sampled: float  # models while it samples, predicts or encodes, nothing at rest
-    trained: float  # models and gradients while it trains, the rest in host memory
-    rest: float  # what rests in host memory meanwhile, with `offload`
+    sampled: float  # models while it samples, predicts or encodes
+    trained: float  # models and gradients while it trains; the others may rest in host memory
+    others: float
     pair: float  # activations of a forward with gradient
     recomputed: float  # the same with `checkpointing`
 
 
-IMAGE = {"sd": 0.4, "sdxl": 1.65}  # of a VAE call
-SAMPLE = {"sd": 0.14, "sdxl": 0.35}  # of a denoiser call with guidance
+IMAGE = {"sd": 0.4, "sdxl": 1.7}  # of a VAE call
+SAMPLE = {"sd": 0.15, "sdxl": 0.35}  # of a denoiser call with guidance
+RESTING = {"sd": 0.25, "sdxl": 1.6}  # text encoders, which rest while the denoiser or the VAE works
 COSTS = {
     "sd": {
-        "preference": Cost(17.9, 20.9, 2.2, 1.4, 0.3),
-        "latent_preference": Cost(6.5, 9.0, 1.8, 1.9, 0.6),
-        "spo": Cost(7.4, 1.8, 5.6, 1.7, 0.5),
-        "diffusion_dpo": Cost(2.2, 1.8, 0.4, 1.7, 0.6),
-        "lpo": Cost(3.1, 1.8, 1.4, 1.7, 0.6),
+        "preference": Cost(17.9, 20.9, 2.2, 2.0, 0.4),
+        "latent_preference": Cost(8.0, 8.4, 2.2, 2.2, 0.5),
+        "spo": Cost(7.4, 1.8, 5.6, 1.7, 0.6),
+        "diffusion_dpo": Cost(2.3, 1.8, 0.4, 1.8, 0.6),
+        "lpo": Cost(3.2, 1.8, 1.4, 1.7, 0.6),
         "generate": Cost(2.2, 1.8, 0.4, 0, 0),
     },
     "sdxl": {
-        "preference": Cost(22.9, 20.9, 7.0, 1.6, 0.5),
-        "latent_preference": Cost(32.0, 40.0, 7.0, 10.0, 2.0),
-        "spo": Cost(13.7, 6.6, 7.0, 23.0, 2.4),
-        "diffusion_dpo": Cost(8.5, 6.6, 1.8, 11.5, 1.2),
-        "lpo": Cost(13.0, 6.6, 6.0, 11.5, 1.2),
-        "generate": Cost(7.0, 5.2, 1.8, 0, 0),
+        "preference": Cost(22.7, 20.9, 7.0, 2.0, 0.5),
+        "latent_preference": Cost(32.0, 37.5, 7.0, 18.0, 4.0),
+        "spo": Cost(13.8, 6.6, 7.2, 23.5, 2.4),
+        "diffusion_dpo": Cost(8.5, 6.6, 1.8, 12.0, 1.3),
+        "lpo": Cost(12.7, 6.6, 6.1, 12.0, 1.3),
+        "generate": Cost(7.1, 5.3, 1.8, 0, 0),
     },
 }
 
@@ -64,7 +65,7 @@ def memory(settings: Device) -> float:
     Infinite on a CPU, whose memory is not the program's alone.
     """
     if settings.memory != "auto":
-        return settings.memory * 1e9
+        return settings.memory * 2**30
     if not torch.cuda.is_available():
         return float("inf")
     return float(torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory)
@@ -78,8 +79,11 @@ def of(params: Params, kind: str) -> Budget:
 
 
 def usable(memory: float) -> float:
-    """Bytes that tensors may take: the allocator's gaps, cuDNN and the CUDA context need the rest."""
-    return memory - max(2.7e9, 0.16 * memory)
+    """Bytes that tensors may take: 23 of the 25.8 GB of 24 GiB, 71 of the 85.9 of 80.
+
+    The allocator's gaps, which grow with what is allocated, cuDNN and the CUDA context need the rest.
+    """
+    return memory - max(0.1 * memory, 0.2 * memory - 2.5e9)
 
 
 def automatic(family: str, kind: str, memory: float) -> Budget:
@@ -92,7 +96,7 @@ def automatic(family: str, kind: str, memory: float) -> Budget:
         return WHOLE
     room, cost = usable(memory) / 1e9, COSTS[family].get(kind, COSTS[family]["generate"])
     trained, choice = _training(cost, room)
-    left = room - (cost.sampled - (cost.rest if choice.offload and not cost.pair else 0))
+    left = room - cost.sampled + (RESTING[family] if choice.offload else 0)
     return choice._replace(
         images=_between(left / IMAGE[family], WHOLE.images),
         samples=_between(left / SAMPLE[family], WHOLE.samples),
@@ -103,12 +107,8 @@ def automatic(family: str, kind: str, memory: float) -> Budget:
 def _training(cost: Cost, room: float) -> tuple[int, Budget]:
     """Pairs of a forward, and whether with checkpointing and offload."""
     for checkpointing, offload in ((False, False), (True, False), (True, True)):
-        models = cost.trained + (0 if offload else cost.rest)
-        pairs = (
-            (room - models) / (cost.recomputed if checkpointing else cost.pair)
-            if cost.pair
-            else room - models
-        )
+        left = room - cost.trained - (0 if offload else cost.others)
+        pairs = left / ((cost.recomputed if checkpointing else cost.pair) or 1)
         if pairs >= FEW:
             break
     return _between(pairs, WHOLE.pairs), WHOLE._replace(checkpointing=checkpointing, offload=offload)

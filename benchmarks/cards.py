@@ -1,0 +1,98 @@
+"""What each stage of the presets sd15 and sdxl takes on cards of four sizes: counted, not measured.
+
+`python -m benchmarks.cards` writes tests/estimate/peaks.csv and the table of docs/gpu.md, in half an hour.
+"""
+
+from __future__ import annotations
+
+import csv
+import sys
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+
+from spo import estimate
+from spo.config import Params
+from spo.estimate import plan, time
+from spo.training import budget
+from spo.types import Budget
+from tests.helpers import real_sizes
+
+CARDS = {24: ("RTX 4090", 165e12), 48: ("L40S", 362e12), 80: ("A100", 312e12), 141: ("H200", 989e12)}  # bf16
+USED = 0.4  # of that rate
+STAGES = (
+    *(("pairs", None), ("preference", None), ("preference", "latent")),
+    *(("align", "spo"), ("align", "lpo"), ("align", "diffusion_dpo"), ("generate", "base")),
+)
+PEAKS, PAGE = Path("tests/estimate/peaks.csv"), Path("docs/gpu.md")
+BEGIN, END = "<!-- cards: begin -->\n", "<!-- cards: end -->\n"
+DDIM = {"beta_schedule": "scaled_linear", "set_alpha_to_one": False, "steps_offset": 1}
+
+
+def name(stage: str, variant: str | None) -> str:
+    return f"{stage} {variant}" if variant and stage != "generate" else stage
+
+
+def cut(params: Params, stage: str, variant: str | None, card: int) -> Budget:
+    """The budget of a stage on a card; the pairs are encoded by the stage that first trains on them."""
+    kind = "preference" if stage == "pairs" else budget.kind(stage, variant)
+    return budget.automatic(params.backbone.family, kind, card * 2**30)
+
+
+def flops(params: Params, stage: str, variant: str | None) -> float:
+    """Of a whole stage, if every pair of a rollout is valid; checkpointing adds a forward pass."""
+    if stage == "pairs":
+        return 0.0
+    work = plan.plan(params, stage, variant, DDIM)
+    counted = time.Estimate(params, stage, variant, work, "meta", False).flops()
+    return sum(count * counted.get(kind, 0) for kind, count in asdict(work.most).items())
+
+
+def count(folder: Path) -> list[dict[str, object]]:
+    """A row for each preset, stage and card; a budget that several cards share is counted once."""
+    rows: list[dict[str, object]] = []
+    for preset in ("sd15", "sdxl"):
+        params = real_sizes.described(preset, folder / preset)
+        for stage, variant in STAGES:
+            known: dict[Budget, int] = {}
+            work = flops(params, stage, variant)
+            for card in CARDS:
+                own = cut(params, stage, variant, card)
+                if own not in known:
+                    known[own] = estimate.peak(params, stage, variant, own).most
+                row = {"preset": preset, "stage": name(stage, variant), "card": card, **own._asdict()}
+                rows.append({**row, "gb": f"{known[own] / 1e9:.1f}", "pflop": f"{work / 1e15:.4g}"})
+                print(rows[-1], file=sys.stderr)
+    return rows
+
+
+def table(rows: list[dict[str, object]]) -> str:
+    """In Markdown, a row for each stage and card."""
+    head = "| preset | stage | card | images, samples, pairs | checkpointing | offload | GB | hours |"
+    lines = [head, "|---|---|---|---|---|---|---|---|"]
+    for row in rows:
+        _, rate = CARDS[int(str(row["card"]))]
+        hours = float(str(row["pflop"])) * 1e15 / (USED * rate) / 3600
+        if str(row["checkpointing"]) == "True":
+            hours *= 4 / 3
+        switches = " | ".join("yes" if str(row[k]) == "True" else "" for k in ("checkpointing", "offload"))
+        sizes = ", ".join(str(row[k]) for k in ("images", "samples", "pairs"))
+        shown = f"{hours:.2g}" if hours else ""
+        what = f"{row['preset']} | {row['stage']} | {row['card']}"
+        lines.append(f"| {what} | {sizes} | {switches} | {row['gb']} | {shown} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        rows = count(Path(folder))
+    with PEAKS.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, [*rows[0]], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
+    PAGE.write_text(before + BEGIN + table(rows) + END + rest.partition(END)[2], encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
