@@ -22,6 +22,7 @@ pytestmark = [pytest.mark.smoke, pytest.mark.timeout(3600)]  # the first test wa
 FREE_KEYS = {
     "": {
         "processes": "shares the work; the sum is the same (tests/backbones/test_processes.py)",
+        "device": "cuts the work to fit a card (tests/backbones/test_budget.py)",
         "generate.batch_size": "noise belongs to the picture (tests/backbones/test_drawing.py)",
         "score.batch_size": "each picture has its own score (tests/backbones/test_drawing.py)",
     },
