@@ -104,7 +104,7 @@ def wait_for(ready: Callable[[], bool], folder: Path, what: str) -> None:
         peers.check()
         now = time.monotonic()
         if now - looked > STALLED / 100:
-            found, looked = _newest(folder), now
+            found, looked = _files(folder), now
             if found != seen:
                 seen, changed = found, now
             elif now - changed > STALLED:
@@ -112,14 +112,14 @@ def wait_for(ready: Callable[[], bool], folder: Path, what: str) -> None:
         time.sleep(POLL)
 
 
-def _newest(folder: Path) -> tuple[int, int]:
-    """Time and size of the file in a folder that was changed last; some go while one looks."""
-    newest = (0, 0)
+def _files(folder: Path) -> set[tuple[str, int, int]]:
+    """Names, times and sizes of the files in a folder; some go while one looks."""
+    found = set()
     for path in folder.rglob("*"):
         with suppress(OSError):
             status = path.stat()
-            newest = max(newest, (status.st_mtime_ns, status.st_size))
-    return newest
+            found.add((path.name, status.st_mtime_ns, status.st_size))
+    return found
 
 
 def check_folder(folder: Path) -> None:
