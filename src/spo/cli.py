@@ -78,8 +78,10 @@ def _processes(args: argparse.Namespace) -> int:
     stage = getattr(args, "stage", None)
     if stage not in launch.STAGES or args.dry_run:
         return 1
-    processes = config.load(args.params).processes
-    return processes if launch.wanted(stage, processes) else 1
+    params = config.load(args.params)
+    if stage == "pairs" and not (params.pairs.filter or params.preference.labels):
+        return 1
+    return params.processes if launch.wanted(stage, params.processes) else 1
 
 
 def _fail(reason: str, code: int) -> int:

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import os
+import shutil
 
 import blip
 import group
@@ -112,8 +113,8 @@ def test_a_scorer_labels_in_place_of_the_annotators(experiment, tmp_path, capsys
     gap = sum(in_order[len(apart) // 2 - 1 :][:2]) / 2  # half are ties, and rounding moves none across
     experiment["preference"]["labels"] = {"pickscore": scorer, "gap": gap}
     write(experiment)
-    run("inputs")
-    run("preference")
+    for stage in ("inputs", "pairs", "preference"):
+        run(stage)
     facts = json.loads((tmp_path / "reports/metrics/preference.json").read_text())["pseudo_labels"]
     decided = [
         (a > b, r["label_0"] == 1) for a, b, r in zip(first, second, rows, strict=True) if abs(a - b) >= gap
@@ -124,7 +125,7 @@ def test_a_scorer_labels_in_place_of_the_annotators(experiment, tmp_path, capsys
     )
     experiment["preference"]["labels"]["gap"] = 1e6
     write(experiment)
-    assert cli.main(["preference"]) == 2
+    assert cli.main(["pairs"]) == 2
     assert "preference.labels.gap: no pair's scores differ by" in capsys.readouterr().err
     experiment["preference"]["labels"]["hps"] = experiment["score"]["hps"]
     write(experiment)
@@ -147,21 +148,34 @@ def weights(folder) -> dict[str, torch.Tensor]:
 
 @pytest.mark.smoke
 @pytest.mark.parametrize("experiment", ["sd"], indirect=True)
-def test_two_processes_draw_and_score_as_one_does(experiment, tmp_path, monkeypatch) -> None:
+def test_two_processes_draw_score_and_label_as_one_does(experiment, tmp_path, monkeypatch) -> None:
+    """And train on pairs that they label and encode in shares."""
+    experiment["preference"]["labels"] = {"pickscore": experiment["score"]["pickscore"], "gap": 1e-6}
+    experiment["pairs"]["rows_per_shard"] = 3
+    write(experiment)
     for stage in (("inputs",), ("prompts",), ("pairs",), ("generate", "base"), ("score", "base")):
         run(*stage)
     archive, scores = tmp_path / "outputs/images/base/images.zip", tmp_path / "outputs/scores/base.csv"
     before = archive.read_bytes(), list(csv.DictReader(scores.open()))
     archive.unlink(), scores.unlink()
+    labelled = {p: p.read_bytes() for p in (tmp_path / "outputs/pairs").rglob("*") if p.is_file()}
+    assert tmp_path / "outputs/pairs/labels.csv" in labelled
+    shutil.rmtree(tmp_path / "outputs/pairs")
     write(experiment | {"processes": 2, "generate": experiment["generate"] | {"batch_size": 1}})
     monkeypatch.setenv(OURS, str(os.getpid()))
-    for stage in (("generate", "base"), ("score", "base"), ("preference",)):
+    for stage in (("generate", "base"), ("score", "base"), ("pairs",), ("preference",)):
         group.run_in(2, lambda stage=stage: run(*stage))
     for ours, theirs in zip(pixels(archive), pixels(io.BytesIO(before[0])), strict=True):
         assert (ours - theirs).abs().max() <= 1
     for ours, theirs in zip(csv.DictReader(scores.open()), before[1], strict=True):
         for name in ("pickscore", "hps", "aesthetic"):
             assert float(ours[name]) == pytest.approx(float(theirs[name]), abs=1e-4, rel=1e-4)
+    assert {p: p.read_bytes() for p in labelled} == labelled
+    facts = json.loads((tmp_path / "reports/metrics/preference.json").read_text())["pseudo_labels"]
+    assert (
+        facts["decided"] + facts["ties"]
+        == len((tmp_path / "outputs/pairs/labels.csv").open().readlines()) - 1
+    )
     assert (tmp_path / "outputs/preference/model.safetensors").exists()
 
 

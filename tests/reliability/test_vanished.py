@@ -110,7 +110,7 @@ def test_latents_that_find_no_room_are_one_line(tmp_path, mounted) -> None:
     folder.mkdir()
     mounted(folder, "-t", "tmpfs", "-o", "size=64k", "spo")
     with pytest.raises(OSError, match="No space left on device: the pairs' latents take 3.1 MB"):
-        latents.encode(iter(()), 1000, Small(), lambda data: data, folder / "train")
+        latents.encode([], 1000, Small(), lambda data: data, folder / "train")
 
 
 def test_a_folder_that_cannot_be_written_is_said_and_left_as_it_was(tmp_path, mounted, monkeypatch) -> None:

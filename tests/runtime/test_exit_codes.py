@@ -100,7 +100,8 @@ def test_under_another_launcher_one_process_a_machine_says_it(
         monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error"))
     monkeypatch.setenv(EXIT_FILE, str(tmp_path / "code"))
     assert cli.main(["report"]) == 2
-    line = "only preference, align, generate, score run in several processes; start this command by itself"
+    several = "only pairs, preference, align, generate, score run in several processes"
+    line = f"{several}; start this command by itself"
     assert (tmp_path / "code").read_text() == "2"
     assert launcher == "srun" or line in (tmp_path / "error").read_text()
     assert capsys.readouterr().err == (f"spo: {line}\n" if said else "")

@@ -22,6 +22,7 @@ pytestmark = [pytest.mark.smoke, pytest.mark.timeout(3600)]  # the first test wa
 FREE_KEYS = {
     "": {
         "processes": "shares the work; the sum is the same (tests/backbones/test_processes.py)",
+        "device": "cuts the work to fit a card (tests/backbones/test_budget.py)",
         "generate.batch_size": "noise belongs to the picture (tests/backbones/test_drawing.py)",
         "score.batch_size": "each picture has its own score (tests/backbones/test_drawing.py)",
     },
@@ -165,10 +166,10 @@ def test_every_module_that_a_stage_imports_is_declared(clone: Path, declared: De
 
 # with preference.labels and pairs.filter only
 OPTIONAL = {
-    "preference": {"src/spo/rewards", "src/spo/preference/pseudo_labels.py"},
     "pairs": {
         "src/spo/preference/gaps.py",
         "src/spo/preference/pair_filter.py",
+        "src/spo/preference/pseudo_labels.py",
         "src/spo/rewards",
         "src/spo/training",
     },
@@ -202,14 +203,21 @@ def test_labels_by_a_scorer_need_nothing_else(copy: Path, declared: Declared) ->
     params = yaml.safe_load((copy / "params.yaml").read_text())
     params["preference"]["labels"] = {"pickscore": params["score"]["pickscore"], "gap": 0.001}
     (copy / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
+    before = (copy / "outputs/inputs/clip.json").read_bytes()
     recorded = clones.environment(copy, clones.RECORDER)
-    for command in ("inputs", "preference"):
+    for command in ("inputs", "pairs", "preference"):
         done = clones.run(copy, "spo", command, variables=recorded)
         assert done.returncode == 0, done.stderr[-3000:]
-    read = reads(copy)["preference"]
-    assert "preference.labels.gap" in read["keys"] and "src/spo/rewards/pickscore.py" in read["modules"]
-    assert undeclared_keys(read, declared.keys["preference"], "preference") == []
-    assert undeclared_code(copy, read, declared.paths["preference"], "preference") == []
+    read = reads(copy)
+    assert "preference.labels.gap" in read["pairs"]["keys"]
+    assert "src/spo/rewards/pickscore.py" in read["pairs"]["modules"]
+    assert "src/spo/rewards/pickscore.py" not in read["preference"]["modules"]
+    assert "outputs/pairs/labels.csv" in read["preference"]["files"]
+    for stage in ("pairs", "preference"):
+        assert undeclared_keys(read[stage], declared.keys[stage], stage) == []
+        assert undeclared_code(copy, read[stage], declared.paths[stage], stage) == []
+    assert len(json.loads((copy / "outputs/inputs/labels.json").read_text())) == 1
+    assert (copy / "outputs/inputs/clip.json").read_bytes() == before
 
 
 def test_a_filter_of_pairs_needs_nothing_else(copy: Path, declared: Declared) -> None:

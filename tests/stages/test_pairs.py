@@ -8,18 +8,24 @@ import io
 import json
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
 import yaml
+from group import run_in
 from PIL import Image
 
-from spo import config
+from spo import cli, config
 from spo.data.decoding import open_image
+from spo.data.latents import EncodedPairs
 from spo.data.pairs import read_pairs
-from spo.rewards import load_scorer
+from spo.preference import gaps, pair_filter, pseudo_labels
+from spo.rewards import aesthetic, load_scorer
+from spo.runtime.launch import is_main_process
 from spo.scenes import world
 from spo.stages import inputs, pairs
+from spo.types import PreferencePair
 from tools.scenes import clips, tokenizer
 
 
@@ -147,3 +153,183 @@ def test_the_filter_s_scorers_are_pinned_with_the_pairs(settings, source) -> Non
         (settings.clip, None),
         (settings.head, None),
     ]
+
+
+def labels(settings: config.AestheticConfig, gap: float = 1e-6) -> config.PseudoLabels:
+    return config.PseudoLabels(aesthetic=settings, gap=gap)
+
+
+def difference(scorer, pair: PreferencePair) -> float:
+    first, second = scorer.score([open_image(pair.image_0), open_image(pair.image_1)], [pair.caption] * 2)
+    return first - second
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize("filtered", [False, True])
+def test_labels_by_a_scorer_lie_beside_the_pairs(settings, source, tmp_path, monkeypatch, filtered) -> None:
+    """A row for each training pair that is kept, in their order; the pairs keep the annotators' labels."""
+    monkeypatch.chdir(tmp_path)
+    rules = section(source, settings if filtered else None)
+    pairs.prepare(rules, Path("plain"))
+    scorer = load_scorer("aesthetic", settings, "cpu", 16)
+    kept = list(read_pairs("plain/train"))
+    by_hand = [difference(scorer, pair) for pair in kept]
+    apart = sorted(abs(d) for d in by_hand)
+    gap = sum(apart[len(apart) // 2 - 1 :][:2]) / 2
+    pairs.prepare(rules, Path("labelled"), labels(settings, gap))
+
+    plain, written = files(Path("plain")), files(Path("labelled"))
+    rows = list(csv.DictReader(io.StringIO(written.pop("labels.csv").decode())))
+    expected = [0.5 if abs(d) < gap else float(d > 0) for d in by_hand]
+    assert [float(row["label_0"]) for row in rows] == expected
+    assert [float(row["gap"]) for row in rows] == pytest.approx(by_hand, abs=1e-6)
+    summary = json.loads(written.pop("summary.json"))
+    facts = summary.pop("pseudo_labels")
+    assert summary == json.loads(plain.pop("summary.json")) and written == plain
+    both = [(e, p.label_0) for e, p in zip(expected, kept, strict=True) if 0.5 not in (e, p.label_0)]
+    decided = sum(e != 0.5 for e in expected)
+    assert facts == {
+        "decided": decided,
+        "ties": len(kept) - decided,
+        "agree_with_people": round(sum(a == b for a, b in both) / len(both), 4),
+    }
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_a_scorer_of_filter_and_labels_scores_once(settings, source, tmp_path, monkeypatch, same) -> None:
+    monkeypatch.chdir(tmp_path)
+    scored: list[int] = []
+    plain = aesthetic.Aesthetic.score
+    monkeypatch.setattr(aesthetic.Aesthetic, "score", lambda *a: scored.append(len(a[1])) or plain(*a))
+    pairs.prepare(section(source, settings), Path("out"))
+    alone = sum(scored)
+    scored.clear()
+    own = settings if same else settings.model_copy(update={"revision": "main"})
+    pairs.prepare(section(source, settings), Path("out"), labels(own))
+    assert sum(scored) == alone * (1 if same else 2)
+
+
+def test_two_processes_score_what_one_does(settings, source, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for module in (gaps, pair_filter):
+        monkeypatch.setattr(module, "BUFFER", 3)
+    what = section(source, settings), labels(settings)
+    pairs.prepare(what[0], Path("one"), what[1])
+    plain = aesthetic.Aesthetic.score
+
+    def body() -> int:
+        scored: list[int] = []
+        aesthetic.Aesthetic.score = lambda *a: scored.append(len(a[1])) or plain(*a)
+        if is_main_process():
+            pairs.prepare(what[0], Path("two"), what[1])
+        else:
+            pairs.share(*what)
+        return sum(scored)
+
+    first, second = run_in(2, body)
+    read = len(list(csv.reader(Path("one/filter.csv").open(encoding="utf-8")))) - 1
+    # buffers of 3 pairs: each process scores every other one
+    assert first + second == 2 * read and abs(first - second) <= 6 and second
+    assert files(Path("one")) == files(Path("two"))
+    assert not list(Path(".spo/resume").glob("pairs-*"))
+
+
+def test_labelling_goes_on_after_the_cached_gaps(settings, source, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for module in (gaps, pair_filter):
+        monkeypatch.setattr(module, "BUFFER", 4)
+    plain, scored = aesthetic.Aesthetic.score, []
+
+    def interrupted(*given) -> list[float]:
+        if len(scored) == 4:  # two buffers, both sides
+            raise KeyboardInterrupt
+        scored.append(len(given[1]))
+        return plain(*given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(aesthetic.Aesthetic, "score", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            pairs.prepare(section(source, None), Path("out"), labels(settings))
+    again: list[int] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(aesthetic.Aesthetic, "score", lambda *a: again.append(len(a[1])) or plain(*a))
+        summary = pairs.prepare(section(source, None), Path("out"), labels(settings))
+    pairs.prepare(section(source, None), Path("whole"), labels(settings))
+    assert sum(again) == 2 * (summary["train"] - 8)
+    assert files(Path("out")) == files(Path("whole"))
+
+
+def test_a_gap_that_no_pair_reaches_is_one_line(settings, source, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        ValueError, match="^preference.labels.gap: no pair's scores differ by 1000000"
+    ) as error:
+        pairs.prepare(section(source, None), Path("out"), labels(settings, 1e6))
+    assert "\n" not in str(error.value)
+
+
+def encoded(n: int) -> EncodedPairs:
+    return EncodedPairs(np.zeros((n, 2, 1, 1, 1), np.float16), ["c"] * n, torch.zeros(n), torch.ones(n))
+
+
+def test_labels_replace_those_of_the_annotators_and_nothing_else(tmp_path) -> None:
+    (tmp_path / "summary.json").write_text(json.dumps({"pseudo_labels": {"ties": 1}}))
+    (tmp_path / "labels.csv").write_text("gap,label_0\n0.3,1\n-0.2,0\n0.01,0.5\n")
+    given = encoded(3)
+    pairs_, facts = pseudo_labels.labelled(given, tmp_path)
+    assert pairs_.label_0.tolist() == [1, 0, 0.5] and pairs_.label_1.tolist() == [0, 1, 0.5]
+    assert pairs_.label_0.dtype == torch.float32 and facts == {"ties": 1}
+    assert pairs_.latents is given.latents and pairs_.weight is given.weight
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda text: None, "labels.csv: no labels of preference.labels there; run `make repro`"),
+        (lambda text: text.rsplit("\n", 2)[0] + "\n", "labels.csv: 2 labels for 3 training pairs"),
+        (lambda text: text + "0.1,1\n", "labels.csv: 4 labels for 3 training pairs"),
+        (lambda text: text.replace("0.5", "0.7"), "or one that is not 0, 0.5 or 1; run `make repro`"),
+        (lambda text: text.replace(",0.5", ","), "or one that is not 0, 0.5 or 1; run `make repro`"),
+        (lambda text: text.replace("label_0", "label"), "labels.csv: a damaged table"),
+        (lambda text: "", "labels.csv: a damaged table"),
+    ],
+)
+def test_labels_that_do_not_fit_the_pairs_are_one_line(tmp_path, change, message) -> None:
+    (tmp_path / "summary.json").write_text(json.dumps({"pseudo_labels": {"ties": 1}}))
+    text = change("gap,label_0\n0.3,1\n-0.2,0\n0.01,0.5\n")
+    if text is not None:
+        (tmp_path / "labels.csv").write_text(text)
+    with pytest.raises(ValueError) as error:
+        pseudo_labels.labelled(encoded(3), tmp_path)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_the_labels_scorer_is_pinned_apart_from_the_start_clip(settings) -> None:
+    raw = config.validate(yaml.safe_load(config.preset("smoke")))
+    preference = raw.preference.model_copy(update={"labels": labels(settings)})
+    labelled = raw.model_copy(update={"preference": preference})
+    assert inputs.sources(raw)["labels"] == []
+    assert inputs.sources(labelled)["labels"] == [(settings.clip, None), (settings.head, None)]
+    assert inputs.sources(labelled)["clip"] == inputs.sources(raw)["clip"]
+
+
+@pytest.mark.parametrize("asked", ["nothing", "filter", "labels"])
+def test_processes_count_for_pairs_where_a_scorer_runs(
+    settings, source, tmp_path, monkeypatch, asked
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    raw = yaml.safe_load(config.preset("smoke")) | {"processes": 2}
+    dumped = settings.model_dump(mode="json")
+    if asked == "filter":
+        raw["pairs"]["filter"] = {"aesthetic": dumped, "win_lose_above": {"aesthetic": 0.0}}
+    if asked == "labels":
+        raw["preference"]["labels"] = {"aesthetic": dumped}
+    Path("params.yaml").write_text(yaml.safe_dump(raw), encoding="utf-8")
+    launched: list[int] = []
+    monkeypatch.setattr(cli.launch, "run", lambda arguments, n: launched.append(n))
+    monkeypatch.setattr(pairs, "run", lambda *given: launched.append(1))
+    assert cli.main(["pairs"]) == 0
+    assert launched == [1 if asked == "nothing" else 2]

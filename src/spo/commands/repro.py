@@ -78,7 +78,7 @@ def _all(params: Params, needs: dvc_stages.Needs, jobs: int | None, variables: M
 @contextmanager
 def _forks(needs: dvc_stages.Needs, variables: Mapping[str, str]) -> Iterator[dict[str, str]]:
     """Have stages start as forks where that helps: on a processor, where two of them or more load a model."""
-    heavy = [stage for stage in needs if stage.split("@")[0] in launch.STAGES]
+    heavy = [stage for stage in needs if stage.split("@")[0] in launch.MODELS]
     if len(heavy) < 2 or sys.platform != "linux" or stages_at_once.accelerator():
         yield {}
         return

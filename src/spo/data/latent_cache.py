@@ -30,9 +30,8 @@ def latent_pairs(params: Params, backbone: Backbone, part: str) -> EncodedPairs:
     from functools import partial
 
     from spo.data.images import decode_image
-    from spo.data.latents import COMPLETE, encode
-    from spo.data.pairs import read_pairs
-    from spo.training import distributed
+    from spo.data.latents import encode
+    from spo.data.pairs import read_pairs, shards
 
     folder = require(Path("outputs/pairs") / part, "preference pairs")
     total = read_json("outputs/pairs/summary.json", "summary of the pairs", keys=[part])[part]
@@ -41,12 +40,10 @@ def latent_pairs(params: Params, backbone: Backbone, part: str) -> EncodedPairs:
     if seed is not None:
         settings.append(f"samples of seed {seed}")
     name = fingerprint(settings, [folder], CODE)
-    decode = partial(decode_image, size=backbone.image_size)
     cache = SCRATCH / "latents" / f"{part}-{name}"
-    with distributed.main_process_first():
-        if not distributed.is_main_process():
-            distributed.wait_for(cache / COMPLETE)
-        return encode(read_pairs(folder), total, backbone, decode, cache, seed)
+    pairs = [read_pairs(path) for path in shards(folder)]
+    decode = partial(decode_image, size=backbone.image_size)
+    return encode(pairs, total, backbone, decode, cache, seed)
 
 
 def _vae(params: Params) -> str:

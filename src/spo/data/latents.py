@@ -5,24 +5,35 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+import secrets
 import shutil
-from collections.abc import Callable, Iterable
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from spo.data.pairs import chunks
 from spo.diffusion import finite
 from spo.diffusion.noise import SampleNoise
-from spo.runtime.files import locked, read_json, write_json
+from spo.runtime.files import atomic, locked, read_json, remove_partials, write_json, write_text
 from spo.runtime.transfer import send
+from spo.training import distributed
 from spo.types import Backbone, PreferencePair
 
+LATENTS = "latents.f16"
 COMPLETE = "pairs.json"  # written last: captions and labels
+SHARDS = "shards"  # folder of what is encoded, until it is complete
+KEYS = ("captions", "label_0", "weight")  # of that file
+JOB = "job"  # in that folder: the processes that encode them
 BATCH = 32  # pairs per forward pass of the encoder
+FLOAT16 = np.dtype(np.float16)
 FLOAT16_MAX = float(np.finfo(np.float16).max)
 
 
@@ -53,7 +64,7 @@ class EncodedPairs:
 
 
 def encode(
-    pairs: Iterable[PreferencePair],
+    shards: Sequence[Iterable[PreferencePair]],
     total: int,
     backbone: Backbone,
     decode_image: Callable[[bytes], Tensor],
@@ -62,9 +73,11 @@ def encode(
 ) -> EncodedPairs:
     """Encode pairs with the backbone's VAE into `folder`, or read a complete cache from it.
 
-    Of several processes one encodes, and the others wait for it.
+    Each of several processes encodes every n-th shard into files of its own; the main one puts these together
+    to what one process writes. An interrupted encoding goes on after the shards that are complete.
 
     Args:
+        shards: of the pairs, in order; one that is encoded already is not iterated over.
         total: number of pairs, from the summary of the `pairs` stage.
         decode_image: decodes bytes to an image [3,H,W] in [-1,1].
         folder: the cache, named by a fingerprint of the pairs, the VAE and the seed.
@@ -72,45 +85,114 @@ def encode(
 
     Raises:
         ValueError: latents that are NaN, infinite or beyond the range of float16, or another number of pairs.
+        OSError: not enough space on the disk.
+        TransientError: as `distributed.wait_for`, of the other processes.
     """
-    done = folder / COMPLETE
-    shape = (total, 2, *backbone.latent_shape)
-    if not done.exists():
+    done, shape = folder / COMPLETE, (2, *backbone.latent_shape)
+    job = distributed.broadcast(secrets.token_hex(8))
+    encode_files = partial(_encoded, backbone=backbone, decode_image=decode_image, seed=seed)
+    share = partial(_encode_share, shards, total, encode_files, folder)
+    if not distributed.is_main_process():
+        what = "process 0 encodes pairs, or waits for another stage that does"
+        distributed.wait_for(lambda: done.exists() or _has_begun(folder, job), folder, what)
+        share()
+        distributed.wait_for(done.exists, folder, "the others encode pairs")
+    elif not done.exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
         message = f"waits for another stage, which encodes the same pairs into {folder}"
         with locked(folder.with_name(f".{folder.name}.lock"), message):
             if not done.exists():
-                shutil.rmtree(folder, ignore_errors=True)
-                folder.mkdir()
-                file = _allocate(folder / "latents.f16", shape)
-                rows = _write(pairs, backbone, decode_image, file, seed)
-                file.flush()  # before anyone takes it for complete
-                write_json(done, rows)
-    rows = read_json(done, "encoded pairs", keys=("captions", "label_0", "weight"), then=f"delete {folder}")
+                _begin(folder, total * math.prod(shape) * FLOAT16.itemsize, job)
+                share()
+                for number in range(len(shards)):
+                    distributed.wait_for(_rows(folder, number).exists, folder, "the others encode pairs")
+                _assemble(folder, len(shards), math.prod(shape))
+    rows = read_json(done, "encoded pairs", keys=KEYS, then=f"delete {folder}")
     if len(rows["captions"]) != total:
         raise ValueError(
             f"{folder}: {len(rows['captions'])} pairs, but the summary says {total}; delete this folder"
         )
-    latents = np.memmap(folder / "latents.f16", np.float16, "r", shape=shape)
+    latents = np.memmap(folder / LATENTS, FLOAT16, "r", shape=(total, *shape))
     return EncodedPairs(
         latents, rows["captions"], torch.tensor(rows["label_0"]), torch.tensor(rows["weight"])
     )
 
 
-def _allocate(path: Path, shape: tuple[int, ...]) -> np.memmap:
-    """Map a float16 file and reserve its disk space: a page fault on a full disk kills the process.
+def _begin(folder: Path, size: int, job: str) -> None:
+    """Have the other processes of a job begin, once it is sure that `size` bytes find room.
 
     Raises:
-        OSError: not enough space on the disk.
+        OSError: the disk has no space for what is not written yet.
     """
-    size = math.prod(shape) * np.dtype(np.float16).itemsize
-    with path.open("wb") as file:
+    shards = folder / SHARDS
+    shards.mkdir(parents=True, exist_ok=True)
+    remove_partials(shards)
+    size -= sum(path.stat().st_size for path in folder.rglob("*.f16"))
+    with tempfile.TemporaryFile(dir=folder) as file:
         try:
             os.posix_fallocate(file.fileno(), 0, max(size, 1))
         except OSError as error:
             message = f"{error.strerror}: the pairs' latents take {size / 1e6:.1f} MB"
-            raise OSError(error.errno, message, str(path)) from None
-    return np.memmap(path, np.float16, "r+", shape=shape)
+            raise OSError(error.errno, message, str(folder / LATENTS)) from None
+    write_text(shards / JOB, job)
+
+
+def _has_begun(folder: Path, job: str) -> bool:
+    try:
+        return (folder / SHARDS / JOB).read_text(encoding="utf-8") == job
+    except FileNotFoundError:
+        return False
+
+
+def _rows(folder: Path, number: int) -> Path:
+    """The captions and labels of a shard, written when its latents are."""
+    return folder / SHARDS / f"{number:05d}.json"
+
+
+def _encode_share(
+    shards: Sequence[Iterable[PreferencePair]],
+    total: int,
+    encode_files: Callable[[list[bytes]], Tensor],
+    folder: Path,
+) -> None:
+    """Encode every n-th shard, unless that is done."""
+    n, rank = distributed.count(), distributed.state().process_index
+    with tqdm(total=total // n, desc="encode pairs", unit="pair") as bar:
+        for number in range(rank, len(shards), n):
+            rows = _rows(folder, number)
+            # in this order: the rows go when all is complete
+            if not rows.exists() and not (folder / COMPLETE).exists():
+                with atomic(rows.with_suffix(".f16")) as unfinished, unfinished.open("wb") as file:
+                    found = _write(shards[number], encode_files, file, bar)
+                    file.flush()
+                    os.fsync(file.fileno())
+                write_json(rows, found)
+
+
+def _assemble(folder: Path, count: int, length: int) -> None:
+    """Append the latents of all shards to one file, and put their rows together.
+
+    A shard's file goes when it is appended, so that all of them take their room once. After an interruption
+    what is gone is in the file already, and what was appended in part is appended again.
+
+    Args:
+        length: numbers of a pair.
+    """
+    rows: dict[str, list] = {key: [] for key in KEYS}
+    with (folder / LATENTS).open("ab") as file:
+        for number in range(count):
+            shard = _rows(folder, number).with_suffix(".f16")
+            if shard.exists():
+                file.truncate(len(rows["captions"]) * length * FLOAT16.itemsize)
+                with shard.open("rb") as part:
+                    shutil.copyfileobj(part, file)
+                file.flush()
+                os.fsync(file.fileno())
+                shard.unlink()
+            for key, values in read_json(_rows(folder, number), "encoded pairs", keys=KEYS).items():
+                rows[key] += values
+    write_json(folder / COMPLETE, rows)
+    shutil.rmtree(folder / SHARDS)
 
 
 def _check(latents: Tensor, captions: list[str]) -> None:
@@ -144,29 +226,18 @@ def _encoded(
 
 def _write(
     pairs: Iterable[PreferencePair],
-    backbone: Backbone,
-    decode_image: Callable[[bytes], Tensor],
-    latents: np.ndarray,
-    seed: int | None,
+    encode_files: Callable[[list[bytes]], Tensor],
+    file: IO[bytes],
+    bar: tqdm,
 ) -> dict[str, list]:
-    rows: dict[str, list] = {"captions": [], "label_0": [], "weight": []}
-    chunk: list[PreferencePair] = []
-
-    def flush() -> None:
-        files = [image for pair in chunk for image in (pair.image_0, pair.image_1)]
-        encoded = _encoded(files, backbone, decode_image, seed)
+    """Write the latents of a shard; returns its captions, labels and weights."""
+    rows: dict[str, list] = {key: [] for key in KEYS}
+    for chunk in chunks(pairs, BATCH):
+        encoded = encode_files([image for pair in chunk for image in (pair.image_0, pair.image_1)])
         _check(encoded, [p.caption for p in chunk for _ in range(2)])
-        start = len(rows["captions"])
-        latents[start : start + len(chunk)] = encoded.view(len(chunk), 2, *encoded.shape[1:]).numpy()
+        file.write(encoded.numpy().astype(FLOAT16).tobytes())
         rows["captions"] += [p.caption for p in chunk]
         rows["label_0"] += [p.label_0 for p in chunk]
         rows["weight"] += [p.weight for p in chunk]
-        chunk.clear()
-
-    for pair in tqdm(pairs, total=len(latents), desc="encode pairs", unit="pair"):
-        chunk.append(pair)
-        if len(chunk) == BATCH:
-            flush()
-    if chunk:
-        flush()
+        bar.update(len(chunk))
     return rows

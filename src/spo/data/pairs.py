@@ -10,6 +10,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -221,6 +222,13 @@ def read_pairs(folder: str | Path) -> Iterator[PreferencePair]:
     names = [f.name for f in fields(PreferencePair)]
     for path in shards(folder):
         yield from (PreferencePair(**record) for record in records(path, names))
+
+
+def chunks(pairs: Iterable[PreferencePair], size: int) -> Iterator[list[PreferencePair]]:
+    """Lists of `size` pairs in order; the last may be shorter."""
+    rest = iter(pairs)
+    while chunk := list(islice(rest, size)):
+        yield chunk
 
 
 def _open(path: str | Path) -> Any:

@@ -9,6 +9,7 @@ from spo.config import Params
 
 if TYPE_CHECKING:
     from spo.training.checkpoint import CheckpointStore
+    from spo.types import Scorer
 
 
 def score_images(
@@ -45,6 +46,25 @@ def score_images(
     return columns
 
 
+def _shared(scorer: Scorer, images: Sequence[Any], prompts: Sequence[str], size: int) -> list[float]:
+    """The scores of all images, of which each process scores every n-th batch: the same for any n."""
+    from tqdm import tqdm
+
+    from spo.training import distributed
+
+    if len(images) != len(prompts):
+        raise ValueError(f"{scorer.name}: {len(images)} images, but {len(prompts)} prompts")
+    parts = [slice(start, start + size) for start in range(0, len(images), size)]
+    with tqdm(total=len(images), desc=scorer.name, unit="image") as bar:
+
+        def batch(part: slice) -> list[float]:
+            scores = scorer.score(images[part], prompts[part])
+            bar.update(len(scores) * distributed.count())
+            return scores
+
+        return [value for scores in distributed.map_shares(batch, parts) for value in scores]
+
+
 def _scorers(
     params: Params, device: str, once: Callable[[str, Callable[[], Any]], Any]
 ) -> list[Callable[[Sequence[Any], Sequence[str]], dict[str, list[float]]]]:
@@ -59,7 +79,7 @@ def _scorers(
         name: str, settings: Any, images: Sequence[Any], prompts: Sequence[str]
     ) -> dict[str, list[float]]:
         scorer = once(name, lambda: load_scorer(name, settings, device, score.batch_size))
-        return {name: scorer.score(images, prompts)}
+        return {name: _shared(scorer, images, prompts, score.batch_size)}
 
     def oracle(images: Sequence[Any], prompts: Sequence[str]) -> dict[str, list[float]]:
         import torch

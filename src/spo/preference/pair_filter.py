@@ -10,18 +10,17 @@ Departures from the published filter:
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from spo import config
 from spo.data.pairs import ShardWriter
-from spo.preference.gaps import chunks, score_gaps
+from spo.preference.gaps import BUFFER, CachedGaps
+from spo.preference.pseudo_labels import Labeller
 from spo.training.checkpoint import CheckpointStore
 from spo.types import PreferencePair, Scorer
 
-BUFFER = 256  # pairs whose encoded images are in memory, and whose gaps are cached together
 TIE = 0.5
 
 
@@ -39,33 +38,36 @@ def failed_rules(label_0: float, gaps: Mapping[str, float], settings: config.Pai
 
 
 class FilteredWriter:
-    """Passes the pairs that fail no rule on to a ShardWriter, in order.
+    """Passes the pairs that fail no rule on to a ShardWriter, in order, and labels them.
 
-    Memory does not grow with the number of pairs. Gaps are cached as they are computed, so that a filter that
-    was interrupted goes on after them.
+    Memory does not grow with the number of pairs.
     """
 
     def __init__(
         self,
         writer: ShardWriter,
-        settings: config.PairFilter,
+        settings: config.PairFilter | None,
         scorers: Mapping[str, Scorer],
         cache: CheckpointStore,
-        on_pair: Callable[[Sequence[Any]], object],
+        on_pair: Callable[[Sequence[Any]], object] | None,
+        labels: Labeller | None = None,
     ) -> None:
         """
         Args:
-            scorers: all that the rules name, loaded.
-            cache: named by all on which the gaps depend.
-            on_pair: called with number, kind, gap by scorer (winner less loser; of a tie absolute) and failed
-                rules of each pair; numbers count from 0.
+            settings: the rules; None: all pairs are kept.
+            scorers: all that the rules and `labels` name, loaded.
+            cache: of `CachedGaps`.
+            on_pair: called with number, kind, gap by scorer of a rule (winner less loser; of a tie absolute)
+                and failed rules of each pair; numbers count from 0.
         """
-        self.writer, self.settings, self.scorers, self.cache = writer, settings, scorers, cache
-        self.on_pair = on_pair
-        self.failed = {name: Counter[str](win_lose=0, ties=0) for name in scorers}
+        self.writer, self.settings, self.on_pair, self.labels = writer, settings, on_pair, labels
+        ruled = settings.configured() if settings else ()
+        self.failed = {name: Counter[str](win_lose=0, ties=0) for name in ruled}
         self.read = 0
         self._buffer: list[PreferencePair] = []
-        self._cached, self._chunk = cache.states(), 0
+        sized = settings or labels
+        assert sized is not None, "nothing to score"
+        self._gaps = CachedGaps(scorers, sized.batch_size, cache)
 
     @property
     def count(self) -> int:
@@ -86,6 +88,8 @@ class FilteredWriter:
         if self._buffer:
             self._flush()
         self.writer.close()
+        if self.labels is not None:
+            self.labels.check()
         if self.read and not self.count:
             counts = ", ".join(f"{name} {counts.total()}" for name, counts in self.failed.items())
             raise ValueError(
@@ -94,37 +98,23 @@ class FilteredWriter:
             )
 
     def _flush(self) -> None:
-        state, read = next(self._cached, None), _digest(self._buffer)
-        if state is None or state["pairs"] != read:  # of other pairs: the source has changed meanwhile
-            gaps = {name: list(self._gaps(scorer)) for name, scorer in self.scorers.items()}
-            state = {"pairs": read, "gaps": gaps}
-            self.cache.save(self._chunk, state)
-        self._chunk += 1
+        gaps = self._gaps.of(self._buffer)
+        assert gaps is not None, "only the main process writes"
         for i, pair in enumerate(self._buffer):
-            self._decide(pair, {name: gaps[i] for name, gaps in state["gaps"].items()})
+            self._decide(pair, {name: column[i] for name, column in gaps.items()})
         self._buffer = []
 
-    def _gaps(self, scorer: Scorer) -> Iterator[float]:
-        for part in chunks(self._buffer, self.settings.batch_size):
-            yield from score_gaps(scorer, part)
-
     def _decide(self, pair: PreferencePair, gaps: Mapping[str, float]) -> None:
-        failed = failed_rules(pair.label_0, gaps, self.settings)
+        failed = failed_rules(pair.label_0, gaps, self.settings) if self.settings else []
         tie = pair.label_0 == TIE
         kind, sign = ("ties", 1) if tie else ("win_lose", 1 if pair.label_0 > TIE else -1)
-        shown = [f"{abs(gap) if tie else sign * gap:.6f}" for gap in gaps.values()]
-        self.on_pair([self.read, kind, *shown, " ".join(failed)])
+        if self.on_pair is not None:
+            shown = [f"{abs(gaps[name]) if tie else sign * gaps[name]:.6f}" for name in self.failed]
+            self.on_pair([self.read, kind, *shown, " ".join(failed)])
         self.read += 1
         for name in failed:
             self.failed[name][kind] += 1
         if not failed:
             self.writer.add(pair)
-
-
-def _digest(pairs: Sequence[PreferencePair]) -> str:
-    """SHA-256 of captions and images."""
-    digest = hashlib.sha256()
-    for pair in pairs:
-        for part in (pair.caption.encode(), pair.image_0, pair.image_1):
-            digest.update(len(part).to_bytes(8, "big") + part)
-    return digest.hexdigest()
+            if self.labels is not None:
+                self.labels.add(pair.label_0, gaps)

@@ -2,79 +2,87 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spo.config import Preference, PseudoLabels
-from spo.runtime.files import locked, read_json, require, write_json
-from spo.runtime.fingerprint import fingerprint
-from spo.runtime.workspace import SCRATCH
+from spo import config
+from spo.runtime.files import read_csv, read_json
 
 if TYPE_CHECKING:
     from spo.data.latents import EncodedPairs
 
-PINNED = Path("outputs/inputs/clip.json")  # what the scorer's files hold
-CODE = (
-    "data",
-    "preference/gaps.py",
-    "preference/pseudo_labels.py",
-    "rewards",
-)  # that scores the images of the pairs
+LABELS = "labels.csv"  # beside the pairs: a row for each training pair, in the order of the shards
+COLUMNS = ("gap", "label_0")
+FACTS = "pseudo_labels"  # key of the pairs' summary
+TIE = 0.5
 
 
-def pseudo_label(
-    pairs: EncodedPairs, settings: Preference, device: str
-) -> tuple[EncodedPairs, dict[str, Any]]:
-    """Replace the labels of the training pairs by those of settings.labels; also returns facts about them.
+class Labeller:
+    """Labels pairs by the gaps of one scorer, and compares them with the annotators' labels."""
+
+    def __init__(
+        self, settings: config.PseudoLabels, scorer: str, write: Callable[[Sequence[Any]], object]
+    ) -> None:
+        """
+        Args:
+            scorer: its key in the gaps.
+            write: called with each row of COLUMNS.
+        """
+        self.gap, self.batch_size, self.scorer, self.write = settings.gap, settings.batch_size, scorer, write
+        self.counts = Counter[str]()
+        self.largest = 0.0
+
+    def add(self, label_0: float, gaps: Mapping[str, float]) -> None:
+        """Label a pair.
+
+        Args:
+            label_0: the annotators'; .5 for a tie.
+            gaps: by scorer, the score of the first image less that of the second.
+        """
+        gap = gaps[self.scorer]
+        label = TIE if abs(gap) < self.gap else float(gap > 0)
+        self.write([f"{gap:.6g}", f"{label:g}"])
+        self.largest = max(self.largest, abs(gap))
+        self.counts["ties" if label == TIE else "decided"] += 1
+        if TIE not in (label, label_0):
+            self.counts["both"] += 1
+            self.counts["agree"] += label == label_0
+
+    def check(self) -> None:
+        """
+        Raises:
+            ValueError: every pair is a tie.
+        """
+        if self.counts["ties"] and not self.counts["decided"]:
+            raise ValueError(
+                f"preference.labels.gap: no pair's scores differ by {self.gap}; they differ by "
+                f"{self.largest:.3g} at most; lower it"
+            )
+
+    def facts(self) -> dict[str, float]:
+        """How many pairs are decided or ties, and the share of decided pairs on which annotators agree."""
+        agree = self.counts["agree"] / max(self.counts["both"], 1)
+        counts = {name: self.counts[name] for name in ("decided", "ties")}
+        return counts | {"agree_with_people": round(agree, 4)}
+
+
+def labelled(pairs: EncodedPairs, folder: Path) -> tuple[EncodedPairs, dict[str, Any]]:
+    """The training pairs with the labels that the stage `pairs` has written to `folder`, and facts on these.
 
     Raises:
-        ValueError: the scorer cannot be loaded, or finds every pair a tie.
+        ValueError: labels that are missing, damaged, or of another number of pairs.
     """
     import torch
 
-    from spo.training import distributed
-
-    labels = settings.labels
-    assert labels is not None
-    folder = require(Path("outputs/pairs/train"), "preference pairs")
-    inputs = [folder, *filter(Path.exists, [PINNED])]
-    cached = SCRATCH / "labels" / f"{fingerprint(('labels', labels), inputs, CODE)}.json"
-    with distributed.main_process_first():
-        if not distributed.is_main_process():
-            distributed.wait_for(cached)
-        if not cached.exists():
-            cached.parent.mkdir(parents=True, exist_ok=True)
-            message = f"waits for another stage, which scores the same pairs into {cached}"
-            with locked(cached.with_suffix(".lock"), message):
-                if not cached.exists():
-                    write_json(cached, list(_differences(labels, folder, len(pairs), device)))
-    difference = torch.tensor(read_json(cached, "scores of the pairs", list, then="delete it"))
-    label_0 = torch.where(difference.abs() < labels.gap, 0.5, (difference > 0).float())
-    decided = label_0 != 0.5
-    if not decided.any():
+    path = folder / LABELS
+    labels = read_csv(path, "labels of preference.labels", usecols=["label_0"])["label_0"]
+    if len(labels) != len(pairs) or not labels.isin((0, TIE, 1)).all():
         raise ValueError(
-            f"preference.labels.gap: no pair's scores differ by {labels.gap}; they differ by "
-            f"{float(difference.abs().max()):.3g} at most; lower it"
+            f"{path}: {len(labels)} labels for {len(pairs)} training pairs, or one that is not 0, 0.5 or 1; "
+            "run `make repro`"
         )
-    both = decided & (pairs.label_0 != 0.5)
-    agree = float((label_0 == pairs.label_0)[both].float().mean()) if both.any() else 0.0
-    facts = {"decided": int(decided.sum()), "ties": int((~decided).sum()), "agree_with_people": agree}
-    return replace(pairs, label_0=label_0), {k: round(v, 4) for k, v in facts.items()}
-
-
-def _differences(settings: PseudoLabels, folder: Path, total: int, device: str) -> Iterator[float]:
-    """Yield the score of the first image less that of the second, in the order of the shards."""
-    from tqdm import tqdm
-
-    from spo.data.pairs import read_pairs
-    from spo.preference.gaps import chunks, score_gaps
-    from spo.rewards import load_scorer
-
-    ((name, section),) = settings.configured().items()
-    scorer = load_scorer(name, section, device, settings.batch_size)
-    with tqdm(total=total, desc="pseudo-labels", unit="pair") as bar:
-        for part in chunks(read_pairs(folder), settings.batch_size):
-            yield from score_gaps(scorer, part)
-            bar.update(len(part))
+    summary = read_json(folder / "summary.json", "summary of the pairs", keys=[FACTS])
+    return replace(pairs, label_0=torch.tensor(labels.to_numpy(), dtype=torch.float32)), summary[FACTS]

@@ -19,7 +19,6 @@ from spo.data.prompts import flaw
 from spo.data.tokens import tokenize
 from spo.runtime import hub
 from spo.runtime.messages import first_line
-from spo.training import distributed
 
 OPEN_CLIP = "score.hps.tokenizer"  # the key of the tokenizer whose model open_clip trained
 LONG = 16  # aspect ratio above which an image is cropped and resized in one step, to bound the memory
@@ -90,8 +89,8 @@ def in_batches(
     parts = [slice(start, start + batch_size) for start in range(0, len(images), batch_size)]
     single = len(parts) == 1  # a caller with many small batches shows a bar of its own
     with tqdm(total=len(images), desc=name, unit="image", disable=single) as bar, torch.no_grad():
-        results = distributed.map_round_robin(lambda part: score(images[part], prompts[part]).tolist(), parts)
-        for part, values in zip(parts, results, strict=True):
+        for part in parts:
+            values = score(images[part], prompts[part]).tolist()
             for value, prompt in zip(values, prompts[part], strict=True):
                 if not math.isfinite(value):
                     raise ValueError(

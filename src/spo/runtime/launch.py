@@ -16,7 +16,8 @@ from collections.abc import Sequence
 from spo.runtime.exit_codes import OURS, STOPPED, TRANSIENT, TransientError
 from spo.runtime.signals import LAUNCHER_KILL
 
-STAGES = ("preference", "align", "generate", "score")  # they load a model; the others take one process
+MODELS = ("preference", "align", "generate", "score")  # stages that load a model
+STAGES = ("pairs", *MODELS)  # `pairs` for a filter or labels by a scorer; the others take one process
 
 
 def wanted(stage: str, processes: int) -> bool:

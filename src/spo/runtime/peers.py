@@ -63,6 +63,7 @@ class Peers:
         self._watched = range(1, count) if rank == 0 else [0]
         self._names: dict[int, str] = {}
         self._reason: tuple[str, int] | None = None
+        self.found: tuple[str, int] | None = None  # why this process ends
         self._signs: dict[int, str] = {}
         self._heard: dict[int, float] = {}
         self._ended, self._ending = threading.Event(), threading.Lock()
@@ -185,7 +186,8 @@ class Peers:
         return ", ".join(self._names[r] for r in ranks[:3]) + more
 
     def _end(self, message: str, code: int) -> None:
-        """End this process, unless its main thread, whose collective fails too, does so first."""
+        """End this process, unless its main thread, which waits for the others, does so first."""
+        self.found = message, code
         if self._ended.wait(self._kill) or not self._ending.acquire(blocking=False):
             return
         fail(message, code)
@@ -214,6 +216,21 @@ def lost(error: RuntimeError) -> Exception | None:
         f"the connection to another of the {_joined.count} processes broke; {AGAIN}",
         TRANSIENT,
     )
+    return _as_error(message, code)
+
+
+def check() -> None:
+    """For what waits outside a collective.
+
+    Raises:
+        ValueError: another process failed; with its reason.
+        TransientError: another process is lost.
+    """
+    if _joined is not None and _joined.found is not None:
+        raise _as_error(*_joined.found)
+
+
+def _as_error(message: str, code: int) -> Exception:
     return (TransientError if code == TRANSIENT else ValueError)(message)
 
 

@@ -38,8 +38,9 @@ LAUNCHER_KILL = SAVE + 20.0  # a save, a delivery and Python's exit
 WATCHDOG_POLL = 0.5  # how soon an orphan notices that it is one
 WATCHDOG_KILL = LAUNCHER_KILL + 10.0  # an orphaned launcher has ended its processes by then
 FLOW_KILL = WATCHDOG_KILL + 10.0  # the flow is the outermost; what ends earlier is not waited for
-# The others wait while the main process encodes a data set. A process that has died is noticed at once.
-COLLECTIVE = timedelta(days=1)
+# No process waits in a collective for the long work of another: models that a machine fetches more slowly
+# than the others are all that differs. A process that has died is noticed at once.
+COLLECTIVE = timedelta(hours=3)
 
 JOIN = timedelta(minutes=10)  # that machines wait for each other at the start
 BEAT = 2.0  # between the heartbeats of processes on several machines

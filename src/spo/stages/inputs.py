@@ -75,11 +75,8 @@ def sources(params: Params) -> dict[str, list[Source]]:
     scorers["oracle"] = [(params.score.oracle, None)]
     return {
         "base": [(base.checkpoint, base.revision), (base.vae, None), (described, None)],
-        "clip": [
-            (preference.init, preference.revision),
-            (preference.tokenizer, None),
-            *chain(*_of_scorers(preference.labels).values()),
-        ],
+        "clip": [(preference.init, preference.revision), (preference.tokenizer, None)],
+        "labels": [*chain(*_of_scorers(preference.labels).values())],
         "latent": [(params.latent_preference.text_projection, params.latent_preference.revision)],
         "prompts": [(name, None) for name in (*lists, *suites, *trained)],
         "pairs": [(params.pairs.source, None), *chain(*_of_scorers(params.pairs.filter).values())],

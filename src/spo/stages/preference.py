@@ -30,9 +30,10 @@ if TYPE_CHECKING:
 
 # of the models that are kept
 OUTPUTS = {None: Path("outputs/preference"), "latent": Path("outputs/preference_latent")}
+PAIRS = Path("outputs/pairs")
 VALIDATION_PROMPTS = Path("outputs/prompts/validation.txt")
 # the code that trains
-CODE = ("backbones", "data", "diffusion", "preference", "rewards", "training", "types.py")
+CODE = ("backbones", "data", "diffusion", "preference", "training", "types.py")
 
 
 def run(params: Params, item: str | None = None) -> None:
@@ -120,9 +121,9 @@ def _train(params: Params, trained: Trained, scratch: Path, curve: Curve, clock:
     from spo.preference.compute import unet_samples
     from spo.training.checkpoint import CheckpointStore
 
-    settings, backbone = trained.settings, trained.backbone
-    pairs = {part: latent_pairs(params, backbone, part) for part in ("train", "validation")}
-    pairs["train"], facts = _labelled(pairs["train"], settings, str(backbone.device))
+    settings = trained.settings
+    pairs = {part: latent_pairs(params, trained.backbone, part) for part in ("train", "validation")}
+    pairs["train"], facts = _labelled(pairs["train"], settings)
     summary = trainer.train(
         trained,
         pairs["train"],
@@ -149,15 +150,15 @@ def _train(params: Params, trained: Trained, scratch: Path, curve: Curve, clock:
 
 
 def _labelled(
-    pairs: EncodedPairs, settings: Preference | LatentPreference, device: str
+    pairs: EncodedPairs, settings: Preference | LatentPreference
 ) -> tuple[EncodedPairs, dict[str, Any]]:
     """The training pairs with the labels that the settings name, and facts about them."""
     if isinstance(settings, LatentPreference) or settings.labels is None:
         return pairs, {}
-    from spo.preference.pseudo_labels import pseudo_label
+    from spo.preference import pseudo_labels
 
-    labelled, facts = pseudo_label(pairs, settings, device)
-    return labelled, {"pseudo_labels": facts}
+    labelled, facts = pseudo_labels.labelled(pairs, PAIRS)
+    return labelled, {pseudo_labels.FACTS: facts}
 
 
 def _local_judgement(params: Params, trained: Trained) -> dict[str, float]:

@@ -6,11 +6,12 @@ however they were started (`processes` in params.yaml, `accelerate launch`, `tor
 
 from __future__ import annotations
 
+import math
 import os
 import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -26,7 +27,8 @@ from spo.types import Conditioning
 if TYPE_CHECKING:
     from accelerate import PartialState
 
-VISIBLE = 120.0  # seconds until a shared file system shows a new file on every machine
+STALLED = 1800.0  # seconds without a change after which nobody is waited for; a batch takes much less
+POLL = 0.2  # seconds
 S = TypeVar("S", bound=Any)
 T = TypeVar("T")
 
@@ -86,24 +88,38 @@ def _collective() -> Iterator[None]:
         raise peers.lost(error) or error from None
 
 
-@contextmanager
-def main_process_first() -> Iterator[None]:
-    """Run the body in the main process, then in the others."""
-    with _collective(), state().main_process_first():
-        yield
+def wait_for(ready: Callable[[], bool], folder: Path, what: str) -> None:
+    """Wait until `ready()` for what other processes do. It is no collective, so it takes them any time.
 
-
-def wait_for(file: Path) -> None:
-    """Wait until this machine sees a file that the main process has written to a shared file system.
+    Args:
+        folder: where the others write as they go on.
+        what: they do, for the error.
 
     Raises:
-        TransientError: it does not within VISIBLE seconds.
+        TransientError: for STALLED seconds nothing has changed in `folder`, or another process is lost.
+        ValueError: another process failed; with its reason.
     """
-    end = time.monotonic() + VISIBLE
-    while not file.exists():
-        if time.monotonic() > end:
-            raise TransientError(f"{file}: written by process 0, not seen here for {VISIBLE:g} s; try again")
-        time.sleep(0.5)
+    seen, changed, looked = None, time.monotonic(), -math.inf
+    while not ready():
+        peers.check()
+        now = time.monotonic()
+        if now - looked > STALLED / 100:
+            found, looked = _files(folder), now
+            if found != seen:
+                seen, changed = found, now
+            elif now - changed > STALLED:
+                raise TransientError(f"{folder}: no change for {STALLED / 60:g} min while {what}; try again")
+        time.sleep(POLL)
+
+
+def _files(folder: Path) -> set[tuple[str, int, int]]:
+    """Names, times and sizes of the files in a folder; some go while one looks."""
+    found = set()
+    for path in folder.rglob("*"):
+        with suppress(OSError):
+            status = path.stat()
+            found.add((path.name, status.st_mtime_ns, status.st_size))
+    return found
 
 
 def check_folder(folder: Path) -> None:
@@ -229,12 +245,18 @@ def map_round_robin(function: Callable[[Any], T], items: Sequence[Any]) -> Itera
 
     The items are the same whatever n is, so the results are too.
     """
+    for start in range(0, len(items), count()):
+        yield from map_shares(function, items[start : start + count()])
+
+
+def map_shares(function: Callable[[Any], T], items: Sequence[Any]) -> list[T]:
+    """As `map_round_robin`, gathered once, when each has computed all of its own."""
     from accelerate.utils import gather_object
 
     n, rank = count(), state().process_index
-    for start in range(0, len(items), n):
-        results = [function(item) for item in items[start : start + n][rank : rank + 1]]
-        if n > 1:
-            with _collective():
-                results = gather_object(results)
-        yield from results
+    results = [function(item) for item in items[rank::n]]
+    if n == 1:
+        return results
+    with _collective():
+        shares = gather_object([results])
+    return [shares[i % n][i // n] for i in range(len(items))]
