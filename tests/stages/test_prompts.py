@@ -123,6 +123,10 @@ def test_captions_of_all_pairs_that_train_are_evaluated_nowhere(data_set, tmp_pa
     raw = yaml.safe_load(config.preset("smoke"))
     raw["prompts"] = lists.model_copy(update={"n_test": 4}).model_dump()
     raw["pairs"]["source"] = str(tmp_path / "new")
+    for name in ("preference", "latent_preference"):  # without validation prompts
+        raw[name]["local_prompts"] = 0
+    for method in raw["align"].values():
+        method["validation"] = None
     raw["generate"]["suites"] = {"anime": suite_files(tmp_path)["hpd_anime"]}
     params = config.validate(raw)
     assert inputs.sources(params)["prompts"][-1] == (str(tmp_path / "new"), None)  # DVC runs the stage again
