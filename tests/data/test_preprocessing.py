@@ -68,6 +68,7 @@ def test_another_mean_and_std_are_honoured(tmp_path, nested: bool) -> None:
         ({"size": {"shortest_edge": 256}}, "size is .*256.*, but the shorter side must be 224"),
         ({"size": {"height": 224, "width": 224}}, "size is .*, but the shorter side must be 224"),
         ({"crop_size": {"height": 224, "width": 112}}, "crop_size is"),
+        ({"size": [224, 224]}, "size is"),
         ({"image_mean": [0.5]}, "both must have three numbers"),
         ({"image_std": None}, "both must have three numbers"),
         ({"image_std": [0.5, 0, 0.5]}, "must be above 0"),

@@ -53,9 +53,9 @@ def announced(name: str, revision: str | None, image_size: int, key: str) -> Nor
             raise ValueError(f"{where}: {step} is {said!r}, but only {value!r} is supported")
     for entry in ("size", "crop_size"):
         said = content.get(entry)
-        sides = set(said.values()) if isinstance(said, Mapping) else {said}
+        sides = [*said.values()] if isinstance(said, Mapping) else [said]
         stretched = entry == "size" and isinstance(said, Mapping) and "shortest_edge" not in said
-        if said is not None and (sides != {image_size} or stretched):
+        if said is not None and (any(side != image_size for side in sides) or stretched):
             raise ValueError(f"{where}: {entry} is {said!r}, but the shorter side must be {image_size}")
     return read_normalisation(content.get("image_mean"), content.get("image_std"), where)
 
