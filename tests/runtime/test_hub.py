@@ -1,4 +1,4 @@
-"""What the hub answers, what its cache has, and which names are the hub's: each is told from the others."""
+"""What the hub answers, what its cache has, and which names are the hub's, and how they differ."""
 
 from __future__ import annotations
 
