@@ -31,7 +31,7 @@ from transformers import CLIPConfig, CLIPModel
 from spo import cli, config
 from spo.commands import registry
 from spo.scenes import world
-from spo.scenes.oracle import Oracle, Perception
+from spo.scenes.oracle import Perception
 from tools.scenes import clips
 
 TABLE = yaml.safe_load(Path(__file__).with_name("effects.yaml").read_text(encoding="utf-8"))
@@ -76,12 +76,16 @@ def of_scorers() -> list[dict[str, Any]]:
 STAGES = {"score": "score base", "pairs.filter": "pairs", "preference.labels": "preference"}
 
 
+# at these some pairs of the experiment are tied by one scorer and decided by the other
+GAPS = {"imagereward": 0.3, "clipscore": 0.0185}
+
+
 def alone(section: str, name: str, files: dict[str, Any]) -> dict[str, Any]:
     """A section with one scorer; `score` has three in any case."""
     more = {
         "score": {},
         "pairs.filter": {"win_lose_above": {name: 0.0}},
-        "preference.labels": {"gap": 1e-9},
+        "preference.labels": {"gap": GAPS.get(name, 1e-9)},
     }[section]
     return {f"{section}.{name}": files} if section == "score" else {section: {name: files, **more}}
 
@@ -299,18 +303,19 @@ def gate(params: dict[str, Any]) -> bytes:
     before = rows.assign(pickscore=20.0 + rows.seed / 64, hps=30.0 + rows.seed / 64, aesthetic=5.0)
     after = before.assign(pickscore=before.pickscore + 1, hps=before.hps - 0.1)
     failures = registry.gate(settings, after, before, "base")
+    shutil.rmtree("outputs/scores", ignore_errors=True)
     with pytest.raises(ValueError) as missing:
         registry.register(settings)
     return str((registry.model_name(settings), failures, missing.value)).encode()
 
 
-def enlarged(score: Callable[..., Any]) -> Callable[..., Any]:
+def enlarged(forward: Callable[..., Any]) -> Callable[..., Any]:
     """The oracle sees images of 48 pixels; those of the tiny model have 16."""
 
-    def scored(self: Oracle, images: torch.Tensor, captions: list[str]) -> Any:
-        return score(self, torch.nn.functional.interpolate(images, size=48), captions)
+    def seen(self: Perception, images: torch.Tensor) -> Any:
+        return forward(self, torch.nn.functional.interpolate(images, size=48))
 
-    return scored
+    return seen
 
 
 def title(group: dict[str, Any]) -> str:
@@ -322,7 +327,7 @@ def title(group: dict[str, Any]) -> str:
 def test_each_key_changes_what_the_table_says(made, group, tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(made / "hub"))
     shutil.copytree(made, tmp_path / "copy", ignore=shutil.ignore_patterns("hub"))
-    monkeypatch.setattr(Oracle, "score", enlarged(Oracle.score))
+    monkeypatch.setattr(Perception, "forward", enlarged(Perception.forward))
     monkeypatch.chdir(tmp_path / "copy")
     stage, of = group["stage"], flattened(group)
     patterns = [group["output"]] if "output" in group else [] if stage == "register" else outputs(stage)
@@ -349,6 +354,8 @@ def check_same(before: dict[str, bytes], after: dict[str, bytes], within: float 
         return
     assert after.keys() == before.keys()
     for (name, ours), theirs in zip(after.items(), before.values(), strict=True):
+        if ours == theirs:
+            continue
         if name.endswith(".safetensors"):
             tensors = load(ours), load(theirs)
             worst = max(float((tensors[0][k] - v).abs().max()) for k, v in tensors[1].items())

@@ -60,18 +60,20 @@ def test_mlflows_flavor_gives_the_champion_back(load, checkpoints, tmp_path, mon
     for name, score in (("base", 20.0), ("spo", 21.0)):
         table = {
             "index": [0, 1],
-            "prompt": ["a circle"] * 2,
+            "prompt": ["a circle", "a star"],
             "seed": [0, 1],
             "pickscore": [score, score + 0.1],
         }
         pd.DataFrame(table).to_csv(f"outputs/scores/{name}.csv", index=False)
     raw = yaml.safe_load(config.preset("smoke")) | {
         "name": "tiny",
-        "registry": {"improves": ["pickscore"], "holds": {}},
+        "registry": {"improves": ["pickscore"], "holds": {}, "min_prompts": 2},
     }
     raw["backbone"] = {"family": "sd", "checkpoint": str(checkpoints["sd"])}
     assert registry.register(config.validate(raw)).alias == "champion"
 
+    # the registry has no path of a machine: a base outside the project is looked for by its name
+    Path(checkpoints["sd"].name).symlink_to(checkpoints["sd"])
     mlflow = load_mlflow()
     mlflow.set_tracking_uri(f"sqlite:///{tmp_path / 'mlflow.db'}")
     try:

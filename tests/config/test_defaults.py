@@ -51,9 +51,8 @@ def test_where_a_run_is_logged_reruns_no_stage(experiment) -> None:
     path = experiment.folder / "params.yaml"
     lines = path.read_text().splitlines(keepends=True)
     gate = next(i for i, line in enumerate(lines) if line.startswith("registry:"))
-    path.write_text(
-        "".join(line for line in lines[:gate] if not line.startswith(("tracking:", "processes:")))
-    )
+    kept = [line for line in lines[:gate] if not line.startswith(("tracking:", "processes:"))]
+    path.write_text("".join(kept) + "registry:\n  min_prompts: 20\n")  # which the report shows
     assert experiment.stages() == []
     experiment.edit("params.yaml", "seed: 0\n", "seed: 0\ntracking: http://127.0.0.1:5000\n")
     assert experiment.stages() == []

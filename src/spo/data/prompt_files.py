@@ -53,7 +53,9 @@ def parquet_captions(path: Path) -> Iterator[str]:
     row = 0
     try:
         file = pq.ParquetFile(path)
-        kinds = {n: file.schema_arrow.field(n).type for n in caption_columns(file.schema_arrow.names, str(path))}
+        kinds = {
+            n: file.schema_arrow.field(n).type for n in caption_columns(file.schema_arrow.names, str(path))
+        }
         names = [name for name, kind in kinds.items() if columns.holds_text(kind)]
         if not names:
             name, kind = kinds.popitem()
