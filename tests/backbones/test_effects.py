@@ -77,7 +77,7 @@ STAGES = {"score": "score base", "pairs.filter": "pairs", "preference.labels": "
 
 
 # at these some pairs of the experiment are tied by one scorer and decided by the other
-GAPS = {"imagereward": 0.3, "clipscore": 0.0185}
+GAPS = {"imagereward": 0.108, "clipscore": 0.0185}
 
 
 def alone(section: str, name: str, files: dict[str, Any]) -> dict[str, Any]:
