@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from spo import config
+from spo.diffusion.finite import FiniteCheck
 from spo.diffusion.noise import SampleNoise
 from spo.diffusion.rollout import sample_latents
 from spo.diffusion.schedule import Schedule
@@ -53,7 +54,7 @@ def losses_and_gradients(backbone, objective, budget: Budget) -> tuple[list[floa
         updates, _ = objective.collect(iteration)
         for parts in updates:
             total = sum(float(p.weight.sum()) for p in parts)
-            found = [(objective.loss(part)[0] * part.weight).sum() / total for part in parts]
+            found = [(objective.loss(part, FiniteCheck())[0] * part.weight).sum() / total for part in parts]
             sum(found).backward()
             losses.append(float(sum(found).detach()))
     gradients = torch.cat([p.grad.flatten() for p in objective.parameters() if p.grad is not None])

@@ -272,6 +272,13 @@ def test_a_row_whose_caption_and_prompt_differ_is_rejected(tmp_path) -> None:
         list(pairs.read_captions([tmp_path / "a.parquet"]))
 
 
+def test_a_row_without_a_prompt_beside_its_caption_is_read(tmp_path) -> None:
+    for empty in (None, ""):
+        first, second = read(tmp_path, prompt=[empty, "another"])
+        assert first.caption == "a cat" and "caption and prompt differ" in second
+        assert next(pairs.read_captions([tmp_path / "a.parquet"])) == "a cat"
+
+
 def test_a_caption_with_a_special_token_is_rejected_as_one_with_nul_is(tmp_path) -> None:
     token, nul = read(tmp_path, caption=["a <|endoftext|> b", "a\0b"])
     assert token == "caption has the special token <|endoftext|> of a tokenizer"

@@ -2,6 +2,7 @@ import shutil
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -105,7 +106,7 @@ def test_samples_of_the_posterior_belong_to_seed_and_image(tmp_path) -> None:
     both = torch.arange(2)
 
     def sides(name: str, pairs: list[PreferencePair], seed: int | None) -> torch.Tensor:
-        encoded = encode(pairs, 2, Posterior(), decode, tmp_path / name, seed)
+        encoded = encode([pairs], 2, Posterior(), decode, tmp_path / name, seed)
         return torch.stack(encoded.read(both), 1)
 
     first = sides("first", pairs, 0)
@@ -200,7 +201,8 @@ def test_a_process_that_comes_when_all_is_complete_encodes_nothing(tmp_path: Pat
     """The shards' files are gone by then."""
     encode(sharded(), 40, Half(), decode, tmp_path / "l")
     late = Half()
-    latents._encode_share(sharded(), 40, late, decode, tmp_path / "l")
+    one = partial(latents._encoded, backbone=late, decode_image=decode, seed=None)
+    latents._encode_share(sharded(), 40, one, tmp_path / "l")
     assert late.batches == [] and files(tmp_path / "l").keys() == {"latents.f16", "pairs.json"}
 
 

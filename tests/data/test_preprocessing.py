@@ -2,11 +2,13 @@
 
 import json
 
+import hub_cache
 import pytest
 import torch
 
 from spo.data.images import CLIP_MEAN, CLIP_STD
 from spo.data.preprocessing import announced
+from spo.runtime import hub
 
 OPENAI = {  # the file of the released CLIP models, as transformers 4 and 5 write it
     "crop_size": {"height": 224, "width": 224},
@@ -68,6 +70,7 @@ def test_another_mean_and_std_are_honoured(tmp_path, nested: bool) -> None:
         ({"size": {"shortest_edge": 256}}, "size is .*256.*, but the shorter side must be 224"),
         ({"size": {"height": 224, "width": 224}}, "size is .*, but the shorter side must be 224"),
         ({"crop_size": {"height": 224, "width": 112}}, "crop_size is"),
+        ({"size": [224, 224]}, "size is"),
         ({"image_mean": [0.5]}, "both must have three numbers"),
         ({"image_std": None}, "both must have three numbers"),
         ({"image_std": [0.5, 0, 0.5]}, "must be above 0"),
@@ -84,3 +87,23 @@ def test_a_damaged_file_is_named(tmp_path, text: str) -> None:
     (tmp_path / "preprocessor_config.json").write_text(text)
     with pytest.raises(ValueError, match=r"preprocessor_config.json is damaged"):
         announced(str(tmp_path), None, 224, "score.pickscore.model")
+
+
+def test_a_line_says_that_a_part_of_a_hub_id_in_the_cache_cannot_tell(tmp_path, monkeypatch, capsys) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    commit = hub_cache.add(tmp_path, "o/part", {"config.json": b"{}"})
+    assert torch.equal(announced("o/part", None, 224, "score.x").mean, CLIP_MEAN)
+    assert capsys.readouterr().err.endswith(
+        "score.x: o/part: no preprocessor_config.json in the cache; OpenAI's mean and std are used\n"
+    )
+    known = hub_cache.folder(tmp_path, "o/part") / ".no_exist" / commit / "preprocessor_config.json"
+    known.parent.mkdir(parents=True)
+    hub.say.cache_clear()
+    known.touch()  # the hub has answered that there is none
+    announced("o/part", None, 224, "score.x")
+    hub_cache.add(tmp_path, "o/whole", {"preprocessor_config.json": json.dumps(OPENAI).encode()})
+    announced("o/whole", None, 224, "score.x")
+    assert not capsys.readouterr().err

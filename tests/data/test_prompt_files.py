@@ -176,6 +176,21 @@ def test_columns_that_differ_are_refused_and_equal_ones_are_read(tmp_path, endin
         refused(in_two_columns(tmp_path, ending, ("prompt", "Prompt "), ("a", "a")), "2 columns prompt")
 
 
+@pytest.mark.parametrize("ending", ["json", "jsonl", "csv", "tsv", "parquet"])
+def test_a_column_that_says_nothing_contradicts_nothing(tmp_path, ending: str) -> None:
+    for texts in (("a cat", None), (None, "a cat"), ("", "a cat")):
+        path = in_two_columns(tmp_path, ending, ("prompt", "text"), texts)
+        assert prompts.read_prompts(path) == ["a fox", "a cat"]
+
+
+def test_a_column_of_a_parquet_file_that_holds_no_text_holds_no_prompts(tmp_path) -> None:
+    table = pd.DataFrame({"prompt": ["a cat"], "text": [3]})
+    table.to_parquet(tmp_path / "p.parquet")
+    assert prompts.read_prompts(tmp_path / "p.parquet") == ["a cat"]
+    table[["text"]].to_parquet(tmp_path / "p.parquet")
+    refused(tmp_path / "p.parquet", "column text is int64", "must hold text")
+
+
 def test_a_header_ends_at_line_feeds_and_carriage_returns_only(tmp_path) -> None:
     for end in "\n\r":
         text = end.join(("a\x85note;prompt", "1;a cat, sleeping", ""))

@@ -75,6 +75,20 @@ def test_pairs_that_repeat_contradict_or_compare_an_image_with_itself_are_counte
     assert not prompts_left & {"caption 5", "caption 6", "the same"}
 
 
+def test_annotators_who_disagree_do_not_make_a_source_bad(tmp_path) -> None:
+    """40 % of these rows contradict each other; of rows that cannot be read, 2 % are too many."""
+    table, source = frame(40), tmp_path / "a.parquet"
+    contrary = table.head(10).assign(label_0=0.0, label_1=1.0)
+    pd.concat([table, contrary]).to_parquet(source)
+    out = tmp_path / "out"
+    summary = pairs_stage.prepare(section(source, max_bad_fraction=0.01), out)
+    assert summary["set_aside"] == summary["repeats"]["contradicted"] == 20
+    assert summary["train"] + summary["validation"] == 30
+    pd.concat([table, contrary, frame(1, bad=1)]).to_parquet(source)
+    with pytest.raises(ValueError, match="1 of 51 rows are bad"):
+        pairs_stage.prepare(section(source, max_bad_fraction=0.01), out)
+
+
 def test_an_image_in_two_encodings_is_the_same(tmp_path) -> None:
     buffer = io.BytesIO()
     Image.open(io.BytesIO(png(1))).save(buffer, format="WEBP", lossless=True)

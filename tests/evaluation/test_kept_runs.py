@@ -1,13 +1,16 @@
 """Kept runs: settings that differ, seeds by hand, the compute to reach a quality, files of something else."""
 
 import json
+from pathlib import Path
 
 import pytest
 
+from spo import config
 from spo.evaluation import kept_runs, kept_tables
 from spo.evaluation.efficiency import Course
 from spo.evaluation.kept_runs import KeptRun, changed, over_seeds, samples_to_reach
 
+ROOT = Path(__file__).parents[2]
 PARAMS = {
     "seed": 0,
     "name": "a",
@@ -97,3 +100,16 @@ def test_a_file_of_something_else_is_one_line(tmp_path) -> None:
     (tmp_path / "wrong.json").write_text("{}")
     with pytest.raises(ValueError, match=r"wrong.json: not a file of `spo keep` .*; remove it"):
         kept_runs.read(PARAMS, tmp_path)
+
+
+def test_the_runs_of_the_repository_differ_from_the_default_in_nothing_else() -> None:
+    """A key that got another meaning has to be translated in them, or they are no other seeds any more."""
+    params = config.load(ROOT / "params.yaml").model_dump(mode="json")
+    runs = {run.name: dict(run.changes) for run in kept_runs.read(params, ROOT / kept_runs.FOLDER)}
+    assert runs == {
+        "diffusion_dpo_5_times": {"align.diffusion_dpo.iterations": 6000},
+        "seed_1": {"seed": 1},
+        "seed_2": {"seed": 2},
+        "spo_clean_only": {"preference.step_condition": False, "preference.noised": False},
+        "spo_unconditioned": {"preference.step_condition": False},
+    }

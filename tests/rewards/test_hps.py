@@ -136,7 +136,11 @@ def test_mistakes_are_one_line(hps_settings, tmp_path) -> None:
         torch.save({"state_dict": content}, tmp_path / f"{name}.pt")
     (tmp_path / "not.json").write_text("{")
     (tmp_path / "strange.json").write_text('{"hidden_size": 3}')
+    (tmp_path / "list.json").write_text("[3]")
+    (tmp_path / "number.json").write_text('{"model_cfg": {}, "preprocess_cfg": 3}')
     cases = {
+        "list.json is not a CLIP config": {"architecture": str(tmp_path / "list.json")},
+        "number.json is not a CLIP config": {"architecture": str(tmp_path / "number.json")},
         "score.hps.architecture: 'ViT-Q' is not a model of open_clip": {"architecture": "ViT-Q"},
         "score.hps.architecture: nowhere.json: no such file": {"architecture": "nowhere.json"},
         "not.json is not valid JSON": {"architecture": str(tmp_path / "not.json")},

@@ -1,4 +1,4 @@
-"""What the hub answers, what its cache has, and which names are the hub's: each is told from the others."""
+"""What the hub answers, what its cache has, and which names are the hub's, and how they differ."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.chdir(tmp_path)
-    hub._say.cache_clear()
+    hub.say.cache_clear()
     return tmp_path / "hub"
 
 

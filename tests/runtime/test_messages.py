@@ -17,6 +17,7 @@ from spo.runtime.messages import public
         ("../../home/alice/sd", "sd"),
         ("sqlite:////home/alice/mlflow.db", "sqlite:///mlflow.db"),
         ("file:///home/alice/x.txt", "file://x.txt"),
+        ("file:/home/alice/x.txt", "file:x.txt"),
         ("FileNotFoundError: /home/alice/p.yaml: no such file", "FileNotFoundError: p.yaml: no such file"),
         (
             "- base model: /home/alice/sd (family)\n- pairs: '/home/alice/p'",

@@ -215,10 +215,10 @@ def _preset(command: argparse.ArgumentParser) -> None:
 
 def _run_preset(args: argparse.Namespace) -> None:
     text = config.preset(args.name, args.card)
+    if not args.output.parent.is_dir():
+        raise ValueError(f"{args.output}: no such folder; make it, or correct --output")
     if args.output.exists() and args.output.read_text(encoding="utf-8") != text and not args.force:
         raise ValueError(f"{args.output} exists and differs; --force overwrites it")
-    if not args.output.parent.is_dir():
-        raise ValueError(f"{args.output}: no folder {args.output.parent}; make it first")
     write_text(args.output, text)
     print(f"{args.output}: {args.name}")
 

@@ -77,7 +77,7 @@ class Registry(Section):
     name: str | None = None  # of the registered model; None: the experiment's name
     method: str = "spo"  # one of `align`
     baseline: str = "base"
-    min_prompts: Annotated[int, Field(ge=2, le=1_000_000)] = 20  # fewer: no interval, no champion
+    min_prompts: Annotated[Positive, Field(ge=2)] = 20  # fewer give no interval, no `better` and no champion
     improves: tuple[str, ...] = ("pickscore",)  # superiority: the lower bound must exceed 0
     holds: dict[str, Amount] = {  # non-inferiority: it must not be below -x
         "hps": 0.5,

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from spo.data.images import CLIP_MEAN, CLIP_STD
+from spo.runtime import hub
 
 FILES = (
     "preprocessor_config.json",
@@ -38,6 +39,8 @@ OPENAI = Normalisation(CLIP_MEAN, CLIP_STD)
 def announced(name: str, revision: str | None, image_size: int, key: str) -> Normalisation:
     """The normalisation that a CLIP's folder or hub id announces; OpenAI's where it has no such file.
 
+    Where only a part of a hub id is in the cache, a line on stderr says that OpenAI's is used.
+
     Args:
         image_size: the side of the images that the model takes.
         key: of params.yaml, for messages.
@@ -53,9 +56,9 @@ def announced(name: str, revision: str | None, image_size: int, key: str) -> Nor
             raise ValueError(f"{where}: {step} is {said!r}, but only {value!r} is supported")
     for entry in ("size", "crop_size"):
         said = content.get(entry)
-        sides = set(said.values()) if isinstance(said, Mapping) else {said}
+        sides = [*said.values()] if isinstance(said, Mapping) else [said]
         stretched = entry == "size" and isinstance(said, Mapping) and "shortest_edge" not in said
-        if said is not None and (sides != {image_size} or stretched):
+        if said is not None and (any(side != image_size for side in sides) or stretched):
             raise ValueError(f"{where}: {entry} is {said!r}, but the shorter side must be {image_size}")
     return read_normalisation(content.get("image_mean"), content.get("image_std"), where)
 
@@ -81,6 +84,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _read(name: str, revision: str | None, key: str) -> tuple[str, dict[str, Any]]:
+    from huggingface_hub import try_to_load_from_cache
     from transformers.utils.hub import cached_file
 
     lenient = {f"_raise_exceptions_for_{what}": False for what in ("missing_entries", "connection_errors")}
@@ -97,4 +101,7 @@ def _read(name: str, revision: str | None, key: str) -> tuple[str, dict[str, Any
         if not isinstance(content, dict):
             raise ValueError(f"{key}: {name}: {file} is damaged (no mapping); get it again")
         return file, content
+    # None: not the hub's answer that it has none, which its cache keeps too
+    if not Path(name).exists() and try_to_load_from_cache(name, FILES[0], revision=revision) is None:
+        hub.say(f"{key}: {name}: no {FILES[0]} in the cache; OpenAI's mean and std are used")
     return FILES[0], {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 COLUMNS = ("caption", "prompt", "text")  # case and surrounding spaces do not matter
 
@@ -31,13 +32,13 @@ def caption_columns(names: Sequence[str], where: str) -> list[str]:
     return found
 
 
-def agreed(given: Mapping[str, str], where: str) -> str:
-    """The prompt of a row by the columns that hold it.
+def agreed(given: Mapping[str, Any], where: str) -> Any:
+    """The prompt of a row by the columns that hold it; an empty one or null says nothing.
 
     Raises:
         ValueError: they differ.
     """
-    first, *others = given.values()
+    first, *others = [text for text in given.values() if text not in (None, "")] or given.values()
     if any(other != first for other in others):
         raise ValueError(f"{where}: {' and '.join(given)} differ; keep the one that is the prompt")
     return first

@@ -53,11 +53,13 @@ def parquet_captions(path: Path) -> Iterator[str]:
     row = 0
     try:
         file = pq.ParquetFile(path)
-        names = caption_columns(file.schema_arrow.names, str(path))
-        for name in names:
-            kind = file.schema_arrow.field(name).type
-            if not columns.holds_text(kind):
-                raise ValueError(f"{path}: column {name} is {str(kind)[:80]}; it must hold text")
+        kinds = {
+            n: file.schema_arrow.field(n).type for n in caption_columns(file.schema_arrow.names, str(path))
+        }
+        names = [name for name, kind in kinds.items() if columns.holds_text(kind)]
+        if not names:
+            name, kind = kinds.popitem()
+            raise ValueError(f"{path}: column {name} is {str(kind)[:80]}; it must hold text")
         for batch in file.iter_batches(batch_size=1024, columns=names):
             for record in columns.rows(batch):
                 where = f"{path}: row {row}"
@@ -153,7 +155,8 @@ def _caption(entry: Any, path: Path, where: str) -> str:
     if not isinstance(entry, dict):
         raise ValueError(f"{path}: {where} is a {_type(entry)}; it must be a caption or an object with one")
     where = f"{path}: {where}"
-    given = {name: entry[name] for name in caption_columns([str(k) for k in entry], where)}
+    named = {name: entry[name] for name in caption_columns([str(k) for k in entry], where)}
+    given = {name: value for name, value in named.items() if value is not None} or named
     for name, value in given.items():
         if not isinstance(value, str):
             raise ValueError(f"{where}: {name} is a {_type(value)}; it must be text")

@@ -203,7 +203,7 @@ def evaluate(
     """Share of clear labels (no ties) that the model agrees with, at each timestep: {t: {accuracy, n}}.
 
     The noise belongs to the pair, the same at every timestep, so models are compared on the same images; at
-    t = 0 there is none.
+    t = 0 the images have no noise.
 
     Raises:
         ValueError: an image or a score is not finite.

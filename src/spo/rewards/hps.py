@@ -93,7 +93,9 @@ def _model_config(architecture: str) -> tuple[dict[str, Any], Normalisation]:
         ) from None
     except ValueError as error:
         raise ValueError(f"{key}: {architecture} is not valid JSON ({error})") from None
-    prepared = content.get("preprocess_cfg", {})
+    prepared = content.get("preprocess_cfg", {}) if isinstance(content, dict) else None
+    if not isinstance(prepared, dict):
+        raise ValueError(f"{key}: {architecture} is not a CLIP config: it and preprocess_cfg must be objects")
     own = read_normalisation(
         prepared.get("mean"), prepared.get("std"), f"{key}: {architecture}: preprocess_cfg"
     )

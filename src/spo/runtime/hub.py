@@ -248,12 +248,12 @@ def _cached(name: str, at: Place, error: Exception) -> Path:
     if not isinstance(
         error, OfflineModeIsEnabled | LocalEntryNotFoundError
     ):  # of `download`: `commit` has said it
-        _say(f"{name}: the hub {hub_answers.state(error)}; commit {folder.name[:12]} of its cache is used")
+        say(f"{name}: the hub {hub_answers.state(error)}; commit {folder.name[:12]} of its cache is used")
     return folder
 
 
 @cache
-def _say(line: str) -> None:
+def say(line: str) -> None:
     """Print a line once."""
     print(f"spo: {line}", file=sys.stderr)
 
@@ -283,7 +283,7 @@ def _check_complete(url: str, at: Place, commit: str, found: dict[str, Path]) ->
     if left := shards.missing(found, at.selects):
         raise _missing(url, at, f"{left} of its shards are not in the cache")
     if set(found) != {at.pattern} and not all(shards.NAME.fullmatch(name) for name in found):
-        _say(
+        say(
             f"{url}: the {len(found)} files of the cache are used; without the hub's list of files in it "
             "it is not known whether there are more"
         )

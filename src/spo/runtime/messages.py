@@ -13,7 +13,8 @@ SECRETS = (  # user:password@ of a URI, and secrets in its query
 )
 NAME = r"[^\s/'\"`,;:()\[\]{}<>|]+"  # of a file in a text
 OUTSIDE = re.compile(  # the folders of an absolute path or one below ~ or ..; not the host of a URI
-    rf"(?:(?<=:///)|(?<=://)(?=/)|(?<![\w:/.~-])~?(?=/)|(?<![\w/.])(?=\.\./))(?:\.\.)?/(?:{NAME}/)+(?={NAME})"
+    r"(?:(?<=:///)|(?<=://)(?=/)|(?<=file:)(?=/(?!/))|(?<![\w:/.~-])~?(?=/)|(?<![\w/.])(?=\.\./))"
+    rf"(?:\.\.)?/(?:{NAME}/)+(?={NAME})"
 )
 OBJECT = re.compile(r"<[\w.]+(?: object)?[^<>]* at 0x[0-9a-fA-F]+>")
 ADDRESS = re.compile(r"\b0x[0-9a-fA-F]{8,}\b")

@@ -99,7 +99,7 @@ def prepare(
         raise ValueError(f"pairs: {total} rows announced, {count} read; is the source being written to?")
     labels = {name: dict(writer.labels) for name, writer in writers.items()}
     write_json(output / "summary.json", {**summary, "labels": labels, **facts})
-    _check(summary, section.max_bad_fraction, output)
+    _check(summary, rejected["bad"], section.max_bad_fraction, output)
     return summary
 
 
@@ -220,11 +220,15 @@ def _cache(section: config.Pairs, labels: config.PseudoLabels | None) -> Checkpo
     return CheckpointStore(SCRATCH / "resume" / f"pairs-{name}", None)
 
 
-def _check(summary: dict[str, Any], bound: float, output: Path) -> None:
-    total, rejected = summary["read"], summary["set_aside"]
-    if rejected > bound * total:
+def _check(summary: dict[str, Any], bad: int, bound: float, output: Path) -> None:
+    """
+    Raises:
+        ValueError: too many bad rows, or none left. Annotators who disagree do not make a source a bad one.
+    """
+    total = summary["read"]
+    if bad > bound * total:
         raise ValueError(
-            f"pairs: {rejected} of {total} rows are bad, more than pairs.max_bad_fraction ({bound}); "
+            f"pairs: {bad} of {total} rows are bad, more than pairs.max_bad_fraction ({bound}); "
             f"the reasons are in {output}/set_aside.csv"
         )
     for name in PARTS:

@@ -37,7 +37,7 @@ def is_page(error: BaseException) -> bool:
 
 
 def meaning(error: BaseException) -> str | None:
-    """Say in one line what an answer means for which the error has no good words; None: there is none."""
+    """Say in one line what an answer means, where the message of the error does not say it; else None."""
     code = status(error)
     if code in (401, 407):
         return f"not authorised ({code}): {LOG_IN}"

@@ -7,7 +7,6 @@ delivers what a server that was away did not get.
 from __future__ import annotations
 
 import itertools
-import json
 import os
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from spo.runtime import ancestors
-from spo.runtime.files import digest, locked
+from spo.runtime.files import digest, locked, read_json, write_json
 from spo.runtime.launch import is_main_process
 from spo.runtime.messages import one_line, redact
 from spo.runtime.signals import exit_on_sigterm
@@ -268,10 +267,10 @@ def _parent_of(repro: tuple[int, float], params: Mapping[str, Any]) -> Run:
     record = _parents() / f"{pid}.json"
     with locked(_parents() / "lock"):
         if record.exists():
-            known = json.loads(record.read_text(encoding="utf-8"))
+            known = read_json(record, "run of the reproduction", keys=("run", "started"), then="remove it")
             spool = Spool.find(known["run"])
             if spool is not None and abs(known["started"] - started) < 5:  # else the pid was used before
                 return Run(spool)
         run = open_parent(params)
-        record.write_text(json.dumps({"started": started, "run": run.key}), encoding="utf-8")
+        write_json(record, {"started": started, "run": run.key})
         return run
