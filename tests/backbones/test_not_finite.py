@@ -244,7 +244,7 @@ def test_latents_beyond_float16_are_refused(load, tmp_path, value, named) -> Non
     backbone.vae.quant_conv.bias.data[0] = value
     labelled = [PreferencePair("a star", b"0", b"1", 1.0, 0.0)]
     with pytest.raises(ValueError, match=f"{named}.*, prompt 'a star'"):
-        encode(labelled, 1, backbone, lambda data: torch.zeros(3, 16, 16), tmp_path / "latents")
+        encode([labelled], 1, backbone, lambda data: torch.zeros(3, 16, 16), tmp_path / "latents")
     assert not (tmp_path / "latents/pairs.json").exists()
 
 
