@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import sys
 import tempfile
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -67,7 +68,7 @@ def count(preset: str, folder: Path) -> list[dict[str, object]]:
     return rows
 
 
-def table(rows: list[dict[str, object]]) -> str:
+def table(rows: Sequence[Mapping[str, object]]) -> str:
     """In Markdown, a row for each stage and card."""
     head = "| preset | stage | card | images, samples, pairs | checkpointing | offload | GB | hours |"
     lines = [head, "|---|---|---|---|---|---|---|---|"]
@@ -78,7 +79,7 @@ def table(rows: list[dict[str, object]]) -> str:
             hours *= 4 / 3
         switches = " | ".join("yes" if str(row[k]) == "True" else "" for k in ("checkpointing", "offload"))
         sizes = ", ".join(str(row[k]) for k in ("images", "samples", "pairs"))
-        shown = f"{hours:.2g}" if hours else ""
+        shown = f"{hours:.{0 if hours >= 10 else 1}f}" if hours else ""
         what = f"{row['preset']} | {row['stage']} | {row['card']}"
         lines.append(f"| {what} | {sizes} | {switches} | {row['gb']} | {shown} |")
     return "\n".join(lines) + "\n"
@@ -92,6 +93,11 @@ def main() -> None:
         writer = csv.DictWriter(file, [*rows[0]], lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
+    write(rows)
+
+
+def write(rows: Sequence[Mapping[str, object]]) -> None:
+    """Into the page, in the place of the last table."""
     before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
     PAGE.write_text(before + BEGIN + table(rows) + END + rest.partition(END)[2], encoding="utf-8")
 
