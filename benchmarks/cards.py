@@ -70,16 +70,15 @@ def count(preset: str, folder: Path) -> list[dict[str, object]]:
 
 def table(rows: Sequence[Mapping[str, object]]) -> str:
     """In Markdown, a row for each stage and card."""
-    head = "| preset | stage | card | images, samples, pairs | checkpointing | offload | GB | hours |"
-    lines = [head, "|---|---|---|---|---|---|---|---|"]
+    head = "| preset | stage | card | images, samples, pairs | checkpointing | offload | GB | PFLOP | hours |"
+    lines = [head, "|---|---|---|---|---|---|---|---|---|"]
     for row in rows:
         _, rate = CARDS[int(str(row["card"]))]
-        hours = float(str(row["pflop"])) * 1e15 / (USED * rate) / 3600
-        if str(row["checkpointing"]) == "True":
-            hours *= 4 / 3
+        work = float(str(row["pflop"])) * (4 / 3 if str(row["checkpointing"]) == "True" else 1)
+        hours = work * 1e15 / (USED * rate) / 3600
         switches = " | ".join("yes" if str(row[k]) == "True" else "" for k in ("checkpointing", "offload"))
         sizes = ", ".join(str(row[k]) for k in ("images", "samples", "pairs"))
-        shown = f"{hours:.{0 if hours >= 10 else 1}f}" if hours else ""
+        shown = f"{work:.0f} | {hours:.{0 if hours >= 10 else 1}f}" if hours else "|"
         what = f"{row['preset']} | {row['stage']} | {row['card']}"
         lines.append(f"| {what} | {sizes} | {switches} | {row['gb']} | {shown} |")
     return "\n".join(lines) + "\n"

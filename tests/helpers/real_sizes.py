@@ -172,6 +172,7 @@ def described(name: str, folder: Path) -> config.Params:
     vae = None if params["backbone"]["vae"] is None else str(base / "vae")
     params["backbone"] |= {"checkpoint": str(base), "revision": None, "vae": vae}
     params["preference"] |= {"init": str(clip), "revision": None, "tokenizer": str(folder / "words")}
+    params["score"]["pickscore"] |= {"model": str(clip), "revision": None}
     params["latent_preference"] |= {"text_projection": None, "revision": None}
     return config.validate(params)
 

@@ -81,16 +81,23 @@ def _text_encoder(settings: config.Backbone, part: str, kind: Any, device: torch
         return kind(CLIPTextConfig.from_dict(found))
 
 
-def preference_model(
-    settings: config.Preference, device: torch.device | str = DEVICE
-) -> StepAwarePreferenceModel:
-    """The step-aware preference model of params.yaml.
+def clip(name: str, revision: str | None, device: torch.device | str = DEVICE) -> Any:
+    """A CLIP of a folder or hub id, in fp32.
 
     Raises:
         OSError, ValueError: its config.json cannot be reached.
     """
-    how: dict[str, Any] = {"revision": settings.revision}
-    found = CLIPConfig.from_pretrained(settings.init, **how)
+    how: dict[str, Any] = {"revision": revision}
+    found = CLIPConfig.from_pretrained(name, **how)
     with torch.device(device):
-        model = StepAwarePreferenceModel(CLIPModel(found), settings.step_condition)
-    return model.to(device)
+        model: Any = CLIPModel(found)
+    return model.to(device).eval().requires_grad_(False)
+
+
+def preference_model(
+    settings: config.Preference, device: torch.device | str = DEVICE
+) -> StepAwarePreferenceModel:
+    """The step-aware preference model of params.yaml; raises as `clip`."""
+    model = clip(settings.init, settings.revision, device).requires_grad_(True)
+    with torch.device(device):
+        return StepAwarePreferenceModel(model, settings.step_condition).to(device)

@@ -162,7 +162,17 @@ def _align(params: Params, variant: str | None, base: Any, memory: Memory) -> _C
         count = min(section.validation.prompts * section.validation.images, params.generate.batch_size)
         guidance = getattr(params.generate, name).guidance
         counter.phase("validation", lambda: _images(params, base, count, guidance))
+        counter.phase("scoring", partial(_score, params, base.device))
     return counter
+
+
+def _score(params: Params, device: torch.device) -> None:
+    """One scorer at a time is on the device; PickScore's CLIP is as large as any of the published ones."""
+    settings = params.score.pickscore
+    scorer = models.clip(settings.model, settings.revision, device)
+    size: Any = scorer.config.vision_config.image_size
+    with torch.no_grad():
+        scorer.get_image_features(torch.zeros(params.score.batch_size, 3, size, size, device=device))
 
 
 def _method(params: Params, name: str, section: Any, base: Any) -> Any:
