@@ -26,7 +26,7 @@ TABLE = yaml.safe_load(Path(__file__).with_name("effects.yaml").read_text(encodi
 CLASSES = {"changes": "changes", "stops": "changes", "same": "same"}  # by part of a group
 TOP = set(config.Params.model_fields)
 # what is run for a scorer, by the section that it is in
-SCORED = {"score": "score base", "pairs.filter": "pairs", "preference.labels": "labels"}
+SCORED = {"score": "score base", "pairs.filter": "pairs", "preference.labels": "pairs"}
 
 
 def keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:

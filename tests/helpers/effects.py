@@ -12,7 +12,6 @@ import functools
 import importlib
 import io
 import json
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,8 +29,6 @@ from spo import backbones, config, rewards
 from spo.commands import registry
 from spo.preference import reward_model
 from spo.rewards import aesthetic
-from spo.runtime.files import read_json
-from spo.runtime.workspace import SCRATCH
 from spo.scenes.oracle import Perception
 from spo.tracking import runs
 
@@ -155,19 +152,6 @@ def scored(params: config.Params, variant: str) -> Result:
     return columns(score.table(params, STAND_IN / "outputs/images" / variant))
 
 
-def labelled(params: config.Params, item: str) -> Result:
-    """The labels that the scorer of preference.labels gives, and the differences of its scores."""
-    from spo.data.latents import EncodedPairs
-    from spo.preference.pseudo_labels import pseudo_label
-
-    count = read_json("outputs/pairs/summary.json", "summary")["train"]
-    pairs = EncodedPairs(np.zeros(count), [""] * count, torch.zeros(count), torch.ones(count))
-    shutil.rmtree(SCRATCH / "labels", ignore_errors=True)
-    found, facts = pseudo_label(pairs, params.preference, "cpu")
-    (scores,) = (SCRATCH / "labels").glob("*.json")
-    return {"labels": found.label_0.numpy(), **content(scores), **dict(leaves(facts))}
-
-
 class Client:
     """MLflow's registry without a champion; notes what is set."""
 
@@ -205,7 +189,6 @@ def reported(params: config.Params, item: str) -> Result:
 
 DIRECT: dict[str, Callable[[config.Params, str], Result]] = {
     "score": scored,
-    "labels": labelled,
     "register": registered,
     "report": reported,
 }
