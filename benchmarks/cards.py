@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import sys
 import tempfile
@@ -85,6 +86,7 @@ def table(rows: Sequence[Mapping[str, object]]) -> str:
 
 
 def main() -> None:
+    argparse.ArgumentParser(prog="python -m benchmarks.cards", description=__doc__).parse_args()
     with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(2) as pool:
         folders = [Path(folder) / preset for preset in PRESETS]
         rows = [row for rows in pool.map(count, PRESETS, folders) for row in rows]

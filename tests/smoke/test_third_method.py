@@ -50,6 +50,7 @@ EDITS = {  # file: (text, what it becomes)
             "        examples: outputs/pairs/summary.json\n"
             "        code: src/spo/data\n"
             "        pairs: src/spo/data/latent_cache.py\n"
+            "        latents: pairs.latents\n"
             "      diffusion_dpo:\n        learns_from",
         ),
         (

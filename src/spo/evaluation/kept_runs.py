@@ -8,12 +8,13 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
+from spo.config.reading import WITHOUT_EFFECT_ON_OUTPUTS
 from spo.evaluation.efficiency import Course
 from spo.runtime.files import read_json
 from spo.tracking.provenance import flatten
 
 FOLDER = Path("reports/runs")
-WITHOUT_EFFECT = ("name", "processes", "tracking", "registry", "report")  # sections that change no result
+WITHOUT_EFFECT = (*WITHOUT_EFFECT_ON_OUTPUTS, "report")  # sections that change no result
 PER_METHOD = ("align", "generate")  # sections with a part for each method
 
 
