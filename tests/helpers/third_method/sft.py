@@ -29,7 +29,9 @@ class Sft:
         indices = torch.tensor([i for _, i in order])
         first, second = self.pairs.read(indices)
         win = torch.where(self.pairs.label_0[indices].view(-1, 1, 1, 1) > 0.5, first, second)
-        noise = SampleNoise(self.seed, [f"sft {e} {i}" for e, i in order], win.shape[1:])
+        win = win.to(backbone.device)
+        keys = [f"sft {e} {i}" for e, i in order]
+        noise = SampleNoise(self.seed, keys, win.shape[1:], backbone.device)
         timesteps, eps = noise.integers(self.schedule.num_train_timesteps), noise.draw()
         prompts = [self.pairs.captions[i] for i in indices.tolist()]
         with torch.no_grad():
@@ -38,7 +40,7 @@ class Sft:
             x_t=self.schedule.add_noise(win, eps, timesteps),
             timesteps=timesteps,
             conditioning=conditioning,
-            weight=self.pairs.weight[indices],
+            weight=self.pairs.weight[indices].to(backbone.device),
             prompts=prompts,
             target=self.schedule.training_target(win, eps, timesteps),
         )
@@ -52,7 +54,7 @@ class Sft:
 def _build(params, backbone):
     from spo.data.latent_cache import latent_pairs
 
-    schedule = Schedule.from_config(backbone.scheduler_config, 20)
+    schedule = Schedule.from_config(backbone.scheduler_config, 20).to(backbone.device)
     return Sft(params.align.sft, schedule, latent_pairs(params, backbone, "train"), params.seed)
 
 
