@@ -37,19 +37,19 @@ repro: data
 # tests write names of every script, whatever the language of this account
 test fast smoke nightly parity check: export LC_ALL := C.UTF-8
 
-# two processes, a file at a time
+# a process for each core, a file at a time
 test: data
-	pytest -n 2
+	pytest -n auto
 
 fast: setup
-	pytest -n 2 -m "not smoke and not services"
+	pytest -n auto -m "not smoke and not services"
 
 smoke: data
 	pytest -m smoke
 
-# what takes minutes and changes rarely: every stage of the presets counted at real size
+# rare things proved by many processes, real servers, a browser or minutes of work: before a release, and on a schedule
 nightly: data
-	pytest -n 2 -m nightly
+	pytest -n auto -m nightly
 
 # this package beside the official algorithms and diffusers' pipeline; writes docs/benchmarks.md (5 minutes)
 bench: data
@@ -60,7 +60,7 @@ check: setup
 	ruff check .
 	mypy
 	lint-imports
-	pytest -n 2 -m "not smoke and not services"
+	pytest -n auto -m "not smoke and not services"
 	@$(MAKE) --no-print-directory audit
 
 # known holes in the locked dependencies, where pip-audit can reach its data

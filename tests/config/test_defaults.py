@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import experiments
 import pytest
 
-pytestmark = pytest.mark.smoke  # DVC some twenty times, a second or two each
+pytestmark = [pytest.mark.nightly, pytest.mark.smoke]  # DVC some forty times, a second or two each
 DEFAULT = ("src/spo/config/training.py", "beta: Rate = 10.0", "beta: Rate = 12.0")
 SPO = ["align@spo", "generate@spo", "score@spo"]
 

@@ -217,6 +217,7 @@ def test_readme_varies_an_experiment(first: experiments.Experiment) -> None:
         assert first.stages() == [], "all is up to date after an experiment"
 
 
+@pytest.mark.nightly
 @pytest.mark.smoke
 @pytest.mark.parametrize(
     ("change", "expected"),
@@ -245,6 +246,7 @@ def test_dvc_can_run_every_preset(first: experiments.Experiment, preset: str) ->
         assert planned.count("Running stage") == len(first.names) == 21
 
 
+@pytest.mark.nightly
 @pytest.mark.smoke
 @pytest.mark.timeout(3600)
 def test_a_team_s_day(first: experiments.Experiment, tmp_path: Path) -> None:
@@ -288,6 +290,7 @@ def test_a_team_s_day(first: experiments.Experiment, tmp_path: Path) -> None:
     assert "Removed" in first(forget)
 
 
+@pytest.mark.nightly
 @pytest.mark.smoke
 def test_a_stage_that_several_nodes_ran_is_recorded(first: experiments.Experiment, tmp_path: Path) -> None:
     before, commit, cache, *settings = NODES

@@ -21,6 +21,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> experiments.Experiment:
     return experiments.settled(tmp_path_factory)
 
 
+@pytest.mark.nightly
 @pytest.mark.smoke
 def test_a_grid_runs_every_combination_and_nothing_that_no_value_touches(
     project: experiments.Experiment,
@@ -52,6 +53,7 @@ def test_a_grid_runs_every_combination_and_nothing_that_no_value_touches(
     project("git checkout --quiet . && dvc checkout --quiet --force")
 
 
+@pytest.mark.nightly
 @pytest.mark.smoke
 def test_another_repository_gets_an_artifact_without_a_clone(
     project: experiments.Experiment, tmp_path: Path

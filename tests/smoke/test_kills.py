@@ -16,6 +16,7 @@ STAGES = ["align@spo", "generate@spo", "score@spo"]
 pytestmark = pytest.mark.smoke
 
 
+@pytest.mark.nightly
 def test_killed_and_started_again_is_undisturbed_bit_for_bit(clone: Path, copy: Path) -> None:
     clones.forget(copy, STAGES)
     planned = [
@@ -67,6 +68,7 @@ def test_a_second_run_meanwhile_is_refused_in_one_line(copy: Path) -> None:
     )
 
 
+@pytest.mark.nightly
 def test_a_stage_whose_dvc_is_gone_before_it_begins_writes_nothing(copy: Path) -> None:
     clones.forget(copy, STAGES)
     with kills.repro(copy) as (dvc, log):
@@ -77,6 +79,7 @@ def test_a_stage_whose_dvc_is_gone_before_it_begins_writes_nothing(copy: Path) -
     assert not kills.checkpoints(copy) and not (copy / "outputs/align/spo").exists()
 
 
+@pytest.mark.nightly
 def test_processes_end_with_a_launcher_that_is_killed(copy: Path) -> None:
     """No dvc above: two processes started by one `spo`, which goes without a word."""
     params = (copy / "params.yaml").read_text().replace("iterations: 2", "iterations: 500")

@@ -23,7 +23,7 @@ for bound in sys.argv[1:]:  # in one process, which takes 6 s to import all
         codes.append(end.code or 0)
 print(codes)
 """
-pytestmark = [pytest.mark.smoke, pytest.mark.services]
+pytestmark = [pytest.mark.nightly, pytest.mark.smoke, pytest.mark.services]
 
 
 def test_a_drop_is_an_event_and_a_failed_run(copy: Path, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ SOAK = Path(clones.__file__).with_name("soak.py")
 pytestmark = pytest.mark.smoke
 
 
+@pytest.mark.nightly
 def test_nothing_grows_from_round_to_round(copy: Path) -> None:
     stages = ("align@spo", "generate@spo", "score@spo")
     done = clones.run(copy, sys.executable, str(SOAK), str(copy), "--rounds", "3", "--stages", *stages)
