@@ -118,9 +118,3 @@ def test_inputs_names_the_optional_keys_that_later_stages_name() -> None:
     assert named <= set(stages()["inputs"]["params"])
     of_no_output = {key for key in named if key.split(".")[0] in ("processes", "tracking", "registry")}
     assert of_no_output == {"registry.min_prompts"}, "intervals on the page"
-
-
-def test_every_stage_depends_on_the_defaults_of_the_code() -> None:
-    """So a changed default of a key that params.yaml omits runs it again (test_defaults.py, with DVC)."""
-    for name, stage in stages().items():
-        assert ("outputs/inputs/defaults.json" in stage["deps"]) != (name == "inputs"), name
