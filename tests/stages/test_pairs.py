@@ -22,7 +22,7 @@ from spo.data.latents import EncodedPairs
 from spo.data.pairs import read_pairs
 from spo.preference import gaps, pair_filter, pseudo_labels
 from spo.rewards import aesthetic, load_scorer
-from spo.runtime.launch import is_main_process
+from spo.runtime.processes import is_main_process
 from spo.scenes import world
 from spo.stages import inputs, pairs
 from spo.types import PreferencePair
