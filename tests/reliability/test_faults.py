@@ -1,6 +1,7 @@
 """Full disks, read-only folders, too little memory: a line, and the last good state."""
 
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -12,20 +13,17 @@ from spo import cli
 from spo.commands import arguments
 from spo.training.checkpoint import CheckpointStore
 
-SAVE = """
-import resource, signal, sys, torch
-from pathlib import Path
-from spo.training.checkpoint import CheckpointStore
-store = CheckpointStore(Path(sys.argv[1]))
-store.save(1, {"x": torch.ones(100)})
-resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
-store.save(2, {"x": torch.zeros(100_000)})
-"""
-
 
 def test_a_checkpoint_that_does_not_fit_leaves_the_one_before(tmp_path: Path) -> None:
-    done = subprocess.run([sys.executable, "-c", SAVE, str(tmp_path)], capture_output=True, text=True)
-    assert done.returncode and "checkpoint not written" in done.stderr.splitlines()[-1]
+    store = CheckpointStore(tmp_path)
+    store.save(1, {"x": torch.ones(100)})
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    try:
+        with pytest.raises(OSError, match="checkpoint not written"):
+            store.save(2, {"x": torch.zeros(100_000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert [p.name for p in tmp_path.iterdir()] == ["00000001.ckpt"]
     step, state = CheckpointStore(tmp_path).latest()
     assert step == 1 and state["x"].sum() == 100

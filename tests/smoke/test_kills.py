@@ -16,6 +16,7 @@ STAGES = ["align@spo", "generate@spo", "score@spo"]
 pytestmark = pytest.mark.smoke
 
 
+@pytest.mark.nightly
 def test_killed_and_started_again_is_undisturbed_bit_for_bit(clone: Path, copy: Path) -> None:
     clones.forget(copy, STAGES)
     planned = [
@@ -41,6 +42,7 @@ def test_only_what_python_says_before_our_code_runs_is_forgiven() -> None:
         assert kills.PYTHONS_OWN_START.sub("", said) == said
 
 
+@pytest.mark.nightly
 def test_a_second_run_meanwhile_is_refused_in_one_line(copy: Path) -> None:
     clones.forget(copy, STAGES)
     with kills.repro(copy) as (dvc, _):
@@ -76,6 +78,7 @@ def test_a_stage_whose_dvc_is_gone_before_it_begins_writes_nothing(copy: Path) -
     assert not kills.checkpoints(copy) and not (copy / "outputs/align/spo").exists()
 
 
+@pytest.mark.nightly
 def test_processes_end_with_a_launcher_that_is_killed(copy: Path) -> None:
     """No dvc above: two processes started by one `spo`, which goes without a word."""
     params = (copy / "params.yaml").read_text().replace("iterations: 2", "iterations: 500")

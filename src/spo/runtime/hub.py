@@ -136,8 +136,6 @@ def download(url: str) -> dict[str, Path]:
     try:
         root = Path(snapshot_download(at.repository, **_options(at), allow_patterns=at.patterns))
     except Exception as error:
-        if refused := hub_answers.refusal(at.page, at.revision, error):
-            raise ValueError(f"{url}: {refused}") from None
         root = _cached(url, at, error)
     found = {name: path for name, path in _files(root).items() if at.selects(name)}
     _check_complete(url, at, root.name, found)
