@@ -83,9 +83,9 @@ def prompt_file(ending: str) -> Callable[[Path], Path]:
 
 def read_prompts(path: Path) -> None:
     raw = prompts.read_prompts(path)
-    kept = prompts.select(raw, len, 77)
-    assert len(kept.prompts) + kept.rejected.total() == len(raw)
-    "\n".join(kept.prompts).encode()  # what the stage writes
+    chosen = prompts.select(raw, len, 77)
+    assert len(chosen.prompts) + chosen.rejected.total() == len(raw)
+    "\n".join(chosen.prompts).encode()  # what the stage writes
 
 
 def shard(folder: Path) -> Path:

@@ -83,8 +83,8 @@ def spo(folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixt
 
 def leaks(folder: Path, done: Done) -> list[str]:
     """Where the secret is, but for params.yaml, where the user wrote it."""
-    kept = [str(p) for p in folder.rglob("*") if p.is_file() and SECRET.encode() in p.read_bytes()]
-    return [p for p in kept if not p.endswith("params.yaml")] + (
+    found = [str(p) for p in folder.rglob("*") if p.is_file() and SECRET.encode() in p.read_bytes()]
+    return [p for p in found if not p.endswith("params.yaml")] + (
         ["output"] if SECRET in done.stdout + done.stderr else []
     )
 

@@ -97,10 +97,10 @@ def wait_for(ready: Callable[[], bool], folder: Path, what: str) -> None:
 
 
 def _last_change(folder: Path) -> float:
-    """Return the newest time of a folder and all in it; files may disappear meanwhile."""
+    """Return the newest time of a folder and all in it; of fewer files where one disappears meanwhile."""
     newest = 0.0
-    for path in (folder, *folder.rglob("*")):
-        with suppress(OSError):
+    with suppress(OSError):
+        for path in (folder, *folder.rglob("*")):
             newest = max(newest, path.stat().st_mtime)
     return newest
 
