@@ -25,7 +25,7 @@ export SPO_EXIT_FILE="$PWD/.spo/exit-$SLURM_JOB_ID"        # spo's own code; a t
 mkdir -p .spo
 rm -f "$SPO_EXIT_FILE"
 
-srun --cpus-per-task="$SLURM_CPUS_PER_TASK" \
+srun --kill-on-bad-exit=1 --cpus-per-task="$SLURM_CPUS_PER_TASK" \
     bash -c 'RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID exec spo "$@"' spo "$@"
 code=$?
 [ "$code" -eq 0 ] && exit 0

@@ -36,11 +36,10 @@ from prefect.artifacts import (  # noqa: E402
 from prefect.cache_policies import NO_CACHE  # noqa: E402
 
 from spo import config
-from spo.commands import repro, stages_at_once
+from spo.commands import parallel, repro
 from spo.evaluation import results
-from spo.runtime import cores, side_by_side
-from spo.runtime.exit_codes import EXIT_FILE, TRANSIENT
-from spo.runtime.messages import redact
+from spo.runtime import cores
+from spo.runtime.messages import EXIT_FILE, TRANSIENT, redact
 from spo.runtime.signals import exit_on_sigterm
 from spo.tracking import dvc_lock, dvc_stages, runs
 
@@ -111,14 +110,14 @@ def push_to(remote: str) -> None:
 
 
 def run_stages(processes: int, force: bool, parent: str, done: list[dict[str, Any]]) -> None:
-    """Run each stage as a task, independent ones at the same time; `done` gets what each did.
+    """Run each stage as a task, independent ones in parallel; `done` gets what each did.
 
     Raises:
         StageError: of the stage that failed, when those beside it have ended.
     """
     needs = stages()
-    number, why = stages_at_once.at_once(None, processes)
-    get_run_logger().info(f"{len(needs)} stages, up to {number} at a time ({why})")
+    number, why = parallel.jobs_for(None, processes)
+    get_run_logger().info(f"{len(needs)} stages, up to {number} in parallel ({why})")
 
     def start(stage: str, share: int) -> Future[Any]:
         get_run_logger().info(f"stage {stage} starts")
@@ -135,7 +134,7 @@ def run_stages(processes: int, force: bool, parent: str, done: list[dict[str, An
         return bool(state.is_completed())
 
     failures: list[Any] = []
-    side_by_side.run(needs, number, start, is_success)
+    parallel.schedule(needs, number, start, is_success)
     for state in failures:
         state.result()  # raises
 
@@ -173,7 +172,7 @@ def run_stage(stage: str, force: bool = False, parent: str = "", threads: int = 
     Raises:
         StageError: with the last lines of its output; transient if `spo` ended with that exit code.
     """
-    command = [*stages_at_once.COMMAND, *(["--force"] if force else []), stage]
+    command = [*parallel.COMMAND, *(["--force"] if force else []), stage]
     before, started = dvc_lock.read(), time.monotonic()
     with tempfile.NamedTemporaryFile("r", encoding="utf-8") as exit_file:
         variables = {EXIT_FILE: exit_file.name} | ({runs.PARENT_VARIABLE: parent} if parent else {})

@@ -6,18 +6,13 @@ Before that, in the first 20 ms, Python itself answers Ctrl-C with a traceback.
 import os
 import sys
 
-from spo.runtime import forks
-
 
 def entry() -> int:
     """Run the command line; returns the exit status."""
     try:
-        if forks.SOCKET in os.environ and sys.argv[1:2] and sys.argv[1] in forks.STAGES:
-            if (status := forks.ask()) is not None:
-                return status
         from spo import cli
 
-        return cli.entry()
+        return cli.main()
     except KeyboardInterrupt:
         if os.environ.get("RANK", "0") == "0":
             print("spo: stopped", file=sys.stderr)

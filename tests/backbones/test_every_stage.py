@@ -20,7 +20,7 @@ from small_experiment import pixels, run, write
 
 from spo import cli, config
 from spo.rewards.pickscore import PickScore
-from spo.runtime.exit_codes import OURS
+from spo.runtime.messages import OURS
 
 VARIANTS = ("base", "spo", "diffusion_dpo", "lpo")
 # (updates, pairs) of two iterations. Diffusion-DPO: an update of 2 pairs each. SPO: at threshold 0 every

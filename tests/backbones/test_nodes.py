@@ -1,6 +1,6 @@
 """Two nodes: processes that know of each other as on two machines, on this one; real stages, gloo.
 
-The launcher is torchrun, one a node, and none, as under a scheduler (forks, which do without the imports).
+The launcher is torchrun, one a node, or none, as under a scheduler: then the processes are forks of the test.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from ports import free_port
 from small_experiment import pixels, run, write
 
 from spo import cli, config
-from spo.runtime.exit_codes import EXIT_FILE, TRANSIENT, TransientError
+from spo.runtime.messages import EXIT_FILE, TRANSIENT, TransientError
 from spo.stages import align
 from spo.stages.common import stage
 from spo.tracking import runs
@@ -40,7 +40,7 @@ STAGES = [TRAIN, ["generate", "base"], ["score", "base"]]
 ITERATIONS = 8
 
 
-@pytest.mark.smoke
+@pytest.mark.nightly
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("experiment", ["sd"], indirect=True)
 def test_a_lost_node_ends_all_and_two_nodes_give_what_one_process_gives(
@@ -158,11 +158,14 @@ def said(capfd: pytest.CaptureFixture[str]) -> list[str]:
     return sorted(line for line in error.splitlines() if line.startswith("spo: "))
 
 
-def test_a_mistake_that_one_node_meets_ends_both_with_its_line_and_code(standing, capfd) -> None:
-    assert exit_codes(2, lambda: cli.main(TRAIN)) == [2, 2]
+def test_a_mistake_of_one_node_ends_both_and_its_code_is_the_jobs(standing, monkeypatch, capfd) -> None:
+    """A scheduler (srun with --kill-on-bad-exit) ends what hangs elsewhere."""
+    monkeypatch.setenv(EXIT_FILE, str(standing / "code"))
+    assert exit_codes(2, lambda: cli.main(TRAIN)) == [TRANSIENT, 2]
     one, other = said(capfd)
-    assert one == "spo: outputs/x: truncated"
-    assert other.startswith("spo: outputs/x: truncated (process 1 on ")
+    assert one == "spo: outputs/x: truncated (process 1)"
+    assert other.startswith("spo: the connection to another of the 2 processes broke (")
+    assert (standing / "code").read_text() == "2"
 
 
 def test_a_stage_that_runs_already_is_refused_once_for_all_nodes(standing, capfd) -> None:

@@ -1,4 +1,4 @@
-"""Two processes train, draw and score as one does: a real UNet with a LoRA, a real judge, gloo."""
+"""Two processes train, draw and score as one does: a real UNet with a LoRA, a real reward model, gloo."""
 
 from __future__ import annotations
 
@@ -164,7 +164,9 @@ def test_a_process_without_pairs_takes_part_and_counts_for_nothing(load) -> None
     assert one["counts"] == (4, 8)
 
 
-def test_both_stop_where_one_is_told_to_and_go_on_from_there(load, model, words, pairs, tmp_path) -> None:
+def test_both_stop_where_one_gets_the_signal_and_resume_from_there(
+    load, model, words, pairs, tmp_path
+) -> None:
     """The signal reaches the second process only; the first has saved."""
     backbone = load("sd")
     backbone.add_lora(config.Lora(**LORA), 0)
@@ -189,7 +191,7 @@ def test_both_stop_where_one_is_told_to_and_go_on_from_there(load, model, words,
     assert [each["steps"] for each in run_in(2, body)] == [[3], [3]]
 
 
-def test_items_in_turn_and_rows_gathered() -> None:
+def test_items_in_round_robin_and_rows_gathered() -> None:
     def body() -> dict:
         rank = distributed.state().process_index
         rows = distributed.gather(torch.arange(3.0).view(3, 1)[: rank + 1])
@@ -244,7 +246,7 @@ def test_fewer_pairs_than_processes_is_one_line(load, pairs) -> None:
 
 
 class Halves:
-    """A judge of which each process trains another part, and `idle` in none: weight decay is on."""
+    """A model of which each process trains another part, and `idle` in none: weight decay is on."""
 
     name, iterations = "halves", 3
 

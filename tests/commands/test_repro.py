@@ -1,4 +1,4 @@
-"""`spo repro` with the real DVC on a small DAG: stages at the same time, failures, Ctrl-C, nothing to do."""
+"""`spo repro` with the real DVC on a small DAG: stages in parallel, failures, Ctrl-C, nothing to do."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import yaml
 
 from spo import config
-from spo.commands import repro as repro_command
-from spo.commands import stages_at_once
+from spo.commands import parallel
 
 DAG = """\
 stages:
@@ -32,7 +32,7 @@ MAKE = WAIT + "echo threads $OMP_NUM_THREADS; echo {me} > {me}.txt\n"
 
 @pytest.fixture
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """`left` and `right` each wait for the other to begin: in turn neither would end."""
+    """`left` and `right` each wait for the other to begin: one after the other neither would end."""
     (tmp_path / ".dvc").mkdir()
     (tmp_path / ".dvc/config").write_text("[core]\n    no_scm = True\n")
     (tmp_path / "params.yaml").write_text(config.preset("smoke"))
@@ -54,24 +54,34 @@ def repro(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(words, env=variables, capture_output=True, text=True, timeout=1200)
 
 
+def locked_stages(project: Path) -> set[str]:
+    return set(yaml.safe_load((project / "dvc.lock").read_text())["stages"])
+
+
 @pytest.mark.smoke
-def test_independent_stages_run_at_the_same_time_and_then_nothing_is_left(project: Path) -> None:
+def test_independent_stages_run_in_parallel_and_after_a_failure_a_second_run_completes_them(
+    project: Path,
+) -> None:
+    """Started again when all is done, it records the stages that it skips."""
+    both = WAIT.format(me="left", other="right") + "echo threads $OMP_NUM_THREADS\n"
+    (project / "left.sh").write_text(both + "echo 'spo: no such file'; exit 2\n")
     done = repro("--jobs", "2")
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert (project / "last.txt").read_text() == "left\nright\n"
-    assert set(yaml.safe_load((project / "dvc.lock").read_text())["stages"]) == {
-        "first",
-        "left",
-        "right",
-        "last",
-    }
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "spo: 4 stages, up to 2 in parallel" in done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if "failed" in line]
+    assert line == "spo: failed: left (for the reason in its lines above); not run: last"
+    assert "left  | spo: no such file" in done.stdout and "Traceback" not in done.stdout + done.stderr
+    assert locked_stages(project) == {"first", "right"}
     printed = done.stdout.splitlines()
-    assert all(line.split(" | ")[0].strip() in ("first", "left", "right", "last") for line in printed), (
-        printed
-    )
-    threads = max(1, stages_at_once.cores.count() // 2)
+    assert all(line.split(" | ")[0].strip() in ("first", "left", "right") for line in printed), printed
+    threads = max(1, parallel.cores.count() // 2)
     assert {f"left  | threads {threads}", f"right | threads {threads}"} <= set(printed)
-    assert "spo: 4 stages, up to 2 at a time" in done.stderr
+
+    (project / "left.sh").write_text(MAKE.format(me="left", other="right"))
+    assert repro("--jobs", "2").returncode == 0
+    assert (project / "last.txt").read_text() == "left\nright\n"
+    assert locked_stages(project) == {"first", "left", "right", "last"}
+
     again = repro()
     assert (again.returncode, again.stdout) == (0, "Data and pipelines are up to date.\n")
     cached = [
@@ -81,24 +91,11 @@ def test_independent_stages_run_at_the_same_time_and_then_nothing_is_left(projec
         if line
     ]
     ends = [r for r in cached if r["op"] == "end" and r.get("cached")]
-    assert sorted(r["stage"] for r in ends) == ["first", "last", "left", "right"], "of the second"
+    skipped = ["first", "last", "left", "right"], ["first", "right"]  # by the third, by the second
+    assert sorted(r["stage"] for r in ends) == sorted(skipped[0] + skipped[1])
 
 
-@pytest.mark.smoke
-def test_after_a_failure_the_stage_beside_it_ends_and_its_work_is_kept(project: Path) -> None:
-    (project / "left.sh").write_text("touch left.began; echo 'spo: no such file'; exit 2\n")
-    done = repro("--jobs", "2")
-    assert done.returncode == 1
-    (line,) = [line for line in done.stderr.splitlines() if "failed" in line]
-    assert line == "spo: failed: left (for the reason in its lines above); not run: last"
-    assert "left  | spo: no such file" in done.stdout and "Traceback" not in done.stdout + done.stderr
-    assert set(yaml.safe_load((project / "dvc.lock").read_text())["stages"]) == {"first", "right"}
-    (project / "left.sh").write_text(MAKE.format(me="left", other="right"))
-    assert repro("--jobs", "2").returncode == 0
-    assert (project / "last.txt").exists()
-
-
-@pytest.mark.smoke
+@pytest.mark.nightly
 def test_ctrl_c_waits_until_every_stage_has_saved(project: Path) -> None:
     for me in ("left", "right"):
         other = {"left": "right", "right": "left"}[me]
@@ -134,31 +131,83 @@ def test_jobs_that_mean_nothing_are_refused(project: Path, arguments: tuple[str,
     assert not (project / "one.txt").exists()
 
 
-def test_two_stages_that_load_models_are_forks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of one process, which is given what tqdm and OpenMP read when they are imported."""
-
-    @contextmanager
-    def ready(environment: Mapping[str, str]) -> Iterator[dict[str, str]]:
-        yield {"SPO_FORKS": f"{environment['TQDM_MININTERVAL']} s, {environment['OMP_WAIT_POLICY']}"}
-
-    monkeypatch.setattr(repro_command.forks, "ready", ready)
-    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
-    monkeypatch.setattr(stages_at_once, "accelerator", lambda: None)
-    both = {"align@spo": ["preference"], "generate@spo": ["align@spo"], "report": ["generate@spo"]}
-    with repro_command._forks(both, stages_at_once.OUTPUT) as variables:
-        assert variables == {"SPO_FORKS": "5 s, ACTIVE"}
-    one = {"generate@spo": (), "report": ["generate@spo"]}
-    with repro_command._forks(one, stages_at_once.OUTPUT) as variables:
-        assert variables == {}, "one imports as fast by itself"
-    monkeypatch.setattr(stages_at_once, "accelerator", lambda: "cuda")
-    with repro_command._forks(both, stages_at_once.OUTPUT) as variables:
-        assert variables == {}
+DIAMOND = {
+    "first": (),
+    "short": ("first",),
+    "long": ("first", "a file"),
+    "next": ("long",),
+    "last": ("short", "next"),
+}
 
 
-def test_on_a_gpu_stages_run_in_turn_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stages_at_once.cores, "count", lambda: 8)
-    monkeypatch.setattr(stages_at_once, "accelerator", lambda: "cuda")
-    assert stages_at_once.at_once(None, 1)[0] == 1 and "share the cuda" in stages_at_once.at_once(None, 1)[1]
-    assert stages_at_once.at_once(3, 1) == (3, "--jobs")
-    monkeypatch.setattr(stages_at_once, "accelerator", lambda: None)
-    assert [stages_at_once.at_once(None, processes)[0] for processes in (1, 2, 3, 9)] == [8, 4, 2, 1]
+def scheduled(
+    jobs: int, work: Callable[[str], bool], is_stopped: Callable[[], bool] = lambda: False
+) -> tuple[list[str], list[str], list[tuple[str, int]]]:
+    """What failed, what was not started, and each stage with its share, in the order of the starts."""
+    started: list[tuple[str, int]] = []
+    with ThreadPoolExecutor() as pool:
+
+        def start(stage: str, share: int) -> Future[bool]:
+            started.append((stage, share))
+            return pool.submit(work, stage)
+
+        failed, left = parallel.schedule(DIAMOND, jobs, start, lambda f: f.result(), is_stopped)
+    return failed, left, started
+
+
+def test_one_at_a_time_the_longest_chain_goes_first() -> None:
+    failed, left, started = scheduled(1, lambda stage: True)
+    assert [stage for stage, _ in started] == ["first", "long", "short", "next", "last"]
+    assert {share for _, share in started} == {1} and failed == left == []
+
+
+def test_independent_stages_run_in_parallel() -> None:
+    """`short` and `long` wait for each other: one after the other they would not end."""
+    both = threading.Barrier(2)
+
+    def work(stage: str) -> bool:
+        if stage in ("short", "long"):
+            both.wait(timeout=300)
+        return True
+
+    failed, left, started = scheduled(3, work)
+    assert failed == left == [] and sorted(stage for stage, _ in started) == sorted(DIAMOND)
+    assert started[:3] == [("first", 1), ("long", 2), ("short", 2)]
+    assert started[-1] == ("last", 1)
+
+
+def test_after_a_failure_those_that_run_end_and_none_starts() -> None:
+    has_failed, ended = threading.Event(), []
+
+    def work(stage: str) -> bool:
+        if stage == "long":
+            has_failed.set()
+            return False
+        if stage == "short":
+            assert has_failed.wait(timeout=300)
+        ended.append(stage)
+        return True
+
+    failed, left, _ = scheduled(2, work)
+    assert (ended, failed, sorted(left)) == (["first", "short"], ["long"], ["last", "next"])
+
+
+def test_after_a_stop_none_starts() -> None:
+    stopped = threading.Event()
+
+    def work(stage: str) -> bool:
+        stopped.set()
+        return True
+
+    failed, left, started = scheduled(2, work, stopped.is_set)
+    assert started == [("first", 1)] and failed == []
+    assert sorted(left) == ["last", "long", "next", "short"]
+
+
+def test_on_a_gpu_one_stage_runs_at_a_time_without_jobs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parallel.cores, "count", lambda: 8)
+    monkeypatch.setattr(parallel, "accelerator", lambda: "cuda")
+    assert parallel.jobs_for(None, 1)[0] == 1 and "share the cuda" in parallel.jobs_for(None, 1)[1]
+    assert parallel.jobs_for(3, 1) == (3, "--jobs")
+    monkeypatch.setattr(parallel, "accelerator", lambda: None)
+    assert [parallel.jobs_for(None, processes)[0] for processes in (1, 2, 3, 9)] == [8, 4, 2, 1]

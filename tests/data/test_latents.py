@@ -7,13 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from group import exit_codes, run_in
+from group import run_in
 
 from spo.data import latents
 from spo.data.latents import encode
-from spo.runtime import peers
-from spo.runtime.exit_codes import MISTAKE
-from spo.training import distributed
 from spo.types import PreferencePair
 
 
@@ -204,28 +201,3 @@ def test_a_process_that_comes_when_all_is_complete_encodes_nothing(tmp_path: Pat
     one = partial(latents._encoded, backbone=late, decode_image=decode, seed=None)
     latents._encode_share(sharded(), 40, one, tmp_path / "l")
     assert late.batches == [] and files(tmp_path / "l").keys() == {"latents.f16", "pairs.json"}
-
-
-def test_what_one_process_meets_ends_those_that_wait_for_it(tmp_path: Path, capfd) -> None:
-    """They wait outside any collective, whose failure they would notice."""
-
-    def body() -> int:
-        distributed.state()
-        shards = sharded()
-        shards[1] = [PreferencePair("c", b"", b"", 1.0, 0.0, 0.5)]  # of the second process
-
-        def checked(data: bytes) -> torch.Tensor:
-            if not data:
-                raise ValueError("an image of c is empty")
-            return decode(data)
-
-        try:
-            encode(shards, 40, Half(), checked, tmp_path / "l")
-        except ValueError as error:
-            peers.fail(str(error), MISTAKE)
-            return MISTAKE
-        return 0
-
-    assert exit_codes(2, body) == [MISTAKE, MISTAKE]
-    first, *others = (line for line in capfd.readouterr().err.splitlines() if line.startswith("spo: "))
-    assert first.startswith("spo: an image of c is empty") and len(others) <= 1

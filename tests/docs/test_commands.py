@@ -19,7 +19,7 @@ import yaml
 from many_runs import ARTIFACTS, GRID, KEEP
 
 from spo import cli, config
-from spo.runtime import launch
+from spo.runtime import processes
 
 ROOT = Path(__file__).parents[2]
 COMMANDS = documents.commands()
@@ -160,7 +160,7 @@ def test_launchers_understand_their_options(command: documents.Command) -> None:
         parsed = launch_command_parser().parse_args(launcher[1:])
     words = [parsed.training_script, *parsed.training_script_args]
     assert parsed.module and words == command.words[module + 1 :] and words[0] == "spo"
-    assert cli.parser().parse_args(words[1:]).stage in launch.STAGES
+    assert cli.parser().parse_args(words[1:]).stage in processes.STAGES
 
 
 @pytest.mark.parametrize("command", of("make"), ids=str)

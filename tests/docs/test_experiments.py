@@ -89,7 +89,7 @@ def test_the_page_finds_the_best_step_over_runs(
     from spo.tracking.runs import stage_run
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("spo.runtime.ancestors.of_this_process", lambda: iter(()))
+    monkeypatch.setattr("spo.runtime.processes.dvc_above", lambda: None)
     Path("adapter").write_bytes(b"weights")
     for step, gain in ((20, 0.5), (40, 0.9), (60, 0.7)):
         with stage_run("align", {"name": "scenes", "seed": step}, "spo") as run:

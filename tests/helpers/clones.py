@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import atexit
-import functools
 import json
 import os
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import yaml
-
-from spo.runtime import forks
 
 ROOT = Path(__file__).parents[2]
 RECORDER = Path(__file__).with_name("recorder")
@@ -24,24 +19,11 @@ TIMED = ("seconds", "training_seconds")
 UNEQUAL = ("report.html",)  # shows times, the commit and dvc.lock, which holds the hashes of times
 
 
-@functools.cache
-def _forks() -> dict[str, str]:
-    """Of one process for all tests of this one: a stage then starts in .1 s, not after 6 s of imports."""
-    stack = ExitStack()
-    atexit.register(stack.close)
-    return stack.enter_context(forks.ready())
-
-
-def environment(folder: Path, *first: Path, forked: bool = True) -> dict[str, str]:
-    """With this environment's programs first on the path, and the clone's code behind `first`.
-
-    Args:
-        forked: whether stages start as forks, as they do under `spo repro`.
-    """
+def environment(folder: Path, *first: Path) -> dict[str, str]:
+    """With this environment's programs first on the path, and the clone's code behind `first`."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     code = os.pathsep.join(map(str, [*first, folder / "src"]))
     variables = {**os.environ, "PATH": path, "PYTHONPATH": code, "DVC_NO_ANALYTICS": "1"}
-    variables |= _forks() if forked else {}
     return {
         k: v for k, v in variables.items() if k not in ("MLFLOW_TRACKING_URI", "SPO_PARENT_RUN", "DVC_STAGE")
     }

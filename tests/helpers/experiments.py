@@ -27,7 +27,7 @@ class Experiment:
 
     def run(self, command: str, answer: str = "") -> subprocess.CompletedProcess[str]:
         """A line as a user types it."""
-        environment = clones.environment(self.folder, forked=False) | {"SPO_RAN": str(self._ran)}
+        environment = clones.environment(self.folder) | {"SPO_RAN": str(self._ran)}
         environment["PATH"] = f"{STAND_IN}{os.pathsep}{environment['PATH']}"
         for role in ("AUTHOR", "COMMITTER"):
             environment |= {f"GIT_{role}_NAME": "one", f"GIT_{role}_EMAIL": "one@example.org"}

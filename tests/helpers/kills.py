@@ -99,14 +99,14 @@ def until(condition: Callable[[], bool], seconds: float, pause: float = 0.002) -
 
 
 @contextlib.contextmanager
-def repro(folder: Path, forked: bool = False) -> Iterator[tuple[subprocess.Popen[bytes], Path]]:
+def repro(folder: Path) -> Iterator[tuple[subprocess.Popen[bytes], Path]]:
     """`dvc repro` in a group of its own, and the file of what it says; nothing of it is left behind."""
     slow = folder.parent / "slow"
     slow.mkdir(exist_ok=True)
     (slow / "sitecustomize.py").write_text(SLOW_DISK)
     log = folder.parent / "output.txt"
     with log.open("wb") as output:
-        options = {"env": clones.environment(folder, slow, forked=forked), "stdout": output, "stderr": output}
+        options = {"env": clones.environment(folder, slow), "stdout": output, "stderr": output}
         process = subprocess.Popen(["dvc", "repro"], cwd=folder, start_new_session=True, **options)
     try:
         yield process, log
@@ -141,11 +141,11 @@ def _found(folder: Path, name: str) -> list[Path]:
             continue
 
 
-def attempt(folder: Path, kill: Kill | None, draw: random.Random, forked: bool, spread: float) -> Outcome:
+def attempt(folder: Path, kill: Kill | None, draw: random.Random, spread: float) -> Outcome:
     """Start `dvc repro`, kill it, and wait until nothing of it is left."""
     for torn in partials(folder):
         torn.unlink()  # of the kill before
-    with repro(folder, forked) as (dvc, log):
+    with repro(folder) as (dvc, log):
 
         def ended() -> bool:
             return dvc.poll() is not None
@@ -238,13 +238,12 @@ def series(
     kills: Sequence[Kill],
     seed: int,
     say: Callable[[str], None] = print,
-    forked: bool = False,
     spread: float = SPREAD,
 ) -> list[Outcome]:
     """Kill and start again until `dvc repro` has finished; what each start came to."""
     draw, outcomes, reached = random.Random(seed), list[Outcome](), dict[Path, int]()
     for kill in [*kills, None]:
-        outcome = attempt(folder, kill, draw, forked, spread)
+        outcome = attempt(folder, kill, draw, spread)
         outcomes.append(outcome)
         if outcome.kill is None:
             assert outcome.code == 0, f"dvc repro ended with {outcome.code}:\n{outcome.output[-3000:]}"
@@ -281,7 +280,6 @@ def main() -> None:
     parser.add_argument(
         "--stages", nargs="*", help="run these again (DVC's names) and what follows; default: all"
     )
-    parser.add_argument("--forked", action="store_true", help="stages are forks, as under spo repro")
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--folder", type=Path, help="where to work, kept; default: a temporary one")
     arguments = parser.parse_args()
@@ -297,7 +295,7 @@ def main() -> None:
         killed = clones.copy(whole, folder / f"killed-{arguments.seed}")
         clones.forget(killed, arguments.stages)
         planned = list(itertools.islice(itertools.cycle(kills), arguments.kills))
-        outcomes = series(killed, planned, arguments.seed, forked=arguments.forked)
+        outcomes = series(killed, planned, arguments.seed)
         different = clones.differences(whole, killed)
         print(f"{sum(o.torn for o in outcomes)} checkpoints torn; different: {different or 'nothing'}")
         raise SystemExit(bool(different))

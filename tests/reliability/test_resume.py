@@ -1,27 +1,26 @@
-"""The training loop killed again and again, also while it writes a checkpoint, ends with the same bits."""
+"""A training stopped at any point of a checkpoint, and started again, ends with the same bits."""
 
-import contextlib
+from __future__ import annotations
+
 import os
-import random
 import signal
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-import psutil
 import pytest
 import torch
 from fake_backbone import Whole
 from group import run_in
 
 from spo import config
-from spo.training import loop
+from spo.training import checkpoint, distributed, loop
 from spo.training.alignment import Alignment
 from spo.training.checkpoint import CheckpointStore
 from spo.types import Conditioning, UNetBatch
 
-ITERATIONS = 30
-pytestmark = pytest.mark.smoke
+ITERATIONS, EVERY = 5, 2  # checkpoints 2, 4 and 5, of which the last two stay
 
 
 class Line(Whole):
@@ -43,12 +42,11 @@ class Line(Whole):
 
 
 class Noise:
-    """Fits noise that belongs to the iteration; slow enough to be killed in the middle."""
+    """Fits noise that belongs to the iteration."""
 
     guidance, iterations = 1.0, ITERATIONS
 
     def collect(self, backbone, iteration):
-        time.sleep(0.003)
         x_t = torch.randn(4, 8, 2, 2, generator=torch.Generator().manual_seed(iteration))
         batch = UNetBatch(
             x_t=x_t,
@@ -62,100 +60,120 @@ class Noise:
         return (policy - batch.x_t.roll(1, 1)).square().flatten(1).sum(1), {}
 
 
-def fit(folder: Path, slow_disk: bool = False) -> torch.Tensor:
-    if slow_disk:  # so that kills fall into the writing of a checkpoint
-        fsync = os.fsync
-        os.fsync = lambda number: (time.sleep(0.004), fsync(number))[1]
+def fit(folder: Path) -> torch.Tensor:
     model = Line()
     settings = config.Optimizer(learning_rate=0.05, weight_decay=0.01)
     objective = Alignment("align.noise", model, Noise())
-    options = {"checkpoint_every": 2, "on_metrics": lambda m, s: None}
+    options = {"checkpoint_every": EVERY, "on_metrics": lambda m, s: None}
     loop.fit(objective, settings, checkpoints=CheckpointStore(folder), **options)
     return model.values.detach()
 
 
-def attempt(folder: Path, result: Path, number: int, wait: float) -> int:
-    """One training in a process of its own, killed after `wait` seconds; its wait status."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # no Ctrl-C before the child's `try`
+@contextmanager
+def noted(act: Callable[[int], None] = lambda number: None) -> Iterator[list[str]]:
+    """The points of a training, in their order: batches, and what is written, flushed, renamed and removed.
+
+    `act` is called after each with the number of points so far.
+    """
+    points: list[str] = []
+
+    def note(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            result = function(*arguments)
+            points.append(name)
+            act(len(points))
+            return result
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        for where, name in ((os, "fsync"), (os, "replace"), (os, "unlink"), (Noise, "collect")):
+            patch.setattr(where, name, note(name, getattr(where, name)))
+        patch.setattr(checkpoint._Hashed, "write", note("write", checkpoint._Hashed.write))
+        yield points
+
+
+def stopped_at(point: int, number: int, folder: Path, result: Path) -> int:
+    """A training in a fork that gets the signal at a point; its wait status."""
+
+    def act(count: int) -> None:
+        if count == point:
+            os.kill(os.getpid(), number)
+
     child = os.fork()
     if child == 0:
         try:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
-            torch.save(fit(folder, slow_disk=True), result)
+            with noted(act):
+                torch.save(fit(folder), result)
             os._exit(0)
         except BaseException:
             os._exit(1)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
-    time.sleep(wait)
-    os.kill(child, number)
     return os.waitpid(child, 0)[1]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[torch.Tensor, list[str]]:
+    """The weights of a training that nothing happened to, and its points."""
+    torch.set_num_threads(1)  # a thread pool does not live on in a fork
+    with noted() as points:
+        weights = fit(tmp_path_factory.mktemp("whole"))
+    return weights, points
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory: pytest.TempPathFactory) -> torch.Tensor:
+    """The weights of two processes that nothing happened to."""
+    folder = tmp_path_factory.mktemp("both")
+    one, other = run_in(2, lambda: fit(folder))
+    assert torch.equal(one, other)
+    return one
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-def test_killed_at_random_is_uninterrupted_bit_for_bit(tmp_path: Path, number: int) -> None:
-    torch.set_num_threads(1)  # a thread pool does not live on in a fork
-    whole = fit(tmp_path / "whole")  # first: what is imported on first use takes seconds, in every fork
-    draw, result = random.Random(int(number)), tmp_path / "result"
-
-    def once(folder: Path, kills: int) -> int:
-        return attempt(folder, result, number, draw.uniform(0.01, 0.12) + 0.01 * kills)
-
-    kill_until_whole(tmp_path, once, most=200)
-    assert torch.equal(torch.load(result), whole)
-
-
-def kill_until_whole(root: Path, attempt: Callable[[Path, int], int], most: int) -> None:
-    """Killed and started again until it ends by itself; anew where no kill came in time (a busy machine)."""
-    for trial in range(20):
-        store, reached, kills = CheckpointStore(root / f"trial{trial}"), 0, 0
-        while attempt(root / f"trial{trial}", kills):
-            kills += 1
-            step = (store.latest() or (0, {}))[0]
-            assert step >= reached, "a checkpoint was lost"
-            reached = step
-            assert kills < most
-        if kills:
-            return
-    raise AssertionError("20 trainings ended before they could be killed")
-
-
-def both(folder: Path) -> list[torch.Tensor]:
-    """The same training in two processes joined by gloo; the weights of each."""
-    return run_in(2, lambda: fit(folder, slow_disk=True))
-
-
-def attempt_both(folder: Path, result: Path, number: int, wait: float, victims: Sequence[int]) -> int:
-    """Two processes, of which `victims` get the signal after `wait` seconds; their parent's wait status."""
-    child = os.fork()
-    if child == 0:
-        try:
-            torch.save(both(folder), result)
-            os._exit(0)
-        except BaseException:
-            os._exit(1)
-    time.sleep(wait)
-    with contextlib.suppress(psutil.Error):
-        workers = sorted(psutil.Process(child).children(), key=lambda p: p.pid)
-        for worker in [workers[v] for v in victims if v < len(workers)]:
-            worker.send_signal(number)
-    return os.waitpid(child, 0)[1]
+def test_stopped_anywhere_it_is_uninterrupted_bit_for_bit(whole, tmp_path: Path, number: int) -> None:
+    weights, points = whole
+    assert points.count("fsync") == 6 and points.count("replace") == 3, "a file and its folder each"
+    assert {"collect", "write", "unlink"} <= set(points)
+    writes = [i for i, name in enumerate(points) if name == "write"]
+    # of the many writes of a file the first, one in the middle and the last
+    some = {*range(len(points))} - {*writes} | {writes[0], writes[len(writes) // 2], writes[-1]}
+    for i in sorted(some):
+        folder, result = tmp_path / str(i), tmp_path / f"{i}.pt"
+        status = stopped_at(i + 1, number, folder, result)
+        if number == signal.SIGKILL:
+            assert os.waitstatus_to_exitcode(status) == -signal.SIGKILL, points[i]
+        step = (CheckpointStore(folder).latest() or (0, {}))[0]
+        renamed = points[: i + 1].count("replace")
+        assert step >= (0, 2, 4, 5)[renamed], f"a checkpoint was lost at point {i}, {points[i]}"
+        assert torch.equal(fit(folder), weights), f"stopped at point {i}, {points[i]}"
+        names = {path.name for path in folder.iterdir()}
+        assert {"00000004.ckpt", "00000005.ckpt"} <= names, points[i]
+        assert not [name for name in names if name.endswith(".partial")], "what the kill left is gone"
 
 
 @pytest.mark.parametrize(
-    ("number", "victims"), [(signal.SIGKILL, [0]), (signal.SIGKILL, [1]), (signal.SIGTERM, [0, 1])]
+    ("victim", "name", "which"),
+    [
+        *[(0, "write", 3), (0, "fsync", 3), (0, "replace", 1), (0, "fsync", 4), (0, "collect", 3)],
+        (1, "collect", 3),
+    ],
 )
-def test_two_processes_killed_at_random_are_uninterrupted_bit_for_bit(
-    tmp_path: Path, number: int, victims: list[int]
+def test_two_processes_of_which_one_is_killed_are_uninterrupted_bit_for_bit(
+    both, tmp_path: Path, victim: int, name: str, which: int
 ) -> None:
-    began = time.monotonic()
-    whole = both(tmp_path / "whole")
-    took = time.monotonic() - began
-    assert torch.equal(whole[0], whole[1])
-    draw, result = random.Random(10 * int(number) + victims[0]), tmp_path / "result"
+    """At a point of the second checkpoint, or in the iteration before it; the launcher ends the other."""
 
-    def once(folder: Path, kills: int) -> int:
-        return attempt_both(folder, result, number, took * (draw.uniform(0.2, 0.7) + 0.05 * kills), victims)
+    def body(kill: bool) -> torch.Tensor:
+        def act(count: int) -> None:
+            mine = kill and distributed.state().process_index == victim
+            if mine and points[-1] == name and points.count(name) == which:
+                os.kill(os.getpid(), signal.SIGKILL)
 
-    kill_until_whole(tmp_path, once, most=60)
-    for weights in torch.load(result):
-        assert torch.equal(weights, whole[0])
+        with noted(act) as points:
+            return fit(tmp_path / "state")
+
+    with pytest.raises(AssertionError, match=r"processes ended with \[9"):
+        run_in(2, lambda: body(kill=True))
+    assert CheckpointStore(tmp_path / "state").latest() is not None
+    for weights in run_in(2, lambda: body(kill=False)):
+        assert torch.equal(weights, both)

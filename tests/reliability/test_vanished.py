@@ -41,7 +41,7 @@ def tear(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("harm", "name", "message"),
+    ("damage", "name", "message"),
     [
         (Path.unlink, "b", "b.parquet: not a readable parquet file"),
         (tear, "b", "b.parquet: not a readable parquet file"),
@@ -53,7 +53,7 @@ def tear(path: Path) -> None:
         ),
     ],
 )
-def test_a_shard_that_goes_while_it_is_read_is_one_line(tmp_path, monkeypatch, harm, name, message) -> None:
+def test_a_shard_that_goes_while_it_is_read_is_one_line(tmp_path, monkeypatch, damage, name, message) -> None:
     """It happens after the first row; what is read of it before counts for nothing."""
     for each in "ab":
         shard(tmp_path / f"{each}.parquet")
@@ -63,7 +63,7 @@ def test_a_shard_that_goes_while_it_is_read_is_one_line(tmp_path, monkeypatch, h
         rows = real(source, check)
         yield next(rows)
         if check.__name__ == "check":  # the second pass
-            harm(tmp_path / f"{name}.parquet")
+            damage(tmp_path / f"{name}.parquet")
         yield from rows
 
     monkeypatch.setattr(sources, "read_rows", read_rows)

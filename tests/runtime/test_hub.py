@@ -14,7 +14,7 @@ import pytest
 
 from spo.data.manifest import manifest
 from spo.runtime import hub, hub_answers
-from spo.runtime.exit_codes import MISTAKE, TRANSIENT, exit_code
+from spo.runtime.messages import MISTAKE, TRANSIENT, exit_code
 
 SHARD = "data/train-00000-of-00001.parquet"
 

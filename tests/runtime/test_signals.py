@@ -24,22 +24,23 @@ def test_every_limit_is_longer_than_what_must_be_over_before_it() -> None:
 PROGRAM = """
 import sys, time
 from spo import cli
+from spo.commands import arguments
 from spo.runtime import signals
-sys.argv = ["spo", "pairs"]
+sys.argv = ["spo", "prompts"]
 signals.CTRL_C = {limit}
 class Slow:
     def __del__(self):
         print("ready", flush=True)
         {finaliser}
-def work():
+def work(args):
     try:
         Slow()
         print("on", flush=True)
         time.sleep(900)
     except KeyboardInterrupt:
         {answer}
-cli.main = work
-sys.exit(cli.entry())
+arguments._stage = work
+sys.exit(cli.main())
 """
 
 
@@ -51,12 +52,12 @@ def interrupted(limit: int, finaliser: str, answer: str) -> tuple[int, str]:
         assert process.stdout is not None and process.stdout.readline() == "ready\n"
         process.send_signal(signal.SIGINT)
         assert process.stderr is not None
-        return process.wait(timeout=300), process.stderr.read()
+        return process.wait(timeout=300), process.stderr.read().strip()
 
 
 def test_a_ctrl_c_that_python_drops_comes_again() -> None:
     """Python drops an exception in a finaliser, and prints that it did."""
-    assert interrupted(40, "time.sleep(0.5)", "return 130") == (130, "")
+    assert interrupted(40, "time.sleep(0.5)", "raise") == (130, "spo: stopped")
 
 
 def test_a_stage_that_hangs_after_a_ctrl_c_is_ended_by_the_kernel() -> None:
@@ -96,7 +97,7 @@ def test_what_the_launcher_passes_on_is_no_second_ctrl_c(monkeypatch: pytest.Mon
 
 FOREGROUND = """
 import sys
-from spo.runtime.signals import run_in_foreground
+from spo.runtime.signals import children
 child = '''
 import os, signal, sys, time
 def stop(number, frame):
@@ -109,7 +110,8 @@ os.write(1, b"ready\\\\n")
 time.sleep(900)
 '''
 try:
-    print(run_in_foreground([sys.executable, "-c", child]))
+    with children() as started:
+        print(started.start([sys.executable, "-c", child]).wait())
 except KeyboardInterrupt:
     print("interrupted")
     sys.exit(130)
@@ -118,11 +120,12 @@ except KeyboardInterrupt:
 
 @pytest.mark.parametrize(
     ("number", "to_group", "output", "code"),
-    [(signal.SIGINT, True, ["saved", "interrupted"], 130), (signal.SIGTERM, False, ["saved"], 143)],
+    [
+        (signal.SIGINT, True, ["saved", "3", "interrupted"], 130),
+        (signal.SIGTERM, False, ["saved", "3"], 143),
+    ],
 )
-def test_a_command_in_the_foreground_may_end_in_its_own_time(
-    number: int, to_group: bool, output: list[str], code: int
-) -> None:
+def test_a_command_may_end_in_its_own_time(number: int, to_group: bool, output: list[str], code: int) -> None:
     """subprocess.run would kill it a quarter of a second after the terminal's Ctrl-C."""
     with subprocess.Popen(
         [sys.executable, "-c", FOREGROUND], stdout=subprocess.PIPE, text=True, start_new_session=True
@@ -153,9 +156,9 @@ def test_a_ctrl_c_while_spo_is_imported_is_one_line() -> None:
 
 def test_outside_the_main_thread_no_handler_is_set() -> None:
     def work() -> tuple[int, list[int]]:
-        with signals.stop_on_signal() as stopped, signals.exit_on_sigterm(), signals.stops_passed_on():
+        with signals.stop_on_signal() as stopped, signals.exit_on_sigterm(), signals.children() as started:
             assert signal.getsignal(signal.SIGTERM) == before
-        return signals.run_in_foreground([sys.executable, "-c", "import sys; sys.exit(3)"]), stopped
+            return started.start([sys.executable, "-c", "import sys; sys.exit(3)"]).wait(), stopped
 
     before = signal.getsignal(signal.SIGTERM)
     with ThreadPoolExecutor(1) as pool:

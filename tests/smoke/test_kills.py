@@ -24,8 +24,7 @@ def test_killed_and_started_again_is_undisturbed_bit_for_bit(clone: Path, copy: 
         Kill(signal.SIGTERM, "stage", "in a write"),
         Kill(signal.SIGINT, "group", "any time"),
     ]
-    # forked, where the long version has both; the last kill comes while a fast machine still works
-    outcomes = kills.series(copy, planned, seed=0, forked=True, spread=2.0)
+    outcomes = kills.series(copy, planned, seed=0, spread=2.0)  # the last comes while a fast machine works
     assert [o.kill for o in outcomes] == [*planned, None]
     assert clones.differences(clone, copy) == []
 
@@ -43,6 +42,7 @@ def test_only_what_python_says_before_our_code_runs_is_forgiven() -> None:
         assert kills.PYTHONS_OWN_START.sub("", said) == said
 
 
+@pytest.mark.nightly
 def test_a_second_run_meanwhile_is_refused_in_one_line(copy: Path) -> None:
     clones.forget(copy, STAGES)
     with kills.repro(copy) as (dvc, _):
@@ -86,7 +86,7 @@ def test_processes_end_with_a_launcher_that_is_killed(copy: Path) -> None:
     assert "processes: 1\n" in params
     (copy / "params.yaml").write_text(params.replace("processes: 1\n", "processes: 2\n"))
     with (copy.parent / "log").open("wb") as log:
-        options = {"env": clones.environment(copy, forked=False), "stdout": log, "stderr": log}
+        options = {"env": clones.environment(copy), "stdout": log, "stderr": log}
         launcher = subprocess.Popen(["spo", "align", "spo"], cwd=copy, start_new_session=True, **options)
     try:
         assert kills.until(lambda: bool(kills.checkpoints(copy)), 240)

@@ -22,7 +22,7 @@ from spo.data.latents import EncodedPairs
 from spo.data.pairs import read_pairs
 from spo.preference import gaps, pair_filter, pseudo_labels
 from spo.rewards import aesthetic, load_scorer
-from spo.runtime.launch import is_main_process
+from spo.runtime.processes import is_main_process
 from spo.scenes import world
 from spo.stages import inputs, pairs
 from spo.types import PreferencePair
@@ -329,7 +329,7 @@ def test_processes_count_for_pairs_where_a_scorer_runs(
         raw["preference"]["labels"] = {"aesthetic": dumped}
     Path("params.yaml").write_text(yaml.safe_dump(raw), encoding="utf-8")
     launched: list[int] = []
-    monkeypatch.setattr(cli.launch, "run", lambda arguments, n: launched.append(n))
+    monkeypatch.setattr(cli.processes, "launch", lambda arguments, n: launched.append(n))
     monkeypatch.setattr(pairs, "run", lambda *given: launched.append(1))
     assert cli.main(["pairs"]) == 0
     assert launched == [1 if asked == "nothing" else 2]

@@ -26,7 +26,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     for name in ("MLFLOW_TRACKING_URI", "SPO_PARENT_RUN", "DVC_STAGE", "RANK"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr("spo.runtime.ancestors.of_this_process", lambda: iter(()))
+    monkeypatch.setattr("spo.runtime.processes.dvc_above", lambda: None)
     return tmp_path
 
 

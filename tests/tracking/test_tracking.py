@@ -6,8 +6,6 @@ import logging
 import os
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -16,8 +14,7 @@ from typing import Any
 
 import pytest
 
-from spo.runtime import ancestors
-from spo.runtime.ancestors import dvc_ancestor
+from spo.runtime import processes
 from spo.runtime.files import locked
 from spo.tracking import delivery
 from spo.tracking import store as stores
@@ -74,43 +71,14 @@ def test_stages_share_the_parent_of_the_environment(
 def test_stages_of_one_dvc_repro_share_a_parent(
     folder: Path, runs: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    repro = (4000, 100.0, ["python", "/bin/dvc", "repro"])
-    for name, above in (("a", repro), ("b", repro), ("c", (4000, 900.0, repro[2]))):
-        monkeypatch.setattr(ancestors, "of_this_process", lambda above=above: iter([above]))
+    for name, started in (("a", 100.0), ("b", 100.0), ("c", 900.0)):
+        dvc = SimpleNamespace(pid=4000, create_time=lambda started=started: started)
+        monkeypatch.setattr(processes, "dvc_above", lambda dvc=dvc: dvc)
         with stage_run("generate", PARAMS, name):
             time.sleep(1.1 if name == "b" else 0)  # the next parent's name has another second
     parents = {n: r.data.tags.get("mlflow.parentRunId") for n, r in runs().items()}
     assert parents["generate-a"] == parents["generate-b"] != parents["generate-c"]
     assert sum(n.startswith("repro 2") and p is None for n, p in parents.items()) == 2
-
-
-def test_the_nearest_dvc_is_found_among_real_processes(tmp_path: Path) -> None:
-    ask = "from spo.runtime import ancestors as a; print(*a.dvc_ancestor(a.of_this_process()))"
-    program = tmp_path / "dvc"
-    program.write_text(
-        "import os, subprocess, sys\n"
-        f"found = subprocess.run([sys.executable, '-c', {ask!r}], capture_output=True, text=True).stdout\n"
-        "assert int(found.split()[0]) == os.getpid(), found"
-    )
-    subprocess.run([sys.executable, str(program), "repro", "-f"], check=True)
-
-
-@pytest.mark.parametrize(
-    ("command", "is_repro"),
-    [
-        (["/venv/bin/python", "/venv/bin/dvc", "repro", "--force"], True),
-        (["python", "-m", "dvc", "exp", "run"], True),
-        (["python", "/lib/dvc/__main__.py", "exp", "exec-run"], True),
-        (["timeout", "60", "dvc", "-v", "repro"], True),
-        (["dvc", "push"], False),
-        (["bash", "-c", "dvc repro"], False),
-        (["vim", "repro", "dvc"], False),
-    ],
-)
-def test_what_counts_as_a_repro(command: list[str], is_repro: bool) -> None:
-    processes = [(30, 1.0, ["sh"]), (20, 2.0, command), (10, 3.0, ["dvc", "repro"])]
-    assert dvc_ancestor(processes) == ((20, 2.0) if is_repro else (10, 3.0))
-    assert dvc_ancestor([]) is None
 
 
 def test_a_stage_by_hand_is_a_run_of_its_own(folder: Path, runs: Any) -> None:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
+from datetime import timedelta
 from pathlib import Path
 
+import accelerate
 import pytest
+import torch
 from group import run_in
 
 from spo.evaluation import scoring
 from spo.rewards import clip
-from spo.runtime import peers
-from spo.runtime.exit_codes import MISTAKE, TRANSIENT, TransientError
+from spo.runtime.messages import LostProcessError, TransientError
 from spo.training import distributed
 
 
@@ -55,17 +57,39 @@ def test_work_that_stands_still_for_half_an_hour_is_one_line(tmp_path, monkeypat
     assert math.isclose(clock.now, 1800, abs_tol=60)
 
 
-@pytest.mark.parametrize(("code", "kind"), [(MISTAKE, ValueError), (TRANSIENT, TransientError)])
-def test_who_waits_ends_by_the_reason_of_another(tmp_path, monkeypatch, code, kind) -> None:
-    other = peers.Peers(None, 0, 2, kill=0.0)
-    monkeypatch.setattr(peers, "_joined", other)
-    monkeypatch.setattr(other._ended, "wait", lambda seconds: True)  # the main thread ends the process
-    distributed.wait_for(lambda: True, tmp_path, "x")
-    peers.check()
-    other._end("process 1 is gone", code)
-    with pytest.raises(kind, match="process 1 is gone") as caught:
-        distributed.wait_for(lambda: False, tmp_path, "x")
+def test_a_collective_that_breaks_is_transient_and_memory_that_runs_out_is_not() -> None:
+    closed = RuntimeError("[/gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:4711")
+    with pytest.raises(LostProcessError, match=r"another of the 1 processes broke \(\[/gloo.*to resume"):
+        with distributed._collective():
+            raise closed
+    with pytest.raises(torch.OutOfMemoryError), distributed._collective():
+        raise torch.OutOfMemoryError("out of memory")
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "message"),
+    [
+        (RuntimeError("timed out"), TransientError, "not all 2 processes joined at node-a:.*: timed out"),
+        (ValueError("no MASTER_PORT"), ValueError, "environment of the launcher .RANK.*: no MASTER_PORT"),
+    ],
+)
+def test_processes_that_do_not_join_are_one_line(monkeypatch, error, kind, message) -> None:
+    def refuse(*arguments, **options) -> None:
+        raise error
+
+    monkeypatch.setattr(accelerate, "PartialState", refuse)
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "node-a"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(kind, match=message) as caught:
+        distributed.state()
     assert type(caught.value) is kind
+
+
+def test_no_collective_waits_longer_than_half_an_hour(monkeypatch) -> None:
+    given = []
+    monkeypatch.setattr(accelerate, "PartialState", lambda *_, timeout: given.append(timeout))
+    distributed.state()
+    assert given == [timedelta(minutes=30)]
 
 
 class Counting:
@@ -104,7 +128,6 @@ def test_a_prompt_for_each_image() -> None:
 
 def test_a_scorer_waits_for_no_other_process() -> None:
     """One process alone scores: there is no collective that the other would have to enter."""
-    import torch
 
     def body() -> list[float]:
         if not distributed.is_main_process():

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from spo import config
-from spo.runtime import launch
+from spo.runtime import processes
 from spo.runtime.files import write_text
 
 # stage: (description, variants or methods that it takes as an argument)
@@ -53,7 +53,7 @@ def parser() -> argparse.ArgumentParser:
         stage.add_argument(
             "--dry-run", action="store_true", help="check inputs, print sizes and steps, run nothing"
         )
-        stage.set_defaults(run=_stage, stage=name, variant=None, uses_torch=name in launch.STAGES)
+        stage.set_defaults(run=_stage, stage=name, variant=None, uses_torch=name in processes.STAGES)
         if name in _EXTERNAL:
             _EXTERNAL[name](stage)
     _sample(
@@ -72,7 +72,7 @@ def parser() -> argparse.ArgumentParser:
     _publish(commands.add_parser("publish", help="write an adapter for the hub: weights, card, samples"))
     repro = commands.add_parser("repro", help="run dvc repro and log its cached stages to MLflow too")
     repro.add_argument(
-        "--jobs", type=int, metavar="N", help="stages at the same time; default: one a core, in turn on a GPU"
+        "--jobs", type=int, metavar="N", help="stages in parallel; default: one a core, one on a GPU"
     )
     repro.add_argument("arguments", nargs=argparse.REMAINDER, help="of dvc repro")
     repro.set_defaults(run=_run_repro)
@@ -278,5 +278,5 @@ def _run_repro(args: argparse.Namespace) -> None:
 
 
 def _print(result: object) -> None:
-    if launch.is_main_process():
+    if processes.is_main_process():
         print(result)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from spo.config import Params, Variant
 from spo.runtime.files import atomic, require, write_json
-from spo.runtime.launch import is_main_process
+from spo.runtime.processes import is_main_process
 
 if TYPE_CHECKING:
     from pandas import DataFrame

@@ -1,17 +1,15 @@
-"""`spo repro`: a `dvc repro` with one parent run, several stages at the same time where they allow it."""
+"""`spo repro`: a `dvc repro` with one parent run, several stages in parallel where they allow it."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 
-from spo.commands import stages_at_once
+from spo.commands import parallel
 from spo.config import Params
-from spo.runtime import cores, forks, launch
-from spo.runtime.signals import run_in_foreground
+from spo.runtime.signals import children
 from spo.tracking import cached_stages, delivery, dvc_lock, dvc_stages, runs
 
 DVC = (sys.executable, "-m", "dvc")
@@ -21,8 +19,8 @@ def run(params: Params, arguments: Sequence[str] = (), jobs: int | None = None) 
     """Bring all stages up to date, or run `dvc repro ARGUMENTS`; record skipped stages too.
 
     Args:
-        jobs: how many stages may run at the same time (`stages_at_once.at_once` where it is None); with
-            arguments DVC runs its stages in turn.
+        jobs: how many stages may run in parallel (`parallel.jobs_for` where it is None); with arguments DVC
+            runs its stages one after the other.
 
     Returns:
         The exit status.
@@ -44,7 +42,7 @@ def run(params: Params, arguments: Sequence[str] = (), jobs: int | None = None) 
         else:
             with delivery.for_stages(runs.tracking_uri(params.tracking)) as delivered:
                 variables |= delivered
-                code = _in_turn(arguments, variables) if arguments else _all(params, needs, jobs, variables)
+                code = _by_dvc(arguments, variables) if arguments else _all(params, needs, jobs, variables)
         status = "FAILED" if code else "FINISHED"
     finally:
         # with arguments, or after an error, DVC has not come to every stage
@@ -54,38 +52,24 @@ def run(params: Params, arguments: Sequence[str] = (), jobs: int | None = None) 
     return code
 
 
-def _in_turn(arguments: Sequence[str], variables: Mapping[str, str]) -> int:
-    return run_in_foreground([*DVC, "repro", *arguments], {**os.environ, **variables})
+def _by_dvc(arguments: Sequence[str], variables: Mapping[str, str]) -> int:
+    with children() as started:
+        return started.start([*DVC, "repro", *arguments], env={**os.environ, **variables}).wait()
 
 
 def _all(params: Params, needs: dvc_stages.Needs, jobs: int | None, variables: Mapping[str, str]) -> int:
     """Run all stages of `needs`, and return the exit status."""
-    number, why = stages_at_once.at_once(jobs, params.processes) if len(needs) > 1 else (1, "it is one")
-    with _forks(needs, stages_at_once.OUTPUT if number > 1 else {}) as fork:
-        variables = {**variables, **fork}
-        if number == 1:
-            _say(f"{len(needs)} stages in turn ({why})")
-            return _in_turn((), variables)
-        _say(f"{len(needs)} stages, up to {number} at a time ({why}); `spo repro --jobs 1` runs them in turn")
-        outcome = stages_at_once.run(needs, number, params.processes, variables)
-    if not outcome.failed:
+    number, why = parallel.jobs_for(jobs, params.processes) if len(needs) > 1 else (1, "there is one")
+    if number == 1:
+        _say(f"{len(needs)} stages, one at a time ({why})")
+        return _by_dvc((), variables)
+    _say(f"{len(needs)} stages, up to {number} in parallel ({why}); `spo repro --jobs 1` runs one at a time")
+    failed, left = parallel.run(needs, number, params.processes, variables)
+    if not failed:
         return 0
-    rest = f"; not run: {', '.join(outcome.left)}" if outcome.left else ""
-    _say(f"failed: {', '.join(outcome.failed)} (for the reason in its lines above){rest}")
+    rest = f"; not run: {', '.join(left)}" if left else ""
+    _say(f"failed: {', '.join(failed)} (for the reason in its lines above){rest}")
     return 1
-
-
-@contextmanager
-def _forks(needs: dvc_stages.Needs, variables: Mapping[str, str]) -> Iterator[dict[str, str]]:
-    """Have stages start as forks where that helps: on a processor, where two of them or more load a model."""
-    heavy = [stage for stage in needs if stage.split("@")[0] in launch.MODELS]
-    if len(heavy) < 2 or sys.platform != "linux" or stages_at_once.accelerator():
-        yield {}
-        return
-    environment = {**os.environ, **variables}
-    cores.set_threads(environment)  # how they wait
-    with forks.ready(environment) as variable:
-        yield variable
 
 
 def _say(line: str) -> None:

@@ -62,7 +62,7 @@ def _shared(scorer: Scorer, images: Sequence[Any], prompts: Sequence[str], size:
             bar.update(len(scores) * distributed.count())
             return scores
 
-        return [value for scores in distributed.map_shares(batch, parts) for value in scores]
+        return [value for scores in distributed.map_round_robin(batch, parts) for value in scores]
 
 
 def _scorers(

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from spo.config import Params, Validation, Variant
 from spo.evaluation import plots
 from spo.runtime.files import read_json, require, write_json
-from spo.runtime.launch import is_main_process
+from spo.runtime.processes import is_main_process
 from spo.tracking.curve import Curve
 from spo.tracking.runs import Run
 

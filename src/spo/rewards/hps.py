@@ -19,7 +19,7 @@ from spo import config
 from spo.data.preprocessing import OPENAI, Normalisation, read_normalisation
 from spo.rewards import clip
 from spo.runtime import hub
-from spo.runtime.launch import is_main_process
+from spo.runtime.processes import is_main_process
 
 
 def preprocess(image: Image.Image, size: int = 224, normalisation: Normalisation = OPENAI) -> Tensor:

@@ -14,8 +14,6 @@ import os
 from collections.abc import MutableMapping
 from pathlib import Path
 
-from spo.runtime import forks
-
 THREADS = "OMP_NUM_THREADS"
 POLICY = "OMP_WAIT_POLICY"
 # what says how OpenMP's threads wait: the standard, libgomp's and Intel's own variable
@@ -41,7 +39,7 @@ def _quota() -> int | None:
 def set_threads(variables: MutableMapping[str, str], processes: int = 1) -> str:
     """Set OpenMP's variables where they are not set, and return one line that says what holds and why.
 
-    Must come before torch is imported, which reads them; in a fork (`runtime.forks`) torch is there already.
+    Must come before torch is imported, which reads them.
 
     Args:
         variables: the environment.
@@ -54,11 +52,6 @@ def set_threads(variables: MutableMapping[str, str], processes: int = 1) -> str:
         variables[THREADS] = str(max(1, cores // processes))
         sharing = f" for {processes} processes" if processes > 1 else ""
         threads = f"threads: {variables[THREADS]} ({cores} core{'s' * (cores > 1)}{sharing})"
-    outer = variables[THREADS].split(",")[0]  # the others are of nested parallel regions
-    if forks.asked_by() is not None and outer.isdecimal():
-        import torch
-
-        torch.set_num_threads(int(outer))
     if given := [name for name in WAITING if name in variables]:
         return f"{threads}; they wait as {given[0]} says"
     variables[POLICY] = "PASSIVE"

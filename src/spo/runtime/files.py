@@ -43,8 +43,7 @@ def remove_partials(folder: Path) -> None:
 def remove(path: Path) -> None:
     """Remove a file, a link or a folder, if it is there; what a link leads to stays.
 
-    Raises:
-        OSError: it cannot be removed; the message has `path`, not a file in it.
+    The message of an OSError has `path`, not a file in it.
     """
     try:
         if path.is_dir() and not path.is_symlink():
@@ -75,9 +74,9 @@ def read_json(
 ) -> Any:
     """Read a JSON file whose content is of a kind, dict (with at least `keys`) or list.
 
-    Raises:
-        ValueError: it is not there, cannot be read, is truncated, invalid, of another kind or lacks a key;
-            with `then`, what to do about it.
+    Args:
+        what: its content, for the message if it is not there.
+        then: what to do if it is truncated, invalid, of another kind or lacks a key.
     """
     text = read_text(path, what)
     try:
@@ -94,11 +93,7 @@ def read_json(
 
 
 def read_text(path: str | Path, what: str) -> str:
-    """Read a text file in UTF-8.
-
-    Raises:
-        ValueError: it is not there, with the command that makes it, or cannot be read.
-    """
+    """Read a text file in UTF-8."""
     file = require(path, what)
     try:
         return file.read_text(encoding="utf-8")
@@ -107,11 +102,7 @@ def read_text(path: str | Path, what: str) -> str:
 
 
 def read_csv(path: str | Path, what: str, **options: Any) -> DataFrame:
-    """Read a table; `options` as of `pandas.read_csv`.
-
-    Raises:
-        ValueError: it is not there, cannot be read, or is no table.
-    """
+    """Read a table; `options` as of `pandas.read_csv`."""
     from pandas import read_csv
 
     file = require(path, what)
@@ -123,11 +114,7 @@ def read_csv(path: str | Path, what: str, **options: Any) -> DataFrame:
 
 
 def require(path: str | Path, what: str) -> Path:
-    """Return a path that must be there.
-
-    Raises:
-        ValueError: with the command that makes it.
-    """
+    """Return a path that must be there; the message otherwise names the command that makes it."""
     path = Path(path)
     if not path.exists():
         raise ValueError(f"{path}: no {what} there; run `make repro` or `dvc pull data.dvc`")

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
+from spo.runtime import files
+
 PACKAGE = Path(__file__).parents[1]
 
 
@@ -26,7 +28,7 @@ def fingerprint(
         digest.update(text.encode() + b"\0")
     modules = [path for part in code for path in _files(PACKAGE / part) if path.suffix == ".py"]
     for path in (*(path for root in inputs for path in _files(root)), *modules):
-        digest.update(path.name.encode() + _content(path))
+        digest.update(path.name.encode() + bytes.fromhex(str(files.digest(path))))
     return digest.hexdigest()[:16]
 
 
@@ -36,8 +38,3 @@ def _files(root: Path) -> list[Path]:
         return [root] if root.is_file() else []
     found = [path for path in root.rglob("*") if path.is_file()]
     return sorted(p for p in found if not any(part.startswith(".") for part in p.relative_to(root).parts))
-
-
-def _content(path: Path) -> bytes:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").digest()

@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Collection
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from spo.runtime import hub_answers, shards
+from spo.runtime import hub_answers
 from spo.runtime.messages import first_line
 
 SCHEME = "hf://"
@@ -26,6 +27,9 @@ FILES = (  # a name with such an ending is a file's, not a repository's
     *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".json", ".jsonl", ".txt", ".csv", ".tsv", ".parquet"),
     *(".zip", ".tar", ".png", ".yaml", ".yml"),
 )
+
+
+SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})(.*)")  # train-00000-of-00002.parquet
 
 
 @dataclass(frozen=True)
@@ -73,11 +77,7 @@ def is_hub_url(name: object) -> bool:
 
 
 def check(name: str) -> None:
-    """Check that a name is an existing path or a hub id.
-
-    Raises:
-        ValueError: neither; why it is not looked up on the hub.
-    """
+    """Check that a name is an existing path or a hub id."""
     if Path(name).exists() or is_hub_id(name):
         return
     why = _as_path(name) if name.count("/") == 1 else ""
@@ -98,11 +98,7 @@ def split_revision(name: str) -> tuple[str, str | None]:
 
 
 def place(name: str, revision: str | None = None) -> Place:
-    """Parse a hub id or URL; a `revision` beside it takes precedence.
-
-    Raises:
-        ValueError: a URL without owner and name, or of neither a model nor a data set.
-    """
+    """Parse a hub id or URL; a `revision` beside it takes precedence."""
     if is_hub_url(name):
         return _parse(name)
     repository, own = split_revision(name)
@@ -110,11 +106,7 @@ def place(name: str, revision: str | None = None) -> Place:
 
 
 def commit(name: str, revision: str | None = None) -> str:
-    """Resolve the revision of a hub id or URL to its commit: the hub's, else that in the cache.
-
-    Raises:
-        ValueError: the hub refuses it, or neither the hub nor the cache has it.
-    """
+    """Resolve the revision of a hub id or URL to its commit: the hub's, else that in the cache."""
     from huggingface_hub import HfApi
 
     at = place(name, revision)
@@ -125,11 +117,7 @@ def commit(name: str, revision: str | None = None) -> str:
 
 
 def files(name: str, revision: str | None = None) -> list[str]:
-    """List the paths of a model's files: the hub's, else those in the cache.
-
-    Raises:
-        ValueError: as `commit`.
-    """
+    """List the paths of a model's files: the hub's, else those in the cache."""
     from huggingface_hub import HfApi
 
     at = place(name, revision)
@@ -140,11 +128,7 @@ def files(name: str, revision: str | None = None) -> list[str]:
 
 
 def download(url: str) -> dict[str, Path]:
-    """Return the files of a URL in the cache by their path in the repository, sorted; download those missing.
-
-    Raises:
-        ValueError: no such file, the hub refuses, or it cannot be reached and the cache has not all of them.
-    """
+    """Download the files of a URL that the cache lacks; return all, sorted by path in the repository."""
     from huggingface_hub import snapshot_download
 
     at = place(url)
@@ -152,8 +136,6 @@ def download(url: str) -> dict[str, Path]:
     try:
         root = Path(snapshot_download(at.repository, **_options(at), allow_patterns=at.patterns))
     except Exception as error:
-        if refused := hub_answers.refusal(at.page, at.revision, error):
-            raise ValueError(f"{url}: {refused}") from None
         root = _cached(url, at, error)
     found = {name: path for name, path in _files(root).items() if at.selects(name)}
     _check_complete(url, at, root.name, found)
@@ -161,11 +143,7 @@ def download(url: str) -> dict[str, Path]:
 
 
 def local(name: str) -> Path:
-    """Return the path of a file that is given as a path or as a URL of one file on the hub.
-
-    Raises:
-        ValueError: as `download`; or the URL names several files.
-    """
+    """Return the path of a file that is given as a path or as a URL of one file on the hub."""
     if not is_hub_url(name):
         return Path(name)
     paths = list(download(name).values())
@@ -229,11 +207,7 @@ def _files(root: Path) -> dict[str, Path]:
 
 
 def _cached(name: str, at: Place, error: Exception) -> Path:
-    """Return the folder of a revision in the cache, complete or not, after an error of the hub's client.
-
-    Raises:
-        ValueError: the hub refuses, or the cache has nothing of the revision.
-    """
+    """Return the folder of a revision in the cache, complete or not, after an error of the hub's client."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import IncompleteSnapshotError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
@@ -259,11 +233,7 @@ def say(line: str) -> None:
 
 
 def _check_complete(url: str, at: Place, commit: str, found: dict[str, Path]) -> None:
-    """Check that the cache has all files of a URL: by the hub's list in it, else by the names of shards.
-
-    Raises:
-        ValueError: the repository has no such file, or the cache lacks some.
-    """
+    """Check that the cache has all files of a URL: by the hub's list in it, else by the names of shards."""
     from huggingface_hub import get_cached_repo_tree
     from huggingface_hub.errors import CachedRepoTreeNotFoundError
 
@@ -280,13 +250,25 @@ def _check_complete(url: str, at: Place, commit: str, found: dict[str, Path]) ->
         return
     if not found:
         raise _missing(url, at, "no such file in the cache")
-    if left := shards.missing(found, at.selects):
+    if left := _missing_shards(found, at):
         raise _missing(url, at, f"{left} of its shards are not in the cache")
-    if set(found) != {at.pattern} and not all(shards.NAME.fullmatch(name) for name in found):
+    if set(found) != {at.pattern} and not all(SHARD.fullmatch(name) for name in found):
         say(
             f"{url}: the {len(found)} files of the cache are used; without the hub's list of files in it "
             "it is not known whether there are more"
         )
+
+
+def _missing_shards(found: Collection[str], at: Place) -> int:
+    """Count the shards of a place that are not there, by the number and count in the names of the others."""
+    shards = [shard for name in found if (shard := SHARD.fullmatch(name))]
+    there = {(shard[1], shard[3], int(shard[2])) for shard in shards}
+    every = {
+        (shard[1], shard[3], number): f"{shard[1]}-{number:05}-of-{shard[3]}{shard[4]}"
+        for shard in shards
+        for number in range(int(shard[3]))
+    }
+    return sum(at.selects(name) for shard, name in every.items() if shard not in there)
 
 
 def _missing(name: str, at: Place, why: str) -> ValueError:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from json import JSONDecodeError
 
-from spo.runtime.exit_codes import causes
+from spo.runtime.messages import causes
 
 LATER = (408, 425, 429)  # of the 4xx, those that pass by themselves
 LOG_IN = "log in with `hf auth login` or HF_TOKEN"

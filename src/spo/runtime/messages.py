@@ -1,11 +1,25 @@
-"""Messages for users and logs: one line, without passwords; what is published, without a machine's paths."""
+"""What a failed command says: one line without passwords, and an exit code.
+
+By the exit code a flow or a scheduler decides whether another attempt may succeed. What is published has no
+paths of this machine either.
+"""
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any
+
+MISTAKE = 2  # in parameters or data: another attempt fails in the same way
+TRANSIENT = os.EX_TEMPFAIL  # 75
+STOPPED = 130  # by Ctrl-C or SIGTERM
+
+OURS = "SPO_LAUNCHER"  # environment: the `spo` that launched this process
+EXIT_FILE = "SPO_EXIT_FILE"  # environment: where `spo` leaves its exit code
+BUSY = (429, 502, 503, 504)  # HTTP: too many requests, or a server that is away behind its proxy
 
 SECRETS = (  # user:password@ of a URI, and secrets in its query
     (re.compile(r"(\w[\w+.-]*://)[^/\s]*@"), r"\1***@"),
@@ -18,6 +32,57 @@ OUTSIDE = re.compile(  # the folders of an absolute path or one below ~ or ..; n
 )
 OBJECT = re.compile(r"<[\w.]+(?: object)?[^<>]* at 0x[0-9a-fA-F]+>")
 ADDRESS = re.compile(r"\b0x[0-9a-fA-F]{8,}\b")
+
+
+class TransientError(ValueError):
+    """A failure that may pass by itself: another process holds a lock, a server is away."""
+
+
+class LostProcessError(TransientError):
+    """A collective failed since another process has ended, which says why."""
+
+
+def exit_code(error: BaseException) -> int:
+    """Return TRANSIENT where the network, a server or another process caused an error, else MISTAKE.
+
+    By the types of all errors before it.
+    """
+    chain = list(causes(error))
+    if any(type(cause).__name__ == "OfflineModeIsEnabled" for cause in chain):
+        return MISTAKE  # a ConnectionError of huggingface_hub, but offline by HF_HUB_OFFLINE
+    return TRANSIENT if any(_is_transient(cause) for cause in chain) else MISTAKE
+
+
+def leave_exit_code(code: int, first: bool = False) -> None:
+    """Write the code to the file that EXIT_FILE names: `dvc repro` and torchrun hide what a stage ended with.
+
+    A process that `spo` itself launched leaves that to the `spo` above.
+
+    Args:
+        first: only if no other process has left one.
+    """
+    if (path := os.environ.get(EXIT_FILE)) and OURS not in os.environ:
+        with suppress(OSError), open(path, "a" if first else "w", encoding="utf-8") as file:
+            if file.tell() == 0:
+                file.write(str(code))
+
+
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """Yield the error and all that were being handled when it was raised, also under `from None`."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _is_transient(error: BaseException) -> bool:
+    if isinstance(error, socket.gaierror):
+        return error.errno == socket.EAI_AGAIN
+    if isinstance(error, BrokenPipeError):  # the program that reads our output has gone
+        return False
+    if isinstance(error, TransientError | ConnectionError | TimeoutError | BlockingIOError):
+        return True
+    response = getattr(error, "response", None)  # of requests and httpx; urllib has the code itself
+    return getattr(response, "status_code", getattr(error, "code", None)) in BUSY
 
 
 def redact(value: Any) -> Any:

@@ -10,7 +10,6 @@ longer than all that must be over before it, so that no process is killed while 
 4. The launcher of several processes kills those that have not ended after LAUNCHER_KILL.
 5. A stage whose `dvc repro` or launcher is gone stops itself as 3, and exits after WATCHDOG_KILL.
 6. A cancelled flow kills what is left of `dvc repro` and its stage after FLOW_KILL.
-7. Of several machines, one that gives no sign of life for LOST is lost; the others end within LOST_KILL then.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ from typing import Any
 # answered after three requests of 5 s is away, and `spo sync` delivers later.
 DELIVERY = {"local": 120.0, "remote": 15.0}
 REPEAT = 0.05  # until Ctrl-C comes again where Python dropped it (2 of 8 times in `generate`, in sqlalchemy)
-STOPPED_DELIVERY = 10.0  # whoever pressed Ctrl-C waits; the records stay in the spool
+STOPPED_DELIVERY = 10.0  # a user who pressed Ctrl-C waits; the records stay in the spool
 CTRL_C = 40  # whole seconds, for the kernel's clock: on overloaded cores 9 to 13 s pass beside the delivery
 SAVE = 120.0  # a step of the default experiment is saved within 9 s on two cores; larger models take longer
 LAUNCHER_KILL = SAVE + 20.0  # a save, a delivery and Python's exit
@@ -40,14 +39,9 @@ WATCHDOG_KILL = LAUNCHER_KILL + 10.0  # an orphaned launcher has ended its proce
 FLOW_KILL = WATCHDOG_KILL + 10.0  # the flow is the outermost; what ends earlier is not waited for
 # No process waits in a collective for the long work of another: models that a machine fetches more slowly
 # than the others are all that differs. A process that has died is noticed at once.
-COLLECTIVE = timedelta(hours=3)
+COLLECTIVE = timedelta(minutes=30)
 
-JOIN = timedelta(minutes=10)  # that machines wait for each other at the start
-BEAT = 2.0  # between the heartbeats of processes on several machines
-LOST = 60.0  # a stalled file system and a long import hold Python's lock for seconds, not for a minute
-LOST_KILL = DELIVERY["local"] + 10.0  # the others deliver their last records
-
-LAUNCHED = "TORCHELASTIC_RUN_ID"  # set by torch's launcher for what it starts
+LAUNCHED = "TORCHELASTIC_RUN_ID"  # environment: set by torch's launcher for what it starts
 
 Handler = Callable[[int, FrameType | None], Any]
 
@@ -55,8 +49,8 @@ Handler = Callable[[int, FrameType | None], Any]
 def arm_ctrl_c() -> None:
     """Let the kernel end this process CTRL_C seconds after a Ctrl-C, whatever Python makes of it.
 
-    Python drops an exception that is raised in a finaliser or a callback of a weak reference, and tells
-    `sys.unraisablehook`: then Ctrl-C comes once more.
+    Python drops an exception that is raised in a finaliser or a callback of a weak reference, and reports it
+    to `sys.unraisablehook`: then Ctrl-C comes once more.
     """
 
     def interrupt(number: int, frame: FrameType | None) -> None:
@@ -75,11 +69,6 @@ def arm_ctrl_c() -> None:
 
     signal.signal(signal.SIGINT, interrupt)
     sys.unraisablehook = repeat
-
-
-def disarm_ctrl_c() -> None:
-    """Leave Ctrl-C without a limit: the processes that this one starts may take their time to save."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @contextmanager
@@ -113,63 +102,46 @@ def exit_on_sigterm() -> Iterator[None]:
         yield
 
 
-def run_in_foreground(command: Sequence[str], environment: Mapping[str, str] | None = None) -> int:
-    """Run a command that gets the terminal's Ctrl-C itself; return its exit status.
+class Children:
+    """Commands that this process runs, and the stops that have arrived.
 
-    This process waits until the command has ended; SIGTERM is passed on to it.
-
-    Raises:
-        KeyboardInterrupt: after the command has ended, if there was a Ctrl-C.
-        SystemExit: the same for SIGTERM.
+    The commands get the terminal's Ctrl-C themselves; SIGTERM is passed on to them.
     """
-    received: list[int] = []
-    started: list[subprocess.Popen[bytes]] = []
 
-    def pass_on(number: int, frame: FrameType | None) -> None:
-        received.append(number)
-        for process in started:
-            process.send_signal(number)
+    def __init__(self) -> None:
+        self.received: list[int] = []
+        self._processes: list[subprocess.Popen[Any]] = []
 
-    def note(number: int, frame: FrameType | None) -> None:
-        received.append(number)
-
-    with _handlers({signal.SIGINT: note, signal.SIGTERM: pass_on}):
-        process = subprocess.Popen(command, env=environment)
-        started.append(process)
-        if signal.SIGTERM in received:  # it came before there was a process to pass it on to
+    def start(self, command: Sequence[str], **options: Any) -> subprocess.Popen[Any]:
+        """Start a command; `options` as of `subprocess.Popen`."""
+        process = subprocess.Popen(command, **options)
+        self._processes.append(process)
+        if signal.SIGTERM in self.received:  # it came before there was a process to pass it on to
             process.terminate()
-        code = process.wait()
-    if signal.SIGTERM in received:
-        raise SystemExit(128 + signal.SIGTERM)
-    if received:
-        raise KeyboardInterrupt
-    return code
+        return process
+
+    def note(self, number: int, frame: FrameType | None) -> None:
+        """Handle a signal."""
+        self.received.append(number)
+        if number == signal.SIGTERM:
+            for process in list(self._processes):
+                process.send_signal(number)
 
 
 @contextmanager
-def stops_passed_on() -> Iterator[tuple[list[subprocess.Popen[bytes]], list[int]]]:
-    """Yield a list for processes that run, and one of the stops that have arrived.
-
-    The processes get the terminal's Ctrl-C themselves; SIGTERM is passed on to them. The body waits for them.
+def children() -> Iterator[Children]:
+    """Yield what starts commands that may end in their own time after a stop; the body waits for them.
 
     Raises:
         KeyboardInterrupt: after the body, if there was a Ctrl-C.
         SystemExit: the same for SIGTERM.
     """
-    running: list[subprocess.Popen[bytes]] = []
-    received: list[int] = []
-
-    def note(number: int, frame: FrameType | None) -> None:
-        received.append(number)
-        if number == signal.SIGTERM:
-            for process in list(running):
-                process.send_signal(number)
-
-    with _handlers({signal.SIGINT: note, signal.SIGTERM: note}):
-        yield running, received
-    if signal.SIGTERM in received:
+    found = Children()
+    with _handlers({signal.SIGINT: found.note, signal.SIGTERM: found.note}):
+        yield found
+    if signal.SIGTERM in found.received:
         raise SystemExit(128 + signal.SIGTERM)
-    if received:
+    if found.received:
         raise KeyboardInterrupt
 
 

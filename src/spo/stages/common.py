@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from spo.config import Params
-from spo.runtime import launch
-from spo.runtime.exit_codes import TransientError
-from spo.runtime.watchdog import tied_to_starter
+from spo.runtime import processes
+from spo.runtime.messages import TransientError
 from spo.runtime.workspace import METRICS, SCRATCH
 from spo.tracking import runs
 from spo.tracking.dvc_lock import read_metrics
@@ -33,18 +32,18 @@ def stage(name: str, params: Params, variant: str | None = None) -> Iterator[Any
     lock.parent.mkdir(parents=True, exist_ok=True)
     with lock.open("w", encoding="utf-8") as file:
         try:
-            if launch.is_main_process():  # one lock for all processes of a training
+            if processes.is_main_process():  # one lock for all processes of a training
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             message = f"stage {full} already runs in this folder; wait for it or stop it"
             raise TransientError(message) from None
-        if launch.is_started_by_others():
+        if processes.is_started_by_others():
             from spo.training import distributed
 
             distributed.any_rank(False)  # until the main process has the lock
         started = time.monotonic()
         began = time.time()
-        with runs.stage_run(name, params.model_dump(), name=variant) as run, tied_to_starter():
+        with runs.stage_run(name, params.model_dump(), name=variant) as run, processes.tied_to_starter():
             yield run
             run.log_metrics({"seconds": time.monotonic() - started, **_written(run, full, began)}, step=0)
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from spo import config
 from spo.config import Params
-from spo.runtime import launch
+from spo.runtime import processes
 from spo.runtime.files import remove, write_json
 from spo.runtime.fingerprint import fingerprint
 from spo.runtime.workspace import SCRATCH
@@ -34,7 +34,7 @@ def run(params: Params, variant: str | None = None) -> None:
     """Write outputs/pairs; processes besides the main one score their share of the pairs."""
     with stage("pairs", params) as tracked:
         labels = params.preference.labels
-        if not launch.is_main_process():
+        if not processes.is_main_process():
             share(params.pairs, labels)
             return
         summary = prepare(params.pairs, OUTPUT, labels)

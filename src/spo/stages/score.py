@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from spo.config import SCORERS, Params
 from spo.runtime.files import atomic, require, write_json
 from spo.runtime.fingerprint import fingerprint
-from spo.runtime.launch import is_main_process
+from spo.runtime.processes import is_main_process
 from spo.runtime.workspace import METRICS, SCRATCH
 from spo.stages.common import of_suite, run_name, stage
 from spo.tracking.provenance import versions

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from spo.runtime.files import atomic
-from spo.runtime.launch import is_main_process
+from spo.runtime.processes import is_main_process
 
 
 class Curve:

@@ -6,8 +6,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
-from spo.runtime.exit_codes import TransientError
-from spo.runtime.messages import first_line
+from spo.runtime.messages import TransientError, first_line
 
 Needs = Mapping[str, tuple[str, ...]]
 

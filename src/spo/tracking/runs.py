@@ -15,10 +15,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from spo.runtime import ancestors
+from spo.runtime import processes
 from spo.runtime.files import digest, locked, read_json, write_json
-from spo.runtime.launch import is_main_process
 from spo.runtime.messages import one_line, redact
+from spo.runtime.processes import is_main_process
 from spo.runtime.signals import exit_on_sigterm
 from spo.runtime.workspace import home
 from spo.tracking import cached_stages, delivery, dvc_lock, system
@@ -253,8 +253,8 @@ def _parent(params: Mapping[str, Any]) -> Run:
             if spool is None:
                 warn(f"{PARENT_VARIABLE} names no run: {given!r}")
             return Run(spool)
-        repro = ancestors.dvc_ancestor(ancestors.of_this_process())
-        return _parent_of(repro, params) if repro else Run(None)
+        dvc = processes.dvc_above()
+        return _parent_of((dvc.pid, dvc.create_time()), params) if dvc else Run(None)
     except (OSError, ValueError) as error:
         warn(f"no parent run: {one_line(error)}")
         return Run(None)

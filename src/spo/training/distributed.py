@@ -18,10 +18,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor
 
-from spo.runtime import launch, peers
-from spo.runtime.exit_codes import TransientError
-from spo.runtime.messages import first_line
-from spo.runtime.signals import COLLECTIVE, JOIN
+from spo.runtime import processes
+from spo.runtime.messages import LostProcessError, TransientError, first_line
+from spo.runtime.signals import COLLECTIVE
 from spo.types import Conditioning
 
 if TYPE_CHECKING:
@@ -37,97 +36,77 @@ def state() -> PartialState:
     """Return accelerate's state of the processes; the first call joins them.
 
     Raises:
-        TransientError: some did not join in time.
+        TransientError: some did not join within COLLECTIVE.
     """
     from accelerate import PartialState
     from accelerate.utils import parse_flag_from_env
 
     # without this flag accelerate joins no processes on the CPU
     cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
-    if launch.is_started_by_others() and not torch.distributed.is_initialized():
-        _join("cpu" if cpu else str(torch.accelerator.current_accelerator()))
-    return PartialState(cpu, timeout=COLLECTIVE)
-
-
-def _join(kind: str) -> None:
-    """Join processes that another launcher started: they wait JOIN at most, and then have a heartbeat.
-
-    Args:
-        kind: of the device, as "cuda".
-    """
-    where = ":".join(os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
+    if not processes.is_started_by_others():
+        return PartialState(cpu, timeout=COLLECTIVE)
     try:
-        store, rank, count = next(iter(torch.distributed.rendezvous("env://", timeout=JOIN)))
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun's, which may keep its store
-        peers.join(torch.distributed.PrefixStore(f"spo/{attempt}", store.clone()), rank, count)
+        return PartialState(cpu, timeout=COLLECTIVE)
     except ValueError as error:  # a variable that is missing or no number
         names = "RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT"
         raise ValueError(f"environment of the launcher ({names}): {first_line(error)}") from None
     except RuntimeError as error:
-        raise TransientError(
-            f"not all {os.environ['WORLD_SIZE']} processes joined at {where}: {first_line(error)}"
-        ) from None
-    backend = torch.distributed.get_default_backend_for_device(kind)
-    with _collective():
-        torch.distributed.init_process_group(
-            backend, store=store, rank=rank, world_size=count, timeout=COLLECTIVE
-        )
+        where = ":".join(os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
+        message = f"not all {os.environ['WORLD_SIZE']} processes joined at {where}: {first_line(error)}"
+        raise TransientError(message) from None
 
 
 @contextmanager
 def _collective() -> Iterator[None]:
-    """What every process does with the others.
+    """Run what every process does with the others.
 
     Raises:
-        ValueError: another process failed; with its reason.
-        TransientError: another process is lost.
+        LostProcessError: another process has ended or stopped responding.
     """
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:
-        raise peers.lost(error) or error from None
+        raise LostProcessError(
+            f"the connection to another of the {count()} processes broke ({first_line(error)}); "
+            "start all of them again to resume from the last checkpoint"
+        ) from None
 
 
 def wait_for(ready: Callable[[], bool], folder: Path, what: str) -> None:
-    """Wait until `ready()` for what other processes do. It is no collective, so it takes them any time.
+    """Wait until `ready()` for what other processes do. It is no collective, so they may take any time.
 
     Args:
-        folder: where the others write as they go on.
+        folder: where the others write as they progress.
         what: they do, for the error.
 
     Raises:
-        TransientError: for STALLED seconds nothing has changed in `folder`, or another process is lost.
-        ValueError: another process failed; with its reason.
+        TransientError: for STALLED seconds nothing has changed in `folder`.
     """
-    seen, changed, looked = None, time.monotonic(), -math.inf
+    seen, changed, checked = -1.0, time.monotonic(), -math.inf
     while not ready():
-        peers.check()
         now = time.monotonic()
-        if now - looked > STALLED / 100:
-            found, looked = _files(folder), now
-            if found != seen:
-                seen, changed = found, now
+        if now - checked > STALLED / 100:
+            newest, checked = _last_change(folder), now
+            if newest != seen:
+                seen, changed = newest, now
             elif now - changed > STALLED:
                 raise TransientError(f"{folder}: no change for {STALLED / 60:g} min while {what}; try again")
         time.sleep(POLL)
 
 
-def _files(folder: Path) -> set[tuple[str, int, int]]:
-    """Names, times and sizes of the files in a folder; some go while one looks."""
-    found = set()
-    for path in folder.rglob("*"):
-        with suppress(OSError):
-            status = path.stat()
-            found.add((path.name, status.st_mtime_ns, status.st_size))
-    return found
+def _last_change(folder: Path) -> float:
+    """Return the newest time of a folder and all in it; of fewer files where one disappears meanwhile."""
+    newest = 0.0
+    with suppress(OSError):
+        for path in (folder, *folder.rglob("*")):
+            newest = max(newest, path.stat().st_mtime)
+    return newest
 
 
 def check_folder(folder: Path) -> None:
-    """Check that all processes see the same folder: the main process writes a file there.
-
-    Raises:
-        ValueError: one does not see what the main process wrote.
-    """
+    """Check that all processes see the same folder: the main process writes a file there."""
     file = folder / f"node-{broadcast(secrets.randbits(31))}"
     if is_main_process():
         folder.mkdir(parents=True, exist_ok=True)
@@ -164,10 +143,7 @@ def shard(items: S) -> S:
 
 
 def check_shards(size: int, key: str) -> None:
-    """
-    Raises:
-        ValueError: some process would have nothing to do; `key` names the number in params.yaml.
-    """
+    """Refuse a number of items that leaves a process without any; `key` is its name in params.yaml."""
     if size < count():
         raise ValueError(f"{key}: {size} is less than the {count()} processes; raise it, or use fewer")
 
@@ -243,20 +219,15 @@ def sum_gradients(parameters: Sequence[torch.nn.Parameter]) -> list[Tensor]:
 def map_round_robin(function: Callable[[Any], T], items: Sequence[Any]) -> Iterator[T]:
     """Yield function(item) of each item in order: with n processes each computes every n-th, all get all.
 
-    The items are the same whatever n is, so the results are too.
+    The items are the same whatever n is, so the results are too. No process waits longer for the others than
+    one item takes.
     """
-    for start in range(0, len(items), count()):
-        yield from map_shares(function, items[start : start + count()])
-
-
-def map_shares(function: Callable[[Any], T], items: Sequence[Any]) -> list[T]:
-    """As `map_round_robin`, gathered once, when each has computed all of its own."""
     from accelerate.utils import gather_object
 
     n, rank = count(), state().process_index
-    results = [function(item) for item in items[rank::n]]
-    if n == 1:
-        return results
-    with _collective():
-        shares = gather_object([results])
-    return [shares[i % n][i // n] for i in range(len(items))]
+    for start in range(0, len(items), n):
+        results = [function(item) for item in items[start : start + n][rank : rank + 1]]
+        if n > 1:
+            with _collective():
+                results = gather_object(results)
+        yield from results

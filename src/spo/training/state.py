@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from spo import config
-from spo.runtime.exit_codes import TransientError
+from spo.runtime.messages import TransientError
 from spo.training import distributed
 from spo.training.checkpoint import CheckpointStore
 from spo.training.clock import Clock

@@ -23,12 +23,9 @@ named: dict[int, tuple[Any, str]] = {}  # by id: a section, which is so kept ali
 def main() -> None:
     from spo import cli, config
     from spo.config import base, reading
-    from spo.runtime import forks
 
     if sys.argv[1:2] and sys.argv[1] not in cli.STAGES:
         return
-    if forks.SOCKET in os.environ and forks.asked_by() is None and sys.argv[1] in forks.STAGES:
-        return  # a fork does its work, and records it
     root = f"{os.getcwd()}{os.sep}"
     sys.addaudithook(functools.partial(opened, root=root))
     validate = reading.validate
