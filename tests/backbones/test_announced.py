@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from spo import config
 from spo.backbones import sizes
-from spo.backbones.parts import choose_variants, variants_of
+from spo.backbones.weight_files import choose_variants, variants_of
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 ANY = pytest.mark.parametrize("family", ["sd", "sdxl"])

@@ -12,7 +12,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from spo import cli, config
-from spo.backbones.finite import check_finite_weights
+from spo.backbones.tensors import check_finite
 from spo.data.latents import encode
 from spo.diffusion.finite import FiniteCheck
 from spo.diffusion.schedule import Schedule
@@ -36,7 +36,7 @@ NAN, INF = float("nan"), float("inf")
 @pytest.fixture(autouse=True)
 def loaded_unseen(monkeypatch) -> None:
     """Weights are refused when they are loaded; here they stand for what goes wrong later."""
-    monkeypatch.setattr("spo.backbones.checks.check_finite_weights", lambda module, where: None)
+    monkeypatch.setattr("spo.backbones.loading.check_finite", lambda module, where: None)
 
 
 def file_of(folder: Path, part: str) -> Path:
@@ -250,10 +250,10 @@ def test_latents_beyond_float16_are_refused(load, tmp_path, value, named) -> Non
 
 def test_weights_that_are_not_finite_are_named(load) -> None:
     backbone = load("sd")
-    check_finite_weights(backbone.unet, "base")
+    check_finite(backbone.unet, "base")
     backbone.unet.conv_out.bias.data[1] = NAN
     with pytest.raises(ValueError, match="base: NaN or infinity in weight conv_out.bias"):
-        check_finite_weights(backbone.unet, "base")
+        check_finite(backbone.unet, "base")
 
 
 @pytest.mark.smoke

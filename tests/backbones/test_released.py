@@ -12,6 +12,7 @@ from rounding import assert_same
 from safetensors.torch import load_file, save_file
 
 from spo import backbones, cli, config
+from spo.adapters import load as load_adapted
 from spo.data.images import load_images
 
 FILE = "diffusion_pytorch_model.safetensors"
@@ -33,7 +34,7 @@ def predict(backbone) -> torch.Tensor:
 def aligned(checkpoints, family):
     def aligned(path):
         settings = config.Backbone(family=family, checkpoint=str(checkpoints[family]))
-        return backbones.load_aligned(settings, path, "cpu")
+        return load_adapted(settings, path, "cpu")
 
     return aligned
 

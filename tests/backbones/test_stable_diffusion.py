@@ -8,6 +8,8 @@ from rounding import assert_same
 from safetensors.torch import load_file, save_file
 
 from spo import backbones, config
+from spo.adapters import load as load_adapted
+from spo.adapters import load_lora
 from spo.backbones import lora
 from spo.diffusion.noise import SampleNoise
 from spo.diffusion.rollout import sample_latents
@@ -123,7 +125,7 @@ def test_saved_adapter_loads_here_and_in_diffusers(load, family, checkpoints, tm
 
     for path in (tmp_path, tmp_path / lora.FILE):
         again = load(family)
-        again.load_lora(path)
+        load_lora(again, path)
         assert_same(predict(again), expected, backbone.unet)
         assert again.trainable_parameters() == []
 
@@ -205,7 +207,7 @@ def test_wrong_checkpoints_are_one_line(load, family, checkpoints, tmp_path) -> 
         "backbone.checkpoint: data/nowhere: no such file", lambda: load(family, checkpoint="data/nowhere")
     )
     refused("is not a diffusers pipeline", lambda: load(family, checkpoint=str(tmp_path)))
-    refused("nowhere: cannot be loaded", lambda: load(family, vae=str(tmp_path / "nowhere")))
+    refused("nowhere: config.json: cannot be loaded", lambda: load(family, vae=str(tmp_path / "nowhere")))
 
     spoilt = shutil.copytree(checkpoints[family], tmp_path / "spoilt")
     (spoilt / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"truncated")
@@ -230,28 +232,28 @@ def test_an_adapter_that_does_not_fit_is_refused(load, family, tmp_path) -> None
     (tmp_path / "truncated.safetensors").write_bytes(b"truncated")
 
     refused(
-        "wide.safetensors: does not fit this UNet: ",
-        lambda: load(family).load_lora(tmp_path / "wide.safetensors"),
+        "wide.safetensors: does not fit the unet: ",
+        lambda: load_lora(load(family), tmp_path / "wide.safetensors"),
     )
     refused(
-        "more.safetensors: does not fit this UNet, which has no layer for unet.down_blocks.7",
-        lambda: load(family).load_lora(tmp_path / "more.safetensors"),
+        "more.safetensors: does not fit the unet, which has no layer for unet.down_blocks.7",
+        lambda: load_lora(load(family), tmp_path / "more.safetensors"),
     )
     messages = {
-        "text.safetensors": "does not fit text_encoder, which has no layer for text_encoder.layers.0",
+        "text.safetensors": "does not fit the text_encoder, which has no layer for text_encoder.layers.0",
         "base.safetensors": "contains a unet, not a LoRA",
         "truncated.safetensors": "cannot be read as weights",
         "nowhere": "no such file or folder; give a LoRA",
     }
     for name, message in messages.items():
-        refused(f"{name}: {message}", lambda name=name: load(family).load_lora(tmp_path / name))
+        refused(f"{name}: {message}", lambda name=name: load_lora(load(family), tmp_path / name))
 
 
 def test_the_adapter_of_the_other_family_is_refused(load, family, tmp_path) -> None:
     other = load({"sd": "sdxl", "sdxl": "sd"}[family])
     other.add_lora(LORA, seed=0)
     other.save_lora(tmp_path)
-    refused("does not fit this UNet", lambda: load(family).load_lora(tmp_path))
+    refused("does not fit the unet", lambda: load_lora(load(family), tmp_path))
 
 
 def test_an_adapter_in_kohyas_format_loads(load, family, tmp_path) -> None:
@@ -268,7 +270,7 @@ def test_an_adapter_in_kohyas_format_loads(load, family, tmp_path) -> None:
         kohya |= {f"{name}.{side}.weight": value, f"{name}.alpha": torch.tensor(float(LORA.alpha))}
     save_file(kohya, tmp_path / "kohya.safetensors")
     again = load(family)
-    again.load_lora(tmp_path / "kohya.safetensors")
+    load_lora(again, tmp_path / "kohya.safetensors")
     assert_same(predict(again), predict(backbone), backbone.unet)
 
 
@@ -289,7 +291,7 @@ def test_a_full_fine_tune_keeps_its_reference_and_loads_here_and_in_diffusers(lo
     backbone.save_pipeline(tmp_path)
 
     settings = config.Backbone(family=family, checkpoint="nowhere/at-all")
-    again = backbones.load_aligned(settings, tmp_path, "cpu")
+    again = load_adapted(settings, tmp_path, "cpu")
     assert_same(predict(again), changed, again.unet)
     assert again.trainable_parameters() == []
     pipe = DiffusionPipeline.from_pretrained(tmp_path)

@@ -1,7 +1,5 @@
 """Single-file checkpoints (.safetensors), with the tensor names of the original releases."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 
@@ -36,33 +34,25 @@ UNUSED = (".loss.", "model_ema.")  # tensors of the autoencoder's training
 
 
 class Header:
-    """Tensor names, shapes and metadata of a file; no weights are read."""
+    """Tensor names and metadata of a file; no weights are read."""
 
     def __init__(self, path: str) -> None:
-        """
-        Raises:
-            ValueError: not a readable safetensors file.
-        """
         self.where = f"backbone.checkpoint: {path}"
         try:
             with safe_open(path, framework="pt") as file:
                 self.metadata: Mapping[str, str] = file.metadata() or {}
-                self.shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+                self.names = list(file.keys())
         except Exception as error:  # safetensors raises several types
             reason = first_line(error)
             raise ValueError(f"{self.where} is not a readable safetensors file ({reason})") from None
 
     def count(self, prefix: str) -> int:
         """Count the tensors with a prefix, without UNUSED ones."""
-        return sum(1 for n in self.shapes if n.startswith(prefix) and not any(u in n for u in UNUSED))
+        return sum(1 for n in self.names if n.startswith(prefix) and not any(u in n for u in UNUSED))
 
 
 def check(header: Header, settings: config.Backbone) -> None:
-    """Refuse a file that is not a complete text-to-image checkpoint of the family.
-
-    Raises:
-        ValueError: a LoRA, a single part, another family or architecture, or missing or unknown tensors.
-    """
+    """Refuse a file that is not a complete text-to-image checkpoint of the family."""
     _check_architecture(header, settings.family)
     _check_kind(header)
     other = "sdxl" if settings.family == "sd" else "sd"
@@ -74,7 +64,6 @@ def check(header: Header, settings: config.Backbone) -> None:
         )
     if settings.vae is None and not header.count(VAE):
         raise ValueError(f"{header.where} has no VAE ({VAE}*); name a VAE's folder in backbone.vae")
-    _check_counts(header, settings)
 
 
 def marks(header: Header, override: config.Scheduler) -> dict[str, Any]:
@@ -82,12 +71,9 @@ def marks(header: Header, override: config.Scheduler) -> dict[str, Any]:
 
     Args:
         override: of params.yaml; takes precedence over marks that contradict each other.
-
-    Raises:
-        ValueError: EDM, an unsupported prediction type, or contradictory marks.
     """
     for name, kind in EDM.items():
-        if name in header.shapes:
+        if name in header.names:
             reason = f"tensor {name!r} marks a model trained as {kind}"
             raise ValueError(f"{header.where}: {reason}; only discrete-time DDPM is supported")
     key = "modelspec.prediction_type"
@@ -100,14 +86,14 @@ def marks(header: Header, override: config.Scheduler) -> dict[str, Any]:
     keys: dict[str, Any] = {}
     if announced is not None and override.prediction_type is None:
         keys["prediction_type"] = announced
-    if V_PREDICTION in header.shapes:
+    if V_PREDICTION in header.names:
         if keys.get("prediction_type", "v_prediction") != "v_prediction":
             raise ValueError(
                 f"{header.where}: tensor 'v_pred' and metadata {key} {value!r} contradict each other; "
                 "set backbone.scheduler.prediction_type"
             )
         keys["prediction_type"] = "v_prediction"
-    if ZERO_SNR in header.shapes:
+    if ZERO_SNR in header.names:
         keys["rescale_betas_zero_snr"] = True
     return keys
 
@@ -127,7 +113,7 @@ def _check_architecture(header: Header, family: str) -> None:
 def _check_kind(header: Header) -> None:
     if header.count(UNET):
         return
-    names = list(header.shapes)
+    names = header.names
     if any("lora" in n or "hada_" in n or "lokr_" in n for n in names):
         kind = f"an adapter; {AS_ADAPTER}"
     elif any(n.startswith(("down_blocks.", "unet.down_blocks.", "input_blocks.")) for n in names):
@@ -137,18 +123,3 @@ def _check_kind(header: Header) -> None:
     else:
         kind = f"not a Stable Diffusion checkpoint (no {UNET}*)"
     raise ValueError(f"{header.where} is {kind}")
-
-
-def _check_counts(header: Header, settings: config.Backbone) -> None:
-    """Compare the number of tensors: UNet and VAE have one tensor each per name in both formats."""
-    from spo.backbones import sizes
-
-    unet, vae = sizes.empty_models(settings)
-    parts = {"UNet": (UNET, unet)} | ({} if settings.vae else {"VAE": (VAE, vae)})
-    for name, (prefix, model) in parts.items():
-        has, needs = header.count(prefix), len(model.state_dict())
-        if has != needs:
-            raise ValueError(
-                f"{header.where}: {has} tensors {prefix}* in the file, but {needs} in the {name} that "
-                f"{settings.described_by} describes; a damaged file, or backbone.config of another model"
-            )

@@ -151,7 +151,7 @@ def _copy_weights(adapter: Path, content: Path) -> None:
     Raises:
         ValueError: neither of them.
     """
-    from spo.backbones.external import find
+    from spo.adapters.files import find
     from spo.backbones.lora import FILE
 
     source = find(adapter)

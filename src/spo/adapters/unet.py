@@ -1,23 +1,23 @@
 """Load a UNet that was released without its pipeline; it must have the base's architecture."""
 
-from __future__ import annotations
-
 import inspect
-from collections.abc import Iterable, Mapping
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from spo.backbones import weights
-from spo.backbones.external import read_json
-from spo.backbones.layer_names import original_names
+from spo.adapters import weights
+from spo.adapters.names import original_names
+from spo.runtime.messages import first_line
 
 _ORIGINAL = ("model.diffusion_model.", "diffusion_model.", "")
 
 
-def load(unet: Any, files: Iterable[Path], config: Path | None) -> tuple[int, int]:
+@torch.no_grad()
+def load(unet: Any, files: Sequence[Path], config: Path | None) -> tuple[int, int]:
     """Replace the weights of `unet`, in its own precision.
 
     Args:
@@ -25,11 +25,7 @@ def load(unet: Any, files: Iterable[Path], config: Path | None) -> tuple[int, in
 
     Returns:
         The number of tensors that differ from the base's, and the number of all tensors.
-
-    Raises:
-        ValueError: another architecture; a tensor that is missing, unknown, of another shape or not finite.
     """
-    files = tuple(files)
     if config is not None:
         _check_config(unet, config)
     state: dict[str, Tensor] = {}
@@ -39,11 +35,10 @@ def load(unet: Any, files: Iterable[Path], config: Path | None) -> tuple[int, in
     base = unet.state_dict()
     _check_tensors(files[0], state, base)
     changed = 0
-    with torch.no_grad():
-        for key, parameter in base.items():
-            value = state[key].to(parameter)
-            changed += not torch.equal(value, parameter)
-            parameter.copy_(value)
+    for key, parameter in base.items():
+        value = state[key].to(parameter)
+        changed += not torch.equal(value, parameter)
+        parameter.copy_(value)
     return changed, len(base)
 
 
@@ -52,26 +47,21 @@ def _diffusers_names(unet: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
     prefix = next((p for p in _ORIGINAL if f"{p}input_blocks.0.0.weight" in state), None)
     if prefix is None:
         return state
-    names = {f"{prefix}{original}": name for name, original in original_names(unet).items()}
+    names = original_names(unet)
 
     def renamed(key: str) -> str:
-        module, _, parameter = key.rpartition(".")
+        module, _, parameter = key.removeprefix(prefix).rpartition(".")
         return f"{names[module]}.{parameter}" if module in names else key
 
     return {renamed(key): value for key, value in state.items()}
 
 
 def _check_tensors(file: Path, state: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> None:
-    """Compare the tensors of a file with the base's.
-
-    Raises:
-        ValueError: the first difference, and the number of its kind.
-    """
-    problems = {
-        "no tensor": [key for key in base if key not in state],
-        "unknown tensor": [key for key in state if key not in base],
-    }
-    for problem, keys in problems.items():
+    """Compare the tensors of a file with the base's."""
+    for problem, keys in (
+        ("no tensor", [key for key in base if key not in state]),
+        ("unknown tensor", [key for key in state if key not in base]),
+    ):
         if keys:
             more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
             raise ValueError(f"{file}: not the backbone's UNet: {problem} {keys[0]}{more}")
@@ -85,16 +75,19 @@ def _check_tensors(file: Path, state: Mapping[str, Tensor], base: Mapping[str, T
 
 
 def _check_config(unet: Any, file: Path) -> None:
-    config = read_json(file)
+    try:
+        config = dict(json.loads(file.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{file}: not a JSON object ({first_line(error, 200)})") from None
     name = config.get("_class_name", "UNet2DConditionModel")
     if name != "UNet2DConditionModel":
         raise ValueError(f"{file}: _class_name is {name}, but the backbone has a UNet2DConditionModel")
     for key, default in inspect.signature(type(unet).__init__).parameters.items():
-        if key not in unet.config:
-            continue
-        announced, base = config.get(key, default.default), unet.config[key]
-        if _plain(announced) != _plain(base):
-            raise ValueError(f"{file}: {key} is {announced!r}, but the backbone's UNet has {base!r}")
+        announced = config.get(key, default.default)
+        if key in unet.config and _plain(announced) != _plain(unet.config[key]):
+            raise ValueError(
+                f"{file}: {key} is {announced!r}, but the backbone's UNet has {unet.config[key]!r}"
+            )
 
 
 def _plain(value: Any) -> Any:

@@ -1,0 +1,235 @@
+"""Load LoRA files of any trainer: low-rank updates of layers, each at the strength that its file announces.
+
+Supported are the keys of kohya (`lora_unet_..._to_q.lora_down.weight`), three formats of diffusers
+(`unet....to_q.lora_A.weight`, `unet....to_q.lora.down.weight`, `...attn1.processor.to_q_lora.down.weight`)
+and peft (`base_model.model....`), with LoCon's convolutions and DoRA's magnitudes.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from torch import Tensor
+
+from spo.adapters import weights
+from spo.adapters.names import LayerNames, split_component
+from spo.adapters.strength import Strengths
+from spo.backbones.lora import ADAPTER
+from spo.backbones.lora_linear import use_merged_layers
+
+_PARTS = {
+    "down": r"(\.lora_down|\.lora_A(\.\w+)?|\.lora\.down|\.lora_linear_layer\.down|_lora\.down)\.weight",
+    "up": r"(\.lora_up|\.lora_B(\.\w+)?|\.lora\.up|\.lora_linear_layer\.up|_lora\.up)\.weight",
+    "mid": r"\.lora_mid\.weight",
+    "alpha": r"(_lora|\.lora)?\.alpha",
+    "magnitude": r"(\.dora_scale|\.lora_magnitude_vector(\.\w+)?)(\.weight)?",
+}
+_OTHER_KINDS = {
+    r"\.hada_": "LoHa",
+    r"\.lokr_": "LoKr",
+    r"oft_|\.oft|vec_params": "OFT",
+    r"\.[ab][12]\.weight$|\.glora": "GLoRA",
+    r"\.on_input$|ia3": "(IA)3",
+    r"vera_|randlora_|lora_ga|\.hra_|\.fourierft": "another peft method",
+    r"\.diff(_b|_m|_t)?$|\.set_weight$": "a full weight difference",
+    r"\.bias(_indices|_values|_size)?$": "a bias",
+    r"\.[wb]_norm$": "a norm's difference",
+    r"\.scalar$": "LyCORIS' scalar",
+    r"emb_params|bundle_emb|^clip_[lg]$": "a textual inversion",
+}
+
+
+@dataclass
+class _Layer:
+    """A layer of the model, and the file's keys for it, by part."""
+
+    component: str
+    name: str
+    weight: Tensor
+    keys: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Update:
+    """The update of one layer: `scale * up @ down`; with DoRA, also the norms of the rows (`magnitude`).
+
+    The scale stays apart: folded into `up`, 1/128 of kohya's rank 128 and alpha 1 would leave fp16's normal
+    numbers.
+    """
+
+    down: Tensor
+    up: Tensor
+    scale: float
+    magnitude: Tensor | None
+
+    @property
+    def rank(self) -> int:
+        return self.down.shape[0]
+
+    def changes(self) -> bool:
+        """Whether the update is not zero."""
+        return self.magnitude is not None or bool(self.up.any() and self.down.any())
+
+
+def is_adapter(keys: list[str]) -> bool:
+    """Whether keys belong to a LoRA or a related adapter rather than to a complete model."""
+    parts = [f"({pattern})$" for part, pattern in _PARTS.items() if part != "alpha"]
+    kinds = [kind for kind, name in _OTHER_KINDS.items() if name != "a bias"]
+    return any(re.search(pattern, key) for key in keys for pattern in (*parts, *kinds))
+
+
+def load(models: Mapping[str, Any], file: Path) -> dict[str, int]:
+    """Load a LoRA file into the UNet and the text encoders, frozen.
+
+    Args:
+        models: modules by component: unet, text_encoder, text_encoder_2.
+
+    Returns:
+        The number of changed layers by component.
+    """
+    updates = read(file, models)
+    if not any(update.changes() for layers in updates.values() for update in layers.values()):
+        raise ValueError(f"{file}: changes no layer: all of its weights are 0, or it has none")
+    for component, layers in updates.items():
+        _load(models[component], layers)
+    return {component: sum(u.changes() for u in layers.values()) for component, layers in updates.items()}
+
+
+def read(file: Path, models: Mapping[str, torch.nn.Module]) -> dict[str, dict[str, Update]]:
+    """Read the updates by component and layer; every key of the file must fit a layer of `models`."""
+    state = weights.read(file)
+    layers = _by_layer(file, state, models)
+    peft = any("base_model.model." in key for key in state)
+    has_alphas = any("alpha" in layer.keys for layer in layers)
+    strengths = Strengths(file, weights.header(file)[1], peft, has_alphas)
+    updates: dict[str, dict[str, Update]] = {}
+    for layer in layers:
+        updates.setdefault(layer.component, {})[layer.name] = _update(file, layer, state, strengths)
+    with_magnitude = {layer.component for layer in layers if "magnitude" in layer.keys}
+    for layer in layers:
+        if "magnitude" in layer.keys:
+            continue
+        if layer.component in with_magnitude or strengths.announces_dora(layer.component):
+            key = layer.keys["down"]
+            raise ValueError(f"{file}: {key} has no DoRA magnitude, though the file announces DoRA")
+    return updates
+
+
+def _by_layer(file: Path, state: Mapping[str, Tensor], models: Mapping[str, torch.nn.Module]) -> list[_Layer]:
+    names = {component: LayerNames(model) for component, model in models.items()}
+    layers: dict[tuple[str, str], _Layer] = {}
+    for key in state:
+        part, stem = _part(file, key)
+        component, alias = split_component(stem)
+        if component not in names:
+            raise ValueError(f"{file}: {key} is for {component}, which this backbone lacks")
+        name = names[component].find(alias)
+        if name is None:
+            raise ValueError(f"{file}: does not fit the {component}, which has no layer for {key}")
+        weight: Any = names[component].modules[name].weight
+        layer = layers.setdefault((component, name), _Layer(component, name, weight))
+        if other := layer.keys.get(part):
+            raise ValueError(f"{file}: {key} and {other} are for the same layer; keep one adapter in a file")
+        layer.keys[part] = key
+    return list(layers.values())
+
+
+def _part(file: Path, key: str) -> tuple[str, str]:
+    """Split a key into (part, the key without it)."""
+    for part, pattern in _PARTS.items():
+        if match := re.search(f"({pattern})$", key):
+            return part, key[: match.start()]
+    kinds = (name for pattern, name in _OTHER_KINDS.items() if re.search(pattern, key))
+    raise ValueError(
+        f"{file}: {key} is {next(kinds, 'not part of a LoRA')}; only LoRA, LoCon and DoRA are supported: "
+        "merge other adapters into the UNet, and give the UNet"
+    )
+
+
+def _update(file: Path, layer: _Layer, state: Mapping[str, Tensor], strengths: Strengths) -> Update:
+    keys = layer.keys
+    for part in ("down", "up"):
+        if part not in keys:
+            key = next(iter(keys.values()))
+            raise ValueError(f"{file}: {key} has no {part} matrix beside it; the file is incomplete")
+    for part, key in keys.items():
+        weights.check_numbers(file, key, state[key].float() if part == "alpha" else state[key])
+    down, up = _matrices(file, layer, state)
+    alpha = (keys["alpha"], state[keys["alpha"]]) if "alpha" in keys else None
+    scale = strengths.of(layer.component, layer.name, keys["down"], down.shape[0], alpha)
+    magnitude = _magnitude(file, layer, state) if "magnitude" in keys else None
+    return Update(down, up, scale, magnitude)
+
+
+def _matrices(file: Path, layer: _Layer, state: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """The matrices down and up in the shapes of the layer; a 1x1 kernel may be stored as a matrix."""
+    keys = layer.keys
+    down, up = state[keys["down"]], state[keys["up"]]
+    if "mid" in keys:  # Tucker decomposition: the kernel is between two matrices; fold the first into it
+        middle = state[keys["mid"]]
+        if middle.ndim != 4 or middle.shape[1] != down.shape[0] or down[0].numel() != down[0].shape[0]:
+            raise ValueError(
+                f"{file}: {keys['mid']} is {list(middle.shape)}, which does not fit its lora_down"
+            )
+        down = torch.einsum("ijkl,jc->ickl", middle.float(), down.flatten(1).float())
+    outputs, inputs = layer.weight.shape[0], layer.weight.shape[1:]
+    rank = down.shape[0] if down.ndim else 0
+    wanted = {"down": (rank, *inputs), "up": (outputs, rank, *(1 for _ in inputs[1:]))}
+    for part, value in (("down", down), ("up", up)):
+        if rank == 0 or _bare(value.shape) != _bare(wanted[part]):
+            raise ValueError(
+                f"{file}: does not fit the {layer.component}: {keys[part]} is {list(value.shape)}, "
+                f"but the layer takes {list(wanted[part])}"
+            )
+    return down.reshape(wanted["down"]), up.reshape(wanted["up"])
+
+
+def _bare(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(shape[:2]) if len(shape) == 4 and tuple(shape[2:]) == (1, 1) else tuple(shape)
+
+
+def _magnitude(file: Path, layer: _Layer, state: Mapping[str, Tensor]) -> Tensor:
+    """The norm of each output, in peft's shape."""
+    key, outputs = layer.keys["magnitude"], layer.weight.shape[0]
+    value = state[key]
+    if value.numel() != outputs or ("dora_scale" in key and value.shape[:1] != (outputs,)):
+        raise ValueError(
+            f"{file}: {key} is {list(value.shape)}; DoRA must have a norm for each of {outputs} outputs"
+        )
+    return value.reshape((outputs,) if layer.weight.ndim == 2 else (1, outputs, 1, 1))
+
+
+@torch.no_grad()
+def _load(model: Any, updates: Mapping[str, Update]) -> None:
+    """Add an adapter of which each layer has its own rank and strength: peft's config has one for many."""
+    common = Counter(update.rank for update in updates.values()).most_common(1)[0][0]
+    others: dict[int, list[str]] = {}
+    for name, update in updates.items():
+        if update.rank != common:
+            others.setdefault(update.rank, []).append(re.escape(name))
+    settings = LoraConfig(
+        r=common,
+        lora_alpha=common,
+        # one pattern per rank, not per layer: peft tries every pattern for every layer
+        rank_pattern={f"^({'|'.join(names)})": rank for rank, names in others.items()},
+        target_modules=list(updates),
+        use_dora=any(update.magnitude is not None for update in updates.values()),
+    )
+    names = {f"{name}.lora_A.weight": torch.empty(0) for name in updates}
+    with torch.random.fork_rng(devices=[]):  # peft draws initial weights, which are replaced
+        inject_adapter_in_model(use_merged_layers(settings), model, adapter_name=ADAPTER, state_dict=names)
+    model._hf_peft_config_loaded = True
+    for name, update in updates.items():
+        layer: Any = model.get_submodule(name)
+        layer.lora_A[ADAPTER].weight.copy_(update.down)
+        layer.lora_B[ADAPTER].weight.copy_(update.up)
+        if update.magnitude is not None:
+            layer.lora_magnitude_vector[ADAPTER].weight.copy_(update.magnitude)
+        layer.lora_alpha[ADAPTER] = update.scale * update.rank
+        layer.scaling[ADAPTER] = update.scale
+    model.eval().requires_grad_(False)
