@@ -46,5 +46,5 @@ def test_prompts_and_the_dry_run_read_its_description(one, checkpoints) -> None:
 def test_without_a_network_it_says_what_is_missing(one) -> None:
     alone = one.model_copy(update={"config": None})
     for read in (sizes.measure, backbones.describe, lambda settings: backbones.load(settings, "cpu")):
-        with pytest.raises(ValueError, match="backbone.config: .*cannot be loaded .*give the folder of a local"):
+        with pytest.raises(ValueError, match="backbone.config: .*cannot be loaded .*local copy"):
             read(alone)

@@ -8,6 +8,7 @@ import torch
 from spo import backbones, config
 from spo.adapters import files, lora, unet
 from spo.adapters.names import COMPONENTS
+from spo.adapters.weights import Weights
 from spo.backbones import StableDiffusion
 from spo.training import distributed
 from spo.types import Budget
@@ -24,19 +25,19 @@ def load(
         return backbones.load(settings, device, budget)
     source = files.find(Path(adapter))
     if source.kind == "pipeline":
-        replaced = {"checkpoint": str(source.files[0]), "revision": None, "config": settings.described_by}
+        replaced = {"checkpoint": str(source.path), "revision": None, "config": settings.described_by}
         settings = settings.model_copy(update=replaced)
     description = backbones.describe(settings)
-    if source.files[0].is_file():
-        files.check_header(source.files[0], settings.family, description.prediction)
+    for weights in source.weights:
+        files.check_header(weights, settings.family, description.prediction)
     backbone = backbones.load_described(description, device, budget)
     if source.kind == "pipeline":
         return backbone
     if source.kind == "lora":
-        summary = _load_lora(backbone, source.files[0])
+        summary = _load_lora(backbone, source.weights[0])
     else:
-        changed, total = unet.load(backbone.unet, source.files, source.config)
-        summary = f"{source.files[0]}: UNet, {changed} of {total} tensors differ from the base's"
+        changed, total = unet.load(backbone.unet, source.weights)
+        summary = f"{source.path}: UNet, {changed} of {total} tensors differ from the base's"
     if distributed.is_main_process():
         print(f"spo: {summary}", file=sys.stderr)
     return backbone
@@ -47,15 +48,15 @@ def load_lora(backbone: StableDiffusion, path: Path) -> str:
     source = files.find(path)
     if source.kind != "lora":
         raise ValueError(f"{path}: contains a {source.kind}, not a LoRA")
-    return _load_lora(backbone, source.files[0])
+    return _load_lora(backbone, source.weights[0])
 
 
-def _load_lora(backbone: StableDiffusion, file: Path) -> str:
+def _load_lora(backbone: StableDiffusion, weights: Weights) -> str:
     pipeline = backbone.pipeline
     models = {
         name: getattr(pipeline, name) for name in COMPONENTS if getattr(pipeline, name, None) is not None
     }
-    changed = lora.load(models, file)
+    changed = lora.load(models, weights)
     backbone.forget_prompts()
     layers = ", ".join(f"{n} layers of the {name}" for name, n in changed.items())
-    return f"{file}: LoRA, changes {layers}"
+    return f"{weights.file}: LoRA, changes {layers}"

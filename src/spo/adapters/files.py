@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from spo.adapters import lora, weights
+from spo.adapters import lora
+from spo.adapters.weights import ENDINGS, Weights, read
 from spo.backbones.weight_files import variants_of
 
 UNET_STEM = "diffusion_pytorch_model"
@@ -31,11 +32,11 @@ _PREDICTIONS = ((r"^(epsilon|false)$", "epsilon"), (r"^(v|v_prediction|true)$", 
 
 @dataclass(frozen=True)
 class Source:
-    """A model at a path: its kind and its files."""
+    """A model at a path: its kind, and its files, of which a pipeline's folder has none here."""
 
     kind: Literal["pipeline", "unet", "lora"]
-    files: tuple[Path, ...]  # for a pipeline: its folder or single file
-    config: Path | None = None  # config.json beside a UNet, if any
+    path: Path
+    weights: Sequence[Weights] = ()
 
 
 def find(path: Path) -> Source:
@@ -49,38 +50,32 @@ def find(path: Path) -> Source:
     if not path.is_dir():
         raise ValueError(f"{path}: no such file or folder; give {SUPPORTED}")
     if (path / "model_index.json").exists():
-        return Source("pipeline", (path,))
+        return Source("pipeline", path)
     for folder in (path, path / "unet"):
         if any(folder.glob(f"{UNET_STEM}*")):
             _check_alone(path, folder)
-            return _unet(*_unet_files(folder))
+            return Source("unet", folder, [read(file) for file in _unet_files(folder)])
     return _lora_folder(path)
 
 
 def _of_file(file: Path) -> Source:
-    if file.suffix not in weights.ENDINGS:
-        raise ValueError(
-            f"{file}: not a supported file ({', '.join(weights.ENDINGS)}); save it as .safetensors"
-        )
-    keys, _ = weights.header(file)
+    if file.suffix not in ENDINGS:
+        raise ValueError(f"{file}: not a supported file ({', '.join(ENDINGS)}); save it as .safetensors")
+    weights = read(file)
+    keys = list(weights.tensors)
     if lora.is_adapter(keys):
-        return Source("lora", (file,))
+        return Source("lora", file, [weights])
     original = any(key.startswith("model.diffusion_model.") for key in keys)
     if original and any(
         key.startswith(("first_stage_model.", "cond_stage_model.", "conditioner.")) for key in keys
     ):
         if file.suffix != ".safetensors":
             raise ValueError(f"{file}: a complete pipeline as a pickle; save it as .safetensors")
-        return Source("pipeline", (file,))
+        return Source("pipeline", file, [weights])
     if original or any(re.search(r"(^|\.)(conv_in|input_blocks\.0\.0)\.weight$", key) for key in keys):
-        return _unet(file)
+        return Source("unet", file, [weights])
     first = f"its first key is {keys[0]}" if keys else "it is empty"
     raise ValueError(f"{file}: neither a LoRA nor a UNet nor a complete pipeline ({first})")
-
-
-def _unet(*files: Path) -> Source:
-    config = files[0].parent / "config.json"
-    return Source("unet", files, config if config.exists() else None)
 
 
 def _check_alone(path: Path, unet: Path) -> None:
@@ -127,7 +122,7 @@ def _lora_folder(path: Path) -> Source:
 
 def _weights(folder: Path, pattern: str) -> list[Path]:
     """Weights files that match a pattern: .safetensors, or pickles if there are no others."""
-    files = [p for p in sorted(folder.glob(pattern)) if p.is_file() and p.suffix in weights.ENDINGS]
+    files = [p for p in sorted(folder.glob(pattern)) if p.is_file() and p.suffix in ENDINGS]
     return [p for p in files if p.suffix == ".safetensors"] or files
 
 
@@ -135,9 +130,9 @@ def _names(files: Sequence[Path]) -> str:
     return ", ".join(file.name for file in files)
 
 
-def check_header(file: Path, family: str, prediction: str) -> None:
+def check_header(weights: Weights, family: str, prediction: str) -> None:
     """Refuse a file whose header announces another architecture or prediction type than the backbone's."""
-    _, metadata = weights.header(file)
+    metadata = weights.metadata
     base, predicts = f"backbone.family is {family!r}", f"the backbone predicts {prediction}"
     for key, known, own, reason in (
         ("ss_base_model_version", _FAMILIES, family, base),
@@ -148,4 +143,4 @@ def check_header(file: Path, family: str, prediction: str) -> None:
         text = metadata.get(key, "").lower()
         announced = next((name for pattern, name in known if re.search(pattern, text)), own)
         if announced != own:
-            raise ValueError(f"{file}: {key} is {metadata[key]!r}, but {reason}")
+            raise ValueError(f"{weights.file}: {key} is {metadata[key]!r}, but {reason}")

@@ -16,9 +16,9 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor
 
-from spo.adapters import weights
 from spo.adapters.names import LayerNames, split_component
 from spo.adapters.strength import Strengths
+from spo.adapters.weights import Weights
 from spo.backbones.lora import ADAPTER
 from spo.backbones.lora_linear import use_merged_layers
 
@@ -83,7 +83,7 @@ def is_adapter(keys: list[str]) -> bool:
     return any(re.search(pattern, key) for key in keys for pattern in (*parts, *kinds))
 
 
-def load(models: Mapping[str, Any], file: Path) -> dict[str, int]:
+def load(models: Mapping[str, Any], weights: Weights) -> dict[str, int]:
     """Load a LoRA file into the UNet and the text encoders, frozen.
 
     Args:
@@ -92,38 +92,36 @@ def load(models: Mapping[str, Any], file: Path) -> dict[str, int]:
     Returns:
         The number of changed layers by component.
     """
-    updates = read(file, models)
+    updates = read(weights, models)
     if not any(update.changes() for layers in updates.values() for update in layers.values()):
-        raise ValueError(f"{file}: changes no layer: all of its weights are 0, or it has none")
+        raise ValueError(f"{weights.file}: changes no layer: all of its weights are 0, or it has none")
     for component, layers in updates.items():
         _load(models[component], layers)
     return {component: sum(u.changes() for u in layers.values()) for component, layers in updates.items()}
 
 
-def read(file: Path, models: Mapping[str, torch.nn.Module]) -> dict[str, dict[str, Update]]:
+def read(weights: Weights, models: Mapping[str, torch.nn.Module]) -> dict[str, dict[str, Update]]:
     """Read the updates by component and layer; every key of the file must fit a layer of `models`."""
-    state = weights.read(file)
-    layers = _by_layer(file, state, models)
-    peft = any("base_model.model." in key for key in state)
-    has_alphas = any("alpha" in layer.keys for layer in layers)
-    strengths = Strengths(file, weights.header(file)[1], peft, has_alphas)
+    layers = _by_layer(weights, models)
+    strengths = Strengths(weights, has_alphas=any("alpha" in layer.keys for layer in layers))
     updates: dict[str, dict[str, Update]] = {}
     for layer in layers:
-        updates.setdefault(layer.component, {})[layer.name] = _update(file, layer, state, strengths)
+        updates.setdefault(layer.component, {})[layer.name] = _update(weights, layer, strengths)
     with_magnitude = {layer.component for layer in layers if "magnitude" in layer.keys}
     for layer in layers:
         if "magnitude" in layer.keys:
             continue
         if layer.component in with_magnitude or strengths.announces_dora(layer.component):
             key = layer.keys["down"]
-            raise ValueError(f"{file}: {key} has no DoRA magnitude, though the file announces DoRA")
+            raise ValueError(f"{weights.file}: {key} has no DoRA magnitude, though the file announces DoRA")
     return updates
 
 
-def _by_layer(file: Path, state: Mapping[str, Tensor], models: Mapping[str, torch.nn.Module]) -> list[_Layer]:
+def _by_layer(weights: Weights, models: Mapping[str, torch.nn.Module]) -> list[_Layer]:
+    file = weights.file
     names = {component: LayerNames(model) for component, model in models.items()}
     layers: dict[tuple[str, str], _Layer] = {}
-    for key in state:
+    for key in weights.tensors:
         part, stem = _part(file, key)
         component, alias = split_component(stem)
         if component not in names:
@@ -151,27 +149,26 @@ def _part(file: Path, key: str) -> tuple[str, str]:
     )
 
 
-def _update(file: Path, layer: _Layer, state: Mapping[str, Tensor], strengths: Strengths) -> Update:
-    keys = layer.keys
+def _update(weights: Weights, layer: _Layer, strengths: Strengths) -> Update:
+    file, keys = weights.file, layer.keys
     for part in ("down", "up"):
         if part not in keys:
             key = next(iter(keys.values()))
             raise ValueError(f"{file}: {key} has no {part} matrix beside it; the file is incomplete")
-    for part, key in keys.items():
-        weights.check_numbers(file, key, state[key].float() if part == "alpha" else state[key])
-    down, up = _matrices(file, layer, state)
-    alpha = (keys["alpha"], state[keys["alpha"]]) if "alpha" in keys else None
+    values = {part: weights.checked(key, integers=part == "alpha") for part, key in keys.items()}
+    down, up = _matrices(file, layer, values)
+    alpha = (keys["alpha"], values["alpha"]) if "alpha" in keys else None
     scale = strengths.of(layer.component, layer.name, keys["down"], down.shape[0], alpha)
-    magnitude = _magnitude(file, layer, state) if "magnitude" in keys else None
+    magnitude = _magnitude(file, layer, values["magnitude"]) if "magnitude" in keys else None
     return Update(down, up, scale, magnitude)
 
 
-def _matrices(file: Path, layer: _Layer, state: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+def _matrices(file: Path, layer: _Layer, values: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     """The matrices down and up in the shapes of the layer; a 1x1 kernel may be stored as a matrix."""
     keys = layer.keys
-    down, up = state[keys["down"]], state[keys["up"]]
+    down, up = values["down"], values["up"]
     if "mid" in keys:  # Tucker decomposition: the kernel is between two matrices; fold the first into it
-        middle = state[keys["mid"]]
+        middle = values["mid"]
         if middle.ndim != 4 or middle.shape[1] != down.shape[0] or down[0].numel() != down[0].shape[0]:
             raise ValueError(
                 f"{file}: {keys['mid']} is {list(middle.shape)}, which does not fit its lora_down"
@@ -193,10 +190,9 @@ def _bare(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(shape[:2]) if len(shape) == 4 and tuple(shape[2:]) == (1, 1) else tuple(shape)
 
 
-def _magnitude(file: Path, layer: _Layer, state: Mapping[str, Tensor]) -> Tensor:
+def _magnitude(file: Path, layer: _Layer, value: Tensor) -> Tensor:
     """The norm of each output, in peft's shape."""
     key, outputs = layer.keys["magnitude"], layer.weight.shape[0]
-    value = state[key]
     if value.numel() != outputs or ("dora_scale" in key and value.shape[:1] != (outputs,)):
         raise ValueError(
             f"{file}: {key} is {list(value.shape)}; DoRA must have a norm for each of {outputs} outputs"

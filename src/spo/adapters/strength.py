@@ -4,13 +4,13 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from peft.utils.other import get_pattern_key
 from torch import Tensor
 
 from spo.adapters.names import COMPONENTS, UNET
+from spo.adapters.weights import Weights
 
 PEFT_CONFIG = "adapter_config.json"
 
@@ -56,13 +56,10 @@ _WITHOUT_EFFECT = {
 class Strengths:
     """The strengths in a file (alpha tensors, diffusers' metadata or peft's adapter_config.json)."""
 
-    def __init__(self, file: Path, metadata: Mapping[str, str], peft: bool, has_alphas: bool) -> None:
-        """Read the settings.
-
-        Args:
-            peft: whether the keys are in peft's own format, which writes alpha to adapter_config.json.
-            has_alphas: whether the file has alpha tensors.
-        """
+    def __init__(self, weights: Weights, has_alphas: bool) -> None:
+        """Read the settings; peft's own format has its alpha in adapter_config.json."""
+        file, metadata = weights.file, weights.metadata
+        peft = any("base_model.model." in key for key in weights.tensors)
         self.file, self._trained_alpha = file, _number(metadata.get("ss_network_alpha"))
         self._settings: Mapping[str, Mapping[str, Any]] = {}
         self._source = f"{file}: lora_adapter_metadata"
@@ -81,12 +78,7 @@ class Strengths:
             _check(self._source, settings)
 
     def of(self, component: str, layer: str, key: str, rank: int, alpha: tuple[str, Tensor] | None) -> float:
-        """The strength of one layer; 1 if the file announces none.
-
-        Args:
-            key: a key of the layer, for messages.
-            alpha: its alpha tensor, if any, and the key of that.
-        """
+        """The strength of a layer with the `key` and maybe an alpha tensor; 1 if none is announced."""
         by_tensor = None if alpha is None else self._alpha(*alpha) / rank
         by_settings = self._by_settings(component, layer, key, rank)
         if by_tensor is not None and by_settings is not None:

@@ -1,44 +1,38 @@
 """Load a UNet that was released without its pipeline; it must have the base's architecture."""
 
 import inspect
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from spo.adapters import weights
 from spo.adapters.names import original_names
-from spo.runtime.messages import first_line
+from spo.adapters.weights import Weights
+from spo.backbones.description import config_file
 
 _ORIGINAL = ("model.diffusion_model.", "diffusion_model.", "")
 
 
 @torch.no_grad()
-def load(unet: Any, files: Sequence[Path], config: Path | None) -> tuple[int, int]:
-    """Replace the weights of `unet`, in its own precision.
-
-    Args:
-        config: the config.json of the new weights, if any.
+def load(unet: Any, parts: Sequence[Weights]) -> tuple[int, int]:
+    """Replace the weights of `unet`, in its own precision, by those of one file or several shards.
 
     Returns:
         The number of tensors that differ from the base's, and the number of all tensors.
     """
-    if config is not None:
-        _check_config(unet, config)
-    state: dict[str, Tensor] = {}
-    for file in files:
-        state |= weights.read(file)
-    state = _diffusers_names(unet, state)
-    base = unet.state_dict()
-    _check_tensors(files[0], state, base)
-    changed = 0
-    for key, parameter in base.items():
-        value = state[key].to(parameter)
-        changed += not torch.equal(value, parameter)
-        parameter.copy_(value)
+    file = parts[0].file
+    if (file.parent / "config.json").exists():
+        _check_config(unet, file.parent / "config.json")
+    state = {key: part.checked(key) for part in parts for key in part.tensors}
+    state, base = _diffusers_names(unet, state), unet.state_dict()
+    changed = sum(not torch.equal(state[key].to(base[key]), base[key]) for key in base if key in state)
+    try:
+        unet.load_state_dict(state)
+    except RuntimeError as error:  # lines of missing and unexpected tensors and other shapes
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{file}: not the backbone's UNet: {reason[:300]}") from None
     return changed, len(base)
 
 
@@ -56,29 +50,8 @@ def _diffusers_names(unet: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {renamed(key): value for key, value in state.items()}
 
 
-def _check_tensors(file: Path, state: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> None:
-    """Compare the tensors of a file with the base's."""
-    for problem, keys in (
-        ("no tensor", [key for key in base if key not in state]),
-        ("unknown tensor", [key for key in state if key not in base]),
-    ):
-        if keys:
-            more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
-            raise ValueError(f"{file}: not the backbone's UNet: {problem} {keys[0]}{more}")
-    for key, value in state.items():
-        if value.shape != base[key].shape:
-            raise ValueError(
-                f"{file}: not the backbone's UNet: {key} is {list(value.shape)}, but the base's is "
-                f"{list(base[key].shape)}"
-            )
-        weights.check_numbers(file, key, value)
-
-
 def _check_config(unet: Any, file: Path) -> None:
-    try:
-        config = dict(json.loads(file.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{file}: not a JSON object ({first_line(error, 200)})") from None
+    config = config_file(str(file.parent), None, file.name, str(file.parent))
     name = config.get("_class_name", "UNet2DConditionModel")
     if name != "UNet2DConditionModel":
         raise ValueError(f"{file}: _class_name is {name}, but the backbone has a UNet2DConditionModel")

@@ -1,10 +1,12 @@
 """Read weights files without executing code from them."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from spo.runtime.messages import first_line
@@ -13,56 +15,45 @@ PICKLED = (".bin", ".pt", ".pth")
 ENDINGS = (".safetensors", *PICKLED)
 
 
-def read(file: Path) -> dict[str, Tensor]:
-    """The tensors of a file by key."""
-    if file.suffix in PICKLED:
-        return _pickled(file)
-    with _opened(file) as weights:
-        return {key: weights.get_tensor(key) for key in weights.keys()}
+@dataclass(frozen=True)
+class Weights:
+    """The tensors of a file by key; those of a .safetensors file are mapped, so only what is used is read."""
 
+    file: Path
+    tensors: Mapping[str, Tensor]
+    metadata: Mapping[str, str]  # of a .safetensors file
 
-def header(file: Path) -> tuple[list[str], Mapping[str, str]]:
-    """The keys of a file, and the metadata of a .safetensors file; of that no tensor is read."""
-    if file.suffix in PICKLED:
-        return list(_pickled(file)), {}
-    with _opened(file) as weights:
-        return list(weights.keys()), weights.metadata() or {}
-
-
-def check_numbers(file: Path, key: str, value: Tensor) -> None:
-    """Refuse the integers of a quantised model, NaN and infinity."""
-    if not value.is_floating_point():
+    def checked(self, key: str, integers: bool = False) -> Tensor:
+        """A tensor; refused are NaN, infinity and, unless they are allowed, integers (a quantised model)."""
+        value = self.tensors[key]
         kind = str(value.dtype).removeprefix("torch.")
-        raise ValueError(f"{file}: {key} is {kind}, not floating point; save the weights in fp16 or fp32")
-    if not torch.isfinite(value.float()).all():
-        raise ValueError(
-            f"{file}: {key} has NaN or infinite values; the file is damaged or its training diverged"
-        )
+        if not value.is_floating_point() and not integers:
+            reason = f"is {kind}, not floating point; save the weights in fp16 or fp32"
+            raise ValueError(f"{self.file}: {key} {reason}")
+        if not torch.isfinite(value.float()).all():
+            reason = "has NaN or infinite values; the file is damaged or its training diverged"
+            raise ValueError(f"{self.file}: {key} {reason}")
+        return value
 
 
-def _opened(file: Path) -> Any:
-    from safetensors import safe_open
-
+def read(file: Path) -> Weights:
+    """Read a file; of a pickle, tensors by name alone."""
+    state: Any
+    metadata: Mapping[str, str] = {}
     try:
-        return safe_open(file, framework="pt")
-    except Exception as error:  # safetensors raises several types
-        raise ValueError(f"{file}: cannot be read as weights ({first_line(error, 200)})") from None
-
-
-def _pickled(file: Path) -> dict[str, Tensor]:
-    try:
-        state = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # zip and pickle raise several types
+        if file.suffix in PICKLED:
+            state = torch.load(file, map_location="cpu", weights_only=True)
+        else:
+            with safe_open(file, framework="pt") as opened:
+                state = {key: opened.get_tensor(key) for key in opened.keys()}
+                metadata = opened.metadata() or {}
+    except Exception as error:  # safetensors, zip and pickle raise several types
         reason = first_line(error, 200)
-        raise ValueError(
-            f"{file}: not a pickle of tensors only ({reason}); save it as .safetensors"
-        ) from None
+        raise ValueError(f"{file}: cannot be read as weights ({reason}); save it as .safetensors") from None
     if not isinstance(state, dict):
         raise ValueError(f"{file}: must be tensors by name, not a {type(state).__name__}")
     for key, value in state.items():
         if not isinstance(value, Tensor):
             kind = type(value).__name__
-            raise ValueError(
-                f"{file}: {key} is a {kind}, not a tensor; save the tensors alone as .safetensors"
-            )
-    return {str(key): value for key, value in state.items()}
+            raise ValueError(f"{file}: {key} is a {kind}, not a tensor; save the tensors as .safetensors")
+    return Weights(file, {str(key): value for key, value in state.items()}, metadata)

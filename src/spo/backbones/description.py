@@ -161,22 +161,15 @@ def _check_folder(name: str, where: str) -> None:
     path = Path(name)
     if not path.exists():
         try:
-            return hub.check(name)
+            hub.check(name)
         except ValueError as error:
             raise ValueError(f"backbone.checkpoint: {error}") from None
-    if path.is_file():
+    elif path.is_file():
         raise ValueError(f"{where} is not a .safetensors file; convert it, or give a diffusers folder")
-    if (path / "model_index.json").exists():
-        return None
-    hint = ""
-    for file, kind, option in (
-        ("adapter_config.json", "LoRA", "--lora"),
-        ("pytorch_lora_weights.safetensors", "LoRA", "--lora"),
-        ("config.json", "UNet", "--unet"),
-    ):
-        if not hint and (path / file).exists():
-            hint = f"; give a {kind} by `spo generate {option}` or generate.VARIANT.adapter, its base here"
-    raise ValueError(f"{where} is not a diffusers pipeline (no model_index.json){hint}")
+    elif not (path / "model_index.json").exists():
+        raise ValueError(
+            f"{where} is not a diffusers pipeline (no model_index.json); {single_file.AS_ADAPTER}"
+        )
 
 
 def _check_index(index: Mapping[str, Any], family: str, where: str) -> None:

@@ -1,5 +1,8 @@
 """Load the weights of a described checkpoint: complete, finite, and the parts fit each other."""
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -120,7 +123,7 @@ def _part(kind: str, place: Place, variant: str | None, dtype: torch.dtype, wher
     def load() -> Any:
         return cls.from_pretrained(place.name, output_loading_info=True, **options)
 
-    with quiet():
+    with _quiet():
         model, report = reach(where, place.name, load)
     missing, unknown = (
         [name for name in report[key] if not name.endswith("position_ids")]
@@ -130,61 +133,58 @@ def _part(kind: str, place: Place, variant: str | None, dtype: torch.dtype, wher
     return model
 
 
-class quiet:
-    """Silences the reports of missing tensors of transformers and diffusers; `_part` gives one line."""
-
-    def __enter__(self) -> None:
-        import diffusers.utils.logging as diffusers_logging
-        import transformers.utils.logging as transformers_logging
-
-        self._before = [(log, log.get_verbosity()) for log in (diffusers_logging, transformers_logging)]
-        for log, _ in self._before:
-            log.set_verbosity_error()
-
-    def __exit__(self, *_: object) -> None:
-        for log, level in self._before:
-            log.set_verbosity(level)
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the libraries' own reports of missing tensors; `_part` gives one line."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
 
 
 def _check_text(pipeline: Any, sdxl: bool, where: str) -> None:
-    encoders = [("text_encoder", "tokenizer")] + ([("text_encoder_2", "tokenizer_2")] if sdxl else [])
+    """Check that tokenizers, text encoders and UNet fit each other."""
+    encoders = {"text_encoder": "tokenizer"} | ({"text_encoder_2": "tokenizer_2"} if sdxl else {})
     width, lengths = 0, []
-    for part, tokens in encoders:
-        encoder, tokenizer = getattr(pipeline, part), getattr(pipeline, tokens)
-        width += encoder.config.hidden_size
-        if tokenizer is None or len(tokenizer) > encoder.config.vocab_size:
-            count = "none" if tokenizer is None else f"{len(tokenizer)} tokens"
-            raise ValueError(
-                f"{where}: {tokens} has {count}, but {part} a vocabulary of {encoder.config.vocab_size}"
-            )
-        if tokenizer.pad_token is None:
-            raise ValueError(f"{where}: {tokens}: pad_token is missing; prompts are padded with it")
-        if tokenizer.vocab_size <= len(tokenizer.all_special_ids):  # transformers' result without files
-            raise ValueError(
-                f"{where}: {tokens} has an empty vocabulary; its folder needs tokenizer.json, "
-                "or vocab.json and merges.txt"
-            )
+    for part, tokens in encoders.items():
+        encoder, tokenizer = getattr(pipeline, part).config, getattr(pipeline, tokens)
+        if tokenizer is None:
+            raise ValueError(f"{where}: {tokens} is missing")
         length = tokenizer.model_max_length
-        if not is_number(length) or length < 3:
-            raise ValueError(
-                f"{where}: {tokens}: model_max_length is {length!r}; give a number (77 for CLIP)"
-            )
-        lengths.append(min(length, encoder.config.max_position_embeddings))
+        for is_wrong, problem in (
+            (
+                tokenizer.vocab_size <= len(tokenizer.all_special_ids),  # transformers' result without files
+                "has an empty vocabulary; its folder needs tokenizer.json, or vocab.json and merges.txt",
+            ),
+            (
+                len(tokenizer) > encoder.vocab_size,
+                f"has {len(tokenizer)} tokens, but {part} a vocabulary of {encoder.vocab_size}",
+            ),
+            (tokenizer.pad_token is None, "has no pad_token, with which prompts are padded"),
+            (
+                not is_number(length) or length < 3,
+                f"has model_max_length {length!r}; give a number (77 for CLIP)",
+            ),
+        ):
+            if is_wrong:
+                raise ValueError(f"{where}: {tokens} {problem}")
+        width += encoder.hidden_size
+        lengths.append(min(length, encoder.max_position_embeddings))
     if len(set(lengths)) > 1:
         raise ValueError(
             f"{where}: tokenizer and tokenizer_2 pad to different lengths {lengths} (model_max_length)"
         )
     unet = pipeline.unet.config
-    expected = unet.cross_attention_dim
-    if isinstance(expected, int) and expected != width:
-        raise ValueError(
-            f"{where}: unet/config.json: cross_attention_dim is {expected}, the text encoders give {width}"
-        )
+    needs = {"cross_attention_dim": (unet.cross_attention_dim, width)}
     if sdxl:
-        pooled = pipeline.text_encoder_2.config.projection_dim
-        expected = unet.projection_class_embeddings_input_dim - 6 * unet.addition_time_embed_dim
-        if pooled != expected:
+        pooled = unet.projection_class_embeddings_input_dim - 6 * unet.addition_time_embed_dim
+        given = pipeline.text_encoder_2.config.projection_dim
+        needs["projection_class_embeddings_input_dim"] = (pooled, given)
+    for key, (wanted, given) in needs.items():
+        if isinstance(wanted, int) and wanted != given:
             raise ValueError(
-                f"{where}: unet/config.json: projection_class_embeddings_input_dim leaves {expected} numbers "
-                f"for the pooled text embedding, but text_encoder_2 gives {pooled} (a refiner?)"
+                f"{where}: unet/config.json: {key} is for {wanted} numbers of text, but the text encoders "
+                f"give {given}"
             )

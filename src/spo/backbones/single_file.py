@@ -29,7 +29,10 @@ PREDICTION_TYPES = {
 }
 ARCHITECTURES = {"sd": ("stable-diffusion-v1", "stable-diffusion-v2"), "sdxl": ("stable-diffusion-xl-v1",)}
 NOT_TEXT_TO_IMAGE = ("inpaint", "edit", "refiner", "depth", "upscal", "lora", "controlnet")
-AS_ADAPTER = "give its base model here, and this file to `spo generate --lora` or generate.VARIANT.adapter"
+AS_ADAPTER = (
+    "give an adapter or a UNet alone by `spo generate --lora` or `--unet`, or as generate.VARIANT.adapter, "
+    "and its base model here"
+)
 UNUSED = (".loss.", "model_ema.")  # tensors of the autoencoder's training
 
 
@@ -54,7 +57,11 @@ class Header:
 def check(header: Header, settings: config.Backbone) -> None:
     """Refuse a file that is not a complete text-to-image checkpoint of the family."""
     _check_architecture(header, settings.family)
-    _check_kind(header)
+    if not header.count(UNET):
+        raise ValueError(
+            f"{header.where} is not a complete checkpoint (no {UNET}*); {AS_ADAPTER}; a VAE alone goes to "
+            "backbone.vae, as a diffusers folder"
+        )
     other = "sdxl" if settings.family == "sd" else "sd"
     if any(header.count(p) for p in TEXT[other]) and not any(header.count(p) for p in TEXT[settings.family]):
         raise ValueError(f"{header.where} is of family {other!r}, but backbone.family is {settings.family!r}")
@@ -108,18 +115,3 @@ def _check_architecture(header: Header, family: str) -> None:
             f"{header.where}: metadata modelspec.architecture is {architecture!r}; backbone.family "
             f"{family!r} takes {' and '.join(ARCHITECTURES[family])}"
         )
-
-
-def _check_kind(header: Header) -> None:
-    if header.count(UNET):
-        return
-    names = header.names
-    if any("lora" in n or "hada_" in n or "lokr_" in n for n in names):
-        kind = f"an adapter; {AS_ADAPTER}"
-    elif any(n.startswith(("down_blocks.", "unet.down_blocks.", "input_blocks.")) for n in names):
-        kind = f"a UNet alone; {AS_ADAPTER}"
-    elif any(n.startswith(("encoder.down", "decoder.up")) for n in names):
-        kind = "a VAE alone; give its diffusers folder in backbone.vae"
-    else:
-        kind = f"not a Stable Diffusion checkpoint (no {UNET}*)"
-    raise ValueError(f"{header.where} is {kind}")

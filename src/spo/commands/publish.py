@@ -157,9 +157,9 @@ def _copy_weights(adapter: Path, content: Path) -> None:
     source = find(adapter)
     if source.kind == "pipeline" and adapter.is_dir():
         shutil.copytree(adapter, content, ignore=shutil.ignore_patterns(SAMPLES, publication.FILE))
-    elif source.kind == "lora" and source.files[0].name == FILE:
+    elif source.kind == "lora" and source.path.name == FILE:
         content.mkdir()
-        shutil.copy(source.files[0], content / FILE)
+        shutil.copy(source.path, content / FILE)
     else:
         raise ValueError(f"{adapter}: neither {FILE} nor a diffusers pipeline there; run `spo align`")
 
