@@ -135,7 +135,7 @@ def title(group: dict[str, Any]) -> str:
 
 
 def marks(group: dict[str, Any]) -> list[pytest.MarkDecorator]:
-    """Each stage with one training of its kind is always run; the same with others, and of scorers, nightly."""
+    """Each stage is always run, with one training of its kind; the same of others, and of scorers, nightly."""
     always = (
         "align spo",
         "generate base",

@@ -90,17 +90,10 @@ def describe(settings: config.Backbone) -> Description:
         ValueError: no such checkpoint, no network, another family, parts that do not fit each other, or a
             model that is not a text-to-image DDPM in discrete time.
     """
-    name, revision, where = (
-        settings.described_by,
-        settings.revision,
-        f"backbone.config: {settings.described_by}",
-    )
-    header = None
+    name, revision, where = settings.described_by, settings.revision, described_where(settings)
     if settings.is_single_file:
-        header = single_file.Header(settings.checkpoint)
-        single_file.check(header, settings)
+        single_file.check(single_file.Header(settings.checkpoint), settings)
     else:
-        where = f"backbone.checkpoint: {name}"
         _check_folder(name, where)
     _check_index(config_file(name, revision, "model_index.json", where), settings.family, where)
     unet = config_file(name, revision, "unet/config.json", where)
@@ -109,11 +102,25 @@ def describe(settings: config.Backbone) -> Description:
     at = where if settings.vae is None else f"backbone.vae: {settings.vae}"
     vae = config_file(place.name, place.revision, str(Path(place.subfolder, "config.json")), at)
     _check_vae(vae, unet, at)
-    announced = config_file(name, revision, "scheduler/scheduler_config.json", where)
+    return Description(settings, unet, vae, place, *read_scheduler(settings))
+
+
+def read_scheduler(settings: config.Backbone) -> tuple[Any, dict[str, Any]]:
+    """The scheduler of the class that a checkpoint's files name, and the config with which it is used."""
+    where = described_where(settings)
+    announced = config_file(
+        settings.described_by, settings.revision, "scheduler/scheduler_config.json", where
+    )
+    marks: Mapping[str, Any] = {}
+    if settings.is_single_file:
+        marks = single_file.marks(single_file.Header(settings.checkpoint), settings.scheduler)
     loaded = scheduler.load(announced, where)
-    marks = single_file.marks(header, settings.scheduler) if header else {}
-    used = scheduler.effective(loaded, settings, marks, where)
-    return Description(settings, unet, vae, place, loaded, used)
+    return loaded, scheduler.effective(loaded, settings, marks, where)
+
+
+def described_where(settings: config.Backbone) -> str:
+    """The folder or hub id with the config files, in messages."""
+    return f"backbone.{'config' if settings.is_single_file else 'checkpoint'}: {settings.described_by}"
 
 
 def config_file(name: str, revision: str | None, file: str, where: str) -> dict[str, Any]:
