@@ -135,7 +135,7 @@ def title(group: dict[str, Any]) -> str:
 
 
 def marks(group: dict[str, Any]) -> list[pytest.MarkDecorator]:
-    """Each stage is always run, with one training of its kind; the same of others, and of scorers, nightly."""
+    """Each stage always runs, with one training of its kind; other trainings and scorers run nightly."""
     always = (
         "align spo",
         "generate base",
