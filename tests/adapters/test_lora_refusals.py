@@ -143,28 +143,28 @@ def test_what_the_header_announces_must_be_the_backbones(checkpoints, good, tmp_
     ],
 )
 def test_the_backbones_own_family_may_be_announced(tmp_path, family, announced) -> None:
-    from spo.adapters import files
+    from spo.adapters import files, weights
 
     other = {"sd": "sdxl", "sdxl": "sd"}[family]
     for key in ("ss_base_model_version", "modelspec.architecture"):
         file = adapters.write(tmp_path / "lora.safetensors", {"a": torch.ones(1)}, **{key: announced})
-        files.check_header(file, family, "epsilon")
+        files.check_header(weights.read(file), family, "epsilon")
         if announced in ("", "my own base"):
             continue
         with pytest.raises(ValueError, match=f"backbone.family is '{other}'"):
-            files.check_header(file, other, "epsilon")
+            files.check_header(weights.read(file), other, "epsilon")
 
 
 @pytest.mark.parametrize(
     "announced", ["flux-1-dev/lora", "stable-diffusion-3-medium", "sd_v3", "stable-cascade"]
 )
 def test_other_architectures_are_refused_for_both_families(tmp_path, announced) -> None:
-    from spo.adapters import files
+    from spo.adapters import files, weights
 
     file = adapters.write(tmp_path / "l.safetensors", {"a": torch.ones(1)}, ss_base_model_version=announced)
     for family in ("sd", "sdxl"):
         with pytest.raises(ValueError, match=f"ss_base_model_version is '{announced}'"):
-            files.check_header(file, family, "epsilon")
+            files.check_header(weights.read(file), family, "epsilon")
 
 
 PEFT = {
@@ -212,7 +212,7 @@ def test_pickles_that_run_code_are_refused(backbone, tmp_path) -> None:
         refused(
             backbone,
             tmp_path / name,
-            "not a pickle of tensors only|must be tensors by name, not a list|step is a int, not a tensor",
+            "cannot be read as weights .not tensors alone.; save it as .safetensors|must be tensors by name, not a list|step is a int, not a tensor",
         )
     (tmp_path / "lora.ckpt").write_bytes(b"")
     refused(backbone, tmp_path / "lora.ckpt", "not a supported file .*.safetensors, .bin, .pt, .pth")

@@ -6,7 +6,6 @@ and peft (`base_model.model....`), with LoCon's convolutions and DoRA's magnitud
 """
 
 import re
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -202,30 +201,21 @@ def _magnitude(file: Path, layer: _Layer, value: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _load(model: Any, updates: Mapping[str, Update]) -> None:
-    """Add an adapter of which each layer has its own rank and strength: peft's config has one for many."""
-    common = Counter(update.rank for update in updates.values()).most_common(1)[0][0]
-    others: dict[int, list[str]] = {}
-    for name, update in updates.items():
-        if update.rank != common:
-            others.setdefault(update.rank, []).append(re.escape(name))
-    settings = LoraConfig(
-        r=common,
-        lora_alpha=common,
-        # one pattern per rank, not per layer: peft tries every pattern for every layer
-        rank_pattern={f"^({'|'.join(names)})": rank for rank, names in others.items()},
-        target_modules=list(updates),
-        use_dora=any(update.magnitude is not None for update in updates.values()),
-    )
+    """Add an adapter of which each layer has a rank and a strength of its own."""
+    with_magnitudes = any(update.magnitude is not None for update in updates.values())
+    settings = LoraConfig(r=1, lora_alpha=1, target_modules=list(updates), use_dora=with_magnitudes)
     names = {f"{name}.lora_A.weight": torch.empty(0) for name in updates}
     with torch.random.fork_rng(devices=[]):  # peft draws initial weights, which are replaced
         inject_adapter_in_model(use_merged_layers(settings), model, adapter_name=ADAPTER, state_dict=names)
     model._hf_peft_config_loaded = True
     for name, update in updates.items():
         layer: Any = model.get_submodule(name)
-        layer.lora_A[ADAPTER].weight.copy_(update.down)
-        layer.lora_B[ADAPTER].weight.copy_(update.up)
-        if update.magnitude is not None:
-            layer.lora_magnitude_vector[ADAPTER].weight.copy_(update.magnitude)
+        values = {"lora_A": update.down, "lora_B": update.up, "lora_magnitude_vector": update.magnitude}
+        for part, value in values.items():
+            if value is not None:
+                parameter = getattr(layer, part)[ADAPTER].weight
+                parameter.data = value.to(parameter, copy=True)
+        layer.r[ADAPTER] = update.rank
         layer.lora_alpha[ADAPTER] = update.scale * update.rank
         layer.scaling[ADAPTER] = update.scale
     model.eval().requires_grad_(False)

@@ -31,7 +31,7 @@ def load(unet: Any, parts: Sequence[Weights]) -> tuple[int, int]:
     try:
         unet.load_state_dict(state)
     except RuntimeError as error:  # lines of missing and unexpected tensors and other shapes
-        reason = " ".join(str(error).split())
+        _, _, reason = " ".join(str(error).split()).partition(": ")
         raise ValueError(f"{file}: not the backbone's UNet: {reason[:300]}") from None
     return changed, len(base)
 

@@ -48,7 +48,7 @@ def read(file: Path) -> Weights:
                 state = {key: opened.get_tensor(key) for key in opened.keys()}
                 metadata = opened.metadata() or {}
     except Exception as error:  # safetensors, zip and pickle raise several types
-        reason = first_line(error, 200)
+        reason = "not tensors alone" if file.suffix in PICKLED else first_line(error, 200)
         raise ValueError(f"{file}: cannot be read as weights ({reason}); save it as .safetensors") from None
     if not isinstance(state, dict):
         raise ValueError(f"{file}: must be tensors by name, not a {type(state).__name__}")
