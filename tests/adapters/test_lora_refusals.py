@@ -212,7 +212,8 @@ def test_pickles_that_run_code_are_refused(backbone, tmp_path) -> None:
         refused(
             backbone,
             tmp_path / name,
-            "cannot be read as weights .not tensors alone.; save it as .safetensors|must be tensors by name, not a list|step is a int, not a tensor",
+            "cannot be read as weights .not tensors alone.; save it as .safetensors|"
+            "must be tensors by name, not a list|step is a int, not a tensor",
         )
     (tmp_path / "lora.ckpt").write_bytes(b"")
     refused(backbone, tmp_path / "lora.ckpt", "not a supported file .*.safetensors, .bin, .pt, .pth")

@@ -173,18 +173,25 @@ def test_two_processes_draw_score_and_label_as_one_does(experiment, tmp_path, mo
 
 @pytest.mark.smoke
 @pytest.mark.parametrize("experiment", ["sd"], indirect=True)
-def test_a_stage_starts_itself_in_two_processes(experiment, tmp_path, capfd) -> None:
+def test_a_stage_starts_itself_in_two_processes(experiment, tmp_path) -> None:
     for stage in (("inputs",), ("prompts",), ("pairs",), ("preference",)):
         run(*stage)
     write(experiment | {"processes": 2})
     run("align", "spo")
     assert (tmp_path / "outputs/align/spo/pytorch_lora_weights.safetensors").exists()
     assert len(list((tmp_path / "outputs/align/spo/samples").glob("*.png"))) == 2
-    capfd.readouterr()
-    (tmp_path / "outputs/prompts/train.txt").unlink()
+
+
+@pytest.mark.smoke
+@pytest.mark.nightly
+@pytest.mark.parametrize("experiment", ["sd"], indirect=True)
+def test_what_stops_two_processes_is_one_line(experiment, capfd) -> None:
+    for stage in ("inputs", "prompts"):
+        run(stage)
+    write(experiment | {"processes": 2})
     assert cli.main(["align", "spo"]) == 2
     errors = [line for line in capfd.readouterr().err.splitlines() if line.startswith("spo: ")]
-    assert len(errors) == 1 and "no training prompts there" in errors[0]
+    assert len(errors) == 1 and "there; run `make repro`" in errors[0]
 
 
 @pytest.mark.smoke

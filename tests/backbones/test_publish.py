@@ -190,6 +190,7 @@ def hub() -> Iterator[Any]:
 
 
 @pytest.mark.services
+@pytest.mark.nightly
 def test_a_hub_gets_all_of_it(run: Path, hub: Any) -> None:
     address = hub.url.removesuffix("/someone/spo")
     own = {
