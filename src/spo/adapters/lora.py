@@ -6,7 +6,8 @@ and peft (`base_model.model....`), with LoCon's convolutions and DoRA's magnitud
 """
 
 import re
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -45,34 +46,22 @@ _OTHER_KINDS = {
 
 @dataclass
 class _Layer:
-    """A layer of the model, and the file's keys for it, by part."""
-
-    component: str
-    name: str
-    weight: Tensor
-    keys: dict[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Update:
-    """The update of one layer: `scale * up @ down`; with DoRA, also the norms of the rows (`magnitude`).
+    """The update of a layer of the model: `scale * up @ down`; with DoRA, also the norms of its rows.
 
     The scale stays apart: folded into `up`, 1/128 of kohya's rank 128 and alpha 1 would leave fp16's normal
     numbers.
     """
 
-    down: Tensor
-    up: Tensor
-    scale: float
-    magnitude: Tensor | None
-
-    @property
-    def rank(self) -> int:
-        return self.down.shape[0]
+    component: str
+    name: str
+    weight: Tensor  # the model's
+    keys: dict[str, str] = field(default_factory=dict)  # the file's, by part
+    values: dict[str, Tensor] = field(default_factory=dict)  # by part, in the layer's shapes
+    scale: float = 1.0
 
     def changes(self) -> bool:
         """Whether the update is not zero."""
-        return self.magnitude is not None or bool(self.up.any() and self.down.any())
+        return "magnitude" in self.keys or bool(self.values["up"].any() and self.values["down"].any())
 
 
 def is_adapter(keys: list[str]) -> bool:
@@ -82,7 +71,7 @@ def is_adapter(keys: list[str]) -> bool:
     return any(re.search(pattern, key) for key in keys for pattern in (*parts, *kinds))
 
 
-def load(models: Mapping[str, Any], weights: Weights) -> dict[str, int]:
+def load(models: Mapping[str, Any], weights: Weights) -> Counter[str]:
     """Load a LoRA file into the UNet and the text encoders, frozen.
 
     Args:
@@ -91,32 +80,31 @@ def load(models: Mapping[str, Any], weights: Weights) -> dict[str, int]:
     Returns:
         The number of changed layers by component.
     """
-    updates = read(weights, models)
-    if not any(update.changes() for layers in updates.values() for update in layers.values()):
+    layers = read(models, weights)
+    changed = Counter(layer.component for layer in layers if layer.changes())
+    if not changed:
         raise ValueError(f"{weights.file}: changes no layer: all of its weights are 0, or it has none")
-    for component, layers in updates.items():
-        _load(models[component], layers)
-    return {component: sum(u.changes() for u in layers.values()) for component, layers in updates.items()}
+    for component in changed:
+        _load(models[component], [layer for layer in layers if layer.component == component])
+    return changed
 
 
-def read(weights: Weights, models: Mapping[str, torch.nn.Module]) -> dict[str, dict[str, Update]]:
-    """Read the updates by component and layer; every key of the file must fit a layer of `models`."""
-    layers = _by_layer(weights, models)
+def read(models: Mapping[str, torch.nn.Module], weights: Weights) -> list[_Layer]:
+    """Read the updates of layers; every key of the file must fit a layer of `models`."""
+    layers = _by_layer(models, weights)
     strengths = Strengths(weights, has_alphas=any("alpha" in layer.keys for layer in layers))
-    updates: dict[str, dict[str, Update]] = {}
     for layer in layers:
-        updates.setdefault(layer.component, {})[layer.name] = _update(weights, layer, strengths)
+        _fill(layer, weights, strengths)
     with_magnitude = {layer.component for layer in layers if "magnitude" in layer.keys}
     for layer in layers:
-        if "magnitude" in layer.keys:
-            continue
-        if layer.component in with_magnitude or strengths.announces_dora(layer.component):
+        announced = layer.component in with_magnitude or strengths.announces_dora(layer.component)
+        if announced and "magnitude" not in layer.keys:
             key = layer.keys["down"]
             raise ValueError(f"{weights.file}: {key} has no DoRA magnitude, though the file announces DoRA")
-    return updates
+    return layers
 
 
-def _by_layer(weights: Weights, models: Mapping[str, torch.nn.Module]) -> list[_Layer]:
+def _by_layer(models: Mapping[str, torch.nn.Module], weights: Weights) -> list[_Layer]:
     file = weights.file
     names = {component: LayerNames(model) for component, model in models.items()}
     layers: dict[tuple[str, str], _Layer] = {}
@@ -148,18 +136,20 @@ def _part(file: Path, key: str) -> tuple[str, str]:
     )
 
 
-def _update(weights: Weights, layer: _Layer, strengths: Strengths) -> Update:
+def _fill(layer: _Layer, weights: Weights, strengths: Strengths) -> None:
+    """Read a layer's tensors and its strength."""
     file, keys = weights.file, layer.keys
     for part in ("down", "up"):
         if part not in keys:
             key = next(iter(keys.values()))
             raise ValueError(f"{file}: {key} has no {part} matrix beside it; the file is incomplete")
     values = {part: weights.checked(key, integers=part == "alpha") for part, key in keys.items()}
-    down, up = _matrices(file, layer, values)
-    alpha = (keys["alpha"], values["alpha"]) if "alpha" in keys else None
-    scale = strengths.of(layer.component, layer.name, keys["down"], down.shape[0], alpha)
-    magnitude = _magnitude(file, layer, values["magnitude"]) if "magnitude" in keys else None
-    return Update(down, up, scale, magnitude)
+    values["down"], values["up"] = _matrices(file, layer, values)
+    if "magnitude" in values:
+        values["magnitude"] = _magnitude(file, layer, values["magnitude"])
+    rank = len(values["down"])
+    alpha = strengths.alpha(keys["alpha"], values["alpha"]) if "alpha" in keys else None
+    layer.values, layer.scale = values, strengths.of(layer.component, layer.name, keys["down"], rank, alpha)
 
 
 def _matrices(file: Path, layer: _Layer, values: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -200,22 +190,21 @@ def _magnitude(file: Path, layer: _Layer, value: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _load(model: Any, updates: Mapping[str, Update]) -> None:
+def _load(model: Any, layers: Sequence[_Layer]) -> None:
     """Add an adapter of which each layer has a rank and a strength of its own."""
-    with_magnitudes = any(update.magnitude is not None for update in updates.values())
-    settings = LoraConfig(r=1, lora_alpha=1, target_modules=list(updates), use_dora=with_magnitudes)
-    names = {f"{name}.lora_A.weight": torch.empty(0) for name in updates}
+    names = {f"{layer.name}.lora_A.weight": torch.empty(0) for layer in layers}
+    with_magnitudes = any("magnitude" in layer.keys for layer in layers)
+    targets = [layer.name for layer in layers]
+    settings = LoraConfig(r=1, lora_alpha=1, target_modules=targets, use_dora=with_magnitudes)
     with torch.random.fork_rng(devices=[]):  # peft draws initial weights, which are replaced
         inject_adapter_in_model(use_merged_layers(settings), model, adapter_name=ADAPTER, state_dict=names)
     model._hf_peft_config_loaded = True
-    for name, update in updates.items():
-        layer: Any = model.get_submodule(name)
-        values = {"lora_A": update.down, "lora_B": update.up, "lora_magnitude_vector": update.magnitude}
-        for part, value in values.items():
-            if value is not None:
-                parameter = getattr(layer, part)[ADAPTER].weight
-                parameter.data = value.to(parameter, copy=True)
-        layer.r[ADAPTER] = update.rank
-        layer.lora_alpha[ADAPTER] = update.scale * update.rank
-        layer.scaling[ADAPTER] = update.scale
+    for layer in layers:
+        adapted, rank = model.get_submodule(layer.name), len(layer.values["down"])
+        for part, place in (("down", "lora_A"), ("up", "lora_B"), ("magnitude", "lora_magnitude_vector")):
+            if part in layer.values:
+                parameter = getattr(adapted, place)[ADAPTER].weight
+                parameter.data = layer.values[part].to(parameter, copy=True)
+        adapted.r[ADAPTER], adapted.lora_alpha[ADAPTER] = rank, layer.scale * rank
+        adapted.scaling[ADAPTER] = layer.scale
     model.eval().requires_grad_(False)

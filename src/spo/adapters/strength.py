@@ -77,9 +77,9 @@ class Strengths:
         for settings in self._settings.values():
             _check(self._source, settings)
 
-    def of(self, component: str, layer: str, key: str, rank: int, alpha: tuple[str, Tensor] | None) -> float:
-        """The strength of a layer with the `key` and maybe an alpha tensor; 1 if none is announced."""
-        by_tensor = None if alpha is None else self._alpha(*alpha) / rank
+    def of(self, component: str, layer: str, key: str, rank: int, alpha: float | None) -> float:
+        """The strength of a layer with the `key`, and with an `alpha` or None; 1 if none is announced."""
+        by_tensor = None if alpha is None else alpha / rank
         by_settings = self._by_settings(component, layer, key, rank)
         if by_tensor is not None and by_settings is not None:
             if not math.isclose(by_tensor, by_settings, rel_tol=1e-3):
@@ -99,7 +99,8 @@ class Strengths:
         """Whether the settings of a component say use_dora."""
         return bool(self._settings.get(component, {}).get("use_dora"))
 
-    def _alpha(self, key: str, value: Tensor) -> float:
+    def alpha(self, key: str, value: Tensor) -> float:
+        """The number in an alpha tensor."""
         if value.numel() != 1 or float(value) == 0:
             shown = "0" if value.numel() == 1 else f"of shape {list(value.shape)}"
             raise ValueError(f"{self.file}: {key} is {shown}; alpha must be one number other than 0")

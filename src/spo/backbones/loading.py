@@ -55,6 +55,15 @@ def load_described(
     return StableDiffusion(pipeline, text_of(pipeline, sdxl), settings.channels_last, used, budget)
 
 
+def empty_models(description: Description) -> tuple[Any, Any]:
+    """UNet and VAE of a checkpoint on the meta device, without weights."""
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(description.unet)
+        return unet, AutoencoderKL.from_config(description.vae)
+
+
 def _of_folder(description: Description, dtype: torch.dtype, given: dict[str, Any]) -> Any:
     """The pipeline of a folder or hub id, with the parts that are given."""
     settings, where = description.settings, description.where
@@ -152,23 +161,20 @@ def _check_text(pipeline: Any, sdxl: bool, where: str) -> None:
         encoder, tokenizer = getattr(pipeline, part).config, getattr(pipeline, tokens)
         if tokenizer is None:
             raise ValueError(f"{where}: {tokens} is missing")
-        length = tokenizer.model_max_length
-        for is_wrong, problem in (
-            (
-                tokenizer.vocab_size <= len(tokenizer.all_special_ids),  # transformers' result without files
-                "has an empty vocabulary; its folder needs tokenizer.json, or vocab.json and merges.txt",
+        length, size = tokenizer.model_max_length, len(tokenizer)
+        problems = {
+            # what transformers makes of a folder without its files
+            "has an empty vocabulary; its folder needs tokenizer.json, or vocab.json and merges.txt": (
+                tokenizer.vocab_size <= len(tokenizer.all_special_ids)
             ),
-            (
-                len(tokenizer) > encoder.vocab_size,
-                f"has {len(tokenizer)} tokens, but {part} a vocabulary of {encoder.vocab_size}",
+            f"has {size} tokens, but {part} a vocabulary of {encoder.vocab_size}": size > encoder.vocab_size,
+            "has no pad_token, with which prompts are padded": tokenizer.pad_token is None,
+            f"has model_max_length {length!r}; give a number (77 for CLIP)": (
+                not is_number(length) or length < 3
             ),
-            (tokenizer.pad_token is None, "has no pad_token, with which prompts are padded"),
-            (
-                not is_number(length) or length < 3,
-                f"has model_max_length {length!r}; give a number (77 for CLIP)",
-            ),
-        ):
-            if is_wrong:
+        }
+        for problem, is_there in problems.items():
+            if is_there:
                 raise ValueError(f"{where}: {tokens} {problem}")
         width += encoder.hidden_size
         lengths.append(min(length, encoder.max_position_embeddings))

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from spo import config
+from spo.backbones import loading
 from spo.backbones.description import describe, latent_side
 
 TEXT_TOKENS = 77
@@ -37,16 +38,8 @@ def measure(settings: config.Backbone) -> Sizes:
 
 
 def empty_models(settings: config.Backbone) -> tuple[Any, Any]:
-    """Build UNet and VAE from their configs on the meta device, without weights.
-
-    Raises:
-        ValueError: config files that cannot be reached.
-    """
-    from diffusers import AutoencoderKL, UNet2DConditionModel
-
-    found = describe(settings)
-    with torch.device("meta"):
-        return UNet2DConditionModel.from_config(found.unet), AutoencoderKL.from_config(found.vae)
+    """UNet and VAE of a checkpoint on the meta device."""
+    return loading.empty_models(describe(settings))
 
 
 def _count(module: torch.nn.Module) -> int:

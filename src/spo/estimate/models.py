@@ -19,6 +19,7 @@ from transformers import (
 from spo import config
 from spo.backbones import sizes
 from spo.backbones.description import config_file, describe
+from spo.backbones.loading import empty_models
 from spo.backbones.stable_diffusion import StableDiffusion
 from spo.backbones.text import text_of
 from spo.estimate.meta import DEVICE
@@ -46,8 +47,9 @@ def backbone(
     Raises:
         ValueError: config files that cannot be reached.
     """
+    found = describe(settings)
     dtype, sdxl = DTYPES[settings.dtype], settings.family == "sdxl"
-    unet, vae = (_built(empty, device) for empty in sizes.empty_models(settings))
+    unet, vae = (_built(empty, device) for empty in empty_models(found))
     upcast = sdxl and dtype == torch.float16 and (settings.vae is None or vae.config.force_upcast)
     models = {"unet": unet.to(dtype), "vae": vae.to(torch.float32 if upcast else dtype)}
     kinds: dict[str, Any] = {"text_encoder": CLIPTextModel}
@@ -63,8 +65,9 @@ def backbone(
         vae_scale_factor=2 ** (len(vae.config.block_out_channels) - 1),
         config=SimpleNamespace(force_zeros_for_empty_prompt=True),
     )
-    used = describe(settings).scheduler_config
-    return StableDiffusion(pipeline, text_of(pipeline, sdxl), settings.channels_last, used, budget)
+    return StableDiffusion(
+        pipeline, text_of(pipeline, sdxl), settings.channels_last, found.scheduler_config, budget
+    )
 
 
 def _built(empty: Any, device: torch.device | str) -> Any:
