@@ -40,21 +40,23 @@ class StableDiffusion:
         scheduler_config: Mapping[str, Any],
         budget: Budget | None = None,
     ) -> None:
-        self.pipeline, self.pipeline_class = pipeline, type(pipeline)
+        self.pipeline = pipeline
         self.budget = budget or Budget()
         self._resting: torch.device | None = None  # the UNet's device while it is in host memory
         self._empty: Conditioning | None = None
         self._reference: Any = None  # only for full fine-tuning; an adapter is disabled instead
         self.unet, self.vae, self._text = pipeline.unet, pipeline.vae, text
-        self.text_encoder = pipeline.text_encoder
         self.scheduler_config = scheduler_config
         side = latent_side(self.unet.config.sample_size)
         self.latent_shape = (self.unet.config.in_channels, side, side)
         self.image_size = (side * pipeline.vae_scale_factor, side * pipeline.vae_scale_factor)
-        self._latents_mean, self._latents_std = (
-            self._statistics("latents_mean"),
-            self._statistics("latents_std"),
-        )
+        announced = self.vae.config
+        self._shift = announced.get("shift_factor") or 0.0
+        self._statistics = [  # mean and standard deviation of each latent channel [1,C,1,1], where announced
+            torch.tensor(announced[key], device=self.device).view(1, -1, 1, 1)
+            for key in ("latents_mean", "latents_std")
+            if announced.get(key) is not None
+        ]
         self._dtype = self.unet.dtype
         self._format = torch.channels_last if channels_last else torch.contiguous_format
         for module in (self.unet, self.vae):
@@ -168,30 +170,23 @@ class StableDiffusion:
                 posterior = self.vae.encode(part).latent_dist
                 latents.append(posterior.mean if own is None else posterior.mean + posterior.std * own)
         encoded = torch.cat(latents)
-        if self._latents_mean is not None and self._latents_std is not None:
-            encoded = (encoded - self._latents_mean) / self._latents_std
+        if self._statistics:
+            mean, std = self._statistics
+            encoded = (encoded - mean) / std
         return ((encoded - self._shift) * self.vae.config.scaling_factor).float()
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         latents = latents / self.vae.config.scaling_factor + self._shift
-        if self._latents_mean is not None and self._latents_std is not None:
-            latents = latents * self._latents_std + self._latents_mean
+        if self._statistics:
+            mean, std = self._statistics
+            latents = latents * std + mean
         latents = latents.to(self.vae.dtype).contiguous(memory_format=self._format)
         with self._present(self.vae), lower("images"):
             parts = [
                 self.vae.decode(part, return_dict=False)[0] for part in latents.split(self.budget.images)
             ]
         return torch.cat(parts).float()
-
-    def _statistics(self, key: str) -> Tensor | None:
-        """Statistics per latent channel [1,C,1,1]; None if the VAE announces none."""
-        values = self.vae.config.get(key)
-        return None if values is None else torch.tensor(values, device=self.device).view(1, -1, 1, 1)
-
-    @property
-    def _shift(self) -> float:
-        return getattr(self.vae.config, "shift_factor", None) or 0.0
 
     def feature_model(self) -> DownPath:
         """A frozen copy of the UNet's down path and the text encoders; only before training starts."""
@@ -227,7 +222,7 @@ class StableDiffusion:
 
     def save_lora(self, folder: Path) -> None:
         """Save the adapter for diffusers' `pipe.load_lora_weights(folder)`."""
-        lora.save(self.unet, self.pipeline_class, folder)
+        lora.save(self.unet, type(self.pipeline), folder)
 
     def trainable_parameters(self) -> list[torch.nn.Parameter]:
         return lora.trainable(self.unet)
