@@ -65,7 +65,8 @@ def test_only_the_adapter_trains(load, family) -> None:
     assert output.dtype == torch.float32
     output.square().mean().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in trained.values())
-    frozen = [p for m in (backbone.unet, backbone.vae, backbone.pipeline.text_encoder) for p in m.parameters()]
+    others = (backbone.unet, backbone.vae, backbone.pipeline.text_encoder)
+    frozen = [p for m in others for p in m.parameters()]
     assert all(p.grad is None for p in frozen if not p.requires_grad)
 
 

@@ -52,10 +52,8 @@ def load_lora(backbone: StableDiffusion, path: Path) -> str:
 
 
 def _load_lora(backbone: StableDiffusion, weights: Weights) -> str:
-    pipeline = backbone.pipeline
-    models = {
-        name: getattr(pipeline, name) for name in COMPONENTS if getattr(pipeline, name, None) is not None
-    }
+    parts = backbone.pipeline.components
+    models = {name: parts[name] for name in COMPONENTS if parts.get(name) is not None}
     changed = lora.load(models, weights)
     backbone.forget_prompts()
     layers = ", ".join(f"{n} layers of the {name}" for name, n in changed.items())
