@@ -143,7 +143,8 @@ def test_what_the_header_announces_must_be_the_backbones(checkpoints, good, tmp_
     ],
 )
 def test_the_backbones_own_family_may_be_announced(tmp_path, family, announced) -> None:
-    from spo.adapters import files, weights
+    from spo.adapters import files
+    from spo.backbones import weights
 
     other = {"sd": "sdxl", "sdxl": "sd"}[family]
     for key in ("ss_base_model_version", "modelspec.architecture"):
@@ -159,7 +160,8 @@ def test_the_backbones_own_family_may_be_announced(tmp_path, family, announced) 
     "announced", ["flux-1-dev/lora", "stable-diffusion-3-medium", "sd_v3", "stable-cascade"]
 )
 def test_other_architectures_are_refused_for_both_families(tmp_path, announced) -> None:
-    from spo.adapters import files, weights
+    from spo.adapters import files
+    from spo.backbones import weights
 
     file = adapters.write(tmp_path / "l.safetensors", {"a": torch.ones(1)}, ss_base_model_version=announced)
     for family in ("sd", "sdxl"):

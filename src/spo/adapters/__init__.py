@@ -8,8 +8,8 @@ import torch
 from spo import backbones, config
 from spo.adapters import files, lora, unet
 from spo.adapters.names import COMPONENTS
-from spo.adapters.weights import Weights
 from spo.backbones import StableDiffusion
+from spo.backbones.weights import Weights
 from spo.training import distributed
 from spo.types import Budget
 

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from spo.adapters.names import LayerNames, split_component
 from spo.adapters.strength import Strengths
-from spo.adapters.weights import Weights
 from spo.backbones.lora import ADAPTER
 from spo.backbones.lora_linear import use_merged_layers
+from spo.backbones.weights import Weights
 
 _PARTS = {
     "down": r"(\.lora_down|\.lora_A(\.\w+)?|\.lora\.down|\.lora_linear_layer\.down|_lora\.down)\.weight",

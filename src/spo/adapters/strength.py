@@ -10,7 +10,7 @@ from peft.utils.other import get_pattern_key
 from torch import Tensor
 
 from spo.adapters.names import COMPONENTS, UNET
-from spo.adapters.weights import Weights
+from spo.backbones.weights import Weights
 
 PEFT_CONFIG = "adapter_config.json"
 

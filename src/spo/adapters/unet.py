@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from spo.adapters.names import original_names
-from spo.adapters.weights import Weights
 from spo.backbones.description import config_file
+from spo.backbones.weights import Weights
 
 _ORIGINAL = ("model.diffusion_model.", "diffusion_model.", "")
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from spo import config
 from spo.backbones import scheduler, single_file
+from spo.backbones.weights import read
 from spo.runtime import hub
 
 PIPELINES = {"sd": "StableDiffusionPipeline", "sdxl": "StableDiffusionXLPipeline"}
@@ -92,7 +93,7 @@ def describe(settings: config.Backbone) -> Description:
     """
     name, revision, where = settings.described_by, settings.revision, described_where(settings)
     if settings.is_single_file:
-        single_file.check(single_file.Header(settings.checkpoint), settings)
+        single_file.check(read(Path(settings.checkpoint)), settings)
     else:
         _check_folder(name, where)
     _check_index(config_file(name, revision, "model_index.json", where), settings.family, where)
@@ -113,7 +114,7 @@ def read_scheduler(settings: config.Backbone) -> tuple[Any, dict[str, Any]]:
     )
     marks: Mapping[str, Any] = {}
     if settings.is_single_file:
-        marks = single_file.marks(single_file.Header(settings.checkpoint), settings.scheduler)
+        marks = single_file.marks(read(Path(settings.checkpoint)), settings.scheduler)
     loaded = scheduler.load(announced, where)
     return loaded, scheduler.effective(loaded, settings, marks, where)
 
@@ -127,12 +128,12 @@ def config_file(name: str, revision: str | None, file: str, where: str) -> dict[
     """Read a JSON object in a diffusers folder or hub id."""
     from huggingface_hub import hf_hub_download
 
-    def read() -> Any:
+    def load() -> Any:
         local = Path(name).exists()
         path = Path(name, file) if local else Path(hf_hub_download(name, file, revision=revision))
         return json.loads(path.read_text(encoding="utf-8"))
 
-    content = reach(f"{where}: {file}", name, read)
+    content = reach(f"{where}: {file}", name, load)
     if not isinstance(content, dict):
         raise ValueError(f"{where}: {file} must be a JSON object, not a {type(content).__name__}")
     return content

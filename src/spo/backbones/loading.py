@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from spo.backbones.stable_diffusion import StableDiffusion
 from spo.backbones.tensors import check_finite, check_names
 from spo.backbones.text import text_of
 from spo.backbones.weight_files import by_folder, choose_variants
+from spo.backbones.weights import read
 from spo.types import Budget
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -95,10 +97,10 @@ def _of_file(description: Description, dtype: torch.dtype, given: dict[str, Any]
             ) from None
 
     pipeline = reach(where, described_by, load)
-    header = single_file.Header(settings.checkpoint)
+    weights = read(Path(settings.checkpoint))
     parts = {"unet": single_file.UNET} | ({} if "vae" in given else {"vae": single_file.VAE})
     for part, prefix in parts.items():  # diffusers drops what it does not know
-        has, needs = header.count(prefix), len(getattr(pipeline, part).state_dict())
+        has, needs = single_file.count(weights, prefix), len(getattr(pipeline, part).state_dict())
         if has != needs:
             raise ValueError(
                 f"{where}: {has} tensors {prefix}* in the file, but {needs} in the {part} that "
