@@ -1,6 +1,5 @@
 """The strength of a LoRA in each layer, as its file announces it: alpha / rank, or alpha / sqrt(rank)."""
 
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -10,6 +9,7 @@ from peft.utils.other import get_pattern_key
 from torch import Tensor
 
 from spo.adapters.names import COMPONENTS, UNET
+from spo.backbones.description import json_object
 from spo.backbones.weights import Weights
 
 PEFT_CONFIG = "adapter_config.json"
@@ -64,11 +64,11 @@ class Strengths:
         self._settings: Mapping[str, Mapping[str, Any]] = {}
         self._source = f"{file}: lora_adapter_metadata"
         if "lora_adapter_metadata" in metadata:
-            self._settings = _by_component(_json(self._source, metadata["lora_adapter_metadata"]))
+            self._settings = _by_component(json_object(metadata["lora_adapter_metadata"], self._source))
         beside = file.parent / PEFT_CONFIG
         if not self._settings and beside.exists() and (peft or not has_alphas):
             self._source = str(beside)
-            beside_it = _json(self._source, beside.read_text(encoding="utf-8"))
+            beside_it = json_object(beside.read_text(encoding="utf-8"), self._source)
             self._settings = dict.fromkeys(COMPONENTS, beside_it)
         if peft and not self._settings and not has_alphas:
             raise ValueError(
@@ -145,16 +145,6 @@ def _check(source: str, settings: Mapping[str, Any]) -> None:
             raise ValueError(
                 f"{source}: {key} is {value!r}, which is not supported; merge the adapter into the UNet"
             )
-
-
-def _json(source: str, text: str) -> dict[str, Any]:
-    try:
-        settings = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{source}: not valid JSON ({error})") from None
-    if not isinstance(settings, dict):
-        raise ValueError(f"{source}: must be a JSON object, not a {type(settings).__name__}")
-    return settings
 
 
 def _number(text: str | None) -> float | None:

@@ -128,14 +128,22 @@ def config_file(name: str, revision: str | None, file: str, where: str) -> dict[
     """Read a JSON object in a diffusers folder or hub id."""
     from huggingface_hub import hf_hub_download
 
-    def load() -> Any:
+    def load() -> str:
         local = Path(name).exists()
         path = Path(name, file) if local else Path(hf_hub_download(name, file, revision=revision))
-        return json.loads(path.read_text(encoding="utf-8"))
+        return path.read_text(encoding="utf-8")
 
-    content = reach(f"{where}: {file}", name, load)
+    return json_object(reach(f"{where}: {file}", name, load), f"{where}: {file}")
+
+
+def json_object(text: str, place: str) -> dict[str, Any]:
+    """Parse a JSON object."""
+    try:
+        content = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{place}: not valid JSON ({error})") from None
     if not isinstance(content, dict):
-        raise ValueError(f"{where}: {file} must be a JSON object, not a {type(content).__name__}")
+        raise ValueError(f"{place} must be a JSON object, not a {type(content).__name__}")
     return content
 
 
