@@ -120,7 +120,7 @@ def measure(params: config.Params, prompts: list[str], seed: int) -> tuple[list[
     """Return the rows of the comparison, and the champion's folder name, which holds its version."""
     from pandas import DataFrame
 
-    from spo import backbones
+    from spo import adapters
     from spo.commands import registry
     from spo.data.prompts import check_vocabulary
     from spo.evaluation import generation, statistics
@@ -133,9 +133,12 @@ def measure(params: config.Params, prompts: list[str], seed: int) -> tuple[list[
     seeds = [seed + i for i in range(len(prompts))]
     tables = {}
     for name, variant in (("base", params.generate.base), ("champion", getattr(params.generate, method))):
-        backbone = backbones.load(params.backbone, distributed.device(), budget.of(params, "generate"))
-        if name == "champion":
-            backbone.load_lora(adapter)
+        backbone = adapters.load(
+            params.backbone,
+            adapter if name == "champion" else None,
+            distributed.device(),
+            budget.of(params, "generate"),
+        )
         images = list(generation.draw(backbone, params, variant, prompts, seeds))
         scores = score_images(params, images, prompts, distributed.device())
         tables[name] = DataFrame({"index": range(len(prompts)), "prompt": prompts, "seed": seeds, **scores})

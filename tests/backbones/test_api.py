@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import spo
-from spo import backbones
+from spo.adapters import load as load_adapted
 from spo.config import ConfigError
 from spo.data.images import to_tensor
 from spo.preference.model import StepAwarePreferenceModel, load_tokenizer, token_ids
@@ -85,7 +85,7 @@ def test_a_training_goes_on_after_an_interruption(
     one, other = (load_file(f / "pytorch_lora_weights.safetensors") for f in (whole, parts))
     assert one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
     assert any(bool(v.any()) for k, v in one.items() if "lora_B" in k or "lora.up" in k), "it was trained"
-    backbones.load_aligned(params.backbone, whole, "cpu")
+    load_adapted(params.backbone, whole, "cpu")
 
 
 def test_it_trains_by_gradspo_where_its_section_is_there(

@@ -69,8 +69,10 @@ def assert_same(one, other) -> None:
     assert float((one[1] - other[1]).norm()) <= 1e-4 * float(other[1].norm())
 
 
-@pytest.mark.parametrize("family", ["sd", "sdxl"])
-@pytest.mark.parametrize("name", ["spo", "spo, inner steps", "lpo", "diffusion_dpo"])
+@pytest.mark.parametrize(
+    ("name", "family"),
+    [("spo", "sd"), ("spo, inner steps", "sdxl"), ("lpo", "sdxl"), ("diffusion_dpo", "sd")],
+)
 def test_alignment(name, family, load, model, words, pairs) -> None:
     backbone = load(family)
     built = method(name, backbone, model, words, pairs)

@@ -134,8 +134,24 @@ def title(group: dict[str, Any]) -> str:
     return " ".join([group["stage"], *in_full(group)["with"]])
 
 
+def marks(group: dict[str, Any]) -> list[pytest.MarkDecorator]:
+    """Each stage always runs, with one training of its kind; other trainings and scorers run nightly."""
+    always = (
+        "align spo",
+        "generate base",
+        "pairs",
+        "preference",
+        "prompts",
+        "register",
+        "report",
+        "score base",
+    )
+    of_pairs = any(key.startswith((*SCORED,)[1:]) for key in in_full(group)["with"])
+    return [] if group["stage"] in always and not of_pairs else [pytest.mark.nightly]
+
+
 @pytest.mark.smoke  # 350 runs of stages: 80 s
-@pytest.mark.parametrize("group", GROUPS, ids=title)
+@pytest.mark.parametrize("group", [pytest.param(g, id=title(g), marks=marks(g)) for g in GROUPS])
 def test_each_key_changes_what_the_table_says(made, group) -> None:
     stage, of, files = group["stage"], in_full(group), group.get("files")
     params = changed(effect_files.experiment(), of["with"])

@@ -30,7 +30,23 @@ backbone.save_lora(Path(sys.argv[2]))
 """
 
 
+def test_an_adapter_saved_again_is_the_same_file(load, tmp_path) -> None:
+    """safetensors has another order of metadata each time; DVC names files by their bytes."""
+    backbone = load("sd")
+    backbone.add_lora(config.Lora(rank=2, alpha=2), seed=0)
+    saved = set()
+    for number in range(4):
+        backbone.save_lora(tmp_path / str(number))
+        saved.add((tmp_path / str(number) / "pytorch_lora_weights.safetensors").read_bytes())
+    (content,) = saved
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    assert list(header) == sorted(header)
+    trained = json.loads(header["__metadata__"]["lora_adapter_metadata"])["unet.target_modules"]
+    assert trained == sorted(trained) and len(trained) > 1
+
+
 @pytest.mark.smoke  # a process that loads diffusers
+@pytest.mark.nightly
 def test_equal_adapters_are_equal_files(checkpoints, load, tmp_path) -> None:
     """Whatever the order of hash tables in a process is: DVC names files by their bytes."""
     here, there = tmp_path / "here", tmp_path / "there"

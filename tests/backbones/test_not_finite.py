@@ -12,7 +12,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from spo import cli, config
-from spo.backbones.finite import check_finite_weights
+from spo.backbones.tensors import check_finite
 from spo.data.latents import encode
 from spo.diffusion.finite import FiniteCheck
 from spo.diffusion.schedule import Schedule
@@ -36,7 +36,7 @@ NAN, INF = float("nan"), float("inf")
 @pytest.fixture(autouse=True)
 def loaded_unseen(monkeypatch) -> None:
     """Weights are refused when they are loaded; here they stand for what goes wrong later."""
-    monkeypatch.setattr("spo.backbones.checks.check_finite_weights", lambda module, where: None)
+    monkeypatch.setattr("spo.backbones.loading.check_finite", lambda module, where: None)
 
 
 def file_of(folder: Path, part: str) -> Path:
@@ -67,11 +67,17 @@ def poisoned_word(checkpoints, tmp_path, words) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory) -> Path:
+    """One working folder for all: to make a store of runs takes more seconds than a stage."""
+    return tmp_path_factory.mktemp("workspace")
+
+
 @pytest.fixture
-def experiment(tmp_path, monkeypatch):
+def experiment(workspace, monkeypatch):
     """Writes params.yaml for a checkpoint, and the test prompts."""
-    monkeypatch.chdir(tmp_path)
-    Path("outputs/prompts").mkdir(parents=True)
+    monkeypatch.chdir(workspace)
+    Path("outputs/prompts").mkdir(parents=True, exist_ok=True)
     Path("outputs/prompts/test.txt").write_text("\n".join(PROMPTS) + "\n", encoding="utf-8")
 
     def write(checkpoint: Path, **changes) -> None:
@@ -93,10 +99,9 @@ def refusal(capsys, *command: str) -> str:
     return line[0]
 
 
-@pytest.mark.parametrize("value", [NAN, INF])
 @pytest.mark.parametrize(
-    ("weight", "named"),
-    [(UNET, "UNet output at step 1 of 3 (t="), (DECODER, "VAE decoder output, prompt ")],
+    ("weight", "value", "named"),
+    [(UNET, NAN, "UNet output at step 1 of 3 (t="), (DECODER, INF, "VAE decoder output, prompt ")],
 )
 def test_generate_stops_at_a_poisoned_part(
     checkpoints, tmp_path, experiment, capsys, weight, value, named
@@ -114,7 +119,8 @@ def test_generate_names_the_prompt_of_a_poisoned_word(
     assert "text encoder output, prompt 'a blue star on sand'" in line
     line = refusal(capsys, "sample", "a star", "--method", "base")
     assert "text encoder output, prompt 'a star'" in line
-    assert cli.main(["sample", "a circle", "--method", "base"]) == 0 and Path("sample.png").exists()
+    assert cli.main(["sample", "a circle", "--method", "base"]) == 0
+    Path("sample.png").unlink()
 
 
 def test_generate_stops_at_a_poisoned_lora(load, checkpoints, tmp_path, experiment, capsys) -> None:
@@ -123,7 +129,7 @@ def test_generate_stops_at_a_poisoned_lora(load, checkpoints, tmp_path, experime
     backbone.trainable_parameters()[0].data[0, 0] = NAN
     backbone.save_lora(tmp_path / "lora")
     experiment(checkpoints["sd"])
-    line = refusal(capsys, "generate", "--lora", "lora", "--output", "elsewhere")
+    line = refusal(capsys, "generate", "--lora", str(tmp_path / "lora"), "--output", "elsewhere")
     assert "lora/pytorch_lora_weights.safetensors" in line and "has NaN or infinite values" in line
 
 
@@ -250,13 +256,14 @@ def test_latents_beyond_float16_are_refused(load, tmp_path, value, named) -> Non
 
 def test_weights_that_are_not_finite_are_named(load) -> None:
     backbone = load("sd")
-    check_finite_weights(backbone.unet, "base")
+    check_finite(backbone.unet, "base")
     backbone.unet.conv_out.bias.data[1] = NAN
     with pytest.raises(ValueError, match="base: NaN or infinity in weight conv_out.bias"):
-        check_finite_weights(backbone.unet, "base")
+        check_finite(backbone.unet, "base")
 
 
 @pytest.mark.smoke
+@pytest.mark.nightly
 def test_a_process_that_meets_it_ends_all_with_one_line(
     checkpoints, tmp_path, experiment, words, capfd
 ) -> None:

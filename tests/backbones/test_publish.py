@@ -23,6 +23,7 @@ from PIL import Image
 from rounding import assert_same
 
 from spo import backbones, cli, config
+from spo.adapters import load as load_adapted
 from spo.data.images import save_images
 from spo.evaluation import model_card, statistics
 
@@ -105,7 +106,7 @@ def test_diffusers_loads_it_from_there(run: Path, capsys: pytest.CaptureFixture[
     plain = pipe.unet(*inputs, text).sample
     pipe.load_lora_weights(run / "out")
     assert not torch.allclose(pipe.unet(*inputs, text).sample, plain)
-    ours = backbones.load_aligned(config.load().backbone, run / ADAPTER, "cpu")
+    ours = load_adapted(config.load().backbone, run / ADAPTER, "cpu")
     assert_same(pipe.unet(*inputs, text).sample, ours.unet(*inputs, text).sample, ours.unet)
 
 
@@ -189,6 +190,7 @@ def hub() -> Iterator[Any]:
 
 
 @pytest.mark.services
+@pytest.mark.nightly
 def test_a_hub_gets_all_of_it(run: Path, hub: Any) -> None:
     address = hub.url.removesuffix("/someone/spo")
     own = {

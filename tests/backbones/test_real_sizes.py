@@ -32,6 +32,7 @@ def test_a_step_of_each_training_in_bf16(family: str, tmp_path, capsys) -> None:
 
 
 @pytest.mark.smoke
+@pytest.mark.nightly
 @pytest.mark.parametrize("family", ["sd", "sdxl"])
 def test_the_same_at_a_small_size_on_a_cpu(family: str, checkpoints, words) -> None:
     """So that what is timed on a GPU is known to run."""

@@ -7,7 +7,6 @@ import yaml
 from rounding import assert_same
 
 from spo import backbones, config
-from spo.backbones import sizes
 from spo.commands.dry_run import lines
 from spo.stages import prompts
 
@@ -37,15 +36,15 @@ def test_it_is_the_model_of_the_folder(one, load) -> None:
 def test_prompts_and_the_dry_run_read_its_description(one, checkpoints) -> None:
     params = config.validate({**yaml.safe_load(config.preset("smoke")), "backbone": one.model_dump()})
     assert prompts._token_counter(params)("a red ring") == 5  # start, three words, end
-    size = sizes.measure(one)
+    found = backbones.describe(one)
     folder = one.model_copy(update={"checkpoint": str(checkpoints[one.family]), "config": None})
-    assert size == sizes.measure(folder)
+    same = backbones.describe(folder)
+    assert (found.unet, found.vae) == (same.unet, same.vae)
+    assert found.scheduler_config == same.scheduler_config
     assert any("UNet" in line for line in lines(params, "generate", "base"))
 
 
 def test_without_a_network_it_says_what_is_missing(one) -> None:
     alone = one.model_copy(update={"config": None})
-    with pytest.raises(ValueError, match="backbone.config"):
-        sizes.measure(alone)
-    with pytest.raises(ValueError, match="cannot be reached"):
+    with pytest.raises(ValueError, match="backbone.config: .*cannot be loaded .*local copy"):
         backbones.load(alone, "cpu")

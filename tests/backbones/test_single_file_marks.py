@@ -102,4 +102,4 @@ def test_a_single_file_with_missing_or_unknown_tensors_is_refused(single) -> Non
     Path(single().checkpoint).write_bytes(b"truncated")
     settings = single()
     Path(settings.checkpoint).write_bytes(b"truncated")
-    refused_file(settings, "not a readable safetensors file")
+    refused_file(settings, "model.safetensors: cannot be read as weights")

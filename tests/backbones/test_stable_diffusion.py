@@ -5,10 +5,10 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline
 from rounding import assert_same
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from spo import backbones, config
-from spo.backbones import lora
+from spo.adapters import load as load_adapted
 from spo.diffusion.noise import SampleNoise
 from spo.diffusion.rollout import sample_latents
 from spo.diffusion.schedule import Schedule
@@ -65,7 +65,8 @@ def test_only_the_adapter_trains(load, family) -> None:
     assert output.dtype == torch.float32
     output.square().mean().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in trained.values())
-    frozen = [p for m in (backbone.unet, backbone.vae, backbone.text_encoder) for p in m.parameters()]
+    others = (backbone.unet, backbone.vae, backbone.pipeline.text_encoder)
+    frozen = [p for m in others for p in m.parameters()]
     assert all(p.grad is None for p in frozen if not p.requires_grad)
 
 
@@ -112,28 +113,6 @@ def test_the_prompt_and_the_timestep_reach_the_unet(load, family) -> None:
     assert not torch.allclose(backbone.predict(x_t, timesteps.flip(0), conditioning), output, atol=1e-4)
     alone = backbone.predict(x_t[1:], timesteps[1:], conditioning.select(slice(1, 2)))
     assert_same(alone, output[1:], backbone.unet)
-
-
-def test_saved_adapter_loads_here_and_in_diffusers(load, family, checkpoints, tmp_path) -> None:
-    backbone = load(family)
-    backbone.add_lora(LORA, seed=0)
-    pretend_training(backbone)
-    backbone.save_lora(tmp_path)
-    expected = predict(backbone)
-
-    for path in (tmp_path, tmp_path / lora.FILE):
-        again = load(family)
-        again.load_lora(path)
-        assert_same(predict(again), expected, backbone.unet)
-        assert again.trainable_parameters() == []
-
-    pipe = DiffusionPipeline.from_pretrained(checkpoints[family])
-    pipe.load_lora_weights(tmp_path)
-    x_t, timesteps, conditioning = inputs(backbone)
-    arguments = backbone._text.unet_arguments(conditioning)
-    with torch.no_grad():
-        output = pipe.unet(x_t, timesteps, **arguments).sample
-    assert_same(output, expected, pipe.unet)
 
 
 def image_pipeline(folder):
@@ -205,71 +184,11 @@ def test_wrong_checkpoints_are_one_line(load, family, checkpoints, tmp_path) -> 
         "backbone.checkpoint: data/nowhere: no such file", lambda: load(family, checkpoint="data/nowhere")
     )
     refused("is not a diffusers pipeline", lambda: load(family, checkpoint=str(tmp_path)))
-    refused("nowhere: cannot be loaded", lambda: load(family, vae=str(tmp_path / "nowhere")))
+    refused("nowhere: config.json: cannot be loaded", lambda: load(family, vae=str(tmp_path / "nowhere")))
 
     spoilt = shutil.copytree(checkpoints[family], tmp_path / "spoilt")
     (spoilt / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"truncated")
     refused("spoilt: unet: cannot be loaded", lambda: load(family, checkpoint=str(spoilt)))
-
-
-def test_an_adapter_that_does_not_fit_is_refused(load, family, tmp_path) -> None:
-    backbone = load(family)
-    backbone.add_lora(LORA, seed=0)
-    backbone.save_lora(tmp_path)
-    good = load_file(tmp_path / lora.FILE)
-    first = next(k for k in good if k.endswith("lora.down.weight"))
-    unknown = first.replace("down_blocks.1", "down_blocks.7")
-    bad = {
-        "wide": {k: torch.cat([v, v], dim=1) if k == first else v for k, v in good.items()},
-        "more": {**good, unknown: good[first].clone()},
-        "text": {**good, "text_encoder.layers.0.lora_A.weight": good[first].clone()},
-        "base": {"conv_in.weight": torch.zeros(2, 2)},
-    }
-    for name, state in bad.items():
-        save_file(state, tmp_path / f"{name}.safetensors")
-    (tmp_path / "truncated.safetensors").write_bytes(b"truncated")
-
-    refused(
-        "wide.safetensors: does not fit this UNet: ",
-        lambda: load(family).load_lora(tmp_path / "wide.safetensors"),
-    )
-    refused(
-        "more.safetensors: does not fit this UNet, which has no layer for unet.down_blocks.7",
-        lambda: load(family).load_lora(tmp_path / "more.safetensors"),
-    )
-    messages = {
-        "text.safetensors": "does not fit text_encoder, which has no layer for text_encoder.layers.0",
-        "base.safetensors": "contains a unet, not a LoRA",
-        "truncated.safetensors": "cannot be read as weights",
-        "nowhere": "no such file or folder; give a LoRA",
-    }
-    for name, message in messages.items():
-        refused(f"{name}: {message}", lambda name=name: load(family).load_lora(tmp_path / name))
-
-
-def test_the_adapter_of_the_other_family_is_refused(load, family, tmp_path) -> None:
-    other = load({"sd": "sdxl", "sdxl": "sd"}[family])
-    other.add_lora(LORA, seed=0)
-    other.save_lora(tmp_path)
-    refused("does not fit this UNet", lambda: load(family).load_lora(tmp_path))
-
-
-def test_an_adapter_in_kohyas_format_loads(load, family, tmp_path) -> None:
-    """The format of most files that are shared; alpha lies in it as a tensor."""
-    backbone = load(family)
-    backbone.add_lora(LORA, seed=0)
-    pretend_training(backbone)
-    backbone.save_lora(tmp_path)
-    kohya = {}
-    for key, value in load_file(tmp_path / lora.FILE).items():
-        module, kind = key.removeprefix("unet.").rsplit(".lora", 1)
-        name = "lora_unet_" + module.replace(".", "_")
-        side = "lora_down" if kind.startswith(".down") else "lora_up"
-        kohya |= {f"{name}.{side}.weight": value, f"{name}.alpha": torch.tensor(float(LORA.alpha))}
-    save_file(kohya, tmp_path / "kohya.safetensors")
-    again = load(family)
-    again.load_lora(tmp_path / "kohya.safetensors")
-    assert_same(predict(again), predict(backbone), backbone.unet)
 
 
 def test_a_full_fine_tune_keeps_its_reference_and_loads_here_and_in_diffusers(load, family, tmp_path) -> None:
@@ -289,7 +208,7 @@ def test_a_full_fine_tune_keeps_its_reference_and_loads_here_and_in_diffusers(lo
     backbone.save_pipeline(tmp_path)
 
     settings = config.Backbone(family=family, checkpoint="nowhere/at-all")
-    again = backbones.load_aligned(settings, tmp_path, "cpu")
+    again = load_adapted(settings, tmp_path, "cpu")
     assert_same(predict(again), changed, again.unet)
     assert again.trainable_parameters() == []
     pipe = DiffusionPipeline.from_pretrained(tmp_path)

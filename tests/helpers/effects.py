@@ -66,6 +66,9 @@ def patch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reward_model, "load_reward_model", judge)
     loaded = functools.cache(backbones.load)
     monkeypatch.setattr(backbones, "load", lambda *args: with_own_unet(loaded(*args)))
+    monkeypatch.setattr(
+        backbones, "load_described", lambda found, *args: backbones.load(found.settings, *args)
+    )
     perceive = Perception.perceive  # images of 48 pixels; those of the tiny model have 16
 
     def enlarged(self: Perception, images: torch.Tensor, *captions: Any) -> Any:

@@ -26,7 +26,8 @@ from transformers import (
 )
 
 from spo import config
-from spo.backbones.stable_diffusion import StableDiffusion, _text
+from spo.backbones.stable_diffusion import StableDiffusion
+from spo.backbones.text import text_of
 from spo.data.latents import EncodedPairs
 from spo.diffusion.schedule import Schedule
 from spo.methods.diffusion_dpo import DiffusionDpoMethod
@@ -145,7 +146,7 @@ def backbone(pipeline: Any, family: str, device: str, dtype: torch.dtype) -> Sta
     pipeline.to(device=device, dtype=dtype)
     used = dict(pipeline.scheduler.config)
     return StableDiffusion(
-        pipeline, _text(pipeline, family == "sdxl"), channels_last=False, scheduler_config=used
+        pipeline, text_of(pipeline, family == "sdxl"), channels_last=False, scheduler_config=used
     )
 
 
@@ -167,6 +168,7 @@ def described(name: str, folder: Path) -> config.Params:
             text = json.dumps(found, default=str)
             (base / part / "config.json").write_text(text, encoding="utf-8")
     pipe.scheduler.save_pretrained(base / "scheduler")
+    pipe.save_config(base)  # model_index.json
     judge.model.config.save_pretrained(clip)
     params = yaml.safe_load(config.preset(name))
     vae = None if params["backbone"]["vae"] is None else str(base / "vae")

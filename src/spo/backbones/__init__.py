@@ -1,5 +1,7 @@
 """Text-to-image models behind `types.Backbone`: the only package that knows diffusers and model families."""
 
-from spo.backbones.stable_diffusion import StableDiffusion, load, load_aligned
+from spo.backbones.description import Description, describe
+from spo.backbones.loading import load, load_described
+from spo.backbones.stable_diffusion import StableDiffusion
 
-__all__ = ["StableDiffusion", "load", "load_aligned"]
+__all__ = ["Description", "StableDiffusion", "describe", "load", "load_described"]

@@ -25,14 +25,7 @@ class DownPath(nn.Module):
     def __init__(
         self, unet: Any, text: SdText | SdxlText, dtype: torch.dtype, memory_format: torch.memory_format
     ) -> None:
-        """Copies both.
-
-        Args:
-            dtype: the precision of the computation, whatever that of the weights.
-
-        Raises:
-            ValueError: a UNet without a mid block.
-        """
+        """Copies both; `dtype` is the precision of the computation, whatever that of the weights."""
         super().__init__()
         if unet.mid_block is None:
             raise ValueError(

@@ -1,18 +1,13 @@
-"""Low-rank adapters (arXiv 2106.09685): saved in diffusers' format, loaded in any format of lora_file.py."""
-
-from __future__ import annotations
+"""Low-rank adapters (arXiv 2106.09685), added to a UNet, and saved in diffusers' format."""
 
 import json
-import re
-from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from spo import config
-from spo.backbones import lora_file
 from spo.runtime.files import atomic
 
 FILE = "pytorch_lora_weights.safetensors"
@@ -71,67 +66,6 @@ def _sort_header(file: Path) -> None:
     header = json.dumps(json.loads(content[8 : 8 + size]), sort_keys=True, separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)
     file.write_bytes(len(header).to_bytes(8, "little") + header + content[8 + size :])
-
-
-def load(models: Mapping[str, Any], file: Path) -> dict[str, int]:
-    """Load a LoRA file of any supported format into the UNet and the text encoders.
-
-    Args:
-        models: modules by component: unet, text_encoder, text_encoder_2.
-
-    Returns:
-        The number of changed layers by component.
-
-    Raises:
-        ValueError: a key that is not supported or does not fit the models.
-    """
-    updates = lora_file.read(file, models)
-    if not any(update.changes() for layers in updates.values() for update in layers.values()):
-        raise ValueError(f"{file}: changes no layer: all of its weights are 0, or it has none")
-    for component, layers in updates.items():
-        _inject(models[component], layers)
-    return {component: sum(u.changes() for u in layers.values()) for component, layers in updates.items()}
-
-
-def _inject(model: Any, layers: Mapping[str, lora_file.Update]) -> None:
-    from peft import LoraConfig, inject_adapter_in_model
-
-    from spo.backbones.lora_linear import use_merged_layers
-
-    common = Counter(update.rank for update in layers.values()).most_common(1)[0][0]
-    settings = LoraConfig(
-        r=common,
-        lora_alpha=common,
-        rank_pattern=_rank_pattern(layers, common),
-        target_modules=list(layers),
-        use_dora=any(update.magnitude is not None for update in layers.values()),
-    )
-    names = dict.fromkeys((f"{name}.lora_A.weight" for name in layers), torch.empty(0))
-    with torch.random.fork_rng(devices=[]):  # peft draws initial weights, which _fill replaces
-        inject_adapter_in_model(use_merged_layers(settings), model, adapter_name=ADAPTER, state_dict=names)
-    model._hf_peft_config_loaded = True
-    for name, update in layers.items():
-        _fill(model.get_submodule(name), update)
-
-
-@torch.no_grad()
-def _fill(layer: Any, update: lora_file.Update) -> None:
-    """Set the weights and the strength of one layer: peft's config has one alpha for many layers."""
-    layer.lora_A[ADAPTER].weight.copy_(update.down)
-    layer.lora_B[ADAPTER].weight.copy_(update.up)
-    if update.magnitude is not None:
-        layer.lora_magnitude_vector[ADAPTER].weight.copy_(update.magnitude)
-    layer.lora_alpha[ADAPTER] = update.scale * update.rank
-    layer.scaling[ADAPTER] = update.scale
-
-
-def _rank_pattern(layers: Mapping[str, lora_file.Update], common: int) -> dict[str, int]:
-    """One pattern per rank, not per layer: peft tries every pattern for every layer."""
-    by_rank: dict[int, list[str]] = {}
-    for name, update in layers.items():
-        if update.rank != common:
-            by_rank.setdefault(update.rank, []).append(re.escape(name))
-    return {f"^({'|'.join(names)})": rank for rank, names in by_rank.items()}
 
 
 def _plain(value: Any) -> Any:

@@ -1,14 +1,9 @@
 """Single-file checkpoints (.safetensors), with the tensor names of the original releases."""
 
-from __future__ import annotations
-
-from collections.abc import Mapping
 from typing import Any
 
-from safetensors import safe_open
-
 from spo import config
-from spo.runtime.messages import first_line
+from spo.backbones.weights import Weights
 
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
 TEXT = {
@@ -31,124 +26,71 @@ PREDICTION_TYPES = {
 }
 ARCHITECTURES = {"sd": ("stable-diffusion-v1", "stable-diffusion-v2"), "sdxl": ("stable-diffusion-xl-v1",)}
 NOT_TEXT_TO_IMAGE = ("inpaint", "edit", "refiner", "depth", "upscal", "lora", "controlnet")
-AS_ADAPTER = "give its base model here, and this file to `spo generate --lora` or generate.VARIANT.adapter"
+AS_ADAPTER = (
+    "give an adapter or a UNet alone by `spo generate --lora` or `--unet`, or as generate.VARIANT.adapter, "
+    "and its base model here"
+)
 UNUSED = (".loss.", "model_ema.")  # tensors of the autoencoder's training
 
 
-class Header:
-    """Tensor names, shapes and metadata of a file; no weights are read."""
-
-    def __init__(self, path: str) -> None:
-        """
-        Raises:
-            ValueError: not a readable safetensors file.
-        """
-        self.where = f"backbone.checkpoint: {path}"
-        try:
-            with safe_open(path, framework="pt") as file:
-                self.metadata: Mapping[str, str] = file.metadata() or {}
-                self.shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
-        except Exception as error:  # safetensors raises several types
-            reason = first_line(error)
-            raise ValueError(f"{self.where} is not a readable safetensors file ({reason})") from None
-
-    def count(self, prefix: str) -> int:
-        """Count the tensors with a prefix, without UNUSED ones."""
-        return sum(1 for n in self.shapes if n.startswith(prefix) and not any(u in n for u in UNUSED))
+def count(weights: Weights, prefix: str) -> int:
+    """Count the tensors with a prefix, without UNUSED ones."""
+    return sum(1 for n in weights.tensors if n.startswith(prefix) and not any(u in n for u in UNUSED))
 
 
-def check(header: Header, settings: config.Backbone) -> None:
-    """Refuse a file that is not a complete text-to-image checkpoint of the family.
-
-    Raises:
-        ValueError: a LoRA, a single part, another family or architecture, or missing or unknown tensors.
-    """
-    _check_architecture(header, settings.family)
-    _check_kind(header)
-    other = "sdxl" if settings.family == "sd" else "sd"
-    if any(header.count(p) for p in TEXT[other]) and not any(header.count(p) for p in TEXT[settings.family]):
-        raise ValueError(f"{header.where} is of family {other!r}, but backbone.family is {settings.family!r}")
-    if missing := [p for p in TEXT[settings.family] if not header.count(p)]:
+def check(weights: Weights, settings: config.Backbone) -> None:
+    """Refuse a file that is not a complete text-to-image checkpoint of the family."""
+    where, family = f"backbone.checkpoint: {weights.file}", settings.family
+    architecture = weights.metadata.get("modelspec.architecture", ARCHITECTURES[family][0])
+    name = architecture.lower()
+    if any(kind in name for kind in NOT_TEXT_TO_IMAGE) or not name.startswith(ARCHITECTURES[family]):
         raise ValueError(
-            f"{header.where} has no text encoder ({missing[0]}*); give a diffusers folder instead"
+            f"{where}: metadata modelspec.architecture is {architecture!r}; backbone.family {family!r} takes "
+            f"{' and '.join(ARCHITECTURES[family])}"
         )
-    if settings.vae is None and not header.count(VAE):
-        raise ValueError(f"{header.where} has no VAE ({VAE}*); name a VAE's folder in backbone.vae")
-    _check_counts(header, settings)
+    if not count(weights, UNET):
+        raise ValueError(
+            f"{where} is not a complete checkpoint (no {UNET}*); {AS_ADAPTER}; a VAE alone goes to "
+            "backbone.vae, as a diffusers folder"
+        )
+    missing = {name: [p for p in prefixes if not count(weights, p)] for name, prefixes in TEXT.items()}
+    for other in TEXT:
+        if missing[family] == list(TEXT[family]) and missing[other] != list(TEXT[other]):
+            raise ValueError(f"{where} is of family {other!r}, but backbone.family is {family!r}")
+    if missing[family]:
+        raise ValueError(f"{where} has no text encoder ({missing[family][0]}*); give a diffusers folder")
+    if settings.vae is None and not count(weights, VAE):
+        raise ValueError(f"{where} has no VAE ({VAE}*); name a VAE's folder in backbone.vae")
 
 
-def marks(header: Header, override: config.Scheduler) -> dict[str, Any]:
+def marks(weights: Weights, override: config.Scheduler) -> dict[str, Any]:
     """The scheduler keys that a file announces: `v_pred`, `ztsnr`, the metadata modelspec.prediction_type.
 
     Args:
         override: of params.yaml; takes precedence over marks that contradict each other.
-
-    Raises:
-        ValueError: EDM, an unsupported prediction type, or contradictory marks.
     """
+    where = f"backbone.checkpoint: {weights.file}"
     for name, kind in EDM.items():
-        if name in header.shapes:
+        if name in weights.tensors:
             reason = f"tensor {name!r} marks a model trained as {kind}"
-            raise ValueError(f"{header.where}: {reason}; only discrete-time DDPM is supported")
+            raise ValueError(f"{where}: {reason}; only discrete-time DDPM is supported")
     key = "modelspec.prediction_type"
-    value = header.metadata.get(key)
+    value = weights.metadata.get(key)
     announced = None if value is None else PREDICTION_TYPES.get(value.strip().lower())
     if value is not None and announced is None and override.prediction_type is None:
         raise ValueError(
-            f"{header.where}: metadata {key} {value!r} is not supported; only epsilon and v_prediction are"
+            f"{where}: metadata {key} {value!r} is not supported; only epsilon and v_prediction are"
         )
     keys: dict[str, Any] = {}
     if announced is not None and override.prediction_type is None:
         keys["prediction_type"] = announced
-    if V_PREDICTION in header.shapes:
+    if V_PREDICTION in weights.tensors:
         if keys.get("prediction_type", "v_prediction") != "v_prediction":
             raise ValueError(
-                f"{header.where}: tensor 'v_pred' and metadata {key} {value!r} contradict each other; "
+                f"{where}: tensor 'v_pred' and metadata {key} {value!r} contradict each other; "
                 "set backbone.scheduler.prediction_type"
             )
         keys["prediction_type"] = "v_prediction"
-    if ZERO_SNR in header.shapes:
+    if ZERO_SNR in weights.tensors:
         keys["rescale_betas_zero_snr"] = True
     return keys
-
-
-def _check_architecture(header: Header, family: str) -> None:
-    architecture = header.metadata.get("modelspec.architecture")
-    if architecture is None:
-        return
-    name = architecture.lower()
-    if any(kind in name for kind in NOT_TEXT_TO_IMAGE) or not name.startswith(ARCHITECTURES[family]):
-        raise ValueError(
-            f"{header.where}: metadata modelspec.architecture is {architecture!r}; backbone.family "
-            f"{family!r} takes {' and '.join(ARCHITECTURES[family])}"
-        )
-
-
-def _check_kind(header: Header) -> None:
-    if header.count(UNET):
-        return
-    names = list(header.shapes)
-    if any("lora" in n or "hada_" in n or "lokr_" in n for n in names):
-        kind = f"an adapter; {AS_ADAPTER}"
-    elif any(n.startswith(("down_blocks.", "unet.down_blocks.", "input_blocks.")) for n in names):
-        kind = f"a UNet alone; {AS_ADAPTER}"
-    elif any(n.startswith(("encoder.down", "decoder.up")) for n in names):
-        kind = "a VAE alone; give its diffusers folder in backbone.vae"
-    else:
-        kind = f"not a Stable Diffusion checkpoint (no {UNET}*)"
-    raise ValueError(f"{header.where} is {kind}")
-
-
-def _check_counts(header: Header, settings: config.Backbone) -> None:
-    """Compare the number of tensors: UNet and VAE have one tensor each per name in both formats."""
-    from spo.backbones import sizes
-
-    unet, vae = sizes.empty_models(settings)
-    parts = {"UNet": (UNET, unet)} | ({} if settings.vae else {"VAE": (VAE, vae)})
-    for name, (prefix, model) in parts.items():
-        has, needs = header.count(prefix), len(model.state_dict())
-        if has != needs:
-            raise ValueError(
-                f"{header.where}: {has} tensors {prefix}* in the file, but {needs} in the {name} that "
-                f"{settings.described_by} describes; a damaged file, or backbone.config of another model"
-            )

@@ -1,10 +1,8 @@
 """Stable Diffusion 1.5 and XL checkpoints of diffusers as a `types.Backbone`."""
 
-from __future__ import annotations
-
 import copy
 import itertools
-import sys
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,14 +12,12 @@ import torch
 from torch import Tensor
 
 from spo import config
-from spo.backbones import checks, external, lora, parts, scheduler, single_file, sizes, unet_file, weights
-from spo.backbones.checks import latent_side
+from spo.backbones import lora
+from spo.backbones.description import latent_side
 from spo.backbones.features import DownPath
-from spo.backbones.layer_names import COMPONENTS
 from spo.backbones.shared_start import shared_start
 from spo.backbones.text import SdText, SdxlText
-from spo.runtime import hub
-from spo.training import distributed, placement
+from spo.training import placement
 from spo.training.placement import lower
 from spo.types import Budget, Conditioning
 
@@ -44,21 +40,23 @@ class StableDiffusion:
         scheduler_config: Mapping[str, Any],
         budget: Budget | None = None,
     ) -> None:
-        self.pipeline, self.pipeline_class = pipeline, type(pipeline)
+        self.pipeline = pipeline
         self.budget = budget or Budget()
         self._resting: torch.device | None = None  # the UNet's device while it is in host memory
         self._empty: Conditioning | None = None
         self._reference: Any = None  # only for full fine-tuning; an adapter is disabled instead
         self.unet, self.vae, self._text = pipeline.unet, pipeline.vae, text
-        self.text_encoder = pipeline.text_encoder
         self.scheduler_config = scheduler_config
-        side = latent_side(self.unet.config.sample_size, "backbone.checkpoint")
+        side = latent_side(self.unet.config.sample_size)
         self.latent_shape = (self.unet.config.in_channels, side, side)
         self.image_size = (side * pipeline.vae_scale_factor, side * pipeline.vae_scale_factor)
-        self._latents_mean, self._latents_std = (
-            self._statistics("latents_mean"),
-            self._statistics("latents_std"),
-        )
+        announced = self.vae.config
+        self._shift = announced.get("shift_factor") or 0.0
+        self._statistics = [  # mean and standard deviation of each latent channel [1,C,1,1], where announced
+            torch.tensor(announced[key], device=self.device).view(1, -1, 1, 1)
+            for key in ("latents_mean", "latents_std")
+            if announced.get(key) is not None
+        ]
         self._dtype = self.unet.dtype
         self._format = torch.channels_last if channels_last else torch.contiguous_format
         for module in (self.unet, self.vae):
@@ -82,6 +80,10 @@ class StableDiffusion:
         if self._empty is None:
             self._empty = self.encode_prompts([""])
         return self._empty
+
+    def forget_prompts(self) -> None:
+        """Encode the empty prompt again: the text encoders have changed."""
+        self._empty = None
 
     @contextmanager
     def _present(self, *modules: torch.nn.Module) -> Iterator[None]:
@@ -168,30 +170,23 @@ class StableDiffusion:
                 posterior = self.vae.encode(part).latent_dist
                 latents.append(posterior.mean if own is None else posterior.mean + posterior.std * own)
         encoded = torch.cat(latents)
-        if self._latents_mean is not None and self._latents_std is not None:
-            encoded = (encoded - self._latents_mean) / self._latents_std
+        if self._statistics:
+            mean, std = self._statistics
+            encoded = (encoded - mean) / std
         return ((encoded - self._shift) * self.vae.config.scaling_factor).float()
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         latents = latents / self.vae.config.scaling_factor + self._shift
-        if self._latents_mean is not None and self._latents_std is not None:
-            latents = latents * self._latents_std + self._latents_mean
+        if self._statistics:
+            mean, std = self._statistics
+            latents = latents * std + mean
         latents = latents.to(self.vae.dtype).contiguous(memory_format=self._format)
         with self._present(self.vae), lower("images"):
             parts = [
                 self.vae.decode(part, return_dict=False)[0] for part in latents.split(self.budget.images)
             ]
         return torch.cat(parts).float()
-
-    def _statistics(self, key: str) -> Tensor | None:
-        """Statistics per latent channel [1,C,1,1]; None if the VAE announces none."""
-        values = self.vae.config.get(key)
-        return None if values is None else torch.tensor(values, device=self.device).view(1, -1, 1, 1)
-
-    @property
-    def _shift(self) -> float:
-        return getattr(self.vae.config, "shift_factor", None) or 0.0
 
     def feature_model(self) -> DownPath:
         """A frozen copy of the UNet's down path and the text encoders; only before training starts."""
@@ -218,7 +213,7 @@ class StableDiffusion:
         same = self.unet.dtype == self._dtype  # else a copy: training may continue in fp32
         self.pipeline.unet = self.unet if same else _on_cpu(self.unet, self._dtype)
         self.pipeline.save_pretrained(folder)
-        weights.forget_source(folder)
+        _forget_source(folder)
         self.pipeline.unet = self.unet
 
     def add_lora(self, settings: config.Lora, seed: int) -> None:
@@ -227,40 +222,22 @@ class StableDiffusion:
 
     def save_lora(self, folder: Path) -> None:
         """Save the adapter for diffusers' `pipe.load_lora_weights(folder)`."""
-        lora.save(self.unet, self.pipeline_class, folder)
-
-    def load_lora(self, path: Path) -> str:
-        """Load a LoRA (file or folder) into UNet and text encoders; returns a summary of its changes."""
-        file = external.lora_file_of(path)
-        external.check_prediction(file, self._prediction)
-        names = [name for name in COMPONENTS if getattr(self.pipeline, name, None) is not None]
-        models = {name: getattr(self.pipeline, name) for name in names}
-        changed = lora.load(models, file)
-        self._empty = None
-        for model in models.values():
-            model.eval().requires_grad_(False)
-        return f"{file}: LoRA, changes " + ", ".join(
-            f"{n} layers of the {name}" for name, n in changed.items()
-        )
-
-    def load_unet(self, files: Sequence[Path], described_by: Path | None) -> str:
-        """Load the weights of another UNet of the same architecture; returns a summary of its changes.
-
-        Args:
-            described_by: its config.json, if any.
-        """
-        changed, total = unet_file.load(self.unet, files, described_by)
-        return f"{files[0]}: UNet, {changed} of {total} tensors differ from the base's"
-
-    @property
-    def _prediction(self) -> str:
-        return self.scheduler_config.get("prediction_type", "epsilon")
+        lora.save(self.unet, type(self.pipeline), folder)
 
     def trainable_parameters(self) -> list[torch.nn.Parameter]:
         return lora.trainable(self.unet)
 
     def _has_adapter(self) -> bool:
         return bool(getattr(self.unet, "peft_config", None))
+
+
+def _forget_source(folder: Path) -> None:
+    """Remove from the configs of a saved pipeline where it was loaded from, which may be a path."""
+    for file in folder.rglob("*.json"):
+        content = json.loads(file.read_text(encoding="utf-8"))
+        if isinstance(content, dict) and content.keys() & {"_name_or_path", "name_or_path"}:
+            rest = {k: v for k, v in content.items() if k not in ("_name_or_path", "name_or_path")}
+            file.write_text(json.dumps(rest, indent=2) + "\n", encoding="utf-8")
 
 
 def _on_cpu(module: Any, dtype: torch.dtype) -> Any:
@@ -271,124 +248,3 @@ def _on_cpu(module: Any, dtype: torch.dtype) -> Any:
     for value in module.buffers():
         memo[id(value)] = value.to(dtype if value.is_floating_point() else value.dtype).cpu()
     return copy.deepcopy(module, memo)
-
-
-def load(
-    settings: config.Backbone, device: torch.device | str, budget: Budget | None = None
-) -> StableDiffusion:
-    """Load a checkpoint from a diffusers folder, a single .safetensors file or a hub id.
-
-    Raises:
-        ValueError: no such checkpoint, no network, another family, parts that are missing, damaged or do not
-            fit each other, or a model that is not a discrete-time DDPM.
-    """
-    sdxl = settings.family == "sdxl"
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[settings.dtype]
-    where = f"backbone.checkpoint: {settings.checkpoint}"
-    marks: Mapping[str, Any] = {}
-    if settings.is_single_file:
-        header = single_file.Header(settings.checkpoint)
-        single_file.check(header, settings)
-        marks = single_file.marks(header, settings.scheduler)
-    else:
-        _check_folder(settings)
-        parts.check_index(parts.index_of(settings, where), settings.family, where)
-    pipeline = _pipeline(settings, dtype, where)
-    checks.check(pipeline, sdxl, where)
-    used = scheduler.effective(pipeline.scheduler, settings.family, marks, settings.scheduler, where)
-    # so that a saved full fine-tune announces the same
-    pipeline.scheduler.register_to_config(**{**marks, **scheduler.overridden(settings.scheduler)})
-    pipeline.to(device)
-    if sdxl and dtype == torch.float16 and (settings.vae is None or pipeline.vae.config.force_upcast):
-        pipeline.vae.to(torch.float32)  # its activations overflow in fp16
-    return StableDiffusion(pipeline, _text(pipeline, sdxl), settings.channels_last, used, budget)
-
-
-def _pipeline(settings: config.Backbone, dtype: torch.dtype, where: str) -> Any:
-    """Build the diffusers pipeline from parts that are loaded and checked one by one."""
-    import diffusers
-
-    kind = getattr(diffusers, parts.PIPELINES[settings.family])
-    checks.check_unet(sizes.unet_config(settings), settings.family == "sdxl", where)
-    given: dict[str, Any] = {"scheduler": scheduler.load(settings.described_by, settings.revision, where)}
-    if settings.vae is not None:
-        given["vae"] = parts.load_vae(settings.vae, dtype)
-    if settings.family == "sd":
-        given |= {"safety_checker": None, "requires_safety_checker": False}
-    name = settings.checkpoint
-    if settings.is_single_file:
-        given |= {"config": settings.described_by, "torch_dtype": dtype}
-        return parts.reach(where, settings.described_by, lambda: kind.from_single_file(name, **given))
-    given |= {**parts.load(settings, dtype, where), "revision": settings.revision}
-    return parts.reach(where, name, lambda: kind.from_pretrained(name, **given))
-
-
-def load_aligned(
-    settings: config.Backbone,
-    adapter: str | Path | None,
-    device: torch.device | str,
-    budget: Budget | None = None,
-) -> StableDiffusion:
-    """Load the base model with an adapter: a LoRA, a UNet, or a complete pipeline that replaces it.
-
-    Raises:
-        ValueError: as `load`, and for an adapter that does not fit or is not recognised by its files.
-    """
-    if adapter is None:
-        return load(settings, device, budget)
-    source = external.find(Path(adapter))
-    if source.files[0].is_file():
-        external.check_family(source.files[0], settings.family)
-    if source.kind == "pipeline":
-        replaced = {"checkpoint": str(source.files[0]), "revision": None, "config": settings.described_by}
-        backbone = load(settings.model_copy(update=replaced), device, budget)
-        if source.files[0].is_file():
-            external.check_prediction(source.files[0], backbone._prediction)
-        return backbone
-    backbone = load(settings, device, budget)
-    if source.kind == "unet":
-        summary = backbone.load_unet(source.files, source.config)
-    else:
-        summary = backbone.load_lora(source.files[0])
-    if distributed.is_main_process():
-        print(f"spo: {summary}", file=sys.stderr)
-    return backbone
-
-
-def _text(pipeline: Any, sdxl: bool) -> SdText | SdxlText:
-    if not sdxl:
-        return SdText(pipeline.tokenizer, pipeline.text_encoder)
-    side = latent_side(pipeline.unet.config.sample_size, "backbone.checkpoint") * pipeline.vae_scale_factor
-    encoders = [pipeline.text_encoder, pipeline.text_encoder_2]
-    zeros = pipeline.config.force_zeros_for_empty_prompt
-    return SdxlText([pipeline.tokenizer, pipeline.tokenizer_2], encoders, side, zeros)
-
-
-def _check_folder(settings: config.Backbone) -> None:
-    """Check that a checkpoint is a diffusers pipeline folder, or has the form OWNER/NAME of a hub id.
-
-    Raises:
-        ValueError: what the path is instead.
-    """
-    name = settings.checkpoint
-    path, where = Path(name), f"backbone.checkpoint: {name}"
-    if not path.exists():
-        try:
-            hub.check(name)
-        except ValueError as error:
-            raise ValueError(f"backbone.checkpoint: {error}") from None
-        return
-    if path.is_file():
-        raise ValueError(f"{where} is not a .safetensors file; convert it, or give a diffusers folder")
-    if (path / "model_index.json").exists():
-        return
-    reason = "is not a diffusers pipeline (no model_index.json)"
-    if (path / "adapter_config.json").exists() or (path / lora.FILE).exists():
-        reason += (
-            "; give a LoRA by `spo generate --lora` or generate.VARIANT.adapter, and its base model here"
-        )
-    elif (path / "config.json").exists():
-        reason += (
-            "; give a UNet by `spo generate --unet` or generate.VARIANT.adapter, and its base model here"
-        )
-    raise ValueError(f"{where} {reason}")

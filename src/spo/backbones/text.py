@@ -1,12 +1,11 @@
 """Encode prompts to a UNet's conditioning: the only difference between Stable Diffusion 1.5 and XL."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
+from spo.backbones.description import latent_side
 from spo.data.tokens import tokenize
 from spo.runtime.transfer import send
 from spo.types import Conditioning
@@ -72,6 +71,16 @@ class SdxlText:
         tensors = conditioning.tensors
         added = {"text_embeds": tensors["pooled"], "time_ids": tensors["time_ids"]}
         return {"encoder_hidden_states": tensors["text"], "added_cond_kwargs": added}
+
+
+def text_of(pipeline: Any, sdxl: bool) -> SdText | SdxlText:
+    """The conditioning of a diffusers pipeline."""
+    if not sdxl:
+        return SdText(pipeline.tokenizer, pipeline.text_encoder)
+    side = latent_side(pipeline.unet.config.sample_size) * pipeline.vae_scale_factor
+    encoders = [pipeline.text_encoder, pipeline.text_encoder_2]
+    zeros = pipeline.config.force_zeros_for_empty_prompt
+    return SdxlText([pipeline.tokenizer, pipeline.tokenizer_2], encoders, side, zeros)
 
 
 def tokenized(tokenizer: Any, prompts: Sequence[str], encoder: Any) -> Any:

@@ -41,8 +41,8 @@ def generate(
     Raises:
         ValueError: no such adapter, or weights that do not fit the backbone.
     """
-    from spo import backbones
-    from spo.backbones.external import SUPPORTED
+    from spo import adapters
+    from spo.adapters.files import SUPPORTED
     from spo.evaluation.generation import draw, each_image, save
     from spo.training import budget
     from spo.training.distributed import device
@@ -52,7 +52,7 @@ def generate(
     split = params.generate.split
     file = prompts_file or require(f"outputs/prompts/{split}.txt", f"{split} prompts")
     prompts = _prompts(file)
-    backbone = backbones.load_aligned(params.backbone, adapter, device(), budget.of(params, "generate"))
+    backbone = adapters.load(params.backbone, adapter, device(), budget.of(params, "generate"))
     variant = Variant(guidance=params.generate.base.guidance if guidance is None else guidance)
     prompts, seeds = each_image(prompts, params.generate)
     folder = output or OUTPUT / _name(adapter)

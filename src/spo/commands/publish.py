@@ -151,15 +151,15 @@ def _copy_weights(adapter: Path, content: Path) -> None:
     Raises:
         ValueError: neither of them.
     """
-    from spo.backbones.external import find
+    from spo.adapters.files import find
     from spo.backbones.lora import FILE
 
     source = find(adapter)
     if source.kind == "pipeline" and adapter.is_dir():
         shutil.copytree(adapter, content, ignore=shutil.ignore_patterns(SAMPLES, publication.FILE))
-    elif source.kind == "lora" and source.files[0].name == FILE:
+    elif source.kind == "lora" and source.path.name == FILE:
         content.mkdir()
-        shutil.copy(source.files[0], content / FILE)
+        shutil.copy(source.path, content / FILE)
     else:
         raise ValueError(f"{adapter}: neither {FILE} nor a diffusers pipeline there; run `spo align`")
 

@@ -32,7 +32,7 @@ def run(
     """
     from PIL import Image
 
-    from spo import backbones
+    from spo import adapters
     from spo.data.prompts import check_vocabulary, flaw
     from spo.evaluation import generation
     from spo.training import budget, distributed
@@ -55,7 +55,7 @@ def run(
         check_vocabulary([prompt], require(params.prompts.vocabulary, "vocabulary"))
     if variant.adapter is not None:
         require(variant.adapter, f"adapter of {method}")
-    backbone = backbones.load_aligned(
+    backbone = adapters.load(
         params.backbone, variant.adapter, distributed.device(), budget.of(params, "generate")
     )
     seeds = [seed + i for i in range(n)]

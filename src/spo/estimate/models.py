@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,7 +18,10 @@ from transformers import (
 
 from spo import config
 from spo.backbones import sizes
-from spo.backbones.stable_diffusion import StableDiffusion, _text
+from spo.backbones.description import config_file, describe
+from spo.backbones.loading import empty_models
+from spo.backbones.stable_diffusion import StableDiffusion
+from spo.backbones.text import text_of
 from spo.estimate.meta import DEVICE
 from spo.preference.model import StepAwarePreferenceModel
 from spo.types import Budget
@@ -45,8 +47,9 @@ def backbone(
     Raises:
         ValueError: config files that cannot be reached.
     """
+    found = describe(settings)
     dtype, sdxl = DTYPES[settings.dtype], settings.family == "sdxl"
-    unet, vae = (_built(empty, device) for empty in sizes.empty_models(settings))
+    unet, vae = (_built(empty, device) for empty in empty_models(found))
     upcast = sdxl and dtype == torch.float16 and (settings.vae is None or vae.config.force_upcast)
     models = {"unet": unet.to(dtype), "vae": vae.to(torch.float32 if upcast else dtype)}
     kinds: dict[str, Any] = {"text_encoder": CLIPTextModel}
@@ -62,8 +65,9 @@ def backbone(
         vae_scale_factor=2 ** (len(vae.config.block_out_channels) - 1),
         config=SimpleNamespace(force_zeros_for_empty_prompt=True),
     )
-    used = sizes.scheduler_config(settings)
-    return StableDiffusion(pipeline, _text(pipeline, sdxl), settings.channels_last, used, budget)
+    return StableDiffusion(
+        pipeline, text_of(pipeline, sdxl), settings.channels_last, found.scheduler_config, budget
+    )
 
 
 def _built(empty: Any, device: torch.device | str) -> Any:
@@ -74,9 +78,8 @@ def _built(empty: Any, device: torch.device | str) -> Any:
 
 
 def _text_encoder(settings: config.Backbone, part: str, kind: Any, device: torch.device | str) -> Any:
-    how: dict[str, Any] = {"subfolder": part, "revision": settings.revision}
-    load = partial(CLIPTextConfig.from_pretrained, settings.described_by, **how)
-    found = sizes.described(settings, f"{part}/config.json", lambda: load().to_dict())
+    name = settings.described_by
+    found = config_file(name, settings.revision, f"{part}/config.json", f"backbone: {name}")
     with torch.device(device):
         return kind(CLIPTextConfig.from_dict(found))
 

@@ -16,12 +16,12 @@ from spo.stages.common import of_suite, run_name, stage
 
 OUTPUT, PROMPTS = Path("outputs/images"), Path("outputs/prompts")
 # what generates the images
-CODE = ("backbones", "data/images.py", "diffusion", "evaluation/generation.py", "types.py")
+CODE = ("adapters", "backbones", "data/images.py", "diffusion", "evaluation/generation.py", "types.py")
 
 
 def run(params: Params, name: str, suite: str | None = None) -> None:
     """Write outputs/images/NAME, or outputs/images/suites/SUITE/NAME, for the variant `name`."""
-    from spo import backbones
+    from spo import adapters
     from spo.evaluation.generation import draw, each_image, save
     from spo.training import budget, distributed
     from spo.training.checkpoint import CheckpointStore
@@ -38,9 +38,7 @@ def run(params: Params, name: str, suite: str | None = None) -> None:
     with stage("generate", params, title) as tracked:
         if variant.adapter is not None:
             require(variant.adapter, f"adapter of {name}")
-        backbone = backbones.load_aligned(
-            params.backbone, variant.adapter, device(), budget.of(params, "generate")
-        )
+        backbone = adapters.load(params.backbone, variant.adapter, device(), budget.of(params, "generate"))
         prompts, seeds = each_image(lines, params.generate)
         folder = of_suite(OUTPUT, suite) / name
         scratch = _scratch(params, title, variant, file)

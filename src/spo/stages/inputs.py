@@ -32,13 +32,13 @@ def check_before_training(params: Params) -> None:
     Raises:
         ValueError: with the key that asks for it.
     """
-    from spo.backbones import sizes
+    from spo.backbones.description import read_scheduler
 
     for name in ("preference", "latent_preference"):
         if getattr(params, name).local_prompts and params.score.oracle is None:
             raise ValueError(f"{name}.local_prompts: needs score.oracle, which only scenes has; set it to 0")
     try:
-        announced = sizes.scheduler_config(params.backbone)
+        _, announced = read_scheduler(params.backbone)
     except ValueError:  # the next stage says so: it reads the base's tokenizer
         return
     sections = {"generate": params.generate, "preference": params.preference}

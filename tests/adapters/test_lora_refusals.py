@@ -8,6 +8,8 @@ import torch
 from safetensors.torch import save_file
 
 from spo import backbones, config
+from spo.adapters import load as load_adapted
+from spo.adapters import load_lora
 
 Q = "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
 KEY = "lora_unet_" + Q.replace(".", "_")
@@ -26,7 +28,7 @@ def good(backbone) -> dict[str, torch.Tensor]:
 
 def refused(backbone, path, message: str) -> None:
     with pytest.raises(ValueError, match=message) as error:
-        backbone.load_lora(path)
+        load_lora(backbone, path)
     assert str(path.name) in str(error.value) and "\n" not in str(error.value)
     assert not getattr(backbone.unet, "peft_config", None)
 
@@ -79,7 +81,7 @@ SPOILT = {
     "int8": (lambda s: changed(s, "lora_up.weight", s[f"{KEY}.lora_up.weight"].to(torch.int8)), "is int8"),
     "ranks": (
         lambda s: changed(s, "lora_up.weight", torch.ones(64, 3)),
-        r"does not fit this UNet: .* is \[64, 3\]",
+        r"does not fit the unet: .* is \[64, 3\]",
     ),
     "all zero": (lambda s: {k: v if "alpha" in k else v * 0 for k, v in s.items()}, "changes no layer"),
     "norm per input": (
@@ -129,7 +131,7 @@ def test_what_the_header_announces_must_be_the_backbones(checkpoints, good, tmp_
     file = adapters.write(tmp_path / "lora.safetensors", state, **{key: value})
     settings = config.Backbone(family="sd", checkpoint=str(checkpoints["sd"]))
     with pytest.raises(ValueError, match=f"lora.safetensors: {key} is .*{message}"):
-        backbones.load_aligned(settings, file, "cpu")
+        load_adapted(settings, file, "cpu")
 
 
 @pytest.mark.parametrize(
@@ -141,32 +143,34 @@ def test_what_the_header_announces_must_be_the_backbones(checkpoints, good, tmp_
     ],
 )
 def test_the_backbones_own_family_may_be_announced(tmp_path, family, announced) -> None:
-    from spo.backbones import external
+    from spo.adapters import files
+    from spo.backbones import weights
 
     other = {"sd": "sdxl", "sdxl": "sd"}[family]
     for key in ("ss_base_model_version", "modelspec.architecture"):
         file = adapters.write(tmp_path / "lora.safetensors", {"a": torch.ones(1)}, **{key: announced})
-        external.check_family(file, family)
+        files.check_header(weights.read(file), family, "epsilon")
         if announced in ("", "my own base"):
             continue
         with pytest.raises(ValueError, match=f"backbone.family is '{other}'"):
-            external.check_family(file, other)
+            files.check_header(weights.read(file), other, "epsilon")
 
 
 @pytest.mark.parametrize(
     "announced", ["flux-1-dev/lora", "stable-diffusion-3-medium", "sd_v3", "stable-cascade"]
 )
 def test_other_architectures_are_refused_for_both_families(tmp_path, announced) -> None:
-    from spo.backbones import external
+    from spo.adapters import files
+    from spo.backbones import weights
 
     file = adapters.write(tmp_path / "l.safetensors", {"a": torch.ones(1)}, ss_base_model_version=announced)
     for family in ("sd", "sdxl"):
         with pytest.raises(ValueError, match=f"ss_base_model_version is '{announced}'"):
-            external.check_family(file, family)
+            files.check_header(weights.read(file), family, "epsilon")
 
 
 PEFT = {
-    "peft_type": ("LOHA", "peft_type is LOHA; only LORA"),
+    "peft_type": ("LOHA", "peft_type is 'LOHA'; only LORA"),
     "bias": ("all", "bias is 'all'"),
     "init_lora_weights": ("pissa_niter_4", "changes the base's weights too"),
     "modules_to_save": (["conv_in"], "modules_to_save is .*not supported"),
@@ -174,8 +178,8 @@ PEFT = {
     "lora_alpha": (None, "lora_alpha is None"),
     "r": (7, "r is 7, but .* has rank 1"),
     "use_dora": (True, "has no DoRA magnitude"),
-    "alpha_pattern": ({"to_q": "8"}, "alpha_pattern of to_q is '8'; it must be a number"),
-    "rank_pattern": ({"(": 8}, "not a valid pattern"),
+    "alpha_pattern": ({"to_q": "8"}, "alpha_pattern is {'to_q': '8'}; it must map .* to numbers"),
+    "rank_pattern": ({"(": 8}, r"rank_pattern is {'\(': 8}; it must map valid patterns"),
 }
 
 
@@ -188,13 +192,13 @@ def test_unsupported_settings_of_peft_are_refused(backbone, tmp_path, key) -> No
     file = adapters.write(tmp_path / "adapter_model.safetensors", state)
     path = tmp_path / "adapter_config.json"
     with pytest.raises(ValueError, match="put that file beside this one"):
-        backbone.load_lora(file)
+        load_lora(backbone, file)
     path.write_text(json.dumps(adapters.settings(adapter, **{key: value})))
     with pytest.raises(ValueError, match=f"adapter_(config.json|model.safetensors): .*{message}"):
-        backbone.load_lora(file)
+        load_lora(backbone, file)
     path.write_text("{")
     with pytest.raises(ValueError, match="adapter_config.json: not valid JSON"):
-        backbone.load_lora(file)
+        load_lora(backbone, file)
 
 
 def test_two_announced_strengths_that_differ_are_refused(backbone, good, tmp_path) -> None:
@@ -210,7 +214,8 @@ def test_pickles_that_run_code_are_refused(backbone, tmp_path) -> None:
         refused(
             backbone,
             tmp_path / name,
-            "not a pickle of tensors only|must be tensors by name, not a list|step is a int, not a tensor",
+            "cannot be read as weights .not tensors alone.; save it as .safetensors|"
+            "must be tensors by name, not a list|step is a int, not a tensor",
         )
     (tmp_path / "lora.ckpt").write_bytes(b"")
     refused(backbone, tmp_path / "lora.ckpt", "not a supported file .*.safetensors, .bin, .pt, .pth")

@@ -1,0 +1,60 @@
+"""Released models on the base: LoRAs of any trainer, UNets and complete pipelines."""
+
+import sys
+from pathlib import Path
+
+import torch
+
+from spo import backbones, config
+from spo.adapters import files, lora, unet
+from spo.adapters.names import COMPONENTS
+from spo.backbones import StableDiffusion
+from spo.backbones.weights import Weights
+from spo.training import distributed
+from spo.types import Budget
+
+
+def load(
+    settings: config.Backbone,
+    adapter: str | Path | None,
+    device: torch.device | str,
+    budget: Budget | None = None,
+) -> StableDiffusion:
+    """Load the base model with an adapter: a LoRA, a UNet, or a complete pipeline that replaces it."""
+    if adapter is None:
+        return backbones.load(settings, device, budget)
+    source = files.find(Path(adapter))
+    if source.kind == "pipeline":
+        replaced = {"checkpoint": str(source.path), "revision": None, "config": settings.described_by}
+        settings = settings.model_copy(update=replaced)
+    description = backbones.describe(settings)
+    for weights in source.weights:
+        files.check_header(weights, settings.family, description.prediction)
+    backbone = backbones.load_described(description, device, budget)
+    if source.kind == "pipeline":
+        return backbone
+    if source.kind == "lora":
+        summary = _load_lora(backbone, source.weights[0])
+    else:
+        changed, total = unet.load(backbone.unet, source.weights)
+        summary = f"{source.path}: UNet, {changed} of {total} tensors differ from the base's"
+    if distributed.is_main_process():
+        print(f"spo: {summary}", file=sys.stderr)
+    return backbone
+
+
+def load_lora(backbone: StableDiffusion, path: Path) -> str:
+    """Load a LoRA (file or folder) into a base's UNet and text encoders; returns a summary of its changes."""
+    source = files.find(path)
+    if source.kind != "lora":
+        raise ValueError(f"{path}: contains a {source.kind}, not a LoRA")
+    return _load_lora(backbone, source.weights[0])
+
+
+def _load_lora(backbone: StableDiffusion, weights: Weights) -> str:
+    parts = backbone.pipeline.components
+    models = {name: parts[name] for name in COMPONENTS if parts.get(name) is not None}
+    changed = lora.load(models, weights)
+    backbone.forget_prompts()
+    layers = ", ".join(f"{n} layers of the {name}" for name, n in changed.items())
+    return f"{weights.file}: LoRA, changes {layers}"

@@ -1,0 +1,257 @@
+"""What a checkpoint's config files announce, read once and before any weights: supported, or refused."""
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from spo import config
+from spo.backbones import scheduler, single_file
+from spo.backbones.weights import read
+from spo.runtime import hub
+
+PIPELINES = {"sd": "StableDiffusionPipeline", "sdxl": "StableDiffusionXLPipeline"}
+# the supported class of each part
+PARTS = {
+    "sd": {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL", "text_encoder": "CLIPTextModel"},
+    "sdxl": {
+        "unet": "UNet2DConditionModel",
+        "vae": "AutoencoderKL",
+        "text_encoder": "CLIPTextModel",
+        "text_encoder_2": "CLIPTextModelWithProjection",
+    },
+}
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is a finite number."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_side(value: Any) -> bool:
+    sides = list(value) if isinstance(value, list | tuple) else [value]
+    return len(set(sides)) == 1 and len(sides) < 3 and type(sides[0]) is int and sides[0] > 0
+
+
+def _is_unset(value: Any) -> bool:
+    return value is None or value is False
+
+
+# (key, whether a value is supported, what another one means)
+INDEX = (("requires_aesthetics_score", _is_unset, "a refiner; give a base model"),)
+UNET = (
+    ("time_cond_proj_dim", _is_unset, "a model distilled to few steps (LCM) is not supported"),
+    ("class_embed_type", _is_unset, "a UNet that takes class labels is not supported"),
+    ("num_class_embeds", _is_unset, "a UNet that takes class labels is not supported"),
+    ("encoder_hid_dim_type", _is_unset, "a UNet that takes image embeddings is not supported"),
+    ("quantization_config", _is_unset, "quantized weights; give those in fp16, bf16 or fp32"),
+    ("sample_size", _is_side, "give the side of square latents (64 for SD 1.5, 128 for SDXL)"),
+)
+VAE = (
+    ("scaling_factor", lambda v: is_number(v) and v > 0, "give a number above 0 (0.18215 for SD 1.5)"),
+    ("shift_factor", lambda v: v is None or is_number(v), "give a number, or null"),
+)
+
+
+class Place(NamedTuple):
+    """Where a part lies: a folder or hub id, its revision, and a subfolder ("": none)."""
+
+    name: str
+    revision: str | None
+    subfolder: str
+
+
+@dataclass(frozen=True)
+class Description:
+    """A checkpoint by its config files."""
+
+    settings: config.Backbone
+    unet: Mapping[str, Any]  # unet/config.json
+    vae: Mapping[str, Any]  # vae/config.json, or that of backbone.vae
+    vae_place: Place
+    scheduler: Any  # of diffusers, of the class that the file names
+    scheduler_config: Mapping[str, Any]  # what the files announce, with the overrides of params.yaml
+
+    @property
+    def where(self) -> str:
+        """The checkpoint in messages."""
+        return f"backbone.checkpoint: {self.settings.checkpoint}"
+
+    @property
+    def prediction(self) -> str:
+        return self.scheduler_config.get("prediction_type", "epsilon")
+
+
+def describe(settings: config.Backbone) -> Description:
+    """Read what a diffusers folder, a single .safetensors file or a hub id announces.
+
+    Raises:
+        ValueError: no such checkpoint, no network, another family, parts that do not fit each other, or a
+            model that is not a text-to-image DDPM in discrete time.
+    """
+    name, revision, where = settings.described_by, settings.revision, described_where(settings)
+    if settings.is_single_file:
+        single_file.check(read(Path(settings.checkpoint)), settings)
+    else:
+        _check_folder(name, where)
+    _check_index(config_file(name, revision, "model_index.json", where), settings.family, where)
+    unet = config_file(name, revision, "unet/config.json", where)
+    _check_unet(unet, settings.family, f"{where}: unet/config.json")
+    place = _vae_place(settings)
+    at = where if settings.vae is None else f"backbone.vae: {settings.vae}"
+    vae = config_file(place.name, place.revision, str(Path(place.subfolder, "config.json")), at)
+    _check_vae(vae, unet, at)
+    return Description(settings, unet, vae, place, *read_scheduler(settings))
+
+
+def read_scheduler(settings: config.Backbone) -> tuple[Any, dict[str, Any]]:
+    """The scheduler of the class that a checkpoint's files name, and the config with which it is used."""
+    where = described_where(settings)
+    announced = config_file(
+        settings.described_by, settings.revision, "scheduler/scheduler_config.json", where
+    )
+    marks: Mapping[str, Any] = {}
+    if settings.is_single_file:
+        marks = single_file.marks(read(Path(settings.checkpoint)), settings.scheduler)
+    loaded = scheduler.load(announced, where)
+    return loaded, scheduler.effective(loaded, settings, marks, where)
+
+
+def described_where(settings: config.Backbone) -> str:
+    """The folder or hub id with the config files, in messages."""
+    return f"backbone.{'config' if settings.is_single_file else 'checkpoint'}: {settings.described_by}"
+
+
+def config_file(name: str, revision: str | None, file: str, where: str) -> dict[str, Any]:
+    """Read a JSON object in a diffusers folder or hub id."""
+    from huggingface_hub import hf_hub_download
+
+    def load() -> str:
+        local = Path(name).exists()
+        path = Path(name, file) if local else Path(hf_hub_download(name, file, revision=revision))
+        return path.read_text(encoding="utf-8")
+
+    return json_object(reach(f"{where}: {file}", name, load), f"{where}: {file}")
+
+
+def json_object(text: str, place: str) -> dict[str, Any]:
+    """Parse a JSON object."""
+    try:
+        content = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{place}: not valid JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{place} must be a JSON object, not a {type(content).__name__}")
+    return content
+
+
+def reach(where: str, name: str, loader: Callable[[], Any]) -> Any:
+    """Call a loader for the path or hub id `name`; any error but a lack of memory becomes one line."""
+    try:
+        hub.check(name)
+        return loader()
+    except MemoryError:
+        raise
+    except Exception as error:  # these loaders and the hub's client raise dozens of types
+        if "out of memory" in str(error) or "can't allocate memory" in str(error):
+            raise
+        raise ValueError(f"{where}: cannot be loaded ({hub.reason(name, error)})") from None
+
+
+def latent_side(sample_size: Any) -> int:
+    """The side of the square latents: a UNet's `sample_size`, a number or a list of two equal ones."""
+    return sample_size[0] if isinstance(sample_size, list | tuple) else sample_size
+
+
+def _check(rules: Any, announced: Mapping[str, Any], place: str) -> None:
+    """Apply a table of rules."""
+    for key, supports, meaning in rules:
+        if not supports(announced.get(key)):
+            raise ValueError(f"{place}: {key} is {announced.get(key)!r}: {meaning}")
+
+
+def _check_folder(name: str, where: str) -> None:
+    """Refuse what is neither a diffusers pipeline's folder nor of the form OWNER/NAME of a hub id."""
+    path = Path(name)
+    if not path.exists():
+        try:
+            hub.check(name)
+        except ValueError as error:
+            raise ValueError(f"backbone.checkpoint: {error}") from None
+    elif path.is_file():
+        raise ValueError(f"{where} is not a .safetensors file; convert it, or give a diffusers folder")
+    elif not (path / "model_index.json").exists():
+        raise ValueError(
+            f"{where} is not a diffusers pipeline (no model_index.json); {single_file.AS_ADAPTER}"
+        )
+
+
+def _check_index(index: Mapping[str, Any], family: str, where: str) -> None:
+    """Refuse a model_index.json of another pipeline, or with parts of other classes."""
+    pipeline = index.get("_class_name")
+    if pipeline != PIPELINES[family]:
+        raise ValueError(f"{where} is a {pipeline}, but backbone.family is {family!r} ({PIPELINES[family]})")
+    place = f"{where}: model_index.json"
+    _check(INDEX, index, place)
+    for part, supported in PARTS[family].items():
+        entry = index.get(part) or [None, None]
+        if not isinstance(entry, list) or len(entry) != 2:
+            raise ValueError(f"{place}: {part} is {entry!r}, not [library, class]")
+        _check_class(entry[1], supported, f"{place}: {part}")
+
+
+def _check_class(announced: Any, supported: str, where: str) -> None:
+    if announced != supported:
+        raise ValueError(f"{where} is {announced or 'missing'}; only {supported} is supported")
+
+
+def _check_unet(unet: Mapping[str, Any], family: str, place: str) -> None:
+    """Refuse other inputs or outputs than those of a text-to-image UNet of the family."""
+    _check(UNET, unet, place)
+    embeddings, expected = unet.get("addition_embed_type"), {"sd": None, "sdxl": "text_time"}[family]
+    if embeddings != expected:
+        raise ValueError(
+            f"{place}: addition_embed_type is {embeddings!r}, but must be {expected!r} for {family!r}"
+        )
+    inputs, outputs = unet.get("in_channels", 4), unet.get("out_channels", 4)
+    if inputs != outputs:
+        raise ValueError(
+            f"{place}: in_channels {inputs}, out_channels {outputs}: a UNet for inpainting or editing, or "
+            "one that predicts variances; give a text-to-image UNet"
+        )
+
+
+def _vae_place(settings: config.Backbone) -> Place:
+    """Where the VAE lies; `backbone.vae` may be the folder of a pipeline."""
+    if settings.vae is None:
+        return Place(settings.described_by, settings.revision, "vae")
+    path = Path(settings.vae)
+    if path.is_file():
+        raise ValueError(
+            f"backbone.vae: {path} is a file; give a folder of diffusers' AutoencoderKL.save_pretrained"
+        )
+    inner = (path / "vae" / "config.json").exists() and not (path / "config.json").exists()
+    return Place(*hub.split_revision(settings.vae), "vae" if inner else "")
+
+
+def _check_vae(vae: Mapping[str, Any], unet: Mapping[str, Any], where: str) -> None:
+    """Refuse another autoencoder than the UNet's, and statistics of latents that are not numbers."""
+    _check_class(vae.get("_class_name", "AutoencoderKL"), "AutoencoderKL", where)
+    channels, wanted = vae.get("latent_channels", 4), unet.get("in_channels", 4)
+    if channels != wanted:
+        raise ValueError(
+            f"{where}: the VAE has latent_channels {channels}, but the UNet in_channels {wanted}"
+        )
+    place = f"{where}: vae/config.json"
+    _check(VAE, {"scaling_factor": 0.18215, **vae}, place)
+    mean, std = vae.get("latents_mean"), vae.get("latents_std")
+    if mean is None and std is None:
+        return
+    values: Any
+    for values in (mean, std):
+        if not isinstance(values, list) or len(values) != channels or not all(map(is_number, values)):
+            raise ValueError(f"{place}: latents_mean and latents_std must both have {channels} numbers")
+    if min(values) <= 0:
+        raise ValueError(f"{place}: latents_std is {std}; its numbers must be above 0")

@@ -1,0 +1,198 @@
+"""Load the weights of a described checkpoint: complete, finite, and the parts fit each other."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from spo import config
+from spo.backbones import single_file
+from spo.backbones.description import PARTS, PIPELINES, Description, Place, describe, is_number, reach
+from spo.backbones.stable_diffusion import StableDiffusion
+from spo.backbones.tensors import check_finite, check_names
+from spo.backbones.text import text_of
+from spo.backbones.weight_files import by_folder, choose_variants
+from spo.backbones.weights import read
+from spo.types import Budget
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def load(
+    settings: config.Backbone, device: torch.device | str, budget: Budget | None = None
+) -> StableDiffusion:
+    """Load a checkpoint from a diffusers folder, a single .safetensors file or a hub id.
+
+    Raises:
+        ValueError: as `describe`, and for parts that are missing, damaged or do not fit each other.
+    """
+    return load_described(describe(settings), device, budget)
+
+
+def load_described(
+    description: Description, device: torch.device | str, budget: Budget | None = None
+) -> StableDiffusion:
+    """Load the weights of a checkpoint that `describe` has read; raises as `load`."""
+    settings = description.settings
+    dtype, sdxl = DTYPES[settings.dtype], settings.family == "sdxl"
+    given: dict[str, Any] = {"scheduler": description.scheduler}
+    if settings.vae is not None:
+        given["vae"] = _vae(description, dtype)
+    if not sdxl:
+        given |= {"safety_checker": None, "requires_safety_checker": False}
+    pipeline = (_of_file if settings.is_single_file else _of_folder)(description, dtype, given)
+    _check_text(pipeline, sdxl, description.where)
+    for name, part in pipeline.components.items():
+        if isinstance(part, torch.nn.Module):
+            place = f"{description.where}: {name}"
+            check_names(place, (n for n, parameter in part.named_parameters() if parameter.is_meta), ())
+            check_finite(part, place)
+    pipeline.to(device)
+    if sdxl and dtype == torch.float16 and (settings.vae is None or pipeline.vae.config.force_upcast):
+        pipeline.vae.to(torch.float32)  # its activations overflow in fp16
+    used = description.scheduler_config
+    return StableDiffusion(pipeline, text_of(pipeline, sdxl), settings.channels_last, used, budget)
+
+
+def empty_models(description: Description) -> tuple[Any, Any]:
+    """UNet and VAE of a checkpoint on the meta device, without weights."""
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(description.unet)
+        return unet, AutoencoderKL.from_config(description.vae)
+
+
+def _of_folder(description: Description, dtype: torch.dtype, given: dict[str, Any]) -> Any:
+    """The pipeline of a folder or hub id, with the parts that are given."""
+    settings, where = description.settings, description.where
+    name, revision, classes = settings.checkpoint, settings.revision, PARTS[settings.family]
+    names = [part for part in classes if part not in given]
+    files = reach(where, name, lambda: by_folder(name, revision))
+    variants = choose_variants({part: files.get(part, []) for part in names}, settings.variant, where)
+    parts = {
+        part: _part(classes[part], Place(name, revision, part), variants[part], dtype, f"{where}: {part}")
+        for part in names
+    }
+    kind = _pipeline_class(settings.family)
+    return reach(where, name, lambda: kind.from_pretrained(name, revision=revision, **given, **parts))
+
+
+def _of_file(description: Description, dtype: torch.dtype, given: dict[str, Any]) -> Any:
+    """The pipeline of a single file, with the parts that are given."""
+    settings, where = description.settings, description.where
+    described_by = settings.described_by
+
+    def load() -> Any:
+        kind = _pipeline_class(settings.family)
+        try:
+            return kind.from_single_file(settings.checkpoint, config=described_by, torch_dtype=dtype, **given)
+        except NotImplementedError:  # a tensor that the file lacks is still on the meta device
+            raise ValueError(
+                f"the file lacks tensors {single_file.UNET}* or {single_file.VAE}* of the models that "
+                f"{described_by} describes: damaged, or backbone.config of another model"
+            ) from None
+
+    pipeline = reach(where, described_by, load)
+    weights = read(Path(settings.checkpoint))
+    parts = {"unet": single_file.UNET} | ({} if "vae" in given else {"vae": single_file.VAE})
+    for part, prefix in parts.items():  # diffusers drops what it does not know
+        has, needs = single_file.count(weights, prefix), len(getattr(pipeline, part).state_dict())
+        if has != needs:
+            raise ValueError(
+                f"{where}: {has} tensors {prefix}* in the file, but {needs} in the {part} that "
+                f"{described_by} describes; a damaged file, or backbone.config of another model"
+            )
+    return pipeline
+
+
+def _pipeline_class(family: str) -> Any:
+    import diffusers
+
+    return getattr(diffusers, PIPELINES[family])
+
+
+def _vae(description: Description, dtype: torch.dtype) -> Any:
+    """The autoencoder of `backbone.vae`."""
+    place, where = description.vae_place, f"backbone.vae: {description.settings.vae}"
+    files = reach(where, place.name, lambda: by_folder(place.name, place.revision))
+    variants = choose_variants({"vae": files.get(place.subfolder, [])}, None, where)
+    return _part("AutoencoderKL", place, variants["vae"], dtype, where)
+
+
+def _part(kind: str, place: Place, variant: str | None, dtype: torch.dtype, where: str) -> Any:
+    """Load one model, all of whose tensors must come from its files."""
+    import diffusers
+    import transformers
+
+    cls: Any = getattr(diffusers, kind, None) or getattr(transformers, kind)
+    options = {"revision": place.revision, "subfolder": place.subfolder, "variant": variant, "dtype": dtype}
+
+    def load() -> Any:
+        return cls.from_pretrained(place.name, output_loading_info=True, **options)
+
+    with _quiet():
+        model, report = reach(where, place.name, load)
+    missing, unknown = (
+        [name for name in report[key] if not name.endswith("position_ids")]
+        for key in ("missing_keys", "unexpected_keys")
+    )
+    check_names(where, missing, unknown)
+    return model
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the libraries' own reports of missing tensors; `_part` gives one line."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
+def _check_text(pipeline: Any, sdxl: bool, where: str) -> None:
+    """Check that tokenizers, text encoders and UNet fit each other."""
+    encoders = {"text_encoder": "tokenizer"} | ({"text_encoder_2": "tokenizer_2"} if sdxl else {})
+    width, lengths = 0, []
+    for part, tokens in encoders.items():
+        encoder, tokenizer = getattr(pipeline, part).config, getattr(pipeline, tokens)
+        if tokenizer is None:
+            raise ValueError(f"{where}: {tokens} is missing")
+        length, size = tokenizer.model_max_length, len(tokenizer)
+        problems = {
+            # what transformers makes of a folder without its files
+            "has an empty vocabulary; its folder needs tokenizer.json, or vocab.json and merges.txt": (
+                tokenizer.vocab_size <= len(tokenizer.all_special_ids)
+            ),
+            f"has {size} tokens, but {part} a vocabulary of {encoder.vocab_size}": size > encoder.vocab_size,
+            "has no pad_token, with which prompts are padded": tokenizer.pad_token is None,
+            f"has model_max_length {length!r}; give a number (77 for CLIP)": (
+                not is_number(length) or length < 3
+            ),
+        }
+        for problem, is_there in problems.items():
+            if is_there:
+                raise ValueError(f"{where}: {tokens} {problem}")
+        width += encoder.hidden_size
+        lengths.append(min(length, encoder.max_position_embeddings))
+    if len(set(lengths)) > 1:
+        raise ValueError(
+            f"{where}: tokenizer and tokenizer_2 pad to different lengths {lengths} (model_max_length)"
+        )
+    unet = pipeline.unet.config
+    needs = {"cross_attention_dim": (unet.cross_attention_dim, width)}
+    if sdxl:
+        pooled = unet.projection_class_embeddings_input_dim - 6 * unet.addition_time_embed_dim
+        given = pipeline.text_encoder_2.config.projection_dim
+        needs["projection_class_embeddings_input_dim"] = (pooled, given)
+    for key, (wanted, given) in needs.items():
+        if isinstance(wanted, int) and wanted != given:
+            raise ValueError(
+                f"{where}: unet/config.json: {key} is for {wanted} numbers of text, but the text encoders "
+                f"give {given}"
+            )
