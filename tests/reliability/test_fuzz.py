@@ -26,7 +26,8 @@ from mutations import change_a_key, scramble
 from PIL import Image
 
 from spo import config
-from spo.data import hpd, images, pairs, prompts
+from spo.data import images
+from spo.ingest import prompt_files, selection, sources
 from spo.rewards.aesthetic import AestheticHead
 from spo.tracking import spool
 from spo.training.checkpoint import CheckpointStore
@@ -84,8 +85,8 @@ def prompt_file(ending: str) -> Callable[[Path], Path]:
 
 
 def read_prompts(path: Path) -> None:
-    raw = prompts.read_prompts(path)
-    kept = prompts.select(raw, len, 77)
+    raw = prompt_files.read_prompts(path)
+    kept = selection.select(raw, len, 77)
     assert len(kept.prompts) + kept.rejected.total() == len(raw)
     "\n".join(kept.prompts).encode()  # what the stage writes
 
@@ -98,8 +99,8 @@ def shard(folder: Path) -> Path:
 
 
 def read_shard(path: Path) -> None:
-    rows = list(pairs.read_rows([path]))
-    assert len(rows) == pairs.count_rows([path])
+    rows = list(sources.read_rows(path))
+    assert len(rows) == sources.count_rows(path)
     assert all((pair is None) != (reason is None) for pair, reason in rows)
 
 
@@ -112,7 +113,7 @@ def hpd_file(folder: Path) -> Path:
 
 
 def read_hpd(path: Path) -> None:
-    assert all((pair is None) != (reason is None) for pair, reason in hpd.read_rows(path))
+    assert all((pair is None) != (reason is None) for pair, reason in sources.read_rows(path))
 
 
 def checkpoint(folder: Path) -> Path:

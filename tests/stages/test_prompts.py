@@ -61,12 +61,12 @@ def test_tokens_are_counted_without_a_length_in_the_tokenizer_s_file(tmp_path) -
     assert count("a red ring") == 5 and count("a " * 100) == 102  # start and end, not cut
 
 
-def test_a_prompt_that_is_half_a_character_is_set_aside_with_its_reason(data_set, tmp_path) -> None:
+def test_a_prompt_that_is_half_a_character_is_rejected_with_its_reason(data_set, tmp_path) -> None:
     lines = [r"half \ud83d", *(f"prompt {i}" for i in range(8))]
     (tmp_path / "t.json").write_text("[" + ",".join(f'"{line}"' for line in lines) + "]")
     lists = section(tmp_path).model_copy(update={"train": str(tmp_path / "t.json")})
     prompts.prepare(lists, len, tmp_path / "out")
-    assert "train,0,broken_text" in (tmp_path / "out/set_aside.csv").read_text().splitlines()
+    assert "train,0,broken_text" in (tmp_path / "out/rejected.csv").read_text().splitlines()
 
 
 def test_the_dry_run_names_a_data_set_by_its_address(data_set, tmp_path, monkeypatch) -> None:
@@ -107,7 +107,7 @@ def test_suites_are_cleaned_without_prompts_of_training_and_pairs(data_set, tmp_
     assert sorted(kept["pickapic"]) == sorted(data_set["validation_unique"])
     assert summary["suites"]["parti"] == {"read": 4, "prompts": 2, "elsewhere": 1, "near_duplicate": 1}
     assert summary["suites"]["hpd_anime"] == {"read": 3, "prompts": 2, "elsewhere": 1}
-    assert "suite parti,2,elsewhere" in (tmp_path / "out/set_aside.csv").read_text().splitlines()
+    assert "suite parti,2,elsewhere" in (tmp_path / "out/rejected.csv").read_text().splitlines()
     for name in ("train", "test", "validation"):  # a suite changes no other list
         assert (tmp_path / f"out/{name}.txt").read_bytes() == (tmp_path / f"plain/{name}.txt").read_bytes()
     assert "suites" not in plain and not (tmp_path / "plain/suites").exists()

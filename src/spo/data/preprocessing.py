@@ -1,7 +1,5 @@
 """What a CLIP's files say of how its images are prepared: mean and std are honoured, the rest refused."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Mapping
@@ -14,10 +12,8 @@ from torch import Tensor
 from spo.data.images import CLIP_MEAN, CLIP_STD
 from spo.runtime import hub
 
-FILES = (
-    "preprocessor_config.json",
-    "processor_config.json",
-)  # the second, of transformers 5, holds the first
+# the second, of transformers 5, holds the first
+FILES = ("preprocessor_config.json", "processor_config.json")
 BICUBIC = 3  # Pillow's number
 # what CLIP's preprocessing does; a file may leave each out
 STEPS: dict[str, Any] = {
@@ -64,11 +60,7 @@ def announced(name: str, revision: str | None, image_size: int, key: str) -> Nor
 
 
 def read_normalisation(mean: Any, std: Any, where: str) -> Normalisation:
-    """Mean and std as a file gives them, of three channels each; None: OpenAI's.
-
-    Raises:
-        ValueError: no three numbers, or a std that is not above 0.
-    """
+    """Mean and std as a file gives them, of three channels each; None: OpenAI's."""
     if mean is None and std is None:
         return OPENAI
     for values in (mean, std):

@@ -9,7 +9,7 @@ from typing import Any
 
 from spo import config
 from spo.config import SCORERS, Params, Source
-from spo.data.manifest import manifest
+from spo.ingest.manifest import manifest
 from spo.runtime.files import write_json
 from spo.stages.common import stage
 

@@ -4,61 +4,42 @@ An entry has `prompt`, `file_path` (two images) and `human_preference` (1 for th
 HPDv2's train.json (https://huggingface.co/datasets/ymhao/HPDv2).
 """
 
-from __future__ import annotations
-
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
-from spo.data import values
-from spo.data.pairs import Check, Rejected, Rows, check, parse
-from spo.data.prompt_columns import agreed, is_caption
-from spo.data.prompt_files import unique_keys
+from spo.ingest import values
+from spo.ingest.prompt_columns import agreed, is_caption
+from spo.ingest.prompt_files import unique_keys
+from spo.types import PreferencePair
 
 BLOCK = 1 << 16  # characters read at a time
 MAX_ENTRY = 1 << 20  # characters of an entry
 IMAGE_FOLDERS = (".", "train", "test", "images")  # relative to the JSON file
+KEYS = ("prompt", "file_path", "human_preference")
 
 
-def count_rows(path: Path) -> int:
-    """Count the entries of the list.
-
-    Raises:
-        ValueError: as `entries`.
-    """
+def count(path: Path) -> int:
+    """Count the entries of the list."""
     return sum(1 for _ in entries(path))
 
 
-def read_captions(path: Path) -> Iterator[str]:
-    """Iterate over the prompts of all entries; a prompt that `read_rows` rejects is empty.
-
-    Raises:
-        ValueError: as `entries`; an entry whose prompt another key contradicts.
-    """
-    for row, entry in enumerate(entries(path)):
-        prompt = _agreed(entry, f"{path}: entry {row}") if isinstance(entry, dict) else None
-        try:
-            yield values.read_caption("prompt", prompt)
-        except ValueError:
-            yield ""
+def rows(path: Path) -> Iterator[tuple[str, int, Callable[[], PreferencePair]]]:
+    """Iterate over the file's name, the number of each entry and a function that reads it as a pair."""
+    for number, entry in enumerate(entries(path)):
+        yield path.name, number, partial(parse, entry, path.parent)
 
 
-def read_rows(path: Path, check: Check = check) -> Rows:
-    """Iterate over all entries, each as a pair or as its rejection; like `spo.data.pairs.read_rows`."""
-    for row, entry in enumerate(entries(path)):
-        try:
-            yield check(parse(_record(entry, path.parent), None)), None
-        except ValueError as error:
-            yield None, Rejected(path.name, row, str(error))
+def captions(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Iterate over the place of each entry and the keys in which it may have its prompt."""
+    for number, entry in enumerate(entries(path)):
+        yield f"{path}: entry {number}", _prompts(entry) if isinstance(entry, dict) else {"prompt": None}
 
 
 def entries(path: Path) -> Iterator[Any]:
-    """Iterate over the entries of a JSON list, with one entry in memory at a time.
-
-    Raises:
-        ValueError: not a JSON list, a truncated one, or a key twice in an entry.
-    """
+    """Iterate over the entries of a JSON list, with one entry in memory at a time."""
     number = 0
     try:
         with path.open(encoding="utf-8-sig") as file:
@@ -84,7 +65,8 @@ def _entries(file: TextIO) -> Iterator[Any]:
         if not text.startswith((",", "]")):
             raise ValueError("is followed by neither a comma nor the end of the list")
         text = text.removeprefix(",").lstrip()
-    _check_end(text[1:] + file.read(BLOCK))
+    if (text[1:] + file.read(BLOCK)).strip():
+        raise ValueError("the end of the list is followed by more text")
 
 
 def _next(file: TextIO, text: str) -> tuple[Any, str]:
@@ -103,16 +85,15 @@ def _next(file: TextIO, text: str) -> tuple[Any, str]:
         text = (text + more).lstrip()
 
 
-def _check_end(text: str) -> None:
-    if text.strip():
-        raise ValueError("the end of the list is followed by more text")
+def parse(entry: Any, folder: Path) -> PreferencePair:
+    """Convert an entry to a pair, whose images are not decoded yet.
 
-
-def _record(entry: Any, folder: Path) -> dict[str, Any]:
-    """Convert an entry to Pick-a-Pic's columns."""
+    Raises:
+        ValueError: what is wrong with the entry; the caller adds its place.
+    """
     if not isinstance(entry, dict):
         raise ValueError(f"is a {type(entry).__name__}, not an object")
-    if missing := [k for k in ("prompt", "file_path", "human_preference") if k not in entry]:
+    if missing := [key for key in KEYS if key not in entry]:
         raise ValueError(
             f"no {', '.join(missing)}; its keys: {ascii(', '.join(entry))[1:-1][:200] or 'none'}"
         )
@@ -120,21 +101,20 @@ def _record(entry: Any, folder: Path) -> dict[str, Any]:
     for name, value in (("file_path", files), ("human_preference", votes)):
         if not isinstance(value, list) or len(value) != 2:
             raise ValueError(f"{name} is {ascii(value)[:60]}; must be a list of two values")
-    caption = values.read_caption("prompt", _agreed(entry, "the entry"))
+    caption = values.read_caption("prompt", agreed(_prompts(entry), "the entry"))
     votes = [values.read_number("human_preference", vote) for vote in votes]
-    if votes == [1, 1] or votes == [0, 0]:
-        votes = [0.5, 0.5]
-    images = [_read_image(folder, name) for name in files]
-    labels = {"label_0": votes[0], "label_1": votes[1]}
-    return {"caption": caption, "jpg_0": images[0], "jpg_1": images[1], **labels}
+    labels = values.read_labels(*([0.5, 0.5] if votes in ([1, 1], [0, 0]) else votes))
+    left, right = (_image(folder, name) for name in files)
+    return PreferencePair(caption, left, right, *labels)
 
 
-def _agreed(entry: dict[str, Any], where: str) -> Any:
-    given = {name: entry[name] for name in entry if is_caption(name)}
-    return agreed(given, where) if "prompt" in entry else None
+def _prompts(entry: dict[str, Any]) -> dict[str, Any]:
+    return (
+        {name: entry[name] for name in entry if is_caption(name)} if "prompt" in entry else {"prompt": None}
+    )
 
 
-def _read_image(folder: Path, name: Any) -> bytes:
+def _image(folder: Path, name: Any) -> bytes:
     try:
         return values.read_file(folder, name, IMAGE_FOLDERS)
     except ValueError as error:

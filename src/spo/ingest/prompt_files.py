@@ -1,16 +1,17 @@
 """Prompt lists in the usual file formats; a file whose rows are ambiguous is refused."""
 
-from __future__ import annotations
-
 import codecs
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from spo.data import columns
-from spo.data.prompt_columns import agreed, caption_columns
-from spo.data.prompt_tables import read_table
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from spo.ingest import shards
+from spo.ingest.prompt_columns import agreed, caption_columns
+from spo.ingest.prompt_tables import read_table
 from spo.runtime.messages import first_line
 
 
@@ -27,7 +28,7 @@ def read_prompts(path: str | Path) -> list[str]:
         ".jsonl": _jsonl,
         ".csv": lambda p: read_table(p, read_text(p)),
         ".tsv": lambda p: read_table(p, read_text(p)),
-        ".parquet": lambda p: list(parquet_captions(p)),
+        ".parquet": lambda p: list(_parquet(p)),
     }
     if not path.exists():
         raise ValueError(f"{path}: no such file of prompts; run `make repro` or `dvc pull data.dvc`")
@@ -41,31 +42,23 @@ def read_prompts(path: str | Path) -> list[str]:
         raise ValueError(f"{path}: nested too deeply") from None
 
 
-def parquet_captions(path: Path) -> Iterator[str]:
-    """Iterate over the caption column of a parquet file, with a batch in memory at a time; null becomes "".
-
-    Raises:
-        ValueError: no such column, a column that is not text, or a row that is not UTF-8.
-    """
-    import pyarrow
-    import pyarrow.parquet as pq
-
+def _parquet(path: Path) -> Iterator[str]:
+    """Iterate over the caption columns, with a batch in memory at a time; null becomes ""."""
     row = 0
     try:
         file = pq.ParquetFile(path)
-        kinds = {
-            n: file.schema_arrow.field(n).type for n in caption_columns(file.schema_arrow.names, str(path))
-        }
-        names = [name for name, kind in kinds.items() if columns.holds_text(kind)]
+        schema = file.schema_arrow
+        kinds = {name: schema.field(name).type for name in caption_columns(schema.names, str(path))}
+        names = [name for name, kind in kinds.items() if shards.holds_text(kind)]
         if not names:
             name, kind = kinds.popitem()
             raise ValueError(f"{path}: column {name} is {str(kind)[:80]}; it must hold text")
         for batch in file.iter_batches(batch_size=1024, columns=names):
-            for record in columns.rows(batch):
+            for record in shards.records(batch):
                 where = f"{path}: row {row}"
-                yield agreed({n: _decoded(record[n], where) for n in names}, where)
+                yield agreed({name: _decoded(record[name], where) for name in names}, where)
                 row += 1
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{path}: not a readable parquet file ({first_line(error)})") from None
 
 
@@ -77,11 +70,7 @@ def _decoded(value: str | bytes | None, where: str) -> str:
 
 
 def read_text(path: Path) -> str:
-    """Read a text file in UTF-8, or in UTF-16 with a byte order mark, as spreadsheets write it.
-
-    Raises:
-        ValueError: text in another encoding, or with a NUL character.
-    """
+    """Read a text file in UTF-8, or in UTF-16 with a byte order mark, as spreadsheets write it."""
     data = path.read_bytes()
     wide = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     try:
@@ -95,40 +84,33 @@ def read_text(path: Path) -> str:
     return text
 
 
-def _text_lines(path: Path) -> list[str]:
+def _lines(path: Path) -> list[str]:
     """Split a text file at line feeds and carriage returns only: U+2028 and the like belong to a line."""
     lines = read_text(path).replace("\r\n", "\n").replace("\r", "\n").split("\n")
     return lines if lines[-1] else lines[:-1]
 
 
-def _lines(path: Path) -> list[str]:
-    return _text_lines(path)
-
-
 def _json(path: Path) -> list[str]:
-    try:
-        content = json.loads(read_text(path), object_pairs_hook=unique_keys)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: not JSON at line {error.lineno} ({error.msg})") from None
-    except ValueError as error:  # a key twice, a number of thousands of digits
-        raise ValueError(_at(path, str(error)[:300])) from None
+    content = _parsed(read_text(path), path)
     if not isinstance(content, list):
         raise ValueError(f"{path}: must be a list of captions, is a {type(content).__name__}")
-    return [_caption(entry, path, f"entry {i}") for i, entry in enumerate(content)]
+    return [_caption(entry, f"{path}: entry {i}") for i, entry in enumerate(content)]
 
 
 def _jsonl(path: Path) -> list[str]:
-    captions = []
-    for number, line in enumerate(_text_lines(path), 1):
-        if not line.strip():
-            continue
-        try:
-            captions.append(_caption(json.loads(line, object_pairs_hook=unique_keys), path, f"line {number}"))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}: line {number} is not JSON ({error.msg})") from None
-        except ValueError as error:
-            raise ValueError(_at(path, str(error)[:300], f"line {number}: ")) from None
-    return captions
+    lines = [(number, line) for number, line in enumerate(_lines(path), 1) if line.strip()]
+    return [_caption(_parsed(line, path, number), f"{path}: line {number}") for number, line in lines]
+
+
+def _parsed(text: str, path: Path, line: int | None = None) -> Any:
+    """The content of a JSON text, which is one line of a file or all of it."""
+    try:
+        return json.loads(text, object_pairs_hook=unique_keys)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: not JSON at line {line or error.lineno} ({error.msg})") from None
+    except ValueError as error:  # a key twice, a number of thousands of digits
+        place = f"line {line}: " if line else ""
+        raise ValueError(f"{path}: {place}{str(error)[:300]}") from None
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -145,17 +127,12 @@ def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return content
 
 
-def _at(path: Path, message: str, place: str = "") -> str:
-    return message if str(path) in message else f"{path}: {place}{message}"
-
-
-def _caption(entry: Any, path: Path, where: str) -> str:
+def _caption(entry: Any, where: str) -> str:
     if isinstance(entry, str):
         return entry
     if not isinstance(entry, dict):
-        raise ValueError(f"{path}: {where} is a {_type(entry)}; it must be a caption or an object with one")
-    where = f"{path}: {where}"
-    named = {name: entry[name] for name in caption_columns([str(k) for k in entry], where)}
+        raise ValueError(f"{where} is a {_type(entry)}; it must be a caption or an object with one")
+    named = {name: entry[name] for name in caption_columns(list(entry), where)}
     given = {name: value for name, value in named.items() if value is not None} or named
     for name, value in given.items():
         if not isinstance(value, str):

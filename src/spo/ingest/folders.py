@@ -1,7 +1,5 @@
 """Folders of image files in natural order of their names (2 before 10); no image is silently skipped."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 
@@ -18,8 +16,7 @@ ENDINGS = {  # of all image files, so that unsupported ones are refused instead 
 def list_images(folder: Path) -> list[Path]:
     """List the image files of a folder, known by ending or content. Hidden files (`._1.png`) are ignored.
 
-    Raises:
-        ValueError: no such folder, no images, images in sub-folders, or two whose order is ambiguous.
+    Images in sub-folders are refused, and two whose order is ambiguous (1.png, 01.png).
     """
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder; give one with images ({', '.join(SUPPORTED)})")
