@@ -13,7 +13,6 @@ from spo.data.pairs import ShardWriter, read_pairs
 from spo.ingest import labels
 from spo.ingest.gaps import CachedGaps
 from spo.ingest.labels import ScoredWriter, failed_rules
-from spo.training.checkpoint import CheckpointStore
 from spo.types import PreferencePair
 
 SCORER = {"clip": "c", "head": "h"}
@@ -82,7 +81,7 @@ PAIRS = [
 
 def unfinished(folder: Path, scorers, pairs=PAIRS, rules=RULES) -> tuple[ScoredWriter, list[list]]:
     rows: list[list] = []
-    gaps = CachedGaps(scorers, rules.batch_size, CheckpointStore(folder / "cache", keep=None))
+    gaps = CachedGaps(scorers, rules.batch_size, folder / "cache")
     writer = ScoredWriter(ShardWriter(folder / "train", 4), gaps, rules, None, lambda *_: rows.append)
     for each in pairs:
         writer.add(each)

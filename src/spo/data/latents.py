@@ -3,12 +3,12 @@
 The file is a cache that all stages share which train on the same pairs.
 """
 
+import errno
 import hashlib
 import math
 import os
 import secrets
 import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -149,12 +149,9 @@ def _begin(folder: Path, size: int, job: str) -> None:
     shards.mkdir(parents=True, exist_ok=True)
     remove_partials(shards)
     size -= sum(path.stat().st_size for path in folder.rglob("*.f16"))
-    with tempfile.TemporaryFile(dir=folder) as file:
-        try:
-            os.posix_fallocate(file.fileno(), 0, max(size, 1))
-        except OSError as error:
-            message = f"{error.strerror}: the pairs' latents take {size / 1e6:.1f} MB"
-            raise OSError(error.errno, message, str(folder / LATENTS)) from None
+    if size > shutil.disk_usage(folder).free:
+        message = f"{os.strerror(errno.ENOSPC)}: the pairs' latents take {size / 1e6:.1f} MB"
+        raise OSError(errno.ENOSPC, message, str(folder / LATENTS))
     write_text(shards / JOB, job)
 
 

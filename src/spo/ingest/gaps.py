@@ -1,15 +1,17 @@
 """The gap of a pair: the score of its first image less that of its second."""
 
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
-from functools import partial
+from pathlib import Path
 
 from spo.data.decoding import open_image
+from spo.runtime.files import write_json
 from spo.training import distributed
-from spo.training.checkpoint import CheckpointStore
 from spo.types import PreferencePair, Scorer
 
 BUFFER = 256  # pairs whose encoded images are in memory, and whose gaps are cached together
+Gaps = dict[str, list[float]]  # by scorer
 
 
 class CachedGaps:
@@ -19,35 +21,32 @@ class CachedGaps:
     computed, so that interrupted work resumes after them, with any number of processes.
     """
 
-    def __init__(self, scorers: Mapping[str, Scorer], batch_size: int, cache: CheckpointStore) -> None:
+    def __init__(self, scorers: Mapping[str, Scorer], batch_size: int, cache: Path) -> None:
         """
         Args:
             batch_size: pairs whose images are decoded at once.
-            cache: named by all on which the gaps depend.
+            cache: a folder named by all on which the gaps depend.
         """
         self.scorers, self.batch_size, self.cache = scorers, batch_size, cache
-        self._rank, self._number = distributed.state().process_index, -1
-        # one process at a time writes to a folder
-        own = cache.folder / f"process-{self._rank}"
-        self._own = CheckpointStore(own, None) if self._rank else cache
+        self._rank, self._next = distributed.state().process_index, 0
 
-    def of(self, pairs: Sequence[PreferencePair]) -> dict[str, list[float]] | None:
-        """The gaps of the next buffer by scorer; None in all processes but the main one.
+    def of(self, pairs: Sequence[PreferencePair]) -> Gaps | None:
+        """The gaps of the next buffer; None in all processes but the main one.
 
         Raises:
             ValueError: a score that is not finite.
             TransientError: as `distributed.wait_for`, of the other processes.
         """
-        self._number += 1
-        number, read = self._number, _digest(pairs)
-        cached = partial(self._cached, number, read)
-        if number % distributed.count() == self._rank and cached() is None:
+        number, read = self._next, _digest(pairs)
+        path = self.cache / f"{number:08d}.json"
+        self._next += 1
+        if number % distributed.count() == self._rank and _cached(path, read) is None:
             gaps = {name: self._scored(scorer, pairs) for name, scorer in self.scorers.items()}
-            self._own.save(number, {"pairs": read, "gaps": gaps})
+            write_json(path, {"pairs": read, "gaps": gaps})
         if self._rank:
             return None
-        distributed.wait_for(lambda: cached() is not None, self.cache.folder, "the others score pairs")
-        return cached()
+        distributed.wait_for(lambda: _cached(path, read) is not None, self.cache, "the others score pairs")
+        return _cached(path, read)
 
     def _scored(self, scorer: Scorer, pairs: Sequence[PreferencePair]) -> list[float]:
         gaps: list[float] = []
@@ -59,14 +58,15 @@ class CachedGaps:
             gaps += [a - b for a, b in zip(first, second, strict=True)]
         return gaps
 
-    def _cached(self, number: int, read: str) -> dict[str, list[float]] | None:
-        """What any process has cached of these pairs; of others, the source has changed meanwhile."""
-        for folder in (self.cache.folder, *self.cache.folder.glob("process-*")):
-            state = CheckpointStore(folder).read(number)
-            if state is not None and state["pairs"] == read:
-                gaps: dict[str, list[float]] = state["gaps"]
-                return gaps
+
+def _cached(path: Path, read: str) -> Gaps | None:
+    """The gaps in a file if they are of these pairs; of others, the source has changed since."""
+    try:
+        state = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):  # ValueError: torn by a power cut
         return None
+    gaps: Gaps = state["gaps"]
+    return gaps if state["pairs"] == read else None
 
 
 def _digest(pairs: Sequence[PreferencePair]) -> str:

@@ -6,13 +6,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
+from spo.data.pairs import open_parquet
 from spo.ingest import shards
 from spo.ingest.prompt_columns import agreed, caption_columns
 from spo.ingest.prompt_tables import read_table
-from spo.runtime.messages import first_line
 
 
 def read_prompts(path: str | Path) -> list[str]:
@@ -44,22 +41,16 @@ def read_prompts(path: str | Path) -> list[str]:
 
 def _parquet(path: Path) -> Iterator[str]:
     """Iterate over the caption columns, with a batch in memory at a time; null becomes ""."""
-    row = 0
-    try:
-        file = pq.ParquetFile(path)
-        schema = file.schema_arrow
-        kinds = {name: schema.field(name).type for name in caption_columns(schema.names, str(path))}
-        names = [name for name, kind in kinds.items() if shards.holds_text(kind)]
-        if not names:
-            name, kind = kinds.popitem()
-            raise ValueError(f"{path}: column {name} is {str(kind)[:80]}; it must hold text")
-        for batch in file.iter_batches(batch_size=1024, columns=names):
-            for record in shards.records(batch):
-                where = f"{path}: row {row}"
-                yield agreed({name: _decoded(record[name], where) for name in names}, where)
-                row += 1
-    except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{path}: not a readable parquet file ({first_line(error)})") from None
+    file = open_parquet(path, path)
+    schema = file.schema_arrow
+    kinds = {name: schema.field(name).type for name in caption_columns(schema.names, str(path))}
+    names = [name for name, kind in kinds.items() if shards.holds_text(kind)]
+    if not names:
+        name, kind = kinds.popitem()
+        raise ValueError(f"{path}: column {name} is {str(kind)[:80]}; it must hold text")
+    for row, record in enumerate(shards.records(file, path, names)):
+        where = f"{path}: row {row}"
+        yield agreed({name: _decoded(record[name], where) for name in names}, where)
 
 
 def _decoded(value: str | bytes | None, where: str) -> str:

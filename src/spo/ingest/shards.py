@@ -97,8 +97,7 @@ def _records(path: str | Path, needed: Sequence[str], more: Sequence[str]) -> It
     _check_columns(file, needed, str(path))
     prompts = [n for n in schema.names if is_caption(n) and holds_text(schema.field(n).type)]
     named = dict.fromkeys([*needed, *(name for name in more if name in schema.names), *prompts])
-    for batch in batches(file, path, list(named)):
-        yield from records(batch)
+    return records(file, path, list(named))
 
 
 def _open(path: str | Path) -> pq.ParquetFile:
@@ -149,11 +148,11 @@ def _plain(column: pa.DataType) -> pa.DataType:
     return column.value_type if types.is_dictionary(column) else column
 
 
-def records(batch: pa.RecordBatch) -> Iterator[dict[str, Any]]:
-    """Iterate over the rows of a batch. Text that is not UTF-8 stays bytes; lists become arrays."""
-    columns = [_values(column) for column in batch.columns]
-    names = batch.schema.names
-    return (dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True))
+def records(file: pq.ParquetFile, path: str | Path, names: list[str]) -> Iterator[dict[str, Any]]:
+    """Iterate over some columns of the rows. Text that is not UTF-8 stays bytes; lists become arrays."""
+    for batch in batches(file, path, names):
+        for row in zip(*map(_values, batch.columns), strict=True):
+            yield dict(zip(batch.schema.names, row, strict=True))
 
 
 def _values(column: pa.Array) -> Iterator[Any]:

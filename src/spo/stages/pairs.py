@@ -1,6 +1,7 @@
 """Stage `pairs`: check every row, reject bad ones with the reason, split by caption, filter, label, write."""
 
 import csv
+import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -22,7 +23,6 @@ from spo.runtime.files import remove, write_json
 from spo.runtime.fingerprint import fingerprint
 from spo.runtime.workspace import SCRATCH
 from spo.stages.common import stage
-from spo.training.checkpoint import CheckpointStore
 from spo.training.distributed import device
 
 OUTPUT = Path("outputs/pairs")
@@ -75,7 +75,7 @@ def prepare(section: config.Pairs, output: Path, labels: config.PseudoLabels | N
     filtered = {"ties": left["ties"]} if left["ties"] else {}
     facts: dict[str, Any] = {"labels": {name: dict(writer.labels) for name, writer in writers.items()}}
     if isinstance(train, ScoredWriter):
-        train.gaps.cache.clear()
+        shutil.rmtree(train.gaps.cache, ignore_errors=True)
         facts |= train.facts()
         if section.filter is not None:
             filtered["filter"] = train.read - counts["train"]
@@ -165,7 +165,7 @@ def _gaps(section: config.Pairs, labels: config.PseudoLabels | None) -> gaps.Cac
     scorers = {key: rewards.load_scorer(name, own, device(), n) for key, (name, own, n) in wanted.items()}
     sections = [section, labels] if labels else [section]
     state = f"pairs-{fingerprint(sections, filter(Path.exists, map(Path, PINNED)), CODE)}"
-    return gaps.CachedGaps(scorers, sized.batch_size, CheckpointStore(SCRATCH / "resume" / state, None))
+    return gaps.CachedGaps(scorers, sized.batch_size, SCRATCH / "resume" / state)
 
 
 def _check(summary: dict[str, Any], bad: int, bound: float, output: Path) -> None:
