@@ -6,8 +6,6 @@ JPEG has no checksums: only markers that cannot be where they are tell of damage
 libwebp's errors are all that it tells.
 """
 
-from __future__ import annotations
-
 import re
 import struct
 import zlib

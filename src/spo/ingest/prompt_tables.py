@@ -39,6 +39,8 @@ def read_table(path: Path, text: str) -> list[str]:
 def _separated(text: str, delimiter: str, path: Path) -> list[str]:
     """Read a table whose quotes enclose fields; with a space before it (`1, "a cat"`) a quote may not."""
     table = _parse(text, delimiter, path)
+    if not re.search(rf'{re.escape(delimiter)} +"', text):
+        return table.captions
     spaced = _attempt(text, delimiter, path, skipinitialspace=True)
     if isinstance(spaced, Table) and (line := _first_difference(table, spaced)):
         raise ValueError(
