@@ -130,7 +130,7 @@ def files(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
-@pytest.mark.parametrize("n", [2, 3])
+@pytest.mark.parametrize("n", [2, pytest.param(3, marks=pytest.mark.nightly)])
 def test_processes_that_share_the_shards_write_what_one_writes(tmp_path: Path, n: int) -> None:
     """Six shards of 7, 7, 7, 7, 7 and 5 pairs, of which each process encodes every n-th."""
 
@@ -206,6 +206,7 @@ def test_a_process_that_comes_when_all_is_complete_encodes_nothing(tmp_path: Pat
     assert late.batches == [] and files(tmp_path / "l").keys() == {"latents.f16", "pairs.json"}
 
 
+@pytest.mark.nightly  # tests/training/test_distributed.py has the wait itself
 def test_what_one_process_meets_ends_those_that_wait_for_it(tmp_path: Path, capfd) -> None:
     """They wait outside any collective, whose failure they would notice."""
 

@@ -261,7 +261,9 @@ def test_an_entry_with_a_key_twice_is_refused(tmp_path) -> None:
         '{"prompt": "a cat", "prompt": "a dog", "file_path": ["x.png", "x.png"], "human_preference": [1, 0]}'
     )
     (tmp_path / "train.json").write_text(f"[{entry}]")
-    with pytest.raises(ValueError, match="train.json: entry 0: an object has the key 'prompt' twice"):
+    with pytest.raises(
+        ValueError, match="train.json: an object has the key 'prompt' twice, with 'a cat' and 'a dog'"
+    ):
         list(sources.read_rows(tmp_path / "train.json"))
 
 

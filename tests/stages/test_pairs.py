@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import io
 import json
@@ -99,22 +98,15 @@ def test_training_pairs_alone_are_filtered_by_the_scorer(settings, source, tmp_p
     assert not list(Path(".spo/resume").glob("pairs-*"))  # the cache of a finished filter
 
 
-def test_the_run_has_the_counts_of_repeats(source, tmp_path, monkeypatch) -> None:
-    class Run:
-        logged: dict[str, float] = {}
-
-        def log_metrics(self, metrics: dict[str, float], step: int) -> None:
-            self.logged.update(metrics)
-
+def test_the_run_has_the_counts_of_repeats(source, tmp_path, monkeypatch, logged) -> None:
     table = pd.read_parquet(source / "0.parquet")
     (tmp_path / "in").mkdir()
     pd.concat([table, table.head(2)]).to_parquet(tmp_path / "in/0.parquet")
     raw = config.validate(yaml.safe_load(config.preset("smoke")))
     params = raw.model_copy(update={"pairs": section(tmp_path / "in", None)})
-    monkeypatch.setattr(pairs, "stage", lambda *_: contextlib.nullcontext(Run()))
     monkeypatch.setattr(pairs, "OUTPUT", tmp_path / "out")
     pairs.run(params)
-    assert Run.logged["repeated"] == 2 and Run.logged["contradicted"] == Run.logged["same_image"] == 0
+    assert logged["repeated"] == 2 and logged["contradicted"] == logged["same_image"] == 0
 
 
 def test_without_a_filter_nothing_of_it_is_written(source, tmp_path) -> None:

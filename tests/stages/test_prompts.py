@@ -113,7 +113,9 @@ def test_suites_are_cleaned_without_prompts_of_training_and_pairs(data_set, tmp_
     assert "suites" not in plain and not (tmp_path / "plain/suites").exists()
 
 
-def test_captions_of_all_pairs_that_train_are_evaluated_nowhere(data_set, tmp_path, monkeypatch) -> None:
+def test_captions_of_all_pairs_that_train_are_evaluated_nowhere(
+    data_set, tmp_path, monkeypatch, logged
+) -> None:
     (tmp_path / "new").mkdir()
     pd.DataFrame({"caption": ["Prompt of  EVALUATION 3!", "a girl in rain"]}).to_parquet(
         tmp_path / "new/0.parquet"
@@ -123,17 +125,17 @@ def test_captions_of_all_pairs_that_train_are_evaluated_nowhere(data_set, tmp_pa
     raw = yaml.safe_load(config.preset("smoke"))
     raw["prompts"] = lists.model_copy(update={"n_test": 4}).model_dump()
     raw["pairs"]["source"] = str(tmp_path / "new")
-    for judge in raw["preference"], raw["latent_preference"]:
-        judge["local_prompts"] = 0  # there are no validation prompts
+    for model in raw["preference"], raw["latent_preference"]:
+        model["local_prompts"] = 0  # there are no validation prompts
     for method in raw["align"].values():
         method["validation"] = None
     raw["generate"]["suites"] = {"anime": suite_files(tmp_path)["hpd_anime"]}
     params = config.validate(raw)
     assert inputs.sources(params)["prompts"][-1] == (str(tmp_path / "new"), None)  # DVC runs the stage again
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
     monkeypatch.setattr(prompts, "_token_counter", lambda params: len)
     prompts.run(params)
+    assert logged == {"train": 8, "test": 4, "validation": 0}
     made = (tmp_path / "outputs/prompts/test.txt").read_text().splitlines()
     assert sorted(made) == [
         "prompt of evaluation 1",

@@ -27,11 +27,7 @@ _EPOCH = (1980, 1, 1, 0, 0, 0)  # time stamp of every entry, so that equal image
 
 
 def to_pil(image: Tensor) -> Image.Image:
-    """Convert an image [3,H,W] in about [-1,1], clamped, to 8-bit RGB.
-
-    Raises:
-        ValueError: a pixel is NaN or infinite, which would become black or white.
-    """
+    """Convert an image [3,H,W] in about [-1,1], clamped, to 8-bit RGB; refuses NaN and infinity."""
     if not image.isfinite().all():
         raise ValueError("an image has NaN or infinite pixels; check the model that generated it")
     pixels = ((image.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)

@@ -33,11 +33,7 @@ class Duplicates:
         return pair
 
     def check(self, pair: PreferencePair) -> PreferencePair:
-        """
-        Raises:
-            ValueError: an added pair prefers the other image, both images are the same, or one is not
-                readable.
-        """
+        """Refuse a contradicted pair, one of an image with itself, and an image that is not readable."""
         if self._contradicted and _preference(pair)[0] in self._contradicted:
             raise ValueError(CONTRADICTED)
         left, right = decoded(pair)

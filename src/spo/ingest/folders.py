@@ -45,7 +45,7 @@ def find_images(folder: Path) -> list[Path]:
 
 
 def _order(name: str) -> tuple[str | int, ...]:
-    """The sort key of a name: text and numbers in turn; equal for names that differ only in leading zeros."""
+    """The sort key of a name, text and numbers; equal for names that differ only in leading zeros."""
     parts = re.split(r"(\d+)", name, flags=re.ASCII)
     return tuple(int(part) if i % 2 else part for i, part in enumerate(parts))
 

@@ -4,8 +4,8 @@ The filter is MPCF of LPO (arXiv 2502.01051). Departures from the published filt
 1. Any of the scorers of `spo.rewards` may be used. The published filter uses the aesthetic score, the cosine
    of a CLIP and VQAScore, of which spo has the first two.
 2. Comparisons are strict, as in the released code; the paper writes >=.
-3. Gaps of ties are compared by their absolute value, as the paper writes; the released code keeps the sign.
-4. Where there is no rule for a kind of pair, all pairs of that kind are kept.
+3. Gaps of ties are compared by their absolute value, as the paper writes; the released code uses the sign.
+4. Where there is no rule for a kind of pair, all pairs of that kind pass.
 
 Pseudo-labels are those of a scorer in place of the annotators', as in the published SDXL recipe.
 """
@@ -80,11 +80,7 @@ class ScoredWriter:
             self._flush()
 
     def close(self) -> None:
-        """Score and write the last pairs.
-
-        Raises:
-            ValueError: no pair passes the filter, or every pair that does is a tie by its label.
-        """
+        """Score and write the last pairs."""
         if self._buffer:
             self._flush()
         self.writer.close()

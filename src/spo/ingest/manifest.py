@@ -14,9 +14,6 @@ def manifest(name: str, revision: str | None = None) -> dict[str, Any]:
     Args:
         name: a path, a URL, or a hub id such as `owner/name`. Files of a hub URL are downloaded.
         revision: of a hub id; a branch is resolved to its commit.
-
-    Raises:
-        ValueError: neither an existing path, nor a hub id or URL that can be reached and is not refused.
     """
     if hub.is_hub_url(name):
         pins = {"hub": name, "revision": hub.commit(name, None)}

@@ -13,15 +13,11 @@ from spo.ingest.prompt_tables import read_table
 
 
 def read_prompts(path: str | Path) -> list[str]:
-    """Read the prompts of a .txt (one per line), .json, .jsonl, .csv, .tsv or .parquet file, in order.
-
-    Raises:
-        ValueError: no such file, another ending, an unreadable row, or no caption column.
-    """
+    """Read the prompts of a .txt (one per line), .json, .jsonl, .csv, .tsv or .parquet file, in order."""
     path = Path(path)
     readers: dict[str, Callable[[Path], list[str]]] = {
         ".txt": _lines,
-        ".json": _json,
+        ".json": lambda p: [_caption(e, f"{p}: entry {i}") for i, e in enumerate(json_list(p))],
         ".jsonl": _jsonl,
         ".csv": lambda p: read_table(p, read_text(p)),
         ".tsv": lambda p: read_table(p, read_text(p)),
@@ -33,10 +29,7 @@ def read_prompts(path: str | Path) -> list[str]:
     if path.is_dir() or ending not in readers:
         kind = "a folder" if path.is_dir() else ending or "a file without an ending"
         raise ValueError(f"{path}: prompts are read from {', '.join(readers)}, not {kind}")
-    try:
-        return readers[ending](path)
-    except RecursionError:
-        raise ValueError(f"{path}: nested too deeply") from None
+    return readers[ending](path)
 
 
 def _parquet(path: Path) -> Iterator[str]:
@@ -81,11 +74,12 @@ def _lines(path: Path) -> list[str]:
     return lines if lines[-1] else lines[:-1]
 
 
-def _json(path: Path) -> list[str]:
+def json_list(path: Path) -> list[Any]:
+    """The entries of a file that holds a JSON list."""
     content = _parsed(read_text(path), path)
     if not isinstance(content, list):
-        raise ValueError(f"{path}: must be a list of captions, is a {type(content).__name__}")
-    return [_caption(entry, f"{path}: entry {i}") for i, entry in enumerate(content)]
+        raise ValueError(f"{path}: must be a list of entries, is a {type(content).__name__}")
+    return content
 
 
 def _jsonl(path: Path) -> list[str]:
@@ -96,25 +90,25 @@ def _jsonl(path: Path) -> list[str]:
 def _parsed(text: str, path: Path, line: int | None = None) -> Any:
     """The content of a JSON text, which is one line of a file or all of it."""
     try:
-        return json.loads(text, object_pairs_hook=unique_keys)
+        return json.loads(text, object_pairs_hook=_unique_keys)
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: not JSON at line {line or error.lineno} ({error.msg})") from None
+        place = f"line {line or error.lineno}, column {error.colno}"
+        raise ValueError(f"{path}: not JSON at {place} ({error.msg})") from None
     except ValueError as error:  # a key twice, a number of thousands of digits
         place = f"line {line}: " if line else ""
         raise ValueError(f"{path}: {place}{str(error)[:300]}") from None
+    except RecursionError:
+        raise ValueError(f"{path}: nested too deeply") from None
 
 
-def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Build a JSON object and refuse duplicate keys, of which `json` silently takes the last.
-
-    Raises:
-        ValueError: the first key that occurs twice.
-    """
-    content = dict(pairs)
-    if len(content) < len(pairs):
-        keys = [key for key, _ in pairs]
-        duplicate = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"an object has the key {ascii(duplicate)[:80]} twice; keep one")
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Build a JSON object and refuse duplicate keys, of which `json` silently takes the last."""
+    content: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in content:
+            both = " and ".join(ascii(each)[:60] for each in (content[key], value))
+            raise ValueError(f"an object has the key {ascii(key)[:80]} twice, with {both}; keep one")
+        content[key] = value
     return content
 
 

@@ -20,12 +20,7 @@ class Table(NamedTuple):
 
 
 def read_table(path: Path, text: str) -> list[str]:
-    """Read the caption column of a table with the content `text`.
-
-    Raises:
-        ValueError: a row with another number of fields than the header, quotes that may or may not belong to
-            a prompt, no caption column, or several that differ.
-    """
+    """Read the caption column of a table with the content `text`."""
     if re.fullmatch(r'"?sep=.?"?', _first_line(text).strip(), re.IGNORECASE):
         raise ValueError(
             f"{path}: line 1 is a spreadsheet's note of its separator, not the header; remove it"
@@ -80,11 +75,7 @@ def _attempt(text: str, delimiter: str, path: Path, **dialect: Any) -> Table | V
 
 
 def _parse(text: str, delimiter: str, path: Path, **dialect: Any) -> Table:
-    """Parse a table.
-
-    Raises:
-        ValueError: a line with wrong quotes or of another length than the header, or no caption column.
-    """
+    """Parse a table; refuses wrong quotes, rows of another length than the header, and no caption column."""
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True, **dialect)
     try:
         rows = [(reader.line_num, fields) for fields in reader if fields]

@@ -2,7 +2,7 @@
 
 Memory does not grow with the number of rows: shards are read in small batches from a local folder or from
 the hub's cache (`hf://datasets/OWNER/NAME@REVISION/data`), or streamed through fsspec (s3://...). A column
-may have any type in which people store its values (`EXPECTED`).
+may have any type in which people store its values (`COLUMNS`).
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -20,17 +20,21 @@ from spo.ingest.prompt_columns import agreed, is_caption
 from spo.runtime import hub
 from spo.types import PreferencePair
 
-REQUIRED = ("caption", "jpg_0", "jpg_1", "label_0", "label_1")
-OPTIONAL = ("has_label", "num_example_per_prompt")
-IMAGE = "encoded images: binary, a struct of bytes and path, lists of bytes, or text in base64"
-EXPECTED = {
-    "caption": "text, or its UTF-8 bytes",
-    **dict.fromkeys(("jpg_0", "jpg_1"), IMAGE),
-    **dict.fromkeys(("label_0", "label_1"), "numbers, booleans, or text that is a number"),
-    "has_label": "booleans, 0 and 1, or text",
-    "num_example_per_prompt": "numbers, or text that is a number",
+IMAGE = (
+    ("bytes", "text", "bytes by number", "file"),
+    "encoded images: binary, a struct of bytes and path, lists of bytes, or text in base64",
+)
+LABEL = ("text", "number", "boolean"), "numbers, booleans, or text that is a number"
+# the kinds of types that a column may have, and these in words
+COLUMNS = {
+    "caption": (("text", "bytes"), "text, or its UTF-8 bytes"),
+    **{"jpg_0": IMAGE, "jpg_1": IMAGE, "label_0": LABEL, "label_1": LABEL},
+    "has_label": (("text", "number", "boolean"), "booleans, 0 and 1, or text"),
+    "num_example_per_prompt": (("text", "number"), "numbers, or text that is a number"),
 }
-# kinds of Arrow types by pyarrow's names, and those that a column may have
+OPTIONAL = ("has_label", "num_example_per_prompt")
+REQUIRED = tuple(name for name in COLUMNS if name not in OPTIONAL)
+# kinds of Arrow types by pyarrow's names
 KINDS: dict[str, tuple[Callable[[pa.DataType], bool], ...]] = {
     "null": (types.is_null,),
     "text": (types.is_string, types.is_large_string, types.is_string_view),
@@ -39,12 +43,6 @@ KINDS: dict[str, tuple[Callable[[pa.DataType], bool], ...]] = {
     "boolean": (types.is_boolean,),
     "list": (types.is_list, types.is_large_list, types.is_fixed_size_list),
     "struct": (types.is_struct,),
-}
-ALLOWED = {
-    "caption": ("text", "bytes"),
-    **dict.fromkeys(("jpg_0", "jpg_1"), ("bytes", "text", "bytes by number", "file")),
-    **dict.fromkeys(("label_0", "label_1", "has_label"), ("text", "number", "boolean")),
-    "num_example_per_prompt": ("text", "number"),
 }
 
 
@@ -115,12 +113,13 @@ def _check_columns(file: pq.ParquetFile, needed: Sequence[str], where: str) -> N
     for name in (*needed, *(c for c in OPTIONAL if c in names)):
         if names.count(name) > 1:
             raise ValueError(f"{where}: {names.count(name)} columns are named {name}; keep one")
+        allowed, expected = COLUMNS[name]
         kind = _kind(schema.field(name).type)
         if kind == "null" and name not in OPTIONAL and not empty:
-            raise ValueError(f"{where}: column {name} is null in every row; it must hold {EXPECTED[name]}")
-        if kind not in (*ALLOWED[name], "null"):
+            raise ValueError(f"{where}: column {name} is null in every row; it must hold {expected}")
+        if kind not in (*allowed, "null"):
             shown = str(_plain(schema.field(name).type))[:80]
-            raise ValueError(f"{where}: column {name} is {shown}; it must hold {EXPECTED[name]}")
+            raise ValueError(f"{where}: column {name} is {shown}; it must hold {expected}")
 
 
 def holds_text(column: pa.DataType) -> bool:

@@ -29,11 +29,7 @@ Rows = Iterator[tuple[PreferencePair, None] | tuple[None, Rejected]]
 
 
 def decoded(pair: PreferencePair) -> tuple[Image.Image, Image.Image]:
-    """Decode the images of a pair.
-
-    Raises:
-        ValueError: an image that cannot be decoded, by the name of its column.
-    """
+    """Decode the images of a pair; an error names the column."""
     images = []
     for name, data in (("jpg_0", pair.image_0), ("jpg_1", pair.image_1)):
         try:
@@ -44,7 +40,7 @@ def decoded(pair: PreferencePair) -> tuple[Image.Image, Image.Image]:
 
 
 def check(pair: PreferencePair) -> PreferencePair:
-    """Check that the images of a pair can be decoded; raises as `decoded`."""
+    """Check that the images of a pair can be decoded."""
     decoded(pair)
     return pair
 
@@ -56,11 +52,7 @@ def count_rows(source: str | Path) -> int:
 
 
 def read_rows(source: str | Path, check: Check = check) -> Rows:
-    """Iterate over all rows, each as a pair or as its rejection by `check`.
-
-    Raises:
-        ValueError: no such source, or a file that is damaged or of another schema.
-    """
+    """Iterate over all rows, each as a pair or as its rejection by `check`."""
     schema, files = _opened(source)
     for shard, row, read in schema.rows(files):
         try:
@@ -72,8 +64,7 @@ def read_rows(source: str | Path, check: Check = check) -> Rows:
 def read_captions(source: str | Path) -> Iterator[str]:
     """Iterate over the captions of all rows; a caption that `read_rows` rejects is empty.
 
-    Raises:
-        ValueError: as `read_rows`, for the caption column; a row whose caption another column contradicts.
+    A row whose caption another column contradicts is an error.
     """
     schema, files = _opened(source)
     for where, given in schema.captions(files):

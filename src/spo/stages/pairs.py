@@ -46,17 +46,10 @@ def run(params: Params, variant: str | None = None) -> None:
 
 
 def prepare(section: config.Pairs, output: Path, labels: config.PseudoLabels | None = None) -> dict[str, Any]:
-    """Write the shards of `train` and `validation`, rejected.csv and summary.json to `output`.
+    """Write the shards of `train` and `validation`, rejected.csv and summary.json; returns the summary.
 
     A filter and `labels` write filter.csv and labels.csv too (`spo.ingest.labels`). The rows are read twice,
     first for contradictions; memory grows by a hash of 16 bytes a row.
-
-    Returns:
-        The summary.
-
-    Raises:
-        ValueError: too many bad rows, no rows for a part, a row that was not counted, or a scorer of
-            filter or labels that cannot be loaded or finds no pair that counts.
     """
     total = sources.count_rows(section.source)
     # as the next line, before the last outputs are deleted

@@ -35,7 +35,7 @@ def prepare(
     suites: Mapping[str, str] = MappingProxyType({}),
     trained: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Write train.txt, test.txt, validation.txt, rejected.csv and summary.json to `output`.
+    """Write train.txt, test.txt, validation.txt, rejected.csv and summary.json; returns the summary.
 
     A suite becomes suites/NAME.txt, without prompts of training, of validation and of the preference pairs: a
     suite changes no other list.
@@ -44,12 +44,6 @@ def prepare(
         length: counts the tokens of a prompt, start and end tokens included.
         suites: a list of prompts by name.
         trained: preference data besides `section.pairs`, whose captions are not evaluated either.
-
-    Returns:
-        The summary.
-
-    Raises:
-        ValueError: a list that cannot be read, or has too few prompts; a suite of which no prompt is left.
     """
     evaluation, train = _captions(section.evaluation), _captions(section.train)
     suite_lists = {name: _suite(name, source) for name, source in suites.items()}
@@ -123,7 +117,7 @@ def _paired(pairs: set[str], candidates: set[str]) -> set[str]:
 
 
 def _split(section: config.Prompts, train: list[str], evaluation: list[str]) -> dict[str, list[str]]:
-    """As many prompts for each part as the section says, in the order of their hashes."""
+    """The prompts of each part, in the order of their hashes."""
     evaluation = by_hash(evaluation, section.seed)
     given = {
         "train": by_hash(train, section.seed),
