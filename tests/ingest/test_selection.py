@@ -30,6 +30,11 @@ def test_the_block_list_matches_complete_words_and_scripts_without_spaces(tmp_pa
         assert prompts.key(text) not in blocked, text
 
 
+def test_a_phrase_is_found_where_a_longer_one_is_part_of_a_word(tmp_path) -> None:
+    (tmp_path / "b.txt").write_text("gore\ngore like\n")
+    assert prompts.key("gore likes") in selection.BlockList.load(tmp_path / "b.txt")
+
+
 def test_signs_at_a_name_or_a_number_belong_to_it(tmp_path) -> None:
     (tmp_path / "b.txt").write_text("C\n5\ngore\n")
     blocked = selection.BlockList.load(tmp_path / "b.txt")

@@ -2,19 +2,20 @@
 
 import difflib
 import hashlib
-import re
-import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
 
+import regex
+
 from spo.data.prompts import clean, exact_key, flaw, key
 from spo.ingest.prompt_files import read_prompts, read_text
 
-# Scripts without spaces between words, by the Unicode names of their characters.
-UNSPACED = ("CJK", "HIRAGANA", "KATAKANA", "THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN")
+# A character of a script without spaces between words, and a letter, mark or digit of the other scripts.
+UNSPACED = r"[\p{Han}\p{Hiragana}\p{Katakana}\u30fc\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}\p{Tibetan}]"
+WORD = rf"[[\p{{L}}\p{{M}}\p{{N}}]--{UNSPACED}]"
 
 
 @dataclass
@@ -34,7 +35,7 @@ class Selection:
 class BlockList:
     """Words and phrases that no prompt may contain."""
 
-    pattern: re.Pattern[str]
+    pattern: regex.Pattern[str]
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
@@ -44,39 +45,21 @@ class BlockList:
         phrases = {key(line) for line in read_prompts(path) if not line.startswith("#")} - {""}
         if not phrases:
             raise ValueError(f"{path}: the block list is empty; set prompts.block_list to null instead")
-        return cls(re.compile("|".join(map(re.escape, sorted(phrases, key=lambda p: (-len(p), p))))))
+        return cls(regex.compile("|".join(map(_complete, sorted(phrases))), regex.VERSION1))
 
     def __contains__(self, name: str) -> bool:
         """Whether a prompt's key contains a phrase, as complete words or in a script without spaces."""
-        start = 0
-        while match := self.pattern.search(name, start):
-            before, after = name[: match.start()], name[match.end() :]
-            if _unspaced(match[0]) or not (_begins_earlier(before, match[0]) or _continues(match[0], after)):
-                return True
-            start = match.start() + 1
-        return False
+        return self.pattern.search(name) is not None
 
 
-def _begins_earlier(before: str, phrase: str) -> bool:
-    """Whether the first word of a phrase begins in the text before it, or its number has a minus there."""
-    minus = before[-1:] == "-" and phrase[0].isdigit() and not _in_word(before[-2:-1])
-    return minus or _in_word(before[-1:])
-
-
-def _continues(phrase: str, after: str) -> bool:
-    """Whether the last word of a phrase continues after it; + and # continue one letter only (C++, C#)."""
-    rest = after.lstrip("+#")
-    named = len(phrase.rpartition(" ")[2]) == 1 and rest != after and not _in_word(rest[:1])
-    return named or _in_word(after[:1])
-
-
-def _in_word(character: str) -> bool:
-    """Whether a character is a letter, mark or digit of a script with spaces; False for ""."""
-    return unicodedata.category(character)[0] in "LMN" and not _unspaced(character) if character else False
-
-
-def _unspaced(phrase: str) -> bool:
-    return any(unicodedata.name(c, "").startswith(UNSPACED) for c in phrase)
+def _complete(phrase: str) -> str:
+    """A pattern of a phrase that is no part of a longer word: C is not in C++, nor 5 in -5."""
+    exact = regex.escape(phrase, special_only=True)
+    if regex.search(UNSPACED, phrase, regex.VERSION1):
+        return exact
+    minus = rf"(?<!(?<!{WORD})-)" if phrase[0].isdigit() else ""
+    signs = rf"(?![+#]++(?!{WORD}))" if len(phrase.rpartition(" ")[2]) == 1 else ""
+    return rf"(?<!{WORD}){minus}{exact}{signs}(?!{WORD})"
 
 
 def select(
