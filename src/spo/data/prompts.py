@@ -4,9 +4,21 @@ import html
 import re
 import unicodedata
 
-# Punctuation with a meaning: C# is not C, 1/2 is not 12.
-SIGNS = frozenset("#%&@*/\\\u2030\u2031\u2032\u2033\u00a7\u00b6\u2020\u2021\u203b")
-DASHES = frozenset("-\u2013")  # a minus, where a number follows
+import regex
+
+# Punctuation without a meaning. Signs have one (C# is not C, 1/2 is not 12), and so have a minus before a
+# number, a mark between two digits or before a decimal, as in 3.5, 16:9 and .5, and brackets that enclose no
+# word, as in :).
+DIGIT = r"[\p{nt=De}\p{nt=Di}]"
+WORD = r"[\p{L}\p{nt=De}\p{nt=Di}\p{nt=Nu}]"
+SIGN = r"[#%\&@*/\\\u2030\u2031\u2032\u2033\u00a7\u00b6\u2020\u2021\u203b]"
+MEANING = (
+    rf"(?<!{WORD})[\-\u2013](?=\.?{DIGIT})"
+    rf"|(?:(?<={DIGIT})|(?<!{WORD}))\.(?={DIGIT})"
+    rf"|(?<={DIGIT})[,:](?={DIGIT})"
+    rf"|(?<!{WORD})[\p{{Ps}}\p{{Pe}}](?!{WORD})"
+)
+EMPTY = regex.compile(rf"(?!{MEANING})[\p{{P}}--{SIGN}]", regex.VERSION1)
 # Without a shape or a meaning: soft hyphen, zero-width space, direction and byte order marks, annotations. An
 # explicit list: Python's table calls emoji newer than itself unassigned, and the tags of flags invisible.
 INVISIBLE = frozenset(
@@ -45,16 +57,10 @@ def exact_key(prompt: str) -> str:
 def key(prompt: str) -> str:
     """The text that near duplicates share: `exact_key` in one character width, without empty punctuation.
 
-    Letters, marks, digits, symbols and signs of every script stay. Of punctuation stay: the signs of SIGNS, a
-    minus before a number, a mark between two digits or before a decimal, as in 3.5, 16:9 and .5, and brackets
-    that enclose no word, as in :).
+    Letters, marks, digits, symbols and signs of every script stay; of punctuation, what EMPTY leaves.
     """
     text = exact_key("".join(map(_normal_width, exact_key(prompt)))).replace("\u2212", "-")
-    padded = f" {text}  "
-    meaningful = "".join(
-        c if _is_meaningful(padded[i], c, padded[i + 2 : i + 4]) else " " for i, c in enumerate(text)
-    )
-    return " ".join(meaningful.split()) or text
+    return " ".join(EMPTY.sub(" ", text).split()) or text
 
 
 def _normal_width(character: str) -> str:
@@ -62,20 +68,6 @@ def _normal_width(character: str) -> str:
     if unicodedata.decomposition(character).startswith(("<wide>", "<narrow>", "<small>")):
         return unicodedata.normalize("NFKC", character)
     return character
-
-
-def _is_meaningful(before: str, character: str, after: str) -> bool:
-    """Whether a character has a meaning between the one before it and the two after it."""
-    category = unicodedata.category(character)
-    if category[0] != "P" or character in SIGNS:
-        return True
-    if category in ("Ps", "Pe"):
-        return not (before.isalnum() or after[0].isalnum())
-    if character in DASHES:
-        return not before.isalnum() and (after[0].isdigit() or after[0] == "." and after[1].isdigit())
-    if character == ".":
-        return after[0].isdigit() and (before.isdigit() or not before.isalnum())
-    return character in ",:" and before.isdigit() and after[0].isdigit()
 
 
 def flaw(prompt: str) -> str | None:
