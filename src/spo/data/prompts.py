@@ -19,11 +19,13 @@ MEANING = (
     rf"|(?<!{WORD})[\p{{Ps}}\p{{Pe}}](?!{WORD})"
 )
 EMPTY = regex.compile(rf"(?!{MEANING})[\p{{P}}--{SIGN}]", regex.VERSION1)
-# Without a shape or a meaning: soft hyphen, zero-width space, direction and byte order marks, annotations. An
-# explicit list: Python's table calls emoji newer than itself unassigned, and the tags of flags invisible.
-INVISIBLE = frozenset(
-    map(chr, (0xAD, 0x61C, 0x180E, 0x200B, 0x200E, 0x200F, 0x2060, 0xFEFF, 0xFFF9, 0xFFFA, 0xFFFB))
-) | frozenset(map(chr, (*range(0x202A, 0x202F), *range(0x2061, 0x2070))))
+# Without a shape or a meaning: controls, soft hyphen, zero-width space, direction and byte order marks,
+# annotations. An explicit list: joiners, variation selectors and tags stay, since emoji consist of them.
+INVISIBLE = regex.compile(
+    r"[[\p{Cc}\p{Cs}\xad\u061c\u180e\u200b\u200e\u200f\u202a-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb]"
+    r"--[\t-\r\x1c-\x1f\x85]]",  # these are spaces
+    regex.VERSION1,
+)
 
 # Tokens that are not read as text: those of CLIP, open_clip, T5 and RoBERTa in any case, those of BERT and
 # BLIP in upper case only, since brackets are weights in many prompts.
@@ -34,16 +36,8 @@ SPECIAL = re.compile(
 
 
 def clean(prompt: str) -> str:
-    """Normalise to NFC without control and invisible characters, with single spaces between words.
-
-    Joiners, variation selectors and tags stay: emoji consist of them.
-    """
-    text = "".join(" " if c.isspace() else c for c in prompt if c.isspace() or _visible(c))
-    return " ".join(unicodedata.normalize("NFC", text).split())
-
-
-def _visible(character: str) -> bool:
-    return character not in INVISIBLE and unicodedata.category(character) not in ("Cc", "Cs")
+    """Normalise to NFC without control and invisible characters, with single spaces between words."""
+    return " ".join(unicodedata.normalize("NFC", INVISIBLE.sub("", prompt)).split())
 
 
 def exact_key(prompt: str) -> str:
