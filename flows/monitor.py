@@ -99,8 +99,8 @@ def new_prompts(path: Path, fewest: int = 1) -> list[str]:
     Raises:
         ValueError: no such file, fewer prompts in it than `fewest`, or a prompt that cannot be encoded.
     """
-    from spo.data.prompt_files import read_prompts
     from spo.data.prompts import clean, flaw, key
+    from spo.ingest.prompt_files import read_prompts
 
     lines = read_prompts(path)
     for row, line in enumerate(lines, start=1):
@@ -122,9 +122,9 @@ def measure(params: config.Params, prompts: list[str], seed: int) -> tuple[list[
 
     from spo import adapters
     from spo.commands import registry
-    from spo.data.prompts import check_vocabulary
     from spo.evaluation import generation, statistics
     from spo.evaluation.scoring import score_images
+    from spo.ingest.selection import check_vocabulary
     from spo.training import budget, distributed
 
     if params.prompts.vocabulary is not None:

@@ -124,7 +124,7 @@ def train(
         FloatingPointError: training diverged.
     """
     from spo import backbones
-    from spo.data.prompts import check_vocabulary
+    from spo.ingest.selection import check_vocabulary
     from spo.methods import spo as method
     from spo.training import budget, distributed, loop, optimizer
     from spo.training.alignment import Alignment

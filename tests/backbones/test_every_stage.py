@@ -118,7 +118,7 @@ def test_a_scorer_labels_in_place_of_the_annotators(experiment, tmp_path, capsys
         (a > b, r["label_0"] == 1) for a, b, r in zip(first, second, rows, strict=True) if abs(a - b) >= gap
     ]
     assert facts["decided"] == len(decided) and facts["ties"] == len(rows) - len(decided)
-    assert facts["agree_with_people"] == pytest.approx(
+    assert facts["agreement_with_annotators"] == pytest.approx(
         sum(a == b for a, b in decided) / len(decided), abs=1e-4
     )
     experiment["preference"]["labels"]["gap"] = 1e6
@@ -250,7 +250,7 @@ def test_suites_by_scorers_of_the_papers_without_training(experiment, tmp_path, 
     assert [pin["path"] for pin in pins] == list(experiment["score"]["imagereward"].values())[:3]
     assert "suite.json" in (tmp_path / "outputs/inputs/prompts.json").read_text()
     summary = json.loads((tmp_path / "outputs/pairs/summary.json").read_text())
-    assert summary["left_out"]["filter"] == summary["fail_the_rule_of"]["pickscore"]["win_lose"] > 0
+    assert summary["filtered"]["filter"] == summary["fail_the_rule_of"]["pickscore"]["win_lose"] > 0
     kept = len((tmp_path / "outputs/prompts/suites/hpd_anime.txt").read_text().splitlines())
     for variant in ("base", "base_high_guidance"):
         for suite in ([], ["--suite", "hpd_anime"]):

@@ -101,7 +101,7 @@ def test_the_python_api_gives_the_same_comparison(capsys, tmp_path, experiment, 
 
 
 def test_images_come_in_the_order_of_their_numbers(images) -> None:
-    from spo.data.folders import list_images
+    from spo.ingest.folders import list_images
 
     assert [p.name for p in list_images(images("mine", 0))] == [f"image{n}.png" for n in (2, 10, 11)]
 

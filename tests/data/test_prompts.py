@@ -3,6 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from spo.data import prompts
+from spo.ingest import selection
 
 
 def test_cleaning() -> None:
@@ -38,11 +39,6 @@ def test_a_clean_prompt_is_one_line_to_every_reader(end: str) -> None:
 def test_words_in_lower_case_are_their_own_key() -> None:
     words = "a small blue triangle at the right on sand"
     assert prompts.key(words) == words == prompts.exact_key(words)
-
-
-def test_duplicates_are_the_same_but_for_case_space_and_composition() -> None:
-    selection = prompts.select(["Caf\u00e9  au lait", "CAFE\u0301 au lait"], len, 100)
-    assert selection.prompts == ["Caf\u00e9 au lait"] and selection.rejected == {"duplicate": 1}
 
 
 def test_near_duplicates_share_a_key() -> None:
@@ -84,9 +80,9 @@ DIFFERENT = [
 @pytest.mark.parametrize("texts", DIFFERENT)
 def test_prompts_that_differ_in_letters_marks_or_signs_are_kept(texts) -> None:
     assert len({prompts.key(text) for text in texts}) == len(texts)
-    assert len(prompts.select(texts, len, 100).prompts) == len(texts)
+    assert len(selection.select(texts, len, 100).prompts) == len(texts)
     for text in texts:  # an evaluation prompt strikes itself from training, not the others
-        rest = prompts.select(texts, len, 100, [prompts.key(text)])
+        rest = selection.select(texts, len, 100, [prompts.key(text)])
         assert rest.rejected == {"elsewhere": 1}
 
 
@@ -94,12 +90,12 @@ def test_prompts_that_differ_in_letters_marks_or_signs_are_kept(texts) -> None:
     st.lists(st.text(alphabet=st.characters(categories=["L", "M", "N", "S", "Zs"]), min_size=1), max_size=8)
 )
 def test_prompts_that_differ_after_normalisation_and_case_are_kept(texts) -> None:
-    selection = prompts.select(texts, lambda prompt: 1, 1)
+    chosen = selection.select(texts, lambda prompt: 1, 1)
     different = {prompts.key(text) for text in texts if prompts.clean(text)}
-    assert {prompts.key(prompt) for prompt in selection.prompts} == different
-    assert len(selection.prompts) + selection.rejected.total() == len(texts)
+    assert {prompts.key(prompt) for prompt in chosen.prompts} == different
+    assert len(chosen.prompts) + chosen.rejected.total() == len(texts)
     assert all(
-        prompts.clean(p) == p and prompts.key(prompts.key(p)) == prompts.key(p) for p in selection.prompts
+        prompts.clean(p) == p and prompts.key(prompts.key(p)) == prompts.key(p) for p in chosen.prompts
     )
 
 
@@ -126,7 +122,7 @@ def test_prompts_that_differ_after_normalisation_and_case_are_kept(texts) -> Non
 def test_a_special_token_is_a_flaw_in_every_spelling(token: str) -> None:
     assert "special token" in (prompts.flaw(f"a red circle {token} above a star") or "")
     assert "special token" in (prompts.flaw(f"a{token}") or "")
-    assert prompts.select(["a cat", f"a {token} dog"], len, 100).rejected == {"broken_text": 1}
+    assert selection.select(["a cat", f"a {token} dog"], len, 100).rejected == {"broken_text": 1}
 
 
 @pytest.mark.parametrize(
@@ -144,61 +140,3 @@ def test_a_special_token_is_a_flaw_in_every_spelling(token: str) -> None:
 )
 def test_brackets_of_other_meanings_are_no_flaw(text: str) -> None:
     assert prompts.flaw(text) is None
-
-
-def test_half_of_a_surrogate_pair_is_rejected_by_name() -> None:
-    selection = prompts.select(["a cat", "a \ud83d dog", "a\0b"], len, 100)
-    assert selection.prompts == ["a cat"] and selection.rejected == {"broken_text": 2}
-
-
-def test_the_block_list_matches_complete_words_and_scripts_without_spaces(tmp_path) -> None:
-    (tmp_path / "b.txt").write_text("# words\nrude word\nC++\n\u732b\n", encoding="utf-8")
-    blocked = prompts.BlockList.load(tmp_path / "b.txt")
-    for text in (
-        "a rude word!",
-        "(rude word)",
-        "#rude word",
-        "RUDE-WORD",
-        "in c++ style",
-        "\u9ed2\u732b\u3068",
-    ):
-        assert prompts.key(text) in blocked, text
-    for text in ("a crude word", "rude words", "c style", "\u72ac"):
-        assert prompts.key(text) not in blocked, text
-
-
-def test_signs_at_a_name_or_a_number_belong_to_it(tmp_path) -> None:
-    (tmp_path / "b.txt").write_text("C\n5\ngore\n")
-    blocked = prompts.BlockList.load(tmp_path / "b.txt")
-    for text in ("C", "a C, book", "5 dogs", "3-5 dogs", "gore++", "gore-like", "gore\u732b", "(gore)"):
-        assert prompts.key(text) in blocked, text
-    for text in ("C++", "C#", "-5 degrees", "allegore", "gores"):
-        assert prompts.key(text) not in blocked, text
-
-
-def test_every_prompt_is_kept_or_counted() -> None:
-    raw = ["a b", "A, b", "a  b", "", "c", "one two three four", "forbidden one"]
-    selection = prompts.select(raw, lambda p: len(p.split()), 3, [prompts.key("Forbidden: one")])
-    assert selection.prompts == ["a b", "c"]
-    assert selection.rejected == {
-        "duplicate": 1,
-        "near_duplicate": 1,
-        "empty": 1,
-        "too_long": 1,
-        "elsewhere": 1,
-    }
-    assert len(selection.prompts) + selection.rejected.total() == len(raw)
-
-
-def test_the_order_depends_on_content_and_seed_alone() -> None:
-    lines = [f"prompt {i}" for i in range(50)]
-    assert prompts.by_hash(lines, 1) == prompts.by_hash(lines[::-1], 1) != prompts.by_hash(lines, 2)
-    fewer = [line for line in prompts.by_hash(lines, 1) if line != "prompt 7"]
-    assert prompts.by_hash([line for line in lines if line != "prompt 7"], 1) == fewer
-
-
-def test_words_outside_the_vocabulary_are_named_with_a_nearest_one(tmp_path) -> None:
-    (tmp_path / "v.txt").write_text("a\nred\ncircle\n")
-    prompts.check_vocabulary(["A red circle"], tmp_path / "v.txt")
-    with pytest.raises(ValueError, match="'cirkle'.*circle"):
-        prompts.check_vocabulary(["a red cirkle"], tmp_path / "v.txt")

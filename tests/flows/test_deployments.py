@@ -14,7 +14,11 @@ import pytest
 import yaml
 from prefect_server import ask, started, wait_for
 
-pytestmark = [pytest.mark.nightly, pytest.mark.services, pytest.mark.timeout(3600)]  # Prefect takes long to start
+pytestmark = [
+    pytest.mark.nightly,
+    pytest.mark.services,
+    pytest.mark.timeout(3600),
+]  # Prefect takes long to start
 ROOT = Path(__file__).parents[2]
 DAG = """\
 stages:

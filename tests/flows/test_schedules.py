@@ -13,7 +13,11 @@ import psutil
 import pytest
 from prefect_server import ask, started, wait_for
 
-pytestmark = [pytest.mark.nightly, pytest.mark.services, pytest.mark.timeout(3600)]  # Prefect takes long to start
+pytestmark = [
+    pytest.mark.nightly,
+    pytest.mark.services,
+    pytest.mark.timeout(3600),
+]  # Prefect takes long to start
 FLOWS = Path(__file__).parents[2] / "flows"
 DAG = """\
 stages:

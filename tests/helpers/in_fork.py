@@ -17,7 +17,10 @@ from pathlib import Path
 def spo(folder: Path, *arguments: str, variables: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
     """Run `spo ARGUMENTS` in `folder` with `variables` as its whole environment."""
     sys.stdout.flush(), sys.stderr.flush()
-    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+    with (
+        tempfile.TemporaryFile("w+", encoding="utf-8") as out,
+        tempfile.TemporaryFile("w+", encoding="utf-8") as err,
+    ):
         pid = os.fork()
         if pid == 0:
             os._exit(_command(folder, arguments, variables, out.fileno(), err.fileno()))

@@ -24,7 +24,8 @@ from mutations import change_a_key, scramble
 from PIL import Image
 
 from spo import cli, config
-from spo.data import hpd, images, pairs, prompts
+from spo.data import images
+from spo.ingest import prompt_files, selection, sources
 from spo.rewards.aesthetic import AestheticHead
 from spo.tracking import spool
 from spo.training.checkpoint import CheckpointStore
@@ -82,8 +83,8 @@ def prompt_file(ending: str) -> Callable[[Path], Path]:
 
 
 def read_prompts(path: Path) -> None:
-    raw = prompts.read_prompts(path)
-    chosen = prompts.select(raw, len, 77)
+    raw = prompt_files.read_prompts(path)
+    chosen = selection.select(raw, len, 77)
     assert len(chosen.prompts) + chosen.rejected.total() == len(raw)
     "\n".join(chosen.prompts).encode()  # what the stage writes
 
@@ -96,8 +97,8 @@ def shard(folder: Path) -> Path:
 
 
 def read_shard(path: Path) -> None:
-    rows = list(pairs.read_rows([path]))
-    assert len(rows) == pairs.count_rows([path])
+    rows = list(sources.read_rows(path))
+    assert len(rows) == sources.count_rows(path)
     assert all((pair is None) != (reason is None) for pair, reason in rows)
 
 
@@ -110,7 +111,7 @@ def hpd_file(folder: Path) -> Path:
 
 
 def read_hpd(path: Path) -> None:
-    assert all((pair is None) != (reason is None) for pair, reason in hpd.read_rows(path))
+    assert all((pair is None) != (reason is None) for pair, reason in sources.read_rows(path))
 
 
 def checkpoint(folder: Path) -> Path:

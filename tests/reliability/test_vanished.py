@@ -13,7 +13,8 @@ from fake_backbone import Whole
 from PIL import Image
 
 from spo import config
-from spo.data import latents, sources
+from spo.data import latents
+from spo.ingest import sources
 from spo.runtime import files
 from spo.stages import pairs as pairs_stage
 from spo.training.checkpoint import CheckpointStore

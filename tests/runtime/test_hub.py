@@ -12,7 +12,7 @@ from typing import Any
 import hub_cache
 import pytest
 
-from spo.data.manifest import manifest
+from spo.ingest.manifest import manifest
 from spo.runtime import hub, hub_answers
 from spo.runtime.messages import MISTAKE, TRANSIENT, exit_code
 

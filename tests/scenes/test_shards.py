@@ -6,8 +6,8 @@ import yaml
 
 from spo import config
 from spo.data.decoding import image_format
-from spo.data.pairs import is_validation, read_captions, read_rows
-from spo.data.pairs import shards as find_shards
+from spo.ingest.selection import is_validation
+from spo.ingest.sources import read_captions, read_rows
 from spo.scenes import world
 from spo.scenes.render import render
 from tools.scenes import pictures, shards
@@ -32,7 +32,7 @@ def compared(n: int) -> Pairs:
 def test_pairs_come_back_from_their_shards_split_by_caption(tmp_path) -> None:
     pairs = compared(60)
     shards.write(pairs, tmp_path)
-    assert next(read_rows(find_shards(tmp_path)))[0].image_0[8:12] == b"WEBP"
+    assert next(read_rows(tmp_path))[0].image_0[8:12] == b"WEBP"
     train, held_out = shards.read(tmp_path)
     assert all(is_validation(c, shards.HELD_OUT) for c in held_out.captions)
     assert not any(is_validation(c, shards.HELD_OUT) for c in train.captions)
@@ -56,9 +56,9 @@ def test_no_caption_of_a_pair_is_an_excluded_one() -> None:
 
 @pytest.mark.skipif(not DATA.exists(), reason="needs `make data`")
 def test_the_shipped_pairs_hold_enough_for_training_and_apart() -> None:
-    captions = list(read_captions(find_shards(DATA / "pairs")))
+    captions = list(read_captions(DATA / "pairs"))
     held_out = sum(is_validation(c, shards.HELD_OUT) for c in captions)
     assert held_out >= 2000 and len(captions) - held_out >= 14_000
     assert set(captions).isdisjoint((DATA / "prompts/evaluation.txt").read_text().splitlines())
-    first = next(read_rows(find_shards(DATA / "pairs")))[0]
+    first = next(read_rows(DATA / "pairs"))[0]
     assert first is not None and image_format(first.image_0) == "WEBP"

@@ -47,7 +47,16 @@ FREE_MODULES = {
         "src/spo/tracking": "logs runs",
     },
     "inputs": dict.fromkeys(
-        ("src/spo/backbones", "src/spo/diffusion", "src/spo/methods", "src/spo/training", "src/spo/types.py"),
+        (
+            *(
+                "src/spo/backbones",
+                "src/spo/data",
+                "src/spo/diffusion",
+                "src/spo/methods",
+                "src/spo/training",
+            ),
+            "src/spo/types.py",
+        ),
         "refuses timesteps that the base does not have: no output depends on it",
     ),
     "align": {
@@ -167,9 +176,6 @@ def test_every_module_that_a_stage_imports_is_declared(clone: Path, declared: De
 # with preference.labels and pairs.filter only
 OPTIONAL = {
     "pairs": {
-        "src/spo/preference/gaps.py",
-        "src/spo/preference/pair_filter.py",
-        "src/spo/preference/pseudo_labels.py",
         "src/spo/rewards",
         "src/spo/training",
     },

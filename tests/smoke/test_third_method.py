@@ -49,7 +49,7 @@ EDITS = {  # file: (text, what it becomes)
             "        learns_from: outputs/pairs/train\n"
             "        examples: outputs/pairs/summary.json\n"
             "        code: src/spo/data\n"
-            "        pairs: src/spo/data/latent_cache.py\n"
+            "        pairs: src/spo/data/latents.py\n"
             "        latents: pairs.latents\n"
             "      diffusion_dpo:\n        learns_from",
         ),

@@ -93,16 +93,16 @@ def test_rows_in_are_rows_out_at_every_stage(clone: Path) -> None:
     prompts = json.loads((out / "prompts/summary.json").read_text())
     for name, parts in (("train", ["train"]), ("evaluation", ["test", "validation"])):
         used = sum(len((out / f"prompts/{p}.txt").read_text().splitlines()) for p in parts)
-        aside = sum(prompts["left_out"][name].values())
-        assert used + aside + prompts["not_needed"][name] == prompts["read"][name] > 0
+        aside = sum(prompts["rejected"][name].values())
+        assert used + aside + prompts["unused"][name] == prompts["read"][name] > 0
     pairs = json.loads((out / "pairs/summary.json").read_text())
     written = {
         part: sum(pq.ParquetFile(p).metadata.num_rows for p in (out / "pairs" / part).glob("*.parquet"))
         for part in ("train", "validation")
     }
     source = pq.ParquetFile(clone / "data/pairs/train-00000.parquet").metadata.num_rows  # of the smoke preset
-    aside = len(list(csv.DictReader((out / "pairs/set_aside.csv").open())))
-    assert sum(written.values()) + aside + sum(pairs["left_out"].values()) == pairs["read"] == source
+    aside = len(list(csv.DictReader((out / "pairs/rejected.csv").open())))
+    assert sum(written.values()) + aside + sum(pairs["filtered"].values()) == pairs["read"] == source
     for part, count in written.items():
         (latents,) = (clone / ".spo/latents").glob(f"{part}-*")
         assert len(json.loads((latents / "pairs.json").read_text())["captions"]) == count

@@ -89,7 +89,7 @@ def test_every_input_is_named_by_hub_id_and_revision(preset: str) -> None:
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_inputs_pins_every_key_from_a_cache_without_a_network(preset: str, cache: Path) -> None:
+def test_inputs_pins_every_key_from_a_cache_without_a_network(preset: str, cache: Path, logged: Any) -> None:
     commits = fill(cache, preset)
     params = config.validate(raw(preset))
     inputs.run(params)
@@ -105,7 +105,9 @@ def test_inputs_pins_every_key_from_a_cache_without_a_network(preset: str, cache
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_what_is_missing_is_said_in_one_line_with_what_to_put_where(preset: str, cache: Path) -> None:
+def test_what_is_missing_is_said_in_one_line_with_what_to_put_where(
+    preset: str, cache: Path, logged: Any
+) -> None:
     fill(cache, preset)
     params = config.validate(raw(preset))
     folders = {hub_cache.folder(cache, name): name for name, _ in sources(preset)}

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import io
 import json
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -18,9 +16,9 @@ from PIL import Image
 
 from spo import cli, config
 from spo.data.decoding import open_image
-from spo.data.latents import EncodedPairs
 from spo.data.pairs import read_pairs
-from spo.preference import gaps, pair_filter, pseudo_labels
+from spo.ingest import gaps
+from spo.ingest import labels as labelling
 from spo.rewards import aesthetic, load_scorer
 from spo.runtime.processes import is_main_process
 from spo.scenes import world
@@ -90,7 +88,7 @@ def test_training_pairs_alone_are_filtered_by_the_scorer(settings, source, tmp_p
     assert 0 < len(kept) < len(plain)
     assert summary["validation"] == all_of_them["validation"]
     assert list(read_pairs("filtered/validation")) == list(read_pairs("plain/validation"))
-    assert summary["left_out"] == {"filter": len(plain) - len(kept)}
+    assert summary["filtered"] == {"filter": len(plain) - len(kept)}
 
     written = json.loads(Path("filtered/summary.json").read_text(encoding="utf-8"))
     rows = list(csv.DictReader(Path("filtered/filter.csv").open(encoding="utf-8")))
@@ -100,28 +98,21 @@ def test_training_pairs_alone_are_filtered_by_the_scorer(settings, source, tmp_p
     assert not list(Path(".spo/resume").glob("pairs-*"))  # the cache of a finished filter
 
 
-def test_the_run_has_the_counts_of_repeats(source, tmp_path, monkeypatch) -> None:
-    class Run:
-        logged: dict[str, float] = {}
-
-        def log_metrics(self, metrics: dict[str, float], step: int) -> None:
-            self.logged.update(metrics)
-
+def test_the_run_has_the_counts_of_repeats(source, tmp_path, monkeypatch, logged) -> None:
     table = pd.read_parquet(source / "0.parquet")
     (tmp_path / "in").mkdir()
     pd.concat([table, table.head(2)]).to_parquet(tmp_path / "in/0.parquet")
     raw = config.validate(yaml.safe_load(config.preset("smoke")))
     params = raw.model_copy(update={"pairs": section(tmp_path / "in", None)})
-    monkeypatch.setattr(pairs, "stage", lambda *_: contextlib.nullcontext(Run()))
     monkeypatch.setattr(pairs, "OUTPUT", tmp_path / "out")
     pairs.run(params)
-    assert Run.logged["repeated"] == 2 and Run.logged["contradicted"] == Run.logged["same_image"] == 0
+    assert logged["repeated"] == 2 and logged["contradicted"] == logged["same_image"] == 0
 
 
 def test_without_a_filter_nothing_of_it_is_written(source, tmp_path) -> None:
     pairs.prepare(section(source, None), tmp_path / "out")
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
-        "set_aside.csv",
+        "rejected.csv",
         "summary.json",
         "train",
         "validation",
@@ -194,7 +185,7 @@ def test_labels_by_a_scorer_lie_beside_the_pairs(settings, source, tmp_path, mon
     assert facts == {
         "decided": decided,
         "ties": len(kept) - decided,
-        "agree_with_people": round(sum(a == b for a, b in both) / len(both), 4),
+        "agreement_with_annotators": round(sum(a == b for a, b in both) / len(both), 4),
     }
 
 
@@ -214,7 +205,7 @@ def test_a_scorer_of_filter_and_labels_scores_once(settings, source, tmp_path, m
 
 def test_two_processes_score_what_one_does(settings, source, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
-    for module in (gaps, pair_filter):
+    for module in (gaps, labelling):
         monkeypatch.setattr(module, "BUFFER", 3)
     what = section(source, settings), labels(settings)
     pairs.prepare(what[0], Path("one"), what[1])
@@ -237,9 +228,9 @@ def test_two_processes_score_what_one_does(settings, source, tmp_path, monkeypat
     assert not list(Path(".spo/resume").glob("pairs-*"))
 
 
-def test_labelling_goes_on_after_the_cached_gaps(settings, source, tmp_path, monkeypatch) -> None:
+def test_labelling_resumes_after_the_cached_gaps(settings, source, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
-    for module in (gaps, pair_filter):
+    for module in (gaps, labelling):
         monkeypatch.setattr(module, "BUFFER", 4)
     plain, scored = aesthetic.Aesthetic.score, []
 
@@ -269,42 +260,6 @@ def test_a_gap_that_no_pair_reaches_is_one_line(settings, source, tmp_path, monk
     ) as error:
         pairs.prepare(section(source, None), Path("out"), labels(settings, 1e6))
     assert "\n" not in str(error.value)
-
-
-def encoded(n: int) -> EncodedPairs:
-    return EncodedPairs(np.zeros((n, 2, 1, 1, 1), np.float16), ["c"] * n, torch.zeros(n), torch.ones(n))
-
-
-def test_labels_replace_those_of_the_annotators_and_nothing_else(tmp_path) -> None:
-    (tmp_path / "summary.json").write_text(json.dumps({"pseudo_labels": {"ties": 1}}))
-    (tmp_path / "labels.csv").write_text("gap,label_0\n0.3,1\n-0.2,0\n0.01,0.5\n")
-    given = encoded(3)
-    pairs_, facts = pseudo_labels.labelled(given, tmp_path)
-    assert pairs_.label_0.tolist() == [1, 0, 0.5] and pairs_.label_1.tolist() == [0, 1, 0.5]
-    assert pairs_.label_0.dtype == torch.float32 and facts == {"ties": 1}
-    assert pairs_.latents is given.latents and pairs_.weight is given.weight
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda text: None, "labels.csv: no labels of preference.labels there; run `make repro`"),
-        (lambda text: text.rsplit("\n", 2)[0] + "\n", "labels.csv: 2 labels for 3 training pairs"),
-        (lambda text: text + "0.1,1\n", "labels.csv: 4 labels for 3 training pairs"),
-        (lambda text: text.replace("0.5", "0.7"), "or one that is not 0, 0.5 or 1; run `make repro`"),
-        (lambda text: text.replace(",0.5", ","), "or one that is not 0, 0.5 or 1; run `make repro`"),
-        (lambda text: text.replace("label_0", "label"), "labels.csv: a damaged table"),
-        (lambda text: "", "labels.csv: a damaged table"),
-    ],
-)
-def test_labels_that_do_not_fit_the_pairs_are_one_line(tmp_path, change, message) -> None:
-    (tmp_path / "summary.json").write_text(json.dumps({"pseudo_labels": {"ties": 1}}))
-    text = change("gap,label_0\n0.3,1\n-0.2,0\n0.01,0.5\n")
-    if text is not None:
-        (tmp_path / "labels.csv").write_text(text)
-    with pytest.raises(ValueError) as error:
-        pseudo_labels.labelled(encoded(3), tmp_path)
-    assert message in str(error.value) and "\n" not in str(error.value)
 
 
 def test_the_labels_scorer_is_pinned_apart_from_the_start_clip(settings) -> None:

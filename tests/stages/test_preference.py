@@ -10,7 +10,7 @@ import torch
 import yaml
 
 from spo import config
-from spo.data import latent_cache
+from spo.data import latents
 from spo.preference import trainer
 from spo.stages import preference
 from spo.tracking.curve import Curve
@@ -32,7 +32,7 @@ def test_updates_that_were_skipped_are_reported(
     """Gradients that overflow in fp16 leave updates out: the number is that of those that happened."""
     params = config.validate(yaml.safe_load(config.preset("smoke")))
     summary = {"updates": 5, "pairs": 10, "iterations": 7, "training_seconds": 1.5, **counted}
-    monkeypatch.setattr(latent_cache, "latent_pairs", lambda *a: Pairs())
+    monkeypatch.setattr(latents, "latent_pairs", lambda *a: Pairs())
     monkeypatch.setattr(trainer, "train", lambda *a, **options: summary)
     monkeypatch.setattr(trainer, "evaluate", lambda *a, **options: {0: {"accuracy": 0.5, "n": 1}})
     settings = params.latent_preference.model_copy(update={"local_prompts": 0})

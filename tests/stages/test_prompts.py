@@ -61,12 +61,12 @@ def test_tokens_are_counted_without_a_length_in_the_tokenizer_s_file(tmp_path) -
     assert count("a red ring") == 5 and count("a " * 100) == 102  # start and end, not cut
 
 
-def test_a_prompt_that_is_half_a_character_is_set_aside_with_its_reason(data_set, tmp_path) -> None:
+def test_a_prompt_that_is_half_a_character_is_rejected_with_its_reason(data_set, tmp_path) -> None:
     lines = [r"half \ud83d", *(f"prompt {i}" for i in range(8))]
     (tmp_path / "t.json").write_text("[" + ",".join(f'"{line}"' for line in lines) + "]")
     lists = section(tmp_path).model_copy(update={"train": str(tmp_path / "t.json")})
     prompts.prepare(lists, len, tmp_path / "out")
-    assert "train,0,broken_text" in (tmp_path / "out/set_aside.csv").read_text().splitlines()
+    assert "train,0,broken_text" in (tmp_path / "out/rejected.csv").read_text().splitlines()
 
 
 def test_the_dry_run_names_a_data_set_by_its_address(data_set, tmp_path, monkeypatch) -> None:
@@ -107,13 +107,15 @@ def test_suites_are_cleaned_without_prompts_of_training_and_pairs(data_set, tmp_
     assert sorted(kept["pickapic"]) == sorted(data_set["validation_unique"])
     assert summary["suites"]["parti"] == {"read": 4, "prompts": 2, "elsewhere": 1, "near_duplicate": 1}
     assert summary["suites"]["hpd_anime"] == {"read": 3, "prompts": 2, "elsewhere": 1}
-    assert "suite parti,2,elsewhere" in (tmp_path / "out/set_aside.csv").read_text().splitlines()
+    assert "suite parti,2,elsewhere" in (tmp_path / "out/rejected.csv").read_text().splitlines()
     for name in ("train", "test", "validation"):  # a suite changes no other list
         assert (tmp_path / f"out/{name}.txt").read_bytes() == (tmp_path / f"plain/{name}.txt").read_bytes()
     assert "suites" not in plain and not (tmp_path / "plain/suites").exists()
 
 
-def test_captions_of_all_pairs_that_train_are_evaluated_nowhere(data_set, tmp_path, monkeypatch) -> None:
+def test_captions_of_all_pairs_that_train_are_evaluated_nowhere(
+    data_set, tmp_path, monkeypatch, logged
+) -> None:
     (tmp_path / "new").mkdir()
     pd.DataFrame({"caption": ["Prompt of  EVALUATION 3!", "a girl in rain"]}).to_parquet(
         tmp_path / "new/0.parquet"
@@ -123,17 +125,17 @@ def test_captions_of_all_pairs_that_train_are_evaluated_nowhere(data_set, tmp_pa
     raw = yaml.safe_load(config.preset("smoke"))
     raw["prompts"] = lists.model_copy(update={"n_test": 4}).model_dump()
     raw["pairs"]["source"] = str(tmp_path / "new")
-    for judge in raw["preference"], raw["latent_preference"]:
-        judge["local_prompts"] = 0  # there are no validation prompts
+    for model in raw["preference"], raw["latent_preference"]:
+        model["local_prompts"] = 0  # there are no validation prompts
     for method in raw["align"].values():
         method["validation"] = None
     raw["generate"]["suites"] = {"anime": suite_files(tmp_path)["hpd_anime"]}
     params = config.validate(raw)
     assert inputs.sources(params)["prompts"][-1] == (str(tmp_path / "new"), None)  # DVC runs the stage again
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
     monkeypatch.setattr(prompts, "_token_counter", lambda params: len)
     prompts.run(params)
+    assert logged == {"train": 8, "test": 4, "validation": 0}
     made = (tmp_path / "outputs/prompts/test.txt").read_text().splitlines()
     assert sorted(made) == [
         "prompt of evaluation 1",

@@ -14,8 +14,8 @@ from PIL import Image
 from torch import Tensor
 
 from spo.data.images import decode_image
-from spo.data.pairs import is_validation, read_rows
-from spo.data.pairs import shards as find_shards
+from spo.ingest.selection import is_validation
+from spo.ingest.sources import read_rows
 from spo.types import PreferencePair
 from tools.scenes.clips import Judgements
 from tools.scenes.pictures import GENERATORS
@@ -59,7 +59,7 @@ def _webp(pixels: Tensor) -> bytes:
 def read(folder: Path) -> tuple[Judgements, Judgements]:
     """What `write` wrote, split by caption into the pairs for training and those held out."""
     parts: tuple[list[PreferencePair], list[PreferencePair]] = ([], [])
-    for pair, _ in read_rows(find_shards(folder)):
+    for pair, _ in read_rows(folder):
         assert pair is not None
         parts[is_validation(pair.caption, HELD_OUT)].append(pair)
     return _judgements(parts[0]), _judgements(parts[1])

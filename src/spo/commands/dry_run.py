@@ -85,7 +85,7 @@ def _scorers(key: str, section: Scorers | None) -> list[tuple[str, str | None, s
 
 
 def _reach(key: str, name: str, revision: str | None) -> str:
-    from spo.data.manifest import manifest
+    from spo.ingest.manifest import manifest
 
     if Path(name).exists():
         return f"{key}: {name}"

@@ -142,7 +142,7 @@ def _table(params: Params, images: Sequence[Image.Image], prompts: list[str], de
 
 
 def _prompts(file: Path) -> list[str]:
-    from spo.data.prompt_files import read_prompts
+    from spo.ingest.prompt_files import read_prompts
 
     return _checked(read_prompts(file), str(file))
 
@@ -167,8 +167,8 @@ def _checked(prompts: list[str], file: str) -> list[str]:
 
 def _images(folder: Path, given: Path | Sequence[str] | None) -> tuple[Sequence[Image.Image], list[str]]:
     """The images in the order of their names (2 before 10) or of an archive, and their prompts."""
-    from spo.data.folders import list_images
     from spo.data.images import ARCHIVE, Pictures
+    from spo.ingest.folders import list_images
 
     images: Sequence[Image.Image]
     if (folder / ARCHIVE).exists():
@@ -193,8 +193,8 @@ def _images(folder: Path, given: Path | Sequence[str] | None) -> tuple[Sequence[
 
 def _archive(folder: Path) -> tuple[Sequence[Image.Image], list[str]]:
     """The images and prompts that `spo generate` wrote to `folder`; other images beside them are refused."""
-    from spo.data.folders import find_images
     from spo.data.images import ARCHIVE, archived
+    from spo.ingest.folders import find_images
 
     if others := find_images(folder):
         raise ValueError(

@@ -33,8 +33,9 @@ def run(
     from PIL import Image
 
     from spo import adapters
-    from spo.data.prompts import check_vocabulary, flaw
+    from spo.data.prompts import flaw
     from spo.evaluation import generation
+    from spo.ingest.selection import check_vocabulary
     from spo.training import budget, distributed
 
     if reason := flaw(prompt):

@@ -1,12 +1,10 @@
-"""What PNG and JPEG files tell about damage, and which of their parts show.
+"""Damage to PNG and JPEG files is detected, and metadata that no viewer reads is dropped.
 
 Pillow's decoders skip checksums and fill what is missing with black or grey, but refuse a picture for a text
 or a tag that no viewer reads. Here damaged pixels are refused, and metadata that does not show is left out. A
-JPEG has no checksums: only markers that cannot be where they are tell of damage. WebP has neither, so
-libwebp's errors are all that it tells.
+JPEG has no checksums: its damage shows in markers that cannot be where they are. WebP has neither, so its
+damage is found by libwebp alone.
 """
-
-from __future__ import annotations
 
 import re
 import struct
@@ -42,11 +40,7 @@ RESTART = re.compile(rb"\xff([\xd0-\xd7])")
 
 
 def png(data: bytes) -> bytes:
-    """A PNG without the chunks that do not show, and without what follows its end.
-
-    Raises:
-        ValueError: it has no end, or the checksum of a chunk that shows is wrong.
-    """
+    """A PNG without the chunks that do not show and what follows its end; other damage is refused."""
     kept, names = [data[:8]], []
     for name, content, intact in _chunks(data):
         if not intact and name not in IGNORED:
@@ -64,11 +58,7 @@ def png(data: bytes) -> bytes:
 
 
 def check_png_pixels(data: bytes) -> None:
-    """Check that the compressed pixels of a PNG are whole: Pillow takes missing rows for black ones.
-
-    Raises:
-        ValueError: they end early, or their checksum is wrong.
-    """
+    """Check that the compressed pixels of a PNG are whole: Pillow takes missing rows for black ones."""
     expected = _raw_size(*struct.unpack(">IIBBxxB", data[16:29]))
     inflate, count = zlib.decompressobj(), 0
     for name, content, _ in _chunks(data):
@@ -113,11 +103,7 @@ def _raw_size(width: int, height: int, depth: int, colours: int, interlaced: int
 
 
 def jpeg(data: bytes) -> bytes:
-    """A JPEG without the metadata that does not show, and without what follows its end.
-
-    Raises:
-        ValueError: its coded pixels hold a marker that cannot be there, or their parts are out of order.
-    """
+    """A JPEG without the metadata that does not show and what follows its end; parts must be in order."""
     kept, at = [data[:2]], 2
     while at + 4 <= len(data) and data[at] == FILL:
         marker, end = data[at + 1], at + 2 + int.from_bytes(data[at + 2 : at + 4], "big")
@@ -137,11 +123,7 @@ def jpeg(data: bytes) -> bytes:
 
 
 def _end_of_scan(data: bytes, start: int) -> int:
-    """Where the next segment begins, or the file ends.
-
-    Raises:
-        ValueError: the numbers of its restart markers are not 0 to 7 and again from 0.
-    """
+    """Where the next segment begins, or the file ends."""
     found = SCAN_END.search(data, start)
     end = found.start() if found else len(data)
     numbers = b"".join(RESTART.findall(data, start, end))

@@ -6,8 +6,6 @@ profile of another colour space than the image's, and the further images in a ph
 cHRM and cICP chunks are not read.
 """
 
-from __future__ import annotations
-
 import io
 import warnings
 from collections.abc import Mapping
@@ -15,7 +13,7 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
-from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
+from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
 from spo.data import containers
 from spo.runtime.messages import first_line
@@ -30,15 +28,6 @@ SIGNATURES: tuple[tuple[int, bytes, str], ...] = (  # (offset, bytes at it, form
     *((0, b"\0\0\0\x0cJXL ", "JPEG XL"), (0, b"\xff\x0a", "JPEG XL"), (0, b"\0\0\0\x0cjP  ", "JPEG 2000")),
 )
 _BITMAP = (b"BM", slice(6, 10), bytes(4))  # BMP: its two letters alone could begin a text file
-_ORIENTATIONS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 _SPACES = {"RGB": "RGB", "L": "GRAY", "CMYK": "CMYK"}  # Pillow's mode: the colour space of its ICC profiles
 
 
@@ -74,7 +63,7 @@ def _decode(data: bytes) -> Image.Image:
         raise ValueError(_other_format(data))
     if kind != "WEBP":
         data = containers.png(data) if kind == "PNG" else containers.jpeg(data)
-    image = Image.open(io.BytesIO(data), formats=FORMATS)
+    image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
     if image.width * image.height > MAX_PIXELS:
         raise ValueError(f"{image.width} x {image.height} pixels are more than {MAX_PIXELS}")
     if getattr(image, "is_animated", False):
@@ -82,14 +71,14 @@ def _decode(data: bytes) -> Image.Image:
     if kind == "PNG":
         containers.check_png_pixels(data)
     image.load()
-    alpha = _alpha(image, data)
+    image = _upright(image)
+    alpha = _alpha(image, data[24] if kind == "PNG" else 8)
     colours = _in_srgb(_eight_bits(image), image.info)
     if alpha is not None:
         white = Image.new("RGB", colours.size, "white")
         white.paste(colours, mask=alpha)
-        colours = white
-    transpose = _ORIENTATIONS.get(_orientation(image))
-    return colours if transpose is None else colours.transpose(transpose)
+        return white
+    return colours
 
 
 def _other_format(data: bytes) -> str:
@@ -101,15 +90,21 @@ def _other_format(data: bytes) -> str:
     return f"{known}; give JPEG, PNG or WebP" if known else "neither JPEG, PNG nor WebP"
 
 
-def _orientation(image: Image.Image) -> Any:
+def _upright(image: Image.Image) -> Image.Image:
     try:
-        return image.getexif().get(ExifTags.Base.Orientation, 1)
+        image.getexif()
+        image.info.pop("exif", None)  # else Pillow writes it again, which fails for 1 in 1,000 damaged ones
+        return ImageOps.exif_transpose(image)
     except Exception:  # a damaged EXIF block, which viewers ignore
-        return 1
+        return image
 
 
-def _alpha(image: Image.Image, data: bytes) -> Image.Image | None:
-    """The opacity of each pixel as an L image; None if all are opaque."""
+def _alpha(image: Image.Image, depth: int) -> Image.Image | None:
+    """The opacity of each pixel as an L image; None if all are opaque.
+
+    Args:
+        depth: bits of a channel in the file.
+    """
     if image.mode in ("RGBA", "LA", "PA"):
         return image.getchannel("A")
     key = image.info.get("transparency")
@@ -117,7 +112,6 @@ def _alpha(image: Image.Image, data: bytes) -> Image.Image | None:
         return None
     if image.mode == "P":
         return image.convert("RGBA").getchannel("A")
-    depth = data[24] if image.format == "PNG" else 8
     if image.mode == "RGB" and depth == 16:  # Pillow reads only 8 of the 16 bits to compare with the key
         raise ValueError("16-bit RGB with a transparent colour; save it with an alpha channel")
     if image.mode == "L" and depth < 8:  # Pillow scales the pixels, but not the key

@@ -1,7 +1,5 @@
 """Images as tensors, and the generated images of a variant as one archive."""
 
-from __future__ import annotations
-
 import csv
 import io
 import zipfile
@@ -29,11 +27,7 @@ _EPOCH = (1980, 1, 1, 0, 0, 0)  # time stamp of every entry, so that equal image
 
 
 def to_pil(image: Tensor) -> Image.Image:
-    """Convert an image [3,H,W] in about [-1,1], clamped, to 8-bit RGB.
-
-    Raises:
-        ValueError: a pixel is NaN or infinite, which would become black or white.
-    """
+    """Convert an image [3,H,W] in about [-1,1], clamped, to 8-bit RGB; refuses NaN and infinity."""
     if not image.isfinite().all():
         raise ValueError("an image has NaN or infinite pixels; check the model that generated it")
     pixels = ((image.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
@@ -57,11 +51,7 @@ def unpack(pixels: Tensor) -> list[Image.Image]:
 
 
 def decode_image(data: bytes, size: tuple[int, int] | None = None) -> Tensor:
-    """Decode an image to [3,H,W] in [-1,1], resized and centre-cropped to `size` (H, W) if given.
-
-    Raises:
-        ValueError: as `open_image`.
-    """
+    """Decode an image to [3,H,W] in [-1,1], resized and centre-cropped to `size` (H, W) if given."""
     image = open_image(data)
     if size is not None and (image.height, image.width) != size:
         image = fit(image, size)
@@ -127,29 +117,19 @@ class Pictures(Sequence[Image.Image]):
 
 
 def archived(folder: Path) -> tuple[Pictures, list[str], list[int]]:
-    """The images of `folder`/images.zip, their prompts and their seeds; raises as `load_images`."""
+    """The images of `folder`/images.zip, which is opened when they are indexed, their prompts and seeds."""
+
+    def read(files: Sequence[str]) -> list[Image.Image]:
+        with _archive(folder) as archive:
+            return [open_image(_entry(archive, file)) for file in files]
+
     with _archive(folder) as archive:
         rows = list(_index(archive))
-    return archive_images(folder, len(rows)), [prompt for _, prompt, _ in rows], [seed for _, _, seed in rows]
-
-
-def archive_images(folder: Path, count: int) -> Pictures:
-    """The `count` images of `folder`/images.zip, which is opened when they are asked for."""
-
-    def read(numbers: Sequence[int]) -> list[Image.Image]:
-        with _archive(folder) as archive:
-            files = [file for file, _, _ in _index(archive)]
-            return [open_image(_entry(archive, files[number])) for number in numbers]
-
-    return Pictures(range(count), read)
+    return Pictures([row[0] for row in rows], read), [row[1] for row in rows], [row[2] for row in rows]
 
 
 def load_images(folder: Path) -> Iterator[tuple[Image.Image, str, int]]:
-    """Iterate over (image, prompt, seed) in order, with one image in memory at a time.
-
-    Raises:
-        ValueError: a missing or damaged archive.
-    """
+    """Iterate over (image, prompt, seed) in order, with one image in memory at a time."""
     with _archive(folder) as archive:
         for file, prompt, seed in _index(archive):
             yield open_image(_entry(archive, file)), prompt, seed

@@ -1,13 +1,14 @@
-"""Preference pairs encoded to latents in a memory-mapped file: random access in constant memory."""
+"""Preference pairs encoded to latents in a memory-mapped file: random access in constant memory.
 
-from __future__ import annotations
+The file is a cache that all stages share which train on the same pairs.
+"""
 
+import errno
 import hashlib
 import math
 import os
 import secrets
 import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -19,11 +20,15 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from spo.data.pairs import chunks
+from spo.config import Params
+from spo.data.images import decode_image
+from spo.data.pairs import chunks, read_shard, shards
 from spo.diffusion import finite
 from spo.diffusion.noise import SampleNoise
-from spo.runtime.files import atomic, locked, read_json, remove_partials, write_json, write_text
+from spo.runtime.files import atomic, locked, read_json, remove_partials, require, write_json, write_text
+from spo.runtime.fingerprint import fingerprint
 from spo.runtime.transfer import send
+from spo.runtime.workspace import SCRATCH
 from spo.training import distributed
 from spo.types import Backbone, PreferencePair
 
@@ -35,32 +40,52 @@ JOB = "job"  # in that folder: the processes that encode them
 BATCH = 32  # pairs per forward pass of the encoder
 FLOAT16 = np.dtype(np.float16)
 FLOAT16_MAX = float(np.finfo(np.float16).max)
+# what decodes the images and encodes them to latents
+CODE = (
+    *("backbones/stable_diffusion.py", "data/containers.py", "data/decoding.py"),
+    *("data/images.py", "data/latents.py"),
+)
 
 
 @dataclass(frozen=True)
 class EncodedPairs:
-    """N labelled pairs; labels and weights are [N], label_0 + label_1 = 1."""
+    """N labelled pairs; labels (1, 0 or .5) and weights are [N]."""
 
     latents: np.ndarray  # [N,2,C,h,w], on disk
     captions: list[str]
-    label_0: Tensor
+    label_0: Tensor  # of the first side; that of the second is 1 - label_0
     weight: Tensor
 
     def __len__(self) -> int:
         return len(self.captions)
-
-    @property
-    def label_1(self) -> Tensor:
-        return 1 - self.label_0
 
     def read(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         """The latents of both sides, [B,C,h,w] each."""
         both = torch.from_numpy(self.latents[indices.numpy()].astype(np.float32))
         return both[:, 0], both[:, 1]
 
-    def take(self, n: int) -> EncodedPairs:
-        """The first n pairs."""
-        return EncodedPairs(self.latents[:n], self.captions[:n], self.label_0[:n], self.weight[:n])
+
+def latent_pairs(params: Params, backbone: Backbone, part: str) -> EncodedPairs:
+    """Load the pairs of `part` (train or validation) as latents, encoding them if they are not cached."""
+    folder = require(Path("outputs/pairs") / part, "preference pairs")
+    total = read_json("outputs/pairs/summary.json", "summary of the pairs", keys=[part])[part]
+    settings = ["latents", str(backbone.image_size), params.backbone.dtype, _vae(params)]
+    seed = params.seed if params.pairs.latents == "sample" else None
+    if seed is not None:
+        settings.append(f"samples of seed {seed}")
+    cache = SCRATCH / "latents" / f"{part}-{fingerprint(settings, [folder], CODE)}"
+    decode = partial(decode_image, size=backbone.image_size)
+    return encode([read_shard(path) for path in shards(folder)], total, backbone, decode, cache, seed)
+
+
+def _vae(params: Params) -> str:
+    """The hashes of the VAE's files from the stage `inputs`; of a single-file checkpoint, its hash."""
+    base, *others = read_json("outputs/inputs/base.json", "hashes of the base model", list)
+    if params.backbone.vae is not None:
+        return str(others[0])
+    files = base.get("files", {})
+    parts = {name: digest for name, digest in files.items() if name.startswith("vae/")}
+    return str(sorted((parts or files).items()) or base)
 
 
 def encode(
@@ -73,8 +98,8 @@ def encode(
 ) -> EncodedPairs:
     """Encode pairs with the backbone's VAE into `folder`, or read a complete cache from it.
 
-    Each of several processes encodes every n-th shard into files of its own; the main one puts these together
-    to what one process writes. An interrupted encoding goes on after the shards that are complete.
+    Each of several processes encodes every n-th shard into files of its own; the main one joins these to what
+    one process writes. An interrupted encoding resumes after the shards that are complete.
 
     Args:
         shards: of the pairs, in order; one that is encoded already is not iterated over.
@@ -106,7 +131,7 @@ def encode(
                 share()
                 for number in range(len(shards)):
                     distributed.wait_for(_rows(folder, number).exists, folder, "the others encode pairs")
-                _assemble(folder, len(shards), math.prod(shape))
+                _join(folder, len(shards), math.prod(shape))
     rows = read_json(done, "encoded pairs", keys=KEYS, then=f"delete {folder}")
     if len(rows["captions"]) != total:
         raise ValueError(
@@ -119,21 +144,14 @@ def encode(
 
 
 def _begin(folder: Path, size: int, job: str) -> None:
-    """Have the other processes of a job begin, once it is sure that `size` bytes find room.
-
-    Raises:
-        OSError: the disk has no space for what is not written yet.
-    """
+    """Start the other processes of a job, once it is sure that `size` bytes fit on the disk."""
     shards = folder / SHARDS
     shards.mkdir(parents=True, exist_ok=True)
     remove_partials(shards)
     size -= sum(path.stat().st_size for path in folder.rglob("*.f16"))
-    with tempfile.TemporaryFile(dir=folder) as file:
-        try:
-            os.posix_fallocate(file.fileno(), 0, max(size, 1))
-        except OSError as error:
-            message = f"{error.strerror}: the pairs' latents take {size / 1e6:.1f} MB"
-            raise OSError(error.errno, message, str(folder / LATENTS)) from None
+    if size > shutil.disk_usage(folder).free:
+        message = f"{os.strerror(errno.ENOSPC)}: the pairs' latents take {size / 1e6:.1f} MB"
+        raise OSError(errno.ENOSPC, message, str(folder / LATENTS))
     write_text(shards / JOB, job)
 
 
@@ -169,11 +187,11 @@ def _encode_share(
                 write_json(rows, found)
 
 
-def _assemble(folder: Path, count: int, length: int) -> None:
-    """Append the latents of all shards to one file, and put their rows together.
+def _join(folder: Path, count: int, length: int) -> None:
+    """Append the latents of all shards to one file, and join their rows.
 
-    A shard's file goes when it is appended, so that all of them take their room once. After an interruption
-    what is gone is in the file already, and what was appended in part is appended again.
+    A shard's file goes when it is appended, so that the disk holds each once. After an interruption what is
+    gone is in the file already, and what was appended in part is appended again.
 
     Args:
         length: numbers of a pair.
@@ -195,22 +213,6 @@ def _assemble(folder: Path, count: int, length: int) -> None:
     shutil.rmtree(folder / SHARDS)
 
 
-def _check(latents: Tensor, captions: list[str]) -> None:
-    """Refuse latents that float16 cannot hold.
-
-    Raises:
-        ValueError: as `encode`.
-    """
-    finite.check_finite(finite.ENCODER, latents, captions)
-    largest = latents.abs().flatten(1).max(1).values
-    row = int(largest.argmax())
-    if largest[row] > FLOAT16_MAX:
-        raise ValueError(
-            f"the {finite.ENCODER} reaches {float(largest[row]):.4g}, beyond float16's {FLOAT16_MAX:.0f}, "
-            f"prompt {captions[row][:100]!r}: check the VAE's weights and its scaling_factor"
-        )
-
-
 def _encoded(
     files: list[bytes], backbone: Backbone, decode_image: Callable[[bytes], Tensor], seed: int | None
 ) -> Tensor:
@@ -225,10 +227,7 @@ def _encoded(
 
 
 def _write(
-    pairs: Iterable[PreferencePair],
-    encode_files: Callable[[list[bytes]], Tensor],
-    file: IO[bytes],
-    bar: tqdm,
+    pairs: Iterable[PreferencePair], encode_files: Callable[[list[bytes]], Tensor], file: IO[bytes], bar: tqdm
 ) -> dict[str, list]:
     """Write the latents of a shard; returns its captions, labels and weights."""
     rows: dict[str, list] = {key: [] for key in KEYS}
@@ -241,3 +240,15 @@ def _write(
         rows["weight"] += [p.weight for p in chunk]
         bar.update(len(chunk))
     return rows
+
+
+def _check(latents: Tensor, captions: list[str]) -> None:
+    """Refuse latents that float16 cannot hold."""
+    finite.check_finite(finite.ENCODER, latents, captions)
+    largest = latents.abs().flatten(1).max(1).values
+    row = int(largest.argmax())
+    if largest[row] > FLOAT16_MAX:
+        raise ValueError(
+            f"the {finite.ENCODER} reaches {float(largest[row]):.4g}, beyond float16's {FLOAT16_MAX:.0f}, "
+            f"prompt {captions[row][:100]!r}: check the VAE's weights and its scaling_factor"
+        )

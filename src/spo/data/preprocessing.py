@@ -1,6 +1,4 @@
-"""What a CLIP's files say of how its images are prepared: mean and std are honoured, the rest refused."""
-
-from __future__ import annotations
+"""How a CLIP's files prepare its images: mean and std are applied, other steps than CLIP's are refused."""
 
 import json
 import math
@@ -14,10 +12,8 @@ from torch import Tensor
 from spo.data.images import CLIP_MEAN, CLIP_STD
 from spo.runtime import hub
 
-FILES = (
-    "preprocessor_config.json",
-    "processor_config.json",
-)  # the second, of transformers 5, holds the first
+# the second, of transformers 5, holds the first
+FILES = ("preprocessor_config.json", "processor_config.json")
 BICUBIC = 3  # Pillow's number
 # what CLIP's preprocessing does; a file may leave each out
 STEPS: dict[str, Any] = {
@@ -39,36 +35,29 @@ OPENAI = Normalisation(CLIP_MEAN, CLIP_STD)
 def announced(name: str, revision: str | None, image_size: int, key: str) -> Normalisation:
     """The normalisation that a CLIP's folder or hub id announces; OpenAI's where it has no such file.
 
-    Where only a part of a hub id is in the cache, a line on stderr says that OpenAI's is used.
+    Where only a part of a hub id is in the cache, a line on stderr announces that OpenAI's is used.
 
     Args:
         image_size: the side of the images that the model takes.
         key: of params.yaml, for messages.
-
-    Raises:
-        ValueError: another preparation than resize (bicubic), crop, rescale and normalise, or another size.
     """
     file, content = _read(name, revision, key)
     where = f"{key}: {name}: {file}"
     for step, value in STEPS.items():
-        said = content.get(step, value)
-        if said is not None and not (_is_number(said) and math.isclose(said, value, rel_tol=1e-4)):
-            raise ValueError(f"{where}: {step} is {said!r}, but only {value!r} is supported")
+        given = content.get(step, value)
+        if given is not None and not (_is_number(given) and math.isclose(given, value, rel_tol=1e-4)):
+            raise ValueError(f"{where}: {step} is {given!r}, but only {value!r} is supported")
     for entry in ("size", "crop_size"):
-        said = content.get(entry)
-        sides = [*said.values()] if isinstance(said, Mapping) else [said]
-        stretched = entry == "size" and isinstance(said, Mapping) and "shortest_edge" not in said
-        if said is not None and (any(side != image_size for side in sides) or stretched):
-            raise ValueError(f"{where}: {entry} is {said!r}, but the shorter side must be {image_size}")
+        given = content.get(entry)
+        sides = [*given.values()] if isinstance(given, Mapping) else [given]
+        stretched = entry == "size" and isinstance(given, Mapping) and "shortest_edge" not in given
+        if given is not None and (any(side != image_size for side in sides) or stretched):
+            raise ValueError(f"{where}: {entry} is {given!r}, but the shorter side must be {image_size}")
     return read_normalisation(content.get("image_mean"), content.get("image_std"), where)
 
 
 def read_normalisation(mean: Any, std: Any, where: str) -> Normalisation:
-    """Mean and std as a file gives them, of three channels each; None: OpenAI's.
-
-    Raises:
-        ValueError: no three numbers, or a std that is not above 0.
-    """
+    """Mean and std as a file gives them, of three channels each; None: OpenAI's."""
     if mean is None and std is None:
         return OPENAI
     for values in (mean, std):
@@ -101,7 +90,7 @@ def _read(name: str, revision: str | None, key: str) -> tuple[str, dict[str, Any
         if not isinstance(content, dict):
             raise ValueError(f"{key}: {name}: {file} is damaged (no mapping); get it again")
         return file, content
-    # None: not the hub's answer that it has none, which its cache keeps too
+    # None: not the hub's answer that it has none, which is in its cache too
     if not Path(name).exists() and try_to_load_from_cache(name, FILES[0], revision=revision) is None:
         hub.say(f"{key}: {name}: no {FILES[0]} in the cache; OpenAI's mean and std are used")
     return FILES[0], {}

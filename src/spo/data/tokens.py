@@ -1,7 +1,5 @@
 """Prompts to token ids, the same way for every text encoder."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -178,7 +178,7 @@ def _score(params: Params, device: torch.device) -> None:
 def _method(params: Params, name: str, section: Any, base: Any) -> Any:
     if not isinstance(section, Stepwise):
         pairs = _pairs(base, getattr(section, "batch_size", 1))
-        with mock.patch("spo.data.latent_cache.latent_pairs", lambda *given: pairs):
+        with mock.patch("spo.data.latents.latent_pairs", lambda *given: pairs):
             return method_spec(name).build(params, base)
     few = {"num_inference_steps": FEW, "divert_start_step": 2, "timestep_range": None, "threshold": 0.0}
     section = section.model_copy(update={**few, "threshold_end": None})

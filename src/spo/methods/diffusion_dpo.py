@@ -151,7 +151,7 @@ class DiffusionDpoMethod:
 
 
 def _build(params: Params, backbone: Backbone) -> DiffusionDpoMethod:
-    from spo.data.latent_cache import latent_pairs
+    from spo.data.latents import latent_pairs
 
     # only the schedule's noise levels matter here, not the timesteps of a sampler
     schedule = Schedule.from_config(backbone.scheduler_config, 20).to(backbone.device)

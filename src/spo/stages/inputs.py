@@ -1,7 +1,5 @@
 """Stage `inputs`: pin every external input by its content, so that DVC reruns only affected stages."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from itertools import chain
 from pathlib import Path
@@ -9,7 +7,7 @@ from typing import Any
 
 from spo import config
 from spo.config import SCORERS, Params, Source
-from spo.data.manifest import manifest
+from spo.ingest.manifest import manifest
 from spo.runtime.files import write_json
 from spo.stages.common import stage
 
@@ -27,11 +25,7 @@ def run(params: Params, variant: str | None = None) -> None:
 
 
 def check_before_training(params: Params) -> None:
-    """Refuse what would fail only after hours: an oracle or timesteps that are asked for and not there.
-
-    Raises:
-        ValueError: with the key that asks for it.
-    """
+    """Refuse what would fail only after hours: an oracle or timesteps that are asked for and not there."""
     from spo.backbones.description import read_scheduler
 
     for name in ("preference", "latent_preference"):
@@ -71,6 +65,7 @@ def sources(params: Params) -> dict[str, list[Source]]:
     lists = (prompts.train, prompts.evaluation, prompts.vocabulary, prompts.block_list, prompts.pairs)
     trained = {params.pairs.source} - {prompts.pairs}  # whose captions are not evaluated
     suites = params.generate.suites.values()
+    adapters = [getattr(params.generate, variant).adapter for variant in config.VARIANTS]
     scorers = dict.fromkeys(SCORERS, list[Source]()) | _of_scorers(params.score)
     scorers["oracle"] = [(params.score.oracle, None)]
     return {
@@ -80,7 +75,8 @@ def sources(params: Params) -> dict[str, list[Source]]:
         "latent": [(params.latent_preference.text_projection, params.latent_preference.revision)],
         "prompts": [(name, None) for name in (*lists, *suites, *trained)],
         "pairs": [(params.pairs.source, None), *chain(*_of_scorers(params.pairs.filter).values())],
-        "adapters": [(a, None) for a in _adapters(params.generate) if Path(a).parts[:1] != ("outputs",)],
+        # those in outputs/ are outputs of `align`, which DVC tracks
+        "adapters": [(a, None) for a in adapters if a is not None and Path(a).parts[:1] != ("outputs",)],
         **scorers,
     }
 
@@ -89,9 +85,3 @@ def _of_scorers(section: config.Scorers | None) -> dict[str, list[Source]]:
     """The sources of each scorer in a section."""
     scorers = section.configured() if section else {}
     return {name: list(settings.sources().values()) for name, settings in scorers.items()}
-
-
-def _adapters(section: config.Generate) -> list[str]:
-    """The adapters of the variants; those in outputs/ are outputs of `align`, which DVC tracks."""
-    adapters = [getattr(section, variant).adapter for variant in config.VARIANTS]
-    return [adapter for adapter in adapters if adapter is not None]

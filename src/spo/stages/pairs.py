@@ -1,33 +1,36 @@
 """Stage `pairs`: check every row, reject bad ones with the reason, split by caption, filter, label, write."""
 
-from __future__ import annotations
-
 import csv
+import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from spo import config
+from tqdm import tqdm
+
+from spo import config, rewards
 from spo.config import Params
+from spo.data.pairs import TIE, ShardWriter, chunks
+from spo.ingest import gaps, sources
+from spo.ingest.duplicates import CONTRADICTED, SAME_IMAGE, Duplicates
+from spo.ingest.labels import ScoredWriter, labelling_scorer
+from spo.ingest.selection import is_validation
 from spo.runtime import processes
 from spo.runtime.files import remove, write_json
 from spo.runtime.fingerprint import fingerprint
 from spo.runtime.workspace import SCRATCH
 from spo.stages.common import stage
-
-if TYPE_CHECKING:
-    from spo.data.judgements import Judgements
-    from spo.data.pairs import ShardWriter
-    from spo.training.checkpoint import CheckpointStore
-    from spo.types import Scorer
+from spo.training.distributed import device
 
 OUTPUT = Path("outputs/pairs")
 PARTS = ("train", "validation")
 PINNED = ("outputs/inputs/pairs.json", "outputs/inputs/labels.json")  # what source and scorers hold
-GAPS_CODE = ("data", "preference/gaps.py", "rewards")
-LABELS = "labels"  # key of the gaps by preference.labels where the filter has no equal scorer
+CODE = ("data", "ingest/gaps.py", "rewards")  # what scores
+REPEATS = {SAME_IMAGE: "same_image", CONTRADICTED: "contradicted"}
+Row = tuple[str | None, Any, Any]  # part, None for a tie that is dropped; pair; or the rejection of a bad row
 
 
 def run(params: Params, variant: str | None = None) -> None:
@@ -38,198 +41,133 @@ def run(params: Params, variant: str | None = None) -> None:
             share(params.pairs, labels)
             return
         summary = prepare(params.pairs, OUTPUT, labels)
-        counts = {name: summary[name] for name in (*PARTS, "set_aside")} | summary.get("repeats", {})
+        counts = {name: summary[name] for name in (*PARTS, "rejected")} | summary.get("repeats", {})
         tracked.log_metrics({name: float(count) for name, count in counts.items()}, step=0)
 
 
-def prepare(
-    section: config.Pairs, output: Path, pseudo_labels: config.PseudoLabels | None = None
-) -> dict[str, Any]:
-    """Write the shards of `train` and `validation`, set_aside.csv and summary.json to `output`.
+def prepare(section: config.Pairs, output: Path, labels: config.PseudoLabels | None = None) -> dict[str, Any]:
+    """Write the shards of `train` and `validation`, rejected.csv and summary.json; returns the summary.
 
-    With a filter, filter.csv has the gaps of each training pair and the scorers whose rule it fails; with
-    `pseudo_labels`, labels.csv has the label of each training pair that is kept. The rows are read twice,
+    A filter and `labels` write filter.csv and labels.csv too (`spo.ingest.labels`). The rows are read twice,
     first for contradictions; memory grows by a hash of 16 bytes a row.
-
-    Returns:
-        The summary.
-
-    Raises:
-        ValueError: too many bad rows, no rows for a part, a row that was not counted, or a scorer of
-            filter or labels that cannot be loaded or finds no pair that counts.
     """
-    from spo.data import judgements, pairs, sources
-
-    kinds = {judgements.SAME_IMAGE: "same_image", judgements.CONTRADICTED: "contradicted"}
     total = sources.count_rows(section.source)
     # as the next line, before the last outputs are deleted
-    scorers = _load_scorers(section.filter, pseudo_labels)
-    found = _judgements(section.source, total)
+    scored = _gaps(section, labels)
+    found = _duplicates(section.source, total)
     remove(output)
-    writers = {name: pairs.ShardWriter(output / name, section.rows_per_shard) for name in PARTS}
-    left_out, rejected = Counter[str](), Counter[str]()
-    with (
-        _table(output / "set_aside.csv") as set_aside,
-        _scored(section, pseudo_labels, writers["train"], scorers) as train,
-    ):
-        set_aside.writerow(["shard", "row", "reason"])
-        for part, pair, bad in _rows(section, found, total):
-            if pair is None:
-                rejected[kinds.get(bad.reason, "bad")] += 1
-                set_aside.writerow([bad.shard, bad.row, bad.reason])
-            elif part is None:
-                left_out["ties"] += 1
-            else:
-                (train if part == "train" else writers[part]).add(pair)
-        train.close()
-        writers["validation"].close()
-    facts: dict[str, Any] = {}
-    if section.filter is not None:
-        left_out["filter"] = train.read - train.count
-        facts["fail_the_rule_of"] = {name: dict(counts) for name, counts in train.failed.items()}
-    if pseudo_labels is not None:
-        facts["pseudo_labels"] = train.labels.facts()
+    writers = {name: ShardWriter(output / name, section.rows_per_shard) for name in PARTS}
+    train: ShardWriter | ScoredWriter = writers["train"]
+    with ExitStack() as files:
+        table = partial(_table, files, output)
+        reject = table("rejected.csv", "shard", "row", "reason")
+        if scored is not None:
+            train = ScoredWriter(writers["train"], scored, section.filter, labels, table)
+        left = _write(_rows(section, found, total), {**writers, "train": train}, reject)
     counts = {name: writer.count for name, writer in writers.items()}
-    summary = {"read": total, **counts, "set_aside": rejected.total(), "left_out": dict(left_out)}
-    repeats = {"repeated": found.repeated, **{kind: rejected[kind] for kind in kinds.values()}}
-    if any(repeats.values()):
-        summary["repeats"] = repeats
-    count = sum(counts.values()) + rejected.total() + left_out.total()
+    filtered = {"ties": left["ties"]} if left["ties"] else {}
+    facts: dict[str, Any] = {"labels": {name: dict(writer.labels) for name, writer in writers.items()}}
+    if isinstance(train, ScoredWriter):
+        shutil.rmtree(train.gaps.cache, ignore_errors=True)
+        facts |= train.facts()
+        if section.filter is not None:
+            filtered["filter"] = train.read - counts["train"]
+    repeats = {"repeated": found.repeated, **{kind: left[kind] for kind in REPEATS.values()}}
+    summary: dict[str, Any] = {
+        "read": total,
+        **counts,
+        "rejected": left.total() - left["ties"],
+        "filtered": filtered,
+    }
+    summary |= {"repeats": repeats} if any(repeats.values()) else {}
+    count = sum(counts.values()) + summary["rejected"] + sum(filtered.values())
     if count != total:
         raise ValueError(f"pairs: {total} rows announced, {count} read; is the source being written to?")
-    labels = {name: dict(writer.labels) for name, writer in writers.items()}
-    write_json(output / "summary.json", {**summary, "labels": labels, **facts})
-    _check(summary, rejected["bad"], section.max_bad_fraction, output)
+    write_json(output / "summary.json", {**summary, **facts})
+    _check(summary, left["bad"], section.max_bad_fraction, output)
     return summary
 
 
-def share(section: config.Pairs, pseudo_labels: config.PseudoLabels | None) -> None:
-    """Score every n-th buffer of the training pairs for the main process of n.
-
-    Raises:
-        ValueError: as `prepare`.
-    """
-    from spo.data import pairs, sources
-    from spo.preference.gaps import BUFFER, CachedGaps
-
-    sized = section.filter or pseudo_labels
-    if sized is None:
-        return
-    total = sources.count_rows(section.source)
-    cache = _cache(section, pseudo_labels)
-    gaps = CachedGaps(_load_scorers(section.filter, pseudo_labels), sized.batch_size, cache)
-    rows = _rows(section, _judgements(section.source, total), total)
-    for part in pairs.chunks((pair for name, pair, _ in rows if pair and name == "train"), BUFFER):
-        gaps.of(part)
+def share(section: config.Pairs, labels: config.PseudoLabels | None) -> None:
+    """Score every n-th buffer of the training pairs for the main process of n; raises as `prepare`."""
+    scored = _gaps(section, labels)
+    if scored is not None:
+        total = sources.count_rows(section.source)
+        rows = _rows(section, _duplicates(section.source, total), total)
+        for part in chunks((pair for name, pair, _ in rows if pair and name == "train"), gaps.BUFFER):
+            scored.of(part)
 
 
-def _rows(section: config.Pairs, found: Judgements, total: int) -> Iterator[tuple[str | None, Any, Any]]:
-    """Each row: its part, None for a tie that is dropped, and the pair, or the rejection of a bad row."""
-    from tqdm import tqdm
-
-    from spo.data import pairs, sources
-
+def _rows(section: config.Pairs, found: Duplicates, total: int) -> Iterator[Row]:
     rows = sources.read_rows(section.source, found.check)
     for pair, bad in tqdm(rows, "check pairs", total, unit="pair"):
-        if pair is None or (section.drop_ties and pair.label_0 == 0.5):
+        if pair is None or (section.drop_ties and pair.label_0 == TIE):
             yield None, pair, bad
         else:
-            held_out = pairs.is_validation(pair.caption, section.validation_fraction)
-            yield PARTS[held_out], pair, None
+            yield PARTS[is_validation(pair.caption, section.validation_fraction)], pair, None
 
 
-def _judgements(source: str, total: int) -> Judgements:
-    """The judgements of all rows, whose images are not decoded for it."""
-    from tqdm import tqdm
+def _write(
+    rows: Iterator[Row],
+    writers: Mapping[str, ShardWriter | ScoredWriter],
+    reject: Callable[[Sequence[Any]], object],
+) -> Counter[str]:
+    """Write the pairs of each part; returns how many rows are left out, by kind."""
+    left = Counter[str]()
+    for part, pair, bad in rows:
+        if bad is not None:
+            left[REPEATS.get(bad.reason, "bad")] += 1
+            reject([bad.shard, bad.row, bad.reason])
+        elif part is None:
+            left["ties"] += 1
+        else:
+            writers[part].add(pair)
+    for writer in writers.values():
+        writer.close()
+    return left
 
-    from spo.data import judgements, sources
 
-    found = judgements.Judgements()
+def _duplicates(source: str, total: int) -> Duplicates:
+    """The preferences of all rows, whose images are not decoded for it."""
+    found = Duplicates()
     for _ in tqdm(sources.read_rows(source, found.add), "compare pairs", total, unit="pair"):
         pass
     return found
 
 
-@contextmanager
-def _table(path: Path) -> Iterator[Any]:
-    """A CSV writer of a new file."""
-    with path.open("w", newline="", encoding="utf-8", errors="replace") as file:
-        yield csv.writer(file, lineterminator="\n")
+def _table(files: ExitStack, folder: Path, name: str, *columns: str) -> Callable[[Sequence[Any]], object]:
+    """What writes the rows of a new CSV file, which `files` closes."""
+    file = (folder / name).open("w", newline="", encoding="utf-8", errors="replace")
+    rows = csv.writer(files.enter_context(file), lineterminator="\n")
+    rows.writerow(columns)
+    return rows.writerow
 
 
-def _load_scorers(rules: config.PairFilter | None, labels: config.PseudoLabels | None) -> dict[str, Scorer]:
-    """The scorers of filter and labels, all in memory, since images are decoded only once."""
-    wanted = (
-        {name: (name, own, rules.batch_size) for name, own in rules.configured().items()} if rules else {}
-    )
-    if labels is not None and (key := _label_key(rules, labels)) not in wanted:
+def _gaps(section: config.Pairs, labels: config.PseudoLabels | None) -> gaps.CachedGaps | None:
+    """The gaps by the scorers of filter and labels, all in memory, since images are decoded only once."""
+    wanted = {}
+    if section.filter is not None:
+        rules = section.filter
+        wanted = {name: (name, own, rules.batch_size) for name, own in rules.configured().items()}
+    if labels is not None and (key := labelling_scorer(section.filter, labels)) not in wanted:
         ((name, own),) = labels.configured().items()
         wanted[key] = name, own, labels.batch_size
-    if not wanted:
-        return {}
-    from spo.rewards import load_scorer
-    from spo.training.distributed import device
-
-    return {key: load_scorer(name, own, device(), size) for key, (name, own, size) in wanted.items()}
-
-
-def _label_key(rules: config.PairFilter | None, labels: config.PseudoLabels) -> str:
-    """The key of the labels' scorer, which may be one of the filter's."""
-    ((name, own),) = labels.configured().items()
-    return name if rules is not None and rules.configured().get(name) == own else LABELS
-
-
-@contextmanager
-def _scored(
-    section: config.Pairs,
-    pseudo_labels: config.PseudoLabels | None,
-    writer: ShardWriter,
-    scorers: dict[str, Scorer],
-) -> Iterator[Any]:
-    """What takes the training pairs: `writer`, or filter and labels before it; then their cache goes."""
-    if not scorers:
-        yield writer
-        return
-    from spo.preference import pseudo_labels as labelling
-    from spo.preference.pair_filter import FilteredWriter
-
-    cache, output = _cache(section, pseudo_labels), writer.folder.parent
-    with ExitStack() as tables:
-
-        def table(name: str, *columns: str) -> Callable[[Sequence[Any]], object]:
-            rows = tables.enter_context(_table(output / name))
-            rows.writerow(columns)
-            return rows.writerow
-
-        on_pair, labels = None, None
-        if section.filter is not None:
-            on_pair = table("filter.csv", "pair", "kind", *section.filter.configured(), "fails")
-        if pseudo_labels is not None:
-            write = table(labelling.LABELS, *labelling.COLUMNS)
-            labels = labelling.Labeller(pseudo_labels, _label_key(section.filter, pseudo_labels), write)
-        yield FilteredWriter(writer, section.filter, scorers, cache, on_pair, labels)
-    cache.clear()
-
-
-def _cache(section: config.Pairs, labels: config.PseudoLabels | None) -> CheckpointStore:
-    """Of the gaps of an interrupted stage."""
-    from spo.training.checkpoint import CheckpointStore
-
+    sized = section.filter or labels
+    if sized is None:
+        return None
+    scorers = {key: rewards.load_scorer(name, own, device(), n) for key, (name, own, n) in wanted.items()}
     sections = [section, labels] if labels else [section]
-    name = fingerprint(sections, filter(Path.exists, map(Path, PINNED)), GAPS_CODE)
-    return CheckpointStore(SCRATCH / "resume" / f"pairs-{name}", None)
+    state = f"pairs-{fingerprint(sections, filter(Path.exists, map(Path, PINNED)), CODE)}"
+    return gaps.CachedGaps(scorers, sized.batch_size, SCRATCH / "resume" / state)
 
 
 def _check(summary: dict[str, Any], bad: int, bound: float, output: Path) -> None:
-    """
-    Raises:
-        ValueError: too many bad rows, or none left. Annotators who disagree do not make a source a bad one.
-    """
+    """Refuse too many bad rows, and a part without any; annotators who disagree do not make a source bad."""
     total = summary["read"]
     if bad > bound * total:
         raise ValueError(
             f"pairs: {bad} of {total} rows are bad, more than pairs.max_bad_fraction ({bound}); "
-            f"the reasons are in {output}/set_aside.csv"
+            f"the reasons are in {output}/rejected.csv"
         )
     for name in PARTS:
         if summary[name] == 0:

@@ -9,6 +9,7 @@ only when their inputs or code change.
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -116,7 +117,7 @@ def _latent(params: Params, settings: LatentPreference, backbone: Backbone) -> L
 
 def _train(params: Params, trained: Trained, scratch: Path, curve: Curve, clock: Clock) -> dict[str, Any]:
     """Train the model; returns its accuracy by timestep on validation pairs, and facts."""
-    from spo.data.latent_cache import latent_pairs
+    from spo.data.latents import latent_pairs
     from spo.preference import trainer
     from spo.preference.compute import unet_samples
     from spo.training.checkpoint import CheckpointStore
@@ -155,10 +156,10 @@ def _labelled(
     """The training pairs with the labels that the settings name, and facts about them."""
     if isinstance(settings, LatentPreference) or settings.labels is None:
         return pairs, {}
-    from spo.preference import pseudo_labels
+    from spo.data.pairs import FACTS, read_labels
 
-    labelled, facts = pseudo_labels.labelled(pairs, PAIRS)
-    return labelled, {pseudo_labels.FACTS: facts}
+    labels, facts = read_labels(PAIRS, len(pairs))
+    return replace(pairs, label_0=labels), {FACTS: facts}
 
 
 def _local_judgement(params: Params, trained: Trained) -> dict[str, float]:

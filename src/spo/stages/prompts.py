@@ -1,7 +1,5 @@
 """Stage `prompts`: clean, deduplicate and split; no evaluation prompt is in training or preference data."""
 
-from __future__ import annotations
-
 import csv
 from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
@@ -11,6 +9,9 @@ from typing import Any
 
 from spo import config
 from spo.config import Params
+from spo.data.prompts import clean, key
+from spo.ingest import prompt_files, remote, sources
+from spo.ingest.selection import BlockList, Selection, by_hash, check_vocabulary, select
 from spo.runtime import hub
 from spo.runtime.files import remove, write_json, write_text
 from spo.stages.common import stage
@@ -34,7 +35,7 @@ def prepare(
     suites: Mapping[str, str] = MappingProxyType({}),
     trained: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Write train.txt, test.txt, validation.txt, set_aside.csv and summary.json to `output`.
+    """Write train.txt, test.txt, validation.txt, rejected.csv and summary.json; returns the summary.
 
     A suite becomes suites/NAME.txt, without prompts of training, of validation and of the preference pairs: a
     suite changes no other list.
@@ -43,58 +44,63 @@ def prepare(
         length: counts the tokens of a prompt, start and end tokens included.
         suites: a list of prompts by name.
         trained: preference data besides `section.pairs`, whose captions are not evaluated either.
-
-    Returns:
-        The summary.
-
-    Raises:
-        ValueError: a list that cannot be read, or has too few prompts; a suite of which no prompt is left.
     """
-    from spo.data import prompts, sources
-
     evaluation, train = _captions(section.evaluation), _captions(section.train)
     suite_lists = {name: _suite(name, source) for name, source in suites.items()}
-    more = list(chain(*suite_lists.values()))
+    more = [*chain(*suite_lists.values())]
     if section.vocabulary is not None:
-        prompts.check_vocabulary(map(prompts.clean, evaluation + train + more), section.vocabulary)
-    blocked = prompts.BlockList.load(section.block_list) if section.block_list else None
-    candidates = {prompts.key(p) for p in evaluation + more}  # only these captions of the pairs matter
-    captions = chain.from_iterable(map(sources.read_captions, {section.pairs, *trained}))
-    paired = {k for c in captions if (k := prompts.key(c)) in candidates}
-    held_out = prompts.select(evaluation, length, section.max_tokens, paired, blocked)
-    keys = {prompts.key(p) for p in held_out.prompts}
-    training = prompts.select(train, length, section.max_tokens, keys, blocked)
-    ordered = prompts.by_hash(held_out.prompts, section.seed)
-    parts = {
-        "train": _take(prompts.by_hash(training.prompts, section.seed), section.n_train, "n_train"),
-        "test": _take(ordered, section.n_test, "n_test"),
-        "validation": _take(ordered[section.n_test :], section.n_validation, "n_validation"),
-    }
-    used_elsewhere = paired | {prompts.key(p) for name in ("train", "validation") for p in parts[name]}
-    kept = {
-        name: prompts.select(lines, length, section.max_tokens, used_elsewhere, blocked)
-        for name, lines in suite_lists.items()
-    }
-    _check_suites(kept)
+        check_vocabulary(map(clean, evaluation + train + more), section.vocabulary)
+    blocked = BlockList.load(section.block_list) if section.block_list else None
+
+    def selected(prompts: list[str], elsewhere: set[str]) -> Selection:
+        return select(prompts, length, section.max_tokens, elsewhere, blocked)
+
+    paired = _paired({section.pairs, *trained}, {*map(key, evaluation + more)})
+    held_out = selected(evaluation, paired)
+    training = selected(train, {*map(key, held_out.prompts)})
+    parts = _split(section, training.prompts, held_out.prompts)
+    elsewhere = paired | {key(p) for name in ("train", "validation") for p in parts[name]}
+    of_suites = {name: selected(lines, elsewhere) for name, lines in suite_lists.items()}
+    _check_suites(of_suites)
+    return _write(output, parts, {"train": training, "evaluation": held_out}, of_suites)
+
+
+def _write(
+    output: Path,
+    parts: Mapping[str, list[str]],
+    selections: Mapping[str, Selection],
+    suites: Mapping[str, Selection],
+) -> dict[str, Any]:
+    """Write all files of the stage; returns the summary."""
     remove(output)
-    lists = parts | {f"suites/{name}": selection.prompts for name, selection in kept.items()}
+    lists = {**parts, **{f"suites/{name}": selection.prompts for name, selection in suites.items()}}
     for name, lines in lists.items():
         write_text(output / f"{name}.txt", "".join(f"{line}\n" for line in lines))
     used = {"train": len(parts["train"]), "evaluation": len(parts["test"]) + len(parts["validation"])}
-    selections = {"train": training, "evaluation": held_out}
     summary: dict[str, Any] = {name: len(lines) for name, lines in parts.items()}
-    summary["read"] = {"train": len(train), "evaluation": len(evaluation)}
-    summary["left_out"] = {name: dict(selection.rejected) for name, selection in selections.items()}
-    summary["not_needed"] = {name: len(s.prompts) - used[name] for name, s in selections.items()}
+    summary["read"] = {name: selection.read for name, selection in selections.items()}
+    summary["rejected"] = {name: dict(selection.rejected) for name, selection in selections.items()}
+    summary["unused"] = {name: len(s.prompts) - used[name] for name, s in selections.items()}
     if suites:
         summary["suites"] = {
-            name: {"read": len(suite_lists[name]), "prompts": len(s.prompts), **s.rejected}
-            for name, s in kept.items()
+            name: {"read": s.read, "prompts": len(s.prompts), **s.rejected} for name, s in suites.items()
         }
-        selections |= {f"suite {name}": s for name, s in kept.items()}
-    _write_rejected(output / "set_aside.csv", selections)
+    with (output / "rejected.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["list", "number", "reason"])  # numbers from 0
+        for name, selection in (*selections.items(), *((f"suite {n}", s) for n, s in suites.items())):
+            writer.writerows((name, number, reason) for number, reason in selection.reasons)
     write_json(output / "summary.json", summary)
     return summary
+
+
+def _captions(source: str) -> list[str]:
+    """Read a file of prompts, or the captions of a preference data set in a folder or at a URL."""
+    if hub.is_hub_url(source) and not source.endswith(".parquet"):
+        source = str(hub.local(source))
+    if remote.is_remote(source) or Path(source).is_dir():
+        return list(sources.read_captions(source))
+    return prompt_files.read_prompts(source)
 
 
 def _suite(name: str, source: str) -> list[str]:
@@ -104,42 +110,36 @@ def _suite(name: str, source: str) -> list[str]:
         raise ValueError(f"generate.suites.{name}: {error}") from None
 
 
-def _check_suites(suites: Mapping[str, Any]) -> None:
-    """
-    Raises:
-        ValueError: a suite of which no prompt is left.
-    """
+def _paired(pairs: set[str], candidates: set[str]) -> set[str]:
+    """The keys among `candidates` of captions in preference data; others are not held in memory."""
+    captions = chain.from_iterable(map(sources.read_captions, pairs))
+    return candidates.intersection(map(key, captions))
+
+
+def _split(section: config.Prompts, train: list[str], evaluation: list[str]) -> dict[str, list[str]]:
+    """The prompts of each part, in the order of their hashes."""
+    evaluation = by_hash(evaluation, section.seed)
+    given = {
+        "train": by_hash(train, section.seed),
+        "test": evaluation,
+        "validation": evaluation[section.n_test :],
+    }
+    parts = {}
+    for name, prompts in given.items():
+        n = getattr(section, f"n_{name}")
+        if len(prompts) < n:
+            raise ValueError(
+                f"params.yaml: prompts.n_{name} is {n}, but only {len(prompts)} prompts are left for it"
+            )
+        parts[name] = prompts[:n]
+    return parts
+
+
+def _check_suites(suites: Mapping[str, Selection]) -> None:
     for name, selection in suites.items():
         if not selection.prompts:
             reasons = ", ".join(f"{n} {why}" for why, n in selection.rejected.items()) or "it is empty"
             raise ValueError(f"generate.suites.{name}: no prompt is left ({reasons}); give another list")
-
-
-def _captions(source: str) -> list[str]:
-    """Read a file of prompts, or the captions of a preference data set in a folder or at a URL."""
-    from spo.data import prompt_files, remote, sources
-
-    if hub.is_hub_url(source) and not source.endswith(".parquet"):
-        source = str(hub.local(source))
-    if remote.is_remote(source) or Path(source).is_dir():
-        return list(sources.read_captions(source))
-    return prompt_files.read_prompts(source)
-
-
-def _take(prompts: list[str], n: int, name: str) -> list[str]:
-    if len(prompts) < n:
-        raise ValueError(
-            f"params.yaml: prompts.{name} is {n}, but only {len(prompts)} prompts are left for it"
-        )
-    return prompts[:n]
-
-
-def _write_rejected(path: Path, selections: dict[str, Any]) -> None:
-    """Write list, number (from 0) and reason of each rejected prompt."""
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["list", "number", "reason"])
-        writer.writerows((name, n, why) for name, s in selections.items() for n, why in s.reasons)
 
 
 def _token_counter(params: Params) -> Callable[[str], int]:

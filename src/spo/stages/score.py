@@ -59,13 +59,15 @@ def table(params: Params, folder: Path, cache: CheckpointStore | None = None) ->
     """Score the images of a folder that `generate` wrote: index, prompt, seed, and a column per metric."""
     import pandas as pd
 
-    from spo.data.images import archive_images, load_images
+    from spo.data.images import archived, load_images
     from spo.evaluation.scoring import score_images
     from spo.training.distributed import device
 
     # all are read once, so that a damaged image is found before a scorer is loaded
-    prompts, seeds = zip(*((prompt, seed) for _, prompt, seed in load_images(folder)), strict=True)
-    columns = score_images(params, archive_images(folder, len(prompts)), list(prompts), device(), cache)
+    for _ in load_images(folder):
+        pass
+    images, prompts, seeds = archived(folder)
+    columns = score_images(params, images, prompts, device(), cache)
     return pd.DataFrame({"index": range(len(prompts)), "prompt": prompts, "seed": seeds, **columns})
 
 

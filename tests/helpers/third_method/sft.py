@@ -52,7 +52,7 @@ class Sft:
 
 
 def _build(params, backbone):
-    from spo.data.latent_cache import latent_pairs
+    from spo.data.latents import latent_pairs
 
     schedule = Schedule.from_config(backbone.scheduler_config, 20).to(backbone.device)
     return Sft(params.align.sft, schedule, latent_pairs(params, backbone, "train"), params.seed)

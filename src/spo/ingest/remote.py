@@ -1,8 +1,6 @@
 """Files of a remote store by URL (s3://..., memory://...), through fsspec."""
 
-from __future__ import annotations
-
-from typing import Any
+from typing import IO, Any
 
 
 def is_remote(source: object) -> bool:
@@ -17,9 +15,6 @@ def find(url: str) -> tuple[Any, str, dict[str, dict[str, Any]]]:
 
     Returns:
         The fsspec file system, the root of `url` in it, and its details of each file, sorted by path.
-
-    Raises:
-        ValueError: the store cannot be reached.
     """
     from fsspec.core import url_to_fs
 
@@ -29,7 +24,22 @@ def find(url: str) -> tuple[Any, str, dict[str, dict[str, Any]]]:
             return files, root.rpartition("/")[0], dict(sorted(files.glob(root, detail=True).items()))
         return files, root, dict(sorted(files.find(root, detail=True).items()))
     except Exception as error:  # each store raises its own types
-        raise ValueError(
-            f"{url}: cannot be reached ({type(error).__name__}); download it on a machine with network "
-            "access and give its folder in params.yaml"
-        ) from None
+        raise _unreachable(url, error) from None
+
+
+def open_file(url: str) -> IO[bytes]:
+    """Open a file of a store for reading."""
+    import fsspec
+
+    try:
+        file: IO[bytes] = fsspec.open(url, "rb").open()
+        return file
+    except Exception as error:  # as in `find`
+        raise _unreachable(url, error) from None
+
+
+def _unreachable(url: str, error: Exception) -> ValueError:
+    return ValueError(
+        f"{url}: cannot be reached ({type(error).__name__}); download it on a machine with network "
+        "access and give its folder in params.yaml"
+    )

@@ -1,12 +1,9 @@
 """Read captions, labels and images from the types in which preference data sets store them.
 
-Each function takes the name of the column or key for its error messages.
+Each function takes the name of the column or key for its error messages, which are ValueErrors.
 """
 
-from __future__ import annotations
-
 import base64
-import binascii
 import math
 import re
 from collections.abc import Sequence
@@ -15,9 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
-from spo.data.decoding import open_image
 from spo.data.prompts import clean, flaw
 from spo.runtime.messages import first_line
 
@@ -27,11 +22,7 @@ _FLAGS = {"true": True, "false": False, "1": True, "0": False, "1.0": True, "0.0
 
 
 def read_caption(name: str, value: Any) -> str:
-    """Read a caption from text or UTF-8 bytes.
-
-    Raises:
-        ValueError: a missing or empty text, or one that cannot be encoded.
-    """
+    """Read a caption from text or UTF-8 bytes, neither empty nor with what cannot be encoded."""
     if value is None:
         raise ValueError(f"{name} is missing")
     if isinstance(value, bytes):
@@ -49,20 +40,14 @@ def read_caption(name: str, value: Any) -> str:
 
 
 def read_number(name: str, value: Any) -> float:
-    """Read a number from any numeric type or from text.
-
-    Raises:
-        ValueError: a missing value, not a number, or not finite.
-    """
+    """Read a finite number from any numeric type or from text."""
     if value is None:
         raise ValueError(f"{name} is missing")
-    text = value.strip() if isinstance(value, str) else ""
-    if isinstance(value, str) and not _NUMBER.fullmatch(text):
-        raise ValueError(f"{name} is {_shown(value)}; must be a number")
-    if not isinstance(value, bool | int | float | Decimal | str):
+    is_number = isinstance(value, bool | int | float | Decimal)
+    if not is_number and not (isinstance(value, str) and _NUMBER.fullmatch(value.strip())):
         raise ValueError(f"{name} is {_shown(value)}; must be a number")
     try:
-        number = float(text or value)
+        number = float(value)
     except (OverflowError, ValueError):
         number = math.inf
     if not math.isfinite(number):
@@ -70,24 +55,16 @@ def read_number(name: str, value: Any) -> float:
     return number
 
 
-def read_labels(values: Sequence[Any], names: Sequence[str] = ("label_0", "label_1")) -> tuple[float, float]:
-    """Read the labels of a pair: 1 and 0, 0 and 1, or .5 each.
-
-    Raises:
-        ValueError: other labels.
-    """
-    first, second = (read_number(name, value) for name, value in zip(names, values, strict=True))
-    if (first, second) not in ((1, 0), (0, 1), (0.5, 0.5)):
-        raise ValueError(f"labels are {first:g} and {second:g}; must be 1 and 0, 0 and 1, or .5 each")
-    return first, second
+def read_labels(first: Any, second: Any) -> tuple[float, float]:
+    """Read the labels of a pair: 1 and 0, 0 and 1, or .5 each."""
+    labels = read_number("label_0", first), read_number("label_1", second)
+    if labels not in ((1, 0), (0, 1), (0.5, 0.5)):
+        raise ValueError(f"labels are {labels[0]:g} and {labels[1]:g}; must be 1 and 0, 0 and 1, or .5 each")
+    return labels
 
 
 def read_flag(name: str, value: Any) -> bool:
-    """Read a boolean, also from 1, 0 or text.
-
-    Raises:
-        ValueError: any other value.
-    """
+    """Read a boolean, also from 1, 0 or text."""
     flag = _FLAGS.get(str(value).strip().lower())
     if flag is None:
         raise ValueError(f"{name} is {_shown(value)}; must be true or false")
@@ -99,43 +76,24 @@ def read_image(name: str, value: Any, folder: Path | None) -> bytes:
 
     Args:
         folder: of images that are stored by path; None: such images are refused.
-
-    Raises:
-        ValueError: a missing value, or one that is no file. It is not decoded: see `decoded`.
     """
-    if isinstance(value, dict):
-        data = _of_struct(name, value, folder)
-    elif isinstance(value, np.ndarray):
-        data = _of_numbers(name, value)
+    if isinstance(value, dict):  # as Hugging Face's `datasets` stores it: bytes, or null and a file's path
+        if value.get("bytes") is None:
+            return _by_path(name, value.get("path"), folder)
+        value = value["bytes"]
     elif isinstance(value, str):
-        data = _of_text(name, value)
-    else:
-        data = value
-    if data is None:
+        return _of_text(name, value)
+    if isinstance(value, np.ndarray):
+        return _of_numbers(name, value)
+    if value is None:
         raise ValueError(f"{name} is missing")
-    if not isinstance(data, bytes):
+    if not isinstance(value, bytes):
         raise ValueError(f"{name} is {_shown(value)}; must be an encoded image")
-    return data
-
-
-def decoded(name: str, data: bytes) -> Image.Image:
-    """Decode an image.
-
-    Raises:
-        ValueError: as `open_image`, with the name.
-    """
-    try:
-        return open_image(data)
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from None
+    return value
 
 
 def read_file(folder: Path, name: Any, subfolders: Sequence[str] = (".",)) -> bytes:
-    """Read the file `name` in the first of the `subfolders` of a folder that has it.
-
-    Raises:
-        ValueError: no such file, or one outside of the folder.
-    """
+    """Read the file `name` in the first of the `subfolders` of a folder that has it, never one outside."""
     shown = ascii(name)[:80]
     if not isinstance(name, str) or not name or not name.isprintable():
         raise ValueError(f"{shown} is not a file name")
@@ -155,13 +113,7 @@ def read_file(folder: Path, name: Any, subfolders: Sequence[str] = (".",)) -> by
     raise ValueError(f"{shown}: no such image")
 
 
-def _of_struct(name: str, value: dict[str, Any], folder: Path | None) -> Any:
-    """Read an image as Hugging Face's `datasets` stores it: its bytes, or null and the path of its file."""
-    data, path = value.get("bytes"), value.get("path")
-    if isinstance(data, np.ndarray):
-        return _of_numbers(name, data)
-    if data is not None:
-        return data
+def _by_path(name: str, path: Any, folder: Path | None) -> bytes:
     if path is None:
         raise ValueError(f"{name} is missing: it has neither bytes nor a path")
     if folder is None:
@@ -187,11 +139,9 @@ def _of_text(name: str, text: str) -> bytes:
     packed = re.sub(r"\s", "", text).rstrip("=").replace("-", "+").replace("_", "/")
     try:
         return base64.b64decode(packed + "=" * (-len(packed) % 4), validate=True)
-    except (binascii.Error, ValueError) as error:
-        shown = ascii(text[:40])
-        raise ValueError(
-            f"{name} is text, but not a base64-encoded image: {shown} ({first_line(error)})"
-        ) from None
+    except ValueError as error:
+        reason = f"{ascii(text[:40])} ({first_line(error)})"
+        raise ValueError(f"{name} is text, but not a base64-encoded image: {reason}") from None
 
 
 def _shown(value: Any) -> str:

@@ -2,7 +2,7 @@ import hashlib
 
 import pytest
 
-from spo.data.manifest import manifest
+from spo.ingest.manifest import manifest
 
 
 def test_a_folder_is_pinned_by_the_content_of_every_file(tmp_path) -> None:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from spo.data import prompt_files as prompts
+from spo.ingest import prompt_files as prompts
 
 LINES = ["a red circle", "a blue star", "sand, and «more»"]
 

@@ -13,8 +13,9 @@ import pytest
 from PIL import Image
 
 from spo import config
-from spo.data import hpd, pairs, sources
-from spo.data.manifest import manifest
+from spo.data import pairs
+from spo.ingest import sources
+from spo.ingest.manifest import manifest
 from spo.stages import pairs as pairs_stage
 from spo.stages import prompts as prompts_stage
 
@@ -44,11 +45,11 @@ def test_every_row_is_written_filtered_or_rejected(tmp_path) -> None:
     frame(50).tail(10).to_parquet(tmp_path / "b.parquet")
     out = tmp_path / "out"
     summary = pairs_stage.prepare(section(tmp_path, drop_ties=True), out)
-    assert summary["read"] == 50 and summary["set_aside"] == 5 and summary["left_out"] == {"ties": 7}
+    assert summary["read"] == 50 and summary["rejected"] == 5 and summary["filtered"] == {"ties": 7}
     assert summary["train"] + summary["validation"] + 5 + 7 == 50
     written = [p for part in ("train", "validation") for p in pairs.read_pairs(out / part)]
     assert len(written) == 38 and len({p.caption for p in written}) == 38
-    rows = list(csv.DictReader((out / "set_aside.csv").open()))
+    rows = list(csv.DictReader((out / "rejected.csv").open()))
     assert [(r["shard"], r["row"]) for r in rows] == [("a.parquet", str(i)) for i in range(5)]
     assert "0.7" in rows[0]["reason"]
 
@@ -66,9 +67,9 @@ def test_pairs_that_repeat_contradict_or_compare_an_image_with_itself_are_counte
     out = tmp_path / "out"
     summary = pairs_stage.prepare(section(tmp_path), out)
     assert summary["repeats"] == {"repeated": 6, "same_image": 1, "contradicted": 4}
-    assert summary["set_aside"] == 5 and summary["train"] + summary["validation"] == len(everything) - 5
+    assert summary["rejected"] == 5 and summary["train"] + summary["validation"] == len(everything) - 5
     assert json.loads((out / "summary.json").read_text())["repeats"] == summary["repeats"]
-    rows = {r["row"]: r["reason"] for r in csv.DictReader((out / "set_aside.csv").open())}
+    rows = {r["row"]: r["reason"] for r in csv.DictReader((out / "rejected.csv").open())}
     contradicted = "another row prefers the other image of this pair"
     assert rows == {**dict.fromkeys(("5", "6", "33", "34"), contradicted), "35": "both images are the same"}
     prompts_left = {p.caption for part in ("train", "validation") for p in pairs.read_pairs(out / part)}
@@ -82,7 +83,7 @@ def test_annotators_who_disagree_do_not_make_a_source_bad(tmp_path) -> None:
     pd.concat([table, contrary]).to_parquet(source)
     out = tmp_path / "out"
     summary = pairs_stage.prepare(section(source, max_bad_fraction=0.01), out)
-    assert summary["set_aside"] == summary["repeats"]["contradicted"] == 20
+    assert summary["rejected"] == summary["repeats"]["contradicted"] == 20
     assert summary["train"] + summary["validation"] == 30
     pd.concat([table, contrary, frame(1, bad=1)]).to_parquet(source)
     with pytest.raises(ValueError, match="1 of 51 rows are bad"):
@@ -112,9 +113,9 @@ def test_a_row_that_goes_uncounted_is_an_error(tmp_path, monkeypatch) -> None:
 
 def test_more_bad_rows_than_the_bound_is_an_error(tmp_path) -> None:
     frame(20, bad=5).to_parquet(tmp_path / "a.parquet")
-    with pytest.raises(ValueError, match=r"5 of 20 rows are bad.*set_aside.csv"):
+    with pytest.raises(ValueError, match=r"5 of 20 rows are bad.*rejected.csv"):
         pairs_stage.prepare(section(tmp_path), tmp_path / "out")
-    assert len((tmp_path / "out/set_aside.csv").read_text().splitlines()) == 6
+    assert len((tmp_path / "out/rejected.csv").read_text().splitlines()) == 6
 
 
 def hpd_data(folder: Path, n: int = 30) -> None:
@@ -136,9 +137,7 @@ def hpd_data(folder: Path, n: int = 30) -> None:
     )
 
 
-@pytest.mark.parametrize("block", [7, 1 << 16])
-def test_hpd_comes_back_in_order_with_its_labels(tmp_path, monkeypatch, block: int) -> None:
-    monkeypatch.setattr(hpd, "BLOCK", block)  # entries that span several reads
+def test_hpd_comes_back_in_order_with_its_labels(tmp_path) -> None:
     hpd_data(tmp_path / "h")
     rows = [pair for pair, _ in sources.read_rows(tmp_path / "h")]
     assert [p.label_0 for p in rows[:3]] == [1, 0, 0.5] and rows[29].caption == "p 29, «é»"
@@ -163,7 +162,7 @@ def test_bad_entries_of_hpd_are_rejected(tmp_path, change, reason) -> None:
     entries = json.loads((tmp_path / "h/train.json").read_text())
     entries[1] |= change
     (tmp_path / "h/train.json").write_text(json.dumps(entries))
-    rows = list(hpd.read_rows(tmp_path / "h/train.json"))
+    rows = list(sources.read_rows(tmp_path / "h/train.json"))
     assert [p is not None for p, _ in rows] == [True, False, True]
     assert rows[1][1].row == 1 and reason in rows[1][1].reason
 
@@ -188,11 +187,11 @@ def test_a_hub_without_network_is_one_line(read) -> None:
 
 
 def test_memory_does_not_grow_with_the_rows(tmp_path) -> None:
-    """Arrow's peak; a column of 20,000 images in one row group is 20 MB."""
+    """Arrow's peak; a column of 12,000 images in one row group is 12 MB."""
     import pyarrow
 
     default, peaks = pyarrow.default_memory_pool(), {}
-    for rows in (1000, 20000):
+    for rows in (1000, 12000):
         table = frame(rows, bad=rows)
         table["jpg_1"] = [random.Random(i).randbytes(1000) for i in range(rows)]
         table.to_parquet(tmp_path / f"{rows}.parquet", row_group_size=rows, compression=None)
@@ -203,7 +202,7 @@ def test_memory_does_not_grow_with_the_rows(tmp_path) -> None:
         finally:
             pyarrow.set_memory_pool(default)
         peaks[rows] = pool.max_memory()
-    assert peaks[20000] < 8e6 and peaks[20000] < 2 * peaks[1000] + 4e6, peaks
+    assert peaks[12000] < 8e6 and peaks[12000] < 2 * peaks[1000] + 4e6, peaks
 
 
 def prompt_section(folder, **changes) -> config.Prompts:
@@ -242,11 +241,11 @@ def test_every_prompt_is_written_or_counted(lists) -> None:
     section = prompt_section(lists, block_list=str(lists / "block.txt"))
     summary = prompts_stage.prepare(section, lambda p: len(p.split()), lists / "out")
     out = {"near_duplicate": 1, "elsewhere": 1, "blocked": 1, "too_long": 1, "empty": 1}
-    assert summary["left_out"]["train"] == out and summary["left_out"]["evaluation"] == {"elsewhere": 1}
+    assert summary["rejected"]["train"] == out and summary["rejected"]["evaluation"] == {"elsewhere": 1}
     for name, used in (("train", ["train"]), ("evaluation", ["test", "validation"])):
-        count = sum(summary[n] for n in used) + sum(summary["left_out"][name].values())
-        assert count + summary["not_needed"][name] == summary["read"][name]
-    rows = list(csv.reader((lists / "out/set_aside.csv").open()))
+        count = sum(summary[n] for n in used) + sum(summary["rejected"][name].values())
+        assert count + summary["unused"][name] == summary["read"][name]
+    rows = list(csv.reader((lists / "out/rejected.csv").open()))
     assert ["train", "4", "blocked"] in rows and ["evaluation", "1", "elsewhere"] in rows
     assert (lists / "out/train.txt").read_text().splitlines() == sorted(
         ["a cat", "a dog"], key=(lists / "out/train.txt").read_text().index
@@ -261,7 +260,8 @@ def test_a_block_list_that_is_missing_or_empty_is_refused(lists) -> None:
 
 
 def test_a_blocked_word_is_a_complete_word(lists) -> None:
-    from spo.data.prompts import BlockList, key
+    from spo.data.prompts import key
+    from spo.ingest.selection import BlockList
 
     blocked = BlockList.load(lists / "block.txt")
     assert key("so GORY!") in blocked and key("allegory") not in blocked

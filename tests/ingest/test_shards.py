@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from spo import config
-from spo.data import hpd, pairs
+from spo.ingest import sources
 from spo.stages import pairs as pairs_stage
 
 
@@ -42,7 +42,7 @@ def table(rows: int = 2, **columns) -> pa.Table:
 def read(folder, **columns) -> list:
     """Each row's pair, or the reason of its rejection."""
     pq.write_table(table(**columns), folder / "a.parquet")
-    rows = list(pairs.read_rows([folder / "a.parquet"]))
+    rows = list(sources.read_rows(folder / "a.parquet"))
     return [pair if reason is None else reason.reason for pair, reason in rows]
 
 
@@ -83,7 +83,7 @@ def test_an_image_without_bytes_is_the_file_beside_the_shard(tmp_path) -> None:
 def test_an_image_without_bytes_in_a_remote_store_is_rejected() -> None:
     with fsspec.filesystem("memory").open("/paths/a.parquet", "wb") as file:
         pq.write_table(table(jpg_0=[{"bytes": None, "path": "x.png"}] * 2), file)
-    reasons = [reason.reason for _, reason in pairs.read_rows(["memory://paths/a.parquet"])]
+    reasons = [reason.reason for _, reason in sources.read_rows("memory://paths/a.parquet")]
     assert reasons == ["jpg_0 has a path without bytes; images by path need shards in a local folder"] * 2
 
 
@@ -104,7 +104,7 @@ CAPTIONS = ["a café", "a dog"]
 )
 def test_captions_are_read_from_every_type_of_text(tmp_path, column) -> None:
     assert [pair.caption for pair in read(tmp_path, caption=column)] == CAPTIONS
-    assert list(pairs.read_captions([tmp_path / "a.parquet"])) == CAPTIONS
+    assert list(sources.read_captions(tmp_path / "a.parquet")) == CAPTIONS
 
 
 @pytest.mark.parametrize("text", [True, False])
@@ -114,7 +114,7 @@ def test_a_caption_that_is_not_utf8_rejects_its_row_only(tmp_path, text: bool) -
         column = pa.StringArray.from_buffers(2, column.buffers()[1], column.buffers()[2])
     rows = read(tmp_path, caption=column)
     assert rows[0] == "caption is not UTF-8 text at byte 1" and rows[1].caption == "a dog"
-    assert list(pairs.read_captions([tmp_path / "a.parquet"])) == ["", "a dog"]
+    assert list(sources.read_captions(tmp_path / "a.parquet")) == ["", "a dog"]
 
 
 @pytest.mark.parametrize(
@@ -196,13 +196,13 @@ def test_a_column_of_another_type_is_refused_once(tmp_path, columns, message: st
 
 def test_an_empty_shard_has_no_rows_whatever_its_types(tmp_path) -> None:
     pq.write_table(table(0, caption=pa.nulls(0), jpg_0=pa.nulls(0)), tmp_path / "a.parquet")
-    assert list(pairs.read_rows([tmp_path / "a.parquet"])) == []
+    assert list(sources.read_rows(tmp_path / "a.parquet")) == []
 
 
 def test_a_duplicate_column_is_refused(tmp_path) -> None:
     pq.write_table(table().append_column("caption", pa.array(["x", "y"])), tmp_path / "a.parquet")
     with pytest.raises(ValueError, match="a.parquet: 2 columns are named caption"):
-        list(pairs.read_rows([tmp_path / "a.parquet"]))
+        list(sources.read_rows(tmp_path / "a.parquet"))
 
 
 def damaged() -> list[bytes]:
@@ -223,7 +223,7 @@ def test_damaged_images_give_the_same_reasons_in_each_run(tmp_path) -> None:
     tables = []
     for name in "ab":
         pairs_stage.prepare(section, tmp_path / name)
-        tables.append((tmp_path / name / "set_aside.csv").read_bytes())
+        tables.append((tmp_path / name / "rejected.csv").read_bytes())
     assert tables[0] == tables[1] and len(tables[0].splitlines()) == 1 + len(bad)
     assert b"0x" not in tables[0] and str(tmp_path).encode() not in tables[0]
 
@@ -252,7 +252,7 @@ def test_an_entry_of_hpd_is_rejected_with_the_true_reason(tmp_path, change, reas
 def test_an_entry_whose_prompt_and_caption_differ_is_rejected(tmp_path) -> None:
     with pytest.raises(ValueError, match="train.json: entry 0: prompt and caption differ"):
         entries(tmp_path, {"caption": "a dog"})
-    ((pair, rejected),) = hpd.read_rows(tmp_path / "train.json")
+    ((pair, rejected),) = sources.read_rows(tmp_path / "train.json")
     assert pair is None and "prompt and caption differ" in rejected.reason
 
 
@@ -261,22 +261,24 @@ def test_an_entry_with_a_key_twice_is_refused(tmp_path) -> None:
         '{"prompt": "a cat", "prompt": "a dog", "file_path": ["x.png", "x.png"], "human_preference": [1, 0]}'
     )
     (tmp_path / "train.json").write_text(f"[{entry}]")
-    with pytest.raises(ValueError, match="train.json: entry 0: an object has the key 'prompt' twice"):
-        list(hpd.read_rows(tmp_path / "train.json"))
+    with pytest.raises(
+        ValueError, match="train.json: an object has the key 'prompt' twice, with 'a cat' and 'a dog'"
+    ):
+        list(sources.read_rows(tmp_path / "train.json"))
 
 
 def test_a_row_whose_caption_and_prompt_differ_is_rejected(tmp_path) -> None:
     first, second = read(tmp_path, prompt=["a cat", "another"])
     assert first.caption == "a cat" and "caption and prompt differ" in second
     with pytest.raises(ValueError, match="a.parquet: row 1: caption and prompt differ"):
-        list(pairs.read_captions([tmp_path / "a.parquet"]))
+        list(sources.read_captions(tmp_path / "a.parquet"))
 
 
 def test_a_row_without_a_prompt_beside_its_caption_is_read(tmp_path) -> None:
     for empty in (None, ""):
         first, second = read(tmp_path, prompt=[empty, "another"])
         assert first.caption == "a cat" and "caption and prompt differ" in second
-        assert next(pairs.read_captions([tmp_path / "a.parquet"])) == "a cat"
+        assert next(sources.read_captions(tmp_path / "a.parquet")) == "a cat"
 
 
 def test_a_caption_with_a_special_token_is_rejected_as_one_with_nul_is(tmp_path) -> None:
@@ -305,6 +307,6 @@ def entries(folder, change: dict) -> list:
     (folder / "train/x.png").write_bytes(PNG)
     entry = {"prompt": "a cat", "file_path": ["x.png", "x.png"], "human_preference": [1, 0]} | change
     (folder / "train.json").write_text(json.dumps([entry]))
-    assert len(list(hpd.read_captions(folder / "train.json"))) == 1
-    rows = hpd.read_rows(folder / "train.json")
+    assert len(list(sources.read_captions(folder / "train.json"))) == 1
+    rows = sources.read_rows(folder / "train.json")
     return [pair if reason is None else reason.reason for pair, reason in rows]

@@ -1,4 +1,4 @@
-"""The filter of training pairs: its rules by hand, and what it writes."""
+"""Filter and labels of training pairs: rules by hand, and what is written."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from PIL import Image
 
 from spo import config
 from spo.data.pairs import ShardWriter, read_pairs
-from spo.preference import pair_filter
-from spo.preference.pair_filter import FilteredWriter, failed_rules
-from spo.training.checkpoint import CheckpointStore
+from spo.ingest import labels
+from spo.ingest.gaps import CachedGaps
+from spo.ingest.labels import ScoredWriter, failed_rules
 from spo.types import PreferencePair
 
 SCORER = {"clip": "c", "head": "h"}
@@ -79,12 +79,18 @@ PAIRS = [
 ] * 3
 
 
-def filtered(folder: Path, scorers, pairs=PAIRS, rules=RULES) -> tuple[FilteredWriter, list[list]]:
+def unfinished(folder: Path, scorers, pairs=PAIRS, rules=RULES) -> tuple[ScoredWriter, list[list]]:
     rows: list[list] = []
-    cache = CheckpointStore(folder / "cache", keep=None)
-    writer = FilteredWriter(ShardWriter(folder / "train", 4), rules, scorers, cache, rows.append)
+    gaps = CachedGaps(scorers, rules.batch_size, folder / "cache")
+    writer = ScoredWriter(ShardWriter(folder / "train", 4), gaps, rules, None, lambda *_: rows.append)
     for each in pairs:
         writer.add(each)
+        assert len(writer._buffer) < labels.BUFFER
+    return writer, rows
+
+
+def filtered(folder: Path, scorers, pairs=PAIRS, rules=RULES) -> tuple[ScoredWriter, list[list]]:
+    writer, rows = unfinished(folder, scorers, pairs, rules)
     writer.close()
     return writer, rows
 
@@ -94,10 +100,10 @@ def scorers() -> dict[str, Channel]:
 
 
 def test_kept_pairs_are_written_in_order_and_the_others_counted(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(pair_filter, "BUFFER", 4)  # the last one is not full
+    monkeypatch.setattr(labels, "BUFFER", 4)  # the last one is not full
     writer, rows = filtered(tmp_path, scorers())
     assert list(read_pairs(tmp_path / "train")) == [p for p in PAIRS if p.caption.startswith("kept")]
-    assert (writer.read, writer.count) == (15, 6)
+    assert (writer.read, writer.writer.count) == (15, 6)
     assert writer.failed == {
         "aesthetic": {"win_lose": 3, "ties": 3},
         "clipscore": {"win_lose": 3, "ties": 3},
@@ -111,14 +117,10 @@ def test_kept_pairs_are_written_in_order_and_the_others_counted(tmp_path, monkey
     ]
 
 
-def test_an_interrupted_filter_goes_on_after_the_cached_gaps(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(pair_filter, "BUFFER", 4)
+def test_an_interrupted_filter_resumes_after_the_cached_gaps(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(labels, "BUFFER", 4)
     whole, rows = filtered(tmp_path / "whole", scorers())
-    interrupted, first = scorers(), []
-    cache = CheckpointStore(tmp_path / "again/cache", keep=None)
-    writer = FilteredWriter(ShardWriter(tmp_path / "gone", 4), RULES, interrupted, cache, first.append)
-    for each in PAIRS[:10]:
-        writer.add(each)  # two of four buffers, and no close
+    unfinished(tmp_path / "again", scorers(), PAIRS[:10])  # two of four buffers, and no close
     again = scorers()
     resumed, resumed_rows = filtered(tmp_path / "again", again)
     assert again["aesthetic"].scored == again["clipscore"].scored == 2 * (15 - 8)
@@ -127,11 +129,8 @@ def test_an_interrupted_filter_goes_on_after_the_cached_gaps(tmp_path, monkeypat
 
 
 def test_gaps_of_other_pairs_are_not_taken_from_an_interrupted_run(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(pair_filter, "BUFFER", 4)
-    cache = CheckpointStore(tmp_path / "cache", keep=None)
-    writer = FilteredWriter(ShardWriter(tmp_path / "gone", 4), RULES, scorers(), cache, [].append)
-    for each in PAIRS[:8]:
-        writer.add(each)
+    monkeypatch.setattr(labels, "BUFFER", 4)
+    unfinished(tmp_path, scorers(), PAIRS[:8])
     changed = [PAIRS[4], *PAIRS[1:]]  # one pair of the first buffer
     again = scorers()
     _, rows = filtered(tmp_path, again, changed)
@@ -174,9 +173,5 @@ def test_a_filter_needs_a_rule() -> None:
 
 
 def test_no_more_pairs_are_in_memory_than_the_buffer_takes(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(pair_filter, "BUFFER", 4)
-    cache = CheckpointStore(tmp_path / "cache", keep=None)
-    writer = FilteredWriter(ShardWriter(tmp_path / "train", 2), RULES, scorers(), cache, lambda row: None)
-    for each in PAIRS:
-        writer.add(each)
-        assert len(writer._buffer) < 4
+    monkeypatch.setattr(labels, "BUFFER", 4)
+    unfinished(tmp_path, scorers())

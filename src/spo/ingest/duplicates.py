@@ -1,19 +1,17 @@
 """Which pairs occur more than once in preference data, and which of these contradict each other."""
 
-from __future__ import annotations
-
 import hashlib
 
-from spo.data.pairs import decoded
 from spo.data.prompts import key
+from spo.ingest.sources import decoded
 from spo.types import PreferencePair
 
 SAME_IMAGE = "both images are the same"  # by their pixels
 CONTRADICTED = "another row prefers the other image of this pair"
 
 
-class Judgements:
-    """The judgement of each pair that was added, in 16 bytes of hash a pair.
+class Duplicates:
+    """The preference of each pair that was added, in 16 bytes of hash a pair.
 
     A pair is a prompt (by its key) and two image files, in either order. Where rows prefer different images,
     all of them are contradicted: neither annotator is known to be right. A tie contradicts nothing.
@@ -25,7 +23,7 @@ class Judgements:
         self._contradicted: set[bytes] = set()
 
     def add(self, pair: PreferencePair) -> PreferencePair:
-        digest, label = _judgement(pair)
+        digest, label = _preference(pair)
         earlier = self._labels.get(digest)
         self.repeated += earlier is not None
         if earlier is None or earlier == 0.5:
@@ -35,12 +33,8 @@ class Judgements:
         return pair
 
     def check(self, pair: PreferencePair) -> PreferencePair:
-        """
-        Raises:
-            ValueError: an added pair prefers the other image, both images are the same, or one is not
-                readable.
-        """
-        if self._contradicted and _judgement(pair)[0] in self._contradicted:
+        """Refuse a contradicted pair, one of an image with itself, and an image that is not readable."""
+        if self._contradicted and _preference(pair)[0] in self._contradicted:
             raise ValueError(CONTRADICTED)
         left, right = decoded(pair)
         if left.size == right.size and left.tobytes() == right.tobytes():
@@ -48,7 +42,7 @@ class Judgements:
         return pair
 
 
-def _judgement(pair: PreferencePair) -> tuple[bytes, float]:
+def _preference(pair: PreferencePair) -> tuple[bytes, float]:
     """A hash of prompt and images, and the label of the image that is first in its order."""
     sides = sorted(((pair.image_0, pair.label_0), (pair.image_1, pair.label_1)))
     digest = hashlib.blake2b(digest_size=16)

@@ -1,7 +1,5 @@
 """The columns or keys in which a list has its prompts: more than one may, if they say the same."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,13 +12,10 @@ def is_caption(name: str) -> bool:
 
 
 def caption_columns(names: Sequence[str], where: str) -> list[str]:
-    """The columns that hold prompts, at least one.
+    """The columns that hold prompts, at least one and each once.
 
     Args:
         where: the file, and the row if it has names of its own; for messages.
-
-    Raises:
-        ValueError: no such column, or two of one name.
     """
     found = [name for name in names if is_caption(name)]
     for column in COLUMNS:
@@ -33,11 +28,7 @@ def caption_columns(names: Sequence[str], where: str) -> list[str]:
 
 
 def agreed(given: Mapping[str, Any], where: str) -> Any:
-    """The prompt of a row by the columns that hold it; an empty one or null says nothing.
-
-    Raises:
-        ValueError: they differ.
-    """
+    """The prompt of a row by the columns that hold it, which must agree; "" and null say nothing."""
     first, *others = [text for text in given.values() if text not in (None, "")] or given.values()
     if any(other != first for other in others):
         raise ValueError(f"{where}: {' and '.join(given)} differ; keep the one that is the prompt")

@@ -1,7 +1,5 @@
 """Folders of image files in natural order of their names (2 before 10); no image is silently skipped."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 
@@ -18,8 +16,7 @@ ENDINGS = {  # of all image files, so that unsupported ones are refused instead 
 def list_images(folder: Path) -> list[Path]:
     """List the image files of a folder, known by ending or content. Hidden files (`._1.png`) are ignored.
 
-    Raises:
-        ValueError: no such folder, no images, images in sub-folders, or two whose order is ambiguous.
+    Images in sub-folders are refused, and two whose order is ambiguous (1.png, 01.png).
     """
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder; give one with images ({', '.join(SUPPORTED)})")
@@ -48,7 +45,7 @@ def find_images(folder: Path) -> list[Path]:
 
 
 def _order(name: str) -> tuple[str | int, ...]:
-    """The sort key of a name: text and numbers in turn; equal for names that differ only in leading zeros."""
+    """The sort key of a name, text and numbers; equal for names that differ only in leading zeros."""
     parts = re.split(r"(\d+)", name, flags=re.ASCII)
     return tuple(int(part) if i % 2 else part for i, part in enumerate(parts))
 

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from spo.data.folders import list_images
+from spo.ingest.folders import list_images
 
 
 def draw(path: Path, kind: str = "PNG") -> None:
