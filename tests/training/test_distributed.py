@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 from group import run_in
 
-from spo.evaluation import scoring
 from spo.rewards import clip
 from spo.runtime import peers
 from spo.runtime.exit_codes import MISTAKE, TRANSIENT, TransientError
 from spo.training import distributed
+from spo.validation import scoring
 
 
 class Clock:

@@ -34,8 +34,8 @@ def run(
 
     from spo import backbones
     from spo.data.prompts import check_vocabulary, flaw
-    from spo.evaluation import generation
     from spo.training import budget, distributed
+    from spo.validation import generation
 
     if reason := flaw(prompt):
         raise ValueError(f"the prompt has {reason}; it cannot be encoded")

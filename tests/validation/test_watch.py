@@ -11,9 +11,10 @@ from group import run_in
 from PIL import Image
 
 from spo.config import Validation
-from spo.evaluation import validation
-from spo.evaluation.validation import Collapse, Validated, Watch
 from spo.training import distributed
+from spo.validation import limits
+from spo.validation.images import Validated, diversity
+from spo.validation.watch import Collapse, Watch, scores_at
 
 
 class Curve:
@@ -55,8 +56,18 @@ def watch(
     tmp_path: Path, model: Trained, iterations: int = 5, run: Run | None = None, **limits
 ) -> tuple[Watch, Curve]:
     settings, curve = Validation(every=2, prompts=2, **limits), Curve()
-    arguments = (settings, model.validate, model.save, curve, tmp_path, "align.spo", iterations, "kl")
-    return Watch(*arguments, run or Run()), curve
+    callback = Watch(
+        settings=settings,
+        validate=model.validate,
+        save=model.save,
+        curve=curve,
+        run=run or Run(),
+        scratch=tmp_path,
+        name="align.spo",
+        iterations=iterations,
+        divergence="kl",
+    )
+    return callback, curve
 
 
 GOOD = ([1.0, 2.0], 0.4)
@@ -164,17 +175,17 @@ def test_the_scores_of_a_saved_model_are_those_of_its_validation() -> None:
         4: {"loss": 0.5, "validation/hps": 21.0},
         5: {"loss": 0.4},
     }
-    assert validation.scores_at(rows, 4) == {"validation/hps": 21.0}
-    assert validation.scores_at(rows, 5) == {} == validation.scores_at(rows, 6)
+    assert scores_at(rows, 4) == {"validation/hps": 21.0}
+    assert scores_at(rows, 5) == {} == scores_at(rows, 6)
 
 
 def test_the_gain_does_not_depend_on_a_scorers_units() -> None:
     start = {"hps": [20.0, 22.0, 24.0], "aesthetic": [5.0, 5.5, 6.0]}
     now = {"hps": [22.0, 24.0, 26.0], "aesthetic": [4.0, 4.5, 5.0]}
     # +2 at a standard deviation of 2, -1 at .5
-    assert validation.standardised_gain(start, now, ["hps"]) == pytest.approx(1)
-    assert validation.standardised_gain(start, now, ["hps", "aesthetic"]) == pytest.approx((1 - 2) / 2)
-    assert validation.standardised_gain({"hps": [1.0, 1.0]}, {"hps": [2.0, 2.0]}, ["hps"]) == 0
+    assert limits.standardised_gain(start, now, ["hps"]) == pytest.approx(1)
+    assert limits.standardised_gain(start, now, ["hps", "aesthetic"]) == pytest.approx((1 - 2) / 2)
+    assert limits.standardised_gain({"hps": [1.0, 1.0]}, {"hps": [2.0, 2.0]}, ["hps"]) == 0
 
 
 @pytest.mark.parametrize(
@@ -221,10 +232,8 @@ def test_a_resumed_stage_compares_with_its_own_start(tmp_path: Path) -> None:
 
 def test_diversity_is_one_minus_the_mean_cosine_of_images_of_a_prompt() -> None:
     east, north = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])
-    assert validation.diversity(torch.stack([torch.stack([east, east])])) == pytest.approx(0)
-    assert validation.diversity(torch.stack([torch.stack([east, north])])) == pytest.approx(1)
+    assert diversity(torch.stack([torch.stack([east, east])])) == pytest.approx(0)
+    assert diversity(torch.stack([torch.stack([east, north])])) == pytest.approx(1)
     # three images: cosines 1, 0 and 0 of three pairs; and a prompt whose images are the same
     one = torch.stack([east, east, north])
-    assert validation.diversity(torch.stack([one, torch.stack([north] * 3)])) == pytest.approx(
-        (2 / 3 + 0) / 2
-    )
+    assert diversity(torch.stack([one, torch.stack([north] * 3)])) == pytest.approx((2 / 3 + 0) / 2)
