@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
-from spo.evaluation import plots
-from spo.evaluation.pages import environment
+from spo.evaluation.report import environment
 from spo.evaluation.statistics import metrics
 from spo.evaluation.verdict import name
 from spo.runtime.files import remove, write_text
@@ -85,6 +84,7 @@ def _write_images(
     folder: Path, images: Mapping[str, Iterable[Image.Image]], total: int
 ) -> dict[str, list[str]]:
     """Write the large images; returns the thumbnails as data: URIs."""
+    from PIL import ImageOps
     from tqdm import tqdm
 
     thumbnails: dict[str, list[str]] = {}
@@ -94,7 +94,9 @@ def _write_images(
             (folder / variant).mkdir(parents=True)
             for i, image in enumerate(drawn):
                 _file(folder, variant, i).write_bytes(_webp(image, QUALITY))
-                small = plots.resized(image, THUMBNAIL) if max(image.size) > THUMBNAIL else image
+                small = image
+                if max(image.size) > THUMBNAIL:
+                    small = ImageOps.contain(image.convert("RGB"), (THUMBNAIL, THUMBNAIL))
                 encoded = base64.b64encode(_webp(small, THUMBNAIL_QUALITY, lossless=small is image))
                 thumbnails[variant].append(f"data:image/webp;base64,{encoded.decode()}")
                 bar.update()
