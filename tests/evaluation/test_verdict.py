@@ -65,18 +65,14 @@ def test_small_differences_keep_their_digits_and_zero_has_no_sign() -> None:
     assert verdict.signed(-0.0123, row("hps", -1, 1)) == "−0.012"
 
 
-def test_nested_facts_become_tables() -> None:
-    facts = {"n": 5, "sharp": {"correlation": 0.9}, "layout": {"accuracy": 0.5}}
-    (_, plain), (title, found) = report.tables("rendered", facts)
-    assert title == "rendered" and plain.to_dict() == {"": {"n": 5}}
-    assert list(found.index) == ["sharp", "layout"] and list(found) == ["correlation", "accuracy"]
-    cells = re.findall(r"<td>(.*?)</td>", report.html(found))
-    assert cells == ["0.9", "–", "–", "0.5"]
-    deep = list(report.tables("", {"one": facts, "two_b": {"x": {"y": {"z": 1}}}, "k": 12345}))
-    assert [title for title, _ in deep] == ["", "one", "one", "two b: x: y"]
-    assert "<td>12,345</td>" in report.html(deep[0][1])
-    escaped = report.html(pd.DataFrame({"<b>": ["<b>"]}, index=["<b>"]))
-    assert escaped.count("&lt;b&gt;") == 3 and "<b>" not in escaped
+def test_a_table_names_what_it_shows_and_escapes_it() -> None:
+    table = pd.DataFrame(
+        {"hps": [1.0, 12345.0], "two_b": [0.12345, None], "n": [5, 12345]}, index=["spo", "<b>"]
+    )
+    shown = report.html(table)
+    assert re.findall("<th>(.*?)</th>", shown) == ["", "HPS ×100", "two b", "n", "SPO", "&lt;b&gt;"]
+    assert re.findall("<td>(.*?)</td>", shown) == ["1", "0.1235", "5", "12,345", "–", "12,345"]
+    assert "&lt;b&gt;" in report.html(pd.DataFrame({"<b>": ["<i>"]}, index=["x"])) and "<i>" not in shown
 
 
 def test_long_prompts_are_cut_in_the_grid_and_dollars_are_no_formula() -> None:
@@ -97,7 +93,7 @@ def test_few_prompts_say_nothing_is_better() -> None:
     assert verdict.contradictions(rows, {}) == ""
     assert report.verdicts(rows).to_numpy().tolist() == [["too few prompts"] * 2]
     assert [verdict.outcome(r) for r in rows] == ["unclear", "unclear"]
-    assert plots.differences(rows, verdict.NAMES).startswith(b"\x89PNG")
+    assert plots.differences(rows, "base").startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize(("fewest", "has"), [(3, True), (4, False)])

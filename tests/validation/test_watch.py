@@ -86,7 +86,7 @@ def test_it_validates_before_every_few_iterations_and_after_the_last(tmp_path: P
     }
     samples = sorted((tmp_path / "samples").glob("*.png"))
     assert [p.stem for p in samples] == ["000000", "000002", "000004", "000005"]
-    assert (tmp_path / "good/model").read_text() == "3"  # of iteration 4; the stage saves the last
+    assert (tmp_path / "good/00000004/model").read_text() == "3"  # of iteration 4; the stage saves the last
     assert model.saved == 2 and callback.selected() is None
 
 
@@ -99,7 +99,7 @@ def test_the_best_validation_by_the_named_scorers_is_selected(tmp_path: Path) ->
     gains = [row["validation/gain"] for _, row in curve.rows]
     assert gains == pytest.approx([g / 0.5**0.5 for g in (0, 1, 3, 2)])
     assert callback.selected() == {"iteration": 4, "gain": pytest.approx(3 / 0.5**0.5)}
-    assert (tmp_path / "best/model").read_text() == "3"
+    assert (tmp_path / "best/00000004/model").read_text() == "3"
 
 
 def test_a_selection_names_a_scorer() -> None:
@@ -140,13 +140,13 @@ def test_what_was_validated_after_the_checkpoint_counts_no_more(tmp_path: Path, 
     again(4, {})
     if killed == "before the state was saved":
         assert again.selected()["iteration"] == 2
-        assert (tmp_path / "best/model").read_text() == "2"
+        assert (tmp_path / "best/00000002/model").read_text() == "2"
     else:
         assert again.selected() == {"iteration": 4, "gain": 0.0}
-    assert json.loads((tmp_path / "good/validation.json").read_text()) == {"iteration": 4}
+    assert json.loads((tmp_path / "good/00000004/validation.json").read_text()) == {"iteration": 4}
 
 
-def test_the_main_process_judges_and_the_others_follow(tmp_path: Path) -> None:
+def test_the_main_process_decides_and_the_others_follow(tmp_path: Path) -> None:
     """The other process sees another folder: no start, no saved model, other scores."""
 
     def body() -> str:
@@ -207,14 +207,14 @@ def test_a_collapse_stops_and_names_the_last_good_model(tmp_path: Path, bad, lim
     with pytest.raises(Collapse, match=rf"align.spo: stopped at iteration 4: {why}.* iteration 2, in .*good"):
         callback(4, {})
     assert curve.rows[-1][0] == 4, "the scores are logged before it stops"
-    assert json.loads((tmp_path / "good/validation.json").read_text()) == {"iteration": 2}
+    assert json.loads((tmp_path / "good/00000002/validation.json").read_text()) == {"iteration": 2}
     milder = {name: value + 0.2 if name == "max_fall" else value - 0.1 for name, value in limits.items()}
     callback, _ = watch(tmp_path / "again", Trained(GOOD, GOOD, bad), **milder)
     for iteration in (0, 2, 4):
         callback(iteration, {})
 
 
-def test_divergence_is_watched_at_every_iteration(tmp_path: Path) -> None:
+def test_divergence_is_checked_at_every_iteration(tmp_path: Path) -> None:
     callback, _ = watch(tmp_path, Trained(GOOD), max_divergence=2.0)
     callback(0, {})
     callback(1, {"kl": 1.9, "output_distance": 9.0})

@@ -12,6 +12,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from spo.evaluation.efficiency import COMPUTE, QUALITIES
+from spo.evaluation.verdict import name
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -40,8 +41,9 @@ def by_timestep(models: DataFrame, label: str, level: float, margins: DataFrame 
 
 
 @rc_context(fname=STYLE)
-def differences(rows: Sequence[Mapping[str, Any]], names: Mapping[str, str]) -> bytes:
-    """Plot each method's mean difference from one baseline with its interval, one panel per metric."""
+def differences(comparisons: Sequence[Mapping[str, Any]], baseline: str) -> bytes:
+    """Plot each method's mean difference from a baseline with its interval, one panel per metric."""
+    rows = [r for r in comparisons if r["baseline"] == baseline]
     metrics = list(dict.fromkeys(r["metric"] for r in rows))
     methods = list(dict.fromkeys(r["method"] for r in rows))
     figure = Figure((WIDTH, 0.9 + 0.4 * len(methods)))
@@ -53,11 +55,11 @@ def differences(rows: Sequence[Mapping[str, Any]], names: Mapping[str, str]) -> 
             place = methods.index(row["method"])
             axes.errorbar(middle, place, xerr=[[middle - low], [high - middle]], marker="o", capsize=3)
         axes.axvline(0, color=INK, lw=0.9)
-        axes.set_title(names.get(metric, metric))
+        axes.set_title(name(metric))
         axes.locator_params(axis="x", nbins=4)
         axes.margins(x=0.15)
     panels[0].set(ylim=(len(methods) - 0.4, -0.6), yticks=range(len(methods)))
-    panels[0].set_yticklabels([names.get(m, m) for m in methods])
+    panels[0].set_yticklabels(map(name, methods))
     return _png(figure)
 
 

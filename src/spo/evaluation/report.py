@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spo.config import yaml_text
 from spo.evaluation import efficiency, plots, seeds, verdict
-from spo.evaluation.verdict import MARKS, NAMES, name, number, outcome, signed
+from spo.evaluation.statistics import metrics
+from spo.evaluation.verdict import name, number
 from spo.methods import method_spec
 
 if TYPE_CHECKING:
@@ -61,52 +62,35 @@ def environment() -> Environment:
 
 def render(run: RunResults) -> str:
     """Render the page; the same results give the same text."""
-    images = {v: [_thumbnail(image) for image in images] for v, images in run.images.items()}
-    metrics = {r["metric"] for r in run.comparisons}
-    base = next(iter(run.scores))
-    return (
-        environment()
-        .get_template("report.html.j2")
-        .render(
-            run=run,
-            n=_count(run.scores),
-            per_prompt=len(run.scores[base]) // _count(run.scores),
-            suites=[(k, _count(s), means(s), _pairs(rows)) for k, (s, rows) in run.suites.items()],
-            headline=verdict.headline(run.comparisons),
-            cost=cost(run),
-            contradictions=verdict.contradictions(run.comparisons, run.curves),
-            verdicts=verdicts(run.comparisons),
-            grid=list(zip(run.prompts, zip(*images.values(), strict=True), strict=True)),
-            means=means(run.scores),
-            pairs=_pairs(run.comparisons),
-            differences=plots.differences([r for r in run.comparisons if r["baseline"] == base], NAMES),
-            accuracy=_accuracy(run),
-            local=_local_judgement(run),
-            efficiency=_efficiency(run),
-            seeds=_seeds(run),
-            curves={k: plots.curves(v, plots.training_metrics(v), True) for k, v in run.curves.items()},
-            validation={
-                k: plots.curves(v, shown_metrics, False)
-                for k, v in run.curves.items()
-                if (shown_metrics := plots.validation_metrics(v))
-            },
-            times=_times(run),
-            params_yaml=yaml_text.dump(run.params),
-            summaries=[t for k, v in run.summaries.items() for t in tables(k, v)],
-            world={k: list(tables("", v)) for k, v in (run.world or {}).items()},
-            has_oracle=any(metric.startswith("oracle_") for metric in metrics),
-            has_alignment=bool(metrics & {"oracle_alignment", "clipscore"}),
-            name=name,
-            signed=signed,
-            html=html,
-            data_uri=lambda png: "data:image/png;base64," + base64.b64encode(png).decode(),
-            marks=MARKS,
-        )
+    shown = (
+        accuracy,
+        cost,
+        data_uri,
+        efficiency_figure,
+        html,
+        local_judgement,
+        means,
+        pairs,
+        seed_table,
+        times,
+    )
+    functions = {function.__name__: function for function in (*shown, thumbnail, verdicts)}
+    measured = {r["metric"] for r in run.comparisons}
+    page = environment().get_template("report.html.j2")
+    return page.render(
+        run=run,
+        n=next(iter(run.scores.values()))["prompt"].nunique(),
+        has_oracle=any(metric.startswith("oracle_") for metric in measured),
+        has_alignment=bool(measured & {"oracle_alignment", "clipscore"}),
+        plots=plots,
+        verdict=verdict,
+        yaml=yaml_text.dump,
+        **functions,
     )
 
 
 def html(frame: DataFrame) -> str:
-    """A table of facts, with display names and "–" for what is missing."""
+    """A table with display names, and "–" for what is missing."""
     from markupsafe import Markup
 
     cells = frame.map(lambda value: "–" if value is None or value != value else number(value))
@@ -114,7 +98,13 @@ def html(frame: DataFrame) -> str:
     return Markup(shown.to_html(border=0, index_names=False, justify="unset"))
 
 
-def _thumbnail(image: Image.Image) -> bytes:
+def data_uri(png: bytes) -> str:
+    """Encode a PNG as a data: URI."""
+    return "data:image/png;base64," + base64.b64encode(png).decode()
+
+
+def thumbnail(image: Image.Image) -> bytes:
+    """A small PNG of an image."""
     from PIL import ImageOps
 
     buffer = io.BytesIO()
@@ -122,19 +112,15 @@ def _thumbnail(image: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def _count(scores: Mapping[str, DataFrame]) -> int:
-    """The number of prompts, of which each may have several images."""
-    return int(next(iter(scores.values()))["prompt"].nunique())
-
-
 def means(scores: Mapping[str, DataFrame]) -> DataFrame:
     """The mean scores by variant and metric."""
+    return _fixed(_frame({v: table[metrics(table)].mean() for v, table in scores.items()}), 3)
+
+
+def _frame(rows: Mapping[str, Any]) -> DataFrame:
     from pandas import DataFrame
 
-    from spo.evaluation.statistics import metrics
-
-    shown = {v: table[metrics(table)].mean() for v, table in scores.items()}
-    return _fixed(DataFrame.from_dict(shown, orient="index"), 3)
+    return DataFrame.from_dict(rows, orient="index")
 
 
 def _fixed(frame: DataFrame, digits: int) -> DataFrame:
@@ -142,27 +128,21 @@ def _fixed(frame: DataFrame, digits: int) -> DataFrame:
     return frame.map(lambda value: f"{value:.{digits}f}" if value == value else None)
 
 
+def pairs(rows: Comparisons) -> dict[str, list[Mapping[str, Any]]]:
+    """Group comparisons by method and baseline."""
+    groups: dict[str, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(f"{name(row['method'])} − {name(row['baseline'])}", []).append(row)
+    return groups
+
+
 def verdicts(rows: Comparisons) -> DataFrame:
     """Which metrics are better, worse or unclear, by pair of variants."""
-    from pandas import DataFrame
-
-    marks = {
-        title: {r["metric"]: MARKS[kind] if verdict.has_interval(r) else "too few prompts" for kind, r in own}
-        for title, own in _pairs(rows)
-    }
-    return DataFrame.from_dict(marks, orient="index")
+    marks = {title: {r["metric"]: verdict.mark(r) for r in own} for title, own in pairs(rows).items()}
+    return _frame(marks)
 
 
-def _pairs(rows: Comparisons) -> list[tuple[str, list[tuple[str, Mapping[str, Any]]]]]:
-    """Group comparisons by method and baseline, each row with its outcome."""
-    groups: dict[str, list[tuple[str, Mapping[str, Any]]]] = {}
-    for row in rows:
-        title = f"{name(row['method'])} − {name(row['baseline'])}"
-        groups.setdefault(title, []).append((outcome(row), row))
-    return list(groups.items())
-
-
-def _seeds(run: RunResults) -> DataFrame | None:
+def seed_table(run: RunResults) -> DataFrame | None:
     """Mean differences by training seed."""
     frame = seeds.table(run.params["seed"], run.comparisons, run.seeds)
     if frame is None:
@@ -172,7 +152,7 @@ def _seeds(run: RunResults) -> DataFrame | None:
     return shown.assign(**{"standard deviation": frame["std"].map("{:.3f}".format)}).drop(columns="std")
 
 
-def _accuracy(run: RunResults) -> tuple[DataFrame, bytes] | None:
+def accuracy(run: RunResults) -> tuple[DataFrame, bytes] | None:
     """The accuracy of the preference models by timestep in percent: a table and a figure."""
     if not run.preference:
         return None
@@ -183,7 +163,7 @@ def _accuracy(run: RunResults) -> tuple[DataFrame, bytes] | None:
     return _fixed(titled.assign(mean=values.mean(axis=1)), 1), figure
 
 
-def _local_judgement(run: RunResults) -> tuple[DataFrame, bytes] | None:
+def local_judgement(run: RunResults) -> tuple[DataFrame, bytes] | None:
     """The correlation with the oracle within the candidates of a step: a table of means, and a figure."""
     measured = {k: m["local"] for k, m in run.preference.items() if m.get("local")}
     if not measured:
@@ -201,13 +181,11 @@ def _local_judgement(run: RunResults) -> tuple[DataFrame, bytes] | None:
 
 def _by_timestep(models: Mapping[str, Mapping[str, float]]) -> DataFrame:
     """A row for each model, a column for each timestep."""
-    from pandas import DataFrame
-
     by_step = {name(k): {int(t): v for t, v in values.items()} for k, values in models.items()}
-    return DataFrame.from_dict(by_step, orient="index").sort_index(axis=1)
+    return _frame(by_step).sort_index(axis=1)
 
 
-def _efficiency(run: RunResults) -> bytes | None:
+def efficiency_figure(run: RunResults) -> bytes | None:
     """The figure of quality against compute; None where it was not measured."""
     measured = {}
     for method, trained in run.alignment.items():
@@ -218,38 +196,17 @@ def _efficiency(run: RunResults) -> bytes | None:
     return plots.efficiency(measured) if measured else None
 
 
-def _times(run: RunResults) -> DataFrame:
+def times(run: RunResults) -> DataFrame:
     """Training times and counts, from the metrics files that exist."""
-    from pandas import DataFrame
-
-    stages = {**run.preference, **{f"align {k}": v for k, v in run.alignment.items()}}
-    frame = DataFrame.from_dict(stages, orient="index")
+    frame = _frame({**run.preference, **{f"align {k}": v for k, v in run.alignment.items()}})
     return frame[[column for column in FACTS if column in frame]]
 
 
 def cost(run: RunResults) -> str:
     """What each method's training took, with that of the models trained for it; empty if unknown."""
-    times = []
+    taken = []
     for method, own in run.alignment.items():
         parts = [own, *(run.preference.get(key, {}) for key in method_spec(method).trained_first)]
         if all("seconds" in part for part in parts):
-            times.append(f"{sum(float(p['seconds']) for p in parts):,.0f} s for {name(method)}")
-    return f"Training took {verdict.listed(times)}, preference models included." if times else ""
-
-
-def tables(title: str, facts: Mapping[str, Any]) -> Iterator[tuple[str, DataFrame]]:
-    """Turn nested facts into tables with titles; groups of plain values become the rows of one table."""
-    from pandas import DataFrame
-
-    groups = {k: v for k, v in facts.items() if isinstance(v, Mapping)}
-    plain = {k: v for k, v in facts.items() if k not in groups}
-    rows = {k: v for k, v in groups.items() if not any(isinstance(x, Mapping) for x in v.values())}
-    if len(rows) == 1:  # a single row is more readable as a column, below
-        rows = {}
-    if plain:
-        yield title, DataFrame({"": plain.values()}, index=list(plain), dtype=object)
-    if rows:
-        yield title, DataFrame.from_dict(rows, orient="index")
-    for key, group in groups.items():
-        if key not in rows:
-            yield from tables(f"{title}: {name(key)}" if title else name(key), group)
+            taken.append(f"{sum(float(p['seconds']) for p in parts):,.0f} s for {name(method)}")
+    return f"Training took {verdict.listed(taken)}, preference models included." if taken else ""

@@ -45,11 +45,9 @@ def name(key: str) -> str:
 
 
 def number(value: Any) -> str:
-    """Format a fact: floats with four digits, lists joined."""
+    """Format a fact: floats with four digits."""
     if isinstance(value, float):
         return f"{value:,.4g}" if abs(value) < 1000 else f"{value:,.0f}"
-    if isinstance(value, (list, tuple)):
-        return ", ".join(number(v) for v in value)
     if isinstance(value, int) and not isinstance(value, bool):
         return f"{value:,}"
     return str(value)
@@ -74,6 +72,11 @@ def outcome(row: Mapping[str, Any]) -> str:
     if row["ci_low"] > 0:
         return "better"
     return "worse" if row["ci_high"] < 0 else "unclear"
+
+
+def mark(row: Mapping[str, Any]) -> str:
+    """The outcome as the page's tables show it."""
+    return MARKS[outcome(row)] if has_interval(row) else "too few prompts"
 
 
 def headline(rows: Sequence[Mapping[str, Any]]) -> str:

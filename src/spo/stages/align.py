@@ -127,8 +127,9 @@ def _write(
     folder, full = OUTPUT / method, getattr(params.align, method).lora is None
     remove(folder)
     selected = watch.selected() if watch else None
-    if watch and selected is not None:
-        shutil.copytree(watch.best.folder, folder, ignore=shutil.ignore_patterns(FACTS))
+    best = watch.best.path() if watch and selected is not None else None
+    if best is not None:
+        shutil.copytree(best, folder, ignore=shutil.ignore_patterns(FACTS))
     else:
         _save(backbone, full, folder)
     facts = {f"selected_{name}": value for name, value in (selected or {}).items()}
@@ -155,8 +156,8 @@ def _log_model(tracked: Run, folder: Path, full: bool, curve: Curve, iteration: 
 def _log_last_good(tracked: Run, watch: Watch, full: bool, curve: Curve) -> None:
     """Log the models that a collapsed training leaves: the last good one and, with `select`, the best."""
     for saved in (watch.good, watch.best):
-        if facts := saved.facts():
-            _log_model(tracked, saved.folder, full, curve, facts["iteration"])
+        if path := saved.path():
+            _log_model(tracked, path, full, curve, saved.facts()["iteration"])
 
 
 def _watch(

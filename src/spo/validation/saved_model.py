@@ -1,9 +1,9 @@
-"""A model that a training saves on the way: the best one so far, and the last good one."""
+"""A model that a training saves on the way: the best one so far, or the last good one."""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,38 +13,41 @@ FACTS = "validation.json"  # beside the weights: the model's iteration, and its 
 
 
 class SavedModel:
-    """A folder with weights, which a new model replaces.
+    """The newest of the models in a folder, each in a folder named by its iteration.
 
-    The former model stays beside it until the state of the training is saved too: a process that is killed
-    before that resumes from an earlier state, which the new model is ahead of.
+    Earlier ones stay until the state of the training is saved too: a process that is killed before that
+    resumes from an earlier state, which the newest model is ahead of.
     """
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self._former = folder, folder.with_name(f"{folder.name}.former")
+        self._folder = folder
+
+    def path(self) -> Path | None:
+        """The folder of the model; None if there is no model."""
+        return max(self._folder.glob("[0-9]*"), default=None)
 
     def facts(self) -> Any:
         """The iteration and the gain of the model; None if there is no model."""
-        return read_json(self.folder / FACTS, "saved model") if self.folder.exists() else None
+        path = self.path()
+        return read_json(path / FACTS, "saved model") if path else None
 
-    def replace(self, save: Callable[[Path], None], facts: Mapping[str, float]) -> None:
-        """Save a model, by a function that writes it to a folder."""
-        fresh = self.folder.with_name(f"{self.folder.name}.partial")
-        shutil.rmtree(fresh, ignore_errors=True)
-        save(fresh)
-        write_json(fresh / FACTS, facts)
-        if self.folder.exists():
-            self.drop_former()
-            self.folder.rename(self._former)
-        fresh.rename(self.folder)
+    def save(self, write: Callable[[Path], None], iteration: int, **facts: float) -> None:
+        """Save a model by a function that writes it to a folder."""
+        fresh, path = self._folder / "partial", self._folder / f"{iteration:08d}"
+        for folder in (fresh, path):
+            shutil.rmtree(folder, ignore_errors=True)
+        self._folder.mkdir(parents=True, exist_ok=True)
+        write(fresh)
+        write_json(fresh / FACTS, {"iteration": iteration, **facts})
+        fresh.rename(path)
 
-    def drop_former(self) -> None:
-        """Remove the former model: the state of the training after the new one is saved."""
-        shutil.rmtree(self._former, ignore_errors=True)
+    def prune(self) -> None:
+        """Remove all but the newest model, after the state of the training is saved."""
+        for path in sorted(self._folder.glob("[0-9]*"))[:-1]:
+            shutil.rmtree(path)
 
     def rewind(self, iteration: int) -> None:
         """Remove what was saved after `iteration`, from where the training resumes."""
-        for folder in (self.folder, self._former):
-            if folder.exists() and read_json(folder / FACTS, "saved model")["iteration"] > iteration:
-                shutil.rmtree(folder)
-        if self._former.exists() and not self.folder.exists():
-            self._former.rename(self.folder)
+        for path in self._folder.glob("[0-9]*"):
+            if int(path.name) > iteration:
+                shutil.rmtree(path)

@@ -76,8 +76,8 @@ class Watch:
             Collapse: a limit was passed; the line names it and the last good model.
         """
         if is_main_process():  # by now the state of the training after these models is saved
-            self.good.drop_former()
-            self.best.drop_former()
+            self.good.prune()
+            self.best.prune()
         limit = self.settings.max_divergence
         if limit is not None:
             self._stop(iteration, limits.divergence_passed(self.divergence, metrics, limit))
@@ -110,9 +110,9 @@ class Watch:
         if reason is not None or iteration == 0:
             return reason
         if iteration != self.iterations:
-            self.good.replace(self.save, {"iteration": iteration})
+            self.good.save(self.save, iteration)
         if gain is not None and gain > (self.best.facts() or {"gain": -math.inf})["gain"]:
-            self.best.replace(self.save, {"iteration": iteration, "gain": gain})
+            self.best.save(self.save, iteration, gain=gain)
         return None
 
     def _save_image(self, row: Image.Image, iteration: int) -> None:
@@ -127,7 +127,7 @@ class Watch:
         line = None
         if reason is not None and is_main_process():
             good = self.good.facts()
-            last = f"iteration {good['iteration']}, in {self.good.folder}" if good else "none"
+            last = f"iteration {good['iteration']}, in {self.good.path()}" if good else "none"
             line = f"{self.name}: stopped at iteration {iteration}: {reason}; last good model: {last}"
         line = distributed.broadcast(line)
         if line is not None:
