@@ -45,21 +45,19 @@ def differences(comparisons: Sequence[Mapping[str, Any]], baseline: str) -> byte
     """Plot each method's mean difference from a baseline with its interval, one panel per metric."""
     rows = [r for r in comparisons if r["baseline"] == baseline]
     metrics = list(dict.fromkeys(r["metric"] for r in rows))
-    methods = list(dict.fromkeys(r["method"] for r in rows))
-    figure = Figure((WIDTH, 0.9 + 0.4 * len(methods)))
+    figure = Figure((WIDTH, 0.9 + 0.4 * len(rows) / len(metrics)))
     panels = figure.subplots(1, len(metrics), squeeze=False, sharey=True)[0]
     for axes, metric in zip(panels, metrics, strict=True):
         for row in (r for r in rows if r["metric"] == metric):
             middle = row["mean_difference"]
             low, high = (middle if row[end] is None else row[end] for end in ("ci_low", "ci_high"))
-            place = methods.index(row["method"])
-            axes.errorbar(middle, place, xerr=[[middle - low], [high - middle]], marker="o", capsize=3)
+            margins = [[middle - low], [high - middle]]
+            axes.errorbar(middle, name(row["method"]), xerr=margins, marker="o", capsize=3)
         axes.axvline(0, color=INK, lw=0.9)
         axes.set_title(name(metric))
         axes.locator_params(axis="x", nbins=4)
-        axes.margins(x=0.15)
-    panels[0].set(ylim=(len(methods) - 0.4, -0.6), yticks=range(len(methods)))
-    panels[0].set_yticklabels(map(name, methods))
+        axes.margins(x=0.15, y=0.2)
+    panels[0].invert_yaxis()
     return _png(figure)
 
 
