@@ -21,9 +21,9 @@ from benchmarks.models import SEED, Models
 from spo import config
 from spo.data.images import to_tensor
 from spo.diffusion.noise import generator
-from spo.evaluation.generation import draw
 from spo.rewards import load_scorer
 from spo.types import Scorer
+from spo.validation.generation import draw
 
 SCORERS = ("pickscore", "hps", "aesthetic")
 

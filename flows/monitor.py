@@ -122,10 +122,11 @@ def measure(params: config.Params, prompts: list[str], seed: int) -> tuple[list[
 
     from spo import adapters
     from spo.commands import registry
-    from spo.evaluation import generation, statistics
-    from spo.evaluation.scoring import score_images
+    from spo.evaluation import statistics
     from spo.ingest.selection import check_vocabulary
     from spo.training import budget, distributed
+    from spo.validation import generation
+    from spo.validation.scoring import score_images
 
     if params.prompts.vocabulary is not None:
         check_vocabulary(prompts, Path(params.prompts.vocabulary))

@@ -9,9 +9,9 @@ import pytest
 import yaml
 
 from spo import config
-from spo.evaluation import generation, scoring
 from spo.stages import generate
 from spo.training.checkpoint import CheckpointStore
+from spo.validation import generation, scoring
 
 PROMPTS = ["a circle", "a blue star on sand", "a large red square", "a small star", "a green circle"]
 
@@ -53,23 +53,32 @@ def test_generation_resumes_after_the_last_complete_batch(load, tmp_path: Path, 
     assert drawn == [1, 2, 1]
 
 
-def test_scoring_resumes_after_the_last_scorer(tmp_path: Path, monkeypatch) -> None:
+def test_scoring_resumes_after_the_last_scorer(tmp_path: Path) -> None:
     asked: list[str] = []
 
-    def scorer(name: str):
-        return lambda images, prompts: (asked.append(name), {name: [0.1, 1 / 3]})[1]
+    class Constant:
+        def __init__(self, name: str) -> None:
+            self.name = name
 
-    def broken(images, prompts):
-        raise KeyboardInterrupt
+        def score(self, images, prompts) -> list[float]:
+            asked.append(self.name)
+            return [0.1] * len(images)
 
-    store = CheckpointStore(tmp_path, keep=None)
-    monkeypatch.setattr(scoring, "_scorers", lambda *given: [scorer("a"), broken])
+    def broken(name: str) -> Constant:
+        if name == "hps":
+            raise KeyboardInterrupt
+        return Constant(name)
+
+    store, images = CheckpointStore(tmp_path, keep=None), [None] * 2
+    score = settings(1).score.model_copy(update={"oracle": None})
+    params = settings(1).model_copy(update={"score": score})
     with pytest.raises(KeyboardInterrupt):
-        scoring.score_images(settings(1), [None] * 2, PROMPTS[:2], "cpu", store)
-    monkeypatch.setattr(scoring, "_scorers", lambda *given: [scorer("a"), scorer("b")])
-    scores = scoring.score_images(settings(1), [None] * 2, PROMPTS[:2], "cpu", store)
-    assert scores == {"a": [0.1, 1 / 3], "b": [0.1, 1 / 3]} and list(scores) == ["a", "b"]
-    assert asked == ["a", "b"]
+        scoring.score_images(params, images, PROMPTS[:2], "cpu", store, broken)
+    assert {*asked} == {"pickscore"}
+    scores = scoring.score_images(params, images, PROMPTS[:2], "cpu", store, Constant)
+    assert scores == dict.fromkeys(params.score.configured(), [0.1, 0.1])
+    assert list(scores) == list(dict.fromkeys(asked)) == list(params.score.configured())
+    assert all(asked.count(name) == asked.count("pickscore") for name in asked), "none was asked twice"
 
 
 def test_cached_images_are_named_by_everything_they_depend_on(tmp_path: Path, monkeypatch) -> None:

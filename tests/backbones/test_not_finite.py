@@ -149,17 +149,17 @@ def test_overflow_in_half_precision_says_so(checkpoints, tmp_path, experiment, c
 
 
 def test_validation_images_are_refused(checkpoints, tmp_path, load) -> None:
-    from spo.evaluation import validation
+    from spo.validation import images
 
     backbone = load("sd", checkpoint=str(poisoned(checkpoints, tmp_path, *DECODER, NAN)))
     params = config.validate(yaml.safe_load(config.preset("smoke")))
     Path(tmp_path / "outputs/prompts").mkdir(parents=True)
-    (tmp_path / validation.PROMPTS).write_text("a circle\na star\n")
+    (tmp_path / images.PROMPTS).write_text("a circle\na star\n")
     settings = config.Validation(every=1, prompts=2)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path)
         with pytest.raises(ValueError, match="VAE decoder output, prompt 'a circle'"):
-            validation.generate(backbone, params, settings, 2.0)
+            images.generate(backbone, params, settings, 2.0)
 
 
 def spo_method(backbone, model, words) -> SpoMethod:

@@ -18,7 +18,6 @@ from waits import DEVICE, counted
 from spo import config
 from spo.diffusion import ddim
 from spo.diffusion.schedule import Schedule
-from spo.evaluation import generation
 from spo.methods.diffusion_dpo import DiffusionDpoMethod
 from spo.methods.lpo import LpoMethod
 from spo.methods.spo import SpoMethod
@@ -31,6 +30,7 @@ from spo.training import loop
 from spo.training.alignment import Alignment
 from spo.training.state import TrainingState
 from spo.types import Budget
+from spo.validation import generation
 
 PROMPTS = ["a circle", "a blue star on sand"]
 OPTIMIZER = config.Optimizer(learning_rate=1e-4)
@@ -155,7 +155,7 @@ def test_generation_waits_as_often_whatever_its_steps(base, monkeypatch) -> None
         assert found == {
             "diffusion/schedule.py to": 3,  # the schedule's tensors
             "diffusion/finite.py failure": 2,  # after the last step, after decoding
-            "evaluation/generation.py batch": 1,  # the images of a batch
+            "validation/generation.py batch": 1,  # the images of a batch
         }
 
 

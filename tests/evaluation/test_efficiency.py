@@ -3,7 +3,7 @@
 import pandas as pd
 import pytest
 
-from spo.evaluation.efficiency import course
+from spo.evaluation.efficiency import points
 
 CURVE = pd.DataFrame(
     {
@@ -18,18 +18,17 @@ TRAINED = {"training_seconds": 40.0, "unet_samples": 1000, "iterations": 10, "se
 
 def test_the_models_trained_first_come_before_and_compute_grows_evenly() -> None:
     first = [{"training_seconds": 30.0, "unet_samples": 200}]
-    column, points = course(CURVE, TRAINED, first)
-    assert column == "validation/oracle_aesthetic"
-    assert points.seconds == pytest.approx([30, 50, 70])
-    assert points.unet_samples == pytest.approx([200, 700, 1200])
-    assert points.quality == [0.5, 0.7, 0.6] and points.selected == 1
+    found = points(CURVE, TRAINED, first)
+    assert found["training_seconds"].tolist() == pytest.approx([30, 50, 70])
+    assert found["unet_samples"].tolist() == pytest.approx([200, 700, 1200])
+    assert found["validation/oracle_aesthetic"].tolist() == [0.5, 0.7, 0.6]
+    assert found["selected"].tolist() == [False, True, False]
 
 
 def test_without_an_oracle_the_gain_is_shown_and_without_a_selection_no_star() -> None:
-    column, points = course(
-        CURVE.drop(columns="validation/oracle_aesthetic"), {**TRAINED, "selected_iteration": None}, []
-    )
-    assert column == "validation/gain" and points.quality == [0.0, 1.5, 1.0] and points.selected is None
+    trained = {**TRAINED, "selected_iteration": None}
+    found = points(CURVE.drop(columns="validation/oracle_aesthetic"), trained, [])
+    assert found["validation/gain"].tolist() == [0.0, 1.5, 1.0] and not found["selected"].any()
 
 
 @pytest.mark.parametrize(
@@ -41,4 +40,4 @@ def test_without_an_oracle_the_gain_is_shown_and_without_a_selection_no_star() -
     ],
 )
 def test_what_was_not_measured_is_not_shown(curve, trained, first) -> None:
-    assert course(curve, trained, first) is None
+    assert points(curve, trained, first) is None

@@ -1,9 +1,10 @@
-"""The gallery: its files, and its page in a real browser."""
+"""The gallery: its files and its page, which nightly tests use in a real browser."""
 
 from __future__ import annotations
 
 import base64
 import io
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 import pandas as pd
 import pytest
 from browser import Browser, chromium
+from markupsafe import escape
 from PIL import Image
 
 from spo.evaluation import gallery
@@ -99,6 +101,24 @@ def test_the_same_run_gives_the_same_page(page: Path, tmp_path: Path) -> None:
     assert again.read_bytes() == page.read_bytes()
 
 
+def test_the_page_holds_what_its_script_sorts_by_and_prompts_are_text(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    (content,) = re.findall(r'<script type="application/json" id="data">(.*?)</script>', text)
+    data = json.loads(content)
+    assert [v["key"] for v in data["variants"]] == list(SCORES) and (data["variant"], data["over"]) == (
+        "spo",
+        "base",
+    )
+    assert [m["key"] for m in data["metrics"]] == ["hps", "</script>"]
+    by_variant = [[prompt[i][0] for prompt in data["scores"]] for i in range(3)]
+    assert by_variant == list(SCORES.values()) and data["seeds"] == list(range(1000, 1005))
+    assert [re.sub("<.*?>", "", h).split(" ", 1)[1] for h in re.findall("<h2>(.*?)</h2>", text)] == [
+        str(escape(prompt)) for prompt in PROMPTS
+    ]
+    assert text.count("<script") == 2 and "<img src=x" not in text
+
+
+@pytest.mark.nightly
 @pytest.mark.services
 @pytest.mark.parametrize(
     ("choices", "order"),
@@ -122,6 +142,7 @@ def test_it_sorts_by_gain_loss_and_every_score(browser: Browser, choices: dict[s
     assert browser.errors == []
 
 
+@pytest.mark.nightly
 @pytest.mark.services
 def test_images_show_their_score_and_its_difference(browser: Browser) -> None:
     captions = f"{SHOWN}[1].innerText.split('\\n').slice(1)"
@@ -134,6 +155,7 @@ def test_images_show_their_score_and_its_difference(browser: Browser) -> None:
     )
 
 
+@pytest.mark.nightly
 @pytest.mark.services
 def test_it_filters_by_words(browser: Browser) -> None:
     browser.press("/")  # goes to the field
@@ -155,6 +177,7 @@ LARGE = "document.querySelector('#large-prompt').textContent"
 CURRENT = "document.querySelector('dialog .current')?.innerText"
 
 
+@pytest.mark.nightly
 @pytest.mark.services
 def test_a_click_enlarges_and_shows_all_scores(browser: Browser) -> None:
     browser.choose("sort", "gain")
@@ -182,6 +205,7 @@ def test_a_click_enlarges_and_shows_all_scores(browser: Browser) -> None:
     assert browser.errors == []
 
 
+@pytest.mark.nightly
 @pytest.mark.services
 def test_the_keyboard_does_it_too(browser: Browser) -> None:
     browser.click("input")
@@ -204,6 +228,7 @@ def test_the_keyboard_does_it_too(browser: Browser) -> None:
     browser.wait("document.activeElement.closest('li')?.querySelector('.number').textContent", "2")
 
 
+@pytest.mark.nightly
 @pytest.mark.services
 def test_a_prompt_that_is_html_is_text(browser: Browser, page: Path) -> None:
     browser.click("#prompts li:nth-child(3) .picture")
@@ -214,6 +239,7 @@ def test_a_prompt_that_is_html_is_text(browser: Browser, page: Path) -> None:
     assert browser.errors == []
 
 
+@pytest.mark.nightly
 @pytest.mark.services
 def test_it_asks_nothing_of_the_network_and_works_without_its_images(
     tab: Browser, page: Path, tmp_path: Path
@@ -227,6 +253,7 @@ def test_it_asks_nothing_of_the_network_and_works_without_its_images(
     assert tab.requested and {url.split(":")[0] for url in tab.requested} <= {"file", "data", "about"}
 
 
+@pytest.mark.nightly
 @pytest.mark.services
 def test_a_phone_needs_no_sideways_scrolling(tab: Browser, page: Path) -> None:
     tab.size(390, 844, phone=True)

@@ -6,7 +6,7 @@ import pytest
 
 from spo.config import Generate, Variant
 from spo.evaluation import statistics
-from spo.evaluation.generation import each_image
+from spo.validation.generation import each_image
 
 
 def table(shift: float, per_prompt: int = 3) -> pd.DataFrame:

@@ -21,6 +21,7 @@ import yaml
 from PIL import Image
 
 from spo import config
+from spo.evaluation import results, seeds
 from spo.stages import report as stage
 
 N = 12
@@ -51,7 +52,33 @@ class Tracked:
 @pytest.fixture
 def tracked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Tracked:
     """A run in the working folder; what its report stage tracks."""
-    monkeypatch.chdir(tmp_path)
+    return prepared(tmp_path, monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Tracked]:
+    """The folder of a run with its report, and what was tracked."""
+    folder = tmp_path_factory.mktemp("run")
+    with pytest.MonkeyPatch.context() as patch:
+        run = prepared(folder, patch)
+        stage.run(params(tracking="http://me:secret@tracker:5000"))
+    return folder / "reports", run
+
+
+@pytest.fixture
+def finished(first: tuple[Path, Tracked], monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The reports of a run, in whose folder the test runs; they are only read."""
+    monkeypatch.chdir(first[0].parent)
+    return first[0]
+
+
+@pytest.fixture
+def page(finished: Path) -> str:
+    return (finished / "report.html").read_text(encoding="utf-8")
+
+
+def prepared(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Tracked:
+    monkeypatch.chdir(folder)
     run = Tracked()
 
     @contextmanager
@@ -59,7 +86,7 @@ def tracked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Tracked:
         yield run
 
     monkeypatch.setattr(stage, "stage", no_mlflow)
-    write_run(tmp_path)
+    write_run(folder)
     return run
 
 
@@ -89,6 +116,13 @@ def write_run(root: Path) -> None:
     for update in (0, 58):
         Image.new("RGB", (40, 20), (update, 0, 0)).save(root / f"outputs/align/spo/samples/{update:06d}.png")
     write_json(root / "outputs/prompts/summary.json", {"train": 1200, "removed": {"duplicate": 3}})
+    other = [{"method": "spo", "baseline": "base", "metric": "pickscore", "mean_difference": 1.5}]
+    other[0] |= {"ci_low": 1.0, "ci_high": 2.0, "win_rate": 1.0, "n": N}
+    settings = seeds.settings(params())
+    changed = {**settings["align"], "spo": {**settings["align"]["spo"], "beta": 1}}
+    for seed, given in ((1, settings), (2, {**settings, "align": changed})):
+        content = {"seed": seed, "settings": given, "comparisons": other}
+        write_json(root / f"reports/seeds/{seed}.json", content)
     write_json(root / "data/world.json", {"labels": {"ties": 0.0903}, "oracle": {"rendered": {"n": 1000}}})
     out = {"path": "outputs/images/spo", "md5": "0123456789abcdef.dir"}
     stage = {"cmd": "spo generate spo", "outs": [out]}
@@ -120,18 +154,15 @@ def params(**changes: Any) -> config.Params:
     return config.validate({**raw, "report": {"bootstrap_samples": 200, "grid_prompts": 3}, **changes})
 
 
-def test_the_page_tells_the_figures(tracked: Tracked) -> None:
-    stage.run(params())
-    page = Path("reports/report.html").read_text(encoding="utf-8")
+def test_the_page_has_the_figures(page: str) -> None:
     for text in (
-        "SPO beats the base model by PickScore and the oracle&#39;s aesthetics; alignment with the",
-        "SPO beats Diffusion-DPO by",
-        "SPO against Base, more guidance",
+        "By the oracle&#39;s aesthetics, SPO beats the base model (+0.25000, +0.25000 to +0.25000), Diff",
+        "Against the base model, it raises PickScore and lowers alignment with the prompt.",
+        "Training took 120 s for SPO and 60 s for Diffusion-DPO",
+        "Beware: with SPO, other scores rose while alignment with the prompt fell (against Base).",
         "+2.00000",  # SPO's PickScore over base: the noise is shared, so the interval has no width
         "100.0 %",
         "81.2",  # the SPM's accuracy at t = 0
-        "SPO took 120 s (30 s for Step-aware (the SPM) and 90 s for alignment)",
-        "Diffusion-DPO took 60 s.",
         "The first 3 test prompts",
         "13,600",
         "0123456789ab",
@@ -141,19 +172,38 @@ def test_the_page_tells_the_figures(tracked: Tracked) -> None:
         "Before training",
         "After 58 updates",
         "Scores of validation images of spo",
+        "another value of align.spo.beta",
     ):
         assert text in page, text
     assert page.count('<tr class="') == PAIRS * (1 + 3)  # pairs of variants: a heading and three metrics
     assert page.count("<td><img") == 3 * len(SHIFT)
+    assert "suites of prompts" not in page and "not measured separately" not in page
 
 
-def test_the_page_stands_alone_and_escapes_prompts(tracked: Tracked) -> None:
-    stage.run(params(tracking="http://me:secret@tracker:5000"))
-    page = Path("reports/report.html").read_text(encoding="utf-8")
+def rows(page: str) -> list[list[str]]:
+    """The rows of all tables, each as the text of its cells."""
+    found = re.findall(r"<tr[^>]*>(.*?)</tr>", page, re.DOTALL)
+    return [[re.sub(r"<[^>]*>", "", c).strip() for c in re.findall(r"<t[hd].*?</t[hd]>", r)] for r in found]
+
+
+def test_a_table_has_the_verdict_on_every_pair_of_variants(page: str) -> None:
+    metrics, verdicts = ["PickScore", "Oracle: aesthetics", "Oracle: alignment"], rows(page)
+    assert verdicts[0] == ["", *metrics]
+    assert verdicts[1] == ["SPO − Base", "▲ better", "▲ better", "▼ worse"]
+    assert verdicts[PAIRS] == ["Base, more guidance − Base", "▲ better", "▲ better", "· unclear"]
+
+
+def test_another_seed_is_shown_beside_this_one(page: str) -> None:
+    cells = ["+2.000", "+1.500", "+1.750", "0.354"]  # differences of 2 and 1.5
+    assert ["", "seed 0", "seed 1", "mean", "standard deviation"] in rows(page)
+    assert ["SPO − Base: PickScore", *cells] in rows(page)
+
+
+def test_the_page_stands_alone_and_escapes_prompts(page: str) -> None:
     assert "alert(1)" in page
     assert "<script" not in page.lower()
     assert "http" not in page and "secret" not in page
-    assert re.findall(r'href="([^"]*)', page) == ["gallery.html"]
+    assert re.findall(r'href="([^"]*)', page) == ["#comparisons", "gallery.html"]
     sources = re.findall(r'src="([^"]{0,30})', page)
     assert sources and all(s.startswith("data:image/png;base64,") for s in sources)
 
@@ -161,6 +211,7 @@ def test_the_page_stands_alone_and_escapes_prompts(tracked: Tracked) -> None:
 JAVASCRIPT = "<script>document.title = 'stolen'</script><img src=x onerror=\"document.title = 'stolen'\">"
 
 
+@pytest.mark.nightly
 @pytest.mark.services
 def test_a_browser_runs_nothing_of_a_prompt(
     tracked: Tracked, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -195,26 +246,34 @@ def test_a_browser_runs_nothing_of_a_prompt(
     )  # name and prompt
 
 
-def test_the_files_beside_the_page(tracked: Tracked) -> None:
-    stage.run(params())
-    rows = json.loads(Path("reports/comparisons.json").read_text(encoding="utf-8"))
-    assert len(rows) == PAIRS * 3
-    assert rows[0]["mean_difference"] == pytest.approx(2)
-    flat = json.loads(Path("reports/metrics/comparisons.json").read_text(encoding="utf-8"))
+def test_the_files_beside_the_page(finished: Path, first: tuple[Path, Tracked]) -> None:
+    compared = json.loads((finished / "comparisons.json").read_text(encoding="utf-8"))
+    assert len(compared) == PAIRS * 3
+    assert compared[0]["mean_difference"] == pytest.approx(2)
+    flat = json.loads((finished / "metrics/comparisons.json").read_text(encoding="utf-8"))
     assert flat["spo"]["base"]["oracle_aesthetic"] == {"difference": 0.25, "win_rate": 1.0}
+    assert json.loads((finished / "suites.json").read_text(encoding="utf-8")) == {}
+    tracked = first[1]
     assert tracked.metrics["spo_vs_base/oracle_aesthetic/difference"] == 0.25
     assert tracked.artifacts == ["report.html", "comparisons.json", "grid.png", "gallery.html"]
-    grid = Image.open("reports/grid.png")
-    grid.load()
-    assert 1150 <= grid.width <= 1250 and 400 < grid.height < 900
-    assert Path("reports/grid.png").stat().st_size < 1_000_000
-    colours = {c for _, c in grid.getcolors(100_000)}
+    assert not [p for p in finished.rglob(".*")]  # no half file
+
+
+def test_the_grid_has_the_base_and_the_methods(finished: Path) -> None:
+    grid = Image.open(finished / "grid.png").convert("RGB")
+    assert 1150 <= grid.width <= 1350 and 400 < grid.height < 1000
+    assert (finished / "grid.png").stat().st_size < 1_000_000
+    colours = {c for _, c in grid.getcolors(1_000_000)}
     assert {(40, 0, 90), (100, 0, 90), (160, 50, 90)} <= colours  # base, Diffusion-DPO, SPO
     assert (70, 0, 90) not in colours  # base with more guidance
-    assert not [p for p in Path("reports").rglob(".*")]  # no half file
 
 
 def test_a_suite_has_its_own_rows_and_tables(tracked: Tracked) -> None:
+    """The test split has four prompts here, three images of each: the fourth image is the second prompt's."""
+    for path in Path("outputs/scores").glob("*.csv"):
+        table = pd.read_csv(path, keep_default_na=False)
+        table.assign(prompt=[f"p {i // 3}" for i in range(N)]).to_csv(path, index=False)
+        rewrite_prompts(Path("outputs/images") / path.stem, [f"p {i // 3}" for i in range(N)])
     folder = Path("outputs/scores/suites/parti")
     folder.mkdir(parents=True)
     for variant, shift in SHIFT.items():
@@ -234,6 +293,10 @@ def test_a_suite_has_its_own_rows_and_tables(tracked: Tracked) -> None:
     page = Path("reports/report.html").read_text(encoding="utf-8")
     assert "Other suites of prompts" in page and "<h3>parti</h3>" in page and "<p>5 prompts.</p>" in page
     assert page.count('<table class="comparisons">') == 2
+    assert "4 test prompts of data/prompts/evaluation.txt, 3 images each" in page
+    prompts, images = results.first_images(results.all_scores(("base",)), 2)
+    assert prompts == ["p 0", "p 1"]
+    assert [image.getpixel((0, 0))[1] for image in images["base"]] == [0, 30]
 
 
 def test_a_suite_without_scores_is_one_line(tracked: Tracked) -> None:
@@ -244,28 +307,6 @@ def test_a_suite_without_scores_is_one_line(tracked: Tracked) -> None:
         stage.run(params(generate=generate))
 
 
-def test_without_suites_the_page_has_no_section_of_them(tracked: Tracked) -> None:
-    stage.run(params())
-    assert json.loads(Path("reports/suites.json").read_text(encoding="utf-8")) == {}
-    assert "suites of prompts" not in Path("reports/report.html").read_text(encoding="utf-8")
-
-
-def test_the_grid_has_the_first_image_of_each_prompt(tracked: Tracked) -> None:
-    """Twelve images of four prompts, three of each: the fourth image belongs to the second prompt."""
-    for path in Path("outputs/scores").glob("*.csv"):
-        table = pd.read_csv(path, keep_default_na=False)
-        table.assign(prompt=[f"p {i // 3}" for i in range(N)]).to_csv(path, index=False)
-        rewrite_prompts(Path("outputs/images") / path.stem, [f"p {i // 3}" for i in range(N)])
-    stage.run(params())
-    scores = stage.read_scores(("base",))
-    prompts, images = stage.read_images(scores, 2)
-    assert prompts == ["p 0", "p 1"]
-    assert [image.getpixel((0, 0))[1] for image in images["base"]] == [0, 30]
-    assert "4 test prompts of data/prompts/evaluation.txt, 3 images each" in Path(
-        "reports/report.html"
-    ).read_text(encoding="utf-8")
-
-
 def rewrite_prompts(folder: Path, prompts: list[str]) -> None:
     from spo.data.images import load_images, save_images
 
@@ -273,12 +314,10 @@ def rewrite_prompts(folder: Path, prompts: list[str]) -> None:
     save_images(folder, images, prompts, seeds)
 
 
-def test_the_same_run_gives_the_same_files(tracked: Tracked) -> None:
-    names = ("report.html", "grid.png", "comparisons.json", "gallery.html", "gallery/spo/00011.webp")
+def test_the_same_run_gives_the_same_files(tracked: Tracked, first: tuple[Path, Tracked]) -> None:
     stage.run(params())
-    first = [(Path("reports") / n).read_bytes() for n in names]
-    stage.run(params())
-    assert [(Path("reports") / n).read_bytes() for n in names] == first
+    for name in ("report.html", "grid.png", "comparisons.json", "gallery.html", "gallery/spo/00011.webp"):
+        assert (Path("reports") / name).read_bytes() == (first[0] / name).read_bytes()
 
 
 def test_a_run_without_oracle_or_facts_says_what_is_missing(tracked: Tracked) -> None:
@@ -289,7 +328,7 @@ def test_a_run_without_oracle_or_facts_says_what_is_missing(tracked: Tracked) ->
         path.unlink()
     stage.run(params())
     page = Path("reports/report.html").read_text(encoding="utf-8")
-    assert "prompt alignment was not measured separately" in page
+    assert "Prompt alignment was not measured separately" in page
     assert "the same renderer" not in page and "Validation of the oracle" not in page
     for missing in ("no accuracies", "no training curves", "no stage times"):
         assert missing in page
@@ -303,20 +342,20 @@ def test_images_that_were_not_scored_are_refused(tracked: Tracked) -> None:
         stage.run(params())
 
 
-def test_images_beyond_those_on_the_page_are_checked_too(tracked: Tracked) -> None:
-    for path in Path("outputs/scores").glob("*.csv"):
-        pd.read_csv(path, keep_default_na=False).iloc[:-1].to_csv(path, index=False)
+def test_images_beyond_those_on_the_page_are_checked_too(finished: Path) -> None:
+    table = results.all_scores(("base",))["base"].iloc[:-1]
     with pytest.raises(ValueError, match="not the images scored in outputs/scores/base.csv"):
-        stage.run(params())
+        list(results.scored_images("base", table))
 
 
 def test_a_gallery_too_large_for_mlflow_stays_on_disk(
-    tracked: Tracked, monkeypatch: pytest.MonkeyPatch
+    finished: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(stage, "LOGGED_BYTES", 1000)
-    stage.run(params())
-    assert "gallery.html" not in tracked.artifacts and stage.GALLERY.stat().st_size > 1000
-    assert len(list(Path("reports/gallery").rglob("*.webp"))) == N * len(SHIFT)
+    stage._log(tracked := Tracked(), [], {})
+    assert tracked.artifacts == ["report.html", "comparisons.json", "grid.png"]
+    assert (finished / "gallery.html").stat().st_size > 1000
+    assert len(list((finished / "gallery").rglob("*.webp"))) == N * len(SHIFT)
 
 
 def test_scores_that_are_missing_or_have_no_prompt_are_refused(tracked: Tracked) -> None:

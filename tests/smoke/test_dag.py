@@ -127,8 +127,8 @@ def test_the_commands_of_the_readme_work_on_a_finished_run(copy: Path) -> None:
     prompts = copy / "outputs/prompts/test.txt"
     commands = [
         "align spo --dry-run",
-        "keep b20",
-        "report",  # compares with b20
+        "keep",
+        "report",
         "register",
         "sample circle --model champion --output drawn.png",
         "publish outputs/align/spo --to published",
@@ -146,8 +146,8 @@ def test_the_commands_of_the_readme_work_on_a_finished_run(copy: Path) -> None:
         timeout=600,
     )
     assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
-    kept = json.loads((copy / "reports/runs/b20.json").read_text())
-    assert kept["params"]["seed"] == 0 and kept["comparisons"]
+    saved = json.loads((copy / "reports/seeds/0.json").read_text())
+    assert saved["seed"] == 0 and saved["comparisons"]
     assert "champion" in done.stdout and (copy / "drawn.png").exists()
     card = (copy / "published/README.md").read_text()
     assert "| pickscore |" in card and str(copy.parent) not in card

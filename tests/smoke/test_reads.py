@@ -59,9 +59,6 @@ FREE_MODULES = {
         ),
         "refuses timesteps that the base does not have: no output depends on it",
     ),
-    "align": {
-        "src/spo/evaluation/plots.py": "draws the validation images in a row",
-    },
 }
 # files that no result depends on, and those that stand for others
 FREE_FILES = {
@@ -155,7 +152,7 @@ def test_what_chooses_the_weights_is_not_exempt(clone: Path) -> None:
         }
         assert any(key.startswith("score.hps") for key in undeclared)
         code = undeclared_code(clone, read, set(), f"align@{method}")
-        assert {"src/spo/evaluation/scoring.py", "src/spo/rewards/hps.py"} <= {*code}
+        assert {"src/spo/validation/scoring.py", "src/spo/rewards/hps.py"} <= {*code}
 
 
 # not read there: named so that DVC misses the key before anything runs, not at the report

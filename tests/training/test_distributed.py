@@ -11,10 +11,10 @@ import pytest
 import torch
 from group import run_in
 
-from spo.evaluation import scoring
 from spo.rewards import clip
 from spo.runtime.messages import LostProcessError, TransientError
 from spo.training import distributed
+from spo.validation import scoring
 
 
 class Clock:

@@ -66,8 +66,7 @@ def parser() -> argparse.ArgumentParser:
     sync.set_defaults(run=_run_sync)
     register = commands.add_parser("register", help="register the aligned model in MLflow, through the gate")
     register.set_defaults(run=_run_register)
-    keep = commands.add_parser("keep", help="keep this run's results, for the pages of later runs")
-    keep.add_argument("name", help="of the file in reports/runs")
+    keep = commands.add_parser("keep", help="save the results of this seed, for the pages of other seeds")
     keep.set_defaults(run=_run_keep)
     _publish(commands.add_parser("publish", help="write an adapter for the hub: weights, card, samples"))
     repro = commands.add_parser("repro", help="run dvc repro and log its cached stages to MLflow too")
@@ -250,7 +249,7 @@ def _run_register(args: argparse.Namespace) -> None:
 def _run_keep(args: argparse.Namespace) -> None:
     from spo.commands import keep
 
-    print(keep.run(config.load(), args.name))
+    print(keep.run(config.load()))
 
 
 def _publish(command: argparse.ArgumentParser) -> None:

@@ -43,9 +43,9 @@ def generate(
     """
     from spo import adapters
     from spo.adapters.files import SUPPORTED
-    from spo.evaluation.generation import draw, each_image, save
     from spo.training import budget
     from spo.training.distributed import device
+    from spo.validation.generation import draw, each_image, save
 
     if not adapter.exists():
         raise ValueError(f"{adapter}: no such file or folder; give {SUPPORTED}")
@@ -134,7 +134,7 @@ def _line(row: Mapping[str, Any]) -> str:
 def _table(params: Params, images: Sequence[Image.Image], prompts: list[str], device: str) -> DataFrame:
     import pandas as pd
 
-    from spo.evaluation.scoring import score_images
+    from spo.validation.scoring import score_images
 
     columns = score_images(params, images, prompts, device)
     rows = range(len(prompts))

@@ -34,9 +34,9 @@ def run(
 
     from spo import adapters
     from spo.data.prompts import flaw
-    from spo.evaluation import generation
     from spo.ingest.selection import check_vocabulary
     from spo.training import budget, distributed
+    from spo.validation import generation
 
     if reason := flaw(prompt):
         raise ValueError(f"the prompt has {reason}; it cannot be encoded")

@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
-from spo.evaluation import plots
-from spo.evaluation.pages import environment
+from spo.evaluation.report import environment
 from spo.evaluation.statistics import metrics
 from spo.evaluation.verdict import name
 from spo.runtime.files import remove, write_text
@@ -29,14 +27,6 @@ THUMBNAIL = (
 )
 QUALITY, THUMBNAIL_QUALITY = 90, 70  # of WebP
 LOSSLESS = 192  # longer side in pixels up to which images are stored as they are
-
-
-@dataclass(frozen=True)
-class Row:
-    """A prompt and the thumbnails of its images."""
-
-    prompt: str
-    pictures: Sequence[tuple[str, str, str]]  # (title of the variant, data: URI, path of the large image)
 
 
 def write(
@@ -58,7 +48,10 @@ def write(
     thumbnails = _write_images(folder, images, sum(map(len, scores.values())))
     first = next(iter(scores.values()))
     rows = [
-        Row(prompt, [(name(v), thumbnails[v][i], _url(folder, v, i)) for v in scores])
+        {
+            "prompt": prompt,  # and of each image the variant, a thumbnail as data: URI, and the large one
+            "images": [(name(v), thumbnails[v][i], quote(f"{folder.name}/{_file(v, i)}")) for v in scores],
+        }
         for i, prompt in enumerate(first["prompt"])
     ]
     template = environment().get_template("gallery.html.j2")
@@ -85,6 +78,7 @@ def _write_images(
     folder: Path, images: Mapping[str, Iterable[Image.Image]], total: int
 ) -> dict[str, list[str]]:
     """Write the large images; returns the thumbnails as data: URIs."""
+    from PIL import ImageOps
     from tqdm import tqdm
 
     thumbnails: dict[str, list[str]] = {}
@@ -93,8 +87,10 @@ def _write_images(
             thumbnails[variant] = []
             (folder / variant).mkdir(parents=True)
             for i, image in enumerate(drawn):
-                _file(folder, variant, i).write_bytes(_webp(image, QUALITY))
-                small = plots.resized(image, THUMBNAIL) if max(image.size) > THUMBNAIL else image
+                (folder / _file(variant, i)).write_bytes(_webp(image, QUALITY))
+                small = image
+                if max(image.size) > THUMBNAIL:
+                    small = ImageOps.contain(image.convert("RGB"), (THUMBNAIL, THUMBNAIL))
                 encoded = base64.b64encode(_webp(small, THUMBNAIL_QUALITY, lossless=small is image))
                 thumbnails[variant].append(f"data:image/webp;base64,{encoded.decode()}")
                 bar.update()
@@ -103,16 +99,10 @@ def _write_images(
 
 def _webp(image: Image.Image, quality: int, lossless: bool | None = None) -> bytes:
     buffer = io.BytesIO()
-    if lossless is None:
-        lossless = max(image.size) <= LOSSLESS
+    lossless = max(image.size) <= LOSSLESS if lossless is None else lossless
     image.convert("RGB").save(buffer, format="WEBP", quality=quality, lossless=lossless)
     return buffer.getvalue()
 
 
-def _file(folder: Path, variant: str, number: int) -> Path:
-    return folder / variant / f"{number:05d}.webp"
-
-
-def _url(folder: Path, variant: str, number: int) -> str:
-    """The address of a large image, seen from the page."""
-    return quote(str(_file(Path(folder.name), variant, number)))
+def _file(variant: str, number: int) -> str:
+    return f"{variant}/{number:05d}.webp"

@@ -3,44 +3,35 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterator, Mapping, Sequence
+import io
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spo.config import yaml_text
-from spo.evaluation import kept_tables, plots
-from spo.evaluation.efficiency import Course, course
-from spo.evaluation.kept_runs import KeptRun
-from spo.evaluation.pages import environment
-from spo.evaluation.tables import Table
-from spo.evaluation.verdict import (
-    NAMES,
-    contradictions,
-    details,
-    headline,
-    listed,
-    name,
-    number,
-    outcome,
-    signed,
-)
+from spo.evaluation import efficiency, plots, seeds, verdict
+from spo.evaluation.statistics import metrics
+from spo.evaluation.verdict import name, number
 from spo.methods import method_spec
-from spo.runtime.messages import public
 
 if TYPE_CHECKING:
+    from jinja2 import Environment
     from pandas import DataFrame
     from PIL import Image
 
 IMAGE_SIDE = 192  # of images on the page, in pixels
+FACTS = ("seconds", "training_seconds", "updates", "skipped_updates", "pairs", "iterations", "n_train")
+Comparisons = Sequence[Mapping[str, Any]]  # rows of reports/comparisons.json
 
 
 @dataclass(frozen=True)
 class RunResults:
     """All results that the page shows. Names of variants and metrics are those of the score tables."""
 
-    params: Mapping[str, Any]
+    params: Mapping[str, Any]  # without passwords and paths of this machine
     scores: Mapping[str, DataFrame]  # in the order of the columns; the first is the base model
-    comparisons: Sequence[Mapping[str, Any]]  # rows of reports/comparisons.json
+    comparisons: Comparisons
     prompts: Sequence[str]  # of the images
     images: Mapping[str, Sequence[Image.Image]]  # by variant, one per prompt
     preference: Mapping[str, Mapping[str, Any]]  # metrics files by name
@@ -49,57 +40,62 @@ class RunResults:
     summaries: Mapping[str, Mapping[str, Any]]  # of prompts and pairs
     versions: Mapping[str, str]
     commit: str
-    samples: Mapping[
-        str, Sequence[tuple[int, Image.Image]]
-    ]  # by method: (update, a row of validation images)
-    kept: Sequence[KeptRun] = ()  # results of other runs
-    # by suite of prompts: score tables and comparisons, as above
-    suites: Mapping[str, tuple[Mapping[str, DataFrame], Sequence[Mapping[str, Any]]]] = field(
-        default_factory=dict
-    )
+    samples: Mapping[str, Sequence[tuple[int, bytes]]]  # by method: (update, PNG of validation images)
+    seeds: seeds.Seeds
+    suites: Mapping[str, tuple[Mapping[str, DataFrame], Comparisons]] = field(default_factory=dict)
     world: Mapping[str, Any] | None = None
     outs: Sequence[tuple[str, str, str]] = ()  # (stage, path, hash) of each output in dvc.lock
 
 
+def environment() -> Environment:
+    """Jinja's environment for pages: values are escaped, an unknown name is an error."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    return Environment(
+        loader=FileSystemLoader(Path(__file__).with_name("templates")),
+        autoescape=True,  # a prompt may contain HTML
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+
+
 def render(run: RunResults) -> str:
     """Render the page; the same results give the same text."""
-    shown = {k: v for k, v in run.params.items() if k != "tracking"}  # its URI may contain a password
+    shown = (
+        accuracy,
+        cost,
+        data_uri,
+        efficiency_figure,
+        html,
+        local_judgement,
+        means,
+        pairs,
+        seed_table,
+        times,
+    )
+    functions = {function.__name__: function for function in (*shown, thumbnail, verdicts)}
+    measured = {r["metric"] for r in run.comparisons}
     page = environment().get_template("report.html.j2")
     return page.render(
         run=run,
-        n=_count(run.scores),
-        per_prompt=len(next(iter(run.scores.values()))) // _count(run.scores),
-        suites=[(k, _count(s), means(s, rows), _pairs(rows)) for k, (s, rows) in run.suites.items()],
-        headline=headline(run.comparisons),
-        details=details(run.comparisons),
-        contradictions=contradictions(run.comparisons, run.curves),
-        grid=_grid(run),
-        means=means(run.scores, run.comparisons),
-        pairs=_pairs(run.comparisons),
-        differences=_differences(run),
-        accuracy=_accuracy(run),
-        local=_local_judgement(run),
-        efficiency=_efficiency(run),
-        seeds=kept_tables.seeds(run.params["seed"], run.comparisons, run.kept),
-        settings=kept_tables.settings(run.kept),
-        reached=kept_tables.compute_ratios(_courses(run), run.kept),
-        curves={k: data_uri(plots.curves(v)) for k, v in run.curves.items()},
-        validation={k: data_uri(png) for k, v in run.curves.items() if (png := plots.validation(v))},
-        samples={
-            k: [(update, data_uri(plots.as_png(row))) for update, row in rows]
-            for k, rows in run.samples.items()
-        },
-        times=times(run),
-        compute=" ".join(compute(run)),
-        outs=run.outs,
-        params_yaml=yaml_text.dump(public(shown)),
-        summaries=[t for k, v in run.summaries.items() for t in tables(k, v)],
-        world={k: list(tables("", v)) for k, v in (run.world or {}).items()},
-        has_oracle=any(r["metric"].startswith("oracle_") for r in run.comparisons),
-        name=name,
-        number=number,
-        signed=signed,
+        n=next(iter(run.scores.values()))["prompt"].nunique(),
+        has_oracle=any(metric.startswith("oracle_") for metric in measured),
+        has_alignment=bool(measured & {"oracle_alignment", "clipscore"}),
+        plots=plots,
+        verdict=verdict,
+        yaml=yaml_text.dump,
+        **functions,
     )
+
+
+def html(frame: DataFrame) -> str:
+    """A table with display names, and "–" for what is missing."""
+    from markupsafe import Markup
+
+    cells = frame.map(lambda value: "–" if value is None or value != value else number(value))
+    shown = cells.rename(index=name, columns=name)
+    return Markup(shown.to_html(border=0, index_names=False, justify="unset"))
 
 
 def data_uri(png: bytes) -> str:
@@ -107,133 +103,110 @@ def data_uri(png: bytes) -> str:
     return "data:image/png;base64," + base64.b64encode(png).decode()
 
 
-def _grid(run: RunResults) -> list[tuple[str, list[tuple[str, str]]]]:
-    """The rows of the image grid: (prompt, [(variant, data: URI)])."""
-    rows = []
-    for i, prompt in enumerate(run.prompts):
-        cells = [(v, plots.resized(images[i], IMAGE_SIDE)) for v, images in run.images.items()]
-        rows.append((prompt, [(v, data_uri(plots.as_png(image))) for v, image in cells]))
-    return rows
+def thumbnail(image: Image.Image) -> bytes:
+    """A small PNG of an image."""
+    from PIL import ImageOps
+
+    buffer = io.BytesIO()
+    ImageOps.contain(image.convert("RGB"), (IMAGE_SIDE, IMAGE_SIDE)).save(buffer, format="PNG")
+    return buffer.getvalue()
 
 
-def _count(scores: Mapping[str, DataFrame]) -> int:
-    """The number of prompts, of which each may have several images."""
-    return int(next(iter(scores.values()))["prompt"].nunique())
+def means(scores: Mapping[str, DataFrame]) -> DataFrame:
+    """The mean scores by variant and metric."""
+    return _fixed(_frame({v: table[metrics(table)].mean() for v, table in scores.items()}), 3)
 
 
-def means(scores: Mapping[str, DataFrame], rows: Sequence[Mapping[str, Any]]) -> Table:
-    """The table of mean scores by variant and metric."""
-    metrics = list(dict.fromkeys(r["metric"] for r in rows))
-    cells = [[name(v), *(f"{t[m].mean():.3f}" for m in metrics)] for v, t in scores.items()]
-    return Table("Means", ["", *map(name, metrics)], cells)
+def _frame(rows: Mapping[str, Any]) -> DataFrame:
+    from pandas import DataFrame
+
+    return DataFrame.from_dict(rows, orient="index")
 
 
-def _pairs(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[tuple[str, Mapping[str, Any]]]]]:
-    """Group comparisons by method and baseline, each row with its outcome."""
-    groups: dict[str, list[tuple[str, Mapping[str, Any]]]] = {}
+def _fixed(frame: DataFrame, digits: int) -> DataFrame:
+    """Numbers as text with so many decimals."""
+    return frame.map(lambda value: f"{value:.{digits}f}" if value == value else None)
+
+
+def pairs(rows: Comparisons) -> dict[str, list[Mapping[str, Any]]]:
+    """Group comparisons by method and baseline."""
+    groups: dict[str, list[Mapping[str, Any]]] = {}
     for row in rows:
-        title = f"{name(row['method'])} − {name(row['baseline'])}"
-        groups.setdefault(title, []).append((outcome(row), row))
-    return list(groups.items())
+        groups.setdefault(f"{name(row['method'])} − {name(row['baseline'])}", []).append(row)
+    return groups
 
 
-def _differences(run: RunResults) -> str:
-    base = next(iter(run.scores))
-    return data_uri(plots.differences([r for r in run.comparisons if r["baseline"] == base], NAMES))
+def verdicts(rows: Comparisons) -> DataFrame:
+    """Which metrics are better, worse or unclear, by pair of variants."""
+    marks = {title: {r["metric"]: verdict.mark(r) for r in own} for title, own in pairs(rows).items()}
+    return _frame(marks)
 
 
-def _accuracy(run: RunResults) -> tuple[Table, str] | None:
-    """The accuracy of the preference models by timestep: a table and a figure."""
+def seed_table(run: RunResults) -> DataFrame | None:
+    """Mean differences by training seed."""
+    frame = seeds.table(run.params["seed"], run.comparisons, run.seeds)
+    if frame is None:
+        return None
+    frame.index = [f"{name(one)} − {name(other)}: {name(metric)}" for one, other, metric in frame.index]
+    shown = frame.map(lambda v: f"{v:+.3f}".replace("-", "−") if v == v else None)
+    return shown.assign(**{"standard deviation": frame["std"].map("{:.3f}".format)}).drop(columns="std")
+
+
+def accuracy(run: RunResults) -> tuple[DataFrame, bytes] | None:
+    """The accuracy of the preference models by timestep in percent: a table and a figure."""
     if not run.preference:
         return None
-    models = {name(k): v["accuracy"] for k, v in run.preference.items()}
-    steps = sorted({int(t) for by_step in models.values() for t in by_step})
-    rows = []
-    for title, by_step in models.items():
-        cells = [f"{100 * by_step[str(t)]:.1f}" if str(t) in by_step else "–" for t in steps]
-        rows.append([title, *cells, f"{100 * sum(by_step.values()) / len(by_step):.1f}"])
-    n = min(int(v["n"]) for v in run.preference.values())
-    table = Table("", ["accuracy, %", *(f"t = {t}" for t in steps), "mean"], rows)
-    return table, data_uri(plots.accuracy(models, n))
+    values = 100 * _by_timestep({k: m["accuracy"] for k, m in run.preference.items()})
+    n = min(int(m["n"]) for m in run.preference.values())
+    figure = plots.by_timestep(values, "accuracy, %", 50, 1.96 * (values * (100 - values) / n) ** 0.5)
+    titled = values.rename(columns=lambda t: f"t = {t}")
+    return _fixed(titled.assign(mean=values.mean(axis=1)), 1), figure
 
 
-def _local_judgement(run: RunResults) -> tuple[Table, str] | None:
+def local_judgement(run: RunResults) -> tuple[DataFrame, bytes] | None:
     """The correlation with the oracle within the candidates of a step: a table of means, and a figure."""
-    models = {name(k): v["local"] for k, v in run.preference.items() if v.get("local")}
-    if not models:
+    measured = {k: m["local"] for k, m in run.preference.items() if m.get("local")}
+    if not measured:
         return None
-    rows = []
-    for title, by_step in models.items():
-        values = [by_step[t] for t in sorted(by_step, key=int, reverse=True)]
-        third = max(1, len(values) // 3)
-        parts = (values[:third], values[third:], values)
-        rows.append([title, *(f"{sum(p) / max(len(p), 1):.3f}" for p in parts)])
-    table = Table("", ["correlation", "first third of the steps", "the other steps", "all"], rows)
-    return table, data_uri(plots.local_judgement(models))
+    values = _by_timestep(measured)
+    third = -max(1, values.shape[1] // 3)  # the first steps have the highest timesteps
+    parts = {
+        "first third of the steps": values.iloc[:, third:],
+        "the other steps": values.iloc[:, :third],
+        "all": values,
+    }
+    shown = values[[]].assign(**{title: part.mean(axis=1) for title, part in parts.items()})
+    return _fixed(shown, 3), plots.by_timestep(values, "correlation", 0)
 
 
-def _courses(run: RunResults) -> dict[str, tuple[str, Course]]:
-    """By method: the column of the quality, and its course over compute; only what was measured."""
-    courses = {}
+def _by_timestep(models: Mapping[str, Mapping[str, float]]) -> DataFrame:
+    """A row for each model, a column for each timestep."""
+    by_step = {name(k): {int(t): v for t, v in values.items()} for k, values in models.items()}
+    return _frame(by_step).sort_index(axis=1)
+
+
+def efficiency_figure(run: RunResults) -> bytes | None:
+    """The figure of quality against compute; None where it was not measured."""
+    measured = {}
     for method, trained in run.alignment.items():
         first = [run.preference.get(key, {}) for key in method_spec(method).trained_first]
-        measured = course(run.curves[method], trained, first) if method in run.curves else None
-        if measured is not None:
-            courses[method] = measured
-    return courses
+        points = efficiency.points(run.curves[method], trained, first) if method in run.curves else None
+        if points is not None:
+            measured[name(method)] = points
+    return plots.efficiency(measured) if measured else None
 
 
-def _efficiency(run: RunResults) -> str | None:
-    """The figure of quality against compute; None where it was not measured."""
-    courses = _courses(run)
-    if not courses:
-        return None
-    quality = next(iter(courses.values()))[0]
-    shown = {name(method): measured for method, (_, measured) in courses.items()}
-    kept = kept_tables.longer_courses(quality, run.kept)
-    return data_uri(plots.efficiency(shown, name(quality.removeprefix("validation/")), kept))
+def times(run: RunResults) -> DataFrame:
+    """Training times and counts, from the metrics files that exist."""
+    frame = _frame({**run.preference, **{f"align {k}": v for k, v in run.alignment.items()}})
+    return frame[[column for column in FACTS if column in frame]]
 
 
-def times(run: RunResults) -> Table:
-    """The table of training times and counts, from the metrics files that exist."""
-    stages = {**run.preference, **{f"align_{k}": v for k, v in run.alignment.items()}}
-    known = ("seconds", "training_seconds", "updates", "skipped_updates", "pairs", "iterations", "n_train")
-    columns = [c for c in known if any(c in v for v in stages.values())]
-    rows = [[k, *(number(v[c]) if c in v else "–" for c in columns)] for k, v in stages.items()]
-    return Table("", ["stage", *map(name, columns)], rows)
-
-
-def compute(run: RunResults) -> list[str]:
-    """Say what each method's training took, with that of the models trained for it; nothing if unknown."""
-    lines = []
+def cost(run: RunResults) -> str:
+    """What each method's training took, with that of the models trained for it; empty if unknown."""
+    taken = []
     for method, own in run.alignment.items():
-        parts = {key: run.preference.get(key, {}) for key in method_spec(method).trained_first}
-        seconds = {name(key): float(m["seconds"]) for key, m in parts.items() if "seconds" in m}
-        if "seconds" not in own or len(seconds) < len(parts):
-            continue
-        seconds["alignment"] = float(own["seconds"])
-        each = listed([f"{s:,.0f} s for {key}" for key, s in seconds.items()])
-        total = f"{sum(seconds.values()):,.0f} s"
-        lines.append(f"{name(method)} took {total}{f' ({each})' if len(seconds) > 1 else ''}.")
-    return lines
-
-
-def tables(title: str, facts: Mapping[str, Any]) -> Iterator[Table]:
-    """Turn nested facts into tables; groups of plain values become the rows of one table."""
-    plain = {k: v for k, v in facts.items() if not isinstance(v, Mapping)}
-    groups = {k: v for k, v in facts.items() if isinstance(v, Mapping)}
-    flat = {k: v for k, v in groups.items() if not any(isinstance(x, Mapping) for x in v.values())}
-    if len(flat) == 1:  # a single row is more readable as a column, below
-        flat = {}
-    note = ""
-    if plain and flat and len(plain) <= 3:
-        note = ", ".join(f"{name(k)} {number(v)}" for k, v in plain.items())
-    elif plain:
-        yield Table(title, ["", ""], [[name(k), number(v)] for k, v in plain.items()])
-    if flat:
-        columns = list(dict.fromkeys(k for v in flat.values() for k in v))
-        rows = [[name(k), *(number(v[c]) if c in v else "–" for c in columns)] for k, v in flat.items()]
-        yield Table(title, ["", *map(name, columns)], rows, note)
-    for key, group in groups.items():
-        if key not in flat:
-            yield from tables(f"{title}: {name(key)}" if title else name(key), group)
+        parts = [own, *(run.preference.get(key, {}) for key in method_spec(method).trained_first)]
+        if all("seconds" in part for part in parts):
+            taken.append(f"{sum(float(p['seconds']) for p in parts):,.0f} s for {name(method)}")
+    return f"Training took {verdict.listed(taken)}, preference models included." if taken else ""

@@ -1,41 +1,74 @@
-"""Read what `score` and `report` wrote: tables of scores, and comparisons."""
+"""Read what `score`, `generate` and `report` wrote: tables of scores, scored images, comparisons."""
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterator
+from itertools import islice, zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spo.runtime.files import read_csv, read_json
+from spo.config import VARIANTS
+from spo.runtime.files import read_csv, read_json, require
 
 if TYPE_CHECKING:
     from pandas import DataFrame
+    from PIL import Image
 
+SCORES, IMAGES = Path("outputs/scores"), Path("outputs/images")
 COMPARISONS = Path("reports/comparisons.json")
-SHOWN = ("method", "baseline", "metric", "mean_difference", "ci_low", "ci_high", "win_rate", "n")
+COLUMNS = ("method", "baseline", "metric", "mean_difference", "ci_low", "ci_high", "win_rate", "n")
 
 
 def read_comparisons(path: Path = COMPARISONS) -> list[dict[str, Any]]:
-    """The rows of a comparisons.json, as `statistics.comparisons` gives them.
-
-    Raises:
-        ValueError: no such file, or a damaged one.
-    """
+    """The rows of a comparisons.json, as `statistics.comparisons` gives them."""
     rows: list[dict[str, Any]] = read_json(path, "comparisons", list)
-    for number, row in enumerate(rows):
-        lacking = [key for key in (*SHOWN, "mean_method") if not isinstance(row, dict) or key not in row]
-        if lacking:
-            raise ValueError(f"{path}: row {number} has no {lacking[0]!r}; run `spo report` again")
+    check_comparisons(path, rows, (*COLUMNS, "mean_method"), then="run `spo report` again")
     return rows
 
 
-def read_scores(path: Path) -> DataFrame:
-    """A table of scores: prompt, seed, and a column per metric.
+def check_comparisons(path: Path, rows: list[Any], columns: Collection[str], then: str) -> None:
+    """Refuse rows of comparisons without some column."""
+    for number, row in enumerate(rows):
+        if lacking := [key for key in columns if not isinstance(row, dict) or key not in row]:
+            raise ValueError(f"{path}: row {number} has no {lacking[0]!r}; {then}")
 
-    Raises:
-        ValueError: no such file, a damaged one, or one without a required column.
-    """
+
+def read_scores(path: Path) -> DataFrame:
+    """A table of scores: prompt, seed, and a column per metric."""
     table = read_csv(path, "scores", keep_default_na=False, dtype={"prompt": str})  # a prompt may be "NA"
     missing = {"prompt", "seed"} - set(table.columns)
     if missing:
         raise ValueError(f"{path}: no column {min(missing)!r}; run `spo score {path.stem}` again")
     return table
+
+
+def all_scores(baselines: tuple[str, ...], folder: Path = SCORES) -> dict[str, DataFrame]:
+    """Read the table of each variant: the baselines in their order, then the others."""
+    files = {p.stem: p for p in sorted(require(folder, "scores").glob("*.csv"))}
+    if not files:
+        raise ValueError(f"{folder}: no scores in this folder; run `make repro`")
+    names = dict.fromkeys(n for n in (*baselines, *VARIANTS, *files) if n in files)
+    return {name: read_scores(files[name]) for name in names}
+
+
+def first_images(scores: dict[str, DataFrame], n: int) -> tuple[list[str], dict[str, list[Image.Image]]]:
+    """Read the first n prompts, and the first image of each by each variant."""
+    first = next(iter(scores.values()))["prompt"]
+    step = len(first) // first.nunique()  # images of a prompt
+    images = {v: list(islice(scored_images(v, table), 0, n * step, step)) for v, table in scores.items()}
+    return first[::step][:n].tolist(), images
+
+
+def scored_images(variant: str, table: DataFrame) -> Iterator[Image.Image]:
+    """Iterate over the images of a variant in the order of its scores; other images are refused."""
+    from spo.data.images import load_images
+
+    generated = load_images(require(IMAGES / variant, f"images of {variant}"))
+    scored = zip(table["prompt"], table["seed"], strict=True)
+    for drawn, row in zip_longest(generated, scored):
+        if drawn is None or drawn[1:] != row:
+            raise ValueError(
+                f"{IMAGES / variant}: not the images scored in {SCORES / variant}.csv; "
+                f"run `spo score {variant}` again"
+            )
+        yield drawn[0]

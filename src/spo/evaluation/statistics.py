@@ -42,9 +42,6 @@ def compare(
     Returns:
         mean_method, mean_baseline, mean_difference (method - baseline), ci_low and ci_high (95 %),
         win_rate (fraction of rows where the method is better; a tie counts half) and n.
-
-    Raises:
-        ValueError: different lengths, no rows, or a score that is not finite.
     """
     method, baseline = np.asarray(method_scores, float), np.asarray(baseline_scores, float)
     if method.ndim != 1 or method.shape != baseline.shape or not len(method):
@@ -71,11 +68,7 @@ def compare(
 
 
 def mean_interval(scores: NDArray[np.floating], n_bootstrap: int, seed: int) -> tuple[float, float, float]:
-    """The mean of scores [n], and the ends of its 95 % bootstrap interval.
-
-    Raises:
-        ValueError: no scores, or one that is not finite.
-    """
+    """The mean of scores [n], and the ends of its 95 % bootstrap interval."""
     values = np.asarray(scores, float)
     if values.ndim != 1 or not len(values) or not np.isfinite(values).all():
         raise ValueError(f"a mean needs a list of finite scores, not {values.shape}")
@@ -111,9 +104,6 @@ def comparisons(
     Args:
         scores: a table per variant, with columns index, prompt, seed, and one per metric.
         min_prompts: of an interval, as `min_rows` of `compare`.
-
-    Raises:
-        ValueError: a baseline without scores, tables with different metrics or rows, or invalid values.
     """
     missing = [b for b in baselines if b not in scores]
     if missing:
@@ -163,11 +153,7 @@ def metrics(table: DataFrame) -> list[str]:
 
 
 def check_same_rows(method: str, one: DataFrame, baseline: str, other: DataFrame) -> None:
-    """Check that two tables have the same metrics, and the same prompts and seeds in the same order.
-
-    Raises:
-        ValueError: different metrics or lengths, or the first row that differs.
-    """
+    """Check that two tables have the same metrics, and the same prompts and seeds in the same order."""
     if metrics(one) != metrics(other):
         raise ValueError(
             f"{method} and {baseline} have different metrics: {', '.join(metrics(one))}; "

@@ -1,4 +1,4 @@
-"""Comparisons in words: names, numbers, the verdict, and scores that contradict each other."""
+"""Comparisons in words: names, numbers, what won and by how much, and scores that contradict each other."""
 
 from __future__ import annotations
 
@@ -31,16 +31,12 @@ PROSE = {
     "hps": "HPS",
     "aesthetic": "the aesthetic score",
     "oracle_aesthetic": "the oracle's aesthetics",
-    "oracle_alignment": "the oracle's alignment",
+    "oracle_alignment": "alignment with the prompt",
+    "base": "the base model",
 }
-KINDS = (
-    ("better", "higher"),
-    ("worse", "lower"),
-    ("unclear", "not clearly different"),
-    ("few", "too few prompts for an interval"),
-)
-# whether an image shows its caption, the first that was measured; all other metrics measure quality
-ALIGNMENT = ("oracle_alignment", "clipscore")
+MARKS = {"better": "▲ better", "worse": "▼ worse", "unclear": "· unclear"}
+VERBS = {"better": "beats", "worse": "is worse than", "unclear": "does not clearly differ from"}
+CHANGES = {"better": "raises", "worse": "lowers", "unclear": "does not clearly change"}
 
 
 def name(key: str) -> str:
@@ -49,11 +45,9 @@ def name(key: str) -> str:
 
 
 def number(value: Any) -> str:
-    """Format a fact: floats with four digits, lists joined."""
+    """Format a fact: floats with four digits."""
     if isinstance(value, float):
         return f"{value:,.4g}" if abs(value) < 1000 else f"{value:,.0f}"
-    if isinstance(value, (list, tuple)):
-        return ", ".join(number(v) for v in value)
     if isinstance(value, int) and not isinstance(value, bool):
         return f"{value:,}"
     return str(value)
@@ -80,75 +74,72 @@ def outcome(row: Mapping[str, Any]) -> str:
     return "worse" if row["ci_high"] < 0 else "unclear"
 
 
+def mark(row: Mapping[str, Any]) -> str:
+    """The outcome as the page's tables show it."""
+    return MARKS[outcome(row)] if has_interval(row) else "too few prompts"
+
+
 def headline(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The verdict on the first method: a sentence each on the first baseline and on the other methods."""
-    method = rows[0]["method"]
-    own = [r for r in rows if r["method"] == method]
-    baselines = list(dict.fromkeys(r["baseline"] for r in own))
-    rivals = (b for b in baselines if b in MODULES)
-    return " ".join(_sentence(method, b, own) for b in dict.fromkeys((baselines[0], *rivals)))
+    """What the first method won and by how much: by one score over its rivals, by the others over the base.
+
+    The score is the oracle's where there is one, else the first; the rivals are the first baseline and the
+    other methods.
+    """
+    own = [r for r in rows if r["method"] == rows[0]["method"]]
+    method, first = _in_text(own[0]["method"]), own[0]["baseline"]
+    if not all(map(has_interval, own)):
+        return f"{own[0]['n']} prompts are too few to tell {method} from {_in_text(first)}."
+    metric = next((r["metric"] for r in own if r["metric"] == "oracle_aesthetic"), own[0]["metric"])
+    rivals: dict[str, list[str]] = {}
+    for row in own:
+        if row["metric"] == metric and (row["baseline"] == first or row["baseline"] in MODULES):
+            rival = f"{_in_text(row['baseline'])} ({interval(row)})"
+            rivals.setdefault(VERBS[outcome(row)], []).append(rival)
+    clauses = [f"{verb} {listed(names)}" for verb, names in rivals.items()]
+    found = _by_outcome([r for r in own if r["baseline"] == first and r["metric"] != metric])
+    others = [f"{CHANGES[kind]} {listed(names)}" for kind, names in found.items()]
+    sentence = f"By {_in_text(metric)}, {method} {listed(clauses)}."
+    return f"{sentence} Against {_in_text(first)}, it {listed(others)}." if others else sentence
+
+
+def _by_outcome(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
+    """The names of metrics by outcome."""
+    found: dict[str, list[str]] = {}
+    for kind in MARKS:
+        if names := [_in_text(r["metric"]) for r in rows if outcome(r) == kind]:
+            found[kind] = names
+    return found
 
 
 def contradictions(rows: Sequence[Mapping[str, Any]], curves: Mapping[str, DataFrame]) -> str:
-    """A sentence for each method of which some scores clearly rise and others fall; else empty.
+    """Name the methods of which some scores clearly rise and others fall; else empty.
 
-    The preference model's own score, which a method is trained to raise, is judged by its training curve.
+    The preference model's own score, which a method is trained to raise, is that of its training curve.
     """
-    sentences = []
+    first = rows[0]["baseline"]
+    groups: dict[tuple[str, str], list[str]] = {}
     for method in dict.fromkeys(r["method"] for r in rows if not r["method"].startswith("base")):
-        own = [r for r in rows if r["method"] == method]
-        own = [r for r in own if r["baseline"] == own[0]["baseline"]]
-        up, down = (
-            [PROSE.get(r["metric"], name(r["metric"])) for r in own if outcome(r) == kind]
-            for kind in ("better", "worse")
-        )
-        up += _training_score(curves.get(method))
-        if up and down:
-            rival = name(own[0]["baseline"])
-            sentences.append(
-                f"Beware: with {name(method)}, {listed(up)} rose while {listed(down)} fell (against {rival})."
-            )
-    return " ".join(sentences)
+        found = _by_outcome([r for r in rows if (r["method"], r["baseline"]) == (method, first)])
+        up = "other scores" if "better" in found else "the preference model's own score"
+        if "worse" in found and ("better" in found or _rises(curves.get(method))):
+            groups.setdefault((up, listed(found["worse"])), []).append(name(method))
+    return " ".join(
+        f"Beware: with {listed(methods)}, {up} rose while {down} fell (against {name(first)})."
+        for (up, down), methods in groups.items()
+    )
 
 
-def _training_score(curve: DataFrame | None) -> list[str]:
-    """The preference model's own score, if it is higher in the last quarter of training than in the first."""
+def _rises(curve: DataFrame | None) -> bool:
+    """Whether the preference model's score is higher in the last quarter of training than in the first."""
     if curve is None or "score" not in curve or len(known := curve["score"].dropna()) < 4:
-        return []
+        return False
     quarter = len(known) // 4
-    first, last = float(known[:quarter].mean()), float(known[-quarter:].mean())
-    return ["the preference model's own score"] if last > first else []
-
-
-def _sentence(method: str, baseline: str, rows: Sequence[Mapping[str, Any]]) -> str:
-    rival = "the base model" if baseline == "base" else name(baseline)
-    own = [r for r in rows if r["baseline"] == baseline]
-    if not all(map(has_interval, own)):
-        return f"{name(method)} and {rival}: {own[0]['n']} prompts are too few to tell them apart."
-    quality = [r for r in own if r["metric"] not in ALIGNMENT]
-    by: dict[str, list[str]] = {"better": [], "worse": [], "unclear": []}
-    for row in quality:
-        by[outcome(row)].append(PROSE.get(row["metric"], name(row["metric"])))
-    parts = [f"beats {rival} by {listed(by['better']) or 'no measure of quality'}"]
-    if by["worse"]:
-        parts.append(f"is worse by {listed(by['worse'])}")
-    if by["unclear"]:
-        parts.append(f"does not clearly differ by {listed(by['unclear'])}")
-    return f"{name(method)} {listed(parts)}; {_alignment(rows, baseline)}."
+    return float(known[-quarter:].mean()) > float(known[:quarter].mean())
 
 
 def listed(words: Sequence[str]) -> str:
     """Join words to "a, b and c"."""
     return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
-
-
-def _alignment(rows: Sequence[Mapping[str, Any]], baseline: str) -> str:
-    measured = {r["metric"]: r for r in rows if r["baseline"] == baseline and r["metric"] in ALIGNMENT}
-    row = next((measured[metric] for metric in ALIGNMENT if metric in measured), None)
-    if row is None:
-        return "prompt alignment was not measured separately"
-    change = {"better": "rises", "worse": "falls", "unclear": "does not clearly change"}[outcome(row)]
-    return f"alignment with the prompt {change} ({interval(row)})"
 
 
 def interval(row: Mapping[str, Any]) -> str:
@@ -159,19 +150,6 @@ def interval(row: Mapping[str, Any]) -> str:
     return f"{middle}, {low} to {high}"
 
 
-def _kind(row: Mapping[str, Any]) -> str:
-    return outcome(row) if has_interval(row) else "few"
-
-
-def details(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
-    """List the metrics of the first method that are better, worse and unclear, for each baseline."""
-    own = [r for r in rows if r["method"] == rows[0]["method"]]
-    entries = []
-    for baseline in dict.fromkeys(r["baseline"] for r in own):
-        parts = []
-        for kind, words in KINDS:
-            those = [r for r in own if r["baseline"] == baseline and _kind(r) == kind]
-            if those:
-                parts.append(f"{words}: " + ", ".join(f"{name(r['metric'])} ({interval(r)})" for r in those))
-        entries.append((f"{name(rows[0]['method'])} against {name(baseline)}", "; ".join(parts) + "."))
-    return entries
+def _in_text(key: str) -> str:
+    """The name of a metric or variant within a sentence."""
+    return PROSE.get(key, name(key))

@@ -7,13 +7,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spo.config import Params
-from spo.evaluation import validation
-from spo.runtime.files import read_json, remove, write_json
+from spo.runtime.files import remove, write_json
 from spo.runtime.fingerprint import fingerprint
 from spo.runtime.workspace import METRICS, SCRATCH, TRAINING
 from spo.stages.common import stage
 from spo.tracking.curve import Curve
 from spo.tracking.runs import Run
+from spo.validation import images
+from spo.validation.saved_model import FACTS
+from spo.validation.watch import Collapse, Watch, scores_at
 
 if TYPE_CHECKING:
     from spo.training.alignment import Alignment
@@ -21,17 +23,17 @@ if TYPE_CHECKING:
 OUTPUT = Path("outputs/align")
 ADAPTER = "pytorch_lora_weights.safetensors"
 LATENTS_OF = Path("outputs/pairs/train")  # read by methods that train on pairs.latents
-CODE = (  # that trains, and that judges on the way
-    *("backbones", "data", "diffusion", "evaluation/generation.py", "evaluation/scorers.py"),
-    *(
-        "evaluation/scoring.py",
-        "evaluation/validation.py",
-        "methods",
-        "preference",
-        "rewards",
-        "training",
-        "types.py",
-    ),
+# what trains, and what validates meanwhile
+CODE = (
+    "backbones",
+    "data",
+    "diffusion",
+    "methods",
+    "preference",
+    "rewards",
+    "training",
+    "types.py",
+    "validation",
 )
 
 
@@ -76,7 +78,7 @@ def run(params: Params, method: str) -> None:
                 scale_loss=params.backbone.dtype == "fp16",
                 sampler_ema=spec.sampler_ema(section),
             )
-        except validation.Collapse:
+        except Collapse:
             if watch and distributed.is_main_process():
                 _log_last_good(tracked, watch, section.lora is None, curve)
             raise
@@ -111,7 +113,7 @@ def _write(
     params: Params,
     method: str,
     backbone: Any,
-    watch: validation.Watch | None,
+    watch: Watch | None,
     summary: dict[str, Any],
     scratch: Path,
 ) -> dict[str, Any]:
@@ -125,8 +127,9 @@ def _write(
     folder, full = OUTPUT / method, getattr(params.align, method).lora is None
     remove(folder)
     selected = watch.selected() if watch else None
-    if watch and selected is not None:
-        shutil.copytree(watch.best, folder, ignore=shutil.ignore_patterns(validation.MARK))
+    best = watch.best.path() if watch and selected is not None else None
+    if best is not None:
+        shutil.copytree(best, folder, ignore=shutil.ignore_patterns(FACTS))
     else:
         _save(backbone, full, folder)
     facts = {f"selected_{name}": value for name, value in (selected or {}).items()}
@@ -145,34 +148,33 @@ def _save(backbone: Any, full: bool, folder: Path) -> None:
 
 def _log_model(tracked: Run, folder: Path, full: bool, curve: Curve, iteration: int) -> None:
     """Log the weights in a folder, those of an iteration, with the scores of their validation."""
-    scores = validation.scores_at(curve.rows, iteration)
+    scores = scores_at(curve.rows, iteration)
     path, kind = (folder, "pipeline") if full else (folder / ADAPTER, "adapter")
     tracked.log_model(path, kind, iteration, scores, {"iteration": iteration})
 
 
-def _log_last_good(tracked: Run, watch: validation.Watch, full: bool, curve: Curve) -> None:
+def _log_last_good(tracked: Run, watch: Watch, full: bool, curve: Curve) -> None:
     """Log the models that a collapsed training leaves: the last good one and, with `select`, the best."""
-    for folder in (watch.good, watch.best):
-        if (folder / validation.MARK).exists():
-            iteration = read_json(folder / validation.MARK, "saved model")["iteration"]
-            _log_model(tracked, folder, full, curve, iteration)
+    for saved in (watch.good, watch.best):
+        if path := saved.path():
+            _log_model(tracked, path, full, curve, saved.facts()["iteration"])
 
 
 def _watch(
     params: Params, method: str, objective: Alignment, curve: Curve, scratch: Path, tracked: Run
-) -> validation.Watch | None:
-    from spo.evaluation.scorers import Scorers
+) -> Watch | None:
     from spo.methods import method_spec
     from spo.training.distributed import device
+    from spo.validation.scorers import Scorers
 
     section, backbone = getattr(params.align, method), objective.backbone
     settings = section.validation
     if settings is None:
         return None
     scorers = Scorers(params, device())
-    return validation.Watch(
+    return Watch(
         settings,
-        validate=lambda: validation.validate(backbone, params, settings, method, scorers),
+        validate=lambda: images.validate(backbone, params, settings, method, scorers),
         save=lambda folder: _save(backbone, section.lora is None, folder),
         curve=curve,
         scratch=scratch,
@@ -192,6 +194,6 @@ def _scratch(params: Params, method: str) -> Path:
     if LATENTS_OF in inputs:
         sections.append(params.pairs.latents)
     if section.validation is not None:  # the scores at the start are stored there
-        inputs.append(validation.PROMPTS)
-        sections += validation.sections(params)
+        inputs.append(images.PROMPTS)
+        sections += images.sections(params)
     return SCRATCH / "resume" / f"align-{method}-{fingerprint(sections, inputs, CODE)}"

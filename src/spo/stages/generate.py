@@ -16,16 +16,16 @@ from spo.stages.common import of_suite, run_name, stage
 
 OUTPUT, PROMPTS = Path("outputs/images"), Path("outputs/prompts")
 # what generates the images
-CODE = ("adapters", "backbones", "data/images.py", "diffusion", "evaluation/generation.py", "types.py")
+CODE = ("adapters", "backbones", "data/images.py", "diffusion", "types.py", "validation/generation.py")
 
 
 def run(params: Params, name: str, suite: str | None = None) -> None:
     """Write outputs/images/NAME, or outputs/images/suites/SUITE/NAME, for the variant `name`."""
     from spo import adapters
-    from spo.evaluation.generation import draw, each_image, save
     from spo.training import budget, distributed
     from spo.training.checkpoint import CheckpointStore
     from spo.training.distributed import device
+    from spo.validation.generation import draw, each_image, save
 
     variant: Variant = getattr(params.generate, name)
     file = _prompts_file(params, suite)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from itertools import islice, zip_longest
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spo.config import METHODS, VARIANTS, Params
-from spo.runtime.files import atomic, read_csv, read_json, require, write_json, write_text
+from spo.config import METHODS, Params
+from spo.runtime.files import atomic, read_csv, read_json, write_json, write_text
 from spo.runtime.messages import public
 from spo.runtime.workspace import METRICS, TRAINING
 from spo.stages.common import of_suite, stage
@@ -17,43 +16,41 @@ from spo.tracking.provenance import git, git_refusal, versions
 
 if TYPE_CHECKING:
     from pandas import DataFrame
-    from PIL import Image
 
-SCORES, IMAGES, REPORTS = Path("outputs/scores"), Path("outputs/images"), Path("reports")
+REPORTS = Path("reports")
 GALLERY = REPORTS / "gallery.html"
 LOGGED_BYTES = 20_000_000  # a larger gallery is not logged to MLflow; without its folder it shows thumbnails
 GRID_PROMPTS = 6  # of the image grid for the README
-JUDGES = ("preference", "preference_latent")  # of SPO and LPO
-SPM_BASELINES = ("preference_unconditioned", "preference_clean_only")
+# in their order on the page
+PREFERENCE_MODELS = ("preference", "preference_latent", "preference_unconditioned", "preference_clean_only")
+Suites = dict[str, tuple[dict[str, "DataFrame"], list[dict[str, Any]]]]
 CODE = ("src", "flows", "dvc.yaml", "params.yaml")  # uncommitted changes here are shown on the page
 
 
 def run(params: Params, variant: str | None = None) -> None:
     """Write the page, the comparisons, the image grid and the gallery to reports/."""
-    from spo.evaluation import gallery, kept_runs, plots, report, verdict
+    from spo.evaluation import gallery, plots, report, results, seeds, verdict
 
     settings = params.report
     with stage("report", params) as tracked:
-        scores = read_scores(settings.baselines)
+        scores = results.all_scores(settings.baselines)
         rows = _comparisons(params, scores)
         if not rows:
             raise ValueError(
-                f"nothing to compare: {SCORES} has only {', '.join(scores)}; add another variant's scores or "
-                "another one of report.baselines"
+                f"nothing to compare: {results.SCORES} has only {', '.join(scores)}; add another variant's "
+                "scores or another one of report.baselines"
             )
         suites = read_suites(params)
-        prompts, images = read_images(scores, max(settings.grid_prompts, GRID_PROMPTS))
-        shown = {v: images[v][: settings.grid_prompts] for v in scores}
-        shown_params = public(params.model_dump(mode="json", exclude={"processes", "tracking", "registry"}))
+        prompts, images = results.first_images(scores, max(settings.grid_prompts, GRID_PROMPTS))
         page = report.render(
             report.RunResults(
-                params=shown_params,
-                kept=kept_runs.read(shown_params),
+                params=public(params.model_dump(mode="json", exclude={"processes", "tracking", "registry"})),
+                seeds=seeds.read(params),
                 scores=scores,
                 comparisons=rows,
                 suites=suites,
                 prompts=prompts[: settings.grid_prompts],
-                images=shown,
+                images={v: images[v][: settings.grid_prompts] for v in scores},
                 **_measured(),
                 versions=versions(),
                 commit=commit(),
@@ -62,23 +59,25 @@ def run(params: Params, variant: str | None = None) -> None:
         compared = [v for v in images if v == "base" or v in METHODS]
         columns = {verdict.name(v): images[v][:GRID_PROMPTS] for v in compared}
         write_json(REPORTS / "comparisons.json", rows)
-        write_json(
-            REPORTS / "suites.json", {name: compared_rows for name, (_, compared_rows) in suites.items()}
-        )
+        write_json(REPORTS / "suites.json", {name: suite_rows for name, (_, suite_rows) in suites.items()})
         write_json(METRICS / "comparisons.json", summary(rows))
         write_text(REPORTS / "report.html", page)
         with atomic(REPORTS / "grid.png") as partial:
             partial.write_bytes(plots.grid(prompts[:GRID_PROMPTS], columns))
-        drawn = {v: scored_images(v, table) for v, table in scores.items()}
+        drawn = {v: results.scored_images(v, table) for v, table in scores.items()}
         gallery.write(GALLERY, params.name, scores, drawn, (rows[0]["method"], rows[0]["baseline"]))
-        tracked.log_metrics(_flat(rows), step=0)
-        for name, (_, compared_rows) in suites.items():
-            tracked.log_metrics({f"{name}/{k}": v for k, v in _flat(compared_rows).items()}, step=0)
-        extra = ["suites.json"] if suites else []
-        for name in ("report.html", "comparisons.json", "grid.png", *extra):
-            tracked.log_artifact(REPORTS / name, "report")
-        if GALLERY.stat().st_size <= LOGGED_BYTES:
-            tracked.log_artifact(GALLERY, "report")
+        _log(tracked, rows, suites)
+
+
+def _log(tracked: Any, rows: list[dict[str, Any]], suites: Suites) -> None:
+    tracked.log_metrics(_flat(rows), step=0)
+    for name, (_, suite_rows) in suites.items():
+        tracked.log_metrics({f"{name}/{k}": v for k, v in _flat(suite_rows).items()}, step=0)
+    extra = ["suites.json"] if suites else []
+    for name in ("report.html", "comparisons.json", "grid.png", *extra):
+        tracked.log_artifact(REPORTS / name, "report")
+    if GALLERY.stat().st_size <= LOGGED_BYTES:
+        tracked.log_artifact(GALLERY, "report")
 
 
 def _comparisons(params: Params, scores: Mapping[str, DataFrame]) -> list[dict[str, Any]]:
@@ -90,70 +89,25 @@ def _comparisons(params: Params, scores: Mapping[str, DataFrame]) -> list[dict[s
     )
 
 
-def read_suites(params: Params) -> dict[str, tuple[dict[str, DataFrame], list[dict[str, Any]]]]:
-    """By suite of prompts: the table of each variant, and the rows of their comparisons.
+def read_suites(params: Params) -> Suites:
+    """By suite of prompts: the table of each variant, and the rows of their comparisons."""
+    from spo.evaluation import results
 
-    Raises:
-        ValueError: as `read_scores` and `statistics.comparisons`, with the suite.
-    """
     suites = {}
     for name in params.generate.suites:
         try:
-            scores = read_scores(params.report.baselines, of_suite(SCORES, name))
-            rows = _comparisons(params, scores)
+            scores = results.all_scores(params.report.baselines, of_suite(results.SCORES, name))
+            suites[name] = (scores, _comparisons(params, scores))
         except ValueError as error:
             raise ValueError(f"generate.suites.{name}: {error}") from None
-        suites[name] = (scores, rows)
     return suites
-
-
-def read_scores(baselines: tuple[str, ...], folder: Path = SCORES) -> dict[str, DataFrame]:
-    """Read the table of each variant: the baselines in their order, then the others.
-
-    Raises:
-        ValueError: no tables, a damaged table, or one without a required column.
-    """
-    from spo.evaluation import results
-
-    files = {p.stem: p for p in sorted(require(folder, "scores").glob("*.csv"))}
-    if not files:
-        raise ValueError(f"{folder}: no scores in this folder; run `make repro`")
-    names = dict.fromkeys(n for n in (*baselines, *VARIANTS, *files) if n in files)
-    return {name: results.read_scores(files[name]) for name in names}
-
-
-def read_images(scores: dict[str, DataFrame], n: int) -> tuple[list[str], dict[str, list[Image.Image]]]:
-    """Read the first n prompts, and the first image of each by each variant; raises as `scored_images`."""
-    first = next(iter(scores.values()))["prompt"]
-    step = len(first) // first.nunique()  # images of a prompt
-    images = {v: list(islice(scored_images(v, table), 0, n * step, step)) for v, table in scores.items()}
-    return first[::step][:n].tolist(), images
-
-
-def scored_images(variant: str, table: DataFrame) -> Iterator[Image.Image]:
-    """Iterate over the images of a variant in the order of its scores.
-
-    Raises:
-        ValueError: images that are not those that were scored.
-    """
-    from spo.data.images import load_images
-
-    generated = load_images(require(IMAGES / variant, f"images of {variant}"))
-    scored = zip(table["prompt"], table["seed"], strict=True)
-    for drawn, row in zip_longest(generated, scored):
-        if drawn is None or drawn[1:] != row:
-            raise ValueError(
-                f"{IMAGES / variant}: not the images scored in {SCORES / variant}.csv; "
-                f"run `spo score {variant}` again"
-            )
-        yield drawn[0]
 
 
 def _measured() -> dict[str, Any]:
     """Read the metrics, curves and summaries of earlier stages; the page says which are missing."""
-    preference = _in_order(METRICS.glob("preference*.json"), [*JUDGES, *SPM_BASELINES])
+    preference = _in_order(METRICS.glob("preference*.json"), PREFERENCE_MODELS)
     align = _in_order(METRICS.glob("align_*.json"), [f"align_{m}" for m in METHODS])
-    curves = _in_order(TRAINING.glob("*.csv"), [*JUDGES, *METHODS])
+    curves = _in_order(TRAINING.glob("*.csv"), (*PREFERENCE_MODELS, *METHODS))
     summaries = {k: Path(f"outputs/{k}/summary.json") for k in ("prompts", "pairs")}
     world = Path("data/world.json")
     samples = {m: sorted(Path(f"outputs/align/{m}/samples").glob("*.png")) for m in METHODS}
@@ -162,22 +116,13 @@ def _measured() -> dict[str, Any]:
         "alignment": {p.stem.removeprefix("align_"): read_json(p, "metrics") for p in align},
         "curves": {p.stem: read_csv(p, "training curve") for p in curves},
         "summaries": {k: public(read_json(p, "summary")) for k, p in summaries.items() if p.exists()},
-        "samples": {m: [(int(p.stem), _open(p)) for p in rows] for m, rows in samples.items()},
+        "samples": {m: [(int(p.stem), p.read_bytes()) for p in rows] for m, rows in samples.items()},
         "world": read_json(world, "facts") if world.exists() else None,
         "outs": [(e.stage, path, md5[:12]) for e in dvc_lock.read().values() for path, md5 in e.outs.items()],
     }
 
 
-def _open(path: Path) -> Image.Image:
-    from spo.data.decoding import open_image
-
-    try:
-        return open_image(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}; run `spo align` again") from None
-
-
-def _in_order(files: Iterable[Path], first: list[str]) -> list[Path]:
+def _in_order(files: Iterable[Path], first: Sequence[str]) -> list[Path]:
     """Sort files: those named in `first` in its order, then the others by name."""
     return sorted(files, key=lambda p: (first.index(p.stem) if p.stem in first else len(first), p.stem))
 

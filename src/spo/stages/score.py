@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 IMAGES, OUTPUT = Path("outputs/images"), Path("outputs/scores")
 SCORED_BY = "scored_by"  # key of the metrics file
 LIBRARIES = ("torch", "torchvision", "transformers", "tokenizers", "open_clip_torch", "numpy", "pillow")
-CODE = ("data", "evaluation/scoring.py", "rewards", "scenes")  # what scores the images
+CODE = ("data", "validation/scoring.py", "rewards", "scenes")  # what scores the images
 
 
 def run(params: Params, name: str, suite: str | None = None) -> None:
@@ -60,8 +60,8 @@ def table(params: Params, folder: Path, cache: CheckpointStore | None = None) ->
     import pandas as pd
 
     from spo.data.images import archived, load_images
-    from spo.evaluation.scoring import score_images
     from spo.training.distributed import device
+    from spo.validation.scoring import score_images
 
     # all are read once, so that a damaged image is found before a scorer is loaded
     for _ in load_images(folder):

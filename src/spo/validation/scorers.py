@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from spo.config import Params
 from spo.training import placement
+from spo.validation.scoring import load, score_images
 
 if TYPE_CHECKING:
     from spo.rewards.aesthetic import Aesthetic
@@ -30,33 +31,24 @@ class Scorers:
             Scores as of `score_images`, and the embeddings [N,D] of the aesthetic scorer's CLIP, which sees
             each image once for both.
         """
-        from spo.evaluation.scoring import score_images
-        from spo.rewards import load_scorer
-
-        score = self.params.score
-
-        def load() -> Any:
-            return load_scorer("aesthetic", score.aesthetic, self.device, score.batch_size)
-
         try:
-            aesthetic = self.once("aesthetic", load)
+            aesthetic = self._once("aesthetic")
             features = aesthetic.features(images)
-            seen = _Seen(aesthetic, images, features)
+            embedded = _Embedded(aesthetic, images, features)
 
-            def once(name: str, load: Callable[[], Any]) -> Any:
-                scorer = self.once(name, load)
-                return seen if scorer is aesthetic else scorer
+            def scorer(name: str) -> Any:
+                return embedded if name == "aesthetic" else self._once(name)
 
-            columns = score_images(self.params, images, prompts, self.device, once=once)
+            columns = score_images(self.params, images, prompts, self.device, scorer=scorer)
             return columns, aesthetic.normalised(features)
         finally:
             self._rest()
 
-    def once(self, name: str, load: Callable[[], Any]) -> Any:
+    def _once(self, name: str) -> Any:
         """The scorer where it computes, loaded if it is not yet; the others leave their device."""
         self._rest()
         if name not in self._loaded:
-            self._loaded[name] = load()
+            self._loaded[name] = load(self.params, name, self.device)
             self._models[name] = [(m, next(m.parameters()).device) for m in _models(self._loaded[name])]
         for model, place in self._models[name]:
             placement.move(model, place)
@@ -77,7 +69,7 @@ def _models(value: Any) -> Iterator[nn.Module]:
             yield from _models(part)
 
 
-class _Seen:
+class _Embedded:
     """The aesthetic scorer of images that its CLIP has embedded already."""
 
     name = "aesthetic"

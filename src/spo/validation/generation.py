@@ -27,9 +27,6 @@ def draw(
 
     Args:
         cache: the main process saves each batch there; cached batches are not generated again.
-
-    Raises:
-        ValueError: values that are not finite; the line names the prompt.
     """
     from itertools import islice
 

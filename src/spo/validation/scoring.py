@@ -18,32 +18,65 @@ def score_images(
     prompts: Sequence[str],
     device: str,
     cache: CheckpointStore | None = None,
-    once: Callable[[str, Callable[[], Any]], Any] = lambda name, load: load(),
+    scorer: Callable[[str], Any] | None = None,
 ) -> dict[str, list[float]]:
     """Score images by each scorer, with one scorer in memory at a time.
 
     Args:
         images: read a batch at a time by each scorer, so that `data.images.Pictures` are never all in memory.
         cache: the main process saves the scores of each scorer there; cached scores are not computed again.
-        once: gives the scorer of a name, which it may have retained, or loads it.
+        scorer: returns the scorer of a name, which it may have loaded before; default: `load`.
 
     Returns:
         A list of scores by metric.
     """
     from spo.training import distributed
 
+    size, scorer = params.score.batch_size, scorer or (lambda name: load(params, name, device))
     done = distributed.broadcast(sum(1 for _ in cache.states()) if cache else 0)
     columns: dict[str, list[float]] = {}
     for state in cache.states() if cache and distributed.is_main_process() else ():
         columns |= state
-    for number, score in enumerate(_scorers(params, device, once)):
-        if number < done:
-            continue
-        scores = score(images, prompts)
+    names = [*params.score.configured(), *(["oracle"] if params.score.oracle is not None else [])]
+    for number, name in enumerate(names[done:], start=done):
+        # no variable refers to the scorer, so that it is freed before the next one is loaded
+        scores = _scores(name, scorer(name), images, prompts, size)
         if cache and distributed.is_main_process():
             cache.save(number, scores)
         columns |= scores
     return columns
+
+
+def load(params: Params, name: str, device: str) -> Any:
+    """Load a scorer of `score`, or the oracle."""
+    settings = getattr(params.score, name)
+    if name == "oracle":
+        from spo.scenes.oracle import Oracle
+
+        return Oracle(settings)
+    from spo.rewards import load_scorer
+
+    return load_scorer(name, settings, device, params.score.batch_size)
+
+
+def _scores(
+    name: str, scorer: Any, images: Sequence[Any], prompts: Sequence[str], size: int
+) -> dict[str, list[float]]:
+    """Scores by metric, of which the oracle has two."""
+    if name != "oracle":
+        return {name: _shared(scorer, images, prompts, size)}
+    import torch
+
+    from spo.data.images import to_tensor
+    from spo.scenes.oracle import CHUNK
+
+    scores: dict[str, list[float]] = {metric: [] for metric in scorer.metrics}
+    for start in range(0, len(images), CHUNK):
+        part = slice(start, start + CHUNK)
+        found = scorer.score(torch.stack([to_tensor(image) for image in images[part]]), prompts[part])
+        for metric, values in scores.items():
+            values += found[metric]
+    return scores
 
 
 def _shared(scorer: Scorer, images: Sequence[Any], prompts: Sequence[str], size: int) -> list[float]:
@@ -63,39 +96,3 @@ def _shared(scorer: Scorer, images: Sequence[Any], prompts: Sequence[str], size:
             return scores
 
         return [value for scores in distributed.map_round_robin(batch, parts) for value in scores]
-
-
-def _scorers(
-    params: Params, device: str, once: Callable[[str, Callable[[], Any]], Any]
-) -> list[Callable[[Sequence[Any], Sequence[str]], dict[str, list[float]]]]:
-    """Functions of (images, prompts) that give scores by metric; each loads and releases its model."""
-    from functools import partial
-
-    from spo.rewards import load_scorer
-
-    score = params.score
-
-    def reward(
-        name: str, settings: Any, images: Sequence[Any], prompts: Sequence[str]
-    ) -> dict[str, list[float]]:
-        scorer = once(name, lambda: load_scorer(name, settings, device, score.batch_size))
-        return {name: _shared(scorer, images, prompts, score.batch_size)}
-
-    def oracle(images: Sequence[Any], prompts: Sequence[str]) -> dict[str, list[float]]:
-        import torch
-
-        from spo.data.images import to_tensor
-        from spo.scenes.oracle import CHUNK, Oracle
-
-        folder = score.oracle
-        assert folder is not None
-        scorer = once("oracle", lambda: Oracle(folder))
-        parts = [slice(start, start + CHUNK) for start in range(0, len(images), CHUNK)]
-        scores = [
-            scorer.score(torch.stack([to_tensor(image) for image in images[part]]), prompts[part])
-            for part in parts
-        ]
-        return {metric: [value for part in scores for value in part[metric]] for metric in Oracle.metrics}
-
-    rewards = [partial(reward, name, settings) for name, settings in score.configured().items()]
-    return [*rewards, oracle] if score.oracle is not None else list(rewards)

@@ -11,9 +11,10 @@ from group import run_in
 from PIL import Image
 
 from spo.config import Validation
-from spo.evaluation import validation
-from spo.evaluation.validation import Collapse, Validated, Watch
 from spo.training import distributed
+from spo.validation import limits
+from spo.validation.images import Validated, diversity
+from spo.validation.watch import Collapse, Watch, scores_at
 
 
 class Curve:
@@ -55,8 +56,18 @@ def watch(
     tmp_path: Path, model: Trained, iterations: int = 5, run: Run | None = None, **limits
 ) -> tuple[Watch, Curve]:
     settings, curve = Validation(every=2, prompts=2, **limits), Curve()
-    arguments = (settings, model.validate, model.save, curve, tmp_path, "align.spo", iterations, "kl")
-    return Watch(*arguments, run or Run()), curve
+    callback = Watch(
+        settings=settings,
+        validate=model.validate,
+        save=model.save,
+        curve=curve,
+        run=run or Run(),
+        scratch=tmp_path,
+        name="align.spo",
+        iterations=iterations,
+        divergence="kl",
+    )
+    return callback, curve
 
 
 GOOD = ([1.0, 2.0], 0.4)
@@ -75,7 +86,7 @@ def test_it_validates_before_every_few_iterations_and_after_the_last(tmp_path: P
     }
     samples = sorted((tmp_path / "samples").glob("*.png"))
     assert [p.stem for p in samples] == ["000000", "000002", "000004", "000005"]
-    assert (tmp_path / "good/model").read_text() == "3"  # of iteration 4; the stage saves the last
+    assert (tmp_path / "good/00000004/model").read_text() == "3"  # of iteration 4; the stage saves the last
     assert model.saved == 2 and callback.selected() is None
 
 
@@ -88,7 +99,7 @@ def test_the_best_validation_by_the_named_scorers_is_selected(tmp_path: Path) ->
     gains = [row["validation/gain"] for _, row in curve.rows]
     assert gains == pytest.approx([g / 0.5**0.5 for g in (0, 1, 3, 2)])
     assert callback.selected() == {"iteration": 4, "gain": pytest.approx(3 / 0.5**0.5)}
-    assert (tmp_path / "best/model").read_text() == "3"
+    assert (tmp_path / "best/00000004/model").read_text() == "3"
 
 
 def test_a_selection_names_a_scorer() -> None:
@@ -129,13 +140,13 @@ def test_what_was_validated_after_the_checkpoint_counts_no_more(tmp_path: Path, 
     again(4, {})
     if killed == "before the state was saved":
         assert again.selected()["iteration"] == 2
-        assert (tmp_path / "best/model").read_text() == "2"
+        assert (tmp_path / "best/00000002/model").read_text() == "2"
     else:
         assert again.selected() == {"iteration": 4, "gain": 0.0}
-    assert json.loads((tmp_path / "good/validation.json").read_text()) == {"iteration": 4}
+    assert json.loads((tmp_path / "good/00000004/validation.json").read_text()) == {"iteration": 4}
 
 
-def test_the_main_process_judges_and_the_others_follow(tmp_path: Path) -> None:
+def test_the_main_process_decides_and_the_others_follow(tmp_path: Path) -> None:
     """The other process sees another folder: no start, no saved model, other scores."""
 
     def body() -> str:
@@ -164,17 +175,17 @@ def test_the_scores_of_a_saved_model_are_those_of_its_validation() -> None:
         4: {"loss": 0.5, "validation/hps": 21.0},
         5: {"loss": 0.4},
     }
-    assert validation.scores_at(rows, 4) == {"validation/hps": 21.0}
-    assert validation.scores_at(rows, 5) == {} == validation.scores_at(rows, 6)
+    assert scores_at(rows, 4) == {"validation/hps": 21.0}
+    assert scores_at(rows, 5) == {} == scores_at(rows, 6)
 
 
 def test_the_gain_does_not_depend_on_a_scorers_units() -> None:
     start = {"hps": [20.0, 22.0, 24.0], "aesthetic": [5.0, 5.5, 6.0]}
     now = {"hps": [22.0, 24.0, 26.0], "aesthetic": [4.0, 4.5, 5.0]}
     # +2 at a standard deviation of 2, -1 at .5
-    assert validation.standardised_gain(start, now, ["hps"]) == pytest.approx(1)
-    assert validation.standardised_gain(start, now, ["hps", "aesthetic"]) == pytest.approx((1 - 2) / 2)
-    assert validation.standardised_gain({"hps": [1.0, 1.0]}, {"hps": [2.0, 2.0]}, ["hps"]) == 0
+    assert limits.standardised_gain(start, now, ["hps"]) == pytest.approx(1)
+    assert limits.standardised_gain(start, now, ["hps", "aesthetic"]) == pytest.approx((1 - 2) / 2)
+    assert limits.standardised_gain({"hps": [1.0, 1.0]}, {"hps": [2.0, 2.0]}, ["hps"]) == 0
 
 
 @pytest.mark.parametrize(
@@ -196,14 +207,14 @@ def test_a_collapse_stops_and_names_the_last_good_model(tmp_path: Path, bad, lim
     with pytest.raises(Collapse, match=rf"align.spo: stopped at iteration 4: {why}.* iteration 2, in .*good"):
         callback(4, {})
     assert curve.rows[-1][0] == 4, "the scores are logged before it stops"
-    assert json.loads((tmp_path / "good/validation.json").read_text()) == {"iteration": 2}
+    assert json.loads((tmp_path / "good/00000002/validation.json").read_text()) == {"iteration": 2}
     milder = {name: value + 0.2 if name == "max_fall" else value - 0.1 for name, value in limits.items()}
     callback, _ = watch(tmp_path / "again", Trained(GOOD, GOOD, bad), **milder)
     for iteration in (0, 2, 4):
         callback(iteration, {})
 
 
-def test_divergence_is_watched_at_every_iteration(tmp_path: Path) -> None:
+def test_divergence_is_checked_at_every_iteration(tmp_path: Path) -> None:
     callback, _ = watch(tmp_path, Trained(GOOD), max_divergence=2.0)
     callback(0, {})
     callback(1, {"kl": 1.9, "output_distance": 9.0})
@@ -221,10 +232,8 @@ def test_a_resumed_stage_compares_with_its_own_start(tmp_path: Path) -> None:
 
 def test_diversity_is_one_minus_the_mean_cosine_of_images_of_a_prompt() -> None:
     east, north = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])
-    assert validation.diversity(torch.stack([torch.stack([east, east])])) == pytest.approx(0)
-    assert validation.diversity(torch.stack([torch.stack([east, north])])) == pytest.approx(1)
+    assert diversity(torch.stack([torch.stack([east, east])])) == pytest.approx(0)
+    assert diversity(torch.stack([torch.stack([east, north])])) == pytest.approx(1)
     # three images: cosines 1, 0 and 0 of three pairs; and a prompt whose images are the same
     one = torch.stack([east, east, north])
-    assert validation.diversity(torch.stack([one, torch.stack([north] * 3)])) == pytest.approx(
-        (2 / 3 + 0) / 2
-    )
+    assert diversity(torch.stack([one, torch.stack([north] * 3)])) == pytest.approx((2 / 3 + 0) / 2)

@@ -7,12 +7,12 @@ import yaml
 from PIL import Image
 
 from spo import config, rewards
-from spo.evaluation.scorers import Scorers
-from spo.evaluation.scoring import score_images
 from spo.rewards.aesthetic import Aesthetic
 from spo.scenes import world
 from spo.scenes.oracle import Perception
 from spo.training import placement
+from spo.validation.scorers import Scorers
+from spo.validation.scoring import score_images
 from tools.scenes import tokenizer
 
 PROMPTS = [

@@ -1,0 +1,139 @@
+"""Validation during training: score images of validation prompts at intervals, stop at limits, save the best.
+
+Limits and selection go by the scorers of `score`; never by the preference model or the oracle. Where there is
+an oracle, its scores of the same images are logged for the report. Validation does not change the training:
+its images have seeds of their own.
+
+Departure from the published methods:
+1. With `validation.select` the weights of the best validation are the result, by a rule that is fixed
+   beforehand and the same for every method; the published recipes take the last weights.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
+
+from spo.config import Validation
+from spo.runtime.files import read_json, write_json
+from spo.runtime.processes import is_main_process
+from spo.validation import limits
+from spo.validation.saved_model import SavedModel
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from spo.tracking.curve import Curve
+    from spo.tracking.runs import Run
+    from spo.validation.images import Validated
+
+
+class Collapse(ValueError):
+    """Training passed a limit of its `validation` section."""
+
+
+@dataclass
+class Watch:
+    """The validation callback of the training loop, called after each iteration."""
+
+    settings: Validation
+    validate: Callable[[], Validated]
+    save: Callable[[Path], None]  # writes the model to a folder
+    curve: Curve
+    run: Run  # gets the images by iteration
+    scratch: Path  # exists as long as the stage's checkpoints
+    name: str  # of the params section, for messages
+    iterations: int  # of the training; the last is validated too
+    divergence: str  # the method's metric of the distance to the reference
+
+    def __post_init__(self) -> None:
+        self.good, self.best = SavedModel(self.scratch / "good"), SavedModel(self.scratch / "best")
+        self.samples = self.scratch / "samples"  # the images by iteration
+        self._start = self.scratch / "validation.json"  # the scores at the start
+
+    def resume(self, iteration: int) -> None:
+        """Resume from a checkpoint: what was validated later is removed, the run gets the earlier images."""
+        if not is_main_process():
+            return
+        self.good.rewind(iteration)
+        self.best.rewind(iteration)
+        for image in sorted(self.samples.glob("*.png")):
+            if int(image.stem) > iteration:
+                image.unlink()
+            else:
+                self.run.log_image(image, "validation", int(image.stem))
+
+    def __call__(self, iteration: int, metrics: Mapping[str, float]) -> bool:
+        """Validate after some iterations; returns whether it did, as `training.loop.fit` wants to know.
+
+        The main process decides, since it alone is sure to see its files, and the others follow.
+
+        Raises:
+            Collapse: a limit was passed; the line names it and the last good model.
+        """
+        if is_main_process():  # by now the state of the training after these models is saved
+            self.good.prune()
+            self.best.prune()
+        limit = self.settings.max_divergence
+        if limit is not None:
+            self._stop(iteration, limits.divergence_passed(self.divergence, metrics, limit))
+        if iteration % self.settings.every and iteration != self.iterations:
+            return False
+        now = self.validate()
+        self._stop(iteration, self._record(iteration, now) if is_main_process() else None)
+        return True
+
+    def selected(self) -> Any:
+        """The iteration and the gain of the model in `best`; None without `select`."""
+        return None if self.settings.select is None else self.best.facts()
+
+    def _record(self, iteration: int, now: Validated) -> str | None:
+        """Log and save what was validated; returns the reason to stop if a limit was passed."""
+        settings = self.settings
+        self._save_image(now.row, iteration)
+        if iteration == 0:
+            write_json(self._start, {"scores": now.scores, "diversity": now.diversity})
+        start = read_json(self._start, "scores at the start")
+        row = {name: fmean(values) for name, values in now.scores.items()} | now.oracle
+        gain = None
+        if settings.select is not None:
+            gain = row["gain"] = limits.standardised_gain(start["scores"], now.scores, settings.select)
+        row["diversity"] = now.diversity
+        self.curve.log({f"validation/{name}": value for name, value in row.items()}, iteration)
+        reason = limits.scores_passed(
+            start["scores"], now.scores, settings.max_fall
+        ) or limits.diversity_passed(start["diversity"], now.diversity, settings.min_diversity)
+        if reason is not None or iteration == 0:
+            return reason
+        if iteration != self.iterations:
+            self.good.save(self.save, iteration)
+        if gain is not None and gain > (self.best.facts() or {"gain": -math.inf})["gain"]:
+            self.best.save(self.save, iteration, gain=gain)
+        return None
+
+    def _save_image(self, row: Image.Image, iteration: int) -> None:
+        self.samples.mkdir(parents=True, exist_ok=True)
+        row.save(path := self.samples / f"{iteration:06d}.png")
+        self.run.log_image(path, "validation", iteration)
+
+    def _stop(self, iteration: int, reason: str | None) -> None:
+        """Stop in all processes if the main one has a reason."""
+        from spo.training import distributed
+
+        line = None
+        if reason is not None and is_main_process():
+            good = self.good.facts()
+            last = f"iteration {good['iteration']}, in {self.good.path()}" if good else "none"
+            line = f"{self.name}: stopped at iteration {iteration}: {reason}; last good model: {last}"
+        line = distributed.broadcast(line)
+        if line is not None:
+            raise Collapse(line)
+
+
+def scores_at(rows: Mapping[int, Mapping[str, float]], iteration: int) -> dict[str, float]:
+    """The scores of the validation after an iteration, from a curve's rows; none if there was none."""
+    return {k: v for k, v in rows.get(iteration, {}).items() if k.startswith("validation/")}
