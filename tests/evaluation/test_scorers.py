@@ -55,8 +55,8 @@ def test_each_is_loaded_once_and_scores_as_if_it_were_fresh(params, images, monk
 
 
 def test_the_clip_of_the_aesthetic_score_sees_each_image_once(params, images, monkeypatch) -> None:
-    seen, original = [], Aesthetic._features
-    monkeypatch.setattr(Aesthetic, "_features", lambda self, part: seen.extend(part) or original(self, part))
+    seen, original = [], Aesthetic.pixels
+    monkeypatch.setattr(Aesthetic, "pixels", lambda self, part: seen.extend(part) or original(self, part))
     Scorers(params, "cpu").score(images, PROMPTS)
     assert len(seen) == len(images) and all(a is b for a, b in zip(seen, images, strict=True))
 

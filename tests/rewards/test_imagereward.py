@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from spo.rewards import imagereward
+from spo.rewards import imagereward, pixels
 from spo.rewards.imagereward import ImageReward
 
 PROMPTS = ["a red circle", "a blue square", "red circles", "", "a red square a blue circle"]
@@ -43,8 +43,8 @@ def test_score_is_that_of_the_released_forward_pass(scorer, images) -> None:
     ids, mask = tokens([CLS, RED, CIRCLE, PLURAL, SEP])
     # (.2 - .48145466) / .26862954, (.4 - .4578275) / .26130258, (.8 - .40821073) / .27577711
     values = torch.tensor([-1.0477428, -0.2213047, 1.4206736])
-    pixels = values.view(1, 3, 1, 1).expand(1, 3, blip.SIZE, blip.SIZE)
-    expected = float(reference.reward(pixels, ids, mask)[0])
+    plain = values.view(1, 3, 1, 1).expand(1, 3, blip.SIZE, blip.SIZE)
+    expected = float(reference.reward(plain, ids, mask)[0])
     assert scorer.name == "imagereward"
     assert scorer.score([grey], ["Red circles"])[0] == pytest.approx(expected, abs=1e-4)
 
@@ -67,8 +67,8 @@ def test_every_weight_of_the_checkpoint_counts(settings, scorer, images, tmp_pat
             name: state[name] + 0.1 * torch.cos(torch.arange(state[name].numel())).view_as(state[name]),
         }
         ids, mask = tokens([CLS, 5, RED, CIRCLE, SEP])
-        pixels = imagereward.clip.preprocess(images[0], blip.SIZE)[None]
-        expected = float(blip.Reference(changed).reward(pixels, ids, mask)[0])
+        shown = pixels.preprocess(images[0], blip.SIZE)[None]
+        expected = float(blip.Reference(changed).reward(shown, ids, mask)[0])
         torch.save(changed, tmp_path / "changed.pt")
         after = ImageReward(settings.model_copy(update={"checkpoint": str(tmp_path / "changed.pt")}))
         assert after.score(images[:1], PROMPTS[:1])[0] == pytest.approx(expected, abs=1e-4), name
