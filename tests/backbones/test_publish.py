@@ -24,7 +24,8 @@ from rounding import assert_same
 
 from spo import backbones, cli, config
 from spo.data.images import save_images
-from spo.evaluation import model_card, statistics
+from spo.evaluation import statistics
+from spo.publish import card as cards
 
 PROMPTS = ["a red circle", "a | b <b>*bold*</b>", "a star", "sand", "snow"]
 ADAPTER = "outputs/align/spo"
@@ -44,7 +45,7 @@ def made(tmp_path_factory: pytest.TempPathFactory, checkpoints: dict[str, Path])
     for parameter in backbone.trainable_parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     backbone.save_lora(root / ADAPTER)
-    model_card.write(root / ADAPTER, params, "spo", {"updates": 4})
+    cards.write(root / ADAPTER, params, "spo", {"updates": 4})
     (root / "base/LICENSE").write_text("the licence")
     tables = {}
     for number, variant in enumerate(("base", "spo")):

@@ -265,10 +265,10 @@ def _publish(command: argparse.ArgumentParser) -> None:
 
 
 def _run_publish(args: argparse.Namespace) -> None:
-    from spo.commands import publish
+    from spo.publish import adapter
 
     params = config.load()
-    print(publish.run(params, args.adapter, args.to, args.base_model, args.license, args.private))
+    print(adapter.run(params, args.adapter, args.to, args.base_model, args.license, args.private))
 
 
 def _run_repro(args: argparse.Namespace) -> None:
