@@ -142,11 +142,13 @@ def test_mistakes_are_one_line(hps_settings, tmp_path) -> None:
     (tmp_path / "list.json").write_text("[3]")
     (tmp_path / "number.json").write_text('{"model_cfg": {}, "preprocess_cfg": 3}')
     cases = {
-        "list.json is not a CLIP config": {"architecture": str(tmp_path / "list.json")},
-        "number.json is not a CLIP config": {"architecture": str(tmp_path / "number.json")},
+        "list.json: must be an object, not list": {"architecture": str(tmp_path / "list.json")},
+        "number.json: preprocess_cfg must be an object, not 3": {
+            "architecture": str(tmp_path / "number.json")
+        },
         "score.hps.architecture: 'ViT-Q' is not a model of open_clip": {"architecture": "ViT-Q"},
-        "score.hps.architecture: nowhere.json: no such file": {"architecture": "nowhere.json"},
-        "not.json is not valid JSON": {"architecture": str(tmp_path / "not.json")},
+        "score.hps.architecture: nowhere.json: no config there": {"architecture": "nowhere.json"},
+        "not.json: truncated or invalid JSON": {"architecture": str(tmp_path / "not.json")},
         "strange.json is not a CLIP config": {"architecture": str(tmp_path / "strange.json")},
         "score.hps.checkpoint: nowhere.pt: no such file": {"checkpoint": "nowhere.pt"},
         "fewer.pt lacks weights: visual.proj;": {"checkpoint": str(tmp_path / "fewer.pt")},

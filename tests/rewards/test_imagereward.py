@@ -154,13 +154,13 @@ def test_a_config_is_honoured_or_refused(spoilt, tmp_path, change, message: str)
 def test_a_config_that_is_missing_or_incomplete_is_one_line(spoilt, tmp_path) -> None:
     content = {k: v for k, v in blip.MED_CONFIG.items() if k != "hidden_act"}
     (tmp_path / "med_config.json").write_text(json.dumps(content))
-    refused(spoilt, "med_config: .* lacks hidden_act")
+    refused(spoilt, "med_config: .*med_config.json: no key 'hidden_act'")
     (tmp_path / "med_config.json").write_text("[]")
-    refused(spoilt, "is no mapping")
+    refused(spoilt, "med_config.json: must be an object, not list")
     (tmp_path / "med_config.json").write_text("{")
-    refused(spoilt, "not valid JSON")
+    refused(spoilt, "truncated or invalid JSON")
     (tmp_path / "med_config.json").unlink()
-    refused(spoilt, "med_config: .*: no such file")
+    refused(spoilt, "med_config: .*: no config there")
 
 
 def test_a_tokenizer_that_does_not_fit_is_one_line(spoilt, tmp_path) -> None:

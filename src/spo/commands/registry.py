@@ -43,7 +43,6 @@ class Verdict:
     version: str
     alias: str
     reasons: list[str]  # empty for the champion
-    new: bool
 
 
 def model_name(params: Params) -> str:
@@ -75,10 +74,10 @@ def register(params: Params) -> Verdict:
         tags = {"method": method, "adapter": fingerprint((), [adapter], ()), "scored_by": scored_by(method)}
         known, champion = _find(client, name, tags), _version(client, name, CHAMPION)
         if known and champion and known.version == champion.version:
-            return Verdict(name, str(known.version), CHAMPION, [], False)
+            return Verdict(name, str(known.version), CHAMPION, [])
         failures = _compare(store, params, table, champion, tags["scored_by"])
         version = known or _create(store, params, adapter, tags)
-        return _set_alias(client, name, version, failures, known is None)
+        return _set_alias(client, name, version, failures)
 
 
 def _compare(store: Store, params: Params, table: DataFrame, champion: Any, made_with: str) -> dict[str, str]:
@@ -162,7 +161,7 @@ def _card(adapter: Path, method: str) -> str | None:
     return card.with_scores(read_text(adapter / card.FILE, "model card"), rows)
 
 
-def _set_alias(client: Any, name: str, version: Any, failures: Mapping[str, str], new: bool) -> Verdict:
+def _set_alias(client: Any, name: str, version: Any, failures: Mapping[str, str]) -> Verdict:
     """Set alias and tags of a version by the result of the gate."""
     number = str(version.version)
     for tag in (t for t in version.tags if t.startswith("gate.") and t.removeprefix("gate.") not in failures):
@@ -174,7 +173,7 @@ def _set_alias(client: Any, name: str, version: Any, failures: Mapping[str, str]
     client.set_registered_model_alias(name, alias, number)
     if not failures and str(client.get_registered_model(name).aliases.get(CHALLENGER)) == number:
         client.delete_registered_model_alias(name, CHALLENGER)
-    return Verdict(name, number, alias, list(failures.values()), new)
+    return Verdict(name, number, alias, list(failures.values()))
 
 
 def _download(store: Store, version: Any, path: str, target: Path) -> Path:

@@ -81,10 +81,6 @@ class Aesthetic(BatchedScorer):
     def score_batch(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
         return self.head(clip.image_features(self.clip, self.pixels(images)))
 
-    def embed(self, images: Sequence[Image.Image]) -> Tensor:
-        """Embed N images: CLIP's normalised embeddings [N,D]."""
-        return self.normalised(self.features(images))
-
     @torch.no_grad()
     def features(self, images: Sequence[Image.Image]) -> Tensor:
         """CLIP's embeddings [N,D] of N images, of which `normalised` and the scores are functions."""

@@ -97,17 +97,10 @@ def _model_config(architecture: str) -> tuple[dict[str, Any], Normalisation]:
         if known is None:
             raise ValueError(f"{key}: {architecture!r} is not a model of open_clip; HPSv2 is a ViT-H-14")
         return known, OPENAI
-    try:
-        content = json.loads(Path(architecture).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(
-            f"{key}: {architecture}: no such file; run `make repro` or `dvc pull data.dvc`"
-        ) from None
-    except ValueError as error:
-        raise ValueError(f"{key}: {architecture} is not valid JSON ({error})") from None
-    prepared = content.get("preprocess_cfg", {}) if isinstance(content, dict) else None
+    content = weights.read_config(Path(architecture), key)
+    prepared = content.get("preprocess_cfg", {})
     if not isinstance(prepared, dict):
-        raise ValueError(f"{key}: {architecture} is not a CLIP config: it and preprocess_cfg must be objects")
+        raise ValueError(f"{key}: {architecture}: preprocess_cfg must be an object, not {prepared!r}")
     own = read_normalisation(
         prepared.get("mean"), prepared.get("std"), f"{key}: {architecture}: preprocess_cfg"
     )

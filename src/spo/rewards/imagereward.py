@@ -8,11 +8,9 @@ Departures from the released code:
    pixels are cut off. Square images are not cropped.
 """
 
-import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from PIL import Image
@@ -31,15 +29,18 @@ LENGTH = 35  # tokens of a prompt, start and end included
 HEAD_WIDTH = 64  # of each attention head of the vision transformer, in the base and the large one
 ADDED_TOKENS = ["[DEC]", "[ENC]"]  # BLIP's, after those of BERT
 UNUSED = re.compile(r"blip\.(vision_proj\.|text_proj\.|text_encoder\.embeddings\.position_ids$)")
-VISION_NAMES = (  # of the checkpoint, and of transformers
-    (r"^cls_token$", "embeddings.class_embedding"),
-    (r"^pos_embed$", "embeddings.position_embedding"),
-    (r"^patch_embed\.proj\.", "embeddings.patch_embedding."),
-    (r"^blocks\.(\d+)\.attn\.qkv\.", r"encoder.layers.\1.self_attn.qkv."),
-    (r"^blocks\.(\d+)\.attn\.proj\.", r"encoder.layers.\1.self_attn.projection."),
-    (r"^blocks\.(\d+)\.norm([12])\.", r"encoder.layers.\1.layer_norm\2."),
-    (r"^blocks\.(\d+)\.mlp\.", r"encoder.layers.\1.mlp."),
-    (r"^norm\.", "post_layernorm."),
+EYE = r"^blip\.visual_encoder\."
+NAMES = (  # of the checkpoint, and of ImageRewardModel
+    (r"^mlp\.layers\.", "head."),
+    (r"^blip\.text_encoder\.", "text."),
+    (EYE + r"cls_token$", "vision.embeddings.class_embedding"),
+    (EYE + r"pos_embed$", "vision.embeddings.position_embedding"),
+    (EYE + r"patch_embed\.proj\.", "vision.embeddings.patch_embedding."),
+    (EYE + r"blocks\.(\d+)\.attn\.qkv\.", r"vision.encoder.layers.\1.self_attn.qkv."),
+    (EYE + r"blocks\.(\d+)\.attn\.proj\.", r"vision.encoder.layers.\1.self_attn.projection."),
+    (EYE + r"blocks\.(\d+)\.norm([12])\.", r"vision.encoder.layers.\1.layer_norm\2."),
+    (EYE + r"blocks\.(\d+)\.mlp\.", r"vision.encoder.layers.\1.mlp."),
+    (EYE + r"norm\.", "vision.post_layernorm."),
 )
 # keys of med_config.json: those that the text encoder takes, those with one possible value, and those without
 # effect on a score (the width of the image tokens is that of the weights)
@@ -106,7 +107,7 @@ def load_model(settings: config.ImageRewardConfig) -> ImageRewardModel:
     where = f"score.imagereward.checkpoint: {settings.checkpoint}"
     released = weights.load_state(hub.local(settings.checkpoint), where)
     state = {name: value for name, value in released.items() if not UNUSED.match(name)}
-    eye = {name.removeprefix("blip.visual_encoder."): value for name, value in state.items()}
+    eye = {re.sub(EYE, "", name): value for name, value in state.items()}
     vision, size = _vision_config(eye, where)
     weights.check_image_size(size, settings.image_size, "score.imagereward")
     model = ImageRewardModel(vision, _text_config(settings.med_config, vision.hidden_size))
@@ -130,14 +131,9 @@ def load_tokenizer(name: str, vocabulary: int) -> BertTokenizer:
 
 def _renamed(name: str) -> str:
     """The name in ImageRewardModel of a weight of the checkpoint; an unknown one keeps its own."""
-    if name.startswith("mlp.layers."):
-        return name.replace("mlp.layers.", "head.")
-    if name.startswith("blip.text_encoder."):
-        return name.replace("blip.text_encoder.", "text.")
-    own = name.removeprefix("blip.visual_encoder.")
-    for pattern, new in VISION_NAMES if own != name else ():
-        if re.match(pattern, own):
-            return f"vision.{re.sub(pattern, new, own)}"
+    for pattern, new in NAMES:
+        if re.match(pattern, name):
+            return re.sub(pattern, new, name)
     return name
 
 
@@ -163,15 +159,7 @@ def _vision_config(state: Mapping[str, Tensor], where: str) -> tuple[BlipVisionC
 def _text_config(file: str, vision_width: int) -> BlipTextConfig:
     """The config of the text encoder, from med_config.json; a key is honoured or refused."""
     where = f"score.imagereward.med_config: {file}"
-    try:
-        content: Any = json.loads(hub.local(file).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{where}: no such file; it is released with ImageReward.pt") from None
-    except ValueError as error:
-        raise ValueError(f"{where} is not valid JSON ({error})") from None
-    if not isinstance(content, dict) or (missing := [k for k in TAKEN if k not in content]):
-        lacking = "is no mapping" if not isinstance(content, dict) else f"lacks {missing[0]}"
-        raise ValueError(f"{where} {lacking}; it must be the config of BLIP's BERT")
+    content = weights.read_config(hub.local(file), "score.imagereward.med_config", TAKEN)
     for key, value in content.items():
         if key in FIXED and value != FIXED[key]:
             raise ValueError(f"{where}: {key} is {value!r}; only {FIXED[key]!r} is supported")

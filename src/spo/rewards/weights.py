@@ -1,4 +1,4 @@
-"""Read the files of a scorer; what is missing, damaged or does not fit is one line with its key."""
+"""Read the files of a scorer; for what is missing, damaged or does not fit, one line names the params key."""
 
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from spo.runtime import hub
+from spo.runtime.files import read_json
 from spo.runtime.messages import first_line
 
 
@@ -22,6 +23,15 @@ def reach(loader: Callable[[], Any], name: str, key: str) -> Any:
         return loader()
     except Exception as error:  # transformers, safetensors and the hub's client raise many types
         raise ValueError(f"{key}: {name} cannot be loaded ({hub.reason(name, error)})") from None
+
+
+def read_config(file: Path, key: str, keys: Collection[str] = ()) -> dict[str, Any]:
+    """Read a JSON object with at least `keys`; `key` is the params key that names the file."""
+    try:
+        content: dict[str, Any] = read_json(file, "config", keys=keys, then="get it again")
+    except ValueError as error:
+        raise ValueError(f"{key}: {error}") from None
+    return content
 
 
 def load_tokenizer(cls: Any, name: str, revision: str | None, key: str, files: str) -> Any:
