@@ -63,7 +63,7 @@ def parser() -> argparse.ArgumentParser:
     _publish(commands.add_parser("publish", help="write an adapter for the hub: weights, card, samples"))
     repro = commands.add_parser("repro", help="run dvc repro and log its cached stages to MLflow too")
     repro.add_argument(
-        "--jobs", type=int, metavar="N", help="stages in parallel; default: one a core, 1 on a GPU"
+        "--jobs", type=int, metavar="N", help="stages in parallel; default: one a core, one on a GPU"
     )
     repro.add_argument("arguments", nargs=argparse.REMAINDER, help="of dvc repro")
     repro.set_defaults(run=_run_repro)

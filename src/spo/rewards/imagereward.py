@@ -105,14 +105,24 @@ class ImageReward(BatchedScorer):
 def load_model(settings: config.ImageRewardConfig) -> ImageRewardModel:
     """Load the released files, frozen and in fp32."""
     where = f"score.imagereward.checkpoint: {settings.checkpoint}"
-    released = weights.load_state(hub.local(settings.checkpoint), where)
-    state = {name: value for name, value in released.items() if not UNUSED.match(name)}
-    eye = {re.sub(EYE, "", name): value for name, value in state.items()}
-    vision, size = _vision_config(eye, where)
+    state = weights.load_state(hub.local(settings.checkpoint), where)
+    vision, size = _vision_config({re.sub(EYE, "", name): value for name, value in state.items()}, where)
     weights.check_image_size(size, settings.image_size, "score.imagereward")
     model = ImageRewardModel(vision, _text_config(settings.med_config, vision.hidden_size))
-    weights.fill(model, {_renamed(name): value.float() for name, value in state.items()}, where)
+    weights.fill(model, renamed(state), where)
     return model.eval().requires_grad_(False)
+
+
+def renamed(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of the checkpoint by their names in ImageRewardModel, in fp32; unknown ones keep theirs."""
+    return {_renamed(name): value.float() for name, value in state.items() if not UNUSED.match(name)}
+
+
+def _renamed(name: str) -> str:
+    for pattern, new in NAMES:
+        if re.match(pattern, name):
+            return re.sub(pattern, new, name)
+    return name
 
 
 def load_tokenizer(name: str, vocabulary: int) -> BertTokenizer:
@@ -127,14 +137,6 @@ def load_tokenizer(name: str, vocabulary: int) -> BertTokenizer:
             f"encoder {vocabulary} embeddings; give the tokenizer of bert-base-uncased"
         )
     return tokenizer
-
-
-def _renamed(name: str) -> str:
-    """The name in ImageRewardModel of a weight of the checkpoint; an unknown one keeps its own."""
-    for pattern, new in NAMES:
-        if re.match(pattern, name):
-            return re.sub(pattern, new, name)
-    return name
 
 
 def _vision_config(state: Mapping[str, Tensor], where: str) -> tuple[BlipVisionConfig, int]:
