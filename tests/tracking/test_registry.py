@@ -65,10 +65,7 @@ def candidate(folder: Path, runs: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     return load_mlflow().MlflowClient(f"sqlite:///{folder / 'mlflow.db'}")
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["it's", 'say "x"', "both ' and \"", "back\\slash\\", "ünï 円", "a' or name = 'b", "100 % `x`", "x;--"],
-)
+@pytest.mark.parametrize("name", ['it\'s "x" \\ ünï 円 100 % `x`;--', "a' or name = 'b"])
 def test_a_model_may_be_called_anything_that_mlflow_takes(candidate: Any, name: str) -> None:
     other = registry.register(params(name="b"))
     first, again = registry.register(params(name=name)), registry.register(params(name=name))

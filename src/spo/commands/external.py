@@ -144,15 +144,21 @@ def _line(row: Mapping[str, Any]) -> str:
 
 def _read(folder: Path, given: Path | Sequence[str] | None) -> tuple[Sequence[Image.Image], list[str]]:
     """The images in the order of their names (2 before 10) or of an archive, and their prompts."""
-    from spo.data.images import ARCHIVE
+    from spo.data.folders import list_images
+    from spo.data.images import ARCHIVE, Pictures
     from spo.data.prompt_files import read_prompts
 
-    images, prompts = _archived(folder) if (folder / ARCHIVE).exists() else _files(folder)
+    images: Sequence[Image.Image]
     source = str(folder / ARCHIVE)
-    if given is not None:
-        source = str(given) if isinstance(given, Path) else "the list of prompts"
-        prompts = read_prompts(given) if isinstance(given, Path) else list(given)
-    elif prompts is None:
+    if (folder / ARCHIVE).exists():
+        images, prompts = _archived(folder)
+    else:
+        images, prompts = Pictures(list_images(folder), lambda paths: map(_open, paths)), []
+    if isinstance(given, Path):
+        prompts, source = read_prompts(given), str(given)
+    elif given is not None:
+        prompts, source = list(given), "the list of prompts"
+    elif not prompts:
         raise ValueError(f"{folder}: give --prompts FILE with a prompt for each of the {len(images)} images")
     prompts = _cleaned(prompts, source)
     if len(prompts) != len(images):
@@ -161,14 +167,6 @@ def _read(folder: Path, given: Path | Sequence[str] | None) -> tuple[Sequence[Im
             "give one prompt per image, in the order of the file names"
         )
     return images, prompts
-
-
-def _files(folder: Path) -> tuple[Sequence[Image.Image], None]:
-    """The image files of a folder, each opened when it is used."""
-    from spo.data.folders import list_images
-    from spo.data.images import Pictures
-
-    return Pictures(list_images(folder), lambda paths: map(_open, paths)), None
 
 
 def _archived(folder: Path) -> tuple[Sequence[Image.Image], list[str]]:

@@ -5,8 +5,6 @@ Not a stage of the DAG.
 
 import shutil
 import tempfile
-from collections.abc import Sequence
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -44,12 +42,18 @@ def run(
         raise ValueError(f"--base-model {base_model}: not a hub id of the form OWNER/NAME")
     if not is_hub_id(target):
         _write(params, adapter, method, Path(target), "this folder", known_base, licence)
-        return target
+        return str(Path(target))
     if known_base is None:
         raise ValueError(
             f"publish: the hub wants the id of the base model, not {given}: give --base-model OWNER/NAME"
         )
-    token = _token(target)
+    if constants.HF_HUB_OFFLINE:
+        raise ValueError(
+            f"publish: HF_HUB_OFFLINE is set, so nothing can go to {target}; give a folder by --to"
+        )
+    token = get_token()
+    if not token:
+        raise ValueError(f"publish: no token for {target}: run `hf auth login` or set HF_TOKEN")
     with tempfile.TemporaryDirectory() as folder:
         content = Path(folder) / "content"
         _write(params, adapter, method, content, target, known_base, licence)
@@ -105,7 +109,7 @@ def _write(
         base = Path(params.backbone.checkpoint)
         for path in sorted(base.glob("LICENSE*")) if base.is_dir() else ():
             shutil.copy(path, content / path.name)
-        samples = _write_samples(content / SAMPLES, method, rows[0]["baseline"])
+        samples = _write_samples(content, method, rows[0]["baseline"])
         text = card.published(trained, params, method, rows, samples, place, base_model, licence)
         write_text(content / card.FILE, text)
         content.replace(folder)
@@ -144,35 +148,22 @@ def _copy_weights(adapter: Path, content: Path) -> None:
         raise ValueError(f"{adapter}: neither {FILE} nor a diffusers pipeline there; run `spo align`")
 
 
-def _write_samples(folder: Path, method: str, baseline: str) -> Sequence[card.Sample]:
+def _write_samples(content: Path, method: str, baseline: str) -> list[card.Sample]:
     """Write the images of the first test prompts by baseline and method."""
-    from spo.data.images import load_images
+    from spo.data.images import archived
 
-    drawn = {
-        v: list(islice(load_images(require(f"outputs/images/{v}", f"images of {v}")), SAMPLE_PROMPTS))
-        for v in (baseline, method)
-    }
-    folder.mkdir(exist_ok=True)
+    folders = [require(f"outputs/images/{name}", f"images of {name}") for name in (baseline, method)]
+    (before, *its_prompts), (after, *prompts) = map(archived, folders)
+    if its_prompts != prompts:
+        raise ValueError(f"outputs/images: {baseline} and {method} have other prompts; run `spo repro`")
+    (content / SAMPLES).mkdir(exist_ok=True)
     samples = []
-    for number, pair in enumerate(zip(*drawn.values(), strict=True)):
-        if pair[0][1:] != pair[1][1:]:
-            raise ValueError(f"outputs/images: {baseline} and {method} have other prompts; run `spo repro`")
-        files = {v: f"{SAMPLES}/{number}-{v}.png" for v in drawn}
-        for file, (image, _, _) in zip(files.values(), pair, strict=True):
-            image.save(folder.parent / file)
-        samples.append(card.Sample(pair[0][1], files[baseline], files[method]))
+    for number, prompt in enumerate(prompts[0][:SAMPLE_PROMPTS]):
+        sample = card.Sample(prompt, f"{SAMPLES}/{number}-{baseline}.png", f"{SAMPLES}/{number}-{method}.png")
+        before[number].save(content / sample.baseline)
+        after[number].save(content / sample.method)
+        samples.append(sample)
     return samples
-
-
-def _token(target: str) -> str:
-    if constants.HF_HUB_OFFLINE:
-        raise ValueError(
-            f"publish: HF_HUB_OFFLINE is set, so nothing can go to {target}; give a folder by --to"
-        )
-    token = get_token()
-    if not token:
-        raise ValueError(f"publish: no token for {target}: run `hf auth login` or set HF_TOKEN")
-    return token
 
 
 def _upload(content: Path, target: str, token: str, private: bool) -> str:
