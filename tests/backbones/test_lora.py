@@ -88,6 +88,8 @@ def test_mlflows_flavor_gives_the_champion_back(load, checkpoints, tmp_path, mon
     raw["backbone"] = {"family": "sd", "checkpoint": str(checkpoints["sd"])}
     assert registry.register(config.validate(raw)).alias == "champion"
 
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")  # the base is found from any folder
     mlflow = load_mlflow()
     mlflow.set_tracking_uri(f"sqlite:///{tmp_path / 'mlflow.db'}")
     try:

@@ -16,7 +16,7 @@ from spo.diffusion.schedule import Schedule
 from spo.methods.diffusion_dpo import DiffusionDpoMethod
 from spo.methods.spo import SpoMethod
 from spo.preference.reward_model import ClipRewardModel
-from spo.rewards import clip
+from spo.rewards.scorer import BatchedScorer
 from spo.training import distributed, loop
 from spo.training.alignment import Alignment
 from spo.training.checkpoint import CheckpointStore
@@ -216,11 +216,14 @@ def test_items_in_round_robin_and_rows_gathered() -> None:
 
 
 def test_scores_do_not_depend_on_the_number_of_processes() -> None:
-    def body() -> list[float]:
-        def score(images, prompts) -> torch.Tensor:
+    class Numbers(BatchedScorer):
+        name = "x"
+
+        def score_batch(self, images, prompts) -> torch.Tensor:
             return torch.tensor([float(i) + len(p) / 10 for i, p in zip(images, prompts, strict=True)])
 
-        return clip.in_batches(score, list(range(5)), PROMPTS[:1] * 5, name="x", batch_size=2)
+    def body() -> list[float]:
+        return Numbers(image_size=1, batch_size=2).score(list(range(5)), PROMPTS[:1] * 5)
 
     (one,) = run_in(1, body)
     assert run_in(2, body) == [one, one]

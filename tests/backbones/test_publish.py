@@ -25,7 +25,9 @@ from rounding import assert_same
 from spo import backbones, cli, config
 from spo.adapters import load as load_adapted
 from spo.data.images import save_images
-from spo.evaluation import model_card, statistics
+from spo.evaluation import statistics
+from spo.publish import adapter
+from spo.publish import card as cards
 
 PROMPTS = ["a red circle", "a | b <b>*bold*</b>", "a star", "sand", "snow"]
 ADAPTER = "outputs/align/spo"
@@ -45,7 +47,7 @@ def made(tmp_path_factory: pytest.TempPathFactory, checkpoints: dict[str, Path])
     for parameter in backbone.trainable_parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     backbone.save_lora(root / ADAPTER)
-    model_card.write(root / ADAPTER, params, "spo", {"updates": 4})
+    cards.write(root / ADAPTER, params, "spo", {"updates": 4})
     (root / "base/LICENSE").write_text("the licence")
     tables = {}
     for number, variant in enumerate(("base", "spo")):
@@ -121,13 +123,19 @@ def test_a_local_base_and_an_unknown_licence_are_left_out(run: Path, capsys: Any
     assert other.data.license == "mit" and "- licence of the base model: mit\n" in other.text
 
 
-def test_mistakes_are_one_line_and_leave_nothing(run: Path, capsys: Any) -> None:
+def test_mistakes_are_one_line_and_leave_nothing(
+    run: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refused(*arguments: str) -> str:
         status, line = publish(capsys, *arguments)
         assert status == 2 and not (run / "out").exists()
         return line
 
-    assert "someone/spo" in refused("--to", "someone/spo", "--base-model", "a/b")  # offline
+    assert "HF_HUB_OFFLINE is set" in refused("--to", "someone/spo", "--base-model", "a/b")
+    monkeypatch.setattr(adapter.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(adapter, "get_token", lambda: None)
+    line = refused("--to", "someone/spo", "--base-model", "a/b")
+    assert "no token for someone/spo: run `hf auth login`" in line
     assert "give --base-model OWNER/NAME" in refused("--to", "someone/spo")
     assert "not a hub id" in refused("--to", "out", "--base-model", "base")
     assert "exists and is not empty" in refused("--to", "base")
@@ -202,13 +210,12 @@ def test_a_hub_gets_all_of_it(run: Path, hub: Any) -> None:
     }
     command = [sys.executable, "-m", "spo", "publish", ADAPTER, "--to", "someone/spo"]
 
-    def spo(*options: str, **variables: str) -> subprocess.CompletedProcess[str]:
-        environment = {k: v for k, v in {**own, **variables}.items() if v}
-        return subprocess.run(
-            [*command, *options], env=environment, capture_output=True, text=True, timeout=600
-        )
+    command += ["--base-model", "someone/model"]
 
-    done = spo("--base-model", "someone/model")
+    def spo() -> subprocess.CompletedProcess[str]:
+        return subprocess.run(command, env=own, capture_output=True, text=True, timeout=600)
+
+    done = spo()
     assert done.returncode == 0 and done.stdout.startswith(f"{hub.url}/commit/1111"), done.stderr
     assert {token for _, token in hub.calls} == {"Bearer hf_a"}
     assert hub.files["pytorch_lora_weights.safetensors"] == (
@@ -217,10 +224,8 @@ def test_a_hub_gets_all_of_it(run: Path, hub: Any) -> None:
     assert 'pipe.load_lora_weights("someone/spo")' in hub.files["README.md"].decode()
     assert len([name for name in hub.files if name.startswith("samples/")]) == 8
 
-    done = spo("--base-model", "someone/model", HF_TOKEN="")
-    assert done.returncode == 2 and "no token for someone/spo: run `hf auth login`" in done.stderr
     hub.shutdown()
     hub.server_close()
-    done = spo("--base-model", "someone/model")
+    done = spo()
     assert done.returncode == 75 and done.stderr.startswith("spo: publish: someone/spo: Connect"), done.stderr
     assert "Traceback" not in done.stderr and "hf_a" not in done.stderr

@@ -84,20 +84,22 @@ def test_a_folder_is_scored_and_compared(capsys, tmp_path, experiment, images) -
 def test_the_python_api_gives_the_same_comparison(capsys, tmp_path, experiment, images) -> None:
     import spo
 
-    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS) + "\n")
+    file = tmp_path / "prompts.txt"
+    file.write_text("\n".join(PROMPTS) + "\n")
     mine, other = images("mine", 0), images("other", 1)
-    options = ("--params", experiment, "--output", tmp_path / "judged")
-    given = ("--images", mine, "--baseline", other, "--prompts", tmp_path / "prompts.txt")
-    assert run(capsys, "score", *given, *options)[0] == 0
+    params = spo.load_params(experiment, {"score.pickscore": None})
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(params.model_dump(mode="json")))
+    options = ("--params", tmp_path / "params.yaml", "--output", tmp_path / "judged")
+    assert run(capsys, "score", "--images", mine, "--baseline", other, "--prompts", file, *options)[0] == 0
     written = json.loads((tmp_path / "judged/comparisons.json").read_text())
-    for prompts in (PROMPTS, tmp_path / "prompts.txt"):
-        table = spo.judge(spo.load_params(experiment), mine, other, prompts)
-        assert list(table.index) == [row["metric"] for row in written]
+    for prompts in (PROMPTS, file):
+        table = spo.judge(params, mine, other, prompts)
+        assert list(table.index) == [row["metric"] for row in written] == ["hps", "aesthetic"]
         for row in written:
             found = table.loc[row["metric"]].to_dict()
             assert found == pytest.approx({k: row[k] for k in found})
     with pytest.raises(ValueError, match="3 images, but the list of prompts has 2 prompts"):
-        spo.judge(spo.load_params(experiment), mine, other, PROMPTS[:2])
+        spo.judge(params, mine, other, PROMPTS[:2])
 
 
 def test_images_come_in_the_order_of_their_numbers(images) -> None:
@@ -109,7 +111,7 @@ def test_images_come_in_the_order_of_their_numbers(images) -> None:
 def test_no_more_images_than_a_batch_are_in_memory(tmp_path, experiment, images, monkeypatch) -> None:
     """Of both folders and all scorers together; one more may be there while it is opened."""
     raw = yaml.safe_load(experiment.read_text())
-    raw["score"]["batch_size"] = 1
+    raw["score"] |= {"batch_size": 1, "pickscore": None}
     open_one, now, most = external._open, set(), []
 
     def opened(path):
@@ -141,6 +143,7 @@ def test_mistakes_are_one_line(capsys, tmp_path, experiment, images) -> None:
         (["--images", tmp_path / "empty", "--prompts", tmp_path / "three.txt"], "no images in this folder"),
         (["--images", tmp_path / "nowhere", "--prompts", tmp_path / "three.txt"], "no such folder"),
         (["base", "--images", mine], "give either a variant"),
+        (["--images", mine, "--dry-run"], "--dry-run is of a variant"),
         ([], "give either a variant .* or --images"),
         (["base", "--prompts", tmp_path / "two.txt"], "--prompts needs --images"),
     ]
@@ -197,7 +200,7 @@ def test_an_archive_beside_other_images_is_refused(capsys, tmp_path, experiment)
         ("folder", None, "not a folder"),
     ],
 )
-def test_prompts_that_cannot_be_drawn_are_one_line(
+def test_prompts_that_cannot_be_encoded_are_one_line(
     capsys, tmp_path, experiment, name: str, content: str | None, message: str
 ) -> None:
     path = tmp_path / name
@@ -218,7 +221,7 @@ def test_a_special_token_in_the_prompt_of_a_sample_is_one_line(capsys, experimen
     assert "the prompt has the special token <|endoftext|> of a tokenizer; it cannot be encoded" in line
 
 
-def test_bytes_of_the_shell_that_are_no_text_are_one_line(capsys, experiment) -> None:
+def test_bytes_that_are_not_utf_8_are_one_line(capsys, experiment) -> None:
     prompt = b"a caf\xe9".decode("utf-8", "surrogateescape")  # as Python gives an argument
     assert cli.main(["sample", prompt, "--params", str(experiment)]) == 2
     (line,) = capsys.readouterr().err.splitlines()

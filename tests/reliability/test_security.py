@@ -23,7 +23,7 @@ from PIL import Image
 from ports import free_port
 
 from spo import cli, config
-from spo.evaluation import model_card
+from spo.publish import card as cards
 
 ROOT = Path(__file__).parents[2]
 SECRET = "planted-70ken"
@@ -134,7 +134,7 @@ def test_a_model_card_has_none() -> None:
     raw = yaml.safe_load(config.preset("smoke"))
     raw["backbone"]["checkpoint"] = f"https://me:{SECRET}@example.org/model"
     raw["prompts"]["train"] = f"https://example.org/prompts.txt?token={SECRET}"
-    card = model_card.text(config.validate(raw), "spo", {})
+    card = cards.of_training(config.validate(raw), "spo", {})
     assert SECRET not in card and "https://***@example.org/model" in card
 
 

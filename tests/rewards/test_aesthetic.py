@@ -65,7 +65,7 @@ def test_an_embedding_that_is_not_finite_stops(aesthetic_settings, images) -> No
     scorer = Aesthetic(aesthetic_settings)
     scorer.clip.visual_projection.weight.data[0, 0] = float("nan")
     with pytest.raises(ValueError, match="aesthetic: an embedding of its CLIP is not finite"):
-        scorer.embed(images)
+        scorer.normalised(scorer.features(images))
 
 
 def test_lengths_must_agree(scorer, images, prompts) -> None:

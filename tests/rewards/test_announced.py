@@ -11,9 +11,9 @@ import torch
 from spo.preference.model import StepAwarePreferenceModel
 from spo.rewards import hps
 from spo.rewards.aesthetic import Aesthetic
-from spo.rewards.clip import to_unit
 from spo.rewards.hps import Hps
 from spo.rewards.pickscore import PickScore
+from spo.rewards.pixels import to_unit
 
 MEAN, STD = 0.5, 0.25  # of all three channels
 
@@ -38,7 +38,7 @@ def test_a_folders_own_mean_and_std_are_honoured(
     if kind == "pickscore":
         settings = pickscore_settings.model_copy(update={"model": announcing(pickscore_settings.model)})
         scorer = PickScore(settings)
-        model, plain = scorer.clip.model, PickScore(pickscore_settings)
+        model, plain = scorer.model, PickScore(pickscore_settings)
     else:
         settings = aesthetic_settings.model_copy(update={"clip": announcing(aesthetic_settings.clip)})
         scorer = Aesthetic(settings)
@@ -55,7 +55,7 @@ def test_a_folders_own_mean_and_std_are_honoured(
 
 def test_the_processor_that_a_section_names_is_read(announcing, pickscore_settings) -> None:
     named = pickscore_settings.model_copy(update={"processor": announcing(pickscore_settings.model)})
-    assert PickScore(named).clip.normalisation.mean.flatten().tolist() == [MEAN] * 3
+    assert PickScore(named).normalisation.mean.flatten().tolist() == [MEAN] * 3
 
 
 def test_open_clips_file_has_its_own_mean_and_std(hps_settings, tmp_path, images, prompts) -> None:

@@ -3,8 +3,8 @@ import torch
 from transformers import CLIPModel, CLIPTokenizer
 
 from spo import config, rewards
-from spo.rewards.clip import preprocess
 from spo.rewards.clipscore import ClipScore
+from spo.rewards.pixels import preprocess
 
 
 @pytest.fixture(scope="module")

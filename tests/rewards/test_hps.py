@@ -9,8 +9,9 @@ from open_clip.tokenizer import bytes_to_unicode, default_bpe
 from PIL import Image
 from safetensors.torch import save_file
 
-from spo.rewards import clip, hps
-from spo.rewards.hps import Hps, preprocess
+from spo.rewards import clip
+from spo.rewards.hps import Hps, OpenClipTokenizer, preprocess
+from spo.rewards.pixels import normalise
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +27,7 @@ def test_preprocess_pads_the_short_side_with_black() -> None:
     image = Image.new("RGB", (40, 20), (255, 255, 255))
     pixels = preprocess(image, 10)
     black, white = (
-        hps.clip.normalise(torch.full((3, 1, 1), v)).expand(3, rows, 10) for v, rows in ((0.0, 2), (1.0, 5))
+        normalise(torch.full((3, 1, 1), v)).expand(3, rows, 10) for v, rows in ((0.0, 2), (1.0, 5))
     )
     assert pixels.shape == (3, 10, 10)
     assert torch.equal(pixels[:, :2], black) and torch.allclose(pixels[:, 2:7], white, atol=1e-5)
@@ -112,7 +113,9 @@ def test_a_folder_s_tokenizer_reads_text_as_open_clip_s(tmp_path) -> None:
     vocabulary += ["<|startoftext|>", "<|endoftext|>"]
     (tmp_path / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(vocabulary)}))
     (tmp_path / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]), encoding="utf-8")
-    folder = clip.load_tokenizer(str(tmp_path), None, len(vocabulary), clip.OPEN_CLIP)
+    folder = OpenClipTokenizer(
+        clip.load_tokenizer(str(tmp_path), None, len(vocabulary), "score.hps.tokenizer")
+    )
     texts = [
         "fish &amp; chips",
         "a cat\u2019s toy",
@@ -122,7 +125,7 @@ def test_a_folder_s_tokenizer_reads_text_as_open_clip_s(tmp_path) -> None:
     ]
     texts += ["a \u2603 r\u00e9sum\u00e9", "don't y'all'd've 3.5", "", "word " * 100]
     expected = open_clip.get_tokenizer("ViT-H-14")(texts)
-    assert torch.equal(clip.token_ids(folder, texts, 77), expected)
+    assert torch.equal(folder(texts, 77), expected)
 
 
 def test_mistakes_are_one_line(hps_settings, tmp_path) -> None:
@@ -139,11 +142,13 @@ def test_mistakes_are_one_line(hps_settings, tmp_path) -> None:
     (tmp_path / "list.json").write_text("[3]")
     (tmp_path / "number.json").write_text('{"model_cfg": {}, "preprocess_cfg": 3}')
     cases = {
-        "list.json is not a CLIP config": {"architecture": str(tmp_path / "list.json")},
-        "number.json is not a CLIP config": {"architecture": str(tmp_path / "number.json")},
+        "list.json: must be an object, not list": {"architecture": str(tmp_path / "list.json")},
+        "number.json: preprocess_cfg must be an object, not 3": {
+            "architecture": str(tmp_path / "number.json")
+        },
         "score.hps.architecture: 'ViT-Q' is not a model of open_clip": {"architecture": "ViT-Q"},
-        "score.hps.architecture: nowhere.json: no such file": {"architecture": "nowhere.json"},
-        "not.json is not valid JSON": {"architecture": str(tmp_path / "not.json")},
+        "score.hps.architecture: nowhere.json: no config there": {"architecture": "nowhere.json"},
+        "not.json: truncated or invalid JSON": {"architecture": str(tmp_path / "not.json")},
         "strange.json is not a CLIP config": {"architecture": str(tmp_path / "strange.json")},
         "score.hps.checkpoint: nowhere.pt: no such file": {"checkpoint": "nowhere.pt"},
         "fewer.pt lacks weights: visual.proj;": {"checkpoint": str(tmp_path / "fewer.pt")},

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from spo.rewards import imagereward
+from spo.rewards import imagereward, pixels
 from spo.rewards.imagereward import ImageReward
 
 PROMPTS = ["a red circle", "a blue square", "red circles", "", "a red square a blue circle"]
@@ -43,8 +43,8 @@ def test_score_is_that_of_the_released_forward_pass(scorer, images) -> None:
     ids, mask = tokens([CLS, RED, CIRCLE, PLURAL, SEP])
     # (.2 - .48145466) / .26862954, (.4 - .4578275) / .26130258, (.8 - .40821073) / .27577711
     values = torch.tensor([-1.0477428, -0.2213047, 1.4206736])
-    pixels = values.view(1, 3, 1, 1).expand(1, 3, blip.SIZE, blip.SIZE)
-    expected = float(reference.reward(pixels, ids, mask)[0])
+    plain = values.view(1, 3, 1, 1).expand(1, 3, blip.SIZE, blip.SIZE)
+    expected = float(reference.reward(plain, ids, mask)[0])
     assert scorer.name == "imagereward"
     assert scorer.score([grey], ["Red circles"])[0] == pytest.approx(expected, abs=1e-4)
 
@@ -55,10 +55,10 @@ def test_score_is_that_of_the_released_forward_pass(scorer, images) -> None:
     assert scorer.score([noise], ["red circles"])[0] == pytest.approx(expected, abs=1e-4)
 
 
-def test_every_weight_of_the_checkpoint_counts(settings, scorer, images, tmp_path) -> None:
+def test_every_weight_of_the_checkpoint_counts(settings, scorer, images) -> None:
     """A key that is mapped to the wrong place, or not at all, changes another score or none."""
     before = scorer.score(images[:1], PROMPTS[:1])[0]
-    state = blip.random_state()
+    state, after = blip.random_state(), ImageReward(settings)
     for name in blip.shapes():
         if name.endswith("key.bias") or "s.0." in name or "layer.0." in name:
             continue  # softmax does not see what is added to all logits; the second layer stands for both
@@ -67,10 +67,9 @@ def test_every_weight_of_the_checkpoint_counts(settings, scorer, images, tmp_pat
             name: state[name] + 0.1 * torch.cos(torch.arange(state[name].numel())).view_as(state[name]),
         }
         ids, mask = tokens([CLS, 5, RED, CIRCLE, SEP])
-        pixels = imagereward.clip.preprocess(images[0], blip.SIZE)[None]
-        expected = float(blip.Reference(changed).reward(pixels, ids, mask)[0])
-        torch.save(changed, tmp_path / "changed.pt")
-        after = ImageReward(settings.model_copy(update={"checkpoint": str(tmp_path / "changed.pt")}))
+        shown = pixels.preprocess(images[0], blip.SIZE)[None]
+        expected = float(blip.Reference(changed).reward(shown, ids, mask)[0])
+        after.model.load_state_dict(imagereward.renamed(changed))
         assert after.score(images[:1], PROMPTS[:1])[0] == pytest.approx(expected, abs=1e-4), name
         assert (abs(expected - before) > 1e-5) == ("_proj." not in name), name
 
@@ -154,13 +153,13 @@ def test_a_config_is_honoured_or_refused(spoilt, tmp_path, change, message: str)
 def test_a_config_that_is_missing_or_incomplete_is_one_line(spoilt, tmp_path) -> None:
     content = {k: v for k, v in blip.MED_CONFIG.items() if k != "hidden_act"}
     (tmp_path / "med_config.json").write_text(json.dumps(content))
-    refused(spoilt, "med_config: .* lacks hidden_act")
+    refused(spoilt, "med_config: .*med_config.json: no key 'hidden_act'")
     (tmp_path / "med_config.json").write_text("[]")
-    refused(spoilt, "is no mapping")
+    refused(spoilt, "med_config.json: must be an object, not list")
     (tmp_path / "med_config.json").write_text("{")
-    refused(spoilt, "not valid JSON")
+    refused(spoilt, "truncated or invalid JSON")
     (tmp_path / "med_config.json").unlink()
-    refused(spoilt, "med_config: .*: no such file")
+    refused(spoilt, "med_config: .*: no config there")
 
 
 def test_a_tokenizer_that_does_not_fit_is_one_line(spoilt, tmp_path) -> None:

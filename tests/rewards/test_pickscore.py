@@ -84,6 +84,6 @@ def test_mistakes_are_one_line(pickscore_settings, copied) -> None:
 
 def test_weights_that_are_not_finite_name_the_prompt(pickscore_settings, images, prompts) -> None:
     scorer = PickScore(pickscore_settings)
-    scorer.clip.model.logit_scale.data.fill_(float("nan"))
+    scorer.model.logit_scale.data.fill_(float("nan"))
     with pytest.raises(ValueError, match="pickscore: the score for prompt 'a red circle' is nan"):
         scorer.score(images, prompts)

@@ -65,16 +65,13 @@ def candidate(folder: Path, runs: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     return load_mlflow().MlflowClient(f"sqlite:///{folder / 'mlflow.db'}")
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["it's", 'say "x"', "both ' and \"", "back\\slash\\", "ünï 円", "a' or name = 'b", "100 % `x`", "x;--"],
-)
+@pytest.mark.parametrize("name", ['it\'s "x" \\ ünï 円 100 % `x`;--', "a' or name = 'b"])
 def test_a_model_may_be_called_anything_that_mlflow_takes(candidate: Any, name: str) -> None:
     other = registry.register(params(name="b"))
     first, again = registry.register(params(name=name)), registry.register(params(name=name))
-    assert (first.name, first.version, first.alias, first.new) == (name, "1", "champion", True)
-    assert (again.version, again.new) == ("1", False), "it is found again, and not the other model's version"
-    assert other.version == "1" and other.new
+    assert (first.name, first.version, first.alias) == (name, "1", "champion")
+    assert again.version == "1", "it is found again, and not the other model's version"
+    assert other.version == "1"
     found, method = registry.fetch(params(name=name), "champion")
     assert (found / "pytorch_lora_weights.safetensors").exists() and method == "spo"
 
@@ -96,7 +93,7 @@ def test_a_deleted_model_is_registered_anew(candidate: Any) -> None:
     with pytest.raises(ValueError, match="no version 'champion' of the model 'tiny'.*run `spo register`"):
         registry.fetch(params(), "champion")
     verdict = registry.register(params())
-    assert (verdict.version, verdict.alias, verdict.new) == ("1", "champion", True)
+    assert (verdict.version, verdict.alias) == ("1", "champion")
 
 
 def test_a_deleted_experiment_is_named_with_what_restores_it(candidate: Any) -> None:
@@ -134,7 +131,7 @@ def test_the_champion_is_who_passes_the_gate(folder: Path, runs: Any) -> None:
     adapter(1)
     first = registry.register(params())
     assert (first.version, first.alias, first.reasons) == ("1", "champion", [])
-    assert registry.register(params()) == registry.Verdict("tiny", "1", "champion", [], False)
+    assert registry.register(params()) == registry.Verdict("tiny", "1", "champion", [])
     found, method = registry.fetch(params(), "champion")
     stored = found / "pytorch_lora_weights.safetensors"
     assert stored.read_bytes() == Path("outputs/align/spo", stored.name).read_bytes() and method == "spo"
@@ -156,7 +153,7 @@ def test_the_champion_is_who_passes_the_gate(folder: Path, runs: Any) -> None:
     third = registry.register(params())
     assert third.alias == "challenger" and "hps" in third.reasons[0] and "-0.5" in third.reasons[0]
     passed = registry.register(params(holds={"hps": 1.0}))
-    assert (passed.version, passed.alias, passed.new) == ("3", "champion", False)
+    assert (passed.version, passed.alias) == ("3", "champion")
     assert versions(folder) == {"champion": "3"}, "no longer challenger"
     assert "gate.hps" not in client.get_model_version("tiny", "3").tags
     assert registry.fetch(params(), "1")[0] == found

@@ -11,7 +11,7 @@ import pytest
 import torch
 from group import run_in
 
-from spo.rewards import clip
+from spo.rewards import scorer
 from spo.runtime.messages import LostProcessError, TransientError
 from spo.training import distributed
 from spo.validation import scoring
@@ -129,17 +129,20 @@ def test_a_prompt_for_each_image() -> None:
 def test_a_scorer_waits_for_no_other_process() -> None:
     """One process alone scores: there is no collective that the other would have to enter."""
 
+    class Doubled(scorer.BatchedScorer):
+        name = "x"
+
+        def score_batch(self, images, prompts) -> torch.Tensor:
+            return torch.tensor(images) * 2.0
+
     def body() -> list[float]:
         if not distributed.is_main_process():
             return []
-        images = list(range(5))
-        return clip.in_batches(
-            lambda part, prompts: torch.tensor(part) * 2.0, images, ["p"] * 5, name="x", batch_size=2
-        )
+        return Doubled(image_size=1, batch_size=2).score(list(range(5)), ["p"] * 5)
 
     assert run_in(2, body) == [[0.0, 2.0, 4.0, 6.0, 8.0], []]
 
 
 def test_scorers_import_no_process_group() -> None:
-    folder = Path(clip.__file__).parent
+    folder = Path(scorer.__file__).parent
     assert [p.name for p in folder.glob("*.py") if "distributed" in p.read_text(encoding="utf-8")] == []

@@ -50,13 +50,13 @@ def test_each_is_loaded_once_and_scores_as_if_it_were_fresh(params, images, monk
         scores, embeddings = scorers.score(images, PROMPTS)
         assert scores == expected and list(scores) == list(expected)
     assert sorted(loaded) == sorted(params.score.configured())
-    own = Aesthetic(params.score.aesthetic, batch_size=2).embed(images)
-    assert torch.equal(embeddings, own)
+    own = Aesthetic(params.score.aesthetic, batch_size=2)
+    assert torch.equal(embeddings, own.normalised(own.features(images)))
 
 
 def test_the_clip_of_the_aesthetic_score_sees_each_image_once(params, images, monkeypatch) -> None:
-    seen, original = [], Aesthetic._features
-    monkeypatch.setattr(Aesthetic, "_features", lambda self, part: seen.extend(part) or original(self, part))
+    seen, original = [], Aesthetic.pixels
+    monkeypatch.setattr(Aesthetic, "pixels", lambda self, part: seen.extend(part) or original(self, part))
     Scorers(params, "cpu").score(images, PROMPTS)
     assert len(seen) == len(images) and all(a is b for a, b in zip(seen, images, strict=True))
 

@@ -29,6 +29,12 @@ VARIANT_HELP = {
     "preference": "latent: the latent reward model (LPO's); unconditioned, clean_only: baselines of the "
     "step-aware preference model (SPO's), which is the default",
 }
+# stage: the option that replaces its variant, and the options that need this one
+EXTERNAL = {
+    "generate": ("lora", ("prompts", "guidance", "output")),
+    "score": ("images", ("prompts", "baseline", "output")),
+}
+LORA_HELP = "a LoRA or UNet (file or folder) on the base, or a pipeline (diffusers folder, .safetensors)"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -40,22 +46,7 @@ def parser() -> argparse.ArgumentParser:
     )
     commands = top.add_subparsers(required=True, metavar="command")
     for name, (text, variants) in STAGES.items():
-        stage = commands.add_parser(name, help=f"stage: {text}", description=text)
-        if variants:
-            optional = "?" if name in ("preference", *_EXTERNAL) else None
-            stage.add_argument(
-                "variant",
-                choices=variants,
-                nargs=optional,
-                help=VARIANT_HELP.get(name, "the variant"),
-            )
-        stage.add_argument("--params", type=Path, default=Path("params.yaml"), metavar="FILE")
-        stage.add_argument(
-            "--dry-run", action="store_true", help="check inputs, print sizes and steps, run nothing"
-        )
-        stage.set_defaults(run=_stage, stage=name, variant=None, uses_torch=name in processes.STAGES)
-        if name in _EXTERNAL:
-            _EXTERNAL[name](stage)
+        _stage(commands.add_parser(name, help=f"stage: {text}", description=text), name, variants)
     _sample(
         commands.add_parser("sample", help="generate an image of a prompt by the base or an aligned model")
     )
@@ -78,12 +69,49 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-def _guidance(text: str) -> float:
-    """Parse a guidance scale, with the bounds of params.yaml.
+def _stage(command: argparse.ArgumentParser, name: str, variants: tuple[str, ...]) -> None:
+    if variants:
+        optional = "?" if name == "preference" or name in EXTERNAL else None
+        text = VARIANT_HELP.get(name, "the variant")
+        command.add_argument("variant", choices=variants, nargs=optional, help=text)
+    _path(command, "--params", "FILE", default=Path("params.yaml"))
+    command.add_argument(
+        "--dry-run", action="store_true", help="check inputs, print sizes and steps, run nothing"
+    )
+    uses_torch = name in processes.STAGES
+    command.set_defaults(run=_run_stage, stage=name, variant=None, suite=None, uses_torch=uses_torch)
+    if name in EXTERNAL:
+        suite_help = "of generate.suites, instead of the split's prompts"
+        command.add_argument("--suite", metavar="NAME", help=suite_help)
+        _external(command, name)
 
-    Raises:
-        ArgumentTypeError: not a finite number of at least 0.
-    """
+
+def _external(command: argparse.ArgumentParser, stage: str) -> None:
+    if stage == "generate":
+        group = command.add_argument_group("an external model instead of a variant")
+        group.add_argument("--lora", "--unet", "--checkpoint", type=Path, metavar="PATH", help=LORA_HELP)
+        _path(group, "--prompts", "FILE", "default: the experiment's prompts")
+        group.add_argument("--guidance", type=_guidance, help="default: that of generate.base")
+    else:
+        group = command.add_argument_group("external images instead of a variant")
+        _path(group, "--images", "FOLDER", "image files, or the output of spo generate")
+        _path(group, "--prompts", "FILE", "one per image, in the order of the file names")
+        _path(group, "--baseline", "FOLDER", "images of the same prompts to compare with")
+    _path(group, "--output", "FOLDER", "default: outputs/judged/NAME")
+
+
+def _path(
+    place: Any,  # a parser or a group of its arguments
+    name: str,
+    metavar: str,
+    text: str | None = None,
+    default: Path | None = None,
+) -> None:
+    place.add_argument(name, type=Path, metavar=metavar, help=text, default=default)
+
+
+def _guidance(text: str) -> float:
+    """Parse a guidance scale, with the bounds of params.yaml."""
     try:
         value = float(text)
     except ValueError:
@@ -93,88 +121,48 @@ def _guidance(text: str) -> float:
     return value
 
 
-def _stage(args: argparse.Namespace) -> None:
+def _run_stage(args: argparse.Namespace) -> None:
+    if args.stage in EXTERNAL and _is_external(args):
+        return _run_external(args)
     params = config.load(args.params)
     if args.dry_run:
         from spo.commands import dry_run
 
-        if getattr(args, "suite", None) is not None:
+        if args.suite is not None:
             raise ValueError("--suite with --dry-run: only the prompts of the split are estimated")
         print("\n".join(dry_run.lines(params, args.stage, args.variant)))
         return
-    suite = {} if getattr(args, "suite", None) is None else {"suite": args.suite}
+    suite = {} if args.suite is None else {"suite": args.suite}
     importlib.import_module(f"spo.stages.{args.stage}").run(params, args.variant, **suite)
 
 
-def _suite_option(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--suite", metavar="NAME", help="of generate.suites, instead of the split's prompts")
-
-
-def _generate_external(command: argparse.ArgumentParser) -> None:
-    _suite_option(command)
-    group = command.add_argument_group("an external model instead of a variant")
-    group.add_argument(
-        *("--lora", "--unet", "--checkpoint"),
-        type=Path,
-        metavar="PATH",
-        help="a LoRA or UNet (file or folder) on the base, or a pipeline (diffusers folder, .safetensors)",
-    )
-    group.add_argument("--prompts", type=Path, metavar="FILE", help="default: the experiment's prompts")
-    group.add_argument("--guidance", type=_guidance, help="default: that of generate.base")
-    group.add_argument("--output", type=Path, metavar="FOLDER", help="default: outputs/judged/NAME")
-    command.set_defaults(run=_run_generate)
-
-
-def _run_generate(args: argparse.Namespace) -> None:
-    if not _is_external(args, "lora", ("prompts", "guidance", "output")):
-        return _stage(args)
-    from spo.commands import external
-
-    _print(external.generate(config.load(args.params), args.lora, args.prompts, args.guidance, args.output))
-
-
-def _score_external(command: argparse.ArgumentParser) -> None:
-    _suite_option(command)
-    group = command.add_argument_group("external images instead of a variant")
-    group.add_argument(
-        "--images", type=Path, metavar="FOLDER", help="image files, or the output of spo generate"
-    )
-    group.add_argument(
-        "--prompts", type=Path, metavar="FILE", help="one per image, in the order of the file names"
-    )
-    group.add_argument(
-        "--baseline", type=Path, metavar="FOLDER", help="images of the same prompts to compare with"
-    )
-    group.add_argument("--output", type=Path, metavar="FOLDER", help="default: outputs/judged/NAME")
-    command.set_defaults(run=_run_score)
-
-
-def _run_score(args: argparse.Namespace) -> None:
-    if not _is_external(args, "images", ("prompts", "baseline", "output")):
-        return _stage(args)
-    from spo.commands import external
-
-    _print(external.score(config.load(args.params), args.images, args.prompts, args.baseline, args.output))
-
-
-def _is_external(args: argparse.Namespace, option: str, others: tuple[str, ...]) -> bool:
-    """Whether `option` replaces the variant.
-
-    Raises:
-        ValueError: both or neither of them, or an option of `others` without `option`.
-    """
-    given = getattr(args, option) is not None
-    if given == (args.variant is not None):
+def _is_external(args: argparse.Namespace) -> bool:
+    """Whether an external model or images replace the variant; what does not go together is refused."""
+    option, others = EXTERNAL[args.stage]
+    external = getattr(args, option) is not None
+    if external == (args.variant is not None):
         raise ValueError(f"{args.stage}: give either a variant ({', '.join(config.VARIANTS)}) or --{option}")
-    if given and args.suite is not None:
+    if external and args.suite is not None:
         raise ValueError(f"{args.stage}: --suite is of a variant; give --prompts FILE with --{option}")
-    stray = [name for name in others if not given and getattr(args, name) is not None]
+    if external and args.dry_run:
+        raise ValueError(f"{args.stage}: --dry-run is of a variant; it estimates nothing of --{option}")
+    stray = [name for name in others if not external and getattr(args, name) is not None]
     if stray:
         raise ValueError(f"{args.stage}: --{stray[0]} needs --{option}")
-    return given
+    return external
 
 
-_EXTERNAL: dict[str, Any] = {"generate": _generate_external, "score": _score_external}
+def _run_external(args: argparse.Namespace) -> None:
+    from spo.commands import external
+
+    params = config.load(args.params)
+    done: object
+    if args.stage == "generate":
+        done = external.generate(params, args.lora, args.prompts, args.guidance, args.output)
+    else:
+        done = external.score(params, args.images, args.prompts, args.baseline, args.output)
+    if processes.is_main_process():
+        print(done)
 
 
 def _sample(command: argparse.ArgumentParser) -> None:
@@ -183,9 +171,9 @@ def _sample(command: argparse.ArgumentParser) -> None:
     command.add_argument("--model", metavar="ALIAS", help="of MLflow's registry: champion, or a version")
     command.add_argument("--seed", type=int, default=0)
     command.add_argument("--guidance", type=_guidance, help="default: the variant's own")
-    command.add_argument("--output", type=Path, default=Path("sample.png"), metavar="FILE")
+    _path(command, "--output", "FILE", default=Path("sample.png"))
     command.add_argument("-n", type=int, default=1, help="number of images, side by side (default 1)")
-    command.add_argument("--params", type=Path, default=Path("params.yaml"), metavar="FILE")
+    _path(command, "--params", "FILE", default=Path("params.yaml"))
     command.set_defaults(run=_run_sample, uses_torch=True)
 
 
@@ -200,13 +188,12 @@ def _run_sample(args: argparse.Namespace) -> None:
         from spo.commands import registry
 
         adapter, method = registry.fetch(params, args.model)
-    path = sample.run(params, args.prompt, method, args.seed, args.guidance, args.output, args.n, adapter)
-    print(path)
+    print(sample.run(params, args.prompt, method, args.seed, args.guidance, args.output, args.n, adapter))
 
 
 def _preset(command: argparse.ArgumentParser) -> None:
     command.add_argument("name", choices=config.preset_names())
-    command.add_argument("--output", type=Path, default=Path("params.yaml"), metavar="FILE")
+    _path(command, "--output", "FILE", default=Path("params.yaml"))
     command.add_argument("--force", action="store_true", help="overwrite an existing file")
     command.add_argument("--card", type=int, metavar="GIB", help="of the card to plan for, as 24 or 80")
     command.set_defaults(run=_run_preset)
@@ -264,18 +251,13 @@ def _publish(command: argparse.ArgumentParser) -> None:
 
 
 def _run_publish(args: argparse.Namespace) -> None:
-    from spo.commands import publish
+    from spo.publish import adapter
 
     params = config.load()
-    print(publish.run(params, args.adapter, args.to, args.base_model, args.license, args.private))
+    print(adapter.run(params, args.adapter, args.to, args.base_model, args.license, args.private))
 
 
 def _run_repro(args: argparse.Namespace) -> None:
     from spo.commands import repro
 
     sys.exit(repro.run(config.load(), args.arguments, args.jobs))
-
-
-def _print(result: object) -> None:
-    if processes.is_main_process():
-        print(result)

@@ -1,4 +1,4 @@
-"""Generate images by an external model and score external images, without training.
+"""Generate images by an external model, and score external images, without training.
 
 Not stages of the DAG: `spo generate --lora PATH` generates images, `spo score --images FOLDER --prompts FILE`
 scores them, with the scorers, tables and intervals of the experiment.
@@ -37,12 +37,10 @@ def generate(
 
     Returns:
         The folder of the images.
-
-    Raises:
-        ValueError: no such adapter, or weights that do not fit the backbone.
     """
     from spo import adapters
     from spo.adapters.files import SUPPORTED
+    from spo.ingest.prompt_files import read_prompts
     from spo.training import budget
     from spo.training.distributed import device
     from spo.validation.generation import draw, each_image, save
@@ -51,10 +49,9 @@ def generate(
         raise ValueError(f"{adapter}: no such file or folder; give {SUPPORTED}")
     split = params.generate.split
     file = prompts_file or require(f"outputs/prompts/{split}.txt", f"{split} prompts")
-    prompts = _prompts(file)
+    prompts, seeds = each_image(_cleaned(read_prompts(file), str(file)), params.generate)
     backbone = adapters.load(params.backbone, adapter, device(), budget.of(params, "generate"))
     variant = Variant(guidance=params.generate.base.guidance if guidance is None else guidance)
-    prompts, seeds = each_image(prompts, params.generate)
     folder = output or OUTPUT / _name(adapter)
     save(folder, draw(backbone, params, variant, prompts, seeds), prompts, seeds)
     return folder
@@ -80,9 +77,6 @@ def score(
 
     Returns:
         The tables as text.
-
-    Raises:
-        ValueError: another number of prompts than images, an unreadable image, or no prompts.
     """
     from spo.evaluation import statistics
 
@@ -93,19 +87,12 @@ def score(
     output = output or OUTPUT / folder.stem
     with atomic(output / "scores.csv") as partial:
         scored["method"].to_csv(partial, index=False, float_format="%.6f", lineterminator="\n")
-    samples, seed, enough = params.report.bootstrap_samples, params.seed, params.registry.min_prompts
     lines = [f"{folder}: {len(scored['method'])} images, scores in {output / 'scores.csv'}"]
-    by_prompt = statistics.prompt_means(scored["method"])
-    few = len(by_prompt) < enough
-    for metric in statistics.metrics(by_prompt):
-        mean, low, high = statistics.mean_interval(by_prompt[metric].to_numpy(), samples, seed)
-        lines.append(f"  {metric:18} {mean:9.4f}" + (f" [{low:.4f}, {high:.4f}]" if not few else ""))
-    if few:
-        lines.append(f"  {len(by_prompt)} prompts are too few for intervals (registry.min_prompts: {enough})")
+    lines += _means(params, scored["method"])
     if baseline:
-        rows = statistics.comparisons(scored, ["baseline"], samples, seed, enough)
-        labels = {"method": folder.name, "baseline": baseline.name}
-        rows = [{**r, "method": labels["method"], "baseline": labels["baseline"]} for r in rows]
+        samples, enough = params.report.bootstrap_samples, params.registry.min_prompts
+        rows = statistics.comparisons(scored, ["baseline"], samples, params.seed, enough)
+        rows = [{**row, "method": folder.name, "baseline": baseline.name} for row in rows]
         write_json(output / "comparisons.json", rows)
         lines += [f"over {baseline}, paired:", *(_line(row) for row in rows)]
     return "\n".join(lines)
@@ -114,15 +101,39 @@ def score(
 def tables(
     params: Params, folders: Mapping[str, Path], prompts: Path | Sequence[str] | None
 ) -> dict[str, DataFrame]:
-    """Score the images of each folder: a table of scores by the same name; raises as `score`.
+    """Score the images of each folder: a table of scores by the same name.
 
     Args:
         prompts: one per image, or a file of them; None: those that `spo generate` wrote beside the images.
     """
-    from spo.training.distributed import device
+    import pandas as pd
 
-    inputs = {name: _images(path, prompts) for name, path in folders.items()}
-    return {name: _table(params, *read, device()) for name, read in inputs.items()}
+    from spo.training.distributed import device
+    from spo.validation.scoring import score_images
+
+    read = {name: _read(folder, prompts) for name, folder in folders.items()}
+    scored = {}
+    for name, (images, own) in read.items():
+        rows = range(len(own))
+        columns = score_images(params, images, own, device())
+        scored[name] = pd.DataFrame({"index": rows, "prompt": own, "seed": rows, **columns})
+    return scored
+
+
+def _means(params: Params, scores: DataFrame) -> list[str]:
+    """A line for the mean of each score, with its interval if there are enough prompts for one."""
+    from spo.evaluation import statistics
+
+    by_prompt, enough = statistics.prompt_means(scores), params.registry.min_prompts
+    few = len(by_prompt) < enough
+    lines = []
+    for metric in statistics.metrics(by_prompt):
+        values = by_prompt[metric].to_numpy()
+        mean, low, high = statistics.mean_interval(values, params.report.bootstrap_samples, params.seed)
+        lines.append(f"  {metric:18} {mean:9.4f}" + ("" if few else f" [{low:.4f}, {high:.4f}]"))
+    if few:
+        lines.append(f"  {len(by_prompt)} prompts are too few for intervals (registry.min_prompts: {enough})")
+    return lines
 
 
 def _line(row: Mapping[str, Any]) -> str:
@@ -131,58 +142,25 @@ def _line(row: Mapping[str, Any]) -> str:
     return f"  {row['metric']:18} {row['mean_difference']:+9.4f}{interval}, {better}"
 
 
-def _table(params: Params, images: Sequence[Image.Image], prompts: list[str], device: str) -> DataFrame:
-    import pandas as pd
-
-    from spo.validation.scoring import score_images
-
-    columns = score_images(params, images, prompts, device)
-    rows = range(len(prompts))
-    return pd.DataFrame({"index": rows, "prompt": prompts, "seed": rows, **columns})
-
-
-def _prompts(file: Path) -> list[str]:
-    from spo.ingest.prompt_files import read_prompts
-
-    return _checked(read_prompts(file), str(file))
-
-
-def _checked(prompts: list[str], file: str) -> list[str]:
-    """Clean prompts as the stage `prompts` does.
-
-    Raises:
-        ValueError: no prompts, an empty one, or one that cannot be encoded.
-    """
-    from spo.data.prompts import clean, flaw
-
-    if not prompts:
-        raise ValueError(f"{file}: is empty; it must have at least one prompt")
-    for row, prompt in enumerate(prompts, start=1):
-        if not clean(prompt):
-            raise ValueError(f"{file}: prompt {row} is empty; every image needs a prompt")
-        if reason := flaw(prompt):
-            raise ValueError(f"{file}: prompt {row} has {reason}; it cannot be encoded")
-    return [*map(clean, prompts)]
-
-
-def _images(folder: Path, given: Path | Sequence[str] | None) -> tuple[Sequence[Image.Image], list[str]]:
+def _read(folder: Path, given: Path | Sequence[str] | None) -> tuple[Sequence[Image.Image], list[str]]:
     """The images in the order of their names (2 before 10) or of an archive, and their prompts."""
     from spo.data.images import ARCHIVE, Pictures
     from spo.ingest.folders import list_images
+    from spo.ingest.prompt_files import read_prompts
 
     images: Sequence[Image.Image]
+    source = str(folder / ARCHIVE)
     if (folder / ARCHIVE).exists():
-        images, prompts = _archive(folder)
-        if given is None:
-            return images, prompts
+        images, prompts = _archived(folder)
     else:
-        images = Pictures(list_images(folder), lambda paths: map(_open, paths))
-        if given is None:
-            raise ValueError(
-                f"{folder}: give --prompts FILE with a prompt for each of the {len(images)} images"
-            )
-    source = str(given) if isinstance(given, Path) else "the list of prompts"
-    prompts = _prompts(given) if isinstance(given, Path) else _checked(list(given), source)
+        images, prompts = Pictures(list_images(folder), lambda paths: map(_open, paths)), []
+    if isinstance(given, Path):
+        prompts, source = read_prompts(given), str(given)
+    elif given is not None:
+        prompts, source = list(given), "the list of prompts"
+    elif not prompts:
+        raise ValueError(f"{folder}: give --prompts FILE with a prompt for each of the {len(images)} images")
+    prompts = _cleaned(prompts, source)
     if len(prompts) != len(images):
         raise ValueError(
             f"{folder}: {len(images)} images, but {source} has {len(prompts)} prompts; "
@@ -191,7 +169,7 @@ def _images(folder: Path, given: Path | Sequence[str] | None) -> tuple[Sequence[
     return images, prompts
 
 
-def _archive(folder: Path) -> tuple[Sequence[Image.Image], list[str]]:
+def _archived(folder: Path) -> tuple[Sequence[Image.Image], list[str]]:
     """The images and prompts that `spo generate` wrote to `folder`; other images beside them are refused."""
     from spo.data.images import ARCHIVE, archived
     from spo.ingest.folders import find_images
@@ -203,7 +181,21 @@ def _archive(folder: Path) -> tuple[Sequence[Image.Image], list[str]]:
     images, prompts, _ = archived(folder)
     if not images:
         raise ValueError(f"{folder / ARCHIVE}: no images in this archive")
-    return images, _checked(prompts, str(folder / ARCHIVE))
+    return images, prompts
+
+
+def _cleaned(prompts: Sequence[str], source: str) -> list[str]:
+    """Clean prompts as the stage `prompts` does; one that is empty or cannot be encoded is refused."""
+    from spo.data.prompts import clean, flaw
+
+    if not prompts:
+        raise ValueError(f"{source}: is empty; it must have at least one prompt")
+    for row, prompt in enumerate(prompts, start=1):
+        if not clean(prompt):
+            raise ValueError(f"{source}: prompt {row} is empty; every image needs a prompt")
+        if reason := flaw(prompt):
+            raise ValueError(f"{source}: prompt {row} has {reason}; it cannot be encoded")
+    return [*map(clean, prompts)]
 
 
 def _open(path: Path) -> Image.Image:

@@ -20,9 +20,6 @@ def gate(params: Params, candidate: DataFrame, baseline: DataFrame, against: str
 
     Returns:
         The reason of failure by metric; empty if the candidate passes.
-
-    Raises:
-        ValueError: a metric of the gate without scores.
     """
     from spo.evaluation import statistics
 
@@ -61,9 +58,6 @@ def scored_by(variant: str = "spo") -> str:
     """SHA-256 of what a variant was scored with: weights, parameters, code and libraries.
 
     As `spo score` and dvc.lock recorded it; scores with the same value are comparable.
-
-    Raises:
-        ValueError: a damaged record.
     """
     recorded = _recorded(variant) or repr(score.libraries())
     entry = dvc_lock.read().get(f"score@{variant}")
@@ -79,11 +73,7 @@ def _recorded(variant: str) -> str | None:
 
 
 def scored_again(params: Params, images: Path) -> DataFrame:
-    """Scores of images by what the candidate was scored with.
-
-    Raises:
-        ValueError: the candidate was scored with something else than is here.
-    """
+    """Score images by what the candidate was scored with, which must be what is here."""
     method = params.registry.method
     recorded = _recorded(method)
     if recorded not in (None, score.scored_by(params)):

@@ -7,8 +7,6 @@ the reasons.
 
 from __future__ import annotations
 
-import hashlib
-import os
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -18,8 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 from spo.commands.gate import gate, scored_again, scored_by
 from spo.config import Params
-from spo.evaluation import model_card, results
+from spo.evaluation import results
+from spo.publish import card
 from spo.runtime.files import locked, read_text
+from spo.runtime.fingerprint import fingerprint
 from spo.runtime.messages import redact
 from spo.runtime.workspace import home
 from spo.tracking import dvc_lock
@@ -43,15 +43,10 @@ class Verdict:
     version: str
     alias: str
     reasons: list[str]  # empty for the champion
-    new: bool
 
 
 def model_name(params: Params) -> str:
-    """The name of the registered model.
-
-    Raises:
-        ValueError: a name that MLflow does not accept.
-    """
+    """The name of the registered model, which MLflow must accept."""
     name = params.registry.name or params.name
     key = "registry.name" if params.registry.name else "name (registry.name is null)"
     if any(c in name for c in "/:") or not name.strip() or name in (".", "..") or len(name.encode()) > 200:
@@ -66,9 +61,6 @@ def register(params: Params) -> Verdict:
     """Register the model of `registry.method` with adapter, scores and report, and apply the gate.
 
     A model that is already registered keeps its version; the gate is applied again.
-
-    Raises:
-        ValueError: a model without an adapter or scores, or MLflow is unreachable or refuses.
     """
     method, name = params.registry.method, model_name(params)
     table = results.read_scores(Path(f"outputs/scores/{method}.csv"))
@@ -79,13 +71,13 @@ def register(params: Params) -> Verdict:
     lock_file.parent.mkdir(parents=True, exist_ok=True)
     with _connected(params) as store, locked(lock_file):
         client = store.connect()
-        tags = {"method": method, "adapter": _digest(adapter), "scored_by": scored_by(method)}
-        known, champion = _find(client, name, tags), _champion(client, name)
-        if champion is not None and known is not None and str(champion.version) == str(known.version):
-            return Verdict(name, str(known.version), CHAMPION, [], False)
+        tags = {"method": method, "adapter": fingerprint((), [adapter], ()), "scored_by": scored_by(method)}
+        known, champion = _find(client, name, tags), _version(client, name, CHAMPION)
+        if known and champion and known.version == champion.version:
+            return Verdict(name, str(known.version), CHAMPION, [])
         failures = _compare(store, params, table, champion, tags["scored_by"])
         version = known or _create(store, params, adapter, tags)
-        return _set_alias(client, name, version, failures, known is None)
+        return _set_alias(client, name, version, failures)
 
 
 def _compare(store: Store, params: Params, table: DataFrame, champion: Any, made_with: str) -> dict[str, str]:
@@ -101,45 +93,34 @@ def _compare(store: Store, params: Params, table: DataFrame, champion: Any, made
         else:
             against, by = f"version {champion.version}", champion.tags.get("scored_by")
             scores = _download(store, champion, f"scores/{_tag(champion, 'method')}.csv", Path(folder))
-            images = Path(folder)
+            images = Path(folder, "images")
         baseline = results.read_scores(scores)
         if by == made_with:
             return gate(params, table, baseline, against)
         other = f"{against} was scored with other weights, code or libraries"
-        if champion is not None:
-            try:
-                images = _download(store, champion, "images", Path(folder))
-            except ValueError as error:
-                return {"scorers": f"{other}; {error}"}
+        try:
+            if champion is not None:
+                _download(store, champion, "images", Path(folder))
+        except ValueError as error:
+            return {"scorers": f"{other}; {error}"}
         if not images.exists():
             return {"scorers": f"{other}, and {images} is gone"}
         return gate(params, table, scored_again(params, images), against)
 
 
 def fetch(params: Params, alias: str) -> tuple[Path, str]:
-    """Download a version by alias or number, unless it is cached.
+    """Download a version by alias or number, unless it is in .spo/models already.
 
     Returns:
         The folder of its adapter, and its method.
-
-    Raises:
-        ValueError: no such version, or MLflow is unreachable.
     """
     name = model_name(params)
     with _connected(params) as store:
-        client = store.connect()
-        try:
-            version = (
-                client.get_model_version(name, alias)
-                if alias.isdigit()
-                else client.get_model_version_by_alias(name, alias)
-            )
-        except Exception as error:
-            if not _is_missing(error):
-                raise
+        version = _version(store.connect(), name, alias)
+        if version is None:
             raise ValueError(
                 f"registry: no version {alias!r} of the model {name!r} in {store.name}; run `spo register`"
-            ) from None
+            )
         target = home() / ".spo/models" / f"{name}-{version.version}-{_tag(version, 'adapter')[:12]}"
         folder = _download(store, version, "model/adapter_weights", target)
         return folder, _tag(version, "method")
@@ -158,15 +139,15 @@ def _create(store: Store, params: Params, adapter: Path, tags: dict[str, str]) -
     source = {"dvc.lock_hash": entry.hash} if entry else {}
     run_id = store.start_run(params.name, f"candidate-{tags['method']}", {**code(), **tags, **source}, logged)
     with tempfile.TemporaryDirectory() as folder:
-        load_mlflow().diffusers.save_model(str(adapter), f"{folder}/model", _base(params))
+        load_mlflow().diffusers.save_model(str(adapter), f"{folder}/model", _base(params.backbone.checkpoint))
         client.log_artifacts(run_id, folder)
     for file in (p for p in map(Path("reports").joinpath, REPORT) if p.exists()):
         client.log_artifact(run_id, str(file), "report")
     client.log_artifact(run_id, f"outputs/scores/{tags['method']}.csv", "scores")
     if (images := Path("outputs/images") / tags["method"]).exists():  # to be scored again by other scorers
         client.log_artifacts(run_id, str(images), "images")
-    if card := _card(adapter, tags["method"]):
-        client.log_text(run_id, card, "model/README.md")
+    if text := _card(adapter, tags["method"]):
+        client.log_text(run_id, text, "model/README.md")
     client.set_terminated(run_id)
     artifacts = client.get_run(run_id).info.artifact_uri
     return client.create_model_version(name, f"{artifacts}/model", run_id, tags={**tags, **source})
@@ -174,14 +155,13 @@ def _create(store: Store, params: Params, adapter: Path, tags: dict[str, str]) -
 
 def _card(adapter: Path, method: str) -> str | None:
     """The model card that `align` wrote, with the scores; None without a card or comparisons."""
-    written, compared = adapter / "README.md", results.COMPARISONS
-    if not written.exists() or not compared.exists():
+    if not (adapter / card.FILE).exists() or not results.COMPARISONS.exists():
         return None
-    scores = model_card.scores(results.read_comparisons(compared), method)
-    return f"{read_text(written, 'model card')}\n{scores}"
+    rows = [row for row in results.read_comparisons() if row["method"] == method]
+    return card.with_scores(read_text(adapter / card.FILE, "model card"), rows)
 
 
-def _set_alias(client: Any, name: str, version: Any, failures: Mapping[str, str], new: bool) -> Verdict:
+def _set_alias(client: Any, name: str, version: Any, failures: Mapping[str, str]) -> Verdict:
     """Set alias and tags of a version by the result of the gate."""
     number = str(version.version)
     for tag in (t for t in version.tags if t.startswith("gate.") and t.removeprefix("gate.") not in failures):
@@ -193,15 +173,11 @@ def _set_alias(client: Any, name: str, version: Any, failures: Mapping[str, str]
     client.set_registered_model_alias(name, alias, number)
     if not failures and str(client.get_registered_model(name).aliases.get(CHALLENGER)) == number:
         client.delete_registered_model_alias(name, CHALLENGER)
-    return Verdict(name, number, alias, list(failures.values()), new)
+    return Verdict(name, number, alias, list(failures.values()))
 
 
 def _download(store: Store, version: Any, path: str, target: Path) -> Path:
-    """Download an artifact of a version's run, unless it is cached; the download is atomic.
-
-    Raises:
-        ValueError: a run or an artifact that was deleted from the store.
-    """
+    """Download an artifact of a version's run to target/path, unless it is there; complete or not at all."""
     done = target / path
     if not done.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -229,30 +205,16 @@ def _find(client: Any, name: str, tags: Mapping[str, str]) -> Any:
     return None
 
 
-def _champion(client: Any, name: str) -> Any:
-    """The champion's version; None for a model without one.
-
-    Raises:
-        ValueError: the alias is of a version that is gone, or was not made by `register`.
-    """
+def _version(client: Any, name: str, alias: str) -> Any:
+    """The version with an alias or number, or None."""
     try:
-        number = client.get_registered_model(name).aliases.get(CHAMPION)
-    except Exception as error:
-        if _is_missing(error):
-            return None
-        raise
-    if number is None:
-        return None
-    try:
-        version = client.get_model_version(name, str(number))
+        if alias.isdigit():
+            return client.get_model_version(name, alias)
+        return client.get_model_version_by_alias(name, alias)
     except Exception as error:
         if not _is_missing(error):
             raise
-        raise ValueError(
-            f"registry: the champion of {name!r} is version {number}, which is gone: remove its alias"
-        ) from None
-    _tag(version, "method")
-    return version
+        return None
 
 
 def _tag(version: Any, key: str) -> str:
@@ -268,17 +230,12 @@ def _is_missing(error: Exception) -> bool:
     return getattr(error, "error_code", "") in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
 
 
-def _digest(folder: Path) -> str:
-    digest = hashlib.sha256()
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        digest.update(path.name.encode() + hashlib.sha256(path.read_bytes()).digest())
-    return digest.hexdigest()
+def _base(checkpoint: str) -> str:
+    """The base checkpoint; a folder by its absolute path, so that the model loads from any folder here.
 
-
-def _base(params: Params) -> str:
-    """The base checkpoint; a folder as ./folder from here, so that MLflow does not look it up on the hub."""
-    path = params.backbone.checkpoint
-    return f"./{os.path.relpath(path)}" if Path(path).exists() else path
+    On another machine MLflow's `load_pipeline(base_model=...)` names it.
+    """
+    return str(Path(checkpoint).resolve()) if Path(checkpoint).exists() else checkpoint
 
 
 @contextmanager

@@ -26,9 +26,6 @@ def run(
 
     Args:
         adapter: replaces the variant's own adapter.
-
-    Raises:
-        ValueError: an unknown variant or image format, words outside the vocabulary, or a missing adapter.
     """
     from PIL import Image
 

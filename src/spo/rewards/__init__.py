@@ -19,11 +19,7 @@ CLASSES = {
 
 
 def load_scorer(name: str, settings: ScorerConfig, device: str, batch_size: int) -> Scorer:
-    """Load the scorer `name` with its section; only its own module is imported.
-
-    Raises:
-        ValueError: files that are missing or do not fit, as each scorer says.
-    """
+    """Load the scorer `name` with its section; only its own module is imported."""
     module, cls = CLASSES[name]
     scorer: Scorer = getattr(import_module(module), cls)(settings, device=device, batch_size=batch_size)
     return scorer

@@ -1,23 +1,26 @@
 """Human Preference Score v2 and v2.1 (arXiv 2306.09341): 100 * cos of an open_clip model."""
 
-from __future__ import annotations
-
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import open_clip
 import torch
+from open_clip.tokenizer import SimpleTokenizer
 from PIL import Image
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, interpolate, pad
+from transformers import CLIPTokenizer
 
 from spo import config
 from spo.data.preprocessing import OPENAI, Normalisation, read_normalisation
-from spo.rewards import clip
+from spo.rewards import clip, weights
+from spo.rewards.pixels import normalise, to_unit
+from spo.rewards.scorer import BatchedScorer
 from spo.runtime import hub
 from spo.runtime.processes import is_main_process
 
@@ -28,15 +31,15 @@ def preprocess(image: Image.Image, size: int = 224, normalisation: Normalisation
     Like the released scorer, unlike open_clip's transforms: bicubic with antialiasing on the tensor, without
     clamping to [0,1]; padding precedes normalisation, so it is black.
     """
-    pixels = clip.to_unit(image)
+    pixels = to_unit(image)
     scale = size / max(image.size)
     height, width = (max(1, round(side * scale)) for side in pixels.shape[1:])
     pixels = interpolate(pixels[None], (height, width), mode="bicubic", antialias=True)[0]
     left, top = (size - width) // 2, (size - height) // 2
-    return clip.normalise(pad(pixels, (left, size - width - left, top, size - height - top)), normalisation)
+    return normalise(pad(pixels, (left, size - width - left, top, size - height - top)), normalisation)
 
 
-class Hps:
+class Hps(BatchedScorer):
     """HPS of images for prompts, about 20 to 35 with the released weights; v2 and v2.1 are not comparable."""
 
     name = "hps"
@@ -44,34 +47,43 @@ class Hps:
     def __init__(
         self, settings: config.HpsConfig, *, device: torch.device | str = "cpu", batch_size: int = 32
     ) -> None:
-        """
-        Raises:
-            ValueError: an unknown architecture, or weights or a tokenizer that are missing or do not fit.
-        """
-        self.device, self.batch_size, self.size = device, batch_size, settings.image_size
+        super().__init__(settings.image_size, device, batch_size)
         model_config, self.normalisation = _model_config(settings.architecture)
         _say_activation(settings.architecture)
         self.model = _model(model_config, settings.architecture)
-        clip.check_image_size(self.model.visual.image_size[0], settings.image_size, "score.hps")
+        weights.check_image_size(self.model.visual.image_size[0], self.size, "score.hps")
         where = f"score.hps.checkpoint: {settings.checkpoint}"
-        clip.fill(self.model, clip.load_state(hub.local(settings.checkpoint), where), where)
+        weights.fill(self.model, weights.load_state(hub.local(settings.checkpoint), where), where)
         self.model.eval().requires_grad_(False).to(device)
-        self.tokens = _tokenizer(settings, self.model)
+        self.tokenizer = _tokenizer(settings, self.model.vocab_size)
 
-    def score(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> list[float]:
-        """Score each image for its own prompt.
+    def preprocess(self, image: Image.Image) -> Tensor:
+        return preprocess(image, self.size, self.normalisation)
 
-        Raises:
-            ValueError: another number of prompts than images, or a score that is not finite.
+    def score_batch(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
+        ids = self.tokenizer(list(prompts), self.model.context_length).to(self.device)
+        text = self.model.encode_text(ids)
+        return 100 * cosine_similarity(self.model.encode_image(self.pixels(images)), text)
+
+
+class OpenClipTokenizer(SimpleTokenizer):
+    """open_clip's tokenizer, which replaces HTML entities and full-width letters, with another vocabulary."""
+
+    def __init__(self, tokenizer: CLIPTokenizer) -> None:
         """
-        return clip.in_batches(self._score, images, prompts, name=self.name, batch_size=self.batch_size)
-
-    def _score(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
-        pixels = torch.stack([preprocess(image, self.size, self.normalisation) for image in images]).to(
-            self.device
-        )
-        text = self.model.encode_text(self.tokens(prompts).to(self.device))
-        return 100 * cosine_similarity(self.model.encode_image(pixels), text)
+        Args:
+            tokenizer: its vocabulary, merges and special tokens are used.
+        """
+        super().__init__()
+        names = {tokenizer.bos_token: "<start_of_text>", tokenizer.eos_token: "<end_of_text>"}
+        ids = {names.get(token, token): i for token, i in tokenizer.get_vocab().items()}
+        unknown = tokenizer.unk_token_id
+        self.encoder = defaultdict(lambda: unknown, ids)
+        self.decoder = {i: token for token, i in ids.items()}
+        merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
+        self.bpe_ranks = {tuple(m.split() if isinstance(m, str) else m): i for i, m in enumerate(merges)}
+        self.vocab_size, self.all_special_ids = len(ids), [tokenizer.bos_token_id, tokenizer.eos_token_id]
+        self.sot_token_id, self.eot_token_id = self.all_special_ids
 
 
 def _model_config(architecture: str) -> tuple[dict[str, Any], Normalisation]:
@@ -85,17 +97,10 @@ def _model_config(architecture: str) -> tuple[dict[str, Any], Normalisation]:
         if known is None:
             raise ValueError(f"{key}: {architecture!r} is not a model of open_clip; HPSv2 is a ViT-H-14")
         return known, OPENAI
-    try:
-        content = json.loads(Path(architecture).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(
-            f"{key}: {architecture}: no such file; run `make repro` or `dvc pull data.dvc`"
-        ) from None
-    except ValueError as error:
-        raise ValueError(f"{key}: {architecture} is not valid JSON ({error})") from None
-    prepared = content.get("preprocess_cfg", {}) if isinstance(content, dict) else None
+    content = weights.read_config(Path(architecture), key)
+    prepared = content.get("preprocess_cfg", {})
     if not isinstance(prepared, dict):
-        raise ValueError(f"{key}: {architecture} is not a CLIP config: it and preprocess_cfg must be objects")
+        raise ValueError(f"{key}: {architecture}: preprocess_cfg must be an object, not {prepared!r}")
     own = read_normalisation(
         prepared.get("mean"), prepared.get("std"), f"{key}: {architecture}: preprocess_cfg"
     )
@@ -127,11 +132,12 @@ def _model(model_config: dict[str, Any], architecture: str) -> open_clip.CLIP:
         ) from None
 
 
-def _tokenizer(settings: config.HpsConfig, model: open_clip.CLIP) -> Callable[[Sequence[str]], Tensor]:
+def _tokenizer(settings: config.HpsConfig, vocabulary: int) -> Any:
+    """The tokenizer of the folder that the section names, else that of the architecture's name."""
     if settings.tokenizer is not None:
-        tokenizer = clip.load_tokenizer(settings.tokenizer, None, model.vocab_size, clip.OPEN_CLIP)
-        return lambda prompts: clip.token_ids(tokenizer, prompts, model.context_length)
+        return OpenClipTokenizer(
+            clip.load_tokenizer(settings.tokenizer, None, vocabulary, "score.hps.tokenizer")
+        )
     if settings.architecture.endswith(".json"):
         raise ValueError("score.hps.tokenizer: must name a folder if score.hps.architecture is a file")
-    own = open_clip.get_tokenizer(settings.architecture)
-    return lambda prompts: own(list(prompts))
+    return open_clip.get_tokenizer(settings.architecture)

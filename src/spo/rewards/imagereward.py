@@ -4,17 +4,13 @@ Reads the released ImageReward.pt and med_config.json into transformers' own BLI
 
 Departures from the released code:
 1. Weights that the score does not use (`blip.vision_proj`, `blip.text_proj`) are left out.
-2. The centre crop rounds as in `clip.preprocess`: one pixel off from the released transform when 4n + 3
+2. The centre crop rounds as in `pixels.preprocess`: one pixel off from the released transform when 4n + 3
    pixels are cut off. Square images are not cropped.
 """
 
-from __future__ import annotations
-
-import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from PIL import Image
@@ -23,8 +19,9 @@ from transformers import BertTokenizer, BlipTextConfig, BlipTextModel, BlipVisio
 
 from spo import config
 from spo.data.tokens import tokenize
-from spo.rewards import clip
-from spo.rewards.head import linear_head
+from spo.rewards import weights
+from spo.rewards.aesthetic import linear_head
+from spo.rewards.scorer import BatchedScorer
 from spo.runtime import hub
 
 MEAN, STD = 0.16717362830052426, 1.0333394966054072  # of the raw reward on the released training set
@@ -32,15 +29,18 @@ LENGTH = 35  # tokens of a prompt, start and end included
 HEAD_WIDTH = 64  # of each attention head of the vision transformer, in the base and the large one
 ADDED_TOKENS = ["[DEC]", "[ENC]"]  # BLIP's, after those of BERT
 UNUSED = re.compile(r"blip\.(vision_proj\.|text_proj\.|text_encoder\.embeddings\.position_ids$)")
-VISION_NAMES = (  # of the checkpoint, and of transformers
-    (r"^cls_token$", "embeddings.class_embedding"),
-    (r"^pos_embed$", "embeddings.position_embedding"),
-    (r"^patch_embed\.proj\.", "embeddings.patch_embedding."),
-    (r"^blocks\.(\d+)\.attn\.qkv\.", r"encoder.layers.\1.self_attn.qkv."),
-    (r"^blocks\.(\d+)\.attn\.proj\.", r"encoder.layers.\1.self_attn.projection."),
-    (r"^blocks\.(\d+)\.norm([12])\.", r"encoder.layers.\1.layer_norm\2."),
-    (r"^blocks\.(\d+)\.mlp\.", r"encoder.layers.\1.mlp."),
-    (r"^norm\.", "post_layernorm."),
+EYE = r"^blip\.visual_encoder\."
+NAMES = (  # of the checkpoint, and of ImageRewardModel
+    (r"^mlp\.layers\.", "head."),
+    (r"^blip\.text_encoder\.", "text."),
+    (EYE + r"cls_token$", "vision.embeddings.class_embedding"),
+    (EYE + r"pos_embed$", "vision.embeddings.position_embedding"),
+    (EYE + r"patch_embed\.proj\.", "vision.embeddings.patch_embedding."),
+    (EYE + r"blocks\.(\d+)\.attn\.qkv\.", r"vision.encoder.layers.\1.self_attn.qkv."),
+    (EYE + r"blocks\.(\d+)\.attn\.proj\.", r"vision.encoder.layers.\1.self_attn.projection."),
+    (EYE + r"blocks\.(\d+)\.norm([12])\.", r"vision.encoder.layers.\1.layer_norm\2."),
+    (EYE + r"blocks\.(\d+)\.mlp\.", r"vision.encoder.layers.\1.mlp."),
+    (EYE + r"norm\.", "vision.post_layernorm."),
 )
 # keys of med_config.json: those that the text encoder takes, those with one possible value, and those without
 # effect on a score (the width of the image tokens is that of the weights)
@@ -81,68 +81,55 @@ class ImageRewardModel(nn.Module):
         return self.head(text.last_hidden_state[:, 0])[:, 0]
 
 
-class ImageReward:
-    """ImageReward of images for prompts, about -2 to 2: 0 is the mean of the released training set."""
+class ImageReward(BatchedScorer):
+    """ImageReward of images for prompts, of which the first 35 tokens count.
+
+    About -2 to 2: 0 is the mean of the released training set.
+    """
 
     name = "imagereward"
 
     def __init__(
         self, settings: config.ImageRewardConfig, *, device: torch.device | str = "cpu", batch_size: int = 32
     ) -> None:
-        """
-        Raises:
-            ValueError: a file that is missing, or weights, config and tokenizer that do not fit each other.
-        """
-        self.device, self.batch_size, self.size = device, batch_size, settings.image_size
+        super().__init__(settings.image_size, device, batch_size)
         self.model = load_model(settings).to(device)
         self.tokenizer = load_tokenizer(settings.tokenizer, self.model.text.config.vocab_size)
 
-    def score(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> list[float]:
-        """Score each image for its own prompt, of which the first 35 tokens count.
-
-        Raises:
-            ValueError: another number of prompts than images, or a score that is not finite.
-        """
-        return clip.in_batches(self._score, images, prompts, name=self.name, batch_size=self.batch_size)
-
-    def _score(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
-        pixels = torch.stack([clip.preprocess(image, self.size) for image in images]).to(self.device)
+    def score_batch(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
+        pixels = self.pixels(images)
         tokens = tokenize(self.tokenizer, prompts, LENGTH).to(self.device)
         return (self.model(pixels, tokens.input_ids, tokens.attention_mask) - MEAN) / STD
 
 
 def load_model(settings: config.ImageRewardConfig) -> ImageRewardModel:
-    """Load the released files, frozen and in fp32.
-
-    Raises:
-        ValueError: as `ImageReward`.
-    """
+    """Load the released files, frozen and in fp32."""
     where = f"score.imagereward.checkpoint: {settings.checkpoint}"
-    state = {
-        k: v for k, v in clip.load_state(hub.local(settings.checkpoint), where).items() if not UNUSED.match(k)
-    }
-    vision, size = _vision_config(
-        {k.removeprefix("blip.visual_encoder."): v for k, v in state.items()}, where
-    )
-    clip.check_image_size(size, settings.image_size, "score.imagereward")
+    state = weights.load_state(hub.local(settings.checkpoint), where)
+    vision, size = _vision_config({re.sub(EYE, "", name): value for name, value in state.items()}, where)
+    weights.check_image_size(size, settings.image_size, "score.imagereward")
     model = ImageRewardModel(vision, _text_config(settings.med_config, vision.hidden_size))
-    clip.fill(model, {_renamed(name): value.float() for name, value in state.items()}, where)
+    weights.fill(model, renamed(state), where)
     return model.eval().requires_grad_(False)
 
 
-def load_tokenizer(name: str, vocabulary: int) -> BertTokenizer:
-    """Load BERT's tokenizer with BLIP's two added tokens.
+def renamed(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of the checkpoint by their names in ImageRewardModel, in fp32; unknown ones keep theirs."""
+    return {_renamed(name): value.float() for name, value in state.items() if not UNUSED.match(name)}
 
-    Raises:
-        ValueError: no tokenizer, or one with another number of tokens than the text encoder has embeddings.
-    """
+
+def _renamed(name: str) -> str:
+    for pattern, new in NAMES:
+        if re.match(pattern, name):
+            return re.sub(pattern, new, name)
+    return name
+
+
+def load_tokenizer(name: str, vocabulary: int) -> BertTokenizer:
+    """Load BERT's tokenizer with BLIP's two added tokens: as many as the text encoder has embeddings."""
     key = "score.imagereward.tokenizer"
-    repository, revision = hub.split_revision(name)
-    tokenizer: BertTokenizer = clip.reach(
-        lambda: BertTokenizer.from_pretrained(repository, revision=revision or "main"), name, key
-    )
-    if len(tokenizer) <= len(tokenizer.all_special_ids):  # transformers' result for a folder without one
-        raise ValueError(f"{key}: {name} has no BERT tokenizer (vocab.txt or tokenizer.json)")
+    source = hub.split_revision(name)
+    tokenizer = weights.load_tokenizer(BertTokenizer, *source, key, "vocab.txt or tokenizer.json")
     tokenizer.add_tokens(ADDED_TOKENS, special_tokens=True)
     if len(tokenizer) != vocabulary:
         raise ValueError(
@@ -152,23 +139,10 @@ def load_tokenizer(name: str, vocabulary: int) -> BertTokenizer:
     return tokenizer
 
 
-def _renamed(name: str) -> str:
-    """The name in ImageRewardModel of a weight of the checkpoint; an unknown one keeps its own."""
-    if name.startswith("mlp.layers."):
-        return name.replace("mlp.layers.", "head.")
-    if name.startswith("blip.text_encoder."):
-        return name.replace("blip.text_encoder.", "text.")
-    own = name.removeprefix("blip.visual_encoder.")
-    for pattern, new in VISION_NAMES if own != name else ():
-        if re.match(pattern, own):
-            return f"vision.{re.sub(pattern, new, own)}"
-    return name
-
-
 def _vision_config(state: Mapping[str, Tensor], where: str) -> tuple[BlipVisionConfig, int]:
     """The config of the vision transformer, by its weights since no file has it, and the image size."""
     needed = {"pos_embed", "patch_embed.proj.weight", "blocks.0.mlp.fc1.weight"}
-    clip.check_keys(needed - state.keys(), (), where)
+    weights.check_keys(needed - state.keys(), (), where)
     width, _, _, patch = state["patch_embed.proj.weight"].shape
     size = patch * math.isqrt(state["pos_embed"].shape[1] - 1)
     layers = {match[1] for name in state if (match := re.match(r"blocks\.(\d+)\.", name))}
@@ -185,21 +159,9 @@ def _vision_config(state: Mapping[str, Tensor], where: str) -> tuple[BlipVisionC
 
 
 def _text_config(file: str, vision_width: int) -> BlipTextConfig:
-    """The config of the text encoder, from med_config.json.
-
-    Raises:
-        ValueError: no such file, or a key that is missing, unknown or of a value without support.
-    """
+    """The config of the text encoder, from med_config.json; a key is honoured or refused."""
     where = f"score.imagereward.med_config: {file}"
-    try:
-        content: Any = json.loads(hub.local(file).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{where}: no such file; it is released with ImageReward.pt") from None
-    except ValueError as error:
-        raise ValueError(f"{where} is not valid JSON ({error})") from None
-    if not isinstance(content, dict) or (missing := [k for k in TAKEN if k not in content]):
-        lacking = "is no mapping" if not isinstance(content, dict) else f"lacks {missing[0]}"
-        raise ValueError(f"{where} {lacking}; it must be the config of BLIP's BERT")
+    content = weights.read_config(hub.local(file), "score.imagereward.med_config", TAKEN)
     for key, value in content.items():
         if key in FIXED and value != FIXED[key]:
             raise ValueError(f"{where}: {key} is {value!r}; only {FIXED[key]!r} is supported")

@@ -122,7 +122,7 @@ def _write(
     Returns:
         Which validated weights were selected, if any were.
     """
-    from spo.evaluation import model_card
+    from spo.publish import card
 
     folder, full = OUTPUT / method, getattr(params.align, method).lora is None
     remove(folder)
@@ -133,7 +133,7 @@ def _write(
     else:
         _save(backbone, full, folder)
     facts = {f"selected_{name}": value for name, value in (selected or {}).items()}
-    model_card.write(folder, params, method, {**summary, **facts})
+    card.write(folder, params, method, {**summary, **facts})
     if (scratch / "samples").exists():
         shutil.copytree(scratch / "samples", folder / "samples")
     return facts

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from spo.config import Params
+from spo.rewards.scorer import BatchedScorer
 from spo.training import placement
 from spo.validation.scoring import load, score_images
 
@@ -69,19 +70,15 @@ def _models(value: Any) -> Iterator[nn.Module]:
             yield from _models(part)
 
 
-class _Embedded:
+class _Embedded(BatchedScorer):
     """The aesthetic scorer of images that its CLIP has embedded already."""
 
     name = "aesthetic"
 
     def __init__(self, scorer: Aesthetic, images: Sequence[Any], features: Tensor) -> None:
-        self.scorer = scorer
+        super().__init__(scorer.size, scorer.device, scorer.batch_size)
+        self.head = scorer.head
         self.features = {id(image): row for image, row in zip(images, features, strict=True)}
 
-    def score(self, images: Sequence[Any], prompts: Sequence[str]) -> list[float]:
-        from spo.rewards.clip import in_batches
-
-        def rate(part: Sequence[Any], _: Sequence[str]) -> Tensor:
-            return self.scorer.head(torch.stack([self.features[id(image)] for image in part]))
-
-        return in_batches(rate, images, prompts, name=self.name, batch_size=self.scorer.batch_size)
+    def score_batch(self, images: Sequence[Any], prompts: Sequence[str]) -> Tensor:
+        return self.head(torch.stack([self.features[id(image)] for image in images]))

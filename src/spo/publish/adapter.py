@@ -1,25 +1,20 @@
-"""`spo publish`: what one uploads of an adapter (weights, card with scores, licence, sample images).
+"""`spo publish`: put an adapter with its card, licence and sample images in a folder or on the hub.
 
-Not a stage of the DAG. The result goes to a folder, or to a repository of the Hugging Face hub.
+Not a stage of the DAG.
 """
-
-from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Sequence
-from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from huggingface_hub import HfApi, ModelCard, constants, get_token
 
 from spo.config import METHODS, Params
-from spo.evaluation import publication
+from spo.publish import card
 from spo.runtime.files import read_text, require, write_text
 from spo.runtime.hub import is_hub_id
 from spo.runtime.messages import one_line
-
-if TYPE_CHECKING:
-    from spo.evaluation.publication import Publication, Sample
 
 SAMPLES, SAMPLE_PROMPTS = "samples", 4
 
@@ -38,39 +33,37 @@ def run(
         base_model: hub id of the base model; None: backbone.checkpoint if that is one.
         licence: its identifier on the hub; None: that on the adapter's card.
         private: whether a new repository on the hub is private.
-
-    Raises:
-        ValueError: not the adapter of a method, scores or images of another one, a folder with content, or
-            the hub cannot be reached or refuses.
     """
     method = _method(params, adapter)
     _check_current(adapter, method)
-    to_hub = is_hub_id(target)
     given = base_model or params.backbone.checkpoint
     known_base = given if is_hub_id(given) else None
     if base_model and known_base is None:
         raise ValueError(f"--base-model {base_model}: not a hub id of the form OWNER/NAME")
-    details = publication.Publication(target if to_hub else "this folder", known_base, licence)
-    if not to_hub:
-        return str(_to_folder(params, adapter, method, details, Path(target)))
+    if not is_hub_id(target):
+        _write(params, adapter, method, Path(target), "this folder", known_base, licence)
+        return str(Path(target))
     if known_base is None:
         raise ValueError(
             f"publish: the hub wants the id of the base model, not {given}: give --base-model OWNER/NAME"
         )
-    token = _token(target)
+    if constants.HF_HUB_OFFLINE:
+        raise ValueError(
+            f"publish: HF_HUB_OFFLINE is set, so nothing can go to {target}; give a folder by --to"
+        )
+    token = get_token()
+    if not token:
+        raise ValueError(f"publish: no token for {target}: run `hf auth login` or set HF_TOKEN")
     with tempfile.TemporaryDirectory() as folder:
-        content = _to_folder(params, adapter, method, details, Path(folder) / "content")
-        if "license" not in publication.metadata((content / publication.FILE).read_text(encoding="utf-8")):
+        content = Path(folder) / "content"
+        _write(params, adapter, method, content, target, known_base, licence)
+        if ModelCard.load(content / card.FILE).data.license is None:
             raise ValueError("publish: the base model's licence is not stated: give --license NAME")
         return _upload(content, target, token, private)
 
 
 def _method(params: Params, adapter: Path) -> str:
-    """The method whose variant has this adapter.
-
-    Raises:
-        ValueError: no variant of a method has it.
-    """
+    """The method whose variant has this adapter."""
     own = {m: getattr(params.generate, m).adapter for m in METHODS}
     for method, path in own.items():
         if path is not None and Path(path).resolve() == adapter.resolve():
@@ -80,18 +73,12 @@ def _method(params: Params, adapter: Path) -> str:
 
 
 def _check_current(adapter: Path, method: str) -> None:
-    """Check that the images are of this adapter, and the scores of these images, if DVC ran the stages.
-
-    Raises:
-        ValueError: they are of another one, whose scores the card would have.
-    """
-    from spo.tracking import dvc_lock
+    """Refuse images of another adapter, or scores of other images, if DVC ran the stages."""
+    from spo.tracking import dvc_lock, dvc_stages
 
     stages = [f"generate@{method}", f"score@{method}"]
     if not set(stages) <= set(dvc_lock.read()):
         return
-    from spo.tracking import dvc_stages
-
     made_from = {str(adapter.resolve()), str(Path(f"outputs/images/{method}").resolve())}
     for stage, changes in dvc_stages.status(stages).items():
         for change in changes:
@@ -101,34 +88,35 @@ def _check_current(adapter: Path, method: str) -> None:
                     raise ValueError(f"publish: {path} is not what {stage} read; run `spo repro` first")
 
 
-def _to_folder(params: Params, adapter: Path, method: str, details: Publication, folder: Path) -> Path:
-    """Write the folder, all or nothing.
-
-    Raises:
-        ValueError: the folder has content, or results are missing.
-    """
+def _write(
+    params: Params,
+    adapter: Path,
+    method: str,
+    folder: Path,
+    place: str,
+    base_model: str | None,
+    licence: str | None,
+) -> None:
+    """Write the folder, all or nothing; one with content is refused."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"publish: {folder} exists and is not empty; remove it or give another folder")
-    written = read_text(adapter / publication.FILE, "model card")
+    trained = read_text(adapter / card.FILE, "model card")
     rows = _rows(method)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as partial:
         content = Path(partial) / "content"
         _copy_weights(adapter, content)
-        _copy_licence(Path(params.backbone.checkpoint), content)
-        samples = _write_samples(content / SAMPLES, method, rows[0]["baseline"])
-        text = publication.text(written, params, method, rows, samples, details)
-        write_text(content / publication.FILE, text)
+        base = Path(params.backbone.checkpoint)
+        for path in sorted(base.glob("LICENSE*")) if base.is_dir() else ():
+            shutil.copy(path, content / path.name)
+        samples = _write_samples(content, method, rows[0]["baseline"])
+        text = card.published(trained, params, method, rows, samples, place, base_model, licence)
+        write_text(content / card.FILE, text)
         content.replace(folder)
-    return folder
 
 
 def _rows(method: str) -> list[dict[str, Any]]:
-    """The method's rows of the comparisons, whose means must be those of its score table.
-
-    Raises:
-        ValueError: none, or of other scores.
-    """
+    """The method's rows of the comparisons, whose means must be those of its score table."""
     from spo.evaluation import results, statistics
 
     rows = [row for row in results.read_comparisons() if row["method"] == method]
@@ -146,17 +134,13 @@ def _rows(method: str) -> list[dict[str, Any]]:
 
 
 def _copy_weights(adapter: Path, content: Path) -> None:
-    """Copy a LoRA or a complete pipeline in diffusers' format.
-
-    Raises:
-        ValueError: neither of them.
-    """
+    """Copy a LoRA or a complete pipeline in diffusers' format."""
     from spo.adapters.files import find
     from spo.backbones.lora import FILE
 
     source = find(adapter)
     if source.kind == "pipeline" and adapter.is_dir():
-        shutil.copytree(adapter, content, ignore=shutil.ignore_patterns(SAMPLES, publication.FILE))
+        shutil.copytree(adapter, content, ignore=shutil.ignore_patterns(SAMPLES, card.FILE))
     elif source.kind == "lora" and source.path.name == FILE:
         content.mkdir()
         shutil.copy(source.path, content / FILE)
@@ -164,57 +148,26 @@ def _copy_weights(adapter: Path, content: Path) -> None:
         raise ValueError(f"{adapter}: neither {FILE} nor a diffusers pipeline there; run `spo align`")
 
 
-def _copy_licence(base: Path, content: Path) -> None:
-    """Copy the text of the base model's licence, if it is a folder with one."""
-    for path in sorted(base.glob("LICENSE*")) if base.is_dir() else ():
-        shutil.copy(path, content / path.name)
-
-
-def _write_samples(folder: Path, method: str, baseline: str) -> Sequence[Sample]:
+def _write_samples(content: Path, method: str, baseline: str) -> list[card.Sample]:
     """Write the images of the first test prompts by baseline and method."""
-    from spo.data.images import load_images
+    from spo.data.images import archived
 
-    drawn = {
-        v: list(islice(load_images(require(f"outputs/images/{v}", f"images of {v}")), SAMPLE_PROMPTS))
-        for v in (baseline, method)
-    }
-    folder.mkdir(exist_ok=True)
+    folders = [require(f"outputs/images/{name}", f"images of {name}") for name in (baseline, method)]
+    (before, *its_prompts), (after, *prompts) = map(archived, folders)
+    if its_prompts != prompts:
+        raise ValueError(f"outputs/images: {baseline} and {method} have other prompts; run `spo repro`")
+    (content / SAMPLES).mkdir(exist_ok=True)
     samples = []
-    for number, pair in enumerate(zip(*drawn.values(), strict=True)):
-        if pair[0][1:] != pair[1][1:]:
-            raise ValueError(f"outputs/images: {baseline} and {method} have other prompts; run `spo repro`")
-        files = {v: f"{SAMPLES}/{number}-{v}.png" for v in drawn}
-        for file, (image, _, _) in zip(files.values(), pair, strict=True):
-            image.save(folder.parent / file)
-        samples.append(publication.Sample(pair[0][1], files[baseline], files[method]))
+    for number, prompt in enumerate(prompts[0][:SAMPLE_PROMPTS]):
+        sample = card.Sample(prompt, f"{SAMPLES}/{number}-{baseline}.png", f"{SAMPLES}/{number}-{method}.png")
+        before[number].save(content / sample.baseline)
+        after[number].save(content / sample.method)
+        samples.append(sample)
     return samples
 
 
-def _token(target: str) -> str:
-    """
-    Raises:
-        ValueError: no token, or the network is switched off.
-    """
-    from huggingface_hub import constants, get_token
-
-    if constants.HF_HUB_OFFLINE:
-        raise ValueError(
-            f"publish: HF_HUB_OFFLINE is set, so nothing can go to {target}; give a folder by --to"
-        )
-    token = get_token()
-    if not token:
-        raise ValueError(f"publish: no token for {target}: run `hf auth login` or set HF_TOKEN")
-    return token
-
-
 def _upload(content: Path, target: str, token: str, private: bool) -> str:
-    """Upload a folder; returns the URL of the commit.
-
-    Raises:
-        ValueError: the hub cannot be reached or refuses.
-    """
-    from huggingface_hub import HfApi
-
+    """Upload a folder; returns the URL of the commit."""
     api = HfApi(token=token)
     try:
         api.create_repo(target, private=private or None, exist_ok=True)
