@@ -168,6 +168,8 @@ class LatentPreferenceModel(nn.Module):
 class LatentRewardModel:
     """A trained latent reward model as a `types.RewardModel`: no gradients, nothing decoded."""
 
+    needs_images = False
+
     def __init__(self, model: LatentPreferenceModel, judged_at: Literal["candidate", "step"]) -> None:
         """
         Args:

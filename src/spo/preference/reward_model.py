@@ -16,6 +16,8 @@ from spo.types import Candidates, Conditioning
 class ClipRewardModel:
     """A trained model and its tokenizer as a `types.RewardModel`: fp32, no gradients."""
 
+    needs_images = True
+
     def __init__(self, model: StepAwarePreferenceModel, tokenizer: Any) -> None:
         self.model, self.tokenizer = model.eval().requires_grad_(False), tokenizer
 
@@ -26,6 +28,7 @@ class ClipRewardModel:
 
     @torch.no_grad()
     def score(self, candidates: Candidates, text: Conditioning) -> Tensor:
+        assert candidates.images is not None
         return self.model.score_features(candidates.images, text.tensors["text"], candidates.timesteps)
 
 

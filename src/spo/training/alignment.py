@@ -1,8 +1,4 @@
-"""A method on a backbone as an objective: one policy and one reference forward a batch, then its loss."""
-
-from __future__ import annotations
-
-from collections.abc import Sequence
+"""Trains a backbone by a method: one policy and one reference forward per batch, then the method's loss."""
 
 import torch
 from torch import Tensor
@@ -32,20 +28,13 @@ class Alignment:
         `check` notes inputs and outputs of the UNets. Losses do not always show that they are not finite: a
         clamped ratio, or logsigmoid, makes infinity finite.
         """
-        denoiser = GuidedDenoiser.of(self.backbone, batch.conditioning, self.method.guidance)
+        prompts = batch.prompts
+        if len(batch.x_t) == 2 * len(prompts):  # winners, then losers
+            prompts = [*prompts, *prompts]
+        check.note(finite.X_T, batch.x_t, prompts, batch.timesteps)
+        denoiser = GuidedDenoiser.of(self.backbone, batch.conditioning, self.method.guidance, prompts, check)
         with torch.no_grad():
             reference = denoiser(batch.x_t, batch.timesteps, reference=True)
         policy = denoiser(batch.x_t, batch.timesteps)
-        _note_outputs(check, policy.detach(), reference, batch)
         losses, metrics = self.method.loss(policy, reference, batch)
         return losses, {name: Mean(values.detach(), batch.weight) for name, values in metrics.items()}
-
-
-def _note_outputs(check: finite.FiniteCheck, policy: Tensor, reference: Tensor, batch: UNetBatch) -> None:
-    prompts: Sequence[str] = batch.prompts
-    if len(policy) == 2 * len(prompts):  # winners, then losers
-        prompts = [*prompts, *prompts]
-    check.note(finite.X_T, batch.x_t, prompts, batch.timesteps)
-    check.note_text(batch.conditioning, prompts)
-    check.note(finite.REFERENCE, reference, prompts, batch.timesteps)
-    check.note(finite.UNET, policy, prompts, batch.timesteps)
