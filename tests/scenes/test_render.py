@@ -3,7 +3,7 @@
 import torch
 
 from spo.scenes import world
-from spo.scenes.render import BACKGROUND_RGB, COLOUR_RGB, render
+from tools.scenes.render import BACKGROUND_RGB, COLOUR_RGB, render
 
 
 def draw(text: str, sharp: float = 1, clean: float = 1, saturated: float = 1, lit: float = 1) -> torch.Tensor:
