@@ -59,8 +59,12 @@ class PreferenceModel:
         Raises:
             ValueError: no model there, or one that does not fit `clip`.
         """
-        from spo.preference.model import StepAwarePreferenceModel, load_tokenizer
-        from spo.preference.reward_model import ClipRewardModel, load_reward_model
+        from spo.preference.model import (
+            ClipRewardModel,
+            StepAwarePreferenceModel,
+            load_reward_model,
+            load_tokenizer,
+        )
         from spo.training.distributed import device
 
         if Path(source).is_dir() or clip is None:

@@ -15,7 +15,7 @@ from spo.diffusion.noise import SampleNoise
 from spo.diffusion.schedule import Schedule
 from spo.methods.diffusion_dpo import DiffusionDpoMethod
 from spo.methods.spo import SpoMethod
-from spo.preference.reward_model import ClipRewardModel
+from spo.preference.model import ClipRewardModel
 from spo.rewards import clip
 from spo.training import distributed, loop
 from spo.training.alignment import Alignment

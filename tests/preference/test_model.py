@@ -5,8 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from spo.preference.model import StepAwarePreferenceModel, token_ids
-from spo.preference.reward_model import ClipRewardModel
+from spo.preference.model import ClipRewardModel, StepAwarePreferenceModel, token_ids
 
 IMAGES = torch.linspace(-1.2, 1.2, 4 * 3 * 16 * 16).view(4, 3, 16, 16)
 PROMPTS = ["a dark square", "a bright square", "dark", "a square"]

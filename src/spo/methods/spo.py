@@ -38,7 +38,7 @@ def build(params: Params, backbone: Backbone, folder: Path, prompts: Sequence[st
         ValueError: no preference model there, or a schedule that does not fit the base.
     """
     from spo.methods.stepwise.gradspo import GradSpoMethod
-    from spo.preference.reward_model import load_reward_model
+    from spo.preference.model import load_reward_model
 
     section = params.align.spo
     reward_model = load_reward_model(folder, backbone.device)
