@@ -231,6 +231,6 @@ def test_every_ema_counts_after_as_many_updates_as_the_default_has() -> None:
         for _ in range(60):
             weight.grad = weight.detach() - 1
             state.step(state.gradient_norm())
-        state.finish()
+        state.finish(60)
         ends.add(weight.item())
     assert len(ends) == 7
