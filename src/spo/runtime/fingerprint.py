@@ -8,6 +8,8 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
+from spo.runtime.workspace import SCRATCH
+
 PACKAGE = Path(__file__).parents[1]
 
 
@@ -28,6 +30,13 @@ def fingerprint(
     for path in (*(path for root in inputs for path in _files(root)), *modules):
         digest.update(path.name.encode() + _content(path))
     return digest.hexdigest()[:16]
+
+
+def resume_folder(
+    name: str, sections: Sequence[BaseModel | str | int], inputs: Iterable[Path], code: Sequence[str]
+) -> Path:
+    """The folder of the resume state of what `fingerprint` names."""
+    return SCRATCH / "resume" / f"{name}-{fingerprint(sections, inputs, code)}"
 
 
 def _files(root: Path) -> list[Path]:

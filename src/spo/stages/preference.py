@@ -1,7 +1,7 @@
 """Stage `preference`: train a preference model and measure it by timestep.
 
-Without an item it is the step-aware preference model (SPM), which judges SPO; `latent` is the latent reward
-model, which judges LPO. The SPM's two baselines (the same CLIP without the step condition; the same CLIP
+Without an item it is the step-aware preference model (SPM), SPO's reward model; `latent` is the latent reward
+model, LPO's. The SPM's two baselines (the same CLIP without the step condition; the same CLIP
 trained on clean images only) are stages of their own, whose accuracies are committed to git: they run again
 only when their inputs or code change.
 """
@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from spo.config import PREFERENCE_BASELINES, LatentPreference, Params, Preference
 from spo.runtime.files import remove, require, write_json
-from spo.runtime.fingerprint import fingerprint
+from spo.runtime.fingerprint import resume_folder
 from spo.runtime.hub import split_revision
-from spo.runtime.workspace import METRICS, SCRATCH, TRAINING
+from spo.runtime.workspace import METRICS, TRAINING
 from spo.stages.common import stage
 from spo.tracking.curve import Curve
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from spo.training.clock import Clock
     from spo.types import Backbone
 
-# of the models that are kept
+# of the models that later stages read
 OUTPUTS = {None: Path("outputs/preference"), "latent": Path("outputs/preference_latent")}
 PAIRS = Path("outputs/pairs")
 VALIDATION_PROMPTS = Path("outputs/prompts/validation.txt")
@@ -162,11 +162,7 @@ def _labelled(
 
 
 def _local_judgement(params: Params, task: PreferenceTask) -> dict[str, float]:
-    """Correlation with the oracle within the candidates of a step, by timestep.
-
-    Raises:
-        ValueError: there is no oracle, or too few validation prompts.
-    """
+    """Correlation with the oracle within the candidates of a step, by timestep."""
     from spo.evaluation.local_judgement import local_judgement
     from spo.scenes.oracle import Oracle
 
@@ -196,4 +192,4 @@ def _scratch(params: Params, settings: Preference | LatentPreference, name: str)
     sections = (name, params.seed, params.backbone, params.pairs.latents, settings)
     pinned = "latent" if isinstance(settings, LatentPreference) else "clip"
     inputs = [Path(p) for p in ("outputs/pairs", "outputs/inputs/base.json", f"outputs/inputs/{pinned}.json")]
-    return SCRATCH / "resume" / f"preference-{fingerprint(sections, inputs, CODE)}"
+    return resume_folder("preference", sections, inputs, CODE)

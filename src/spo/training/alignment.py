@@ -1,8 +1,12 @@
 """Trains a backbone by a method: one policy and one reference forward per batch, then the method's loss."""
 
+from pathlib import Path
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from spo.config import Lora
 from spo.diffusion import finite
 from spo.diffusion.denoiser import GuidedDenoiser
 from spo.types import Backbone, Mean, Method, UNetBatch
@@ -38,3 +42,18 @@ class Alignment:
         policy = denoiser(batch.x_t, batch.timesteps)
         losses, metrics = self.method.loss(policy, reference, batch)
         return losses, {name: Mean(values.detach(), batch.weight) for name, values in metrics.items()}
+
+
+def make_trainable(backbone: Any, lora: Lora | None, seed: int) -> None:
+    """Add an adapter, whose first weights follow from `seed`; without one make the whole UNet trainable."""
+    if lora is None:
+        backbone.train_fully()
+    else:
+        backbone.add_lora(lora, seed)
+    if backbone.budget.checkpointing:
+        backbone.checkpoint_gradients()
+
+
+def save(backbone: Any, lora: Lora | None, folder: Path) -> None:
+    """Write what was trained: the adapter, or the pipeline with the whole UNet."""
+    (backbone.save_pipeline if lora is None else backbone.save_lora)(folder)
