@@ -146,7 +146,7 @@ class Backbone(Protocol):
 
 
 class FeatureModel(Protocol):
-    """The down path of a UNet, for models that judge noisy latents."""
+    """The down path of a UNet, for models that score noisy latents."""
 
     down_widths: tuple[int, ...]  # channels of the down blocks
     mid_width: int  # channels of the mid block

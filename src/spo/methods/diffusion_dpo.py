@@ -2,10 +2,10 @@
 
 Departures from the paper (P) or the official code (C):
 1. P's beta T omega(lambda_t) is one constant, as in C: beta / 2 on mean squared errors (not sums).
-2. A pair counts with its weight, 1 / num_example_per_prompt in Pick-a-Pic; C counts all alike.
+2. A pair counts with its weight, 1 / num_example_per_prompt in Pick-a-Pic; C gives all the same weight.
 3. C draws from the VAE's posterior anew each time it sees an image, and flips some. Here images are encoded
    once: by the posterior's mean, or with `pairs.latents: sample` by one draw. No flips.
-4. C replaces a share of the captions by the empty one; here none is.
+4. C replaces a share of the captions by the empty one; here none is replaced.
 5. v_prediction models regress v; C knows epsilon only.
 6. P and C fine-tune the whole UNet on batches of 2,048 pairs. The presets sd15 and sdxl have 64 (batch_size)
    and a LoRA like SPO's (null: the whole UNet).

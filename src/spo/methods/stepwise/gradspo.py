@@ -3,8 +3,8 @@
 The noises that drew winner and loser differ by 2 n. The value of the winner is the negative mean square of
 eps_policy - (eps_sampler - g sqrt(1 - abar_t) n), that of the loser the same with -n. Their differences to
 the reference's enter SPO's loss as its log-ratios do. SPO's log-prob gives the late steps a small weight,
-this value does not. Rollouts are those of an average of the policy's weights (`sampler_ema`), and the
-sampler's last step keeps every pair, whatever its gap.
+this value does not. Rollouts are those of an average of the policy's weights (`sampler_ema`), and at the
+sampler's last step every pair is valid, whatever its gap.
 
 Departures from the official code (C; the paper was not compared):
 1. C stores the noises of the candidates; here n = (x_win - x_lose) / (2 sigma_t). The same up to rounding.
