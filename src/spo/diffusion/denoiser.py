@@ -1,9 +1,8 @@
 """Classifier-free guidance (arXiv 2207.12598): the one guided forward of the package."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -35,7 +34,7 @@ class GuidedDenoiser:
         prompts: Sequence[str],
         guidance: float,
         check: finite.FiniteCheck | None = None,
-    ) -> GuidedDenoiser:
+    ) -> Self:
         """Encode the text of B prompts, and of as many empty ones where guidance needs them."""
         return cls.of(backbone, backbone.encode_prompts(prompts), guidance, prompts, check)
 
@@ -47,7 +46,7 @@ class GuidedDenoiser:
         guidance: float,
         prompts: Sequence[str] = (),
         check: finite.FiniteCheck | None = None,
-    ) -> GuidedDenoiser:
+    ) -> Self:
         """As `encode`, for text that is encoded already."""
         unconditional = None
         if is_guided(guidance):
@@ -83,7 +82,7 @@ class GuidedDenoiser:
         without, with_prompt = both.chunk(2)
         return without + self.guidance * (with_prompt - without)
 
-    def repeat(self, k: int) -> GuidedDenoiser:
+    def repeat(self, k: int) -> Self:
         """For k copies of the batch, in the order of candidates [K,B,...].flatten(0, 1)."""
         empty = None if self.unconditional is None else self.unconditional.repeat(k)
         return replace(

@@ -12,8 +12,6 @@ Departures from the paper (P) or the official code (C):
 7. C raises the learning rate over 500 updates; the presets have it constant (optimizer.warmup_steps).
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any

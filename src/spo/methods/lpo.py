@@ -14,8 +14,6 @@ Departures from the paper (P) or the official code (C), beside those of the file
 3. P gives a learning rate of 5e-5 for SD 1.5, C has 6e-5; the preset has P's.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

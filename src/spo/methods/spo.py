@@ -10,8 +10,6 @@ in stepwise/rollout.py, of the preference model in preference/model.py and prefe
 3. C resumes at whole epochs, with the random state of one process; here at any iteration.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any

@@ -18,12 +18,10 @@ Departures from the paper (P) or the official code (C):
    give them, and guessed names could end in a model that is silently wrong.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -134,7 +132,7 @@ class LatentPreferenceModel(nn.Module):
         checkpoint.save(Path(folder), self.state_dict(), settings)
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, backbone: Backbone) -> LatentPreferenceModel:
+    def from_pretrained(cls, folder: str | Path, backbone: Backbone) -> Self:
         """Load a folder written by `save_pretrained`, for latents of `backbone`."""
         folder = Path(folder)
         checkpoint.check_folder(folder, "latent reward model", "spo preference latent")

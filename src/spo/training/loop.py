@@ -4,8 +4,6 @@ All randomness comes from (seed, iteration) inside the objective, so weights, op
 number of the iteration are the whole state: a resumed run equals an uninterrupted one bit for bit.
 """
 
-from __future__ import annotations
-
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence

@@ -1,10 +1,8 @@
 """Pairs of candidates for one denoising step: as a rollout leaves them, and in batches to train on."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -32,7 +30,7 @@ class StepPairs:
     x_t_lose: Tensor | None = None  # [B,C,h,w]; None: x_t
     output: Tensor | None = None  # [B,C,h,w], guided, of the UNet at x_t; None: not stored
 
-    def following(self, step: int, x_win: Tensor, x_lose: Tensor) -> StepPairs:
+    def following(self, step: int, x_win: Tensor, x_lose: Tensor) -> Self:
         """The pairs of the next inner step, which has candidates and branches of its own."""
         return replace(
             self, step=step, x_t=self.x_win, x_t_lose=self.x_lose, x_win=x_win, x_lose=x_lose, output=None

@@ -14,8 +14,6 @@ Departures from the official code (C; the paper was not compared):
 3. C is for models that predict eps; here the output of one that predicts v is turned into eps.
 """
 
-from __future__ import annotations
-
 from torch import Tensor
 
 from spo.config import Spo

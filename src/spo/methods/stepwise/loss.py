@@ -7,8 +7,6 @@ Departures from the paper (P) or the official code (C):
 3. P's log-prob sums over latent dimensions; C's and ours is their mean, which is the scale of beta and clip.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

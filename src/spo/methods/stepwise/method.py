@@ -1,7 +1,5 @@
 """Online training on step pairs: all that SPO and LPO share, which differ in their reward model."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any

@@ -1,7 +1,5 @@
 """Choices along a rollout: where to draw candidates, which two make a pair, which one is continued."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

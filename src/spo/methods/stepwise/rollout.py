@@ -10,8 +10,6 @@ Departures from the paper (P) or the official code (C):
 5. A step without variance (the last one where set_alpha_to_one) has no density and gives no pair.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import torch
