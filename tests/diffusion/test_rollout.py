@@ -10,18 +10,18 @@ SD = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012
 
 
 @pytest.mark.parametrize("eta", [0.0, 1.0])
-def test_a_perfect_model_of_one_picture_samples_it(backbone, eta: float) -> None:
+def test_a_perfect_model_of_one_image_samples_it(backbone, eta: float) -> None:
     """If the data are a single x_0, eps is known in closed form, and every path ends there."""
     schedule = Schedule.from_config(SD, 10)
-    picture = torch.randn(2, 3, 3)
+    image = torch.randn(2, 3, 3)
 
     def predict(x_t, timesteps, conditioning, *, reference=False, copies=1):
         alpha = schedule.alpha(timesteps)
-        return (x_t - alpha.sqrt() * picture) / (1 - alpha).sqrt()
+        return (x_t - alpha.sqrt() * image) / (1 - alpha).sqrt()
 
     backbone.predict = predict
     latents = sample_latents(backbone, schedule, ["a", "b"], SampleNoise(0, [1, 2], (2, 3, 3)), 3.0, eta)
-    assert torch.allclose(latents, picture.expand(2, -1, -1, -1), atol=1e-3)
+    assert torch.allclose(latents, image.expand(2, -1, -1, -1), atol=1e-3)
 
 
 @pytest.mark.parametrize("eta", [0.0, 1.0])

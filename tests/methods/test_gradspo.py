@@ -1,4 +1,4 @@
-"""GradSPO: its loss against hand-derived values, and what its rollout keeps for it."""
+"""GradSPO: its loss against hand-derived values, and what its rollout stores for it."""
 
 from __future__ import annotations
 
@@ -151,13 +151,13 @@ def test_a_model_that_predicts_v_has_the_loss_of_its_eps(collected) -> None:
     torch.testing.assert_close(losses, expected, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize(("scale", "kept"), [(0.0, 3), (10.0, 9)])
-def test_the_last_step_keeps_every_pair(backbone, reward_model, schedule, scale, kept) -> None:
+@pytest.mark.parametrize(("scale", "valid"), [(0.0, 3), (10.0, 9)])
+def test_every_pair_of_the_last_step_is_valid(backbone, reward_model, schedule, scale, valid) -> None:
     """Three prompts and three steps. Equal scores give gaps of 0, which are above no threshold."""
     reward_model.scale = scale
     method = GradSpoMethod(settings(threshold=0.001), schedule, reward_model, PROMPTS, seed=0)
     ((batch,),), metrics = method.collect(backbone, 0)
-    assert metrics["pairs"] == kept == len(batch.weight) and float(batch.weight.min()) == 1
+    assert metrics["pairs"] == valid == len(batch.weight) and float(batch.weight.min()) == 1
     assert metrics["valid_fraction/t0001"] == 1
     assert batch.timesteps.unique().tolist() == ([1] if scale == 0 else [1, 201, 401])
     _, spo = SpoMethod(

@@ -103,8 +103,8 @@ def test_thresholds_leave_out_pairs_by_their_step(backbone, latent_reward_model,
         gap = step.scores.amax(0), step.scores.amin(0)
         shares = torch.stack(gap).softmax(0)
         assert torch.equal(step.valid, shares[0] - shares[1] > least)
-    kept = torch.stack([step.valid for step in steps])
-    assert kept.any() and not kept.all()
+    valid = torch.stack([step.valid for step in steps])
+    assert valid.any() and not valid.all()
 
 
 def test_the_loss_is_that_of_spo(backbone, latent_reward_model, schedule) -> None:

@@ -117,7 +117,7 @@ def test_inner_steps_share_their_scores_and_diverge_after_the_first(backbone, re
     # the scored images, at the end of the rollout, are those of the last pairs
     for (t, _), i in row.items():
         if t == 1:
-            assert any(torch.equal(batch.x_win[i], picture) for picture in reward_model.images[-1])
+            assert any(torch.equal(batch.x_win[i], image) for image in reward_model.images[-1])
 
 
 def test_the_loss_of_diverged_branches_is_that_of_two_forwards(backbone, reward_model, schedule) -> None:

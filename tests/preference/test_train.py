@@ -17,7 +17,7 @@ from spo.types import Budget
 
 @dataclass
 class GreyPairs:
-    """Pictures of one grey each; the brighter one is preferred."""
+    """Images of one grey each; the brighter one is preferred."""
 
     greys: torch.Tensor  # [N,2]
     captions: list[str]
@@ -56,7 +56,7 @@ def settings(**changes) -> config.Preference:
     )
 
 
-def test_it_learns_what_people_prefer(clip, setup, pairs) -> None:
+def test_it_learns_what_annotators_prefer(clip, setup, pairs) -> None:
     model = StepAwarePreferenceModel(clip)
     common = (setup(model), pairs)
     spm.train(*common, seed=0)
