@@ -18,7 +18,7 @@ from benchmarks.models import SEED, Models
 from spo.data.latents import EncodedPairs
 from spo.methods.diffusion_dpo import DiffusionDpoMethod
 from spo.methods.spo import SpoMethod
-from spo.preference.reward_model import ClipRewardModel
+from spo.preference.model import ClipRewardModel
 from spo.training import loop
 from spo.training.alignment import Alignment
 from spo.training.state import TrainingState

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,20 +14,11 @@ from spo.preference.latent import LatentPreferenceModel, LatentRewardModel
 from spo.types import Candidates, Conditioning, RewardModel
 
 
-@dataclass(frozen=True)
-class _Rows:
-    """Some of the candidates, for a model that judges latents."""
-
-    latents: Tensor
-    timesteps: Tensor
-    step_timesteps: Tensor
-
-
 class OneCandidateAtATime:
     """The same judgement in K calls of one candidate of every prompt, the text encoded in each."""
 
     def __init__(self, model: RewardModel) -> None:
-        self.model = model
+        self.model, self.needs_images = model, model.needs_images
         self.prompts: Sequence[str] = []
 
     def encode_text(self, prompts: Sequence[str]) -> Conditioning:
@@ -39,8 +28,12 @@ class OneCandidateAtATime:
     def score(self, candidates: Candidates, text: Conditioning) -> Tensor:
         scores = []
         for rows in torch.arange(len(text), device=candidates.latents.device).split(len(self.prompts)):
-            parts = (candidates.latents, candidates.timesteps, candidates.step_timesteps)
-            one: Any = _Rows(*(values[rows] for values in parts))
+            one = Candidates(
+                latents=candidates.latents[rows],
+                timesteps=candidates.timesteps[rows],
+                step_timesteps=candidates.step_timesteps[rows],
+                images=None,
+            )
             scores.append(self.model.score(one, self.model.encode_text(self.prompts)))
         return torch.cat(scores)
 

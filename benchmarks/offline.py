@@ -19,10 +19,9 @@ from spo.data.latents import EncodedPairs
 from spo.diffusion.denoiser import is_guided
 from spo.diffusion.noise import generator, shuffled
 from spo.methods.diffusion_dpo import DiffusionDpoMethod
-from spo.preference.loss import preference_loss
 from spo.preference.model import token_ids
-from spo.preference.step_aware import StepAware
-from spo.preference.trainer import LabelObjective
+from spo.preference.step_aware import StepAwareTask
+from spo.preference.trainer import LabelObjective, preference_loss
 from spo.training import loop
 from spo.training.alignment import Alignment
 from spo.training.optimizer import adamw
@@ -138,7 +137,7 @@ def preference_model(models: Models, count: int, tolerance: float = 1e-4) -> Ite
     changes = {"batch_size": count, "steps": 1, "labels": None, "ema": 0.0}
     settings = models.params.preference.model_copy(update=changes)
     schedule, plain, judge = models.schedule(settings.num_inference_steps), Plain(models), models.judge
-    trained = StepAware(judge.requires_grad_(True), models.tokenizer, models.backbone, schedule, settings)
+    trained = StepAwareTask(judge.requires_grad_(True), models.tokenizer, models.backbone, schedule, settings)
     trained.prepare()
     pairs, images = pairs_of(models, count)
     objective = LabelObjective(trained, pairs, SEED)

@@ -16,7 +16,7 @@ from spo import config
 from spo.diffusion.noise import SampleNoise, generator, shuffled
 from spo.methods.spo import SpoMethod
 from spo.methods.stepwise.batch import StepBatch
-from spo.preference.reward_model import ClipRewardModel
+from spo.preference.model import ClipRewardModel
 from spo.training import loop
 from spo.training.alignment import Alignment
 from spo.training.optimizer import adamw

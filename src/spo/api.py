@@ -59,8 +59,12 @@ class PreferenceModel:
         Raises:
             ValueError: no model there, or one that does not fit `clip`.
         """
-        from spo.preference.model import StepAwarePreferenceModel, load_tokenizer
-        from spo.preference.reward_model import ClipRewardModel, load_reward_model
+        from spo.preference.model import (
+            ClipRewardModel,
+            StepAwarePreferenceModel,
+            load_reward_model,
+            load_tokenizer,
+        )
         from spo.training.distributed import device
 
         if Path(source).is_dir() or clip is None:
@@ -127,7 +131,7 @@ def train(
     from spo.ingest.selection import check_vocabulary
     from spo.methods import spo as method
     from spo.training import budget, distributed, loop, optimizer
-    from spo.training.alignment import Alignment
+    from spo.training.alignment import Alignment, make_trainable, save
     from spo.training.checkpoint import CheckpointStore
 
     section, output = params.align.spo, Path(output)
@@ -139,12 +143,7 @@ def train(
     optimizer.check(section.optimizer)
     backbone = backbones.load(params.backbone, distributed.device(), budget.of(params, "spo"))
     built = method.build(params, backbone, Path(preference_model), prompts)
-    if section.lora is None:
-        backbone.train_fully()
-    else:
-        backbone.add_lora(section.lora, params.seed)
-    if backbone.budget.checkpointing:
-        backbone.checkpoint_gradients()
+    make_trainable(backbone, section.lora, params.seed)
     checkpoints = CheckpointStore(_resume_folder(params, prompts, Path(preference_model)))
     loop.fit(
         Alignment("align.spo", backbone, built),
@@ -156,16 +155,13 @@ def train(
         sampler_ema=method.SPEC.sampler_ema(section),
     )
     if distributed.is_main_process():
-        (backbone.save_pipeline if section.lora is None else backbone.save_lora)(output)
+        save(backbone, section.lora, output)
         checkpoints.clear()
     return output
 
 
 def _check_prompts(prompts: Sequence[str]) -> None:
-    """
-    Raises:
-        ValueError: one is empty or cannot be encoded.
-    """
+    """Refuse prompts that are empty or cannot be encoded."""
     from spo.data.prompts import clean, flaw
 
     for number, prompt in enumerate(prompts, start=1):
@@ -174,13 +170,12 @@ def _check_prompts(prompts: Sequence[str]) -> None:
 
 
 def _resume_folder(params: Params, prompts: Sequence[str], preference_model: Path) -> Path:
-    from spo.runtime.fingerprint import fingerprint
-    from spo.runtime.workspace import SCRATCH
+    from spo.runtime.fingerprint import resume_folder
 
     checkpoint = Path(params.backbone.checkpoint)
     inputs = [preference_model, *([checkpoint] if checkpoint.exists() else [])]
     sections: list[Any] = [params.seed, params.backbone, params.align.spo, *prompts]
-    return SCRATCH / "resume" / f"train-{fingerprint(sections, inputs, CODE)}"
+    return resume_folder("train", sections, inputs, CODE)
 
 
 def judge(

@@ -79,22 +79,6 @@ class Mean(NamedTuple):
 
 
 @dataclass(frozen=True)
-class StepPair:
-    """Two candidates for the next latent, drawn from the same x_t (SPO, Sec. 4.1).
-
-    After the first of several inner steps the two branches have parted: each has an x_t of its own.
-    """
-
-    x_t: Tensor  # [B,C,h,w]
-    timesteps: Tensor  # int64 [B]
-    x_win: Tensor  # [B,C,h,w]
-    x_lose: Tensor  # [B,C,h,w]
-    conditioning: Conditioning  # B samples
-    x_t_lose: Tensor | None = None  # [B,C,h,w]; None: x_t
-    output: Tensor | None = None  # [B,C,h,w], the guided UNet output that drew both; None: they have parted
-
-
-@dataclass(frozen=True)
 class PreferencePair:
     """One labelled pair of images, as stored by the `pairs` stage."""
 
@@ -162,7 +146,7 @@ class Backbone(Protocol):
 
 
 class FeatureModel(Protocol):
-    """The down path of a UNet, for models that judge noisy latents."""
+    """The down path of a UNet, for models that score noisy latents."""
 
     down_widths: tuple[int, ...]  # channels of the down blocks
     mid_width: int  # channels of the mid block
@@ -225,34 +209,22 @@ class LatentPairs(Protocol):
         ...
 
 
-class Candidates(Protocol):
-    """N candidates for the next latent. Images are computed only for a reward model that asks for them."""
+@dataclass(frozen=True)
+class Candidates:
+    """N candidates for the next latent, or some of them."""
 
-    @property
-    def latents(self) -> Tensor:
-        """[N,C,h,w], with the noise of `timesteps`."""
-        ...
-
-    @property
-    def timesteps(self) -> Tensor:
-        """int64 [N], of the noise that is left in the latents; 0 after the last step."""
-        ...
-
-    @property
-    def step_timesteps(self) -> Tensor:
-        """int64 [N], the timestep of the denoising step that drew them: one noisier than `timesteps`."""
-        ...
-
-    @property
-    def images(self) -> Tensor:
-        """[N,3,H,W] around [-1,1], decoded from the x_0 that the UNet predicts from each candidate."""
-        ...
+    latents: Tensor  # [N,C,h,w], with the noise of `timesteps`
+    timesteps: Tensor  # int64 [N], of the noise that is left in the latents; 0 after the last step
+    step_timesteps: Tensor  # int64 [N], of the denoising step that drew them: one noisier than `timesteps`
+    # [N,3,H,W] around [-1,1], decoded from the x_0 that the UNet predicts from each; None: not needed
+    images: Tensor | None
 
 
 class RewardModel(Protocol):
-    """Scores candidates, latents or images, by their prompt and timestep. Text is encoded once a prompt."""
+    """Scores candidates by their prompt and timestep. Text is encoded once per prompt."""
 
-    model: Any  # torch.nn.Module, which leaves the device while candidates are not scored
+    model: Any  # torch.nn.Module, which leaves the device while no candidates are scored
+    needs_images: bool  # otherwise nothing is predicted and decoded for it
 
     def encode_text(self, prompts: Sequence[str]) -> Conditioning:
         """Whatever the model needs of B prompts."""

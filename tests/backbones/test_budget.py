@@ -16,9 +16,9 @@ from spo.methods.lpo import LpoMethod
 from spo.methods.spo import SpoMethod
 from spo.preference import trainer
 from spo.preference.latent import LatentPreferenceModel, LatentRewardModel
-from spo.preference.latent_training import LatentTraining
-from spo.preference.reward_model import ClipRewardModel
-from spo.preference.step_aware import StepAware
+from spo.preference.latent_training import LatentTask
+from spo.preference.model import ClipRewardModel
+from spo.preference.step_aware import StepAwareTask
 from spo.stages import align, generate, preference
 from spo.training import loop
 from spo.training.alignment import Alignment
@@ -92,10 +92,10 @@ def test_preference_models(latent, load, model, words, pairs) -> None:
         settings = config.LatentPreference(optimizer=OPTIMIZER, steps=2, batch_size=4)
         torch.manual_seed(0)
         judge = LatentPreferenceModel(backbone.feature_model(), settings.feature_guidance)
-        trained = LatentTraining(judge, backbone, schedule, settings)
+        trained = LatentTask(judge, backbone, schedule, settings)
     else:
         settings = config.Preference(init="", optimizer=OPTIMIZER, steps=2, batch_size=4, guidance=2.0)
-        trained = StepAware(model, words, backbone, schedule, settings)
+        trained = StepAwareTask(model, words, backbone, schedule, settings)
     trained.prepare()
     trained.model.train()
     objective = trainer.LabelObjective(trained, pairs, 0)
@@ -164,7 +164,7 @@ def test_what_rests_comes_back(load, model, words, pairs) -> None:
         backbone.budget = Budget(offload=offload)
         settings = config.Preference(init="", optimizer=OPTIMIZER, steps=1, batch_size=4, guidance=2.0)
         schedule = Schedule.from_config(backbone.scheduler_config, 20)
-        trained = StepAware(model, words, backbone, schedule, settings)
+        trained = StepAwareTask(model, words, backbone, schedule, settings)
         trained.prepare()
         trained.model.train()
         objective = trainer.LabelObjective(trained, pairs, 0)

@@ -238,7 +238,9 @@ def test_another_config_is_refused(load, tmp_path, text: str) -> None:
     backbone = load("sd")
     LatentPreferenceModel(backbone.feature_model(), 1.0).save_pretrained(tmp_path, backbone)
     (tmp_path / "config.json").write_text(text)
-    with pytest.raises(ValueError, match="config.json: not the config of a latent reward model") as error:
+    with pytest.raises(
+        ValueError, match="config.json: .*; give a folder written by `spo preference latent`"
+    ) as error:
         LatentPreferenceModel.from_pretrained(tmp_path, backbone)
     assert "\n" not in str(error.value)
 

@@ -14,7 +14,7 @@ from spo.diffusion.schedule import Schedule
 from spo.methods.lpo import LpoMethod
 from spo.preference import trainer
 from spo.preference.latent import LatentPreferenceModel, LatentRewardModel
-from spo.preference.latent_training import LatentTraining
+from spo.preference.latent_training import LatentTask
 from spo.training import loop
 from spo.training.alignment import Alignment
 from spo.training.checkpoint import CheckpointStore
@@ -24,13 +24,13 @@ PROMPTS = ["a circle", "a blue star on sand", "a large red square", "a small sta
 FAMILIES = pytest.mark.parametrize("family", ["sd", "sdxl"])
 
 
-def setup(backbone, **changes) -> LatentTraining:
+def setup(backbone, **changes) -> LatentTask:
     settings = config.LatentPreference(
         **{"optimizer": {"learning_rate": 1e-3}, "steps": 4, "batch_size": 4, "checkpoint_every": 2} | changes
     )
     torch.manual_seed(0)
     model = LatentPreferenceModel(backbone.feature_model(), settings.feature_guidance)
-    return LatentTraining(model, backbone, Schedule.from_config(backbone.scheduler_config, 20), settings)
+    return LatentTask(model, backbone, Schedule.from_config(backbone.scheduler_config, 20), settings)
 
 
 def weights(model: torch.nn.Module) -> torch.Tensor:

@@ -19,9 +19,9 @@ from spo.diffusion.schedule import Schedule
 from spo.methods.diffusion_dpo import DiffusionDpoMethod
 from spo.methods.spo import SpoMethod
 from spo.preference import trainer as spm
-from spo.preference.noising import clean_pair
-from spo.preference.reward_model import ClipRewardModel
-from spo.preference.step_aware import StepAware
+from spo.preference.model import ClipRewardModel
+from spo.preference.step_aware import StepAwareTask, images_of
+from spo.preference.trainer import NoisedPairs
 from spo.training import loop
 from spo.training.alignment import Alignment
 from spo.types import PreferencePair
@@ -217,15 +217,16 @@ def test_preference_training_and_its_evaluation_stop(load, model, words, pairs) 
     schedule = Schedule.from_config(backbone.scheduler_config, 4)
     optimizer = {"learning_rate": 1e-3}
     settings = config.Preference(init="x", optimizer=optimizer, steps=1, batch_size=4, guidance=1.0)
-    setup = StepAware(model, words, backbone, schedule, settings.model_copy(update={"guidance": 2.0}))
+    setup = StepAwareTask(model, words, backbone, schedule, settings.model_copy(update={"guidance": 2.0}))
     evaluate = (setup, pairs, [0, 500])
     assert spm.evaluate(*evaluate, seed=0)[500]["n"] == 9
     backbone.vae.decoder.conv_out.bias.data[0] = INF
     with pytest.raises(ValueError, match="VAE decoder output at t=0, prompt 'a circle'"):
         spm.evaluate(*evaluate, seed=0)
     check = FiniteCheck()
-    clean_pair(backbone, pairs.read(torch.tensor([0, 1])), check, pairs.captions[:2])
-    with pytest.raises(ValueError, match="VAE decoder output, prompt 'a circle'"):
+    clean = NoisedPairs(pairs.read(torch.tensor([0, 1])), pairs.captions[:2], torch.zeros(2).long(), None)
+    images_of(backbone, schedule, clean, 1.0, check)
+    with pytest.raises(ValueError, match="VAE decoder output at t=0, prompt 'a circle'"):
         check.check()
     with pytest.raises(
         FloatingPointError, match=r"VAE decoder output at t=\d+, prompt 'a .*nothing was updated"

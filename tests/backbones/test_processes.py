@@ -15,12 +15,12 @@ from spo.diffusion.noise import SampleNoise
 from spo.diffusion.schedule import Schedule
 from spo.methods.diffusion_dpo import DiffusionDpoMethod
 from spo.methods.spo import SpoMethod
-from spo.preference.reward_model import ClipRewardModel
+from spo.preference.model import ClipRewardModel
 from spo.rewards.scorer import BatchedScorer
 from spo.training import distributed, loop
 from spo.training.alignment import Alignment
 from spo.training.checkpoint import CheckpointStore
-from spo.types import Budget, Conditioning, StepPair, UNetBatch
+from spo.types import Budget, Conditioning, UNetBatch
 
 PROMPTS = ["a circle", "a blue star on sand", "a large red square", "a small star"]
 LORA = {"rank": 2, "alpha": 2}
@@ -65,10 +65,10 @@ class Replayed:
     def run(self, backbone, prompts, noise):
         mine = distributed.shard(torch.arange(3))
         for j in self.recorded.pop(0):
-            parts = (j.pair.x_t, j.pair.timesteps, j.pair.x_win, j.pair.x_lose)
-            lose = None if j.pair.x_t_lose is None else j.pair.x_t_lose[mine]
-            pair = StepPair(*(x[mine] for x in parts), j.pair.conditioning.select(mine), lose)
-            yield replace(j, pair=pair, valid=j.valid[mine], scores=j.scores[:, mine])
+            lose = None if j.x_t_lose is None else j.x_t_lose[mine]
+            parts = {name: getattr(j, name)[mine] for name in ("x_t", "x_win", "x_lose", "valid")}
+            conditioning, scores = j.conditioning.select(mine), j.scores[:, mine]
+            yield replace(j, **parts, x_t_lose=lose, conditioning=conditioning, scores=scores)
 
 
 def dpo_method(backbone, pairs) -> DiffusionDpoMethod:

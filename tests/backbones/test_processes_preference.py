@@ -6,7 +6,7 @@ from group import check_alike, run_in
 from spo import config
 from spo.diffusion.schedule import Schedule
 from spo.preference import trainer as spm
-from spo.preference.step_aware import StepAware
+from spo.preference.step_aware import StepAwareTask
 from spo.types import Budget
 
 OPTIMIZER = {"learning_rate": 1e-3}
@@ -27,7 +27,7 @@ def test_two_processes_train_the_preference_model_as_one(load, model, words, pai
     def body() -> dict:
         seen: list[dict] = []
         schedule = Schedule.from_config(backbone.scheduler_config, 4)
-        setup = StepAware(model, words, backbone, schedule, settings)
+        setup = StepAwareTask(model, words, backbone, schedule, settings)
         spm.train(setup, pairs, seed=0, on_metrics=lambda m, s: seen.append(m))
         accuracy = spm.evaluate(setup, pairs, [0, 501], seed=0)
         return {

@@ -22,9 +22,9 @@ from spo.methods.diffusion_dpo import DiffusionDpoMethod
 from spo.methods.lpo import LpoMethod
 from spo.methods.spo import SpoMethod
 from spo.preference.latent import LatentPreferenceModel, LatentRewardModel
-from spo.preference.latent_training import LatentTraining
-from spo.preference.reward_model import ClipRewardModel
-from spo.preference.step_aware import StepAware
+from spo.preference.latent_training import LatentTask
+from spo.preference.model import ClipRewardModel
+from spo.preference.step_aware import StepAwareTask
 from spo.preference.trainer import LabelObjective
 from spo.training import loop
 from spo.training.alignment import Alignment
@@ -131,10 +131,10 @@ def test_updates_of_the_preference_models(
     if kind == "latent":
         settings = config.LatentPreference(trained="all", steps=1, **UPDATE)
         latent = LatentPreferenceModel(base.feature_model(), 2.0).to(DEVICE)
-        trained = LatentTraining(latent, base, schedule, settings)
+        trained = LatentTask(latent, base, schedule, settings)
     else:
         settings = config.Preference(init="", steps=1, **UPDATE)
-        trained = StepAware(model.to(DEVICE).train(), words, base, schedule, settings)
+        trained = StepAwareTask(model.to(DEVICE).train(), words, base, schedule, settings)
     trained.prepare()
     objective = LabelObjective(trained, pairs, 0)
     ((parts,), _), found = waited(monkeypatch, lambda: objective.collect(0))

@@ -1,5 +1,7 @@
 """What would fail after hours is refused at once, in one line with key, value and bound."""
 
+import copy
+from functools import cache
 from typing import Any
 
 import pytest
@@ -9,9 +11,14 @@ from spo import config
 from spo.stages import inputs
 
 
-def with_values(values: dict[str, Any], preset: str = "scenes") -> dict[str, Any]:
+@cache
+def scenes() -> dict[str, Any]:
+    return yaml.safe_load(config.preset("scenes"))
+
+
+def with_values(values: dict[str, Any]) -> dict[str, Any]:
     """The preset's params, changed by dotted key."""
-    raw = yaml.safe_load(config.preset(preset))
+    raw = copy.deepcopy(scenes())
     for key, value in values.items():
         *path, last = key.split(".")
         section = raw

@@ -1,3 +1,4 @@
+import copy
 import json
 
 import pytest
@@ -6,9 +7,14 @@ import yaml
 from spo import config
 
 
-@pytest.fixture
-def raw() -> dict:
+@pytest.fixture(scope="module")
+def scenes() -> dict:
     return yaml.safe_load(config.preset("scenes"))
+
+
+@pytest.fixture
+def raw(scenes) -> dict:
+    return copy.deepcopy(scenes)
 
 
 @pytest.mark.parametrize("name", config.preset_names())

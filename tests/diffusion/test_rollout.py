@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from spo.diffusion import ddim
 from spo.diffusion.noise import SampleNoise
 from spo.diffusion.rollout import sample_latents
 from spo.diffusion.schedule import Schedule
@@ -9,18 +10,18 @@ SD = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012
 
 
 @pytest.mark.parametrize("eta", [0.0, 1.0])
-def test_a_perfect_model_of_one_picture_samples_it(backbone, eta: float) -> None:
+def test_a_perfect_model_of_one_image_samples_it(backbone, eta: float) -> None:
     """If the data are a single x_0, eps is known in closed form, and every path ends there."""
     schedule = Schedule.from_config(SD, 10)
-    picture = torch.randn(2, 3, 3)
+    image = torch.randn(2, 3, 3)
 
     def predict(x_t, timesteps, conditioning, *, reference=False, copies=1):
         alpha = schedule.alpha(timesteps)
-        return (x_t - alpha.sqrt() * picture) / (1 - alpha).sqrt()
+        return (x_t - alpha.sqrt() * image) / (1 - alpha).sqrt()
 
     backbone.predict = predict
     latents = sample_latents(backbone, schedule, ["a", "b"], SampleNoise(0, [1, 2], (2, 3, 3)), 3.0, eta)
-    assert torch.allclose(latents, picture.expand(2, -1, -1, -1), atol=1e-3)
+    assert torch.allclose(latents, image.expand(2, -1, -1, -1), atol=1e-3)
 
 
 @pytest.mark.parametrize("eta", [0.0, 1.0])
@@ -36,36 +37,35 @@ def test_batch_composition_never_changes_a_sample(backbone, eta: float) -> None:
     assert not torch.allclose(together[0], together[1], atol=1e-2)
 
 
-def test_one_doubled_call_a_step_inside_inference(backbone) -> None:
-    schedule = Schedule.from_config(SD, 5)
-    seen = []
+def recorded(backbone) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """x_t, timesteps and output of each call that follows, all in inference mode."""
+    calls, plain = [], backbone.predict
 
-    def on_step(i, step, x_prev) -> None:
+    def predict(x_t, timesteps, conditioning, **options):
         assert backbone.in_inference
-        seen.append((i, step, x_prev))
+        calls.append((x_t, timesteps, plain(x_t, timesteps, conditioning, **options)))
+        return calls[-1][2]
 
-    latents = sample_latents(
-        backbone, schedule, ["a", "b"], SampleNoise(0, [1, 2], (2, 3, 3)), 2.0, 1.0, on_step=on_step
-    )
+    backbone.predict = predict
+    return calls
+
+
+def test_one_doubled_call_a_step_inside_inference(backbone) -> None:
+    schedule, calls = Schedule.from_config(SD, 5), recorded(backbone)
+    latents = sample_latents(backbone, schedule, ["a", "b"], SampleNoise(0, [1, 2], (2, 3, 3)), 2.0, 1.0)
     assert backbone.calls == [(4, False)] * 5
-    assert [i for i, _, _ in seen] == list(range(5))
-    assert torch.equal(seen[-1][2], latents)
-    assert all(step.x0.shape == latents.shape for _, step, _ in seen)
+    assert [t.unique().tolist() for _, t, _ in calls] == [[t] for t in schedule.timesteps.tolist()]
+    assert latents.shape == (2, 2, 3, 3)
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.5])
 def test_without_eta_every_step_is_its_mean(backbone, eta: float) -> None:
-    at_mean = []
-    sample_latents(
-        backbone,
-        Schedule.from_config({**SD, "set_alpha_to_one": False, "steps_offset": 1}, 4),
-        ["a"],
-        SampleNoise(0, [1], (2, 3, 3)),
-        2.0,
-        eta,
-        on_step=lambda i, step, x_prev: at_mean.append(torch.equal(x_prev, step.mean)),
-    )
-    assert at_mean == [eta == 0] * 4
+    schedule = Schedule.from_config({**SD, "set_alpha_to_one": False, "steps_offset": 1}, 4)
+    calls = recorded(backbone)
+    latents = sample_latents(backbone, schedule, ["a"], SampleNoise(0, [1], (2, 3, 3)), 1.0, eta)
+    after = [*(x_t for x_t, _, _ in calls[1:]), latents]
+    means = [ddim.transition(schedule, output, t, x_t, eta).mean for x_t, t, output in calls]
+    assert [torch.equal(*both) for both in zip(after, means, strict=True)] == [eta == 0] * 4
 
 
 def test_first_draw_is_the_start(backbone) -> None:

@@ -1,5 +1,6 @@
 """docs/architecture.md shows the layers of the import contract, and the contract has every package."""
 
+import ast
 import re
 import subprocess
 import sys
@@ -58,6 +59,24 @@ def test_every_test_that_the_documentation_names_is_there() -> None:
     for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")):
         for file in re.findall(r"tests/[\w/]+\.py", page.read_text()):
             assert (ROOT / file).exists(), f"{page.name}: {file}"
+
+
+def defined(file: Path) -> set[str]:
+    """Functions and Class.method names of a module."""
+    found: set[str] = set()
+    for node in ast.parse(file.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            found.add(node.name)
+        if isinstance(node, ast.ClassDef):
+            found |= {f"{node.name}.{each.name}" for each in node.body if isinstance(each, ast.FunctionDef)}
+    return found
+
+
+def test_every_call_of_one_update_is_in_the_code() -> None:
+    calls = re.findall(r"([\w/]+\.py): ([\w.]+)", (ROOT / "docs/one_update.md").read_text(encoding="utf-8"))
+    assert len(calls) > 40
+    known = {file: defined(ROOT / "src/spo" / file) for file, _ in calls}
+    assert [f"{file}: {name}" for file, name in calls if name not in known[file]] == []
 
 
 @pytest.mark.smoke

@@ -33,9 +33,8 @@ from spo.diffusion.schedule import Schedule
 from spo.methods.diffusion_dpo import DiffusionDpoMethod
 from spo.methods.spo import SpoMethod
 from spo.preference import trainer as spm
-from spo.preference.model import StepAwarePreferenceModel
-from spo.preference.reward_model import ClipRewardModel
-from spo.preference.step_aware import StepAware
+from spo.preference.model import ClipRewardModel, StepAwarePreferenceModel
+from spo.preference.step_aware import StepAwareTask
 from spo.scenes import world
 from spo.training import loop
 from spo.training.alignment import Alignment
@@ -197,7 +196,7 @@ def measure(
     settings = preset.preference.model_copy(update={"batch_size": n, "steps": 1, "labels": None})
     found["spm"] = _timed(
         model.device,
-        lambda seed: spm.train(StepAware(judge, words, model, schedule, settings), pairs, seed=seed),
+        lambda seed: spm.train(StepAwareTask(judge, words, model, schedule, settings), pairs, seed=seed),
     )
     judge.eval()
     model.add_lora(preset.align.spo.lora or config.Lora(rank=4, alpha=4), 0)

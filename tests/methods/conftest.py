@@ -46,10 +46,11 @@ class FakeBackbone(Whole):
         return torch.inference_mode()
 
 
-class FakeJudge:
-    """Prefers large pictures; remembers what it was asked."""
+class FakeRewardModel:
+    """Prefers bright images; remembers what it was asked."""
 
     model = torch.nn.Identity()
+    needs_images = True
 
     def __init__(self, scale: float = 10.0) -> None:
         self.scale = scale
@@ -71,8 +72,10 @@ class FakeJudge:
         return self.scale * images.mean((1, 2, 3)) + 0.01 * length
 
 
-class LatentJudge(FakeJudge):
+class LatentRewardModel(FakeRewardModel):
     """The same of the latents: nothing is predicted or decoded for it."""
+
+    needs_images = False
 
     def score(self, candidates, text):
         self.timesteps.append(torch.stack([candidates.timesteps, candidates.step_timesteps]))
@@ -87,13 +90,13 @@ def backbone():
 
 
 @pytest.fixture
-def judge():
-    return FakeJudge()
+def reward_model():
+    return FakeRewardModel()
 
 
 @pytest.fixture
-def latent_judge():
-    return LatentJudge()
+def latent_reward_model():
+    return LatentRewardModel()
 
 
 @pytest.fixture

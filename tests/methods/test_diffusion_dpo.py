@@ -12,7 +12,7 @@ ZERO = torch.zeros(1)
 
 
 class FakePairs:
-    """Pair i: the first picture is all i, the second all -i - 1; the caption is i + 1 letters long."""
+    """Pair i: the first image is all i, the second all -i - 1; the caption is i + 1 letters long."""
 
     def __init__(self, labels: list[float]) -> None:
         n = len(labels)
@@ -83,7 +83,7 @@ def test_batch_layout(backbone, schedule) -> None:
     noise = batch.target_win
     assert torch.equal(noise, batch.target_lose) and noise.shape == (4, 3, 2, 2)
     x0 = schedule.predict_x0(torch.cat([noise, noise]), batch.timesteps, batch.x_t).mean((1, 2, 3))
-    even = index[:4] % 2 == 0  # the first picture is preferred
+    even = index[:4] % 2 == 0  # the first image is preferred
     first, second = index[:4], -index[:4] - 1
     assert torch.allclose(x0[:4], torch.where(even, first, second), atol=1e-3)
     assert torch.allclose(x0[4:], torch.where(even, second, first), atol=1e-3)

@@ -1,4 +1,4 @@
-"""GradSPO: its loss against hand-derived values, and what its rollout keeps for it."""
+"""GradSPO: its loss against hand-derived values, and what its rollout stores for it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from spo.diffusion.noise import SampleNoise
 from spo.diffusion.schedule import Schedule
 from spo.methods.spo import SPEC, SpoMethod
 from spo.methods.stepwise.batch import StepBatch
-from spo.methods.stepwise.gradspo import GradSpoMethod, values_of_pair
+from spo.methods.stepwise.gradspo import GradSpoMethod, batch_loss, values_of_pair
 
 
 def settings(**changes) -> Spo:
@@ -25,9 +25,9 @@ def settings(**changes) -> Spo:
 
 
 @pytest.fixture
-def collected(backbone, judge, schedule):
+def collected(backbone, reward_model, schedule):
     """A method with wide clamps, and the pairs of one rollout of it."""
-    method = GradSpoMethod(settings(clip=0.9, beta=3.0), schedule, judge, PROMPTS, seed=0)
+    method = GradSpoMethod(settings(clip=0.9, beta=3.0), schedule, reward_model, PROMPTS, seed=0)
     ((batch,),), _ = method.collect(backbone, 0)
     return method, batch
 
@@ -62,9 +62,7 @@ def one_number(eps: float, reference: float, sampler: float, n_best: float, n_wo
         x_lose=ddim.sample(step, tensor(n_worst)),
         output=tensor(sampler),
     )
-    method = object.__new__(GradSpoMethod)
-    method.schedule, method.config, method.scale = schedule, settings(**changes), 0.5
-    losses, metrics = method.loss(tensor(eps), tensor(reference), batch)
+    losses, metrics = batch_loss(tensor(eps), tensor(reference), batch, schedule, settings(**changes))
     return float(losses), metrics, float((1 - schedule.alphas_cumprod[401]).sqrt())
 
 
@@ -96,7 +94,7 @@ def test_what_both_noises_have_in_common_does_not_count() -> None:
     assert first == pytest.approx(second, rel=1e-6)
 
 
-def test_a_batch_keeps_the_output_that_drew_its_pairs(backbone, collected, schedule) -> None:
+def test_a_batch_has_the_output_that_drew_its_pairs(backbone, collected, schedule) -> None:
     """Candidates lie around its mean; with the noise from them, the loss is that of the closed form."""
     method, batch = collected
     denoiser = GuidedDenoiser.of(backbone, batch.conditioning, method.guidance)
@@ -153,24 +151,24 @@ def test_a_model_that_predicts_v_has_the_loss_of_its_eps(collected) -> None:
     torch.testing.assert_close(losses, expected, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize(("scale", "kept"), [(0.0, 3), (10.0, 9)])
-def test_the_last_step_keeps_every_pair(backbone, judge, schedule, scale, kept) -> None:
-    """Three prompts and three steps. A judge without opinion gives gaps of 0, below any threshold."""
-    judge.scale = scale
-    method = GradSpoMethod(settings(threshold=0.001), schedule, judge, PROMPTS, seed=0)
+@pytest.mark.parametrize(("scale", "valid"), [(0.0, 3), (10.0, 9)])
+def test_every_pair_of_the_last_step_is_valid(backbone, reward_model, schedule, scale, valid) -> None:
+    """Three prompts and three steps. Equal scores give gaps of 0, which are above no threshold."""
+    reward_model.scale = scale
+    method = GradSpoMethod(settings(threshold=0.001), schedule, reward_model, PROMPTS, seed=0)
     ((batch,),), metrics = method.collect(backbone, 0)
-    assert metrics["pairs"] == kept == len(batch.weight) and float(batch.weight.min()) == 1
+    assert metrics["pairs"] == valid == len(batch.weight) and float(batch.weight.min()) == 1
     assert metrics["valid_fraction/t0001"] == 1
     assert batch.timesteps.unique().tolist() == ([1] if scale == 0 else [1, 201, 401])
-    _, spo = SpoMethod(settings(threshold=0.001, gradspo=None), schedule, judge, PROMPTS, seed=0).collect(
-        backbone, 0
-    )
+    _, spo = SpoMethod(
+        settings(threshold=0.001, gradspo=None), schedule, reward_model, PROMPTS, seed=0
+    ).collect(backbone, 0)
     assert spo["pairs"] == (0 if scale == 0 else 9)
 
 
-def test_a_range_without_the_last_step_has_its_thresholds(backbone, judge, schedule) -> None:
+def test_a_range_without_the_last_step_has_its_thresholds(backbone, reward_model, schedule) -> None:
     config = settings(threshold=0.5, timestep_range=(100, 900))
-    assert GradSpoMethod(config, schedule, judge, PROMPTS, seed=0).rollout.thresholds == [0.5, 0.5]
+    assert GradSpoMethod(config, schedule, reward_model, PROMPTS, seed=0).rollout.thresholds == [0.5, 0.5]
 
 
 def test_inner_steps_are_refused_in_one_line() -> None:
@@ -178,11 +176,11 @@ def test_inner_steps_are_refused_in_one_line() -> None:
         settings(inner_steps=3)
 
 
-def test_only_gradspo_keeps_the_outputs_of_the_rollout(backbone, judge, schedule) -> None:
+def test_only_gradspo_stores_the_outputs_of_the_rollout(backbone, reward_model, schedule) -> None:
     """They are as large as a third of a pair's latents, and sent to all processes."""
-    for kind, kept in ((SpoMethod, False), (GradSpoMethod, True)):
-        method = kind(settings(), schedule, judge, PROMPTS, seed=0)
+    for kind, stored in ((SpoMethod, False), (GradSpoMethod, True)):
+        method = kind(settings(), schedule, reward_model, PROMPTS, seed=0)
         with backbone.inference():
             noise = SampleNoise(0, PROMPTS[:2], backbone.latent_shape)
-            judged = list(method.rollout.run(backbone, PROMPTS[:2], noise))
-        assert judged and {j.pair.output is not None for j in judged} == {kept}
+            steps = list(method.rollout.run(backbone, PROMPTS[:2], noise))
+        assert steps and {step.output is not None for step in steps} == {stored}

@@ -1,4 +1,4 @@
-"""LPO: thresholds by sigma, and a rollout whose judge sees the latents alone."""
+"""LPO: thresholds by sigma, and a rollout whose reward model sees the latents alone."""
 
 from __future__ import annotations
 
@@ -58,56 +58,58 @@ def test_thresholds_of_sd15_by_the_sigmas_of_its_twenty_steps(backbone) -> None:
     assert (found[0], found[-1]) == (0.5, pytest.approx(0.35))
 
 
-def test_nothing_is_predicted_or_decoded_for_a_judge_of_latents(backbone, latent_judge, schedule) -> None:
+def test_nothing_is_predicted_or_decoded_for_latents(backbone, latent_reward_model, schedule) -> None:
     def decode(latents):
         raise AssertionError("decoded")
 
     backbone.decode = decode
-    method = LpoMethod(settings(), schedule, latent_judge, PROMPTS, seed=0)
+    method = LpoMethod(settings(), schedule, latent_reward_model, PROMPTS, seed=0)
     ((batch,),), metrics = method.collect(backbone, 0)
     # guided: three prompts and three empty ones a step; SPO would add 2 * 12 a diverted step
     assert backbone.predicted == [2 * 3] * 5
     assert metrics["pairs"] == 5 * 3 and batch.timesteps.unique().tolist() == [1, 201, 401, 601, 801]
-    assert [len(seen) for seen in latent_judge.images] == [12] * 5
-    asked = [times.unique(dim=1).flatten().tolist() for times in latent_judge.timesteps]
+    assert [len(seen) for seen in latent_reward_model.images] == [12] * 5
+    asked = [times.unique(dim=1).flatten().tolist() for times in latent_reward_model.timesteps]
     assert asked == [[601, 801], [401, 601], [201, 401], [1, 201], [0, 1]]  # own, of the step
 
 
-def test_the_judge_sees_the_candidates_of_which_two_make_the_pair(backbone, latent_judge, schedule) -> None:
-    method = LpoMethod(settings(), schedule, latent_judge, PROMPTS, seed=0)
+def test_the_candidates_that_are_scored_are_those_of_the_pair(
+    backbone, latent_reward_model, schedule
+) -> None:
+    method = LpoMethod(settings(), schedule, latent_reward_model, PROMPTS, seed=0)
     ((batch,),), _ = method.collect(backbone, 0)
     for number, t in enumerate((801, 601, 401, 201, 1)):
-        seen = latent_judge.images[number]
+        seen = latent_reward_model.images[number]
         for i in (batch.timesteps == t).nonzero().flatten().tolist():
             length = batch.conditioning.tensors["length"][i]
-            mine = seen[latent_judge.lengths[number] == length]
+            mine = seen[latent_reward_model.lengths[number] == length]
             means = mine.mean((1, 2, 3))
             assert len(mine) == 4
             assert torch.equal(batch.x_win[i], mine[means.argmax()])
             assert torch.equal(batch.x_lose[i], mine[means.argmin()])
 
 
-def test_thresholds_leave_out_pairs_by_their_step(backbone, latent_judge, schedule) -> None:
+def test_thresholds_leave_out_pairs_by_their_step(backbone, latent_reward_model, schedule) -> None:
     config = settings(threshold=0.9, threshold_end=0.3)
-    latent_judge.scale = 8.0
-    rollout = LpoMethod(config, schedule, latent_judge, PROMPTS, seed=0).rollout
+    latent_reward_model.scale = 8.0
+    rollout = LpoMethod(config, schedule, latent_reward_model, PROMPTS, seed=0).rollout
     noise = SampleNoise(0, PROMPTS, backbone.latent_shape)
     sigma = ddim.standard_deviation(schedule, schedule.timesteps, 1.0).flatten()
     low, high = sigma.min(), sigma.max()
     with backbone.inference():
         steps = list(rollout.run(backbone, PROMPTS, noise))
-    for judged in steps:
-        least = 0.3 + 0.6 * (sigma[judged.step] - low) / (high - low)
-        gap = judged.scores.amax(0), judged.scores.amin(0)
+    for step in steps:
+        least = 0.3 + 0.6 * (sigma[step.step] - low) / (high - low)
+        gap = step.scores.amax(0), step.scores.amin(0)
         shares = torch.stack(gap).softmax(0)
-        assert torch.equal(judged.valid, shares[0] - shares[1] > least)
-    kept = torch.stack([judged.valid for judged in steps])
-    assert kept.any() and not kept.all()
+        assert torch.equal(step.valid, shares[0] - shares[1] > least)
+    valid = torch.stack([step.valid for step in steps])
+    assert valid.any() and not valid.all()
 
 
-def test_the_loss_is_that_of_spo(backbone, latent_judge, schedule) -> None:
-    lpo = LpoMethod(settings(beta=500, clip=0.1), schedule, latent_judge, PROMPTS, seed=0)
-    spo = SpoMethod(settings(beta=500, clip=0.1), schedule, latent_judge, PROMPTS, seed=0)
+def test_the_loss_is_that_of_spo(backbone, latent_reward_model, schedule) -> None:
+    lpo = LpoMethod(settings(beta=500, clip=0.1), schedule, latent_reward_model, PROMPTS, seed=0)
+    spo = SpoMethod(settings(beta=500, clip=0.1), schedule, latent_reward_model, PROMPTS, seed=0)
     ((batch,),), _ = lpo.collect(backbone, 0)
     policy, reference = batch.x_t * 0.51, batch.x_t * 0.5
     ours, theirs = (method.loss(policy, reference, batch)[0] for method in (lpo, spo))

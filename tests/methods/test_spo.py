@@ -149,7 +149,7 @@ def test_outputs_far_from_the_reference_are_clipped_without_gradient() -> None:
         ({}, [], "prompts"),
     ],
 )
-def test_mistakes_are_told_in_one_line(judge, schedule, changes: dict, prompts: list, word: str) -> None:
+def test_mistakes_are_one_line(reward_model, schedule, changes: dict, prompts: list, word: str) -> None:
     with pytest.raises(ValueError, match=word) as error:
-        SpoMethod(settings(**changes), schedule, judge, prompts, seed=0)
+        SpoMethod(settings(**changes), schedule, reward_model, prompts, seed=0)
     assert "\n" not in str(error.value)

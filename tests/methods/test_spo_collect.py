@@ -6,7 +6,7 @@ from spo.diffusion import ddim
 from spo.diffusion.denoiser import GuidedDenoiser
 from spo.diffusion.schedule import Schedule
 from spo.methods.spo import SpoMethod
-from spo.methods.stepwise import method as stepwise
+from spo.methods.stepwise.rollout import Rollout
 from spo.types import Budget, Conditioning
 
 
@@ -42,13 +42,10 @@ def collect(method, backbone, iteration=0):
 
 
 class StairNoise:
-    """Candidate k lies k standard deviations above the mean; the rollout goes on from number 1."""
+    """Candidate k lies k standard deviations above the mean; the rollout continues from number 1."""
 
-    def __init__(self, seed, keys, shape, device) -> None:
-        self.size = (len(keys), *shape)
-
-    def __len__(self) -> int:
-        return self.size[0]
+    def __init__(self, count, shape) -> None:
+        self.size = (count, *shape)
 
     def draw(self):
         return torch.zeros(self.size)
@@ -60,86 +57,77 @@ class StairNoise:
         return torch.ones(self.size[0], dtype=torch.int64)
 
 
-def test_pairs_are_drawn_from_the_transition_at_x_t(backbone, judge, schedule, monkeypatch) -> None:
+def stairs(backbone, reward_model, schedule):
+    """The pairs of three prompts at each step, by StairNoise."""
+    rollout = Rollout(settings(), schedule, reward_model)
+    return list(rollout.run(backbone, PROMPTS[:3], StairNoise(3, backbone.latent_shape)))
+
+
+def test_pairs_are_drawn_from_the_transition_at_x_t(backbone, reward_model, schedule) -> None:
     """With candidates at known places: the best lies K-1 deviations up, the worst at the mean.
 
     The transition is computed anew here, so a wrongly reused model output would show.
     """
-    monkeypatch.setattr(stepwise, "SampleNoise", StairNoise)
-    method = SpoMethod(settings(), schedule, judge, PROMPTS, seed=0)
-    batches, metrics = collect(method, backbone, 0)
-    pairs = together(batches)
-    assert len(pairs["x_t"]) == 3 * 3 and metrics["pairs"] == 9 and metrics["valid_fraction"] == 1
-    by_time = {}
-    for batch in batches:
-        denoiser = GuidedDenoiser.of(backbone, batch.conditioning, 2.0)
-        output = denoiser(batch.x_t, batch.timesteps).detach()
-        step = ddim.transition(schedule, output, batch.timesteps, batch.x_t, eta=1)
-        up = (batch.x_win - step.mean) / step.std
+    steps = stairs(backbone, reward_model, schedule)
+    assert [int(schedule.timesteps[pairs.step]) for pairs in steps] == [401, 201, 1]
+    starts = []
+    for pairs in steps:
+        assert pairs.valid.all() and len(pairs.x_t) == 3
+        timesteps = schedule.timesteps[pairs.step].expand(3)
+        output = GuidedDenoiser.of(backbone, pairs.conditioning, 2.0)(pairs.x_t, timesteps).detach()
+        step = ddim.transition(schedule, output, timesteps, pairs.x_t, eta=1)
+        up = (pairs.x_win - step.mean) / step.std
         assert torch.allclose(up, torch.full_like(up, 3.0), atol=1e-3)
-        assert torch.allclose(batch.x_lose, step.mean, atol=1e-4)
-        for i, t in enumerate(batch.timesteps.tolist()):
-            length = float(batch.conditioning.tensors["length"][i])
-            by_time[t, length] = batch.x_t[i], (step.mean + step.std)[i]
-    lengths = {length for _, length in by_time}
-    assert len(lengths) == 3 and {t for t, _ in by_time} == {401, 201, 1}
-    for t, following in ((401, 201), (201, 1)):
-        for length in lengths:  # candidate 1 starts the next step
-            assert torch.allclose(by_time[following, length][0], by_time[t, length][1], atol=1e-4)
+        assert torch.allclose(pairs.x_lose, step.mean, atol=1e-4)
+        starts.append((pairs.x_t, step.mean + step.std))
+    for (_, candidate), (following, _) in zip(starts, starts[1:], strict=False):
+        assert torch.allclose(following, candidate, atol=1e-4)  # candidate 1 starts the next step
 
 
-def test_judge_sees_candidates_at_their_own_timestep(backbone, judge, schedule, monkeypatch) -> None:
+def test_candidates_are_scored_at_their_own_timestep(backbone, reward_model, schedule) -> None:
     """x_0 predicted from the candidate at the next timestep; at the end the latents themselves, at 0."""
-    monkeypatch.setattr(stepwise, "SampleNoise", StairNoise)
-    method = SpoMethod(settings(), schedule, judge, PROMPTS, seed=0)
-    batches, _ = collect(method, backbone, 0)
-    assert [t.unique().tolist() for t in judge.timesteps] == [[201], [1], [0]]
-    assert [len(t) for t in judge.timesteps] == [12, 12, 12]
-    assert len(judge.texts) == 1 and len(judge.texts[0]) == 3
-    in_order = [float(len(p)) for p in judge.texts[0]]
-    assert all(asked.tolist() == in_order * 4 for asked in judge.lengths)  # each picture with its own prompt
-
-    pairs = together(batches)
-    last = pairs["timesteps"] == 1
-    for side in ("x_win", "x_lose"):
-        for latents in pairs[side][last]:
-            assert any(torch.equal(latents, image) for image in judge.images[-1])
-    first = pairs["timesteps"] == 401
-    winners, length = pairs["x_win"][first], pairs["length"][first].view(-1, 1, 1, 1)
-    at = torch.full((3,), 201)
+    steps = stairs(backbone, reward_model, schedule)
+    assert [t.unique().tolist() for t in reward_model.timesteps] == [[201], [1], [0]]
+    assert [len(t) for t in reward_model.timesteps] == [12, 12, 12]
+    assert reward_model.texts == [PROMPTS[:3]]
+    # each image with its own prompt
+    assert all(asked.tolist() == [1.0, 2.0, 3.0] * 4 for asked in reward_model.lengths)
+    for side in (steps[-1].x_win, steps[-1].x_lose):
+        for latents in side:
+            assert any(torch.equal(latents, image) for image in reward_model.images[-1])
+    winners, length = steps[0].x_win, torch.tensor([1.0, 2.0, 3.0]).view(-1, 1, 1, 1)
     output = 0.5 * winners + 2.0 * 0.5 * length.sin() + 0.201  # guidance 2, by hand
-    x0 = schedule.predict_x0(output, at, winners)
-    for picture in x0:
-        assert any(torch.allclose(picture, image, atol=1e-4) for image in judge.images[0])
+    for x_0 in schedule.predict_x0(output, torch.full((3,), 201), winners):
+        assert any(torch.allclose(x_0, image, atol=1e-4) for image in reward_model.images[0])
 
 
-def test_unet_work(backbone, judge, schedule) -> None:
+def test_unet_work(backbone, reward_model, schedule) -> None:
     """Guidance doubles each call; outputs at candidates serve the next step, so none is computed twice."""
-    collect(SpoMethod(settings(), schedule, judge, PROMPTS, seed=0), backbone, 0)
+    collect(SpoMethod(settings(), schedule, reward_model, PROMPTS, seed=0), backbone, 0)
     assert backbone.predicted == [2 * 3, 2 * 3, 2 * 3, 2 * 12, 2 * 12]
     assert len(backbone.encoded) == 2  # the prompts and the empty ones, once
 
 
-def test_guidance_of_one_needs_no_empty_prompts(backbone, judge, schedule) -> None:
-    collect(SpoMethod(settings(guidance=1.0), schedule, judge, PROMPTS, seed=0), backbone, 0)
+def test_guidance_of_one_needs_no_empty_prompts(backbone, reward_model, schedule) -> None:
+    collect(SpoMethod(settings(guidance=1.0), schedule, reward_model, PROMPTS, seed=0), backbone, 0)
     assert backbone.predicted == [3, 3, 3, 12, 12]
     assert len(backbone.encoded) == 1
 
 
-def test_winner_has_the_higher_score(backbone, judge, schedule) -> None:
+def test_winner_has_the_higher_score(backbone, reward_model, schedule) -> None:
     """At the last step the score is the mean of the latents."""
-    batches, _ = collect(SpoMethod(settings(), schedule, judge, PROMPTS, seed=0), backbone, 0)
+    batches, _ = collect(SpoMethod(settings(), schedule, reward_model, PROMPTS, seed=0), backbone, 0)
     pairs = together(batches)
     last = pairs["timesteps"] == 1
     assert int(last.sum()) == 3
     assert (pairs["x_win"][last].mean((1, 2, 3)) > pairs["x_lose"][last].mean((1, 2, 3))).all()
 
 
-def test_next_step_starts_from_a_uniformly_random_candidate(backbone, judge, schedule) -> None:
+def test_next_step_starts_from_a_uniformly_random_candidate(backbone, reward_model, schedule) -> None:
     """With two candidates, x_t of a step is the winner or the loser of the step before."""
     prompts = [f"prompt {'x' * i}" for i in range(300)]
     config = settings(candidates=2, prompts_per_iteration=300, batch_size=10_000)
-    pairs = together(collect(SpoMethod(config, schedule, judge, prompts, seed=0), backbone, 0)[0])
+    pairs = together(collect(SpoMethod(config, schedule, reward_model, prompts, seed=0), backbone, 0)[0])
     at = {t: {k: v[pairs["timesteps"] == t] for k, v in pairs.items()} for t in (401, 201)}
     from_winner = 0
     for length, x_t in zip(at[201]["length"], at[201]["x_t"], strict=True):
@@ -151,50 +139,50 @@ def test_next_step_starts_from_a_uniformly_random_candidate(backbone, judge, sch
     assert 120 < from_winner < 180  # 3.5 standard deviations
 
 
-def test_collect_is_a_function_of_seed_and_iteration(backbone, judge, schedule) -> None:
-    method = SpoMethod(settings(), schedule, judge, PROMPTS, seed=0)
+def test_collect_is_a_function_of_seed_and_iteration(backbone, reward_model, schedule) -> None:
+    method = SpoMethod(settings(), schedule, reward_model, PROMPTS, seed=0)
     first, second = (rows(collect(method, backbone, i)[0]) for i in (0, 1))
-    fresh = SpoMethod(settings(), schedule, judge, PROMPTS, seed=0)
+    fresh = SpoMethod(settings(), schedule, reward_model, PROMPTS, seed=0)
     assert same(rows(collect(fresh, backbone, 1)[0]), second)  # without iteration 0 before it
     assert same(rows(collect(fresh, backbone, 0)[0]), first)
     assert not same(first, second)
     orders = [[t for r in batches for t in r["timesteps"].tolist()] for batches in (first, second)]
     assert orders[0] != orders[1]  # shuffled anew
-    other = SpoMethod(settings(), schedule, judge, PROMPTS, seed=1)
+    other = SpoMethod(settings(), schedule, reward_model, PROMPTS, seed=1)
     assert not same(rows(collect(other, backbone, 0)[0]), first)
 
 
 @pytest.mark.parametrize("chunk", [1, 5])
-def test_chunks_change_nothing(backbone, judge, schedule, chunk: int) -> None:
-    whole, metrics = collect(SpoMethod(settings(), schedule, judge, PROMPTS, seed=0), backbone, 0)
+def test_chunks_change_nothing(backbone, reward_model, schedule, chunk: int) -> None:
+    whole, metrics = collect(SpoMethod(settings(), schedule, reward_model, PROMPTS, seed=0), backbone, 0)
     backbone.budget = Budget(samples=chunk)
-    judge.images.clear()
-    cut, cut_metrics = collect(SpoMethod(settings(), schedule, judge, PROMPTS, seed=0), backbone, 0)
-    assert max(len(images) for images in judge.images) == min(chunk, 12)
+    reward_model.images.clear()
+    cut, cut_metrics = collect(SpoMethod(settings(), schedule, reward_model, PROMPTS, seed=0), backbone, 0)
+    assert max(len(images) for images in reward_model.images) == min(chunk, 12)
     assert same(rows(cut), rows(whole)) and cut_metrics == pytest.approx(metrics)
 
 
-def test_noise_of_a_prompt_does_not_depend_on_the_others(backbone, judge, schedule) -> None:
+def test_noise_of_a_prompt_does_not_depend_on_the_others(backbone, reward_model, schedule) -> None:
     config = settings(prompts_per_iteration=5)
     found = []
     for prompts in (PROMPTS, ["a", "x" * 9, "y" * 12, "z" * 15, "w" * 18]):
-        pairs = together(collect(SpoMethod(config, schedule, judge, prompts, seed=0), backbone, 0)[0])
+        pairs = together(collect(SpoMethod(config, schedule, reward_model, prompts, seed=0), backbone, 0)[0])
         mine = pairs["length"] == 1
         found.append(sorted(pairs["x_t"][mine].flatten(1).tolist()))
     assert len(found[0]) == 3
     assert torch.allclose(*(torch.tensor(f) for f in found), atol=1e-5)
 
 
-def test_every_prompt_once_an_epoch(backbone, judge, schedule) -> None:
-    method = SpoMethod(settings(prompts_per_iteration=2), schedule, judge, PROMPTS[:4], seed=0)
+def test_every_prompt_once_an_epoch(backbone, reward_model, schedule) -> None:
+    method = SpoMethod(settings(prompts_per_iteration=2), schedule, reward_model, PROMPTS[:4], seed=0)
     for iteration in range(4):
         collect(method, backbone, iteration)
-    seen = [judge.texts[0] + judge.texts[1], judge.texts[2] + judge.texts[3]]
+    seen = [reward_model.texts[0] + reward_model.texts[1], reward_model.texts[2] + reward_model.texts[3]]
     assert [sorted(epoch) for epoch in seen] == [PROMPTS[:4]] * 2
 
 
-def test_batches(backbone, judge, schedule) -> None:
-    batches, metrics = collect(SpoMethod(settings(), schedule, judge, PROMPTS, seed=0), backbone, 0)
+def test_batches(backbone, reward_model, schedule) -> None:
+    batches, metrics = collect(SpoMethod(settings(), schedule, reward_model, PROMPTS, seed=0), backbone, 0)
     assert [len(b.x_t) for b in batches] == [4, 4, 1] and metrics["pairs"] == 9
     for batch in batches:
         assert batch.weight.tolist() == [1.0] * len(batch.x_t)
@@ -204,8 +192,8 @@ def test_batches(backbone, judge, schedule) -> None:
     assert timesteps != sorted(timesteps, reverse=True)  # shuffled over the steps
 
 
-def test_only_valid_pairs_are_kept(backbone, judge, schedule) -> None:
-    method = SpoMethod(settings(threshold=0.05), schedule, judge, PROMPTS, seed=0)
+def test_only_valid_pairs_are_kept(backbone, reward_model, schedule) -> None:
+    method = SpoMethod(settings(threshold=0.05), schedule, reward_model, PROMPTS, seed=0)
     batches, metrics = collect(method, backbone, 0)
     pairs = together(batches)
     assert 0 < metrics["pairs"] < 9 and len(pairs["x_t"]) == metrics["pairs"]
@@ -216,8 +204,8 @@ def test_only_valid_pairs_are_kept(backbone, judge, schedule) -> None:
     assert (torch.tanh(gap / 2) > 0.05).all()
 
 
-def test_without_a_valid_pair_one_batch_of_weight_zero(backbone, judge, schedule) -> None:
-    method = SpoMethod(settings(threshold=0.999999), schedule, judge, PROMPTS, seed=0)
+def test_without_a_valid_pair_one_batch_of_weight_zero(backbone, reward_model, schedule) -> None:
+    method = SpoMethod(settings(threshold=0.999999), schedule, reward_model, PROMPTS, seed=0)
     (batch,), metrics = collect(method, backbone, 0)
     assert metrics["pairs"] == 0 and metrics["valid_fraction"] == 0
     assert batch.weight.tolist() == [0.0] and len(batch.x_t) == 1
@@ -228,6 +216,8 @@ def test_without_a_valid_pair_one_batch_of_weight_zero(backbone, judge, schedule
 
 class GapRewards:
     """Scores 0, 1, 0, 1, ...: every gap is tanh(1 / 2) = .462."""
+
+    needs_images = True
 
     def encode_text(self, prompts):
         return Conditioning({"nothing": torch.zeros(len(prompts))})
@@ -248,16 +238,16 @@ def test_threshold_goes_linearly_to_its_end(backbone, schedule) -> None:
     assert scores == {name: pytest.approx(0.5) for name in names}
 
 
-def test_a_last_step_without_variance_gives_no_pair(backbone, judge) -> None:
+def test_a_last_step_without_variance_gives_no_pair(backbone, reward_model) -> None:
     to_one = Schedule.from_config({**backbone.scheduler_config, "set_alpha_to_one": True}, 5)
-    batches, metrics = collect(SpoMethod(settings(), to_one, judge, PROMPTS, seed=0), backbone, 0)
-    assert [t.unique().tolist() for t in judge.timesteps] == [[201], [1]]
+    batches, metrics = collect(SpoMethod(settings(), to_one, reward_model, PROMPTS, seed=0), backbone, 0)
+    assert [t.unique().tolist() for t in reward_model.timesteps] == [[201], [1]]
     assert set(together(batches)["timesteps"].tolist()) == {401, 201} and metrics["pairs"] == 6
 
 
-def test_batches_can_be_trained_on(backbone, judge, schedule) -> None:
+def test_batches_can_be_trained_on(backbone, reward_model, schedule) -> None:
     """They come out of inference mode, yet serve a backward pass; a step along it helps."""
-    method = SpoMethod(settings(batch_size=100), schedule, judge, PROMPTS, seed=0)
+    method = SpoMethod(settings(batch_size=100), schedule, reward_model, PROMPTS, seed=0)
     (batch,), _ = collect(method, backbone, 0)
     denoiser = GuidedDenoiser.of(backbone, batch.conditioning, method.guidance)
 
@@ -273,7 +263,7 @@ def test_batches_can_be_trained_on(backbone, judge, schedule) -> None:
     assert float(mean_loss().detach()) < float(before.detach())
 
 
-def test_a_score_that_is_not_finite_stops(backbone, judge, schedule) -> None:
-    judge.scale = float("nan")
+def test_a_score_that_is_not_finite_stops(backbone, reward_model, schedule) -> None:
+    reward_model.scale = float("nan")
     with pytest.raises(ValueError, match=r"preference model's score at step 4 of 5 \(t=201\), prompt '"):
-        collect(SpoMethod(settings(), schedule, judge, PROMPTS, seed=0), backbone, 0)
+        collect(SpoMethod(settings(), schedule, reward_model, PROMPTS, seed=0), backbone, 0)

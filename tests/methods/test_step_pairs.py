@@ -1,4 +1,4 @@
-"""Where candidates are drawn, which two make a pair, and where the rollout goes on."""
+"""Where candidates are drawn, which two make a pair, and which one the rollout continues from."""
 
 from functools import partial
 
@@ -76,9 +76,9 @@ def test_random_pairs_are_two_candidates_in_order() -> None:
 
 
 @pytest.mark.parametrize("resampler", ["win", "lose", "random"])
-def test_the_rollout_goes_on_from_the_resampler(backbone, judge, schedule, resampler) -> None:
+def test_the_rollout_continues_from_the_resampler(backbone, reward_model, schedule, resampler) -> None:
     config = settings(resampler=resampler, candidates=2)
-    ((batch,),), _ = SpoMethod(config, schedule, judge, PROMPTS, seed=0).collect(backbone, 0)
+    ((batch,),), _ = SpoMethod(config, schedule, reward_model, PROMPTS, seed=0).collect(backbone, 0)
     rows = {}
     for i, t in enumerate(batch.timesteps.tolist()):
         rows[t, float(batch.conditioning.tensors["length"][i])] = i
@@ -92,14 +92,14 @@ def test_the_rollout_goes_on_from_the_resampler(backbone, judge, schedule, resam
     assert {"win": all(won), "lose": not any(won), "random": 2 < sum(won) < 18}[resampler]
 
 
-def test_inner_steps_share_one_judgement_and_part_after_the_first(backbone, judge, schedule) -> None:
+def test_inner_steps_share_their_scores_and_diverge_after_the_first(backbone, reward_model, schedule) -> None:
     """Five steps in blocks of two: [0, 1] and [2, 3, 4]."""
     config = settings(inner_steps=2, candidates=3)
-    ((batch,),), metrics = SpoMethod(config, schedule, judge, PROMPTS, seed=0).collect(backbone, 0)
-    assert [t.unique().tolist() for t in judge.timesteps] == [[401], [0]]
-    assert [len(t) for t in judge.timesteps] == [15, 15]
-    pairs, parted = len(batch.weight), 3 * 5
-    assert pairs == metrics["pairs"] == 25 and len(batch.x_t) == pairs + parted == len(batch.conditioning)
+    ((batch,),), metrics = SpoMethod(config, schedule, reward_model, PROMPTS, seed=0).collect(backbone, 0)
+    assert [t.unique().tolist() for t in reward_model.timesteps] == [[401], [0]]
+    assert [len(t) for t in reward_model.timesteps] == [15, 15]
+    pairs, diverged = len(batch.weight), 3 * 5
+    assert pairs == metrics["pairs"] == 25 and len(batch.x_t) == pairs + diverged == len(batch.conditioning)
     lose_row, length = batch.lose_row, batch.conditioning.tensors["length"]
     assert torch.equal(batch.timesteps[lose_row], batch.timesteps[:pairs])
     assert torch.equal(length[lose_row], length[:pairs])
@@ -110,29 +110,29 @@ def test_inner_steps_share_one_judgement_and_part_after_the_first(backbone, judg
     for (t, n), i in row.items():
         first_of_block = t in (801, 401)
         assert (int(lose_row[i]) == i) == first_of_block
-        if not first_of_block:  # each branch goes on from where it was
+        if not first_of_block:  # each branch continues from where it was
             before = row[t + 200, n]
             assert torch.equal(batch.x_t[i], batch.x_win[before])
             assert torch.equal(batch.x_t[lose_row[i]], batch.x_lose[before])
-    # the judged pictures, at the end of the rollout, are those of the last pairs
+    # the scored images, at the end of the rollout, are those of the last pairs
     for (t, _), i in row.items():
         if t == 1:
-            assert any(torch.equal(batch.x_win[i], picture) for picture in judge.images[-1])
+            assert any(torch.equal(batch.x_win[i], image) for image in reward_model.images[-1])
 
 
-def test_the_loss_of_parted_branches_is_that_of_two_forwards(backbone, judge, schedule) -> None:
+def test_the_loss_of_diverged_branches_is_that_of_two_forwards(backbone, reward_model, schedule) -> None:
     config = settings(inner_steps=2, beta=3.0, clip=0.9)
-    method = SpoMethod(config, schedule, judge, PROMPTS, seed=0)
+    method = SpoMethod(config, schedule, reward_model, PROMPTS, seed=0)
     ((batch,),), _ = method.collect(backbone, 0)
     backbone.shift.data.fill_(0.01)
-    denoiser = GuidedDenoiser.of(backbone, batch.conditioning, 2.0)
+    denoiser = GuidedDenoiser.of(backbone, batch.conditioning, method.guidance)
     outputs = [denoiser(batch.x_t, batch.timesteps, reference=r) for r in (False, True)]
     losses, _ = method.loss(*outputs, batch)
     for p, rows in enumerate(zip(range(len(batch.weight)), batch.lose_row.tolist(), strict=True)):
         ratios = []
         for i, name in zip(rows, ("x_win", "x_lose"), strict=True):
             one = slice(i, i + 1)
-            single = denoiser.select(one)
+            single = GuidedDenoiser.of(backbone, batch.conditioning.select(one), method.guidance)
             logs = []
             for reference in (False, True):
                 output = single(batch.x_t[one], batch.timesteps[one], reference=reference)
@@ -144,8 +144,8 @@ def test_the_loss_of_parted_branches_is_that_of_two_forwards(backbone, judge, sc
     assert losses.std() > 1e-4  # they do differ
 
 
-def test_no_two_updates_share_a_part(backbone, judge, schedule) -> None:
+def test_no_two_updates_share_a_part(backbone, reward_model, schedule) -> None:
     config, backbone.budget = settings(batch_size=6), Budget(pairs=3)
-    updates, metrics = SpoMethod(config, schedule, judge, PROMPTS, seed=0).collect(backbone, 0)
+    updates, metrics = SpoMethod(config, schedule, reward_model, PROMPTS, seed=0).collect(backbone, 0)
     assert metrics["pairs"] == 25
     assert [[len(b.weight) for b in parts] for parts in updates] == [[3, 3]] * 4 + [[1]]

@@ -21,7 +21,7 @@ class WordTokenizer:
 
 
 class GreyBackbone(Whole):
-    """Latents are grey pictures of 16 pixels a side; its UNet predicts the noise it can see."""
+    """Latents are grey images of 16 pixels a side; its UNet predicts the noise it can see."""
 
     latent_shape = (3, 16, 16)
     image_size = (16, 16)

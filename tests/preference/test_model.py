@@ -5,8 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from spo.preference.model import StepAwarePreferenceModel, token_ids
-from spo.preference.reward_model import ClipRewardModel
+from spo.preference.model import ClipRewardModel, StepAwarePreferenceModel, token_ids
 
 IMAGES = torch.linspace(-1.2, 1.2, 4 * 3 * 16 * 16).view(4, 3, 16, 16)
 PROMPTS = ["a dark square", "a bright square", "dark", "a square"]
@@ -51,10 +50,10 @@ def test_without_the_step_condition_the_step_is_ignored(clip, tokenizer, tmp_pat
         assert torch.equal(again.score(IMAGES, ids, torch.zeros(4, dtype=torch.int64)), first)
 
 
-def test_a_judge_scores_as_the_model_does(clip, tokenizer) -> None:
+def test_a_reward_model_scores_as_its_model_does(clip, tokenizer) -> None:
     model = StepAwarePreferenceModel(clip)
-    judge, timesteps = ClipRewardModel(model, tokenizer), torch.tensor([1, 2, 3, 4])
-    scores = judge.score(SimpleNamespace(images=IMAGES, timesteps=timesteps), judge.encode_text(PROMPTS))
+    rewards, timesteps = ClipRewardModel(model, tokenizer), torch.tensor([1, 2, 3, 4])
+    scores = rewards.score(SimpleNamespace(images=IMAGES, timesteps=timesteps), rewards.encode_text(PROMPTS))
     with torch.no_grad():
         expected = model.score(IMAGES, token_ids(tokenizer, PROMPTS, model), timesteps)
     torch.testing.assert_close(scores, expected)

@@ -1,4 +1,5 @@
 import copy
+import math
 from dataclasses import dataclass
 
 import pytest
@@ -6,17 +7,17 @@ import torch
 
 from spo import config
 from spo.diffusion.finite import FiniteCheck
-from spo.preference import step_aware
 from spo.preference import trainer as spm
 from spo.preference.model import StepAwarePreferenceModel, token_ids
-from spo.preference.step_aware import StepAware
+from spo.preference.step_aware import StepAwareTask
+from spo.preference.trainer import NoisedPairs, preference_loss
 from spo.training.checkpoint import CheckpointStore
 from spo.types import Budget
 
 
 @dataclass
 class GreyPairs:
-    """Pictures of one grey each; the brighter one is preferred."""
+    """Images of one grey each; the brighter one is preferred."""
 
     greys: torch.Tensor  # [N,2]
     captions: list[str]
@@ -39,9 +40,9 @@ def pairs() -> GreyPairs:
 
 @pytest.fixture
 def setup(tokenizer, backbone, schedule):
-    def made(model, budget: Budget | None = None, **changes) -> StepAware:
+    def made(model, budget: Budget | None = None, **changes) -> StepAwareTask:
         backbone.budget = budget or Budget()
-        return StepAware(model, tokenizer, backbone, schedule, settings(**changes))
+        return StepAwareTask(model, tokenizer, backbone, schedule, settings(**changes))
 
     return made
 
@@ -55,7 +56,7 @@ def settings(**changes) -> config.Preference:
     )
 
 
-def test_it_learns_what_people_prefer(clip, setup, pairs) -> None:
+def test_it_learns_what_annotators_prefer(clip, setup, pairs) -> None:
     model = StepAwarePreferenceModel(clip)
     common = (setup(model), pairs)
     spm.train(*common, seed=0)
@@ -169,22 +170,41 @@ def test_heads_alone_leave_the_towers_as_they_are(clip, setup, pairs) -> None:
     assert not [n for n in moved if any(part in n for part in towers)]
 
 
-def test_at_t_0_the_accuracy_is_on_clean_images(clip, setup, pairs, monkeypatch) -> None:
+def test_at_t_0_the_accuracy_is_on_clean_images(clip, backbone, setup, pairs) -> None:
     """Elsewhere the images are noised; also for a model that was trained on clean images only."""
-    noised = []
-    original = step_aware.noised_pair
-    monkeypatch.setattr(
-        step_aware, "noised_pair", lambda *a: noised.append(a[3].unique().tolist()) or original(*a)
-    )
+    noised, plain = [], backbone.predict
+
+    def predict(x_t, timesteps, conditioning, **options):
+        noised.append(timesteps.unique().tolist())
+        return plain(x_t, timesteps, conditioning, **options)
+
+    backbone.predict = predict
     model = StepAwarePreferenceModel(clip).eval()
     spm.evaluate(setup(model), pairs, [0, 200], seed=0)
     assert noised and all(t == [200] for t in noised)
     indices, captions = torch.arange(4), pairs.captions[:4]
     zeros = torch.zeros(4, dtype=torch.int64)
     with torch.no_grad():
-        shown = setup(model).shown(pairs.read(indices), captions, zeros, None, FiniteCheck())
-        given = setup(model).scores(shown, captions, zeros)
+        clean = NoisedPairs(pairs.read(indices), captions, zeros, None)
+        inputs = setup(model).inputs(clean, FiniteCheck())
+        given = setup(model).scores(inputs, captions, zeros)
         images = torch.cat(pairs.read(indices))
         text = model.encode_text(token_ids(setup(model).tokenizer, captions, model))
         expected = model.score_features(images, text.repeat(2, 1), zeros.repeat(2))
     assert torch.equal(torch.cat(given), expected)
+
+
+def test_the_loss_by_hand() -> None:
+    score_0, score_1 = torch.tensor([1.0, 2.0, 0.0]), torch.tensor([0.0, 3.0, 0.0])
+    label_0 = torch.tensor([1.0, 0.0, 0.5])
+    clear = math.log(1 + math.exp(-1))  # both clear pairs are a right guess by a margin of 1
+    expected = [clear, clear, 0]
+    assert preference_loss(score_0, score_1, label_0).tolist() == pytest.approx(expected, abs=1e-6)
+
+
+def test_the_loss_of_a_tie_wants_equal_scores() -> None:
+    scores = torch.tensor([0.7], requires_grad=True)
+    loss = preference_loss(scores, torch.zeros(1), torch.tensor([0.5]))
+    loss.backward()
+    assert scores.grad.item() == pytest.approx(torch.sigmoid(torch.tensor(0.7)).item() - 0.5)
+    assert loss.item() > 0

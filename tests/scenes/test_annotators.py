@@ -1,6 +1,6 @@
 import torch
 
-from spo.scenes.annotators import TASTE, TEMPERATURE, TIE, Annotators, blend
+from tools.scenes.annotators import TASTE, TEMPERATURE, TIE, Annotators, blend
 
 
 def test_value_is_layout_plus_weighted_taste() -> None:

@@ -9,9 +9,9 @@ from spo.data.decoding import image_format
 from spo.ingest.selection import is_validation
 from spo.ingest.sources import read_captions, read_rows
 from spo.scenes import world
-from spo.scenes.render import render
 from tools.scenes import pictures, shards
 from tools.scenes.preferences import Pairs, ask
+from tools.scenes.render import render
 
 DATA = Path(__file__).parents[2] / "data"
 

@@ -7,7 +7,7 @@ import torch
 
 from spo import config
 from spo.methods import MODULES, method_spec
-from spo.preference import reward_model
+from spo.preference import model
 
 SCHEDULER = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 
@@ -19,7 +19,7 @@ def test_spo_reads_its_preference_model_and_prompts(tmp_path, monkeypatch) -> No
     Path("outputs/prompts/train.txt").write_text("a red circle\n", encoding="utf-8")
     Path("params.yaml").write_text(config.preset("smoke"), encoding="utf-8")
     calls: list[tuple] = []
-    monkeypatch.setattr(reward_model, "load_reward_model", lambda *a: calls.append(a))
+    monkeypatch.setattr(model, "load_reward_model", lambda *a: calls.append(a))
     params = config.load("params.yaml")
     backbone = SimpleNamespace(device=torch.device("cpu"), scheduler_config=SCHEDULER)
     method = method_spec("spo").build(params, backbone)

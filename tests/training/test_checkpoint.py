@@ -6,7 +6,7 @@ import torch
 from spo.training.checkpoint import CheckpointStore
 
 
-def test_the_newest_comes_back_and_two_are_kept(tmp_path) -> None:
+def test_the_newest_comes_back_and_two_stay(tmp_path) -> None:
     store = CheckpointStore(tmp_path)
     assert store.latest() is None
     for step in (5, 10, 15):

@@ -83,7 +83,7 @@ def test_half_precision_scales_the_loss_and_leaves_out_what_overflows(tmp_path) 
     run(plain, Squares(4))
     summary = run(Numbers(), InHalf(5), store, scale_loss=True)
     assert summary["skipped_updates"] == 3 and summary["updates"] == 2
-    summary = run(scaled, InHalf(7), store, scale_loss=True)  # goes on, with its scale
+    summary = run(scaled, InHalf(7), store, scale_loss=True)  # resumed, with its scale
     assert summary["skipped_updates"] == 3 and summary["updates"] == 4
     torch.testing.assert_close(scaled.values, plain.values, atol=2e-3, rtol=0)
 

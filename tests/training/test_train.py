@@ -189,7 +189,7 @@ def test_nothing_to_train_is_one_line() -> None:
         run(model, Squares(1))
 
 
-def test_a_model_that_was_kept_has_the_state_after_it_saved_at_once(tmp_path) -> None:
+def test_where_the_watch_says_so_the_state_is_saved_at_once(tmp_path) -> None:
     store, resumed = CheckpointStore(tmp_path, keep=None), []
     objective = Alignment("align.squares", Numbers(), Squares(5))
     options = {"checkpoints": store, "checkpoint_every": 4, "on_metrics": lambda metrics, iteration: None}
@@ -231,6 +231,6 @@ def test_every_ema_counts_after_as_many_updates_as_the_default_has() -> None:
         for _ in range(60):
             weight.grad = weight.detach() - 1
             state.step(state.gradient_norm())
-        state.finish()
+        state.finish(60)
         ends.add(weight.item())
     assert len(ends) == 7

@@ -18,8 +18,8 @@ from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from spo.scenes import world
-from spo.scenes.render import SIZE, render
 from tools.scenes.fit import fit
+from tools.scenes.render import SIZE, render
 from tools.scenes.tokenizer import save as save_tokenizer
 
 WIDTH = 96  # of the text encoder and cross-attention

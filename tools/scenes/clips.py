@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer, CLIPVisionConfig
 
 from spo.data.images import CLIP_MEAN, CLIP_STD
-from spo.scenes.render import SIZE
 from tools.scenes.base_model import WIDTH, text_config, to_float, tokens
 from tools.scenes.fit import fit
+from tools.scenes.render import SIZE
 
 PREFERENCE_STEPS, PREFERENCE_BATCH, PREFERENCE_RATE = 500, 64, 1e-4
 LOGIT_SCALE = 8.0  # at the start of the training on preferences

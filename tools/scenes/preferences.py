@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from spo.scenes.annotators import Annotators, blend
 from spo.scenes.oracle import Perception, fidelity
+from tools.scenes.annotators import Annotators, blend
 from tools.scenes.base_model import to_float
 from tools.scenes.pictures import GENERATORS, draw, draw_captions
 

@@ -13,16 +13,16 @@ from torch import Tensor, nn
 from transformers import CLIPModel, CLIPTokenizer
 
 from spo.scenes import world
-from spo.scenes.annotators import Annotators
 from spo.scenes.oracle import Perception
-from spo.scenes.render import render
 from spo.scenes.world import ABSENT, CHOICES
 from tools import scenes as world_build
 from tools.scenes import clips, contrastive, preferences, probes, shards, tokenizer, words
+from tools.scenes.annotators import Annotators
 from tools.scenes.base_model import random_scenes, to_float
 from tools.scenes.clips import Judgements
 from tools.scenes.contrastive import Size, WebPictures
 from tools.scenes.preferences import Pairs
+from tools.scenes.render import render
 
 HELD_OUT = 0.2  # of the pairs that the scorers' teachers compare
 PROBED = 2500  # held-out pairs whose pictures are probed

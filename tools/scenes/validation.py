@@ -12,12 +12,12 @@ from spo.diffusion import ddim
 from spo.diffusion.denoiser import GuidedDenoiser
 from spo.diffusion.schedule import Schedule
 from spo.scenes.oracle import Perception, fidelity
-from spo.scenes.render import LUMA
 from spo.scenes.world import QUALITY
 from tools.scenes import Build, pictures
 from tools.scenes.base_model import random_scenes, to_float
 from tools.scenes.perception import through_vae
 from tools.scenes.perception import validate as compare_with_truth
+from tools.scenes.render import LUMA
 
 REDRAWN_FROM = 300  # pictures noised to about this timestep and denoised by the base model
 N = 1000

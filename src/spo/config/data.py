@@ -15,7 +15,7 @@ Bound = Annotated[float, Field(strict=True, ge=-1e9, le=1e9)]  # in a scorer's u
 class Prompts(Section):
     """Prompt lists, and how they are cleaned and split."""
 
-    seed: Seed = 0  # of the split; apart from the training seed, so that runs of other seeds are comparable
+    seed: Seed = 0  # of the split, not of training, so that runs of several training seeds are comparable
     train: str  # a file of captions: .json, .jsonl, .csv, .tsv, .txt or .parquet
     evaluation: str  # the same, for the test and validation prompts
     pairs: str  # preference shards whose captions, as those of pairs.source, are no evaluation prompts
@@ -28,13 +28,13 @@ class Prompts(Section):
 
 
 class PairFilter(Scorers):
-    """Which training pairs are kept, by the gaps between the scores of their two images.
+    """Which training pairs stay, by the gaps between the scores of their two images.
 
-    The gap of a pair with a winner is the winner's score less the loser's; that of a tie has no sign.
+    The gap of a pair with a winner is the winner's score less the loser's; that of a tie is absolute.
     """
 
-    win_lose_above: dict[str, Bound] = {}  # by scorer: a pair with a winner is kept if each gap is above
-    tie_below: dict[str, Annotated[Bound, Field(gt=0)]] = {}  # by scorer: a tie is kept if each gap is below
+    win_lose_above: dict[str, Bound] = {}  # by scorer: a pair with a winner stays if each gap is above
+    tie_below: dict[str, Annotated[Bound, Field(gt=0)]] = {}  # by scorer: a tie stays if each gap is below
 
     @model_validator(mode="after")
     def _rules_have_scorers(self) -> PairFilter:

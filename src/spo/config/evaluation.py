@@ -35,10 +35,6 @@ class Generate(Section):
     lpo: Variant
 
     def check_suite(self, name: str) -> None:
-        """
-        Raises:
-            ValueError: no suite of that name.
-        """
         if name not in self.suites:
             known = ", ".join(self.suites) or "none"
             raise ValueError(f"generate.suites: no suite {name!r}; there is {known}; add it to params.yaml")

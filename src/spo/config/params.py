@@ -11,7 +11,7 @@ from spo.config.evaluation import VARIANTS, Generate, Registry, Report, Score
 from spo.config.models import Backbone
 from spo.config.training import METHODS, Align, LatentPreference, Preference, Stepwise
 
-JUDGES = ("preference", "latent_preference")
+PREFERENCE_MODELS = ("preference", "latent_preference")
 
 
 class Params(Section):
@@ -49,7 +49,7 @@ class Params(Section):
 
     @model_validator(mode="after")
     def _enough_validation_prompts(self) -> Params:
-        used = {f"{name}.local_prompts": getattr(self, name).local_prompts for name in JUDGES}
+        used = {f"{name}.local_prompts": getattr(self, name).local_prompts for name in PREFERENCE_MODELS}
         for method in METHODS:
             validation = getattr(self.align, method).validation
             used[f"align.{method}.validation.prompts"] = validation.prompts if validation else 0
@@ -64,7 +64,7 @@ class Params(Section):
     @model_validator(mode="after")
     def _work_for_every_process(self) -> Params:
         """Each process takes its share of every update, or of every rollout."""
-        shared = {f"{name}.batch_size": getattr(self, name).batch_size for name in JUDGES}
+        shared = {f"{name}.batch_size": getattr(self, name).batch_size for name in PREFERENCE_MODELS}
         for method in METHODS:
             section = getattr(self.align, method)
             name = "prompts_per_iteration" if isinstance(section, Stepwise) else "batch_size"

@@ -15,24 +15,17 @@ from spo.config.params import Params
 
 
 class ConfigError(ValueError):
-    """A mistake in params.yaml, as one line."""
+    """A mistake in params.yaml, as one line: the file, the key, what is wrong and, for an unknown key, the
+    nearest one."""
 
 
 def load(path: str | Path = "params.yaml") -> Params:
-    """Read and check an experiment.
-
-    Raises:
-        ConfigError: one line with the file, the key, what is wrong and, for an unknown key, the nearest one.
-    """
+    """Read and check an experiment."""
     return validate(read(path), source=str(path))
 
 
 def read(path: str | Path) -> Any:
-    """Read the content of a params.yaml, unchecked.
-
-    Raises:
-        ConfigError: one line: no such file, or one that cannot be read.
-    """
+    """Read the content of a params.yaml, unchecked."""
     path = Path(path)
     try:
         return yaml_text.parse(path.read_text(encoding="utf-8"), str(path))
@@ -49,11 +42,7 @@ def read(path: str | Path) -> Any:
 
 
 def validate(raw: Any, source: str = "params.yaml") -> Params:
-    """Check the content of a params.yaml.
-
-    Raises:
-        ConfigError: as `load`.
-    """
+    """Check the content of a params.yaml."""
     if not isinstance(raw, dict):
         raise ConfigError(f"{source}: must be a mapping of sections, not {type(raw).__name__}")
     try:
@@ -103,9 +92,6 @@ def preset(name: str, card: int | None = None) -> str:
 
     Args:
         card: GiB of memory to plan for, in `device.memory`; None: those of the device that is there.
-
-    Raises:
-        ConfigError: no preset of that name, or no memory.
     """
     if name not in preset_names():
         raise ConfigError(f"unknown preset {name!r}; known: {', '.join(preset_names())}")

@@ -1,20 +1,24 @@
 """Sections of the scorers of finished images."""
 
-from __future__ import annotations
-
-from abc import ABC, abstractmethod
+from typing import ClassVar
 
 from spo.config.base import Positive, Rate, Section
 
 Source = tuple[str | None, str | None]  # a path, URL or hub id, and the revision of a hub id
 
 
-class ScorerConfig(Section, ABC):
+class ScorerConfig(Section):
     """The files of a scorer."""
 
-    @abstractmethod
+    # keys that name a path, URL or hub id, each with the key of the hub id's revision, if there is one
+    reads: ClassVar[dict[str, str | None]]
+
     def sources(self) -> dict[str, Source]:
         """What it reads, by the key that names it; a path is None if the section has none."""
+        return {
+            key: (getattr(self, key), getattr(self, revision) if revision else None)
+            for key, revision in self.reads.items()
+        }
 
 
 class PickScoreConfig(ScorerConfig):
@@ -24,9 +28,7 @@ class PickScoreConfig(ScorerConfig):
     processor: str | None = None  # folder or hub id of the tokenizer; None: that of the model
     revision: str | None = None
     image_size: Positive = 224
-
-    def sources(self) -> dict[str, Source]:
-        return {"model": (self.model, self.revision), "processor": (self.processor, None)}
+    reads = {"model": "revision", "processor": None}
 
 
 class HpsConfig(ScorerConfig):
@@ -36,14 +38,11 @@ class HpsConfig(ScorerConfig):
     checkpoint: str
     tokenizer: str | None = None  # a folder; None: open_clip's default for the architecture
     image_size: Positive = 224
+    reads = {"checkpoint": None, "tokenizer": None}
 
     def sources(self) -> dict[str, Source]:
         own = self.architecture if self.architecture.endswith(".json") else None
-        return {
-            "checkpoint": (self.checkpoint, None),
-            "tokenizer": (self.tokenizer, None),
-            "architecture": (own, None),
-        }
+        return {**super().sources(), "architecture": (own, None)}
 
 
 class AestheticConfig(ScorerConfig):
@@ -53,9 +52,7 @@ class AestheticConfig(ScorerConfig):
     head: str
     revision: str | None = None
     image_size: Positive = 224
-
-    def sources(self) -> dict[str, Source]:
-        return {"clip": (self.clip, self.revision), "head": (self.head, None)}
+    reads = {"clip": "revision", "head": None}
 
 
 class ImageRewardConfig(ScorerConfig):
@@ -65,10 +62,7 @@ class ImageRewardConfig(ScorerConfig):
     med_config: str  # med_config.json, of the text encoder
     tokenizer: str = "google-bert/bert-base-uncased"  # folder or hub id
     image_size: Positive = 224
-
-    def sources(self) -> dict[str, Source]:
-        names = ("checkpoint", "med_config", "tokenizer")
-        return {name: (getattr(self, name), None) for name in names}
+    reads = {"checkpoint": None, "med_config": None, "tokenizer": None}
 
 
 class ClipScoreConfig(ScorerConfig):
@@ -80,9 +74,7 @@ class ClipScoreConfig(ScorerConfig):
     image_size: Positive = 224
     weight: Rate = 2.5  # w of the paper; 1: the cosine itself; 100: torchmetrics
     prefix: str | None = None  # before each prompt; the paper's is "A photo depicts"
-
-    def sources(self) -> dict[str, Source]:
-        return {"model": (self.model, self.revision), "processor": (self.processor, None)}
+    reads = {"model": "revision", "processor": None}
 
 
 class Scorers(Section):

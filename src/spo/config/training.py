@@ -17,13 +17,10 @@ class Optimizer(Section):
     weight_decay: Amount = 1e-4
     beta1: Decay = 0.9
     beta2: Decay = 0.999
-    epsilon: Annotated[float, Field(ge=1e-37, le=1)] = (
-        1e-8  # less is 0 in fp32, and 0 / 0 where a gradient is 0
-    )
+    # less than 1e-37 is 0 in fp32, and 0 / 0 where a gradient is 0
+    epsilon: Annotated[float, Field(ge=1e-37, le=1)] = 1e-8
     warmup_steps: Count = 0
-    decay: Literal["constant", "linear"] = (
-        "constant"  # linear: after the warm-up, to 0 at the end of training
-    )
+    decay: Literal["constant", "linear"] = "constant"  # linear: after the warm-up, to 0 at the end
     max_grad_norm: Rate | None = 1.0
     eight_bit: bool = False  # 8-bit optimizer state, by bitsandbytes
 
@@ -38,10 +35,7 @@ class Optimizer(Section):
 
 
 def _decays_within(section: Any) -> Any:
-    """
-    Raises:
-        ValueError: the training ends before its learning rate would decay.
-    """
+    """Refuse a training that ends before its learning rate would decay."""
     optimizer, length = section.optimizer, getattr(section, "steps", 0) or section.iterations
     if optimizer.decay == "linear" and optimizer.warmup_steps >= length:
         raise ValueError(
@@ -105,13 +99,10 @@ PREFERENCE_BASELINES: dict[str, dict[str, bool]] = {
 class LatentPreference(Section):
     """The latent reward model (arXiv 2502.01051) and its training."""
 
-    trained: Literal["all", "lora", "heads"] = (
-        "all"  # UNet, text encoders and heads; adapter and heads; heads
-    )
+    trained: Literal["all", "lora", "heads"] = "all"  # UNet and text encoders, or an adapter, and the heads
     lora: Lora | None = None  # of `trained: lora`, merged into the weights after training
-    text_projection: str | None = (
-        None  # a CLIP (folder or hub id) whose projection it starts from; null: identity
-    )
+    # folder or hub id of a CLIP, with whose text projection training starts; null: the identity
+    text_projection: str | None = None
     revision: str | None = None  # of that hub id
     feature_guidance: Guidance = 7.5  # of the visual feature enhancement (VFE); up to 1: none
     optimizer: Optimizer

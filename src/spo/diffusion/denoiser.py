@@ -1,13 +1,13 @@
 """Classifier-free guidance (arXiv 2207.12598): the one guided forward of the package."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
 from torch import Tensor
 
+from spo.diffusion import finite
 from spo.types import Backbone, Conditioning
 
 
@@ -24,19 +24,37 @@ class GuidedDenoiser:
     conditioning: Conditioning  # B samples
     unconditional: Conditioning | None  # B samples of the empty prompt; None: no guidance
     guidance: float
+    prompts: Sequence[str] = ()  # B, for the messages of `check`
+    check: finite.FiniteCheck | None = None  # notes the text and all outputs
 
     @classmethod
-    def encode(cls, backbone: Backbone, prompts: Sequence[str], guidance: float) -> GuidedDenoiser:
+    def encode(
+        cls,
+        backbone: Backbone,
+        prompts: Sequence[str],
+        guidance: float,
+        check: finite.FiniteCheck | None = None,
+    ) -> Self:
         """Encode the text of B prompts, and of as many empty ones where guidance needs them."""
-        return cls.of(backbone, backbone.encode_prompts(prompts), guidance)
+        return cls.of(backbone, backbone.encode_prompts(prompts), guidance, prompts, check)
 
     @classmethod
-    def of(cls, backbone: Backbone, conditioning: Conditioning, guidance: float) -> GuidedDenoiser:
+    def of(
+        cls,
+        backbone: Backbone,
+        conditioning: Conditioning,
+        guidance: float,
+        prompts: Sequence[str] = (),
+        check: finite.FiniteCheck | None = None,
+    ) -> Self:
         """As `encode`, for text that is encoded already."""
         unconditional = None
         if is_guided(guidance):
             unconditional = backbone.empty_prompt().repeat(len(conditioning))
-        return cls(backbone, conditioning, unconditional, guidance)
+        if check is not None:
+            check.note_text(conditioning, prompts)
+            check.note_text(unconditional, [""] * len(conditioning))
+        return cls(backbone, conditioning, unconditional, guidance, prompts, check)
 
     def __call__(self, x_t: Tensor, timesteps: Tensor, *, reference: bool = False) -> Tensor:
         """u + guidance * (c - u) [B,C,h,w] at x_t [B,C,h,w], in one UNet call on the doubled batch.
@@ -45,6 +63,13 @@ class GuidedDenoiser:
         fine-tuning.
         """
         assert len(self.conditioning) == len(x_t) == len(timesteps)
+        output = self._guided(x_t, timesteps, reference)
+        if self.check is not None:
+            part = finite.REFERENCE if reference else finite.UNET
+            self.check.note(part, output.detach(), self.prompts, timesteps)
+        return output
+
+    def _guided(self, x_t: Tensor, timesteps: Tensor, reference: bool) -> Tensor:
         if self.unconditional is None:
             return self.backbone.predict(x_t, timesteps, self.conditioning, reference=reference)
         both = self.backbone.predict(
@@ -57,12 +82,12 @@ class GuidedDenoiser:
         without, with_prompt = both.chunk(2)
         return without + self.guidance * (with_prompt - without)
 
-    def repeat(self, k: int) -> GuidedDenoiser:
+    def repeat(self, k: int) -> Self:
         """For k copies of the batch, in the order of candidates [K,B,...].flatten(0, 1)."""
         empty = None if self.unconditional is None else self.unconditional.repeat(k)
-        return GuidedDenoiser(self.backbone, self.conditioning.repeat(k), empty, self.guidance)
-
-    def select(self, rows: Tensor | slice) -> GuidedDenoiser:
-        """For the samples at `rows` (int64 or bool [N], or a slice)."""
-        empty = None if self.unconditional is None else self.unconditional.select(rows)
-        return GuidedDenoiser(self.backbone, self.conditioning.select(rows), empty, self.guidance)
+        return replace(
+            self,
+            conditioning=self.conditioning.repeat(k),
+            unconditional=empty,
+            prompts=[*self.prompts] * k,
+        )

@@ -42,7 +42,7 @@ class _Note:
 
 
 class FiniteCheck:
-    """Notes, sample by sample, whether tensors are finite as they arise; `check` looks at all at once.
+    """Notes, sample by sample, whether tensors are finite; `check` reads all notes at once.
 
     Until then nothing waits for the GPU.
     """
@@ -74,22 +74,17 @@ class FiniteCheck:
         return [note.finite.all() for note in self._notes]
 
     def check(self) -> None:
-        """
-        Raises:
-            NotFiniteError: something noted since the last check was not finite; the first of it is named.
-        """
+        """Raise NotFiniteError with the first thing noted that was not finite."""
         reason = self.failure()
         if reason is not None:
             raise NotFiniteError(reason)
 
     def failure(self) -> str | None:
-        """What `check` would say."""
-        flags = self.flags()
-        notes, self._notes = self._notes, []
-        if not notes:
+        """The message of the first thing noted that was not finite."""
+        if not self._notes:
             return None
-        finite = torch.stack(flags).tolist()
-        first = next((note for note, good in zip(notes, finite, strict=True) if not good), None)
+        finite = torch.stack(self.flags()).tolist()
+        first = next((note for note, good in zip(self._notes, finite, strict=True) if not good), None)
         return None if first is None else self._message(first)
 
     def _message(self, note: _Note) -> str:
@@ -106,11 +101,7 @@ class FiniteCheck:
 
 
 def check_finite(part: str, values: Tensor, prompts: Sequence[str] = ()) -> None:
-    """Of one tensor [B,...] for B prompts.
-
-    Raises:
-        ValueError: it is not finite.
-    """
+    """Raise NotFiniteError if one tensor [B,...] for B prompts is not finite."""
     check = FiniteCheck()
     check.note(part, values, prompts)
     check.check()

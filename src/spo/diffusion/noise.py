@@ -14,7 +14,7 @@ from spo.runtime.transfer import send
 class SampleNoise:
     """One CPU generator a sample, seeded by a stable hash of (seed, key).
 
-    Draws are sent to the device without waiting for what it computes.
+    Draws go to the device without waiting for what it computes.
     """
 
     def __init__(

@@ -22,25 +22,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Samplers of diffusers for models that were trained as a discrete-time DDPM (arXiv 2006.11239).
-DISCRETE_SAMPLERS = frozenset(
-    f"{name}Scheduler"
-    for name in (
-        *(
-            "DDIM",
-            "DDIMInverse",
-            "DDIMParallel",
-            "DDPM",
-            "DDPMParallel",
-            "PNDM",
-            "LMSDiscrete",
-            "HeunDiscrete",
-        ),
-        *("EulerDiscrete", "EulerAncestralDiscrete", "KDPM2Discrete", "KDPM2AncestralDiscrete"),
-        *("DPMSolverMultistep", "DPMSolverMultistepInverse", "DPMSolverSinglestep", "DPMSolverSDE"),
-        *("DEISMultistep", "UniPCMultistep", "SASolver"),
-    )
-)
+# Schedulers of diffusers for models that were trained as a discrete-time DDPM (arXiv 2006.11239).
+_NAMES = """
+    DDIM DDIMInverse DDIMParallel DDPM DDPMParallel PNDM LMSDiscrete HeunDiscrete EulerDiscrete
+    EulerAncestralDiscrete KDPM2Discrete KDPM2AncestralDiscrete DPMSolverMultistep DPMSolverMultistepInverse
+    DPMSolverSinglestep DPMSolverSDE DEISMultistep UniPCMultistep SASolver
+"""
+DISCRETE_SAMPLERS = frozenset(f"{name}Scheduler" for name in _NAMES.split())
 
 FLAGS = ("clip_sample", "rescale_betas_zero_snr", "set_alpha_to_one", "thresholding", "use_flow_sigmas")
 
@@ -57,11 +45,7 @@ class Schedule:
 
     @classmethod
     def from_config(cls, scheduler_config: Mapping[str, Any], num_inference_steps: int) -> Schedule:
-        """The schedule of a scheduler_config.json for a sampler of `num_inference_steps` steps.
-
-        Raises:
-            ValueError: a setting that is not supported, with its key and the ones that are.
-        """
+        """The schedule of a scheduler_config.json for a sampler of `num_inference_steps` steps."""
         config = scheduler_config
         check_process(config)
         prediction_type = config.get("prediction_type", "epsilon")
@@ -71,7 +55,7 @@ class Schedule:
             raise _unsupported("thresholding", True, "false (it is meant for pixels, not for latents)")
         betas = _betas(config)
         if config.get("rescale_betas_zero_snr", False):
-            if prediction_type == "epsilon":  # x_T tells nothing of x_0, so no noise gives it back
+            if prediction_type == "epsilon":  # x_T holds nothing of x_0: eps alone cannot give it back
                 raise _unsupported("prediction_type", prediction_type, "v_prediction with zero terminal SNR")
             betas = _rescale_zero_terminal_snr(betas)
         alphas_cumprod = torch.cumprod(1 - betas, dim=0)
@@ -143,13 +127,9 @@ class Schedule:
 
 
 def check_process(config: Mapping[str, Any]) -> None:
-    """Refuse what is no discrete-time DDPM: EDM, flow matching, continuous time, consistency models.
-
-    Raises:
-        ValueError: with the key of scheduler_config.json that says so.
-    """
+    """Refuse what is no discrete-time DDPM: EDM, flow matching, continuous time, consistency models."""
     name = config.get("_class_name", "DDIMScheduler")
-    if not isinstance(name, str) or name not in DISCRETE_SAMPLERS:
+    if str(name) not in DISCRETE_SAMPLERS:
         raise _unsupported("_class_name", name, "a model trained as discrete-time DDPM (DDIMScheduler, ...)")
     for key in FLAGS:
         if not isinstance(config.get(key), bool | None):

@@ -27,9 +27,9 @@ from spo.methods.lpo import LpoMethod
 from spo.methods.spo import SpoMethod
 from spo.preference import trainer
 from spo.preference.latent import LatentPreferenceModel, LatentRewardModel
-from spo.preference.latent_training import LatentTraining
-from spo.preference.reward_model import ClipRewardModel
-from spo.preference.step_aware import StepAware
+from spo.preference.latent_training import LatentTask
+from spo.preference.model import ClipRewardModel
+from spo.preference.step_aware import StepAwareTask
 from spo.training import loop, optimizer, placement
 from spo.training.alignment import Alignment
 from spo.training.state import TrainingState
@@ -133,10 +133,10 @@ def _preference(params: Params, variant: str | None, base: Any, memory: Memory) 
     trained: Any
     if variant == "latent":
         model = LatentPreferenceModel(base.feature_model(), settings.feature_guidance).to(base.device)
-        trained = LatentTraining(model, base, schedule.to(base.device), settings)
+        trained = LatentTask(model, base, schedule.to(base.device), settings)
     else:
         judge = models.preference_model(settings, base.device)
-        trained = StepAware(judge, models.Words(), base, schedule, settings)
+        trained = StepAwareTask(judge, models.Words(), base, schedule, settings)
     trained.prepare()
     trained.model.train()
     counter, pairs = _Counter(memory), _pairs(base, max(2, settings.batch_size))

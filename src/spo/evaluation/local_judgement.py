@@ -26,6 +26,8 @@ CANDIDATES = 4
 class _BesideOracle:
     """A reward model that keeps what the oracle says of the images that it scores."""
 
+    needs_images = True
+
     def __init__(self, reward_model: RewardModel, oracle: Oracle) -> None:
         self.reward_model, self.oracle = reward_model, oracle
         self.model = getattr(reward_model, "model", None)
@@ -35,6 +37,7 @@ class _BesideOracle:
         return self.reward_model.encode_text(prompts)
 
     def score(self, candidates: Candidates, text: Conditioning) -> Tensor:
+        assert candidates.images is not None
         quality, _ = self.oracle.model.perceive(candidates.images.clamp(-1, 1).float().cpu())
         self.aesthetics.append(quality.mean(1))
         return self.reward_model.score(candidates, text)

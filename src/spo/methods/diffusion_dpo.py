@@ -2,17 +2,15 @@
 
 Departures from the paper (P) or the official code (C):
 1. P's beta T omega(lambda_t) is one constant, as in C: beta / 2 on mean squared errors (not sums).
-2. A pair counts with its weight, 1 / num_example_per_prompt in Pick-a-Pic; C counts all alike.
+2. A pair counts with its weight, 1 / num_example_per_prompt in Pick-a-Pic; C gives all the same weight.
 3. C draws from the VAE's posterior anew each time it sees an image, and flips some. Here images are encoded
    once: by the posterior's mean, or with `pairs.latents: sample` by one draw. No flips.
-4. C replaces a share of the captions by the empty one; here none is.
+4. C replaces a share of the captions by the empty one; here none is replaced.
 5. v_prediction models regress v; C knows epsilon only.
 6. P and C fine-tune the whole UNet on batches of 2,048 pairs. The presets sd15 and sdxl have 64 (batch_size)
    and a LoRA like SPO's (null: the whole UNet).
 7. C raises the learning rate over 500 updates; the presets have it constant (optimizer.warmup_steps).
 """
-
-from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -45,7 +43,7 @@ def diffusion_dpo_loss(
     """-log sigmoid(-beta/2 ((policy_win - policy_lose) - (reference_win - reference_lose))) [P].
 
     Args:
-        policy_win: mean squared error [P] of the policy on the preferred image; the others alike.
+        policy_win: mean squared error [P] of the policy on the preferred image; `lose`: on the other one.
     """
     return -F.logsigmoid(-0.5 * beta * ((policy_win - policy_lose) - (reference_win - reference_lose)))
 
@@ -75,20 +73,16 @@ def _errors(output: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class DiffusionDpoMethod:
-    """Offline batches: encoded pairs, both images noised with the same noise at the same t."""
+    """Offline batches: encoded pairs, of which both images have the same noise at the same t."""
 
     guidance = 1.0
 
     def __init__(self, config: DiffusionDpo, schedule: Schedule, pairs: LatentPairs, seed: int) -> None:
-        """Ties are left out, as in the official code; `schedule` lies on the backbone's device.
-
-        Raises:
-            ValueError: there are no pairs, or only ties.
-        """
+        """Ties are left out, as in the official code; `schedule` lies on the backbone's device."""
         self.config, self.schedule, self.pairs, self.seed = config, schedule, pairs, seed
         self.iterations = config.iterations
-        self._decided = (pairs.label_0 != 0.5).nonzero().flatten()
-        if len(self._decided) == 0:
+        self._decided = (pairs.label_0 != 0.5).nonzero().flatten().tolist()
+        if not self._decided:
             raise ValueError(f"align.diffusion_dpo: none of {len(pairs.label_0)} pairs has a winner")
 
     def loss(
@@ -104,29 +98,20 @@ class DiffusionDpoMethod:
         count = self.config.batch_size
         distributed.check_shards(count, "align.diffusion_dpo.batch_size")
         order = shuffled(len(self._decided), iteration * count, count, self.seed)
-        chosen = distributed.shard(order)
-        captions = [self.pairs.captions[i] for i in self._pairs_of(chosen).tolist()]
+        chosen = [(epoch, self._decided[i]) for epoch, i in distributed.shard(order)]
         with backbone.inference():
-            conditioning = backbone.encode_prompts(captions)
+            conditioning = backbone.encode_prompts([self.pairs.captions[i] for _, i in chosen])
         size = backbone.budget.pairs
         parts = [slice(start, start + size) for start in range(0, len(chosen), size)]
-        epoch, _ = order[-1]
-        return [[self._batch(backbone, chosen[part], conditioning.select(part)) for part in parts]], {
-            "pairs": float(count),
-            "epoch": float(epoch),
-        }
-
-    def _pairs_of(self, chosen: Sequence[tuple[int, int]]) -> Tensor:
-        """The numbers int64 [P] of the pairs at `chosen`."""
-        return self._decided[torch.tensor([i for _, i in chosen])]
+        batches = [self._batch(backbone, chosen[part], conditioning.select(part)) for part in parts]
+        return [batches], {"pairs": float(count), "epoch": float(order[-1][0])}
 
     def _batch(
         self, backbone: Backbone, chosen: Sequence[tuple[int, int]], conditioning: Conditioning
     ) -> DiffusionDpoBatch:
-        """The pairs at `chosen`: (epoch, index into the decided pairs) of each, and their text."""
-        indices = self._pairs_of(chosen)
-        keys = [f"pair {int(i)} epoch {e}" for (e, _), i in zip(chosen, indices, strict=True)]
-        captions = [self.pairs.captions[i] for i in indices.tolist()]
+        """The pairs at `chosen`, (epoch, number) of each, and their text."""
+        indices = torch.tensor([i for _, i in chosen])
+        keys = [f"pair {i} epoch {epoch}" for epoch, i in chosen]
         win, lose = (send(x, backbone.device) for x in self._sides(indices))
         randomness, schedule = SampleNoise(self.seed, keys, win.shape[1:], backbone.device), self.schedule
         timesteps = randomness.integers(schedule.num_train_timesteps)
@@ -138,7 +123,7 @@ class DiffusionDpoMethod:
             # selecting copies, so these are ordinary tensors, whatever `inference` made
             conditioning=conditioning.select(both),
             weight=send(self.pairs.weight[indices], backbone.device),
-            prompts=captions,
+            prompts=[self.pairs.captions[i] for _, i in chosen],
             target_win=schedule.training_target(win, noise, timesteps),
             target_lose=schedule.training_target(lose, noise, timesteps),
         )

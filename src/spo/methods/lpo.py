@@ -1,6 +1,6 @@
-"""Latent Preference Optimization (arXiv 2502.01051): SPO's rollout and loss, judged in latent space.
+"""Latent Preference Optimization (arXiv 2502.01051): SPO's rollout and loss, with scores of noisy latents.
 
-The judge is a latent reward model (preference/latent.py): the base's own UNet on the noisy candidates.
+They come from a latent reward model (preference/latent.py): the base's own UNet on the candidates.
 Nothing is predicted or decoded, so all steps are diverted, and a step costs K passes of the UNet's down path.
 
 Departures from the paper (P) or the official code (C), beside those of the files in stepwise/:
@@ -13,8 +13,6 @@ Departures from the paper (P) or the official code (C), beside those of the file
    ones: the same where all are.
 3. P gives a learning rate of 5e-5 for SD 1.5, C has 6e-5; the preset has P's.
 """
-
-from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
@@ -29,7 +27,7 @@ REWARD_MODEL = "outputs/preference_latent"
 
 
 class LpoMethod(StepwiseMethod):
-    """LPO is the stepwise method as it stands, with the latent reward model as its judge."""
+    """LPO is the stepwise method as it stands, with the latent reward model."""
 
     name = "align.lpo"
 
@@ -41,8 +39,8 @@ def _build(params: Params, backbone: Backbone) -> LpoMethod:
     section = params.align.lpo
     model = LatentPreferenceModel.from_pretrained(require(REWARD_MODEL, "latent reward model"), backbone)
     schedule = sampler_schedule(params, section, backbone)
-    judge = LatentRewardModel(model, section.judged_at)
-    return LpoMethod(section, schedule, judge, training_prompts(), params.seed)
+    reward_model = LatentRewardModel(model, section.judged_at)
+    return LpoMethod(section, schedule, reward_model, training_prompts(), params.seed)
 
 
 def _cost(params: Params, scheduler_config: Mapping[str, Any]) -> Cost:

@@ -25,7 +25,7 @@ class MethodSpec:
     divergence: str  # the metric of its loss that measures the distance to the reference model
     build: Callable[[Params, Backbone], Method]
     cost: Callable[[Params, Mapping[str, Any]], Cost]  # of params.yaml and the scheduler's config
-    # of its section: decay in [0,1) of an average of the weights that collects batches; 0: the weights do
+    # by its section: decay in [0,1) of an average of the weights, by which batches are collected; 0: none
     sampler_ema: Callable[[Any], float] = lambda section: 0.0
 
 

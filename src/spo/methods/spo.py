@@ -1,7 +1,7 @@
 """Step-aware Preference Optimization (arXiv 2406.04314, Sec. 4).
 
-A step-aware preference model judges the image predicted from each candidate. With a section `gradspo` the
-pairs are learned from by the loss of GradSPO (stepwise/gradspo.py).
+A step-aware preference model scores the image predicted from each candidate. With a section `gradspo` the
+loss is that of GradSPO (stepwise/gradspo.py).
 
 Departures from the official code (C) in training; those of the loss are in stepwise/loss.py, of the rollout
 in stepwise/rollout.py, of the preference model in preference/model.py and preference/step_aware.py:
@@ -9,8 +9,6 @@ in stepwise/rollout.py, of the preference model in preference/model.py and prefe
 2. C copies the whole UNet as the reference; here the adapter is disabled. Same numbers.
 3. C resumes at whole epochs, with the random state of one process; here at any iteration.
 """
-
-from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -26,19 +24,15 @@ PREFERENCE_MODEL = "outputs/preference"
 
 
 class SpoMethod(StepwiseMethod):
-    """SPO is the stepwise method as it stands, with the step-aware preference model as its judge."""
+    """SPO is the stepwise method as it stands, with the step-aware preference model as its reward model."""
 
     name = "align.spo"
 
 
 def build(params: Params, backbone: Backbone, folder: Path, prompts: Sequence[str]) -> StepwiseMethod:
-    """SPO, or GradSPO where its section is there, with the preference model in `folder`.
-
-    Raises:
-        ValueError: no preference model there, or a schedule that does not fit the base.
-    """
+    """SPO, or GradSPO if its section is there, with the preference model in `folder`."""
     from spo.methods.stepwise.gradspo import GradSpoMethod
-    from spo.preference.reward_model import load_reward_model
+    from spo.preference.model import load_reward_model
 
     section = params.align.spo
     reward_model = load_reward_model(folder, backbone.device)

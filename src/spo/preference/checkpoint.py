@@ -1,19 +1,33 @@
-"""Weights files of preference models, read without executing code and loaded strictly."""
-
-from __future__ import annotations
+"""Folders and weights files of preference models, read without executing code and loaded strictly."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+
+from spo.runtime.files import atomic, write_json
+
+WEIGHTS, CONFIG = "model.safetensors", "config.json"
+
+
+def save(folder: Path, state: dict[str, Tensor], settings: dict[str, Any]) -> None:
+    """Write a model's tensors and its config.json."""
+    state = {name: value.detach().cpu().contiguous() for name, value in state.items()}
+    with atomic(folder / WEIGHTS) as partial:
+        save_file(state, partial, metadata={"format": "pt"})
+    write_json(folder / CONFIG, settings, sort_keys=True)
+
+
+def check_folder(folder: Path, what: str, command: str) -> None:
+    """Refuse a folder that `save` did not write; `command` trains a model."""
+    if not (folder / CONFIG).exists() or not (folder / WEIGHTS).exists():
+        raise ValueError(f"{folder}: no {what} there; run `make repro` or `{command}`")
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """
-    Raises:
-        ValueError: no such file, or not one of plain tensors.
-    """
+    """The tensors of a .safetensors file, or of one that torch.save wrote."""
     if not path.exists():
         raise ValueError(f"{path}: no preference model checkpoint there")
     try:
@@ -25,12 +39,10 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def load_strictly(model: nn.Module, state: dict[str, Tensor], source: str | Path, what: str) -> None:
-    """
+    """Refuse a state in which a tensor is missing, unknown or of another shape.
+
     Args:
         what: the weights must fit, for the message.
-
-    Raises:
-        ValueError: a tensor is missing, unknown or of another shape.
     """
     try:
         missing, unexpected = model.load_state_dict(state, strict=False)

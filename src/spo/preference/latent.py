@@ -1,7 +1,7 @@
-"""The latent reward model (LRM; arXiv 2502.01051, Sec. 3): the base's own UNet judges noisy latents.
+"""The latent reward model (LRM; arXiv 2502.01051, Sec. 3): the base's own UNet scores noisy latents.
 
 Down and mid blocks run on x_t at t; their states are averaged over h and w, concatenated and projected.
-Nothing is predicted or decoded, so that early steps can be judged too.
+Nothing is predicted or decoded, so that early steps can be scored too.
 
 Departures from the paper (P) or the official code (C):
 1. P does not say which state of a down block is averaged; C takes the residuals at indices 2, 5, 8 (and 11),
@@ -12,32 +12,28 @@ Departures from the paper (P) or the official code (C):
    openai/clip-vit-large-patch14, which `text_projection` names; without it, ours starts as the identity.
 4. `trained: heads` or `lora` leave the UNet and the text encoders as they are (`all`, as published, trains
    them).
-5. P keeps the checkpoint with the best validation accuracy; here the last weights are kept, which `ema` may
+5. P saves the checkpoint with the best validation accuracy; here it is the last weights, which `ema` may
    average. P's linear decay of the learning rate is `optimizer.decay: linear`.
 6. Official LRM checkpoints are not loaded: the names of their tensors are not known to us. The paper does not
-   give them, and guessed names could end in a judge that is silently wrong.
+   give them, and guessed names could end in a model that is silently wrong.
 """
 
-from __future__ import annotations
-
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from spo.config import LatentPreference
 from spo.diffusion.denoiser import is_guided
 from spo.preference import checkpoint
-from spo.runtime.files import atomic, write_json
+from spo.preference.checkpoint import CONFIG, WEIGHTS
+from spo.runtime.files import read_json
 from spo.types import Backbone, Candidates, Conditioning, FeatureModel
 
-WEIGHTS, CONFIG = "model.safetensors", "config.json"
 EMPTY = "empty "  # prefix of the empty prompt's tensors in a Conditioning
 PROBE_TOLERANCE = 0.03  # of the probe's norm; fp16 and bf16 change a VAE's latents by less
 
@@ -69,11 +65,7 @@ class LatentPreferenceModel(nn.Module):
 
     @torch.no_grad()
     def start_text_projection(self, weight: Tensor, source: str) -> None:
-        """Take over CLIP's text projection [out,in].
-
-        Raises:
-            ValueError: another shape, or a base whose pooled text is projected already.
-        """
+        """Take over CLIP's text projection [out,in]."""
         if self.text_projection is None:
             raise ValueError(
                 "latent_preference.text_projection: SDXL's pooled text is projected already; set it to null"
@@ -131,30 +123,19 @@ class LatentPreferenceModel(nn.Module):
         Args:
             backbone: the base, whose VAE made the latents.
         """
-        folder = Path(folder)
-        self.encoder.merge_lora()  # nothing, if the training was finished
-        state = {k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}
-        with atomic(folder / WEIGHTS) as partial:
-            save_file(state, partial, metadata={"format": "pt"})
+        self.encoder.merge_lora()  # does nothing after `LatentTask.finish`
         settings = {
             "feature_guidance": self.feature_guidance,
             "base": _base(self.encoder, backbone),
             "vae_probe": [round(float(v), 4) for v in vae_probe(backbone)],
         }
-        write_json(folder / CONFIG, settings, sort_keys=True)
+        checkpoint.save(Path(folder), self.state_dict(), settings)
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, backbone: Backbone) -> LatentPreferenceModel:
-        """Load a folder written by `save_pretrained`, for latents of `backbone`.
-
-        Raises:
-            ValueError: no model there, one of another base or another VAE, or weights that do not fit.
-        """
+    def from_pretrained(cls, folder: str | Path, backbone: Backbone) -> Self:
+        """Load a folder written by `save_pretrained`, for latents of `backbone`."""
         folder = Path(folder)
-        if not (folder / CONFIG).exists() or not (folder / WEIGHTS).exists():
-            raise ValueError(
-                f"{folder}: no latent reward model there; run `make repro` or `spo preference latent`"
-            )
+        checkpoint.check_folder(folder, "latent reward model", "spo preference latent")
         settings = _read_config(folder / CONFIG)
         encoder = backbone.feature_model()
         _check_base(folder, settings, encoder, backbone)
@@ -167,6 +148,8 @@ class LatentPreferenceModel(nn.Module):
 
 class LatentRewardModel:
     """A trained latent reward model as a `types.RewardModel`: no gradients, nothing decoded."""
+
+    needs_images = False
 
     def __init__(self, model: LatentPreferenceModel, judged_at: Literal["candidate", "step"]) -> None:
         """
@@ -187,35 +170,27 @@ class LatentRewardModel:
 
 
 def vae_probe(backbone: Backbone) -> Tensor:
-    """Means of a fixed picture's latents over quarters [4C]: the same for the same latent space only."""
+    """Means of a fixed image's latents over quarters [4C]: the same for the same latent space only."""
     height, width = backbone.image_size
     rows = torch.linspace(-1, 1, height).view(-1, 1).expand(height, width)
     columns = torch.linspace(-1, 1, width).view(1, -1).expand(height, width)
-    picture = torch.stack([rows, columns, (4 * math.pi * rows * columns).sin()])
+    image = torch.stack([rows, columns, (4 * math.pi * rows * columns).sin()])
     with torch.no_grad():
-        latents = backbone.encode(picture[None].to(backbone.device))
+        latents = backbone.encode(image[None].to(backbone.device))
     return F.adaptive_avg_pool2d(latents.float(), 2).flatten().cpu()
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    """
-    Raises:
-        ValueError: not the config of a latent reward model.
-    """
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-        given = {"feature_guidance": float, "base": dict, "vae_probe": list}
-        if all(isinstance(settings[key], kind) for key, kind in given.items()):
-            return settings
-    except (ValueError, KeyError, TypeError):
-        pass
-    raise ValueError(
-        f"{path}: not the config of a latent reward model; give a folder written by `spo preference latent`"
-    )
+    kinds = {"feature_guidance": float, "base": dict, "vae_probe": list}
+    advice = "give a folder written by `spo preference latent`"
+    settings = read_json(path, "latent reward model", then=advice)
+    if not all(isinstance(settings.get(key), kind) for key, kind in kinds.items()):
+        raise ValueError(f"{path}: not the config of a latent reward model; {advice}")
+    return settings
 
 
 def _base(encoder: FeatureModel, backbone: Backbone) -> dict[str, Any]:
-    """What must be alike in the base of a model and in the policy's."""
+    """What the base of a model and that of the policy must have in common."""
     return {
         "channels of the latents": backbone.latent_shape[0],
         "channels of the UNet's down blocks": list(encoder.down_widths),
@@ -225,10 +200,7 @@ def _base(encoder: FeatureModel, backbone: Backbone) -> dict[str, Any]:
 
 
 def _check_base(folder: Path, settings: dict[str, Any], encoder: FeatureModel, backbone: Backbone) -> None:
-    """
-    Raises:
-        ValueError: the model judges latents of another base or VAE.
-    """
+    """Refuse a model that scores latents of another base or VAE."""
     advice = "train it again by `spo preference latent`"
     for what, expected in _base(encoder, backbone).items():
         found = settings["base"].get(what)
@@ -240,6 +212,6 @@ def _check_base(folder: Path, settings: dict[str, Any], encoder: FeatureModel, b
     probe, own = torch.tensor(settings["vae_probe"]), vae_probe(backbone)
     if probe.shape != own.shape or float((probe - own).norm()) > PROBE_TOLERANCE * float(own.norm()):
         raise ValueError(
-            f"{folder}: a latent reward model of another VAE: its latents of a test picture differ from "
+            f"{folder}: a latent reward model of another VAE: its latents of a test image differ from "
             f"those of the base model's VAE; {advice}, or name the VAE it was trained with in backbone.vae"
         )

@@ -4,8 +4,6 @@ As in the paper, both images of a pair have the same timestep of the sampler and
 is the cross entropy of the two scores. Nothing is decoded.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,13 +16,14 @@ from spo.diffusion import finite
 from spo.diffusion.noise import SampleNoise
 from spo.diffusion.schedule import Schedule
 from spo.preference.latent import LatentPreferenceModel, LatentRewardModel
+from spo.preference.trainer import NoisedPairs
 from spo.runtime.transfer import send
 from spo.types import Backbone
 
 
 @dataclass(frozen=True)
-class LatentTraining:
-    """A latent reward model as a `trainer.Trained`."""
+class LatentTask:
+    """A latent reward model as a `trainer.PreferenceTask`."""
 
     model: LatentPreferenceModel
     backbone: Backbone
@@ -45,23 +44,17 @@ class LatentTraining:
         return self.schedule.timesteps[noise.integers(len(self.schedule.timesteps))], noise.draw()
 
     @torch.no_grad()
-    def shown(
-        self,
-        latents: tuple[Tensor, Tensor],
-        captions: Sequence[str],
-        timesteps: Tensor,
-        noise: Tensor | None,
-        check: finite.FiniteCheck,
-    ) -> Tensor:
-        """As `Trained.shown`: latents [P,2,C,h,w]."""
-        x_t = send(torch.cat(latents), self.backbone.device)
-        check.note(finite.STORED, x_t, [*captions, *captions])
+    def inputs(self, pairs: NoisedPairs, check: finite.FiniteCheck) -> Tensor:
+        """Latents [P,2,C,h,w]."""
+        x_t, noise = send(torch.cat(pairs.latents), self.backbone.device), pairs.noise
+        check.note(finite.STORED, x_t, [*pairs.captions] * 2)
         if noise is not None:
-            x_t = self.schedule.add_noise(x_t, torch.cat([noise[:, 0], noise[:, 1]]), timesteps.repeat(2))
+            both = torch.cat([noise[:, 0], noise[:, 1]])
+            x_t = self.schedule.add_noise(x_t, both, pairs.timesteps.repeat(2))
         return torch.stack(x_t.chunk(2), dim=1)
 
-    def scores(self, shown: Tensor, captions: Sequence[str], timesteps: Tensor) -> tuple[Tensor, Tensor]:
-        x_t, text = torch.cat([shown[:, 0], shown[:, 1]]), self.model.encode_text(captions).repeat(2)
+    def scores(self, inputs: Tensor, captions: Sequence[str], timesteps: Tensor) -> tuple[Tensor, Tensor]:
+        x_t, text = torch.cat([inputs[:, 0], inputs[:, 1]]), self.model.encode_text(captions).repeat(2)
         score_0, score_1 = self.model.score(x_t, text, timesteps.repeat(2)).chunk(2)
         return score_0, score_1
 
@@ -69,7 +62,7 @@ class LatentTraining:
         return LatentRewardModel(self.model, "candidate")
 
     def finish(self) -> None:
-        """Merge the adapter: in half precision that rounds W + BA, which the measured model shall show."""
+        """Merge the adapter. In half precision that rounds W + BA: the model is measured as it is saved."""
         self.model.encoder.merge_lora()
 
     def save(self, folder: Path) -> None:

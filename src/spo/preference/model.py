@@ -6,7 +6,7 @@ modulation starts as the identity, so that training starts from the CLIP as it i
 Departures from the official code:
 1. Scores are computed row by row; the official scorer does the same, its trainer scores N x N.
 2. Text features are separate from images, so that a rollout computes them once a prompt.
-3. `step_condition=False` is the same CLIP without modulation, to compare with.
+3. `step_condition=False` is the same CLIP without modulation, for comparison.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoTokenizer, CLIPConfig, CLIPModel
@@ -28,11 +27,12 @@ from spo.data.images import CLIP_MEAN, CLIP_STD
 from spo.data.preprocessing import OPENAI, announced
 from spo.data.tokens import tokenize
 from spo.preference import checkpoint as checkpoint_files
+from spo.preference.checkpoint import CONFIG, WEIGHTS
 from spo.runtime import hub
-from spo.runtime.files import atomic, read_json, write_json
+from spo.runtime.files import atomic, read_json
 from spo.runtime.transfer import send
+from spo.types import Candidates, Conditioning
 
-WEIGHTS, CONFIG = "model.safetensors", "config.json"
 FREQUENCIES = 256  # sinusoids of the timestep
 # modules trained by `preference.trained: heads`, with the step condition
 HEADS = ("visual_projection", "text_projection", "final_layer_norm", "post_layernorm", "logit_scale")
@@ -61,11 +61,7 @@ class StepAwarePreferenceModel(nn.Module):
     def from_clip(
         cls, name: str, step_condition: bool = True, revision: str | None = None
     ) -> StepAwarePreferenceModel:
-        """Load any CLIP-format folder or hub id in fp32, with modulation at identity.
-
-        Raises:
-            ValueError: it cannot be loaded, tensors are missing, or its images are prepared in another way.
-        """
+        """Load any CLIP-format folder or hub id in fp32, with modulation at identity."""
         model = cls(_clip(name, revision, "preference.init"), step_condition)
         own = announced(name, revision, model.image_size, "preference.init")
         if not all(map(torch.equal, own, OPENAI)):
@@ -77,11 +73,7 @@ class StepAwarePreferenceModel(nn.Module):
 
     @classmethod
     def from_official_checkpoint(cls, path: str | Path, config: CLIPConfig) -> StepAwarePreferenceModel:
-        """Load a released `*_step-aware_preference_model.bin`; `config` is that of its CLIP.
-
-        Raises:
-            ValueError: keys are missing, unknown, or of another shape.
-        """
+        """Load a released `*_step-aware_preference_model.bin`; `config` is that of its CLIP."""
         state = checkpoint_files.read_tensors(Path(path))
         state = {k: v.float() for k, v in state.items() if not k.endswith("position_ids")}
         model = cls(CLIPModel(config))
@@ -92,8 +84,7 @@ class StepAwarePreferenceModel(nn.Module):
     def from_pretrained(cls, folder: str | Path) -> StepAwarePreferenceModel:
         """Load a folder written by `save_pretrained`."""
         folder = Path(folder)
-        if not (folder / CONFIG).exists() or not (folder / WEIGHTS).exists():
-            raise ValueError(f"{folder}: no preference model there; run `make repro` or `spo preference`")
+        checkpoint_files.check_folder(folder, "preference model", "spo preference")
         settings = read_json(folder / CONFIG, "preference model")
         step_condition = settings.pop("step_condition", True)
         model = cls(CLIPModel(CLIPConfig.from_dict(settings)), step_condition)
@@ -103,13 +94,9 @@ class StepAwarePreferenceModel(nn.Module):
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write config.json and model.safetensors: CLIPModel's keys and those of the modulation."""
-        folder = Path(folder)
-        state = {k: v.detach().cpu().contiguous() for k, v in self.model.state_dict().items()}
-        with atomic(folder / WEIGHTS) as partial:
-            save_file(state, partial, metadata={"format": "pt"})
         settings = {**self.model.config.to_dict(), "step_condition": self.step_condition}
         settings.pop("_name_or_path", None)  # a path of this machine
-        write_json(folder / CONFIG, settings, sort_keys=True)
+        checkpoint_files.save(Path(folder), self.model.state_dict(), settings)
 
     def save_official_checkpoint(self, path: str | Path) -> None:
         """Write the format of the released SPMs: a state dict whose keys start with `model.`."""
@@ -202,12 +189,33 @@ class TimestepEmbedder(nn.Module):
         return self.mlp(waves.to(next(self.parameters()).dtype))
 
 
-def clip_text_projection(name: str, revision: str | None = None) -> Tensor:
-    """The text projection [out,in] of a CLIP-format folder or hub id.
+class ClipRewardModel:
+    """A trained model and its tokenizer as a `types.RewardModel`: fp32, no gradients."""
 
-    Raises:
-        ValueError: it cannot be loaded.
-    """
+    needs_images = True
+
+    def __init__(self, model: StepAwarePreferenceModel, tokenizer: Any) -> None:
+        self.model, self.tokenizer = model.eval().requires_grad_(False), tokenizer
+
+    @torch.no_grad()
+    def encode_text(self, prompts: Sequence[str]) -> Conditioning:
+        text = self.model.encode_text(token_ids(self.tokenizer, prompts, self.model))
+        return Conditioning({"text": text})
+
+    @torch.no_grad()
+    def score(self, candidates: Candidates, text: Conditioning) -> Tensor:
+        assert candidates.images is not None
+        return self.model.score_features(candidates.images, text.tensors["text"], candidates.timesteps)
+
+
+def load_reward_model(folder: str | Path, device: torch.device | str) -> ClipRewardModel:
+    """The output of the stage `preference`."""
+    model = StepAwarePreferenceModel.from_pretrained(folder).to(device)
+    return ClipRewardModel(model, load_tokenizer(str(folder)))
+
+
+def clip_text_projection(name: str, revision: str | None = None) -> Tensor:
+    """The text projection [out,in] of a CLIP-format folder or hub id."""
     return _clip(name, revision, "latent_preference.text_projection").text_projection.weight.detach()
 
 

@@ -1,4 +1,5 @@
-"""The step-aware preference model in training: pairs are noised alike, predicted in one step and decoded.
+"""The step-aware preference model in training: both images of a pair get the same noise,
+are predicted in one step and decoded.
 
 Departures from the official code:
 1. `preference.ema` averages the weights over training (0, as published, does not).
@@ -13,10 +14,8 @@ Departures from the official code:
 6. An image without noise, as at t = 0 of the evaluation, is the decoded latents; theirs is the file.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,18 +23,45 @@ import torch
 from torch import Tensor
 
 from spo.config import Preference
-from spo.diffusion.finite import FiniteCheck
+from spo.diffusion import finite
+from spo.diffusion.denoiser import GuidedDenoiser
 from spo.diffusion.noise import SampleNoise
 from spo.diffusion.schedule import Schedule
-from spo.preference.model import StepAwarePreferenceModel, token_ids
-from spo.preference.noising import clean_pair, noised_pair
-from spo.preference.reward_model import ClipRewardModel
+from spo.preference.model import ClipRewardModel, StepAwarePreferenceModel, token_ids
+from spo.preference.trainer import NoisedPairs
+from spo.runtime.transfer import send
 from spo.types import Backbone
 
 
+def images_of(
+    backbone: Backbone, schedule: Schedule, pairs: NoisedPairs, guidance: float, check: finite.FiniteCheck
+) -> tuple[Tensor, Tensor]:
+    """Both images [P,3,H,W] in [-1,1] of P pairs of latents, with the same noise at the same t (Sec. 4.2).
+
+    x_t = q(x_t | x_0), then x_0 predicted by the backbone with guidance, then decoded; without noise the
+    stored latents are decoded.
+
+    Args:
+        check: notes all that must be finite on the way.
+    """
+    captions, timesteps = [*pairs.captions] * 2, pairs.timesteps.repeat(2)
+    with backbone.inference():
+        x_0 = send(torch.cat(pairs.latents), backbone.device)
+        check.note(finite.STORED, x_0, captions)
+        if pairs.noise is not None:
+            denoiser = GuidedDenoiser.encode(backbone, pairs.captions, guidance, check).repeat(2)
+            schedule = schedule.to(backbone.device)
+            x_t = schedule.add_noise(x_0, pairs.noise.repeat(2, 1, 1, 1), timesteps)
+            x_0 = schedule.predict_x0(denoiser(x_t, timesteps), timesteps, x_t)
+        images = backbone.decode(x_0)
+        check.note(finite.DECODER, images, captions, timesteps)
+    first, second = images.clamp(-1, 1).chunk(2)
+    return first, second
+
+
 @dataclass(frozen=True)
-class StepAware:
-    """A `trainer.Trained` model, and the backbone that shows it what is predicted from noisy latents."""
+class StepAwareTask:
+    """A step-aware preference model as a `trainer.PreferenceTask`."""
 
     model: StepAwarePreferenceModel
     tokenizer: Any
@@ -56,37 +82,22 @@ class StepAware:
         return noise.integers(self.schedule.num_train_timesteps), noise.draw()
 
     @torch.no_grad()
-    def shown(
-        self,
-        latents: tuple[Tensor, Tensor],
-        captions: Sequence[str],
-        timesteps: Tensor,
-        noise: Tensor | None,
-        check: FiniteCheck,
-    ) -> Tensor:
-        """As `Trained.shown`: images [P,2,3,s,s] of the CLIP's size; in training without settings.noised
-        those without noise."""
-        if noise is None or self._clean:
-            named = None if self._clean else timesteps
-            images = clean_pair(self.backbone, latents, check, captions, named)
-        else:
-            conditioning = self.backbone.encode_prompts(captions)
-            schedule = self.schedule.to(self.backbone.device)
-            guidance = self.settings.guidance
-            images = noised_pair(
-                self.backbone, schedule, latents, timesteps, noise, conditioning, guidance, check, captions
-            )
+    def inputs(self, pairs: NoisedPairs, check: finite.FiniteCheck) -> Tensor:
+        """Images [P,2,3,s,s] of the CLIP's size; in training without settings.noised those without noise."""
+        if self._clean:
+            pairs = replace(pairs, timesteps=torch.zeros_like(pairs.timesteps), noise=None)
+        images = images_of(self.backbone, self.schedule, pairs, self.settings.guidance, check)
         return torch.stack([self.model.fitted(side) for side in images], dim=1)
 
     @property
     def _clean(self) -> bool:
         return self.model.training and not self.settings.noised
 
-    def scores(self, shown: Tensor, captions: Sequence[str], timesteps: Tensor) -> tuple[Tensor, Tensor]:
-        """As `Trained.scores`; images without noise are scored at t = 0."""
+    def scores(self, inputs: Tensor, captions: Sequence[str], timesteps: Tensor) -> tuple[Tensor, Tensor]:
+        """Images without noise are scored at t = 0."""
         timesteps = torch.zeros_like(timesteps) if self._clean else timesteps
         text = self.model.encode_text(token_ids(self.tokenizer, captions, self.model))
-        images = torch.cat([shown[:, 0], shown[:, 1]])
+        images = torch.cat([inputs[:, 0], inputs[:, 1]])
         scores = self.model.score_features(images, text.repeat(2, 1), timesteps.repeat(2))
         score_0, score_1 = scores.chunk(2)
         return score_0, score_1

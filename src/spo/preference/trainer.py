@@ -1,20 +1,19 @@
 """Training and measuring preference models: on noised pairs of latents, by their labels."""
 
-from __future__ import annotations
-
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
 from spo.config import LatentPreference, Preference
 from spo.diffusion.finite import FiniteCheck
 from spo.diffusion.noise import shuffled
-from spo.preference.loss import preference_loss
 from spo.runtime.transfer import send
 from spo.training import distributed, loop
 from spo.training.checkpoint import CheckpointStore
@@ -23,8 +22,30 @@ from spo.training.placement import lower
 from spo.types import Backbone, Batch, LatentPairs, Mean, RewardModel
 
 
-class Trained(Protocol):
-    """A preference model in training, and how it scores pairs of latents."""
+def preference_loss(score_0: Tensor, score_1: Tensor, label_0: Tensor) -> Tensor:
+    """Cross-entropy [B] of the labels and the softmax over two scores (PickScore, arXiv 2305.01569, Eq. 1).
+
+    Args:
+        score_0: logits [B] of the first image; score_1 of the second.
+        label_0: [B], 1, 0 or .5 (tie); log .5 is added to a tie's loss, so that its best value is 0.
+    """
+    difference = score_0 - score_1
+    losses = -label_0 * F.logsigmoid(difference) - (1 - label_0) * F.logsigmoid(-difference)
+    return losses + (label_0 == 0.5) * math.log(0.5)
+
+
+@dataclass(frozen=True)
+class NoisedPairs:
+    """P pairs of latents, and what noises them."""
+
+    latents: tuple[Tensor, Tensor]  # x_0 [P,C,h,w] of the first and of the second image, as stored
+    captions: Sequence[str]
+    timesteps: Tensor  # int64 [P]
+    noise: Tensor | None  # [P,...] of `PreferenceTask.draw`; None: the images as they are, at t = 0
+
+
+class PreferenceTask(Protocol):
+    """A preference model to be trained: what it sees of pairs of latents, and how it scores that."""
 
     name: str  # its section of params.yaml, for messages
 
@@ -47,27 +68,16 @@ class Trained(Protocol):
         """Timesteps int64 [P] and noise [P,...] that belong to the keys of P pairs."""
         ...
 
-    def shown(
-        self,
-        latents: tuple[Tensor, Tensor],
-        captions: Sequence[str],
-        timesteps: Tensor,
-        noise: Tensor | None,
-        check: FiniteCheck,
-    ) -> Tensor:
-        """What the model scores of P pairs [P,2,...], without gradients: both images, noised to `timesteps`
-        int64 [P] by the noise of `draw`.
-
-        Without noise the images are as they are, and `timesteps` 0. `check` notes what must be finite.
-        """
+    def inputs(self, pairs: NoisedPairs, check: FiniteCheck) -> Tensor:
+        """What the model sees of P pairs [P,2,...], without gradients; `check` notes what must be finite."""
         ...
 
-    def scores(self, shown: Tensor, captions: Sequence[str], timesteps: Tensor) -> tuple[Tensor, Tensor]:
-        """Scores [P] of both images of P pairs."""
+    def scores(self, inputs: Tensor, captions: Sequence[str], timesteps: Tensor) -> tuple[Tensor, Tensor]:
+        """Scores [P] of the first and of the second image."""
         ...
 
     def reward_model(self) -> RewardModel:
-        """The model as it is, to judge candidates."""
+        """The model as it is, for rollouts."""
         ...
 
     def finish(self) -> None:
@@ -75,12 +85,12 @@ class Trained(Protocol):
         ...
 
     def save(self, folder: Path) -> None:
-        """Write the model for the methods that are judged by it."""
+        """Write the trained model."""
         ...
 
 
 def train(
-    trained: Trained,
+    task: PreferenceTask,
     pairs: LatentPairs,
     *,
     seed: int,
@@ -90,19 +100,14 @@ def train(
     clock: Clock | None = None,
     scale_loss: bool = False,
 ) -> dict[str, Any]:
-    """Train `trained.model` in place for settings.steps updates; returns as `training.loop.fit`.
-
-    Raises:
-        ValueError: there are no pairs.
-        FloatingPointError, KeyboardInterrupt: as `training.loop.fit`.
-    """
+    """Train `task.model` in place for settings.steps updates; returns as `training.loop.fit`."""
     if not len(pairs.captions):
-        raise ValueError(f"{trained.name}: there are no training pairs; look at outputs/pairs/summary.json")
-    settings = trained.settings
-    trained.prepare()
-    trained.model.train()
+        raise ValueError(f"{task.name}: there are no training pairs; look at outputs/pairs/summary.json")
+    settings = task.settings
+    task.prepare()
+    task.model.train()
     summary = loop.fit(
-        LabelObjective(trained, pairs, seed),
+        LabelObjective(task, pairs, seed),
         settings.optimizer,
         checkpoints=checkpoint,
         checkpoint_every=settings.checkpoint_every,
@@ -112,7 +117,7 @@ def train(
         ema=settings.ema,
         scale_loss=scale_loss,
     )
-    trained.model.eval()
+    task.model.eval()
     return summary
 
 
@@ -121,37 +126,37 @@ class PairBatch(Batch):
     """P pairs, each noised to its timestep."""
 
     indices: Tensor  # int64 [P], of the pairs
-    noise: Tensor  # [P,...], as `Trained.draw` gives it
-    shown: Tensor  # [P,2,...], as `Trained.shown` gives it
-    check: FiniteCheck  # of all that is shown in the update; the first of its parts hands it on
+    noise: Tensor  # [P,...], of `PreferenceTask.draw`
+    inputs: Tensor  # [P,2,...], of `PreferenceTask.inputs`
+    check: FiniteCheck  # of the inputs of the whole update; the first of its parts hands it on
 
 
 class LabelObjective:
     """The preference model learns which image of a noised pair the annotator preferred (Sec. 4.2)."""
 
-    def __init__(self, trained: Trained, pairs: LatentPairs, seed: int) -> None:
-        self.trained, self.pairs, self.settings, self.seed = trained, pairs, trained.settings, seed
-        self.name, self.iterations = trained.name, trained.settings.steps
+    def __init__(self, task: PreferenceTask, pairs: LatentPairs, seed: int) -> None:
+        self.task, self.pairs, self.settings, self.seed = task, pairs, task.settings, seed
+        self.name, self.iterations = task.name, task.settings.steps
 
     def parameters(self) -> list[torch.nn.Parameter]:
-        return [p for p in self.trained.model.parameters() if p.requires_grad]
+        return [p for p in self.task.model.parameters() if p.requires_grad]
 
     def collect(self, iteration: int) -> tuple[list[list[PairBatch]], dict[str, float]]:
         """One update: each process its share, in parts of the device's budget.
 
-        What the model sees is computed for all of them first, so that the base can leave the device.
+        The inputs of all parts are computed first, so that the base can leave the device.
         """
         count = min(self.settings.batch_size, len(self.pairs.captions))
         distributed.check_shards(count, f"{self.name}.batch_size")
         chosen = distributed.shard(shuffled(len(self.pairs.captions), iteration * count, count, self.seed))
         indices = torch.tensor([i for _, i in chosen])
         captions = [self.pairs.captions[i] for i in indices.tolist()]
-        timesteps, noise = self.trained.draw([f"spm {e} {i}" for e, i in chosen], self.seed)
+        timesteps, noise = self.task.draw([f"spm {e} {i}" for e, i in chosen], self.seed)
         check = FiniteCheck()
-        shown = shown_of(self.trained, self.pairs, indices, timesteps, noise, check)
-        self.trained.backbone.rest()
-        weight = send(self.pairs.weight[indices], shown.device)
-        size = self.trained.backbone.budget.pairs
+        inputs = _inputs(self.task, self.pairs, indices, timesteps, noise, check)
+        self.task.backbone.rest()
+        weight = send(self.pairs.weight[indices], inputs.device)
+        size = self.task.backbone.budget.pairs
         parts = [slice(start, start + size) for start in range(0, len(chosen), size)]
         return [
             [
@@ -161,7 +166,7 @@ class LabelObjective:
                     prompts=captions[part],
                     indices=indices[part],
                     noise=noise[part],
-                    shown=shown[part],
+                    inputs=inputs[part],
                     check=check,
                 )
                 for part in parts
@@ -172,46 +177,45 @@ class LabelObjective:
         """Losses [P], and how many clear labels the model agrees with."""
         check.take(batch.check)
         with lower("pairs"):
-            score_0, score_1 = self.trained.scores(batch.shown, batch.prompts, batch.timesteps)
+            score_0, score_1 = self.task.scores(batch.inputs, batch.prompts, batch.timesteps)
         label_0 = send(self.pairs.label_0[batch.indices], score_0.device)
         right = ((score_0 > score_1) == (label_0 > 0.5)).float()
         return preference_loss(score_0, score_1, label_0), {"accuracy": Mean(right, (label_0 != 0.5).float())}
 
 
-def shown_of(
-    trained: Trained,
+def _inputs(
+    task: PreferenceTask,
     pairs: LatentPairs,
     indices: Tensor,
     timesteps: Tensor,
     noise: Tensor | None,
     check: FiniteCheck,
 ) -> Tensor:
-    """What the model scores of the pairs at `indices` int64 [P], in calls of the device's budget."""
-    size, parts = max(1, trained.backbone.budget.samples // 2), []
+    """What the model sees of the pairs at `indices` int64 [P], in calls of the device's budget."""
+    size, parts = max(1, task.backbone.budget.samples // 2), []
     for start in range(0, len(indices), size):
         part = slice(start, start + size)
         captions = [pairs.captions[i] for i in indices[part].tolist()]
         own = None if noise is None else noise[part]
-        parts.append(trained.shown(pairs.read(indices[part]), captions, timesteps[part], own, check))
+        parts.append(
+            task.inputs(NoisedPairs(pairs.read(indices[part]), captions, timesteps[part], own), check)
+        )
     return torch.cat(parts)
 
 
 @torch.no_grad()
 def evaluate(
-    trained: Trained, pairs: LatentPairs, timesteps: Sequence[int], *, seed: int
+    task: PreferenceTask, pairs: LatentPairs, timesteps: Sequence[int], *, seed: int
 ) -> dict[int, dict[str, float]]:
     """Share of clear labels (no ties) that the model agrees with, at each timestep: {t: {accuracy, n}}.
 
     The noise belongs to the pair, the same at every timestep, so models are compared on the same images; at
     t = 0 the images have no noise.
-
-    Raises:
-        ValueError: an image or a score is not finite.
     """
-    trained.model.eval()
-    device = trained.backbone.device
+    task.model.eval()
+    device = task.backbone.device
     decided = (pairs.label_0 != 0.5).nonzero().flatten()
-    parts = decided.split(max(1, trained.backbone.budget.samples // 2))
+    parts = decided.split(max(1, task.backbone.budget.samples // 2))
     rank, n = distributed.state().process_index, distributed.count()
     report: dict[int, dict[str, float]] = {}
     with tqdm(total=len(parts) * len(timesteps), desc="preference accuracy", unit="batch") as bar:
@@ -219,12 +223,12 @@ def evaluate(
             right = torch.zeros((), dtype=torch.int64, device=device)
             for indices in parts[rank::n]:
                 captions = [pairs.captions[i] for i in indices.tolist()]
-                _, noise = trained.draw([f"evaluation {i}" for i in indices.tolist()], seed)
+                _, noise = task.draw([f"evaluation {i}" for i in indices.tolist()], seed)
                 at = torch.full((len(indices),), t, device=device)
                 check = FiniteCheck()
-                seen = shown_of(trained, pairs, indices, at, noise if t else None, check)
+                inputs = _inputs(task, pairs, indices, at, noise if t else None, check)
                 check.check()
-                scores = trained.scores(seen, captions, at)
+                scores = task.scores(inputs, captions, at)
                 _check_scores(torch.stack(scores), t, captions)
                 first_wins = send(pairs.label_0[indices], device) > 0.5
                 right += ((scores[0] > scores[1]) == first_wins).sum()
@@ -235,10 +239,7 @@ def evaluate(
 
 
 def _check_scores(scores: Tensor, timestep: int, captions: Sequence[str]) -> None:
-    """
-    Raises:
-        ValueError: of scores [2,B] some are not finite; the first such pair is named.
-    """
+    """Refuse scores [2,B] that are not finite; the first such pair is named."""
     if bool(scores.isfinite().all()):
         return
     bad = (~scores.isfinite()).any(0).nonzero().flatten().tolist()

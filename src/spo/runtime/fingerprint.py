@@ -9,6 +9,7 @@ from pathlib import Path
 from pydantic import BaseModel
 
 from spo.runtime import files
+from spo.runtime.workspace import SCRATCH
 
 PACKAGE = Path(__file__).parents[1]
 
@@ -30,6 +31,13 @@ def fingerprint(
     for path in (*(path for root in inputs for path in _files(root)), *modules):
         digest.update(path.name.encode() + bytes.fromhex(str(files.digest(path))))
     return digest.hexdigest()[:16]
+
+
+def resume_folder(
+    name: str, sections: Sequence[BaseModel | str | int], inputs: Iterable[Path], code: Sequence[str]
+) -> Path:
+    """The folder of the resume state of what `fingerprint` names."""
+    return SCRATCH / "resume" / f"{name}-{fingerprint(sections, inputs, code)}"
 
 
 def _files(root: Path) -> list[Path]:

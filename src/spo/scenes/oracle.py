@@ -56,9 +56,6 @@ class Perception(nn.Module):
 
         Args:
             captions: name images in errors.
-
-        Raises:
-            ValueError: NaN or infinity in the pixels or in the network's output.
         """
         _check_finite(images, captions, "the pixels are", "check the model that generated them")
         parts = [self(chunk) for chunk in images.split(CHUNK)]
@@ -78,11 +75,7 @@ class Perception(nn.Module):
 
     @classmethod
     def load(cls, folder: str | Path) -> Perception:
-        """Load a network in evaluation mode.
-
-        Raises:
-            ValueError: a missing or damaged folder.
-        """
+        """Load a network in evaluation mode."""
         folder = Path(folder)
         if not (folder / "config.json").exists():
             raise ValueError(f"{folder}: no such oracle; run `make repro` or `dvc pull data.dvc`")
@@ -147,11 +140,7 @@ class Oracle:
         self.model = Perception.load(folder)
 
     def score(self, images: Tensor, captions: Sequence[str]) -> dict[str, list[float]]:
-        """Score images [N,3,48,48] in [-1,1], each for its own caption.
-
-        Raises:
-            ValueError: another number of captions than images, or values that are not finite.
-        """
+        """Score images [N,3,48,48] in [-1,1], each for its own caption."""
         if len(images) != len(captions):
             raise ValueError(f"oracle: {len(images)} images, but {len(captions)} prompts")
         quality, log_probs = self.model.perceive(images, captions)

@@ -73,11 +73,7 @@ def captions(attributes: Tensor, generator: torch.Generator) -> list[str]:
 
 
 def parse(text: str) -> Tensor:
-    """Parse a caption to its attributes int64 [8]; the inverse of `caption`.
-
-    Raises:
-        ValueError: a text that is not a caption of this world.
-    """
+    """Parse a caption to its attributes int64 [8]; the inverse of `caption`."""
     try:
         scene, background = text.split(" on ")
         for relation in (*LAYOUTS[len(PLACES) :], *REVERSED.values()):

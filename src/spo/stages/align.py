@@ -1,15 +1,16 @@
-"""Stage `align`: fine-tune the base model by one method; joins method, backbone and training loop."""
+"""Stage `align`: fine-tune the base model by one method."""
 
 from __future__ import annotations
 
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spo.config import Params
+from spo.config import Lora, Params
 from spo.runtime.files import remove, write_json
-from spo.runtime.fingerprint import fingerprint
-from spo.runtime.workspace import METRICS, SCRATCH, TRAINING
+from spo.runtime.fingerprint import resume_folder
+from spo.runtime.workspace import METRICS, TRAINING
 from spo.stages.common import stage
 from spo.tracking.curve import Curve
 from spo.tracking.runs import Run
@@ -41,8 +42,9 @@ def run(params: Params, method: str) -> None:
     """Fine-tune the base model by `method`, a section of `align`."""
     from spo import backbones
     from spo.methods import method_spec
+    from spo.publish import card
     from spo.training import budget, distributed, loop, optimizer
-    from spo.training.alignment import Alignment
+    from spo.training.alignment import Alignment, make_trainable
     from spo.training.checkpoint import CheckpointStore
     from spo.training.clock import Clock
     from spo.training.distributed import device
@@ -54,11 +56,12 @@ def run(params: Params, method: str) -> None:
         backbone = backbones.load(params.backbone, device(), budget.of(params, method))
         spec = method_spec(method)
         built = spec.build(params, backbone)  # of the backbone without an adapter
-        _make_trainable(backbone, section, params.seed)
+        make_trainable(backbone, section.lora, params.seed)
         objective = Alignment(f"align.{method}", backbone, built)
         scratch = _scratch(params, method)
         curve = Curve(tracked, scratch)
-        watch = _watch(params, method, objective, curve, scratch, tracked)
+        result = Result(OUTPUT / method, backbone, section.lora, tracked, curve)
+        watch = _watch(params, method, objective, result, scratch)
 
         def resume(iteration: int) -> None:
             curve.resume(iteration)
@@ -80,19 +83,17 @@ def run(params: Params, method: str) -> None:
             )
         except Collapse:
             if watch and distributed.is_main_process():
-                _log_last_good(tracked, watch, section.lora is None, curve)
+                result.log_last_good(watch)
             raise
         if not distributed.is_main_process():
             return
         curve.write(TRAINING / f"{method}.csv")
         cost = spec.cost(params, backbone.scheduler_config)
-        summary |= {
-            "unet_samples": cost.unet_samples,
-            **_write(params, method, backbone, watch, summary, scratch),
-        }
+        facts = result.write(watch, scratch)
+        card.write(result.folder, params, method, {**summary, **facts})
+        summary |= {"unet_samples": cost.unet_samples, **facts}
         write_json(METRICS / f"align_{method}.json", {**summary, "seconds": round(clock.seconds, 1)})
-        iteration = int(summary.get("selected_iteration", objective.iterations))
-        _log_model(tracked, OUTPUT / method, section.lora is None, curve, iteration)
+        result.log(result.folder, int(summary.get("selected_iteration", objective.iterations)))
         if section.lora is None:  # too large to be stored twice: DVC has it
             tracked.set_tags({"model": str(OUTPUT / method)})
         else:
@@ -100,69 +101,53 @@ def run(params: Params, method: str) -> None:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _make_trainable(backbone: Any, section: Any, seed: int) -> None:
-    if section.lora is None:
-        backbone.train_fully()
-    else:
-        backbone.add_lora(section.lora, seed)
-    if backbone.budget.checkpointing:
-        backbone.checkpoint_gradients()
+@dataclass(frozen=True)
+class Result:
+    """What a training leaves: its output folder, and the models that are logged."""
+
+    folder: Path
+    backbone: Any
+    lora: Lora | None  # None: the whole UNet is trained, and saved as a pipeline
+    tracked: Run
+    curve: Curve
+
+    def save(self, folder: Path) -> None:
+        """Write the weights as they are."""
+        from spo.training.alignment import save
+
+        save(self.backbone, self.lora, folder)
+
+    def write(self, watch: Watch | None, scratch: Path) -> dict[str, Any]:
+        """Write the output folder: the last weights or the selected ones, and the validation images.
+
+        Returns:
+            Which validated weights were selected, if any were.
+        """
+        remove(self.folder)
+        selected = watch.selected() if watch else None
+        best = watch.best.path() if watch and selected is not None else None
+        if best is not None:
+            shutil.copytree(best, self.folder, ignore=shutil.ignore_patterns(FACTS))
+        else:
+            self.save(self.folder)
+        if (scratch / "samples").exists():
+            shutil.copytree(scratch / "samples", self.folder / "samples")
+        return {f"selected_{name}": value for name, value in (selected or {}).items()}
+
+    def log(self, folder: Path, iteration: int) -> None:
+        """Log the weights in a folder, those of an iteration, with the scores of their validation."""
+        scores = scores_at(self.curve.rows, iteration)
+        path, kind = (folder, "pipeline") if self.lora is None else (folder / ADAPTER, "adapter")
+        self.tracked.log_model(path, kind, iteration, scores, {"iteration": iteration})
+
+    def log_last_good(self, watch: Watch) -> None:
+        """Log the models that a collapsed training leaves: the last good one and, with `select`, the best."""
+        for saved in (watch.good, watch.best):
+            if path := saved.path():
+                self.log(path, saved.facts()["iteration"])
 
 
-def _write(
-    params: Params,
-    method: str,
-    backbone: Any,
-    watch: Watch | None,
-    summary: dict[str, Any],
-    scratch: Path,
-) -> dict[str, Any]:
-    """Write the output folder: weights (the last or the selected ones), model card and validation images.
-
-    Returns:
-        Which validated weights were selected, if any were.
-    """
-    from spo.publish import card
-
-    folder, full = OUTPUT / method, getattr(params.align, method).lora is None
-    remove(folder)
-    selected = watch.selected() if watch else None
-    best = watch.best.path() if watch and selected is not None else None
-    if best is not None:
-        shutil.copytree(best, folder, ignore=shutil.ignore_patterns(FACTS))
-    else:
-        _save(backbone, full, folder)
-    facts = {f"selected_{name}": value for name, value in (selected or {}).items()}
-    card.write(folder, params, method, {**summary, **facts})
-    if (scratch / "samples").exists():
-        shutil.copytree(scratch / "samples", folder / "samples")
-    return facts
-
-
-def _save(backbone: Any, full: bool, folder: Path) -> None:
-    if full:
-        backbone.save_pipeline(folder)
-    else:
-        backbone.save_lora(folder)
-
-
-def _log_model(tracked: Run, folder: Path, full: bool, curve: Curve, iteration: int) -> None:
-    """Log the weights in a folder, those of an iteration, with the scores of their validation."""
-    scores = scores_at(curve.rows, iteration)
-    path, kind = (folder, "pipeline") if full else (folder / ADAPTER, "adapter")
-    tracked.log_model(path, kind, iteration, scores, {"iteration": iteration})
-
-
-def _log_last_good(tracked: Run, watch: Watch, full: bool, curve: Curve) -> None:
-    """Log the models that a collapsed training leaves: the last good one and, with `select`, the best."""
-    for saved in (watch.good, watch.best):
-        if path := saved.path():
-            _log_model(tracked, path, full, curve, saved.facts()["iteration"])
-
-
-def _watch(
-    params: Params, method: str, objective: Alignment, curve: Curve, scratch: Path, tracked: Run
-) -> Watch | None:
+def _watch(params: Params, method: str, objective: Alignment, result: Result, scratch: Path) -> Watch | None:
     from spo.methods import method_spec
     from spo.training.distributed import device
     from spo.validation.scorers import Scorers
@@ -175,13 +160,13 @@ def _watch(
     return Watch(
         settings,
         validate=lambda: images.validate(backbone, params, settings, method, scorers),
-        save=lambda folder: _save(backbone, section.lora is None, folder),
-        curve=curve,
+        save=result.save,
+        curve=result.curve,
         scratch=scratch,
         name=objective.name,
         iterations=objective.iterations,
         divergence=method_spec(method).divergence,
-        run=tracked,
+        run=result.tracked,
     )
 
 
@@ -196,4 +181,4 @@ def _scratch(params: Params, method: str) -> Path:
     if section.validation is not None:  # the scores at the start are stored there
         inputs.append(images.PROMPTS)
         sections += images.sections(params)
-    return SCRATCH / "resume" / f"align-{method}-{fingerprint(sections, inputs, CODE)}"
+    return resume_folder(f"align-{method}", sections, inputs, CODE)

@@ -1,7 +1,7 @@
 """Stage `preference`: train a preference model and measure it by timestep.
 
-Without an item it is the step-aware preference model (SPM), which judges SPO; `latent` is the latent reward
-model, which judges LPO. The SPM's two baselines (the same CLIP without the step condition; the same CLIP
+Without an item it is the step-aware preference model (SPM), SPO's reward model; `latent` is the latent reward
+model, LPO's. The SPM's two baselines (the same CLIP without the step condition; the same CLIP
 trained on clean images only) are stages of their own, whose accuracies are committed to git: they run again
 only when their inputs or code change.
 """
@@ -15,21 +15,21 @@ from typing import TYPE_CHECKING, Any
 
 from spo.config import PREFERENCE_BASELINES, LatentPreference, Params, Preference
 from spo.runtime.files import remove, require, write_json
-from spo.runtime.fingerprint import fingerprint
+from spo.runtime.fingerprint import resume_folder
 from spo.runtime.hub import split_revision
-from spo.runtime.workspace import METRICS, SCRATCH, TRAINING
+from spo.runtime.workspace import METRICS, TRAINING
 from spo.stages.common import stage
 from spo.tracking.curve import Curve
 
 if TYPE_CHECKING:
     from spo.data.latents import EncodedPairs
-    from spo.preference.latent_training import LatentTraining
-    from spo.preference.step_aware import StepAware
-    from spo.preference.trainer import Trained
+    from spo.preference.latent_training import LatentTask
+    from spo.preference.step_aware import StepAwareTask
+    from spo.preference.trainer import PreferenceTask
     from spo.training.clock import Clock
     from spo.types import Backbone
 
-# of the models that are kept
+# of the models that later stages read
 OUTPUTS = {None: Path("outputs/preference"), "latent": Path("outputs/preference_latent")}
 PAIRS = Path("outputs/pairs")
 VALIDATION_PROMPTS = Path("outputs/prompts/validation.txt")
@@ -52,18 +52,18 @@ def run(params: Params, item: str | None = None) -> None:
         backbone = backbones.load(params.backbone, device(), budget.of(params, kind))
         scratch = _scratch(params, settings, name)
         curve = Curve(tracked, scratch)
-        trained: Trained
+        task: PreferenceTask
         if isinstance(settings, LatentPreference):
-            trained = _latent(params, settings, backbone)
+            task = _latent(params, settings, backbone)
         else:
-            trained = _step_aware(params, settings, backbone)
-        report = _train(params, trained, scratch, curve, clock)
+            task = _step_aware(params, settings, backbone)
+        report = _train(params, task, scratch, curve, clock)
         if not distributed.is_main_process():
             return
         if item in OUTPUTS:
             curve.write(TRAINING / f"{name}.csv")
             remove(OUTPUTS[item])
-            trained.save(OUTPUTS[item])
+            task.save(OUTPUTS[item])
         write_json(METRICS / f"{name}.json", {**report, "seconds": round(clock.seconds, 1)})
         for name in ("accuracy", "local"):
             tracked.log_metrics({f"{name}_t{t}": a for t, a in report.get(name, {}).items()}, step=0)
@@ -79,12 +79,12 @@ def _settings(params: Params, item: str | None) -> Preference | LatentPreference
     return params.preference.model_copy(update=PREFERENCE_BASELINES[item] if item else {})
 
 
-def _step_aware(params: Params, settings: Preference, backbone: Backbone) -> StepAware:
+def _step_aware(params: Params, settings: Preference, backbone: Backbone) -> StepAwareTask:
     import torch
 
     from spo.diffusion.schedule import Schedule
     from spo.preference.model import StepAwarePreferenceModel, load_tokenizer
-    from spo.preference.step_aware import StepAware
+    from spo.preference.step_aware import StepAwareTask
 
     schedule = Schedule.from_config(backbone.scheduler_config, settings.num_inference_steps)
     schedule = schedule.to(backbone.device)
@@ -94,15 +94,15 @@ def _step_aware(params: Params, settings: Preference, backbone: Backbone) -> Ste
     model = StepAwarePreferenceModel.from_clip(settings.init, settings.step_condition, settings.revision)
     if settings.logit_scale is not None:
         model.set_logit_scale(settings.logit_scale)
-    return StepAware(model.to(backbone.device), tokenizer, backbone, schedule, settings)
+    return StepAwareTask(model.to(backbone.device), tokenizer, backbone, schedule, settings)
 
 
-def _latent(params: Params, settings: LatentPreference, backbone: Backbone) -> LatentTraining:
+def _latent(params: Params, settings: LatentPreference, backbone: Backbone) -> LatentTask:
     import torch
 
     from spo.diffusion.schedule import Schedule
     from spo.preference.latent import LatentPreferenceModel
-    from spo.preference.latent_training import LatentTraining
+    from spo.preference.latent_training import LatentTask
     from spo.preference.model import clip_text_projection
 
     schedule = Schedule.from_config(backbone.scheduler_config, settings.num_inference_steps)
@@ -112,21 +112,21 @@ def _latent(params: Params, settings: LatentPreference, backbone: Backbone) -> L
         weight = clip_text_projection(settings.text_projection, settings.revision)
         model.start_text_projection(weight, settings.text_projection)
     place = backbone.device
-    return LatentTraining(model.to(place), backbone, schedule.to(place), settings, params.seed)
+    return LatentTask(model.to(place), backbone, schedule.to(place), settings, params.seed)
 
 
-def _train(params: Params, trained: Trained, scratch: Path, curve: Curve, clock: Clock) -> dict[str, Any]:
+def _train(params: Params, task: PreferenceTask, scratch: Path, curve: Curve, clock: Clock) -> dict[str, Any]:
     """Train the model; returns its accuracy by timestep on validation pairs, and facts."""
     from spo.data.latents import latent_pairs
     from spo.preference import trainer
     from spo.preference.compute import unet_samples
     from spo.training.checkpoint import CheckpointStore
 
-    settings = trained.settings
-    pairs = {part: latent_pairs(params, trained.backbone, part) for part in ("train", "validation")}
+    settings = task.settings
+    pairs = {part: latent_pairs(params, task.backbone, part) for part in ("train", "validation")}
     pairs["train"], facts = _labelled(pairs["train"], settings)
     summary = trainer.train(
-        trained,
+        task,
         pairs["train"],
         seed=params.seed,
         checkpoint=CheckpointStore(scratch / "checkpoints"),
@@ -136,10 +136,10 @@ def _train(params: Params, trained: Trained, scratch: Path, curve: Curve, clock:
         # the step-aware model computes in fp32 whatever the base's precision
         scale_loss=isinstance(settings, LatentPreference) and params.backbone.dtype == "fp16",
     )
-    trained.finish()
+    task.finish()
     if settings.local_prompts:
-        facts["local"] = _local_judgement(params, trained)
-    measured = trainer.evaluate(trained, pairs["validation"], settings.eval_timesteps, seed=params.seed)
+        facts["local"] = _local_judgement(params, task)
+    measured = trainer.evaluate(task, pairs["validation"], settings.eval_timesteps, seed=params.seed)
     return {
         "accuracy": {str(t): round(m["accuracy"], 4) for t, m in measured.items()},
         "n": int((pairs["validation"].label_0 != 0.5).sum()),
@@ -162,16 +162,12 @@ def _labelled(
     return replace(pairs, label_0=labels), {FACTS: facts}
 
 
-def _local_judgement(params: Params, trained: Trained) -> dict[str, float]:
-    """Correlation with the oracle within the candidates of a step, by timestep.
-
-    Raises:
-        ValueError: there is no oracle, or too few validation prompts.
-    """
+def _local_judgement(params: Params, task: PreferenceTask) -> dict[str, float]:
+    """Correlation with the oracle within the candidates of a step, by timestep."""
     from spo.evaluation.local_judgement import local_judgement
     from spo.scenes.oracle import Oracle
 
-    settings, section = trained.settings, trained.name
+    settings, section = task.settings, task.name
     if params.score.oracle is None:
         raise ValueError(f"{section}.local_prompts: needs score.oracle, which only scenes has; set it to 0")
     prompts = require(VALIDATION_PROMPTS, "validation prompts").read_text(encoding="utf-8").splitlines()
@@ -181,8 +177,8 @@ def _local_judgement(params: Params, trained: Trained) -> dict[str, float]:
             f"{VALIDATION_PROMPTS}"
         )
     by_timestep = local_judgement(
-        trained.backbone,
-        trained.reward_model(),
+        task.backbone,
+        task.reward_model(),
         Oracle(params.score.oracle),
         prompts[: settings.local_prompts],
         steps=settings.num_inference_steps,
@@ -197,4 +193,4 @@ def _scratch(params: Params, settings: Preference | LatentPreference, name: str)
     sections = (name, params.seed, params.backbone, params.pairs.latents, settings)
     pinned = "latent" if isinstance(settings, LatentPreference) else "clip"
     inputs = [Path(p) for p in ("outputs/pairs", "outputs/inputs/base.json", f"outputs/inputs/{pinned}.json")]
-    return SCRATCH / "resume" / f"preference-{fingerprint(sections, inputs, CODE)}"
+    return resume_folder("preference", sections, inputs, CODE)

@@ -1,12 +1,12 @@
-"""A method on a backbone as an objective: one policy and one reference forward a batch, then its loss."""
+"""Trains a backbone by a method: one policy and one reference forward per batch, then the method's loss."""
 
-from __future__ import annotations
-
-from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from spo.config import Lora
 from spo.diffusion import finite
 from spo.diffusion.denoiser import GuidedDenoiser
 from spo.types import Backbone, Mean, Method, UNetBatch
@@ -32,20 +32,28 @@ class Alignment:
         `check` notes inputs and outputs of the UNets. Losses do not always show that they are not finite: a
         clamped ratio, or logsigmoid, makes infinity finite.
         """
-        denoiser = GuidedDenoiser.of(self.backbone, batch.conditioning, self.method.guidance)
+        prompts = batch.prompts
+        if len(batch.x_t) == 2 * len(prompts):  # winners, then losers
+            prompts = [*prompts, *prompts]
+        check.note(finite.X_T, batch.x_t, prompts, batch.timesteps)
+        denoiser = GuidedDenoiser.of(self.backbone, batch.conditioning, self.method.guidance, prompts, check)
         with torch.no_grad():
             reference = denoiser(batch.x_t, batch.timesteps, reference=True)
         policy = denoiser(batch.x_t, batch.timesteps)
-        _note_outputs(check, policy.detach(), reference, batch)
         losses, metrics = self.method.loss(policy, reference, batch)
         return losses, {name: Mean(values.detach(), batch.weight) for name, values in metrics.items()}
 
 
-def _note_outputs(check: finite.FiniteCheck, policy: Tensor, reference: Tensor, batch: UNetBatch) -> None:
-    prompts: Sequence[str] = batch.prompts
-    if len(policy) == 2 * len(prompts):  # winners, then losers
-        prompts = [*prompts, *prompts]
-    check.note(finite.X_T, batch.x_t, prompts, batch.timesteps)
-    check.note_text(batch.conditioning, prompts)
-    check.note(finite.REFERENCE, reference, prompts, batch.timesteps)
-    check.note(finite.UNET, policy, prompts, batch.timesteps)
+def make_trainable(backbone: Any, lora: Lora | None, seed: int) -> None:
+    """Add an adapter, whose first weights follow from `seed`; without one make the whole UNet trainable."""
+    if lora is None:
+        backbone.train_fully()
+    else:
+        backbone.add_lora(lora, seed)
+    if backbone.budget.checkpointing:
+        backbone.checkpoint_gradients()
+
+
+def save(backbone: Any, lora: Lora | None, folder: Path) -> None:
+    """Write what was trained: the adapter, or the pipeline with the whole UNet."""
+    (backbone.save_pipeline if lora is None else backbone.save_lora)(folder)

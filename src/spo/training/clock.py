@@ -1,4 +1,4 @@
-"""Seconds of work, of all processes that a training took: they are part of its state."""
+"""Seconds of a training, over all processes that it took; they are part of its state."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 
 class Clock:
-    """Starts when it is made, and after a resume goes on from what was saved."""
+    """Starts when it is made; a resumed one counts on from the seconds of its checkpoint."""
 
     def __init__(self) -> None:
         self._start = time.monotonic()

@@ -4,8 +4,6 @@ All randomness comes from (seed, iteration) inside the objective, so weights, op
 number of the iteration are the whole state: a resumed run equals an uninterrupted one bit for bit.
 """
 
-from __future__ import annotations
-
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -47,58 +45,43 @@ def fit(
 
     Args:
         checkpoints: where to resume from and save to, every `checkpoint_every` iterations.
-        on_metrics: called after each iteration with mean metrics, among them the number of updates so far,
-            and the number of iterations.
-        on_resume: called once with the number of iterations that are done already; what was noted of later
-            ones belongs to a process that was killed, and is computed again.
-        watch: called before training and after each iteration, before its weights are saved, with the
-            number of iterations and mean metrics; where it is true they are saved at once. An error of it
-            ends training.
-        clock: of the stage; goes on from where the resumed training was saved.
-        ema, scale_loss: as of TrainingState.
-        sampler_ema: batches are collected by an average of the weights with this decay; 0: by the weights.
+        on_metrics: called after each iteration with its mean metrics and the number of iterations so far.
+        on_resume: called once with the number of iterations that are done already. What was logged of later
+            ones comes from a process that was killed; they are computed again.
+        watch: called before training and after each iteration with the number of iterations and its metrics;
+            where it is true, the state is saved at once. An error in it ends training.
+        clock, ema, scale_loss, sampler_ema: as of TrainingState.
 
     Returns:
-        updates, pairs trained on, iterations, and seconds in iterations, all of the whole training, however
-        often it was resumed; with scale_loss, skipped_updates.
+        As `TrainingState.finish`.
 
     Raises:
         FloatingPointError: a loss or gradient is not finite; the weights are those before the update.
         KeyboardInterrupt: SIGTERM or Ctrl-C, after the state was saved.
     """
-    parameters = objective.parameters()
+    parameters, total = objective.parameters(), objective.iterations
     if not parameters:
         raise ValueError(f"{objective.name}: nothing to train: the model has no trainable parameters")
-    state = TrainingState(parameters, optimizer, ema, scale_loss, sampler_ema, clock, objective.iterations)
+    state = TrainingState(parameters, optimizer, ema, scale_loss, sampler_ema, clock, total)
     first = state.resume(checkpoints)
     on_resume(first)
-    done, total = first, objective.iterations
     bar = tqdm(total=total, initial=first, desc=objective.name, unit="iteration")
     with stop_on_signal() as stopped, bar:
         if watch and first == 0:
             watch(0, {})
-        for iteration in range(first, total):
+        for done in range(first + 1, total + 1):
             with state.clock.training(), fast(parameters[0].device):
-                metrics = _iteration(objective, iteration, state)
-            done = iteration + 1
+                metrics = _iteration(objective, done - 1, state)
             on_metrics(metrics, done)
             bar.update()
             bar.set_postfix(loss=f"{metrics.get('loss', float('nan')):.4f}", pairs=state.pairs, refresh=False)
-            kept = watch is not None and watch(done, metrics)
+            save = watch is not None and watch(done, metrics)
             stop = distributed.any_rank(bool(stopped))
-            if checkpoints and (kept or done % checkpoint_every == 0 or done == total or stop):
+            if checkpoints and (save or done % checkpoint_every == 0 or done == total or stop):
                 state.save(checkpoints, done)
             if stop:
                 raise KeyboardInterrupt(f"stopped after iteration {done}; run it again to resume from there")
-    state.finish()
-    counts = {"skipped_updates": state.skipped} if scale_loss else {}
-    return {
-        "updates": state.updates,
-        "pairs": state.pairs,
-        "iterations": done,
-        **counts,
-        "training_seconds": round(state.clock.training_seconds, 1),
-    }
+    return state.finish(max(first, total))
 
 
 def _iteration(objective: Objective, iteration: int, state: TrainingState) -> dict[str, float]:
@@ -136,14 +119,15 @@ def update(objective: Objective, parts: Sequence[Batch], state: TrainingState) -
     read = _read(parts, metrics, [total, norm, *check.flags(), *(x.isfinite().all() for x in losses_of)])
     weight, gradient_norm, *finite = read.local
     if weight == 0:  # no valid pair anywhere: AdamW would still decay the weights
-        state.leave()
+        state.skip()
         return {}
     if not all(finite):
         _stop(objective.name, check, losses_of, parts, state.updates)
     if not math.isfinite(gradient_norm):
         if state.overflow():
             return {}
-        _check_finite(objective.name, "gradient norm", norm, parts, state.updates)
+        what = f"gradient norm {gradient_norm}"
+        raise _diverged(objective.name, what, _where(parts), state.updates)
     rate = state.step(norm)
     state.pairs += read.pairs
     return {**read.means, "gradient_norm": gradient_norm, "learning_rate": rate}
@@ -173,7 +157,7 @@ def _sums(mean: Mean) -> Tensor:
 
 
 def _in_step(updates: list[list[Batch]]) -> Iterator[list[Batch]]:
-    """As many updates in every process: those with fewer of them repeat their last batch at weight 0."""
+    """As many updates in every process: one with fewer of them repeats its last batch at weight 0."""
     count = len(updates)
     if distributed.count() > 1:
         weight = updates[0][0].weight
@@ -189,34 +173,27 @@ def _in_step(updates: list[list[Batch]]) -> Iterator[list[Batch]]:
 def _stop(
     name: str, check: FiniteCheck, losses: Sequence[Tensor], parts: Sequence[Batch], updates: int
 ) -> None:
-    """
-    Raises:
-        FloatingPointError: with the first of what the update found not finite.
-    """
+    """Raise with the first thing of the update that is not finite: a note of `check`, or a loss."""
     reason = check.failure()
     if reason is not None:
         raise FloatingPointError(f"{name}: update {updates + 1}: {reason}; nothing was updated")
     for batch, values in zip(parts, losses, strict=True):
-        _check_finite(name, "loss", values, [batch], updates)
+        bad = (~values.isfinite()).nonzero().flatten().tolist()
+        if bad:
+            prompt = f", prompt {batch.prompts[bad[0]][:80]!r}" if batch.prompts else ""
+            where = f"timestep {int(batch.timesteps[bad[0]])}{prompt}"
+            raise _diverged(name, f"loss {values[bad[0]].item()}", where, updates)
 
 
-def _check_finite(name: str, what: str, value: Tensor, parts: Sequence[Batch], updates: int) -> None:
-    """`value` is one number, or one for each pair of a batch: then the first bad one is named.
+def _where(parts: Sequence[Batch]) -> str:
+    """The first timesteps and prompts of an update."""
+    timesteps = sorted({t for batch in parts for t in batch.timesteps.tolist()})
+    prompts = dict.fromkeys(prompt[:80] for batch in parts for prompt in batch.prompts)
+    return f"timesteps {timesteps[:8]}, prompts {[*prompts][:4]}"
 
-    Raises:
-        FloatingPointError: it is NaN or infinite.
-    """
-    if bool(value.isfinite().all()):
-        return
-    bad = (~value.isfinite()).flatten().nonzero().flatten().tolist()
-    timesteps = [t for batch in parts for t in batch.timesteps.tolist()]
-    prompts = [p for batch in parts for p in batch.prompts]
-    if value.ndim and len(prompts) == len(value):
-        where = f"timestep {timesteps[bad[0]]}, prompt {prompts[bad[0]][:80]!r}"
-    else:
-        several = [prompt[:80] for prompt in dict.fromkeys(prompts)][:4]
-        where = f"timesteps {sorted(set(timesteps))[:8]}, prompts {several}"
-    raise FloatingPointError(
-        f"{name}: {what} {value.flatten()[bad[0]].item()} at update {updates + 1}, {where}: "
+
+def _diverged(name: str, what: str, where: str, updates: int) -> FloatingPointError:
+    return FloatingPointError(
+        f"{name}: {what} at update {updates + 1}, {where}: "
         f"stopped before the update; try a lower {name}.optimizer.learning_rate"
     )

@@ -1,4 +1,4 @@
-"""AdamW (arXiv 1711.05101) as the params say, the same for every training."""
+"""Builds AdamW (arXiv 1711.05101) from `config.Optimizer`."""
 
 from __future__ import annotations
 
@@ -11,10 +11,6 @@ from spo import config
 
 
 def adamw(parameters: Iterable[torch.nn.Parameter], settings: config.Optimizer) -> torch.optim.Optimizer:
-    """
-    Raises:
-        ValueError: eight_bit is set, and bitsandbytes is not installed.
-    """
     parameters, betas = list(parameters), (settings.beta1, settings.beta2)
     given: Any = (parameters, settings.learning_rate, betas, settings.epsilon, settings.weight_decay)
     if settings.eight_bit:
@@ -24,7 +20,7 @@ def adamw(parameters: Iterable[torch.nn.Parameter], settings: config.Optimizer) 
 
 
 def check(settings: config.Optimizer) -> None:
-    """Before any model is loaded: raises what `adamw` would raise."""
+    """Refuse what `adamw` would refuse, before any model is loaded."""
     if settings.eight_bit:
         _eight_bit()
 

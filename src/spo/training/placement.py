@@ -28,11 +28,7 @@ def on_device(module: nn.Module, device: torch.device | str) -> Iterator[None]:
 
 @contextmanager
 def lower(key: str) -> Iterator[None]:
-    """Name the key of the section `device` that makes a call smaller.
-
-    Raises:
-        OutOfMemoryError: as the call within, with advice.
-    """
+    """When memory runs out within, name the key of the section `device` that makes a call smaller."""
     try:
         yield
     except torch.OutOfMemoryError as error:

@@ -1,12 +1,11 @@
-"""What a training is made of at any moment: weights, optimizer, averages, counts. Saved, resumed, updated."""
+"""Training state: weights, optimizer, averages of the weights, loss scale and counters."""
 
-from __future__ import annotations
-
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from spo import config
 from spo.runtime.messages import TransientError
@@ -42,19 +41,19 @@ class TrainingState:
             clock: of the stage; None: one that starts now.
             iterations: of the whole training, at whose end a linear decay of the learning rate would reach 0.
         """
-        assert not (ema and sampler_ema), "one average at most"
         self.parameters, self.settings = parameters, settings
         self.ema, self.sampler_ema = ema, sampler_ema
         self.optimizer = adamw(parameters, settings)
         self.scaler = torch.amp.GradScaler(parameters[0].device.type, enabled=scale_loss)
-        self.average = [p.detach().clone() for p in parameters] if ema or sampler_ema else []
+        self.average = _copies(parameters) if ema else []
+        self.sampler = _copies(parameters) if sampler_ema else []
         self.updates = self.pairs = self.skipped = 0
         self.iteration, self.iterations = 0, iterations
         self.clock = clock or Clock()
 
     @property
     def learning_rate(self) -> float:
-        """That of the next update: linear warm-up by updates, then constant or linear decay by iterations.
+        """That of the next update: linear warm-up by updates, then constant, or linear decay by iterations.
 
         The decay is that of DeepSpeed's WarmupDecayLR where an iteration is one update.
         """
@@ -64,19 +63,15 @@ class TrainingState:
             factor = min(factor, (self.iterations - self.iteration) / max(self.iterations - warmup, 1))
         return self.settings.learning_rate * factor
 
-    def gradient_norm(self) -> torch.Tensor:
+    def gradient_norm(self) -> Tensor:
         """Sum the gradients over processes, undo the scale of the loss, and return their norm [], unread."""
         gradients = distributed.sum_gradients(self.parameters)
         if self.scaler.is_enabled():
             self.scaler.unscale_(self.optimizer)
         return torch.nn.utils.get_total_norm(gradients)
 
-    def step(self, norm: torch.Tensor) -> float:
-        """Clip the gradients, of norm [], and update the weights and their average.
-
-        Returns:
-            The learning rate.
-        """
+    def step(self, norm: Tensor) -> float:
+        """Clip the gradients, of norm [], and update weights and averages; returns the learning rate."""
         if self.settings.max_grad_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(self.parameters, self.settings.max_grad_norm, norm)
         rate = self.learning_rate
@@ -84,23 +79,20 @@ class TrainingState:
             group["lr"] = rate
         self.optimizer.step()  # not by the scaler, which would wait for the device to look for overflow
         self.scaler.update()
-        if self.average:
-            decay = self.sampler_ema or self.updates / (self.updates + 1 / self.ema)
-            for average, parameter in zip(self.average, self.parameters, strict=True):
-                average.lerp_(parameter.detach(), 1 - decay)
+        if self.ema:
+            _move(self.average, self.parameters, 1 - self.updates / (self.updates + 1 / self.ema))
+        if self.sampler_ema:
+            _move(self.sampler, self.parameters, 1 - self.sampler_ema)
         self.updates += 1
         return rate
 
-    def leave(self) -> None:
-        """Make no update of these gradients; the loss is scaled by what it was."""
+    def skip(self) -> None:
+        """Make no update with these gradients; the scale of the loss stays."""
         self.scaler.update(self.scaler.get_scale())
 
     def overflow(self) -> bool:
         """After a norm that is not finite: whether the scale of the loss made some gradients so. Then the
-        update is skipped and the scale halved.
-
-        Raises:
-            FloatingPointError: no scale helps.
+        update is skipped and the scale halved, down to LEAST_SCALE.
         """
         if not self.scaler.is_enabled():
             return False
@@ -121,22 +113,21 @@ class TrainingState:
         if not self.sampler_ema:
             yield
             return
-        own = [p.detach().clone() for p in self.parameters]
-        self._assign(self.average)
+        own = _copies(self.parameters)
+        _assign(self.parameters, self.sampler)
         try:
             yield
         finally:
-            self._assign(own)
+            _assign(self.parameters, own)
 
-    @torch.no_grad()
-    def _assign(self, values: list[torch.Tensor]) -> None:
-        for parameter, value in zip(self.parameters, values, strict=True):
-            parameter.copy_(value)
-
-    def finish(self) -> None:
-        """Give the parameters the average of `ema`."""
+    def finish(self, iterations: int) -> dict[str, Any]:
+        """Give the parameters the average of `ema`; returns what all of the training took, however often it
+        was resumed: updates, pairs, `iterations`, seconds and, with a scaled loss, skipped updates."""
         if self.ema:
-            self._assign(self.average)
+            _assign(self.parameters, self.average)
+        counts = {"updates": self.updates, "pairs": self.pairs, "iterations": iterations}
+        skipped = {"skipped_updates": self.skipped} if self.scaler.is_enabled() else {}
+        return {**counts, **skipped, "training_seconds": round(self.clock.training_seconds, 1)}
 
     def save(self, store: CheckpointStore, iteration: int) -> None:
         """Write the state after `iteration` iterations, by the main process."""
@@ -146,6 +137,7 @@ class TrainingState:
             "weights": [p.detach() for p in self.parameters],
             "optimizer": self.optimizer.state_dict(),
             "average": self.average,
+            "sampler": self.sampler,
             "updates": self.updates,
             "pairs": self.pairs,
             "clock": self.clock.state(),
@@ -154,7 +146,6 @@ class TrainingState:
             state |= {"scaler": self.scaler.state_dict(), "skipped": self.skipped}
         store.save(iteration, state)
 
-    @torch.no_grad()
     def resume(self, store: CheckpointStore | None) -> int:
         """Take over the newest state that the main process finds; returns the iteration to begin with.
 
@@ -164,9 +155,9 @@ class TrainingState:
         iteration, state = _newest(store) if store else (0, None)
         if state is None:
             return 0
-        self._assign(state["weights"])
-        for average, value in zip(self.average, state["average"], strict=True):
-            average.copy_(value)
+        _assign(self.parameters, state["weights"])
+        _assign(self.average, state["average"])
+        _assign(self.sampler, state["sampler"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.updates, self.pairs = state["updates"], state["pairs"]
         self.clock.resume(state["clock"])
@@ -176,12 +167,25 @@ class TrainingState:
         return iteration
 
 
-def _newest(store: CheckpointStore) -> tuple[int, dict[str, Any] | None]:
-    """The newest state, the same in all processes: a shared file system may show some of them an older one.
+def _copies(parameters: Sequence[Tensor]) -> list[Tensor]:
+    return [p.detach().clone() for p in parameters]
 
-    Raises:
-        TransientError: as `resume`.
-    """
+
+@torch.no_grad()
+def _assign(tensors: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    for tensor, value in zip(tensors, values, strict=True):
+        tensor.copy_(value)
+
+
+@torch.no_grad()
+def _move(averages: Sequence[Tensor], values: Sequence[Tensor], share: float) -> None:
+    """averages += share * (values - averages)."""
+    for average, value in zip(averages, values, strict=True):
+        average.lerp_(value, share)
+
+
+def _newest(store: CheckpointStore) -> tuple[int, dict[str, Any] | None]:
+    """The state that the main process finds newest; a shared file system may show others an older one."""
     main = distributed.is_main_process()
     iteration, state = (main and store.latest()) or (0, None)
     iteration = distributed.broadcast(iteration)

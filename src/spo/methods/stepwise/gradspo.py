@@ -3,8 +3,8 @@
 The noises that drew winner and loser differ by 2 n. The value of the winner is the negative mean square of
 eps_policy - (eps_sampler - g sqrt(1 - abar_t) n), that of the loser the same with -n. Their differences to
 the reference's enter SPO's loss as its log-ratios do. SPO's log-prob gives the late steps a small weight,
-this value does not. Rollouts are those of an average of the policy's weights (`sampler_ema`), and the
-sampler's last step keeps every pair, whatever its gap.
+this value does not. Rollouts are those of an average of the policy's weights (`sampler_ema`), and at the
+sampler's last step every pair is valid, whatever its gap.
 
 Departures from the official code (C; the paper was not compared):
 1. C stores the noises of the candidates; here n = (x_win - x_lose) / (2 sigma_t). The same up to rounding.
@@ -14,10 +14,6 @@ Departures from the official code (C; the paper was not compared):
 3. C is for models that predict eps; here the output of one that predicts v is turned into eps.
 """
 
-from __future__ import annotations
-
-from collections.abc import Sequence
-
 from torch import Tensor
 
 from spo.config import Spo
@@ -26,48 +22,39 @@ from spo.diffusion.schedule import Schedule
 from spo.methods.stepwise.batch import StepBatch
 from spo.methods.stepwise.loss import pair_loss
 from spo.methods.stepwise.method import StepwiseMethod
-from spo.types import RewardModel
-
-EVERY_PAIR = -1.0  # a threshold: no gap is below 0
 
 
 class GradSpoMethod(StepwiseMethod):
-    """SPO's rollout with the loss of GradSPO."""
+    """SPO's rollout with the loss of GradSPO; needs config.gradspo."""
 
+    config: Spo
     name = "align.spo"
-    keep_outputs = True
-
-    def __init__(
-        self,
-        config: Spo,
-        schedule: Schedule,
-        reward_model: RewardModel,
-        prompts: Sequence[str],
-        seed: int,
-    ) -> None:
-        """As of StepwiseMethod; needs config.gradspo."""
-        super().__init__(config, schedule, reward_model, prompts, seed)
-        assert config.gradspo is not None
-        self.scale = config.gradspo.scale
-        if self.rollout.blocks[-1][-1] + 1 == len(schedule.timesteps):
-            self.rollout.thresholds[-1] = EVERY_PAIR
+    store_outputs = every_last_pair = True
 
     def loss(self, policy: Tensor, reference: Tensor, batch: StepBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        """The losses [P] of two UNet outputs [P,C,h,w] at batch.x_t, and metrics [P]."""
-        schedule, timesteps, eta = self.schedule, batch.timesteps, self.config.eta
-        assert batch.output is not None and batch.lose_row is None  # inner_steps is 1
-        eps, eps_reference, eps_sampler = (
-            schedule.predict(output, timesteps, batch.x_t)[1] for output in (policy, reference, batch.output)
-        )
-        n = (batch.x_win - batch.x_lose) / (2 * ddim.standard_deviation(schedule, timesteps, eta))
-        shift = self.scale * (1 - schedule.alpha(timesteps)).sqrt() * n
-        values = values_of_pair(eps, eps_sampler, shift)
-        losses, metrics = pair_loss(values, values_of_pair(eps_reference, eps_sampler, shift), self.config)
-        steps = [
-            ddim.transition(schedule, output.detach(), timesteps, batch.x_t, eta)
-            for output in (policy, reference)
-        ]
-        return losses, {"kl": ddim.divergence(steps[0], steps[1]), **metrics}
+        """As `batch_loss`."""
+        return batch_loss(policy, reference, batch, self.schedule, self.config)
+
+
+def batch_loss(
+    policy_output: Tensor, reference_output: Tensor, batch: StepBatch, schedule: Schedule, config: Spo
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The losses [P] of two UNet outputs [P,C,h,w] at batch.x_t, and metrics [P]."""
+    assert config.gradspo is not None and batch.output is not None and batch.lose_row is None
+    x_t, timesteps = batch.x_t, batch.timesteps
+    eps, eps_reference, eps_sampler = (
+        schedule.predict(output, timesteps, x_t)[1]
+        for output in (policy_output, reference_output, batch.output)
+    )
+    n = (batch.x_win - batch.x_lose) / (2 * ddim.standard_deviation(schedule, timesteps, config.eta))
+    shift = config.gradspo.scale * (1 - schedule.alpha(timesteps)).sqrt() * n
+    values = values_of_pair(eps, eps_sampler, shift)
+    losses, metrics = pair_loss(values, values_of_pair(eps_reference, eps_sampler, shift), config)
+    policy, reference = (
+        ddim.transition(schedule, output.detach(), timesteps, x_t, config.eta)
+        for output in (policy_output, reference_output)
+    )
+    return losses, {"kl": ddim.divergence(policy, reference), **metrics}
 
 
 def values_of_pair(eps: Tensor, eps_sampler: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,4 @@
-"""Online training on step pairs: what SPO, LPO and others share beside their reward model and loss."""
-
-from __future__ import annotations
+"""Online training on step pairs: all that SPO and LPO share, which differ in their reward model."""
 
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -12,10 +10,9 @@ from torch import Tensor
 from spo.config import Params, Stepwise
 from spo.diffusion.noise import SampleNoise, generator, shuffled
 from spo.diffusion.schedule import Schedule
-from spo.methods.stepwise import pairs as step_pairs
-from spo.methods.stepwise.batch import StepBatch, batch_of
+from spo.methods.stepwise.batch import StepBatch, StepPairs, batch_of, gathered
 from spo.methods.stepwise.loss import batch_loss
-from spo.methods.stepwise.rollout import JudgedStep, Rollout, gathered
+from spo.methods.stepwise.rollout import Rollout
 from spo.training import distributed
 from spo.training.placement import on_device
 from spo.types import Backbone, RewardModel
@@ -24,10 +21,10 @@ PROMPTS = "outputs/prompts/train.txt"
 
 
 class StepwiseMethod:
-    """Online batches: a rollout of the current policy, judged at every diverted step."""
+    """Online batches: a rollout of the current policy, with pairs from every diverted step."""
 
     name = "align"  # the section of params.yaml, for messages
-    keep_outputs = False  # of the rollout, in the batches
+    store_outputs = every_last_pair = False  # as of `Rollout`
 
     def __init__(
         self,
@@ -37,14 +34,17 @@ class StepwiseMethod:
         prompts: Sequence[str],
         seed: int,
     ) -> None:
-        """`schedule` has the sampler's timesteps, on the backbone's device.
-
-        Raises:
-            ValueError: the config has no step to draw candidates at, or there are no prompts.
-        """
+        """`schedule` has the sampler's timesteps, on the backbone's device."""
         if not prompts:
             raise ValueError(f"{self.name}: there are no training prompts; look at the prompts stage")
-        self.rollout = Rollout(config, schedule, reward_model, self.name, keep_outputs=self.keep_outputs)
+        self.rollout = Rollout(
+            config,
+            schedule,
+            reward_model,
+            self.name,
+            store_outputs=self.store_outputs,
+            every_last_pair=self.every_last_pair,
+        )
         self.config, self.schedule = config, schedule
         self.prompts, self.seed = list(prompts), seed
         self.iterations, self.guidance = config.iterations, config.guidance
@@ -58,32 +58,28 @@ class StepwiseMethod:
 
         Without a valid pair: one batch of one pair of weight 0. The metrics by timestep are named by
         x_t's, as in `valid_fraction/t0701`. Each process rolls out its share of the prompts; all see all
-        pairs, shuffle them alike and take their share of every update.
+        pairs, shuffle them in the same way and take their share of every update.
         """
         count = self.config.prompts_per_iteration
         distributed.check_shards(count, f"{self.name}.prompts_per_iteration")
         order = shuffled(len(self.prompts), iteration * count, count, self.seed)
         mine = distributed.shard(order)
         keys = [f"rollout {iteration} epoch {epoch} prompt {i}" for epoch, i in mine]
-        judged_on: Any = nullcontext()
+        scoring: Any = nullcontext()
         if backbone.budget.offload:
-            judged_on = on_device(self.rollout.reward_model.model, backbone.device)
-        with backbone.inference(), judged_on:
+            scoring = on_device(self.rollout.reward_model.model, backbone.device)
+        with backbone.inference(), scoring:
             noise = SampleNoise(self.seed, keys, backbone.latent_shape, backbone.device)
-            judged = list(self.rollout.run(backbone, [self.prompts[i] for _, i in mine], noise))
-        judged = gathered(judged)
+            steps = list(self.rollout.run(backbone, [self.prompts[i] for _, i in mine], noise))
+        steps = gathered(steps)
         prompts = [self.prompts[i] for _, i in order]  # in the order of the gathered samples
-        return self._updates(judged, prompts, iteration, backbone.budget.pairs), self._metrics(judged)
+        return self._updates(steps, prompts, iteration, backbone.budget.pairs), self._metrics(steps)
 
     def _updates(
-        self, judged: list[JudgedStep], prompts: list[str], iteration: int, most: int
+        self, steps: list[StepPairs], prompts: list[str], iteration: int, most: int
     ) -> list[list[StepBatch]]:
-        """In parts of at most `most` pairs.
-
-        Indexing copies, so the batches are ordinary tensors, whatever `inference` made.
-        """
-        rows = step_pairs.Rows.of([j.pair for j in judged])
-        valid = torch.cat([j.valid for j in judged]).nonzero().flatten().cpu()
+        """In parts of at most `most` pairs."""
+        valid = torch.cat([s.valid for s in steps]).nonzero().flatten().cpu()
         order = torch.randperm(len(valid), generator=generator(self.seed, f"pairs {iteration}"))
         chosen, weight = valid[order], 1.0
         if len(chosen) == 0:
@@ -93,30 +89,27 @@ class StepwiseMethod:
             mine, share = distributed.shard(update), weight
             if len(mine) == 0:
                 mine, share = update[:1], 0.0  # a process without pairs still takes part in the update
-            updates.append([batch_of(rows, part, share, prompts) for part in mine.split(most)])
+            parts = [part.tolist() for part in mine.split(most)]
+            updates.append([batch_of(steps, p, share, prompts, self.schedule.timesteps) for p in parts])
         return updates
 
-    def _metrics(self, judged: list[JudgedStep]) -> dict[str, float]:
-        valid = torch.stack([j.valid for j in judged]).float().cpu()
-        scores = torch.stack([j.scores.float().mean() for j in judged]).cpu()
+    def _metrics(self, steps: list[StepPairs]) -> dict[str, float]:
+        valid = torch.stack([s.valid for s in steps]).float().cpu()
+        scores = torch.stack([s.scores.float().mean() for s in steps]).cpu()
         metrics = {
             "pairs": float(valid.sum()),
             "valid_fraction": float(valid.mean()),
             "score": float(scores.mean()),
         }
         timesteps = self.schedule.timesteps.tolist()
-        for row, j in enumerate(judged):
-            name = f"t{timesteps[j.step]:04d}"
+        for row, s in enumerate(steps):
+            name = f"t{timesteps[s.step]:04d}"
             metrics[f"valid_fraction/{name}"] = float(valid[row].mean())
             metrics[f"score/{name}"] = float(scores[row])
         return metrics
 
 
 def training_prompts() -> list[str]:
-    """
-    Raises:
-        ValueError: the stage `prompts` has not run.
-    """
     from spo.runtime.files import require
 
     return require(PROMPTS, "training prompts").read_text(encoding="utf-8").splitlines()

@@ -1,9 +1,5 @@
 """Choices along a rollout: where to draw candidates, which two make a pair, which one is continued."""
 
-from __future__ import annotations
-
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
@@ -11,21 +7,16 @@ from spo.config import Rollout
 from spo.diffusion import ddim
 from spo.diffusion.noise import SampleNoise
 from spo.diffusion.schedule import Schedule
-from spo.training import distributed
-from spo.types import Conditioning, StepPair
 
 
 def blocks(config: Rollout, schedule: Schedule, name: str = "align") -> list[list[int]]:
-    """Runs of `inner_steps` steps (indices into schedule.timesteps), each judged once at its end.
+    """Runs of `inner_steps` steps (indices into schedule.timesteps), each scored once at its end.
 
-    Candidates part at the first step of a block. As in the official SDXL code, where a block has
+    The branches diverge at the first step of a block. As in the official SDXL code, where a block has
     several steps, none begins at the sampler's last step: the block before takes it in.
 
     Args:
         name: of the section of params.yaml, for messages.
-
-    Raises:
-        ValueError: the config leaves no step to draw candidates at.
     """
     low, high = config.timestep_range or (0, schedule.num_train_timesteps)
     deviations = ddim.standard_deviation(schedule, schedule.timesteps, config.eta).flatten()
@@ -48,7 +39,8 @@ def blocks(config: Rollout, schedule: Schedule, name: str = "align") -> list[lis
 
 
 def thresholds(config: Rollout, schedule: Schedule, blocks: list[list[int]]) -> list[float]:
-    """The least gap of a valid pair in each block: from `threshold` to `threshold_end`, by its first step."""
+    """The gap above which a pair is valid in each block: from `threshold` to `threshold_end`, by the block's
+    first step."""
     start = config.threshold
     end = start if config.threshold_end is None else config.threshold_end
     if config.threshold_by == "step":
@@ -111,65 +103,3 @@ def resample(config: Rollout, win: Tensor, lose: Tensor, noise: SampleNoise) -> 
 
 def _gap(better: Tensor, worse: Tensor) -> Tensor:
     return torch.tanh((better.float() - worse.float()) / 2)  # softmax of two, first minus second
-
-
-def gathered(pair: StepPair, conditioning: Conditioning) -> StepPair:
-    """The samples of all processes, in the order of their ranks.
-
-    Args:
-        conditioning: of the samples of all processes.
-    """
-    return StepPair(
-        distributed.gather(pair.x_t),
-        distributed.gather(pair.timesteps),
-        distributed.gather(pair.x_win),
-        distributed.gather(pair.x_lose),
-        conditioning,
-        None if pair.x_t_lose is None else distributed.gather(pair.x_t_lose),
-        None if pair.output is None else distributed.gather(pair.output),
-    )
-
-
-@dataclass(frozen=True)
-class Rows:
-    """The pairs of all steps, one after the other: row r is of sample r % B."""
-
-    x_t: Tensor  # [N,C,h,w]
-    timesteps: Tensor  # int64 [N]
-    x_win: Tensor
-    x_lose: Tensor
-    x_t_lose: Tensor | None  # None: no pair has one of its own
-    parted: Tensor  # bool [N]: the loser's x_t is another
-    conditioning: Conditioning  # B samples
-    output: Tensor | None = None  # of the rollout at x_t; None: not kept, or some pair has none
-
-    @classmethod
-    def of(cls, pairs: list[StepPair]) -> Rows:
-        x_t, timesteps, x_win, x_lose = (
-            torch.cat([getattr(p, name) for p in pairs]) for name in ("x_t", "timesteps", "x_win", "x_lose")
-        )
-        own = [p.x_t_lose is not None for p in pairs]
-        x_t_lose = (
-            torch.cat([p.x_t if p.x_t_lose is None else p.x_t_lose for p in pairs]) if any(own) else None
-        )
-        parted = torch.tensor(own, device=x_t.device).repeat_interleave(len(pairs[0].x_t))
-        outputs = [p.output for p in pairs if p.output is not None]
-        output = torch.cat(outputs) if len(outputs) == len(pairs) else None
-        return cls(x_t, timesteps, x_win, x_lose, x_t_lose, parted, pairs[0].conditioning, output)
-
-    def inputs(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """The UNet samples of the pairs at `rows` int64 [P].
-
-        A pair whose branches have parted has a second sample at the end.
-
-        Returns:
-            x_t [B,C,h,w], the row of each sample (int64 [B]), and for each pair the sample that its loser was
-            drawn from (int64 [P]); None: no pair of any step has parted.
-        """
-        if self.x_t_lose is None:
-            return self.x_t[rows], rows, None
-        parted = self.parted[rows]
-        x_t = torch.cat([self.x_t[rows], self.x_t_lose[rows[parted]]])
-        second = len(rows) - 1 + parted.cumsum(0)
-        lose_row = torch.where(parted, second, torch.arange(len(rows), device=rows.device))
-        return x_t, torch.cat([rows, rows[parted]]), lose_row

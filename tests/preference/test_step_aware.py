@@ -2,7 +2,8 @@ import torch
 
 from spo.diffusion.finite import FiniteCheck
 from spo.diffusion.noise import SampleNoise
-from spo.preference.noising import noised_pair
+from spo.preference.step_aware import images_of
+from spo.preference.trainer import NoisedPairs
 
 
 def test_both_images_get_the_same_noise_at_the_same_step(backbone, schedule) -> None:
@@ -16,8 +17,8 @@ def test_both_images_get_the_same_noise_at_the_same_step(backbone, schedule) -> 
     backbone = Recording()
     timesteps, noise = torch.tensor([250, 700]), SampleNoise(0, ["p", "q"], (3, 16, 16)).draw()
     sides = (torch.full((2, 3, 16, 16), 0.5), torch.full((2, 3, 16, 16), -0.5))
-    captions = backbone.encode_prompts(["a", "b"])
-    first, second = noised_pair(backbone, schedule, sides, timesteps, noise, captions, 1.0, FiniteCheck())
+    pairs = NoisedPairs(sides, ["a", "b"], timesteps, noise)
+    first, second = images_of(backbone, schedule, pairs, 1.0, FiniteCheck())
     alpha = schedule.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
     torch.testing.assert_close(backbone.seen[:2] - backbone.seen[2:], alpha.sqrt().expand(2, 3, 16, 16))
     torch.testing.assert_close(backbone.seen[:2], alpha.sqrt() * 0.5 + (1 - alpha).sqrt() * noise)
@@ -33,8 +34,7 @@ def test_guidance_is_between_the_caption_and_the_empty_one(backbone, schedule) -
 
     backbone, t = Lengths(), torch.tensor([300])
     sides, noise = (torch.zeros(1, 3, 16, 16),) * 2, torch.zeros(1, 3, 16, 16)
-    captions = backbone.encode_prompts(["four"])
-    image, _ = noised_pair(backbone, schedule, sides, t, noise, captions, 3.0, FiniteCheck())
+    image, _ = images_of(backbone, schedule, NoisedPairs(sides, ["four"], t, noise), 3.0, FiniteCheck())
     alpha = schedule.alphas_cumprod[300]
     expected = -(1 - alpha).sqrt() * (3 * 4 * 0.01) / alpha.sqrt()
     torch.testing.assert_close(image, torch.full_like(image, expected.item()))
