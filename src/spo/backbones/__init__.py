@@ -1,4 +1,4 @@
-"""Text-to-image models behind `types.Backbone`: the only package that knows diffusers and model families."""
+"""Text-to-image models behind `types.Backbone`: the only package that knows diffusers."""
 
 from spo.backbones.description import Description, describe
 from spo.backbones.loading import load, load_described

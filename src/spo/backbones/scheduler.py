@@ -5,6 +5,7 @@ from typing import Any
 
 from spo import config
 from spo.diffusion.schedule import Schedule, check_process
+from spo.runtime.messages import first_line
 
 # Settings of training: keys that a file omits have the defaults of the scheduler class that it names.
 TRAINED_WITH = (
@@ -25,8 +26,8 @@ def load(announced: Mapping[str, Any], where: str) -> Any:
         if hasattr(kind, "_backends"):  # diffusers' placeholder for a sampler whose library is not installed
             kind = diffusers.DDIMScheduler
         return kind.from_config(announced)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{where}: scheduler/scheduler_config.json: {error}") from None
+    except Exception as error:  # diffusers' classes raise several types for values that they do not take
+        raise ValueError(f"{where}: scheduler/scheduler_config.json: {first_line(error, 300)}") from None
 
 
 def effective(
