@@ -30,7 +30,7 @@ class Prompts(Section):
 class PairFilter(Scorers):
     """Which training pairs are kept, by the gaps between the scores of their two images.
 
-    The gap of a pair with a winner is the winner's score less the loser's; that of a tie has no sign.
+    The gap of a pair with a winner is the winner's score less the loser's; that of a tie is absolute.
     """
 
     win_lose_above: dict[str, Bound] = {}  # by scorer: a pair with a winner is kept if each gap is above
