@@ -42,13 +42,13 @@ RESTART = re.compile(rb"\xff([\xd0-\xd7])")
 def png(data: bytes) -> bytes:
     """A PNG without the chunks that do not show and what follows its end; other damage is refused."""
     kept, names = [data[:8]], []
-    for name, content, intact in _chunks(data):
+    for name, chunk, intact in _chunks(data):
         if not intact and name not in IGNORED:
             raise ValueError(
                 f"damaged: the checksum of its {WORDS.get(name, 'chunk ' + repr(name))} is wrong"
             )
-        if name in PIXELS or (intact and name in READ and READ[name](content)):
-            kept.append(struct.pack(">I", len(content)) + name + content + _checksum(name, content))
+        if name in PIXELS or (intact and name in READ and READ[name](chunk[8:-4])):
+            kept.append(chunk)
         names.append(name)
     if names[:1] != [b"IHDR"]:
         raise ValueError("its header is damaged")
@@ -61,10 +61,11 @@ def check_png_pixels(data: bytes) -> None:
     """Check that the compressed pixels of a PNG are whole: Pillow takes missing rows for black ones."""
     expected = _raw_size(*struct.unpack(">IIBBxxB", data[16:29]))
     inflate, count = zlib.decompressobj(), 0
-    for name, content, _ in _chunks(data):
-        for start in range(0, len(content) if name == b"IDAT" else 0, BLOCK):
+    for name, chunk, _ in _chunks(data):
+        pixels = chunk[8:-4] if name == b"IDAT" else b""
+        for start in range(0, len(pixels), BLOCK):
             if count <= expected and not inflate.eof:
-                count += len(_inflated(inflate, content[start : start + BLOCK]))
+                count += len(_inflated(inflate, pixels[start : start + BLOCK]))
     if count < expected or (count == expected and not inflate.eof):
         raise ValueError("truncated: its pixels end early")
 
@@ -77,20 +78,15 @@ def _inflated(inflate: Any, block: bytes) -> bytes:
 
 
 def _chunks(data: bytes) -> Iterator[tuple[bytes, bytes, bool]]:
-    """Name, content and whether the checksum is right, of each whole chunk up to the end of the image."""
+    """Name, bytes and whether the checksum is right, of each whole chunk up to the end of the image."""
     at, name = 8, b""
     while name != b"IEND" and at + 12 <= len(data):
         length, name = struct.unpack_from(">I4s", data, at)
-        end = at + 12 + length
-        if end > len(data):
+        chunk = data[at : at + 12 + length]
+        if len(chunk) < 12 + length:
             return
-        content = data[at + 8 : end - 4]
-        yield name, content, _checksum(name, content) == data[end - 4 : end]
-        at = end
-
-
-def _checksum(name: bytes, content: bytes) -> bytes:
-    return zlib.crc32(content, zlib.crc32(name)).to_bytes(4, "big")
+        yield name, chunk, zlib.crc32(chunk[4:-4]).to_bytes(4, "big") == chunk[-4:]
+        at += len(chunk)
 
 
 def _raw_size(width: int, height: int, depth: int, colours: int, interlaced: int) -> int:

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from spo.config import Params
 from spo.data.images import decode_image
-from spo.data.pairs import chunks, read_shard, shards
+from spo.data.pairs import chunks, read_pairs, shards
 from spo.diffusion import finite
 from spo.diffusion.noise import SampleNoise
 from spo.runtime.files import atomic, locked, read_json, remove_partials, require, write_json, write_text
@@ -75,7 +75,7 @@ def latent_pairs(params: Params, backbone: Backbone, part: str) -> EncodedPairs:
         settings.append(f"samples of seed {seed}")
     cache = SCRATCH / "latents" / f"{part}-{fingerprint(settings, [folder], CODE)}"
     decode = partial(decode_image, size=backbone.image_size)
-    return encode([read_shard(path) for path in shards(folder)], total, backbone, decode, cache, seed)
+    return encode([read_pairs(path) for path in shards(folder)], total, backbone, decode, cache, seed)
 
 
 def _vae(params: Params) -> str:

@@ -59,16 +59,12 @@ def shards(folder: Path) -> list[Path]:
     return paths
 
 
-def read_pairs(folder: str | Path) -> Iterator[PreferencePair]:
-    """Iterate over the pairs of all shards of a folder, in order."""
-    for path in shards(Path(folder)):
-        yield from read_shard(path)
-
-
-def read_shard(path: Path) -> Iterator[PreferencePair]:
-    names = [f.name for f in fields(PreferencePair)]
-    for batch in batches(open_parquet(path, path), path, names):
-        yield from (PreferencePair(**record) for record in batch.to_pylist())
+def read_pairs(path: str | Path) -> Iterator[PreferencePair]:
+    """Iterate over the pairs of a shard, or of all shards of a folder, in order."""
+    path, names = Path(path), [f.name for f in fields(PreferencePair)]
+    for shard in [path] if path.is_file() else shards(path):
+        for batch in batches(open_parquet(shard, shard), shard, names):
+            yield from (PreferencePair(**record) for record in batch.to_pylist())
 
 
 def open_parquet(source: Any, name: object) -> pq.ParquetFile:
