@@ -36,7 +36,7 @@ PAIRS = 10  # SPO has four baselines, LPO three, Diffusion-DPO two, more guidanc
 
 
 class Tracked:
-    """Stands for the MLflow run: keeps what it is given."""
+    """Stands for the MLflow run: records what it is given."""
 
     def __init__(self) -> None:
         self.metrics: dict[str, float] = {}

@@ -1,4 +1,4 @@
-"""How well a preference model tells the candidates of one denoising step apart, where the truth is known.
+"""How well a preference model ranks the candidates of one denoising step, where the truth is known.
 
 SPO and LPO compare candidates of one step, which differ by little; accuracy on labelled pairs, whose images
 differ in everything, hardly shows how well it does so.
@@ -24,7 +24,7 @@ CANDIDATES = 4
 
 
 class _BesideOracle:
-    """A reward model that keeps what the oracle says of the images that it scores."""
+    """A reward model that records the oracle's aesthetics of the images that it scores."""
 
     needs_images = True
 

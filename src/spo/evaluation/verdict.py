@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from spo.methods import MODULES, method_spec
+from spo.config import METHODS
+from spo.methods import method_spec
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
 NAMES = {
     "base": "Base",
     "base_high_guidance": "Base, more guidance",
-    **{method: method_spec(method).title for method in MODULES},
+    **{method: method_spec(method).title for method in METHODS},
     "pickscore": "PickScore",
     "hps": "HPS ×100",
     "aesthetic": "Aesthetic score",
@@ -92,7 +93,7 @@ def headline(rows: Sequence[Mapping[str, Any]]) -> str:
     metric = next((r["metric"] for r in own if r["metric"] == "oracle_aesthetic"), own[0]["metric"])
     rivals: dict[str, list[str]] = {}
     for row in own:
-        if row["metric"] == metric and (row["baseline"] == first or row["baseline"] in MODULES):
+        if row["metric"] == metric and (row["baseline"] == first or row["baseline"] in METHODS):
             rival = f"{_in_text(row['baseline'])} ({interval(row)})"
             rivals.setdefault(VERBS[outcome(row)], []).append(rival)
     clauses = [f"{verb} {listed(names)}" for verb, names in rivals.items()]

@@ -35,10 +35,10 @@ class Scorers:
         try:
             aesthetic = self._once("aesthetic")
             features = aesthetic.features(images)
-            embedded = _Embedded(aesthetic, images, features)
+            seen = _Seen(aesthetic, images, features)
 
             def scorer(name: str) -> Any:
-                return embedded if name == "aesthetic" else self._once(name)
+                return seen if name == "aesthetic" else self._once(name)
 
             columns = score_images(self.params, images, prompts, self.device, scorer=scorer)
             return columns, aesthetic.normalised(features)
@@ -70,7 +70,7 @@ def _models(value: Any) -> Iterator[nn.Module]:
             yield from _models(part)
 
 
-class _Embedded(BatchedScorer):
+class _Seen(BatchedScorer):
     """The aesthetic scorer of images that its CLIP has embedded already."""
 
     name = "aesthetic"

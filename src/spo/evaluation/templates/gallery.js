@@ -62,7 +62,7 @@ function caption({ index, captions }, { over, metric }) {
   });
 }
 
-// The state is in the address, so that a view can be kept as a bookmark.
+// The state is in the address, so that a view can be bookmarked.
 function toAddress() {
   const changed = NAMES.filter((name) => controls[name].value !== START[name]);
   const state = new URLSearchParams(changed.map((name) => [name, controls[name].value]));
