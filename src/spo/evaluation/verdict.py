@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from spo.methods import MODULES, method_spec
+from spo.config import METHODS
+from spo.methods import method_spec
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
 NAMES = {
     "base": "Base",
     "base_high_guidance": "Base, more guidance",
-    **{method: method_spec(method).title for method in MODULES},
+    **{method: method_spec(method).title for method in METHODS},
     "pickscore": "PickScore",
     "hps": "HPS ×100",
     "aesthetic": "Aesthetic score",
@@ -85,7 +86,7 @@ def headline(rows: Sequence[Mapping[str, Any]]) -> str:
     method = rows[0]["method"]
     own = [r for r in rows if r["method"] == method]
     baselines = list(dict.fromkeys(r["baseline"] for r in own))
-    rivals = (b for b in baselines if b in MODULES)
+    rivals = (b for b in baselines if b in METHODS)
     return " ".join(_sentence(method, b, own) for b in dict.fromkeys((baselines[0], *rivals)))
 
 
