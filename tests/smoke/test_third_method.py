@@ -1,8 +1,7 @@
 """A method is one file: what a third one touches, applied to a copy and run to the report.
 
-`EDITS` is the whole change beside the method's own file (tests/helpers/third_method/sft.py): one line in the
-dict of methods, its section and variant in the configuration, their values in params.yaml, and its entries in
-dvc.yaml.
+`EDITS` is the whole change beside the method's own file (tests/helpers/third_method/sft.py): its section and
+variant in the configuration, their values in params.yaml, and its entries in dvc.yaml.
 """
 
 from __future__ import annotations
@@ -29,7 +28,6 @@ SECTION = '''class Sft(Section):
 
 class Align(Section):'''
 EDITS = {  # file: (text, what it becomes)
-    "src/spo/methods/__init__.py": [("MODULES = {\n", 'MODULES = {\n    "sft": "spo.methods.sft",\n')],
     "src/spo/config/training.py": [
         ("class Align(Section):", SECTION),
         ("    spo: Spo\n", "    spo: Spo\n    sft: Sft\n"),

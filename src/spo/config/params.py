@@ -1,6 +1,6 @@
 """All sections of params.yaml together."""
 
-from __future__ import annotations
+from typing import Self
 
 from pydantic import model_validator
 
@@ -9,7 +9,7 @@ from spo.config.data import Pairs, Prompts
 from spo.config.device import Device
 from spo.config.evaluation import VARIANTS, Generate, Registry, Report, Score
 from spo.config.models import Backbone
-from spo.config.training import METHODS, Align, LatentPreference, Preference, Stepwise
+from spo.config.training import METHODS, Align, LatentPreference, Preference, Stepwise, Validation
 
 PREFERENCE_MODELS = ("preference", "latent_preference")
 
@@ -34,25 +34,29 @@ class Params(Section):
     registry: Registry = Registry()
 
     @model_validator(mode="after")
-    def _registered_method(self) -> Params:
+    def _known_names(self) -> Self:
+        """Keys that name a method, a variant or a scorer of another section."""
         if self.registry.method not in METHODS:
             raise ValueError(f"registry.method: there are {', '.join(METHODS)}, not {self.registry.method}")
-        return self
-
-    @model_validator(mode="after")
-    def _known_baselines(self) -> Params:
         if unknown := [name for name in self.report.baselines if name not in VARIANTS]:
             raise ValueError(
                 f"report.baselines: no variant {unknown[0]!r}; there are {', '.join(VARIANTS)} in generate"
             )
+        for method, validation in self._validations().items():
+            if unused := [name for name in validation.select or () if name not in self.score.configured()]:
+                raise ValueError(
+                    f"align.{method}.validation.select: {unused[0]} has no section in score; add one"
+                )
         return self
 
+    def _validations(self) -> dict[str, Validation]:
+        sections = {method: getattr(self.align, method).validation for method in METHODS}
+        return {method: section for method, section in sections.items() if section is not None}
+
     @model_validator(mode="after")
-    def _enough_validation_prompts(self) -> Params:
+    def _enough_validation_prompts(self) -> Self:
         used = {f"{name}.local_prompts": getattr(self, name).local_prompts for name in PREFERENCE_MODELS}
-        for method in METHODS:
-            validation = getattr(self.align, method).validation
-            used[f"align.{method}.validation.prompts"] = validation.prompts if validation else 0
+        used |= {f"align.{name}.validation.prompts": v.prompts for name, v in self._validations().items()}
         for key, count in used.items():
             if count > self.prompts.n_validation:
                 raise ValueError(
@@ -62,7 +66,7 @@ class Params(Section):
         return self
 
     @model_validator(mode="after")
-    def _work_for_every_process(self) -> Params:
+    def _work_for_every_process(self) -> Self:
         """Each process takes its share of every update, or of every rollout."""
         shared = {f"{name}.batch_size": getattr(self, name).batch_size for name in PREFERENCE_MODELS}
         for method in METHODS:
@@ -73,16 +77,5 @@ class Params(Section):
             if size < self.processes:
                 raise ValueError(
                     f"{key}: {size} is less than the {self.processes} of processes; raise it, or use fewer"
-                )
-        return self
-
-    @model_validator(mode="after")
-    def _selecting_scorers(self) -> Params:
-        for method in METHODS:
-            validation = getattr(self.align, method).validation
-            selecting = (validation.select if validation else None) or ()
-            if unused := [name for name in selecting if name not in self.score.configured()]:
-                raise ValueError(
-                    f"align.{method}.validation.select: {unused[0]} has no section in score; add one"
                 )
         return self

@@ -1,4 +1,4 @@
-"""The alignment methods: a new one is a file here, and a line below."""
+"""The alignment methods: a file each, with the name of the method's section in `align` of params.yaml."""
 
 from __future__ import annotations
 
@@ -8,14 +8,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from spo.methods.spec import MethodSpec
 
-MODULES = {
-    "spo": "spo.methods.spo",
-    "diffusion_dpo": "spo.methods.diffusion_dpo",
-    "lpo": "spo.methods.lpo",
-}
-
 
 def method_spec(name: str) -> MethodSpec:
     """The SPEC of a method's module, which is imported only here: no method depends on another's code."""
-    spec: MethodSpec = import_module(MODULES[name]).SPEC
+    spec: MethodSpec = import_module(f"spo.methods.{name}").SPEC
     return spec

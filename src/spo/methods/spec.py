@@ -15,7 +15,7 @@ __all__ = ["Cost", "MethodSpec", "Work"]
 
 @dataclass(frozen=True)
 class MethodSpec:
-    """One alignment method; `methods/__init__.py` lists all of them."""
+    """One alignment method."""
 
     name: str  # its section in `align` of params.yaml
     title: str  # in tables and figures
