@@ -57,14 +57,14 @@ def _family(one: Measured) -> str:
         for kind, s in one.seconds.items()
     ]
     known = ["a sample of", "ms", "GFLOP", "of the rate of a matrix product"]
-    recipes = [[name, f"{low:.0f} to {high:.0f}"] for name, (low, high) in one.hours.items()]
+    recipes = [[name, f"{hours:.0f}"] for name, hours in one.hours.items()]
     return "\n".join(
         [
             f"## {TITLES[one.name]}\n",
             table(header, rows),
             f"A large matrix product runs at {one.matmul / 1e12:.3g} TFLOP/s.\n",
             table(known, used),
-            "Hours of the published recipes (presets) on one such device, from no valid pair to all valid:\n",
+            "Hours of the published recipes (presets) on one such device at the UNet's rate:\n",
             table(["method", "hours"], recipes),
         ]
     )

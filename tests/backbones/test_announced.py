@@ -15,6 +15,8 @@ from safetensors.torch import load_file
 from spo import config
 from spo.backbones import sizes
 from spo.backbones.parts import choose_variants, variants_of
+from spo.estimate import meta, models
+from spo.types import Budget
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 ANY = pytest.mark.parametrize("family", ["sd", "sdxl"])
@@ -96,8 +98,8 @@ def test_params_override_the_file_and_are_saved_with_a_full_fine_tune(copy, fami
     }
     backbone = load(folder, family, scheduler=override)
     assert_equal(ours(backbone, 3.0), theirs(folder, 3.0, **override))
-    measured = sizes.measure(config.Backbone(family=family, checkpoint=str(folder), scheduler=override))
-    assert override.items() <= measured.scheduler_config.items()
+    settings = config.Backbone(family=family, checkpoint=str(folder), scheduler=override)
+    assert override.items() <= sizes.scheduler_config(settings).items()
     backbone.save_pipeline(tmp_path / "saved")
     again = load(tmp_path / "saved", family)
     assert override.items() <= again.scheduler_config.items()
@@ -164,7 +166,9 @@ def test_square_sample_sizes_as_a_list_work(copy, family: str) -> None:
     plain = ours(load(folder, family), 3.0)
     edit(folder / "unet/config.json", sample_size=[8, 8])
     assert torch.equal(ours(load(folder, family), 3.0), plain)
-    assert sizes.measure(config.Backbone(family=family, checkpoint=str(folder))).latent_shape == (4, 8, 8)
+    settings = config.Backbone(family=family, checkpoint=str(folder))
+    with meta.stand_in():
+        assert models.backbone(settings, Budget()).latent_shape == (4, 8, 8)
 
 
 def test_an_empty_prompt_that_is_not_zeroed_is_encoded(copy) -> None:

@@ -37,15 +37,15 @@ def test_it_is_the_model_of_the_folder(one, load) -> None:
 def test_prompts_and_the_dry_run_read_its_description(one, checkpoints) -> None:
     params = config.validate({**yaml.safe_load(config.preset("smoke")), "backbone": one.model_dump()})
     assert prompts._token_counter(params)("a red ring") == 5  # start, three words, end
-    size = sizes.measure(one)
     folder = one.model_copy(update={"checkpoint": str(checkpoints[one.family]), "config": None})
-    assert size == sizes.measure(folder)
-    assert any("UNet" in line for line in lines(params, "generate", "base"))
+    plans = [lines(params.model_copy(update={"backbone": b}), "generate", "base") for b in (one, folder)]
+    (ours,), (theirs,) = ([line for line in plan if line.startswith("UNet ")] for plan in plans)
+    assert ours == theirs
 
 
 def test_without_a_network_it_says_what_is_missing(one) -> None:
     alone = one.model_copy(update={"config": None})
     with pytest.raises(ValueError, match="backbone.config"):
-        sizes.measure(alone)
+        sizes.scheduler_config(alone)
     with pytest.raises(ValueError, match="cannot be reached"):
         backbones.load(alone, "cpu")
