@@ -9,8 +9,7 @@ from __future__ import annotations
 import argparse
 import csv
 import gc
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,27 +18,14 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import cards, gpu_page, images, lpo, models, offline, shapes, spo
-from benchmarks.measure import Case, Result, compare, timed
+from benchmarks.measure import Case, compare, timed
 
 PROMPTS, PAIRS, IMAGES = 2, 4, 2
 STEPS = {"num_inference_steps": 5, "divert_start_step": 1}
 KINDS = {"sd15": "SD 1.5", "sdxl": "SDXL"}
 
 
-@dataclass(frozen=True)
-class Measured:
-    """One family on one device. Seconds are of one sample."""
-
-    name: str
-    results: list[Result]
-    peak: Mapping[str, float]  # GiB by case, of both sides in turn; empty on a CPU
-    seconds: Mapping[str, float]  # by kind of work
-    flops: Mapping[str, int]  # by kind of work
-    matmul: float  # FLOP/s of a large bf16 product
-    hours: Mapping[str, float]  # of each method's recipe, every pair valid
-
-
-def measure(name: str, tiny: bool, device: str, rounds: int, dtype: torch.dtype) -> Measured:
+def measure(name: str, tiny: bool, device: str, rounds: int, dtype: torch.dtype) -> gpu_page.Measured:
     """All of a family: its cases, then the time of each kind of work and the recipes' hours."""
     words = shapes.tokenizer()
     results, peak = [], {}
@@ -57,7 +43,7 @@ def measure(name: str, tiny: bool, device: str, rounds: int, dtype: torch.dtype)
     seconds, counted = kinds(loaded, device)
     matmul = matmul_rate(device, dtype, 128 if tiny else 8192)
     rate = counted["unet"] / seconds["unet"]
-    return Measured(name, results, peak, seconds, counted, matmul, recipes(name, rate))
+    return gpu_page.Measured(name, results, peak, seconds, counted, matmul, recipes(name, rate))
 
 
 def cases(name: str, words: Any, tiny: bool, device: str, dtype: torch.dtype) -> Iterator[Case]:

@@ -18,7 +18,7 @@ def test_real_shapes_have_the_parameters_of_the_released_models() -> None:
 
 
 @pytest.mark.smoke
-@pytest.mark.parametrize("name", ["sd15", "sdxl"])
+@pytest.mark.parametrize("name", ["sd15", pytest.param("sdxl", marks=pytest.mark.nightly)])
 def test_both_sides_compute_the_same(name: str) -> None:
     found = gpu.measure(name, True, "cpu", 1, torch.float32)
     names = [result.name.split(" of ")[0] for result in found.results]

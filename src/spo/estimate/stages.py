@@ -18,6 +18,7 @@ import torch
 
 from spo.config import PREFERENCE_BASELINES, Params, Stepwise
 from spo.data.latents import EncodedPairs
+from spo.diffusion.denoiser import is_guided
 from spo.diffusion.noise import SampleNoise
 from spo.diffusion.rollout import sample_latents
 from spo.diffusion.schedule import Schedule
@@ -27,6 +28,7 @@ from spo.evaluation import local_judgement as local
 from spo.methods import method_spec
 from spo.methods.lpo import LpoMethod
 from spo.methods.spo import SpoMethod
+from spo.methods.stepwise import pairs as step_pairs
 from spo.preference import trainer
 from spo.preference.latent import LatentPreferenceModel, LatentRewardModel
 from spo.preference.latent_training import LatentTraining
@@ -35,6 +37,7 @@ from spo.preference.step_aware import StepAware
 from spo.runtime.files import read_json
 from spo.training import loop, optimizer, placement
 from spo.training.alignment import Alignment
+from spo.training.compute import TRAINED
 from spo.training.state import TrainingState
 from spo.types import Budget, Objective
 
@@ -114,7 +117,8 @@ def _preference(params: Params, variant: str | None, base: Any, found: Count) ->
     trained.model.train()
     found.text = f"{settings.steps} updates of {settings.batch_size} pairs"
     pairs = _pairs(base, max(2, settings.batch_size))
-    _updates(found, trainer.LabelObjective(trained, pairs, 0), settings, settings.ema)
+    objective = trainer.LabelObjective(trained, pairs, 0)
+    _updates(found, objective, settings, settings.ema, settings.steps * settings.batch_size)
     if settings.local_prompts:
         _local(found, trained, settings)
     pairs, seen = _pairs(base, max(2, base.budget.samples // 2)), 0
@@ -150,10 +154,12 @@ def _align(params: Params, variant: str | None, base: Any, found: Count) -> None
         base.add_lora(section.lora, 0)
     if base.budget.checkpointing:
         base.checkpoint_gradients()
-    updates = cost.updates / run.updates
-    # the UNet's part of a rollout grows as its samples, that of the reward model as the pairs
-    rollouts = (cost.rollouts / run.rollouts + updates) / 2 if run.rollouts else 1.0
-    _updates(found, Alignment(f"align.{name}", base, method), section, 0.0, rollouts, updates)
+    samples = cost.updates / (1 + TRAINED) / (1 + is_guided(method.guidance))
+    rollouts = 1.0
+    if isinstance(section, Stepwise):  # half of a rollout grows as the UNet's samples, half as what is scored
+        scored = [_scored(getattr(p.align, name), base) for p in (params, short)]
+        rollouts = (cost.rollouts / run.rollouts + scored[0] / scored[1]) / 2
+    _updates(found, Alignment(f"align.{name}", base, method), section, 0.0, samples, rollouts)
     validation = getattr(section, "validation", None)
     if validation is not None:
         times = 1 + -(-section.iterations // validation.every)  # before training, and after the last
@@ -169,6 +175,12 @@ def _short(params: Params, name: str) -> Params:
     few: dict[str, Any] = {"num_inference_steps": FEW, "divert_start_step": 2, "timestep_range": None}
     section = section.model_copy(update={**few, "threshold": 0.0, "threshold_end": None})
     return params.model_copy(update={"align": params.align.model_copy(update={name: section})})
+
+
+def _scored(section: Stepwise, base: Any) -> int:
+    """Steps of a rollout whose candidates are scored."""
+    schedule = Schedule.from_config(base.scheduler_config, section.num_inference_steps)
+    return len(step_pairs.blocks(section, schedule))
 
 
 def _method(params: Params, name: str, base: Any) -> Any:
@@ -199,13 +211,14 @@ def _updates(
     objective: Objective,
     settings: Any,
     ema: float,
+    samples: float,
     rollouts: float = 1.0,
-    updates: float = 1.0,
 ) -> None:
     """An iteration after the first, when AdamW has its moments.
 
     Args:
-        rollouts, updates: the work of a true iteration over that of the one that runs.
+        samples: of the whole training, as batches have timesteps.
+        rollouts: work of a true rollout over that of the one that runs.
     """
     with mock.patch.object(optimizer, "_eight_bit", lambda: _EightBit):
         state = TrainingState(objective.parameters(), settings.optimizer, ema, False)
@@ -213,14 +226,10 @@ def _updates(
             parameter.grad = torch.zeros_like(parameter)
         state.optimizer.step()
         state.optimizer.zero_grad(set_to_none=True)
-        times = objective.iterations * rollouts
-        made, _ = found.run("collecting", lambda: objective.collect(0), times)
+        made, _ = found.run("collecting", lambda: objective.collect(0), objective.iterations * rollouts)
         # two parts: the second has the gradients of the first beside it, as all others do
         two = max(made, key=lambda parts: len(parts[0].timesteps))[:2]
-        samples = sum(len(part.timesteps) for part in two)
-        times = (
-            objective.iterations * updates / samples * sum(len(p.timesteps) for parts in made for p in parts)
-        )
+        times = samples / sum(len(part.timesteps) for part in two)
         stepwise = isinstance(settings, Stepwise)
         found.run("update", lambda: loop.update(objective, two, state), times, needs_valid_pairs=stepwise)
 
