@@ -11,12 +11,10 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict
 from pathlib import Path
 
 from spo import estimate
 from spo.config import Params
-from spo.estimate import plan, time
 from spo.training import budget
 from spo.types import Budget
 from tests.helpers import real_sizes
@@ -30,7 +28,6 @@ STAGES = (
 )
 PEAKS, PAGE = Path("tests/estimate/peaks.csv"), Path("docs/gpu.md")
 BEGIN, END = "<!-- cards: begin -->\n", "<!-- cards: end -->\n"
-DDIM = {"beta_schedule": "scaled_linear", "set_alpha_to_one": False, "steps_offset": 1}
 
 
 def name(stage: str, variant: str | None) -> str:
@@ -43,28 +40,19 @@ def cut(params: Params, stage: str, variant: str | None, card: int) -> Budget:
     return budget.automatic(params.backbone.family, kind, card * 2**30)
 
 
-def flops(params: Params, stage: str, variant: str | None) -> float:
-    """Of a whole stage, if every pair of a rollout is valid; checkpointing adds a forward pass."""
-    if stage == "pairs":
-        return 0.0
-    work = plan.plan(params, stage, variant, DDIM)
-    counted = time.Estimate(params, stage, variant, work, "meta", False).flops()
-    return sum(count * counted.get(kind, 0) for kind, count in asdict(work.most).items())
-
-
 def count(preset: str, folder: Path) -> list[dict[str, object]]:
     """A row for each stage and card; a budget that several cards share is counted once."""
     rows: list[dict[str, object]] = []
     params = real_sizes.described(preset, folder)
     for stage, variant in STAGES:
-        known: dict[Budget, int] = {}
-        work = flops(params, stage, variant)
+        known: dict[Budget, estimate.Count] = {}
         for card in CARDS:
             own = cut(params, stage, variant, card)
             if own not in known:
-                known[own] = estimate.peak(params, stage, variant, own).most
+                known[own] = estimate.count(params, stage, variant, own)
             row = {"preset": preset, "stage": name(stage, variant), "card": card, **own._asdict()}
-            rows.append({**row, "gb": f"{known[own] / 1e9:.1f}", "pflop": f"{work / 1e15:.4g}"})
+            found = known[own]
+            rows.append({**row, "gb": f"{found.peak / 1e9:.1f}", "pflop": f"{found.flops() / 1e15:.4g}"})
             print(rows[-1], file=sys.stderr)
     return rows
 
@@ -75,7 +63,7 @@ def table(rows: Sequence[Mapping[str, object]]) -> str:
     lines = [head, "|---|---|---|---|---|---|---|---|---|"]
     for row in rows:
         _, rate = CARDS[int(str(row["card"]))]
-        work = float(str(row["pflop"])) * (4 / 3 if str(row["checkpointing"]) == "True" else 1)
+        work = float(str(row["pflop"]))
         hours = work * 1e15 / (USED * rate) / 3600
         switches = " | ".join("yes" if str(row[k]) == "True" else "" for k in ("checkpointing", "offload"))
         sizes = ", ".join(str(row[k]) for k in ("images", "samples", "pairs"))

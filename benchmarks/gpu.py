@@ -7,41 +7,25 @@ it works. It writes docs/benchmarks-gpu.md.
 from __future__ import annotations
 
 import argparse
+import csv
 import gc
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import gpu_page, images, lpo, models, offline, shapes, spo
-from benchmarks.measure import Case, Result, compare, timed
-from spo import config
-from spo.methods import method_spec
-from spo.training.compute import Work
-from spo.training.probe import flops
+from benchmarks import cards, gpu_page, images, lpo, models, offline, shapes, spo
+from benchmarks.measure import Case, compare, timed
 
 PROMPTS, PAIRS, IMAGES = 2, 4, 2
 STEPS = {"num_inference_steps": 5, "divert_start_step": 1}
 KINDS = {"sd15": "SD 1.5", "sdxl": "SDXL"}
 
 
-@dataclass(frozen=True)
-class Measured:
-    """One family on one device. Seconds are of one sample."""
-
-    name: str
-    results: list[Result]
-    peak: Mapping[str, float]  # GiB by case, of both sides in turn; empty on a CPU
-    seconds: Mapping[str, float]  # by kind of work
-    flops: Mapping[str, int]  # by kind of work
-    matmul: float  # FLOP/s of a large bf16 product
-    hours: Mapping[str, tuple[float, float]]  # of each method's recipe: no pair valid, every pair
-
-
-def measure(name: str, tiny: bool, device: str, rounds: int, dtype: torch.dtype) -> Measured:
+def measure(name: str, tiny: bool, device: str, rounds: int, dtype: torch.dtype) -> gpu_page.Measured:
     """All of a family: its cases, then the time of each kind of work and the recipes' hours."""
     words = shapes.tokenizer()
     results, peak = [], {}
@@ -58,7 +42,8 @@ def measure(name: str, tiny: bool, device: str, rounds: int, dtype: torch.dtype)
     loaded = shapes.load(name, words, tiny, device, dtype)
     seconds, counted = kinds(loaded, device)
     matmul = matmul_rate(device, dtype, 128 if tiny else 8192)
-    return Measured(name, results, peak, seconds, counted, matmul, recipes(loaded, seconds))
+    rate = counted["unet"] / seconds["unet"]
+    return gpu_page.Measured(name, results, peak, seconds, counted, matmul, recipes(name, rate))
 
 
 def cases(name: str, words: Any, tiny: bool, device: str, dtype: torch.dtype) -> Iterator[Case]:
@@ -93,7 +78,9 @@ def kinds(loaded: models.Models, device: str) -> tuple[dict[str, float], dict[st
     for kind, run in _runs(backbone, judge, down).items():
         n = 1 if device == "cpu" else 8
         found[kind] = min(timed(partial(run, n))[1] for _ in range(3)) / n
-        counted[kind] = flops(run)
+        with FlopCounterMode(display=False) as counter:
+            run(1)
+        counted[kind] = counter.get_total_flops()
     return found, counted
 
 
@@ -131,18 +118,20 @@ def matmul_rate(device: str, dtype: torch.dtype, n: int) -> float:
     return 2 * n**3 / seconds
 
 
-def recipes(loaded: models.Models, seconds: Mapping[str, float]) -> dict[str, tuple[float, float]]:
-    """Hours of each method's published recipe (the preset) on one such card."""
-    found = {}
-    for method in config.METHODS:
-        cost = method_spec(method).cost(loaded.params, loaded.backbone.scheduler_config)
-        most = hours(cost.rollouts + cost.updates, seconds)
-        found[method] = (hours(cost.rollouts, seconds) if cost.rollouts.unet else most, most)
-    return found
+def recipes(name: str, rate: float) -> dict[str, float]:
+    """Hours of each method's published recipe (the preset) on one such card, from the FLOPs of cards.py.
 
-
-def hours(work: Work, seconds: Mapping[str, float]) -> float:
-    return sum(count * seconds.get(kind, 0.0) for kind, count in asdict(work).items()) / 3600
+    Args:
+        rate: FLOP/s of the UNet.
+    """
+    with cards.PEAKS.open(encoding="utf-8", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["preset"] == name]
+    largest = str(max(cards.CARDS))  # which recomputes nothing
+    return {
+        row["stage"].removeprefix("align "): float(row["pflop"]) * 1e15 / rate / 3600
+        for row in rows
+        if row["stage"].startswith("align ") and row["card"] == largest
+    }
 
 
 def main() -> None:

@@ -3,19 +3,30 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
-from typing import TYPE_CHECKING
 
 import torch
 
+from benchmarks.measure import Result
 from benchmarks.page import LIBRARIES, table
 
-if TYPE_CHECKING:
-    from benchmarks.gpu import Measured
-
 TITLES = {"sd15": "SD 1.5, 512 pixels", "sdxl": "SDXL, 1024 pixels"}
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One family on one device. Seconds are of one sample."""
+
+    name: str
+    results: list[Result]
+    peak: Mapping[str, float]  # GiB by case, of both sides one after the other; empty on a CPU
+    seconds: Mapping[str, float]  # by kind of work
+    flops: Mapping[str, int]  # by kind of work
+    matmul: float  # FLOP/s of a large bf16 product
+    hours: Mapping[str, float]  # of each method's recipe, every pair valid
 
 
 def render(found: Sequence[Measured], tiny: bool) -> str:
@@ -57,14 +68,14 @@ def _family(one: Measured) -> str:
         for kind, s in one.seconds.items()
     ]
     known = ["a sample of", "ms", "GFLOP", "of the rate of a matrix product"]
-    recipes = [[name, f"{low:.0f} to {high:.0f}"] for name, (low, high) in one.hours.items()]
+    recipes = [[name, f"{hours:.0f}"] for name, hours in one.hours.items()]
     return "\n".join(
         [
             f"## {TITLES[one.name]}\n",
             table(header, rows),
             f"A large matrix product runs at {one.matmul / 1e12:.3g} TFLOP/s.\n",
             table(known, used),
-            "Hours of the published recipes (presets) on one such device, from no valid pair to all valid:\n",
+            "Hours of the published recipes (presets) on one such device at the UNet's rate:\n",
             table(["method", "hours"], recipes),
         ]
     )

@@ -84,11 +84,3 @@ def next_dates(schedule: Mapping[str, Any], count: int = 3) -> list[datetime]:
     if not dates:
         raise ValueError(f"{text!r} never fires: there is no such date")
     return [*dates]
-
-
-def valid_cron(text: str) -> bool:
-    """Whether five fields name dates that exist, as Prefect's scheduler understands them."""
-    try:
-        return bool(next_dates({"cron": text}))
-    except ValueError:
-        return False

@@ -19,6 +19,8 @@ from safetensors.torch import load_file
 from small_experiment import pixels, run, write
 
 from spo import cli, config
+from spo.backbones.description import describe
+from spo.methods import method_spec
 from spo.rewards.pickscore import PickScore
 from spo.runtime.messages import OURS
 
@@ -208,17 +210,19 @@ def test_a_dry_run_shows_what_a_stage_does_and_writes_nothing(experiment, tmp_pa
     # K = 2, two prompts, two iterations. sd: four steps in two blocks of two; a prompt takes 1 + 2 * 3
     # forwards to generate and score, and 2 * 3 samples trained on, which the reference sees too; guided:
     # 2 * 4 * 13 and 2 * 4 * 6. sdxl: its scheduler's last step has no variance, so the second block is one
-    # step: 1 + 2 * 3 and 4. Validation images take 64 forwards
+    # step: 1 + 2 * 3 and 4
     sd = experiment["backbone"]["family"] == "sd"
-    pairs, unet, trained = (16, 104 + 64, 48) if sd else (12, 88 + 64, 32)
+    pairs, unet, trained = (16, 104, 48) if sd else (12, 88, 32)
     for method in ("spo", "lpo"):
         assert f"4 rollouts in 2 iterations; at most {pairs} pairs, 4 updates" in plans[f"align {method}"]
-    assert f"samples: {unet} unet (" in plans["align spo"]
-    assert f" {trained} unet trained (" in plans["align spo"]
+    params = config.validate(experiment)
+    cost = method_spec("spo").cost(params, describe(params.backbone).scheduler_config)
+    assert (cost.rollouts, cost.updates) == (unet, 4 * trained)
     assert "2 updates of 4 pairs" in plans["preference latent"]
     assert "2 images of 4 steps, guidance 2" in plans["generate spo"]
     for stage in stages[1:]:
         assert "memory: " in plans[stage] and "GFLOP per UNet sample" in plans[stage]
+        assert "time: about " in plans[stage]
 
 
 def test_a_dry_run_without_network_names_what_cannot_be_reached(experiment, capsys) -> None:

@@ -41,7 +41,9 @@ def test_prompts_and_the_dry_run_read_its_description(one, checkpoints) -> None:
     same = backbones.describe(folder)
     assert (found.unet, found.vae) == (same.unet, same.vae)
     assert found.scheduler_config == same.scheduler_config
-    assert any("UNet" in line for line in lines(params, "generate", "base"))
+    plans = [lines(params.model_copy(update={"backbone": b}), "generate", "base") for b in (one, folder)]
+    (ours,), (theirs,) = ([line for line in plan if line.startswith("UNet ")] for plan in plans)
+    assert ours == theirs
 
 
 def test_without_a_network_it_says_what_is_missing(one) -> None:

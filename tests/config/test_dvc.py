@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 import yaml
 
-from spo import cli, config
+from spo import api, cli, config
+from spo.data import latent_cache
+from spo.stages import align, generate, preference
 
 ROOT = Path(__file__).parents[2]
 DVC = yaml.safe_load((ROOT / "dvc.yaml").read_text())
@@ -118,3 +120,22 @@ def test_inputs_names_the_optional_keys_that_later_stages_name() -> None:
     assert named <= set(stages()["inputs"]["params"])
     of_no_output = {key for key in named if key.split(".")[0] in ("processes", "tracking", "registry")}
     assert of_no_output == {"registry.min_prompts"}, "intervals on the page"
+
+
+# what computes no weight and draws no image: the dry run, readers of foreign adapters and of prompt lists,
+# tracking, messages
+NO_RESULT = ("adapters", "cli.py", "commands", "estimate", "ingest", "runtime", "tracking")
+
+
+def test_no_training_and_no_generation_depends_on_code_that_changes_no_result() -> None:
+    """Editing it makes `dvc status` name no stage that trains or draws, and loses no resume state."""
+    depended = {
+        name: [dep.removeprefix("src/spo/") for dep in stage["deps"] if dep.startswith("src/spo/")]
+        for name, stage in stages().items()
+        if name.startswith(("preference", "align", "generate"))
+    }
+    assert len(depended) == 12
+    resumed = {m.__name__: m.CODE for m in (preference, align, generate, latent_cache, api)}
+    for name, paths in {**depended, **resumed}.items():
+        assert paths and "." not in paths and "" not in paths
+        assert not [path for path in paths if Path(path).parts[0] in NO_RESULT], name

@@ -117,7 +117,6 @@ def test_deployments_name_flows_that_exist_with_their_parameters(
     ],
 )
 def test_a_schedule_that_never_fires_is_refused(schedule: dict[str, Any]) -> None:
-    assert not serving.valid_cron(schedule.get("cron", "")) and serving.valid_cron("0 3 29 2 *")
     with pytest.raises(ValueError, match="never fires: there is no such date"):
         serving.next_dates(schedule)
 

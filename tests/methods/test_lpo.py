@@ -14,7 +14,7 @@ from spo.methods.lpo import LpoMethod
 from spo.methods.spo import SpoMethod
 from spo.methods.stepwise import pairs as step_pairs
 from spo.methods.stepwise.cost import cost_by_latents
-from spo.training.compute import BACKWARD, DOWN_PATH
+from spo.training.compute import DOWN_PATH, TRAINED
 
 # Of DDIM at eta 1 with the betas of SD 1.5 and 20 steps: sigma at t = 1, 51, ..., 951, and the paper's
 # thresholds from .35 to .5 at these steps, to three digits.
@@ -122,6 +122,6 @@ def test_cost_counts_the_down_path_once_a_candidate_and_twice_with_the_vfe(
 ) -> None:
     """K = 4, five steps, guidance 2, three prompts in four iterations."""
     cost = cost_by_latents("align.lpo", settings(), backbone.scheduler_config, feature_guidance)
-    of_a_prompt = 2 * 5 + 5 * 4 * passes * DOWN_PATH + 5 * (2 + BACKWARD) * 2
+    of_a_prompt = 2 * 5 + 5 * 4 * passes * DOWN_PATH + 5 * (1 + TRAINED) * 2
     assert cost.unet_samples == round(12 * of_a_prompt)
     assert cost.text == "12 rollouts in 4 iterations; at most 60 pairs, 4 updates"

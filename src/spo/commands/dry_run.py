@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,7 +10,7 @@ from spo.runtime import hub
 from spo.types import Budget
 
 if TYPE_CHECKING:
-    from spo.estimate.plan import Plan
+    from spo.estimate import Count
 
 
 def lines(params: Params, stage: str, variant: str | None) -> list[str]:
@@ -24,41 +23,32 @@ def lines(params: Params, stage: str, variant: str | None) -> list[str]:
     plan += [_reach(key, name, revision) for key, name, revision in _inputs(params, stage, variant)]
     if stage not in ("preference", "align", "generate"):
         return plan
-    from spo.backbones import sizes
-    from spo.estimate import time
-    from spo.estimate.plan import plan as planned
+    from spo import estimate
     from spo.training import budget
     from spo.training.distributed import device
 
-    size = sizes.measure(params.backbone)
-    work = planned(params, stage, variant, size.scheduler_config)
     cut = budget.of(params, budget.kind(stage, variant))
-    timed = time.Estimate(params, stage, variant, work, device(), cut.checkpointing)
+    found = estimate.count(params, stage, variant, cut)
+    base = found.base
     plan.append(
-        f"UNet {size.unet_parameters / 1e6:.1f} M, VAE {size.vae_parameters / 1e6:.1f} M parameters; "
-        f"latents {list(size.latent_shape)}; {size.unet_flops / 1e9:.1f} GFLOP per UNet sample"
+        f"UNet {base.unet_parameters / 1e6:.1f} M, VAE {base.vae_parameters / 1e6:.1f} M parameters; "
+        f"latents {list(base.latent_shape)}; {base.unet_flops / 1e9:.1f} GFLOP per UNet sample"
     )
-    plan += [work.text, *_memory(params, stage, variant, cut), _time(work, timed.seconds(), device())]
-    return plan
+    plan += [found.text, *_memory(params, stage, variant, cut, found)]
+    return [*plan, _time(found, estimate.rate(params.backbone, device()), device())]
 
 
 def _inputs(params: Params, stage: str, variant: str | None) -> list[tuple[str, str, str | None]]:
     """The inputs of a stage: (key, path or hub id, revision)."""
     from spo.methods import method_spec
 
-    b, p, s, latent = params.backbone, params.preference, params.score, params.latent_preference
+    b, p, latent, prompts = params.backbone, params.preference, params.latent_preference, params.prompts
     base = [("backbone.checkpoint", b.checkpoint, b.revision), ("backbone.vae", b.vae, None)]
     clip = [("preference.init", p.init, p.revision), ("preference.tokenizer", p.tokenizer, None)]
     projection = [("latent_preference.text_projection", latent.text_projection, latent.revision)]
-    lists = [
-        ("prompts.train", params.prompts.train, None),
-        ("prompts.evaluation", params.prompts.evaluation, None),
-    ]
+    lists = [(f"prompts.{name}", getattr(prompts, name), None) for name in ("train", "evaluation")]
     pairs = [("pairs.source", params.pairs.source, None), *_scorers("pairs.filter", params.pairs.filter)]
-    scorers = _scorers("score", s)
-    method = variant if stage == "align" and variant else "spo"
-    adapter = getattr(params.generate, variant or "base").adapter if stage == "generate" else None
-    trained_on = [("trained on", path, None) for path in method_spec(method).reads]
+    scorers = _scorers("score", params.score)
     reads: dict[str, list[tuple[str, str | None, str | None]]] = {
         "inputs": [*base, *clip, *projection, *lists, *pairs, *scorers],
         "prompts": [*lists, *pairs, base[0]],
@@ -68,11 +58,15 @@ def _inputs(params: Params, stage: str, variant: str | None) -> list[tuple[str, 
             *(projection if variant == "latent" else clip),
             ("pairs", "outputs/pairs", None),
         ],
-        "align": [*base, *trained_on],
-        "generate": [*base, ("adapter", adapter, None)],
+        "align": [*base],
+        "generate": [*base],
         "score": [*scorers, ("images", f"outputs/images/{variant}", None)],
         "report": [("scores", "outputs/scores", None)],
     }
+    if stage == "align":
+        reads[stage] += [("trained on", path, None) for path in method_spec(variant or "spo").reads]
+    if stage == "generate":
+        reads[stage].append(("adapter", getattr(params.generate, variant or "base").adapter, None))
     return [(key, name, revision) for key, name, revision in reads[stage] if name is not None]
 
 
@@ -100,20 +94,20 @@ def _reach(key: str, name: str, revision: str | None) -> str:
         raise ValueError(f"{key}: {error}") from None
 
 
-def _memory(params: Params, stage: str, variant: str | None, cut: Budget) -> list[str]:
-    """What the stage needs on its device with its budget; more than that has is said, with what would fit."""
+def _memory(params: Params, stage: str, variant: str | None, cut: Budget, found: Count) -> list[str]:
+    """What the stage needs on its device; where that is more than the device has, also what would fit."""
     from spo import estimate
     from spo.training import budget
 
-    found, size = estimate.peak(params, stage, variant, cut), budget.memory(params.device)
-    phases = ", ".join(f"{name} {peak / 1e9:.2f}" for name, peak in found.phases.items())
+    size = budget.memory(params.device)
+    phases = ", ".join(f"{name} {phase.peak / 1e9:.2f}" for name, phase in found.phases.items())
     lines = [
-        f"memory: {found.most / 1e9:.2f} GB at the peak, beside what libraries take: {phases}; "
+        f"memory: {found.peak / 1e9:.2f} GB at the peak, beside what libraries take: {phases}; "
         f"of them models {found.weights / 1e9:.2f}",
         f"device: {_budget(cut)}",
     ]
-    if size < float("inf") and found.most > (limit := budget.usable(size)):
-        least = estimate.peak(params, stage, variant, budget.LEAST).most
+    if size < float("inf") and found.peak > (limit := budget.usable(size)):
+        least = estimate.count(params, stage, variant, budget.LEAST).peak
         verdict = "fits" if least <= limit else "does not fit either"
         lines.append(
             f"memory: more than the {limit / 1e9:.2f} GB that {size / 2**30:g} GiB leave for tensors; "
@@ -126,14 +120,9 @@ def _budget(cut: Budget) -> str:
     return ", ".join(f"{name} {str(value).lower()}" for name, value in cut._asdict().items())
 
 
-def _time(work: Plan, seconds: dict[str, float], device: str) -> str:
-    from spo.estimate.time import hours
-
-    most, least = (f"{hours(w, seconds):.2g}" for w in (work.most, work.least))
+def _time(found: Count, rate: float, device: str) -> str:
+    """Hours of the stage, and of a rollout's stage without a valid pair."""
+    most, least = (f"{flops / rate / 3600:.2g}" for flops in (found.flops(), found.flops(valid=False)))
     about = f"about {most} h" + ("" if most == least else f" if every pair is valid, {least} h if none is")
-    counts = ", ".join(
-        f"{count} {kind.replace('_', ' ')} ({1000 * seconds[kind]:.3g} ms)"
-        for kind, count in asdict(work.most).items()
-        if count
-    )
-    return f"time: {about} on this {device}, beside starting and scoring; samples: {counts}"
+    work = f"{found.flops() / 1e12:.3g} TFLOP at {rate / 1e9:.3g} GFLOP/s"
+    return f"time: {about} on this {device}, beside starting and scoring: {work}"

@@ -1,5 +1,7 @@
-"""Peak memory of a stage at its real size, counted without a GPU and without weights."""
+"""Compute and peak memory of a stage at its real size, counted without a GPU and without weights."""
 
-from spo.estimate.stages import Peak, peak
+from spo.estimate.count import Count
+from spo.estimate.rate import rate
+from spo.estimate.stages import count
 
-__all__ = ["Peak", "peak"]
+__all__ = ["Count", "count", "rate"]

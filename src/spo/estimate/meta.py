@@ -1,25 +1,24 @@
-"""torch's meta device in the place of a GPU: tensors have shapes and no values, and their bytes are counted.
+"""torch's meta device in the place of a GPU: tensors have shapes and no values; bytes and FLOPs are counted.
 
 What an operator needs inside itself (cuDNN's workspaces), the allocator's fragmentation and the CUDA context
-are not seen. Attention keeps q, k, v and its output for the backward pass, as flash attention does.
+are not seen. Attention is flash attention, which stores q, k, v and its output for the backward pass.
 """
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from typing import Any
+from contextlib import contextmanager
+from typing import Any, ClassVar
 from unittest import mock
 
 import torch
 import torch.nn.functional as F
-import transformers.modeling_utils
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
-from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import flop_registry
 
 from spo.training import placement
 
@@ -63,31 +62,29 @@ def _is_mask(index: Any) -> bool:
     return index is not None and index.dtype == torch.bool
 
 
-class Memory(Reads):
-    """The bytes of tensors on the device: those that are alive, and the most there were since `restart`."""
+class Counter(Reads):
+    """Bytes of the tensors on the device, now and at the peak, and FLOPs; both since `restart`."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.live = self.peak = 0
+        self.live = self.peak = self.flops = 0
         self._known: set[int] = set()
 
     def restart(self) -> None:
-        self.peak = self.live
+        self.peak, self.flops = self.live, 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = super().__torch_dispatch__(func, types, args, kwargs)
+        if func.overloadpacket in flop_registry:
+            self.flops += flop_registry[func.overloadpacket](*args, **(kwargs or {}), out_val=result)
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor) and tensor.device == DEVICE:
                 storage = tensor.untyped_storage()
                 if storage._cdata not in self._known:
-                    self._add(storage)
+                    self._known.add(storage._cdata)
+                    self._change(storage.nbytes())
+                    weakref.finalize(storage, self._gone, storage._cdata, storage.nbytes())
         return result
-
-    def _add(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, storage.nbytes()
-        self._known.add(key)
-        self._change(size)
-        weakref.finalize(storage, self._gone, key, size)
 
     def _gone(self, key: int, size: int) -> None:
         self._known.discard(key)
@@ -107,87 +104,57 @@ class Memory(Reads):
         module._rests = goes  # type: ignore[assignment]
 
 
-class _Attention(torch.autograd.Function):
-    """Attention's output and gradients by their shapes."""
-
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out = torch.empty_like(q)
-        ctx.save_for_backward(q, k, v, out)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v, _ = ctx.saved_tensors
-        return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-
-
 class _Autocast(TorchFunctionMode):
     """torch.autocast, which does not know the meta device: products in `dtype`, norms and softmax in fp32."""
 
     PRODUCTS = (F.linear, F.conv2d, torch.matmul, torch.bmm, torch.baddbmm, torch.addmm)
     NORMS = (F.layer_norm, F.group_norm, F.softmax, torch.softmax)
+    entered: ClassVar[list[torch.dtype]] = []  # read by torch's checkpoint, which enters it again
 
-    def __init__(self, dtype: torch.dtype) -> None:
+    def __init__(self, device_type: str, dtype: Any = None, enabled: bool = True, **options: Any) -> None:
         super().__init__()
-        self.dtype = dtype
-        self._cast: dict[int, Tensor] = {}  # weights, once within the context, as autocast does
+        self.dtype = dtype if enabled and device_type == DEVICE.type else None
+
+    def __enter__(self) -> Any:
+        if self.dtype:
+            self.entered.append(self.dtype)
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        if self.dtype:
+            self.entered.pop()
+        super().__exit__(*error)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in self.PRODUCTS:
-            args, kwargs = tree_map(self._lower, (args, kwargs))
-        elif func in self.NORMS:
-            args, kwargs = tree_map(lambda x: x.float() if _is_float(x) else x, (args, kwargs))
+        if self.dtype and func in (*self.PRODUCTS, *self.NORMS):
+            dtype = self.dtype if func in self.PRODUCTS else torch.float32
+            args, kwargs = tree_map(lambda x: _cast(x, dtype), (args, kwargs))
         return func(*args, **kwargs)
 
-    def _lower(self, x: Any) -> Any:
-        if not _is_float(x) or x.dtype == self.dtype:
-            return x
-        if not (x.requires_grad and x.is_leaf):
-            return x.to(self.dtype)
-        if id(x) not in self._cast:
-            self._cast[id(x)] = x.to(self.dtype)
-        return self._cast[id(x)]
+
+def _cast(x: Any, dtype: torch.dtype) -> Any:
+    return x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
 
 
-def _is_float(x: Any) -> bool:
-    return isinstance(x, Tensor) and x.is_floating_point()
+def _attention(q: Tensor, k: Tensor, v: Tensor, *args: Any, **options: Any) -> Tensor:
+    return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[0]
 
 
 @contextmanager
-def stand_in() -> Iterator[Memory]:
-    """Within it the meta device behaves as a GPU does, and what lies on it is counted."""
-
-    entered: list[_Autocast] = []
-
-    @contextmanager
-    def autocast(kind: str, dtype: Any = None, enabled: bool = True, **options: Any) -> Iterator[None]:
-        if not enabled or kind != DEVICE.type:
-            yield
-            return
-        entered.append(_Autocast(dtype))
-        with entered[-1]:
-            yield
-        entered.pop()
-
-    def recomputed(function: Any, *args: Any, **options: Any) -> Any:
-        """torch's checkpoint, which enters autocast again in the backward pass."""
-        if entered:
-            dtype = entered[-1].dtype
-            options["context_fn"] = lambda: (nullcontext(), _Autocast(dtype))
-        return checkpoint(function, *args, **options)
-
-    memory = Memory()
+def stand_in() -> Iterator[Counter]:
+    """Within it the meta device behaves as a GPU does, and what lies and runs on it is counted."""
+    counter, entered = Counter(), _Autocast.entered
     with (
-        mock.patch.object(torch, "autocast", autocast),
-        mock.patch.object(torch, "is_autocast_enabled", lambda *args: False),
-        mock.patch.object(
-            F, "scaled_dot_product_attention", lambda q, k, v, *a, **o: _Attention.apply(q, k, v)
+        mock.patch.multiple(
+            torch,
+            autocast=_Autocast,
+            is_autocast_enabled=lambda kind="cuda": kind == DEVICE.type and bool(entered),
+            get_autocast_dtype=lambda kind: entered[-1] if entered else torch.float32,
         ),
-        mock.patch.object(placement, "move", memory.move),
-        mock.patch.object(torch.utils.checkpoint, "checkpoint", recomputed),
-        mock.patch.object(transformers.modeling_utils, "checkpoint", recomputed),
-        memory,
+        mock.patch.multiple(torch.amp, autocast=_Autocast, is_autocast_available=lambda kind: True),
+        mock.patch.object(F, "scaled_dot_product_attention", _attention),
+        mock.patch.object(placement, "move", counter.move),
+        counter,
     ):
-        yield memory
+        yield counter

@@ -17,7 +17,6 @@ from transformers import (
 )
 
 from spo import config
-from spo.backbones import sizes
 from spo.backbones.description import config_file, describe
 from spo.backbones.loading import empty_models
 from spo.backbones.stable_diffusion import StableDiffusion
@@ -27,26 +26,21 @@ from spo.preference.model import StepAwarePreferenceModel
 from spo.types import Budget
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+Place = torch.device | str
 
 
 class Words:
     """Stands for any tokenizer: token ids of the right shape."""
 
-    model_max_length = sizes.TEXT_TOKENS
+    model_max_length = 77
 
     def __call__(self, prompts: Sequence[str], *, max_length: int, **options: Any) -> BatchEncoding:
         ids = torch.ones(len(prompts), max_length, dtype=torch.int64)
         return BatchEncoding({"input_ids": ids, "attention_mask": ids})
 
 
-def backbone(
-    settings: config.Backbone, budget: Budget, device: torch.device | str = DEVICE
-) -> StableDiffusion:
-    """The base of params.yaml; elsewhere than on the meta device with random weights.
-
-    Raises:
-        ValueError: config files that cannot be reached.
-    """
+def backbone(settings: config.Backbone, budget: Budget, device: Place = DEVICE) -> StableDiffusion:
+    """The base of params.yaml; elsewhere than on the meta device with random weights."""
     found = describe(settings)
     dtype, sdxl = DTYPES[settings.dtype], settings.family == "sdxl"
     unet, vae = (_built(empty, device) for empty in empty_models(found))
@@ -70,37 +64,23 @@ def backbone(
     )
 
 
-def _built(empty: Any, device: torch.device | str) -> Any:
+def _built(empty: Any, device: Place) -> Any:
     if torch.device(device) == DEVICE:
         return empty
     with torch.device(device):
         return type(empty).from_config(empty.config)
 
 
-def _text_encoder(settings: config.Backbone, part: str, kind: Any, device: torch.device | str) -> Any:
+def _text_encoder(settings: config.Backbone, part: str, kind: Any, device: Place) -> Any:
     name = settings.described_by
     found = config_file(name, settings.revision, f"{part}/config.json", f"backbone: {name}")
     with torch.device(device):
         return kind(CLIPTextConfig.from_dict(found))
 
 
-def clip(name: str, revision: str | None, device: torch.device | str = DEVICE) -> Any:
-    """A CLIP of a folder or hub id, in fp32.
-
-    Raises:
-        OSError, ValueError: its config.json cannot be reached.
-    """
-    how: dict[str, Any] = {"revision": revision}
-    found = CLIPConfig.from_pretrained(name, **how)
+def preference_model(settings: config.Preference, device: Place = DEVICE) -> StepAwarePreferenceModel:
+    """The step-aware preference model of params.yaml, in fp32."""
+    how: dict[str, Any] = {"revision": settings.revision}
     with torch.device(device):
-        model: Any = CLIPModel(found)
-    return model.to(device).eval().requires_grad_(False)
-
-
-def preference_model(
-    settings: config.Preference, device: torch.device | str = DEVICE
-) -> StepAwarePreferenceModel:
-    """The step-aware preference model of params.yaml; raises as `clip`."""
-    model = clip(settings.init, settings.revision, device).requires_grad_(True)
-    with torch.device(device):
-        return StepAwarePreferenceModel(model, settings.step_condition).to(device)
+        clip = CLIPModel(CLIPConfig.from_pretrained(settings.init, **how)).eval()
+        return StepAwarePreferenceModel(clip, settings.step_condition).to(device)

@@ -1,124 +1,98 @@
-"""The peak memory of a stage: its own code runs on the meta device with the models and sizes of params.yaml.
+"""A stage counted: its own code runs on the meta device with the models and sizes of params.yaml.
 
-A rollout is cut to FEW steps: each needs as much as the next, but for the pairs that it leaves, which are
-counted for the true number of steps.
+Each phase of the stage runs once, and its FLOPs are multiplied by how often it runs in the stage. A sampler
+or rollout has FEW steps: each needs as much memory as the next, but for the pairs that it leaves. The scorers
+of validation are left out: with them the device holds less than in an update.
 """
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
 import numpy as np
 import torch
 
-from spo.config import Params, Stepwise
+from spo.config import PREFERENCE_BASELINES, Params, Stepwise
 from spo.data.latents import EncodedPairs
+from spo.diffusion.denoiser import is_guided
 from spo.diffusion.noise import SampleNoise
 from spo.diffusion.rollout import sample_latents
 from spo.diffusion.schedule import Schedule
 from spo.estimate import meta, models
+from spo.estimate.count import Base, Count
+from spo.evaluation import local_judgement as local
 from spo.methods import method_spec
 from spo.methods.lpo import LpoMethod
 from spo.methods.spo import SpoMethod
+from spo.methods.stepwise import pairs as step_pairs
 from spo.preference import trainer
 from spo.preference.latent import LatentPreferenceModel, LatentRewardModel
 from spo.preference.latent_training import LatentTask
 from spo.preference.model import ClipRewardModel
 from spo.preference.step_aware import StepAwareTask
+from spo.runtime.files import read_json
 from spo.training import loop, optimizer, placement
 from spo.training.alignment import Alignment
+from spo.training.compute import TRAINED
 from spo.training.state import TrainingState
 from spo.types import Budget, Objective
 
-Memory = Any  # meta.Memory or _CudaMemory
+PAIRS = Path("outputs/pairs/summary.json")
 FEW = 5  # steps of a rollout
 PROMPT = "a prompt"
 
 
-@dataclass
-class Peak:
-    """Bytes on the device at the peak of each phase of a stage, and of what lies there throughout."""
-
-    weights: int = 0
-    phases: dict[str, int] = field(default_factory=dict)
-
-    @property
-    def most(self) -> int:
-        return max(self.phases.values())
+def count(params: Params, stage: str, variant: str | None, budget: Budget) -> Count:
+    """Of `preference` (variant None or latent), `align` (a method), `generate` or `pairs` (its encoding)."""
+    with meta.stand_in() as counter:
+        return run(params, stage, variant, models.backbone(params.backbone, budget), counter)
 
 
-class _Counter:
-    """Runs phases one after the other."""
-
-    def __init__(self, memory: Memory) -> None:
-        gc.collect()
-        self.memory, self.found = memory, Peak(memory.live)
-
-    def phase(self, name: str, run: Callable[[], Any]) -> Any:
-        gc.collect()
-        self.memory.restart()
-        result = run()
-        self.found.phases[name] = max(self.memory.peak, self.found.phases.get(name, 0))
-        return result
+def run(params: Params, stage: str, variant: str | None, base: Any, counter: Any) -> Count:
+    """As `count`, with a base on the device that `counter` counts."""
+    found = Count(_sizes(base, counter), counter)
+    STAGES[stage](params, variant, base, found)
+    return found
 
 
-def peak(params: Params, stage: str, variant: str | None, budget: Budget) -> Peak:
-    """Of `preference` (variant None or latent), `align` (a method), `generate` or `pairs` (its encoding).
-
-    Raises:
-        ValueError: config files that cannot be reached.
-    """
-    with meta.stand_in() as memory:
-        base = models.backbone(params.backbone, budget)
-        return STAGES[stage](params, variant, base, memory).found
-
-
-def measured(params: Params, stage: str, variant: str | None, budget: Budget) -> Peak:
-    """The same with random weights on a CUDA device, by torch's allocator."""
-    base = models.backbone(params.backbone, budget, "cuda")
-    return STAGES[stage](params, variant, base, _CudaMemory()).found
-
-
-class _CudaMemory:
-    """What torch has allocated, in the place of `meta.Memory`."""
-
-    @property
-    def live(self) -> int:
-        return torch.cuda.memory_allocated()
-
-    @property
-    def peak(self) -> int:
-        return torch.cuda.max_memory_allocated()
-
-    def restart(self) -> None:
-        torch.cuda.reset_peak_memory_stats()
-
-
-def _generate(params: Params, variant: str | None, base: Any, memory: Memory) -> _Counter:
-    counter, count = _Counter(memory), params.generate.batch_size
-    guidance = getattr(params.generate, variant or "base").guidance
-    counter.phase("images", lambda: _images(params, base, count, guidance))
-    return counter
-
-
-def _images(params: Params, base: Any, count: int, guidance: float) -> torch.Tensor:
-    schedule = Schedule.from_config(base.scheduler_config, FEW)
-    noise = SampleNoise(0, list(range(count)), base.latent_shape, base.device)
+def _sizes(base: Any, counter: Any) -> Base:
+    one = torch.zeros(1, *base.latent_shape, device=base.device)
     with base.inference():
-        x_0 = sample_latents(base, schedule, [PROMPT] * count, noise, guidance, params.generate.eta)
-        return base.decode(x_0)
+        text = base.encode_prompts([PROMPT])
+        counter.restart()
+        base.predict(one, one.new_ones(1), text)
+    unet, vae = (sum(p.numel() for p in module.parameters()) for module in (base.unet, base.vae))
+    return Base(unet, vae, base.latent_shape, counter.flops)
 
 
-def _encode(params: Params, variant: str | None, base: Any, memory: Memory) -> _Counter:
-    counter, size = _Counter(memory), base.image_size
-    count = 2 * max(1, base.budget.images // 2)
-    counter.phase("encoding", lambda: base.encode(torch.zeros(count, 3, *size, device=base.device)))
-    return counter
+def _generate(params: Params, variant: str | None, base: Any, found: Count) -> None:
+    settings = params.generate
+    prompts = params.prompts.n_test if settings.split == "test" else params.prompts.n_validation
+    images, guidance = prompts * settings.images_per_prompt, getattr(settings, variant or "base").guidance
+    found.text = f"{images} images of {settings.num_inference_steps} steps, guidance {guidance:g}"
+    _images(found, params, base, images, guidance)
+
+
+def _images(found: Count, params: Params, base: Any, images: int, guidance: float, title: str = "") -> None:
+    settings, schedule = params.generate, Schedule.from_config(base.scheduler_config, FEW)
+    size = min(images, settings.batch_size)
+    noise = SampleNoise(0, list(range(size)), base.latent_shape, base.device)
+
+    def sample() -> torch.Tensor:
+        return sample_latents(base, schedule, [PROMPT] * size, noise, guidance, settings.eta)
+
+    with base.inference():
+        x_0 = found.run(f"{title}sampling", sample, images / size * settings.num_inference_steps / FEW)
+        found.run(f"{title}decoding", lambda: base.decode(x_0), images / size)
+
+
+def _encode(params: Params, variant: str | None, base: Any, found: Count) -> None:
+    pixels = torch.zeros(2 * max(1, base.budget.images // 2), 3, *base.image_size, device=base.device)
+    found.run("encoding", lambda: base.encode(pixels))
 
 
 def _pairs(base: Any, count: int) -> EncodedPairs:
@@ -127,89 +101,137 @@ def _pairs(base: Any, count: int) -> EncodedPairs:
     return EncodedPairs(latents, [PROMPT] * count, labels, torch.ones(count))
 
 
-def _preference(params: Params, variant: str | None, base: Any, memory: Memory) -> _Counter:
-    settings: Any = params.latent_preference if variant == "latent" else params.preference
+def _preference(params: Params, variant: str | None, base: Any, found: Count) -> None:
+    settings: Any = params.latent_preference
+    if variant != "latent":
+        settings = params.preference.model_copy(update=PREFERENCE_BASELINES.get(variant or "", {}))
     schedule = Schedule.from_config(base.scheduler_config, settings.num_inference_steps)
     trained: Any
     if variant == "latent":
         model = LatentPreferenceModel(base.feature_model(), settings.feature_guidance).to(base.device)
         trained = LatentTask(model, base, schedule.to(base.device), settings)
     else:
-        judge = models.preference_model(settings, base.device)
-        trained = StepAwareTask(judge, models.Words(), base, schedule, settings)
+        clip = models.preference_model(settings, base.device)
+        trained = StepAwareTask(clip, models.Words(), base, schedule, settings)
     trained.prepare()
     trained.model.train()
-    counter, pairs = _Counter(memory), _pairs(base, max(2, settings.batch_size))
-    _updates(counter, trainer.LabelObjective(trained, pairs, 0), settings, settings.ema)
-    validated = _pairs(base, max(2, base.budget.samples // 2))
-    counter.phase("evaluation", lambda: trainer.evaluate(trained, validated, [501], seed=0))
-    return counter
+    found.text = f"{settings.steps} updates of {settings.batch_size} pairs"
+    pairs = _pairs(base, max(2, settings.batch_size))
+    objective = trainer.LabelObjective(trained, pairs, 0)
+    _updates(found, objective, settings, settings.ema, settings.steps * settings.batch_size)
+    if settings.local_prompts:
+        _local(found, trained, settings)
+    pairs, seen = _pairs(base, max(2, base.budget.samples // 2)), 0
+    if PAIRS.exists():
+        seen = int(read_json(PAIRS, "summary of the pairs")["labels"]["validation"]["decided"])
+        found.text += f", {seen} validation pairs at {len(settings.eval_timesteps)} timesteps"
+    times = seen * len(settings.eval_timesteps) / len(pairs)
+    found.run("evaluation", lambda: trainer.evaluate(trained, pairs, [501], seed=0), times)
 
 
-def _align(params: Params, variant: str | None, base: Any, memory: Memory) -> _Counter:
+def _local(found: Count, trained: Any, settings: Any) -> None:
+    """The rollouts of `local_prompts`; the oracle lies on the CPU and is not counted."""
+    oracle: Any = SimpleNamespace()
+    oracle.model = SimpleNamespace(perceive=lambda images: (images.new_ones(len(images), 1), None))
+    prompts = [PROMPT] * min(settings.local_prompts, local.PROMPTS_AT_ONCE)
+    how: Any = {"steps": FEW, "guidance": settings.guidance, "seed": 0}
+    found.run(
+        "local judgement",
+        lambda: local.local_judgement(trained.backbone, trained.reward_model(), oracle, prompts, **how),
+        settings.local_prompts / len(prompts) * settings.num_inference_steps / FEW,
+    )
+
+
+def _align(params: Params, variant: str | None, base: Any, found: Count) -> None:
     name = variant or "spo"
-    section = getattr(params.align, name)
-    method = _method(params, name, section, base)
+    section, spec, short = getattr(params.align, name), method_spec(name), _short(params, name)
+    cost, run = (spec.cost(p, base.scheduler_config) for p in (params, short))
+    found.text = cost.text
+    method = _method(short, name, base)
     if section.lora is None:
         base.train_fully()
     else:
         base.add_lora(section.lora, 0)
     if base.budget.checkpointing:
         base.checkpoint_gradients()
-    counter = _Counter(memory)
-    _updates(counter, Alignment(f"align.{name}", base, method), section, 0.0)
-    if section.validation is not None:
-        count = min(section.validation.prompts * section.validation.images, params.generate.batch_size)
+    samples = cost.updates / (1 + TRAINED) / (1 + is_guided(method.guidance))
+    rollouts = 1.0
+    if isinstance(section, Stepwise):  # half of a rollout grows as the UNet's samples, half as what is scored
+        scored = [_scored(getattr(p.align, name), base) for p in (params, short)]
+        rollouts = (cost.rollouts / run.rollouts + scored[0] / scored[1]) / 2
+    _updates(found, Alignment(f"align.{name}", base, method), section, 0.0, samples, rollouts)
+    validation = getattr(section, "validation", None)
+    if validation is not None:
+        times = 1 + -(-section.iterations // validation.every)  # before training, and after the last
         guidance = getattr(params.generate, name).guidance
-        counter.phase("validation", lambda: _images(params, base, count, guidance))
-        counter.phase("scoring", partial(_score, params, base.device))
-    return counter
+        _images(found, params, base, validation.prompts * validation.images * times, guidance, "validation ")
 
 
-def _score(params: Params, device: torch.device) -> None:
-    """One scorer at a time is on the device; PickScore's CLIP is as large as any of the published ones."""
-    settings = params.score.pickscore
-    scorer = models.clip(settings.model, settings.revision, device)
-    size: Any = scorer.config.vision_config.image_size
-    with torch.no_grad():
-        scorer.get_image_features(torch.zeros(params.score.batch_size, 3, size, size, device=device))
+def _short(params: Params, name: str) -> Params:
+    """With rollouts of FEW steps, the last three with candidates."""
+    section = getattr(params.align, name)
+    if not isinstance(section, Stepwise):
+        return params
+    few: dict[str, Any] = {"num_inference_steps": FEW, "divert_start_step": 2, "timestep_range": None}
+    section = section.model_copy(update={**few, "threshold": 0.0, "threshold_end": None})
+    return params.model_copy(update={"align": params.align.model_copy(update={name: section})})
 
 
-def _method(params: Params, name: str, section: Any, base: Any) -> Any:
+def _scored(section: Stepwise, base: Any) -> int:
+    """Steps of a rollout whose candidates are scored."""
+    schedule = Schedule.from_config(base.scheduler_config, section.num_inference_steps)
+    return len(step_pairs.blocks(section, schedule))
+
+
+def _method(params: Params, name: str, base: Any) -> Any:
+    section = getattr(params.align, name)
     if not isinstance(section, Stepwise):
         pairs = _pairs(base, getattr(section, "batch_size", 1))
         with mock.patch("spo.data.latents.latent_pairs", lambda *given: pairs):
             return method_spec(name).build(params, base)
-    few = {"num_inference_steps": FEW, "divert_start_step": 2, "timestep_range": None, "threshold": 0.0}
-    section = section.model_copy(update={**few, "threshold_end": None})
     schedule = Schedule.from_config(base.scheduler_config, FEW)
     prompts = [PROMPT] * section.prompts_per_iteration
-    judge: Any
+    reward_model: Any
     if name == "lpo":
         latent = LatentPreferenceModel(base.feature_model(), params.latent_preference.feature_guidance)
-        judge = LatentRewardModel(latent.to(base.device), section.judged_at)
-        method: Any = LpoMethod(section, schedule, judge, prompts, 0)
+        reward_model = LatentRewardModel(latent.to(base.device), params.align.lpo.judged_at)
+        method: Any = LpoMethod(section, schedule, reward_model, prompts, 0)
     else:
-        judge = ClipRewardModel(models.preference_model(params.preference, base.device), models.Words())
-        method = SpoMethod(section, schedule, judge, prompts, 0)
+        model = models.preference_model(params.preference, base.device)
+        reward_model = ClipRewardModel(model, models.Words())
+        method = SpoMethod(section, schedule, reward_model, prompts, 0)
     if base.budget.offload:
-        placement.move(judge.model, "cpu")
+        placement.move(reward_model.model, "cpu")
     method.schedule = method.rollout.schedule = schedule.to(base.device)  # the steps were chosen on the CPU
     return method
 
 
-def _updates(counter: _Counter, objective: Objective, settings: Any, ema: float) -> None:
-    """An iteration after the first, when AdamW has its moments."""
+def _updates(
+    found: Count,
+    objective: Objective,
+    settings: Any,
+    ema: float,
+    samples: float,
+    rollouts: float = 1.0,
+) -> None:
+    """An iteration after the first, when AdamW has its moments.
+
+    Args:
+        samples: of the whole training, as batches have timesteps.
+        rollouts: work of a true rollout over that of the one that runs.
+    """
     with mock.patch.object(optimizer, "_eight_bit", lambda: _EightBit):
         state = TrainingState(objective.parameters(), settings.optimizer, ema, False)
         for parameter in state.parameters:
             parameter.grad = torch.zeros_like(parameter)
         state.optimizer.step()
         state.optimizer.zero_grad(set_to_none=True)
-        updates, _ = counter.phase("collecting", lambda: objective.collect(0))
-        largest = max(updates, key=lambda parts: len(parts[0].timesteps))
+        made, _ = found.run("collecting", lambda: objective.collect(0), objective.iterations * rollouts)
         # two parts: the second has the gradients of the first beside it, as all others do
-        counter.phase("update", partial(loop.update, objective, largest[:2], state))
+        two = max(made, key=lambda parts: len(parts[0].timesteps))[:2]
+        times = samples / sum(len(part.timesteps) for part in two)
+        stepwise = isinstance(settings, Stepwise)
+        found.run("update", lambda: loop.update(objective, two, state), times, needs_valid_pairs=stepwise)
 
 
 class _EightBit(torch.optim.Optimizer):
@@ -225,7 +247,7 @@ class _EightBit(torch.optim.Optimizer):
                     self.state[p] = {n: torch.zeros_like(p, dtype=torch.uint8) for n in ("m", "v")}
 
 
-STAGES: dict[str, Callable[[Params, str | None, Any, Memory], _Counter]] = {
+STAGES: dict[str, Callable[[Params, str | None, Any, Count], None]] = {
     "preference": _preference,
     "align": _align,
     "generate": _generate,

@@ -23,9 +23,10 @@ from torch import Tensor
 from spo.config import DiffusionDpo, Params
 from spo.diffusion.noise import SampleNoise, shuffled
 from spo.diffusion.schedule import Schedule
-from spo.methods.spec import Cost, MethodSpec, Work
+from spo.methods.spec import Cost, MethodSpec
 from spo.runtime.transfer import send
 from spo.training import distributed
+from spo.training.compute import TRAINED
 from spo.types import Backbone, Conditioning, LatentPairs, UNetBatch
 
 
@@ -147,8 +148,7 @@ def _build(params: Params, backbone: Backbone) -> DiffusionDpoMethod:
 def _cost(params: Params, scheduler_config: Mapping[str, Any]) -> Cost:
     config = params.align.diffusion_dpo
     samples = config.iterations * 2 * config.batch_size  # by the reference, and by the policy
-    work = Work(unet=samples, unet_trained=samples)
-    return Cost(f"{config.iterations} updates of {config.batch_size} pairs", work)
+    return Cost(f"{config.iterations} updates of {config.batch_size} pairs", samples * (1 + TRAINED))
 
 
 SPEC = MethodSpec(

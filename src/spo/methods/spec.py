@@ -7,10 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from spo.config import Params
-from spo.training.compute import Work
 from spo.types import Backbone, Method
-
-__all__ = ["Cost", "MethodSpec", "Work"]
 
 
 @dataclass(frozen=True)
@@ -31,13 +28,15 @@ class MethodSpec:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a training computes at most: every pair is valid."""
+    """What a training computes at most (every pair is valid), in forward passes of one sample of the UNet.
+
+    Guidance counts twice, a backward pass as two forwards, a down path as a part of one.
+    """
 
     text: str  # one line for the dry run
-    updates: Work
-    rollouts: Work = Work()
+    updates: float
+    rollouts: float = 0
 
     @property
     def unet_samples(self) -> int:
-        """Forwards of one sample; guidance counts twice, a backward pass as two."""
-        return (self.rollouts + self.updates).unet_samples
+        return round(self.rollouts + self.updates)

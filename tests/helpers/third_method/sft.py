@@ -8,7 +8,8 @@ import torch
 
 from spo.diffusion.noise import SampleNoise, shuffled
 from spo.diffusion.schedule import Schedule
-from spo.methods.spec import Cost, MethodSpec, Work
+from spo.methods.spec import Cost, MethodSpec
+from spo.training.compute import TRAINED
 from spo.types import UNetBatch
 
 
@@ -61,7 +62,7 @@ def _build(params, backbone):
 def _cost(params, scheduler_config) -> Cost:
     iterations = params.align.sft.iterations
     samples = 4 * iterations
-    return Cost(f"{iterations} updates of 4 images", Work(unet=samples, unet_trained=samples))
+    return Cost(f"{iterations} updates of 4 images", samples * (1 + TRAINED))
 
 
 SPEC = MethodSpec(

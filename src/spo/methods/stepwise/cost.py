@@ -8,8 +8,9 @@ from typing import Any
 from spo.config import Stepwise
 from spo.diffusion.denoiser import is_guided
 from spo.diffusion.schedule import Schedule
-from spo.methods.spec import Cost, Work
+from spo.methods.spec import Cost
 from spo.methods.stepwise import pairs as step_pairs
+from spo.training.compute import DOWN_PATH, TRAINED
 
 
 def cost_by_images(name: str, config: Stepwise, scheduler_config: Mapping[str, Any]) -> Cost:
@@ -19,12 +20,9 @@ def cost_by_images(name: str, config: Stepwise, scheduler_config: Mapping[str, A
         name: its section of params.yaml, for messages.
     """
     blocks = _blocks(name, config, scheduler_config)
-    pairs = sum(len(block) for block in blocks)  # of a prompt
     final = blocks[-1][-1] + 1 == config.num_inference_steps  # final latents are judged as they are
-    rollout = blocks[0][0] + 1 + config.candidates * (pairs - final)
-    judged = config.candidates * len(blocks)
-    unet = rollout * (1 + is_guided(config.guidance))
-    return _cost(config, blocks, Work(unet=unet, decoded=judged, judged=judged))
+    candidates = config.candidates * (sum(map(len, blocks)) - final)
+    return _cost(config, blocks, (blocks[0][0] + 1 + candidates) * (1 + is_guided(config.guidance)))
 
 
 def cost_by_latents(
@@ -40,23 +38,20 @@ def cost_by_latents(
     inner = sum(len(block) - 1 for block in blocks)
     sampled = (blocks[0][0] + len(blocks) + config.candidates * inner) * (1 + is_guided(config.guidance))
     down = (1 + is_guided(feature_guidance)) * config.candidates * len(blocks)
-    return _cost(config, blocks, Work(unet=sampled, down=down))
+    return _cost(config, blocks, sampled + DOWN_PATH * down)
 
 
 def _blocks(name: str, config: Stepwise, scheduler_config: Mapping[str, Any]) -> list[list[int]]:
     return step_pairs.blocks(config, Schedule.from_config(scheduler_config, config.num_inference_steps), name)
 
 
-def _cost(config: Stepwise, blocks: list[list[int]], rollout: Work) -> Cost:
+def _cost(config: Stepwise, blocks: list[list[int]], rollout: float) -> Cost:
     """`rollout`: of one prompt."""
     pairs = sum(len(block) for block in blocks)
-    trained = sum(2 * len(block) - 1 for block in blocks)  # two samples where the branches have parted
-    trained *= 1 + is_guided(config.guidance)
+    samples = sum(2 * len(block) - 1 for block in blocks)  # two where the branches have diverged
+    samples *= 1 + is_guided(config.guidance)
     prompts = config.iterations * config.prompts_per_iteration
     updates = config.iterations * -(-pairs * config.prompts_per_iteration // config.batch_size)
     most = f"at most {prompts * pairs} pairs, {updates} updates"
-    return Cost(
-        f"{prompts} rollouts in {config.iterations} iterations; {most}",
-        updates=Work(unet=trained, unet_trained=trained).times(prompts),
-        rollouts=rollout.times(prompts),
-    )
+    text = f"{prompts} rollouts in {config.iterations} iterations; {most}"
+    return Cost(text, updates=prompts * samples * (1 + TRAINED), rollouts=prompts * rollout)

@@ -1,14 +1,10 @@
-"""Both sides of every benchmark compute the same, in the sizes of the preset smoke; nothing is timed."""
-
-from __future__ import annotations
-
-from collections.abc import Iterator
+"""The harness of the benchmarks: two sides are compared before they are timed; growth with size."""
 
 import pytest
 import torch
 import yaml
 
-from benchmarks import growth, images, lpo, models, offline, spo
+from benchmarks import growth, models, spo
 from benchmarks.measure import Case, compare
 from spo import config
 
@@ -16,20 +12,6 @@ from spo import config
 @pytest.fixture
 def smoke() -> models.Models:
     return models.load(config.validate(yaml.safe_load(config.preset("smoke"))))
-
-
-def assert_equal(cases: Iterator[Case], names: list[str]) -> None:
-    """Each case has the name that is expected, and the same results on both sides."""
-    found = list(cases)
-    assert [case.name.split(" of ")[0] for case in found] == names
-    for case in found:
-        case.check()
-
-
-def test_spo_is_the_official_algorithm(smoke) -> None:
-    cases = spo.cases(smoke, spo.settings(smoke, 3))
-    parts = ["rollout, decoding and judging", "decoding", "judging", "training step", "iteration"]
-    assert_equal(cases, parts)
 
 
 def test_an_error_of_either_side_is_found(smoke) -> None:
@@ -49,31 +31,7 @@ def test_fewer_results_than_there_should_be_are_found(unit: str, given: int, lea
         Case("a", "b", unit, 4, lambda: torch.ones(given), lambda: torch.ones(given)).check()
 
 
-def test_candidates_are_judged_alike_alone_and_together(smoke) -> None:
-    assert_equal(lpo.cases(smoke, 3, 4), ["LPO: rollout and judging"])
-
-
-def test_diffusion_dpo_is_its_official_update(smoke) -> None:
-    assert_equal(offline.diffusion_dpo(smoke, 4), ["Diffusion-DPO: update"])
-
-
-@pytest.mark.parametrize("guidance", [1.0, 2.0])
-def test_the_preference_model_learns_as_officially(smoke, guidance: float) -> None:
-    changed = smoke.params.preference.model_copy(update={"guidance": guidance})
-    smoke.params = smoke.params.model_copy(update={"preference": changed})
-    assert_equal(offline.preference_model(smoke, 4), ["preference model: update"])
-
-
-def test_generation_is_that_of_diffusers(smoke) -> None:
-    assert_equal(images.generation(smoke, 2), ["generation"])
-
-
-def test_scores_are_the_same_one_by_one(smoke) -> None:
-    found = images.scorers(smoke.params, 4)
-    assert_equal(images.scoring(found, smoke, 4), [f"scoring: {name}" for name in images.SCORERS])
-
-
-def test_a_case_is_run_on_both_sides_in_turn() -> None:
+def test_the_sides_of_a_case_run_alternately() -> None:
     runs: list[str] = []
 
     def side(name: str) -> torch.Tensor:
@@ -97,7 +55,7 @@ def test_memory_is_that_of_live_tensors() -> None:
     assert curve.exponent == pytest.approx(1) and curve.memory_exponent == pytest.approx(0)
 
 
-@pytest.mark.smoke
+@pytest.mark.nightly
 def test_growth_has_a_point_for_every_size(smoke, tmp_path) -> None:
     """Memory does not grow with the number of stored pairs."""
     sizes = {"prompts": (1, 2), "candidates": (2, 3), "image side": (48, 64), "stored pairs": (100, 2000)}
