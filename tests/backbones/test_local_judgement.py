@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from spo.evaluation import local_judgement as module
-from spo.evaluation.local_judgement import local_judgement
+from spo.preference import local_judgement as module
+from spo.preference.local_judgement import local_judgement
 from spo.types import Conditioning
 
 

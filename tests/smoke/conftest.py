@@ -29,8 +29,9 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _made(folder: Path) -> Path:
     clones.fresh(folder)
-    recorded = clones.environment(folder, clones.RECORDER)
-    done = clones.run(folder, "spo", "repro", variables=recorded)
+    variables = clones.environment(folder, clones.RECORDER)
+    variables["PATH"] = f"{clones.FORKED}{os.pathsep}{variables['PATH']}"
+    done = clones.run(folder, "dvc", "repro", variables=variables)
     assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
     return folder
 

@@ -95,14 +95,14 @@ def test_sample_draws_a_picture_and_refuses_unknown_words(clone: Path) -> None:
     prompt = "a large red circle above a small blue star on sand"
     must(clone, "spo", "sample", prompt, "--method", "spo", "--output", "picture.png")
     assert (clone / "picture.png").stat().st_size > 1000
-    refused = run(clone, "spo", "sample", "a large red giraffe on sand")
+    refused = clones.spo(clone, "sample", "a large red giraffe on sand")
     assert refused.returncode == 2
     assert "giraffe" in refused.stderr and "Traceback" not in refused.stderr
 
 
 def test_missing_inputs_say_what_to_do(clone: Path, tmp_path: Path) -> None:
     (tmp_path / "params.yaml").write_text((clone / "params.yaml").read_text())
-    refused = run(tmp_path, "spo", "align", "spo")
+    refused = clones.spo(tmp_path, "align", "spo")
     assert refused.returncode == 2
     assert "make repro" in refused.stderr and "Traceback" not in refused.stderr
 

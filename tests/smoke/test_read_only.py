@@ -47,7 +47,7 @@ def test_a_place_that_cannot_be_written_is_one_line(copy: Path, stage: tuple[str
     before = content(copy / folder)
     assert before
     with read_only(copy / folder):
-        done = clones.run(copy, "spo", *stage)
+        done = clones.spo(copy, *stage)
     (line,) = [
         line for line in done.stderr.splitlines() if line.startswith("spo: ") and "threads" not in line
     ]
