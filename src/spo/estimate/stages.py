@@ -27,8 +27,8 @@ from spo.estimate.count import Base, Count
 from spo.methods import method_spec
 from spo.methods.lpo import LpoMethod
 from spo.methods.spo import SpoMethod
+from spo.methods.stepwise import local_judgement as local
 from spo.methods.stepwise import pairs as step_pairs
-from spo.preference import local_judgement as local
 from spo.preference import trainer
 from spo.preference.latent import LatentPreferenceModel, LatentRewardModel
 from spo.preference.latent_training import LatentTask
