@@ -44,8 +44,14 @@ def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     return write
 
 
-def test_a_killed_process_ends_all_within_a_minute(stand_in, capfd: pytest.CaptureFixture[str]) -> None:
-    stand_in("time.sleep(0 if rank else 900)\nos.kill(os.getpid(), signal.SIGKILL)")
+@pytest.mark.parametrize(
+    "stuck", ["", pytest.param("signal.signal(signal.SIGTERM, signal.SIG_IGN)", marks=pytest.mark.nightly)]
+)
+def test_a_killed_process_ends_all_within_a_minute(
+    stand_in, stuck: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Also one that waits for it in NCCL's kernel, where it handles no SIGTERM: 30 s later."""
+    stand_in(f"{stuck}\ntime.sleep(0 if rank else 900)\nos.kill(os.getpid(), signal.SIGKILL)")
     began = time.monotonic()
     with pytest.raises(ValueError, match="process 1 of 2 ended with -9") as error:
         processes.launch(["align", "spo"], 2)
