@@ -113,18 +113,17 @@ def test_diffusion_dpo() -> None:
 
 def test_preference_models(tmp_path, monkeypatch) -> None:
     """Updates of 32 pairs; rollouts of 32 prompts, 20 steps of 4 candidates; 100 pairs at three timesteps."""
-    samples, local = 2 * 60 * 32, 32 * 80
-    sampled = 32 * 2 * (1 + 4 * 19)
-    found = estimate.count(scenes(), "preference", None, Budget())
-    updates = work(unet=2 * samples, decoded=samples, scored=samples)  # the heads alone are trained
-    assert found.flops() == pytest.approx(updates + work(sampled, decoded=local, scored=local), rel=0.1)
     counted = {"labels": {"validation": {"decided": 100, "ties": 7}}}
     (tmp_path / "summary.json").write_text(json.dumps(counted))
     monkeypatch.setattr("spo.estimate.stages.PAIRS", tmp_path / "summary.json")
-    evaluated = estimate.count(scenes(), "preference", None, Budget())
-    more = evaluated.flops() - found.flops()
-    assert more == pytest.approx(work(unet=1200, decoded=600, scored=600), rel=0.06)
-    assert "100 validation pairs at 3 timesteps" in evaluated.text
+    found, samples, local = estimate.count(scenes(), "preference", None, Budget()), 2 * 60 * 32, 32 * 80
+    updates = work(unet=2 * samples, decoded=samples, scored=samples)  # the heads alone are trained
+    rollouts = work(unet=32 * 2 * (1 + 4 * 19), decoded=local, scored=local)
+    evaluation = work(unet=1200, decoded=600, scored=600)
+    assert found.flops() == pytest.approx(updates + rollouts + evaluation, rel=0.1)
+    phase = found.phases["evaluation"]
+    assert phase.flops * phase.times == pytest.approx(evaluation, rel=0.06)
+    assert "100 validation pairs at 3 timesteps" in found.text
     assert unet_samples(scenes().preference) == 2 * samples
 
 
