@@ -84,22 +84,20 @@ def test_a_folder_is_scored_and_compared(capsys, tmp_path, experiment, images) -
 def test_the_python_api_gives_the_same_comparison(capsys, tmp_path, experiment, images) -> None:
     import spo
 
-    file = tmp_path / "prompts.txt"
-    file.write_text("\n".join(PROMPTS) + "\n")
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS) + "\n")
     mine, other = images("mine", 0), images("other", 1)
-    params = spo.load_params(experiment, {"score.pickscore": None})
-    (tmp_path / "params.yaml").write_text(yaml.safe_dump(params.model_dump(mode="json")))
-    options = ("--params", tmp_path / "params.yaml", "--output", tmp_path / "judged")
-    assert run(capsys, "score", "--images", mine, "--baseline", other, "--prompts", file, *options)[0] == 0
+    options = ("--params", experiment, "--output", tmp_path / "judged")
+    given = ("--images", mine, "--baseline", other, "--prompts", tmp_path / "prompts.txt")
+    assert run(capsys, "score", *given, *options)[0] == 0
     written = json.loads((tmp_path / "judged/comparisons.json").read_text())
-    for prompts in (PROMPTS, file):
-        table = spo.judge(params, mine, other, prompts)
-        assert list(table.index) == [row["metric"] for row in written] == ["hps", "aesthetic"]
+    for prompts in (PROMPTS, tmp_path / "prompts.txt"):
+        table = spo.judge(spo.load_params(experiment), mine, other, prompts)
+        assert list(table.index) == [row["metric"] for row in written]
         for row in written:
             found = table.loc[row["metric"]].to_dict()
             assert found == pytest.approx({k: row[k] for k in found})
     with pytest.raises(ValueError, match="3 images, but the list of prompts has 2 prompts"):
-        spo.judge(params, mine, other, PROMPTS[:2])
+        spo.judge(spo.load_params(experiment), mine, other, PROMPTS[:2])
 
 
 def test_images_come_in_the_order_of_their_numbers(images) -> None:
@@ -111,7 +109,7 @@ def test_images_come_in_the_order_of_their_numbers(images) -> None:
 def test_no_more_images_than_a_batch_are_in_memory(tmp_path, experiment, images, monkeypatch) -> None:
     """Of both folders and all scorers together; one more may be there while it is opened."""
     raw = yaml.safe_load(experiment.read_text())
-    raw["score"] |= {"batch_size": 1, "pickscore": None}
+    raw["score"]["batch_size"] = 1
     open_one, now, most = external._open, set(), []
 
     def opened(path):
