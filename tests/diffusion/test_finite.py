@@ -79,10 +79,11 @@ def test_long_prompts_are_cut() -> None:
         check_finite(DECODER, images, ["a", "x" * 300])
 
 
-def test_a_check_looks_once_at_all_that_was_noted() -> None:
+def test_a_check_names_the_first_of_all_that_was_noted() -> None:
     check = FiniteCheck()
     check.check()
     check.note(DECODER, torch.zeros(2, 3), ["a", "b"])
     check.note(DECODER, torch.tensor([1.0, float("nan")]), ["c", "d"], torch.tensor([7, 8]))
     assert "at t=8, prompt 'd'" in str(check.failure())
-    check.check()
+    with pytest.raises(ValueError, match="at t=8, prompt 'd'"):
+        check.check()
