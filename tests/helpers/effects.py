@@ -27,7 +27,7 @@ from safetensors.torch import load
 
 from spo import backbones, config, rewards
 from spo.commands import registry
-from spo.preference import reward_model
+from spo.preference import model as preference_model
 from spo.rewards import aesthetic
 from spo.scenes.oracle import Perception
 from spo.tracking import runs
@@ -62,8 +62,8 @@ def patch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(aesthetic, "Aesthetic", functools.cache(aesthetic.Aesthetic))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(Path("hub").absolute()))
     monkeypatch.setenv("TQDM_DISABLE", "1")
-    judge = functools.cache(reward_model.load_reward_model)
-    monkeypatch.setattr(reward_model, "load_reward_model", judge)
+    judge = functools.cache(preference_model.load_reward_model)
+    monkeypatch.setattr(preference_model, "load_reward_model", judge)
     loaded = functools.cache(backbones.load)
     monkeypatch.setattr(backbones, "load", lambda *args: with_own_unet(loaded(*args)))
     monkeypatch.setattr(

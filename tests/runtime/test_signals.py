@@ -39,7 +39,7 @@ def work(args):
         time.sleep(900)
     except KeyboardInterrupt:
         {answer}
-arguments._stage = work
+arguments._run_stage = work
 sys.exit(cli.main())
 """
 

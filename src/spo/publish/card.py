@@ -79,7 +79,7 @@ def licence(checkpoint: str) -> str | None:
     if not text.startswith("---\n"):
         return None
     try:
-        name = ModelCard(text, ignore_metadata_errors=True).data.license
+        name = ModelCard(text, ignore_metadata_errors=True).data.get("license")
     except Exception:  # neither YAML nor a mapping: the parser raises several types
         return None
     return name if isinstance(name, str) else None
@@ -87,7 +87,7 @@ def licence(checkpoint: str) -> str | None:
 
 def with_scores(card: str, rows: Sequence[Mapping[str, Any]]) -> str:
     """Add the scores of a method, its rows of reports/comparisons.json, to the card of its training."""
-    known = ModelCard(card)
+    known: Any = ModelCard(card)
     return str(ModelCard.from_template(known.data, str(TEMPLATE), body=known.text.strip(), rows=rows))
 
 
