@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from spo import api, cli, config
-from spo.data import latent_cache
+from spo.data import latents
 from spo.stages import align, generate, preference
 
 ROOT = Path(__file__).parents[2]
@@ -128,14 +128,18 @@ NO_RESULT = ("adapters", "cli.py", "commands", "estimate", "ingest", "runtime", 
 
 
 def test_no_training_and_no_generation_depends_on_code_that_changes_no_result() -> None:
-    """Editing it makes `dvc status` name no stage that trains or draws, and loses no resume state."""
+    """Editing it makes `dvc status` name no stage that trains or draws, and loses no resume state.
+
+    Images of a foreign adapter do depend on its reader.
+    """
     depended = {
         name: [dep.removeprefix("src/spo/") for dep in stage["deps"] if dep.startswith("src/spo/")]
         for name, stage in stages().items()
         if name.startswith(("preference", "align", "generate"))
     }
     assert len(depended) == 12
-    resumed = {m.__name__: m.CODE for m in (preference, align, generate, latent_cache, api)}
+    resumed = {m.__name__: m.CODE for m in (preference, align, generate, latents, api)}
     for name, paths in {**depended, **resumed}.items():
         assert paths and "." not in paths and "" not in paths
-        assert not [path for path in paths if Path(path).parts[0] in NO_RESULT], name
+        free = {*NO_RESULT} - ({"adapters"} if "generate" in name else set())
+        assert not [path for path in paths if Path(path).parts[0] in free], name
