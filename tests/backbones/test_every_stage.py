@@ -218,7 +218,7 @@ def test_a_dry_run_shows_what_a_stage_does_and_writes_nothing(experiment, tmp_pa
         assert f"4 rollouts in 2 iterations; at most {pairs} pairs, 4 updates" in plans[f"align {method}"]
     params = config.validate(experiment)
     cost = method_spec("spo").cost(params, sizes.scheduler_config(params.backbone))
-    assert (cost.rollouts, cost.updates) == (unet, 4 * trained)
+    assert (cost.rollouts, cost.updates) == (unet - trained, 4 * trained)  # the reference is in updates
     assert "2 updates of 4 pairs" in plans["preference latent"]
     assert "2 images of 4 steps, guidance 2" in plans["generate spo"]
     for stage in stages[1:]:
