@@ -153,12 +153,12 @@ def _write_samples(content: Path, method: str, baseline: str) -> list[card.Sampl
     from spo.data.images import archived
 
     folders = [require(f"outputs/images/{name}", f"images of {name}") for name in (baseline, method)]
-    (before, *its_prompts), (after, *prompts) = map(archived, folders)
-    if its_prompts != prompts:
+    (before, prompts, seeds), (after, *same) = map(archived, folders)
+    if same != [prompts, seeds]:
         raise ValueError(f"outputs/images: {baseline} and {method} have other prompts; run `spo repro`")
     (content / SAMPLES).mkdir(exist_ok=True)
     samples = []
-    for number, prompt in enumerate(prompts[0][:SAMPLE_PROMPTS]):
+    for number, prompt in enumerate(prompts[:SAMPLE_PROMPTS]):
         sample = card.Sample(prompt, f"{SAMPLES}/{number}-{baseline}.png", f"{SAMPLES}/{number}-{method}.png")
         before[number].save(content / sample.baseline)
         after[number].save(content / sample.method)
