@@ -216,13 +216,8 @@ def test_a_dry_run_shows_what_a_stage_does_and_writes_nothing(experiment, tmp_pa
     for method in ("spo", "lpo"):
         assert f"4 rollouts in 2 iterations; at most {pairs} pairs, 4 updates" in plans[f"align {method}"]
     params = config.validate(experiment)
-<<<<<<< HEAD
     cost = method_spec("spo").cost(params, describe(params.backbone).scheduler_config)
-    assert (cost.rollouts, cost.updates) == (unet, 4 * trained)
-=======
-    cost = method_spec("spo").cost(params, sizes.scheduler_config(params.backbone))
     assert (cost.rollouts, cost.updates) == (unet - trained, 4 * trained)  # the reference is in updates
->>>>>>> estimate
     assert "2 updates of 4 pairs" in plans["preference latent"]
     assert "2 images of 4 steps, guidance 2" in plans["generate spo"]
     for stage in stages[1:]:

@@ -153,8 +153,8 @@ def _write_samples(content: Path, method: str, baseline: str) -> list[card.Sampl
     from spo.data.images import archived
 
     folders = [require(f"outputs/images/{name}", f"images of {name}") for name in (baseline, method)]
-    (before, *drawn), (after, prompts, seeds) = [archived(folder) for folder in folders]
-    if drawn != [prompts, seeds]:
+    (before, prompts, seeds), (after, *same) = map(archived, folders)
+    if same != [prompts, seeds]:
         raise ValueError(f"outputs/images: {baseline} and {method} have other prompts; run `spo repro`")
     (content / SAMPLES).mkdir(exist_ok=True)
     samples = []
