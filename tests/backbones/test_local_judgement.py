@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from spo.methods.stepwise import local_judgement as module
-from spo.methods.stepwise.local_judgement import local_judgement
+from spo.evaluation import local_judgement as module
+from spo.evaluation.local_judgement import local_judgement
 from spo.types import Conditioning
 
 

@@ -24,10 +24,10 @@ from spo.diffusion.rollout import sample_latents
 from spo.diffusion.schedule import Schedule
 from spo.estimate import meta, models
 from spo.estimate.count import Base, Count
+from spo.evaluation import local_judgement as local
 from spo.methods import method_spec
 from spo.methods.lpo import LpoMethod
 from spo.methods.spo import SpoMethod
-from spo.methods.stepwise import local_judgement as local
 from spo.methods.stepwise import pairs as step_pairs
 from spo.preference import trainer
 from spo.preference.latent import LatentPreferenceModel, LatentRewardModel

@@ -164,7 +164,7 @@ def _labelled(
 
 def _local_judgement(params: Params, task: PreferenceTask) -> dict[str, float]:
     """Correlation with the oracle within the candidates of a step, by timestep."""
-    from spo.methods.stepwise.local_judgement import local_judgement
+    from spo.evaluation.local_judgement import local_judgement
     from spo.scenes.oracle import Oracle
 
     settings, section = task.settings, task.name
