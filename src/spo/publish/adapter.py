@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, ModelCard, constants, get_token
+from huggingface_hub import HfApi, constants, get_token
 
 from spo.config import METHODS, Params
 from spo.publish import card
@@ -57,7 +57,7 @@ def run(
     with tempfile.TemporaryDirectory() as folder:
         content = Path(folder) / "content"
         _write(params, adapter, method, content, target, known_base, licence)
-        if ModelCard.load(content / card.FILE).data.license is None:
+        if card.metadata(read_text(content / card.FILE, "model card")).license is None:
             raise ValueError("publish: the base model's licence is not stated: give --license NAME")
         return _upload(content, target, token, private)
 

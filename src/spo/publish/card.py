@@ -79,16 +79,21 @@ def licence(checkpoint: str) -> str | None:
     if not text.startswith("---\n"):
         return None
     try:
-        name = ModelCard(text, ignore_metadata_errors=True).data.get("license")
+        name = metadata(text).license
     except Exception:  # neither YAML nor a mapping: the parser raises several types
         return None
     return name if isinstance(name, str) else None
 
 
+def metadata(card: str) -> Any:
+    """The front matter of a card, a ModelCardData; the hub's own type says less than it has."""
+    return ModelCard(card, ignore_metadata_errors=True).data
+
+
 def with_scores(card: str, rows: Sequence[Mapping[str, Any]]) -> str:
     """Add the scores of a method, its rows of reports/comparisons.json, to the card of its training."""
-    known: Any = ModelCard(card)
-    return str(ModelCard.from_template(known.data, str(TEMPLATE), body=known.text.strip(), rows=rows))
+    body = ModelCard(card).text.strip()
+    return str(ModelCard.from_template(metadata(card), str(TEMPLATE), body=body, rows=rows))
 
 
 def published(
