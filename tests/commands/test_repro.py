@@ -74,14 +74,9 @@ def test_independent_stages_run_at_the_same_time_and_then_nothing_is_left(projec
     assert "spo: 4 stages, up to 2 at a time" in done.stderr
     again = repro()
     assert (again.returncode, again.stdout) == (0, "Data and pipelines are up to date.\n")
-    cached = [
-        json.loads(line)
-        for p in (project / ".spo/spool").glob("*.jsonl")
-        for line in p.read_text().split("\n")
-        if line
-    ]
-    ends = [r for r in cached if r["op"] == "end" and r.get("cached")]
-    assert sorted(r["stage"] for r in ends) == ["first", "last", "left", "right"], "of the second"
+    runs = [json.loads(path.read_text()) for path in (project / ".spo/runs").glob("*/run.json")]
+    cached = [run["stage"] for run in runs if "origin" in run]
+    assert sorted(cached) == ["first", "last", "left", "right"], "of the second"
 
 
 @pytest.mark.smoke

@@ -18,7 +18,7 @@ from spo import config
 from spo.commands import registry
 from spo.runtime.files import write_json
 from spo.stages import score
-from spo.tracking.records import load_mlflow
+from spo.tracking.store import load_mlflow
 
 
 def params(**changes: Any) -> config.Params:

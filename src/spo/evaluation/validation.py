@@ -21,10 +21,9 @@ from typing import TYPE_CHECKING, Any
 
 from spo.config import Params, Validation, Variant
 from spo.evaluation import plots
-from spo.runtime.files import read_json, require, write_json
+from spo.runtime.files import atomic, read_json, require, write_json
 from spo.runtime.launch import is_main_process
 from spo.tracking.curve import Curve
-from spo.tracking.runs import Run
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -65,7 +64,6 @@ class Watch:
         name: str,
         iterations: int,
         divergence: str,
-        run: Run,
     ) -> None:
         """
         Args:
@@ -75,15 +73,14 @@ class Watch:
             name: of the params section, for messages.
             iterations: of the training; the last is validated too.
             divergence: the method's metric of the distance to the reference.
-            run: gets the images by iteration.
         """
         self.settings, self.validate, self.save, self.curve = settings, validate, save, curve
         self.name, self.divergence, self._last = name, divergence, iterations
         self.good, self.best, self.samples = scratch / "good", scratch / "best", scratch / "samples"
-        self._run, self._start = run, scratch / "validation.json"
+        self._start = scratch / "validation.json"
 
     def resume(self, iteration: int) -> None:
-        """Go on from a checkpoint: what was validated later is dropped, the run gets the earlier images."""
+        """Resume from a checkpoint: what was validated later is dropped."""
         if not is_main_process():
             return
         for folder in (self.good, self.best):
@@ -95,8 +92,6 @@ class Watch:
         for image in sorted(self.samples.glob("*.png")):
             if int(image.stem) > iteration:
                 image.unlink()
-            else:
-                self._run.log_image(image, "validation", int(image.stem))
 
     def __call__(self, iteration: int, metrics: Mapping[str, float]) -> bool:
         """Validate after some iterations; returns whether it did, as `training.loop.fit` wants to know.
@@ -156,8 +151,9 @@ class Watch:
 
     def _save_image(self, row: Image.Image, iteration: int) -> None:
         self.samples.mkdir(parents=True, exist_ok=True)
-        row.save(path := self.samples / f"{iteration:06d}.png")
-        self._run.log_image(path, "validation", iteration)
+        path = self.samples / f"{iteration:06d}.png"
+        with atomic(path) as partial:
+            row.save(partial, "PNG")
 
     def _save_model(self, folder: Path, facts: Mapping[str, float]) -> None:
         """Replace a saved model; the one before stays beside it until the state of the training is saved too.
@@ -194,11 +190,6 @@ def _before(folder: Path) -> Path:
 def _mark(folder: Path) -> Any:
     """What is known of a saved model."""
     return read_json(folder / MARK, "saved model")
-
-
-def scores_at(rows: Mapping[int, Mapping[str, float]], iteration: int) -> dict[str, float]:
-    """The scores of the validation after an iteration, from a curve's rows; none if there was none."""
-    return {k: v for k, v in rows.get(iteration, {}).items() if k.startswith("validation/")}
 
 
 def divergence_passed(name: str, metrics: Mapping[str, float], limit: float | None) -> str | None:

@@ -13,7 +13,7 @@ from spo.runtime.fingerprint import fingerprint
 from spo.runtime.workspace import METRICS, SCRATCH, TRAINING
 from spo.stages.common import stage
 from spo.tracking.curve import Curve
-from spo.tracking.runs import Run
+from spo.tracking.records import Run
 
 if TYPE_CHECKING:
     from spo.training.alignment import Alignment
@@ -56,12 +56,12 @@ def run(params: Params, method: str) -> None:
         objective = Alignment(f"align.{method}", backbone, built)
         scratch = _scratch(params, method)
         curve = Curve(tracked, scratch)
-        watch = _watch(params, method, objective, curve, scratch, tracked)
+        watch = _watch(params, method, objective, curve, scratch)
 
         def resume(iteration: int) -> None:
-            curve.resume(iteration)
             if watch:
                 watch.resume(iteration)
+            curve.resume(iteration)
 
         try:
             summary = loop.fit(
@@ -78,7 +78,7 @@ def run(params: Params, method: str) -> None:
             )
         except validation.Collapse:
             if watch and distributed.is_main_process():
-                _log_last_good(tracked, watch, section.lora is None, curve)
+                _log_last_good(tracked, watch, section.lora is None)
             raise
         if not distributed.is_main_process():
             return
@@ -90,7 +90,7 @@ def run(params: Params, method: str) -> None:
         }
         write_json(METRICS / f"align_{method}.json", {**summary, "seconds": round(clock.seconds, 1)})
         iteration = int(summary.get("selected_iteration", objective.iterations))
-        _log_model(tracked, OUTPUT / method, section.lora is None, curve, iteration)
+        _log_model(tracked, OUTPUT / method, section.lora is None, iteration)
         if section.lora is None:  # too large to be stored twice: DVC has it
             tracked.set_tags({"model": str(OUTPUT / method)})
         else:
@@ -143,23 +143,22 @@ def _save(backbone: Any, full: bool, folder: Path) -> None:
         backbone.save_lora(folder)
 
 
-def _log_model(tracked: Run, folder: Path, full: bool, curve: Curve, iteration: int) -> None:
+def _log_model(tracked: Run, folder: Path, full: bool, iteration: int) -> None:
     """Log the weights in a folder, those of an iteration, with the scores of their validation."""
-    scores = validation.scores_at(curve.rows, iteration)
     path, kind = (folder, "pipeline") if full else (folder / ADAPTER, "adapter")
-    tracked.log_model(path, kind, iteration, scores, {"iteration": iteration})
+    tracked.log_model(path, kind, iteration, "validation/")
 
 
-def _log_last_good(tracked: Run, watch: validation.Watch, full: bool, curve: Curve) -> None:
+def _log_last_good(tracked: Run, watch: validation.Watch, full: bool) -> None:
     """Log the models that a collapsed training leaves: the last good one and, with `select`, the best."""
     for folder in (watch.good, watch.best):
         if (folder / validation.MARK).exists():
             iteration = read_json(folder / validation.MARK, "saved model")["iteration"]
-            _log_model(tracked, folder, full, curve, iteration)
+            _log_model(tracked, folder, full, iteration)
 
 
 def _watch(
-    params: Params, method: str, objective: Alignment, curve: Curve, scratch: Path, tracked: Run
+    params: Params, method: str, objective: Alignment, curve: Curve, scratch: Path
 ) -> validation.Watch | None:
     from spo.evaluation.scorers import Scorers
     from spo.methods import method_spec
@@ -179,7 +178,6 @@ def _watch(
         name=objective.name,
         iterations=objective.iterations,
         divergence=method_spec(method).divergence,
-        run=tracked,
     )
 
 

@@ -39,7 +39,7 @@ def run(params: Params, variant: str | None = None) -> None:
             return
         summary = prepare(params.pairs, OUTPUT, labels)
         counts = {name: summary[name] for name in (*PARTS, "set_aside")} | summary.get("repeats", {})
-        tracked.log_metrics({name: float(count) for name, count in counts.items()}, step=0)
+        tracked.log_metrics({name: float(count) for name, count in counts.items()})
 
 
 def prepare(

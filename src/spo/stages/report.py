@@ -71,9 +71,9 @@ def run(params: Params, variant: str | None = None) -> None:
             partial.write_bytes(plots.grid(prompts[:GRID_PROMPTS], columns))
         drawn = {v: scored_images(v, table) for v, table in scores.items()}
         gallery.write(GALLERY, params.name, scores, drawn, (rows[0]["method"], rows[0]["baseline"]))
-        tracked.log_metrics(_flat(rows), step=0)
+        tracked.log_metrics(_flat(rows))
         for name, (_, compared_rows) in suites.items():
-            tracked.log_metrics({f"{name}/{k}": v for k, v in _flat(compared_rows).items()}, step=0)
+            tracked.log_metrics({f"{name}/{k}": v for k, v in _flat(compared_rows).items()})
         extra = ["suites.json"] if suites else []
         for name in ("report.html", "comparisons.json", "grid.png", *extra):
             tracked.log_artifact(REPORTS / name, "report")

@@ -46,7 +46,7 @@ def run(params: Params, name: str, suite: str | None = None) -> None:
         means = {m: sum(frame[m].tolist()) / len(frame) for m in frame.columns[3:]}
         rounded = {k: round(v, 6) for k, v in means.items()}
         write_json(metrics_file(title), {**rounded, SCORED_BY: scored_by(params)})
-        tracked.log_metrics(means, step=0)
+        tracked.log_metrics(means)
         shutil.rmtree(scratch, ignore_errors=True)
 
 

@@ -33,30 +33,14 @@ class Entry:
     params: dict[str, Any]
 
     @property
-    def words(self) -> tuple[str, str | None]:
-        """Split `spo STAGE [ITEM [--suite NAME]]` into (stage, item); of another command (DVC's name, None).
-
-        The item of a suite is ITEM-suite-NAME, as its stage names its run.
-        """
-        match self.cmd.split():
-            case ["spo", stage]:
-                return stage, None
-            case ["spo", stage, item]:
-                return stage, item
-            case ["spo", stage, item, "--suite", suite]:
-                return stage, f"{item}-suite-{suite}"
-        return self.stage, None
-
-    @property
     def is_tracked(self) -> bool:
         """Whether its command is a stage of `spo`, which logs a run itself."""
         return self.cmd.split()[:1] == ["spo"]
 
     @property
     def title(self) -> str:
-        """The name of the stage's run."""
-        stage, item = self.words
-        return f"{stage}-{item}" if item else stage
+        """The name of the stage's run, as align-spo or generate-spo-suite-drawbench."""
+        return "-".join(word.lstrip("-") for word in self.cmd.split()[1:]) if self.is_tracked else self.stage
 
     @property
     def hash(self) -> str:
@@ -78,26 +62,18 @@ class Entry:
 
     def metrics(self) -> dict[str, float]:
         """Return the numbers in the metrics files that the stage wrote, with / between nested keys."""
-        files = [path for path in self.outs if path.startswith(METRICS) and path.endswith(".json")]
-        return {name: value for path in files for name, value in read_metrics(Path(path)).items()}
+        files = [Path(path) for path in self.outs if path.startswith(METRICS) and path.endswith(".json")]
+        return {name: value for path in files for name, value in read_metrics(path).items()}
 
 
 def read_metrics(path: Path) -> dict[str, float]:
-    """Return the numbers of a metrics file by nested key; none if it is not there.
-
-    Raises:
-        ValueError: a damaged file.
-    """
+    """Return the numbers of a metrics file by nested key; none if it is not there."""
     flat = flatten(read_json(path, "metrics"), separator="/") if path.exists() else {}
     return {k: float(v) for k, v in flat.items() if isinstance(v, int | float)}
 
 
 def read(path: Path = Path("dvc.lock")) -> dict[str, Entry]:
-    """Read all stages by name, in the file's order; none if there is no such file.
-
-    Raises:
-        ValueError: a file that cannot be read, as one with the marks of a merge conflict.
-    """
+    """Read all stages by name, in the file's order; none if there is no such file."""
     if not path.exists():
         return {}
     with _complete():

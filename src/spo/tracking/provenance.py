@@ -17,7 +17,7 @@ from typing import Any
 from spo.config import PREFERENCE_BASELINES
 from spo.runtime.files import digest
 from spo.runtime.messages import first_line, one_line, public
-from spo.tracking.spool import warn
+from spo.tracking.records import warn
 
 PACKAGES = (
     *("spo", "torch", "torchvision", "diffusers", "transformers", "peft", "accelerate"),
@@ -36,7 +36,11 @@ def flatten(params: Mapping[str, Any], prefix: str = "", separator: str = ".") -
     return flat
 
 
-def section(params: Mapping[str, Any], stage: str, name: str | None) -> dict[str, Any]:
+def texts(values: Mapping[str, Any]) -> dict[str, str]:
+    return {key: str(value) for key, value in values.items()}
+
+
+def section(params: Mapping[str, Any], stage: str, name: str | None = None) -> dict[str, Any]:
     """Return the parameters of a stage: its section (of an item its own part) and the seed."""
     if (stage, name) == ("preference", "latent"):
         stage, name = "latent_preference", None
@@ -60,9 +64,11 @@ def hardware() -> dict[str, Any]:
     """Return tags: processor, memory, accelerator (if torch was loaded), operating system."""
     import psutil
 
+    cpuinfo = Path("/proc/cpuinfo")  # of Linux
+    named = re.search("model name.*: (.+)", cpuinfo.read_text(encoding="utf-8")) if cpuinfo.exists() else None
     tags: dict[str, Any] = {
         "hardware.cpus": os.cpu_count(),
-        "hardware.cpu": _processor(),
+        "hardware.cpu": named[1] if named else platform.processor() or platform.machine(),
         "hardware.memory_gb": round(psutil.virtual_memory().total / 2**30, 1),
         "hardware.system": platform.platform(terse=True),
     }
@@ -71,16 +77,6 @@ def hardware() -> dict[str, Any]:
         tags["hardware.gpu"] = torch.cuda.get_device_name()
         tags["hardware.gpus"] = torch.cuda.device_count()
     return tags
-
-
-def _processor() -> str:
-    """Return the processor's name by Linux, else what Python knows."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def code() -> dict[str, str]:
