@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import threading
 import time
 from pathlib import Path
@@ -232,7 +233,7 @@ def test_a_stage_that_logs_no_run_is_cached_if_its_entry_is_as_before(locked_fol
 
 
 def test_a_lock_is_recorded_when_every_stage_of_it_has_a_run(
-    locked_folder: Path, runs: Any, monkeypatch: pytest.MonkeyPatch
+    locked_folder: Path, runs: Any, fresh_store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def known() -> bool:
         assert sync()[1] == 0
@@ -249,6 +250,7 @@ def test_a_lock_is_recorded_when_every_stage_of_it_has_a_run(
     assert not known(), "another result, e.g. pulled"
     write_lock(locked_folder)
     assert known()
+    shutil.copy(fresh_store, locked_folder / "other.db")
     assert not is_recorded("tiny", f"sqlite:///{locked_folder / 'other.db'}"), "another server"
     assert is_recorded("tiny", "http://127.0.0.1:9"), "it cannot be asked"
     (locked_folder / "dvc.lock").unlink()

@@ -135,7 +135,7 @@ def test_a_run_that_is_deleted_for_good_is_delivered_anew(
 def test_a_store_that_was_replaced_by_a_new_one_gets_all(
     folder: Path, client: Any, fresh_store: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The run's id in the spool is that of the store before."""
+    """The first stage's run went to the store before."""
     parent = open_parent(PARAMS, "nightly")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SPO_PARENT_RUN", parent.key)
@@ -266,7 +266,7 @@ def test_a_store_that_takes_nothing_is_said_to_be_the_reason_and_nothing_is_lost
     else:
         limits = {"full": "PRAGMA max_page_count = 1", "read only": "PRAGMA query_only = 1"}
         monkeypatch.setattr(Store, "connect", _with_pragma(Store.connect, limits[spoil]))
-    notes = {str(i): "x" * 5000 for i in range(30)}  # more than the free room of a full file
+    notes = {str(i): "- " * 2500 for i in range(30)}  # more than the free room of a full file
     run_stage(params=PARAMS | {"notes": notes, "tracking": f"sqlite:///{file}"})
     line = printed(capsys)
     assert re.search(reason, line) and line.endswith("`spo sync` delivers it")

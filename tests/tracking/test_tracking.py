@@ -282,17 +282,19 @@ def test_repro_delivers_what_its_stages_log_while_they_run(
     monkeypatch.setattr("spo.tracking.runs.Delivery", refuse)
     monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.1")
     uri = f"sqlite:///{folder / 'mlflow.db'}"
-    with delivery.for_stages(uri) as variables:
+    parent = open_parent(PARAMS, "parent")
+    monkeypatch.setenv("SPO_PARENT_RUN", parent.key)
+    with delivery.for_stages(uri, parent) as variables:
         for name, value in variables.items():
             monkeypatch.setenv(name, value)
         with stage_run("generate", PARAMS, "base") as run:
             log_curve(run, folder, 1.0, 0.5)
             limit = time.monotonic() + 600
-            while not runs() and time.monotonic() < limit:
+            while "generate-base" not in runs() and time.monotonic() < limit:
                 time.sleep(0.05)
             while "system/cpu_utilization_percentage" not in runs()["generate-base"].data.metrics:
                 time.sleep(0.05)
             assert history(folder, runs()["generate-base"], "loss") == [(0, 1.0), (1, 0.5)]
     assert sync(uri)[1] == 0
-    (found,) = runs().values()
+    found = runs()["generate-base"]
     assert found.info.status == "FINISHED" and any(name.startswith("system/") for name in found.data.metrics)

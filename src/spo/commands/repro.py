@@ -43,7 +43,7 @@ def run(params: Params, arguments: Sequence[str] = (), jobs: int | None = None) 
             print("Data and pipelines are up to date.")
             code = 0
         else:
-            with delivery.for_stages(tracking_uri(params.tracking)) as delivered:
+            with delivery.for_stages(tracking_uri(params.tracking), parent) as delivered:
                 variables |= delivered
                 code = _in_turn(arguments, variables) if arguments else _all(params, needs, jobs, variables)
         status = "FAILED" if code else "FINISHED"

@@ -91,9 +91,7 @@ def run(params: Params, method: str) -> None:
         write_json(METRICS / f"align_{method}.json", {**summary, "seconds": round(clock.seconds, 1)})
         iteration = int(summary.get("selected_iteration", objective.iterations))
         _log_model(tracked, OUTPUT / method, section.lora is None, iteration)
-        if section.lora is None:  # too large to be stored twice: DVC has it
-            tracked.set_tags({"model": str(OUTPUT / method)})
-        else:
+        if section.lora is not None:  # a whole model is too large to be stored twice: DVC has it
             tracked.log_artifact(OUTPUT / method / ADAPTER, "adapter")
         shutil.rmtree(scratch, ignore_errors=True)
 

@@ -47,8 +47,7 @@ def stage(name: str, params: Params, variant: str | None = None) -> Iterator[Run
         with runs.stage_run(name, params.model_dump(), name=variant) as run, tied_to_starter():
             yield run
             # the seconds in the metrics file are those of all processes of a training that was resumed
-            own = {"seconds": time.monotonic() - started}
-            run.log_metrics({**own, **_written(full, began), **run.metrics})
+            run.log_metrics({"seconds": time.monotonic() - started, **_written(full, began)})
 
 
 def of_suite(folder: Path, suite: str | None) -> Path:

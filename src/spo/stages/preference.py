@@ -64,10 +64,8 @@ def run(params: Params, item: str | None = None) -> None:
             remove(OUTPUTS[item])
             trained.save(OUTPUTS[item])
         write_json(METRICS / f"{name}.json", {**report, "seconds": round(clock.seconds, 1)})
-        for name in ("accuracy", "local"):
-            tracked.log_metrics({f"{name}_t{t}": a for t, a in report.get(name, {}).items()})
         if item in OUTPUTS:
-            tracked.log_model(OUTPUTS[item], "preference model", settings.steps, "accuracy_t")
+            tracked.log_model(OUTPUTS[item], "preference model", settings.steps, "accuracy/")
         shutil.rmtree(scratch, ignore_errors=True)
 
 

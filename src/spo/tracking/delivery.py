@@ -19,11 +19,11 @@ BY_PARENT = "SPO_DELIVERED_BY_PARENT"
 
 
 class Delivery:
-    """Deliver one run, or all, in a thread, so that a slow or missing server costs the stage nothing."""
+    """Deliver a run, or its children, in a thread, so that a slow or missing server costs no stage anything."""
 
-    def __init__(self, uri: str, only: Run | None = None) -> None:
-        self._store, self._only, self._stop = Store(uri), only, threading.Event()
-        self._errors: dict[str, Exception] = {}
+    def __init__(self, uri: str, run: Run, children: bool = False) -> None:
+        self._store, self._run, self._children = Store(uri), run, children
+        self._stop, self._errors = threading.Event(), dict[str, Exception]()
         self._monitors: dict[str, Any] = {}  # of system metrics, by key
         load_mlflow()  # here: imports of two threads may get into each other's way
         self._thread = threading.Thread(target=self._work, name="tracking", daemon=True)
@@ -38,34 +38,38 @@ class Delivery:
         self._stop.set()
         place = "local" if self._store.uri.startswith("sqlite") else "remote"
         self._thread.join(STOPPED_DELIVERY if stopped else DELIVERY[place])
-        if self._only and self._only.exists() and self._only.is_pending():
-            error = self._errors.get(self._only.key)
+        if not self._children and self._run.exists() and self._run.is_pending():
+            error = self._errors.get(self._run.key)
             why = reason(error)[:400] if error else "no answer yet"
             warn(f"{self._store.name}: {why}; the run stays in .spo/runs, `spo sync` delivers it")
 
     def _work(self) -> None:
         while not self._stop.wait(PAUSE if self._errors else PERIOD):
-            self._errors = deliver(self._store, [self._only] if self._only else runs_here(), self._watch)
-        first = [self._only] if self._only else []
-        others = [run for run in runs_here() if run.key not in [own.key for own in first]]
-        self._errors = deliver(self._store, [*first, *others], self._watch)
+            self._errors = self._deliver()
+        self._errors = self._deliver()
+        if not self._errors:
+            deliver(self._store, [run for run in runs_here() if not run.is_live()])  # left by earlier stages
+
+    def _deliver(self) -> dict[str, Exception]:
+        runs = runs_here(self._run) if self._children else [self._run]
+        return deliver(self._store, runs, self._watch)
 
     def _watch(self, run: Run, run_id: str) -> None:
         """Have MLflow log the use of the machine to a stage's run as long as it is open."""
         from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
-        content, known = run.read(), run.key in self._monitors
-        if content["status"] is None and "watched" in content and not known:
+        content = run.read()
+        if content["status"] and run.key in self._monitors:
+            self._monitors.pop(run.key).finish()
+        elif not content["status"] and "lock" not in content and run.key not in self._monitors:
             self._monitors[run.key] = SystemMetricsMonitor(run_id, tracking_uri=self._store.uri)
             self._monitors[run.key].start()
-        elif content["status"] and known:
-            self._monitors.pop(run.key).finish()
 
 
 @contextmanager
-def for_stages(uri: str) -> Iterator[Mapping[str, str]]:
+def for_stages(uri: str, parent: Run) -> Iterator[Mapping[str, str]]:
     """Deliver the runs of stages that are children of this process; yields variables for them."""
-    delivery = Delivery(uri)
+    delivery = Delivery(uri, parent, children=True)
     try:
         yield {BY_PARENT: "1"}
     finally:

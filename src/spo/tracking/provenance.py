@@ -29,10 +29,8 @@ def flatten(params: Mapping[str, Any], prefix: str = "", separator: str = ".") -
     """Return nested sections as one mapping with dotted keys."""
     flat: dict[str, Any] = {}
     for key, value in params.items():
-        if isinstance(value, Mapping):
-            flat |= flatten(value, f"{prefix}{key}{separator}", separator)
-        else:
-            flat[f"{prefix}{key}"] = value
+        inner = isinstance(value, Mapping)
+        flat |= flatten(value, f"{prefix}{key}{separator}", separator) if inner else {f"{prefix}{key}": value}
     return flat
 
 
@@ -101,10 +99,7 @@ def code() -> dict[str, str]:
 
 def git(*arguments: str) -> str:
     """Return what a git command prints; nothing if it fails (see `git_refusal`)."""
-    try:
-        return _git(*arguments)
-    except (OSError, subprocess.SubprocessError):
-        return ""
+    return _git(*arguments)[0]
 
 
 @functools.cache
@@ -113,28 +108,27 @@ def git_refusal(folder: Path) -> str:
 
     A process warns of it once, unless the folder is in no repository, as that of an archive.
     """
-    try:
-        _git("-C", str(folder), "rev-parse", "HEAD")
-    except subprocess.CalledProcessError as error:
-        why = first_line(ValueError(error.stderr), 300).removeprefix("fatal: ")
-    except (OSError, subprocess.TimeoutExpired) as error:
-        why = one_line(error)
-    else:
-        return ""
+    _, why = _git("-C", str(folder), "rev-parse", "HEAD")
     if why.startswith("not a git repository (or any"):
         return "not in a git repository"
-    warn(f"no commit is recorded, since git refuses ({why}); `git status` says what to do")
+    if why:
+        warn(f"no commit is recorded, since git refuses ({why}); `git status` says what to do")
     return re.sub(r"(:| at)? '?/.*", "", why)
 
 
-def _git(*arguments: str) -> str:
-    done = subprocess.run(
-        ["git", *arguments],
-        capture_output=True,
-        encoding="utf-8",
-        errors="replace",
-        timeout=20,
-        check=True,
-        env={**os.environ, "LC_ALL": "C"},  # no translated messages
-    )
-    return done.stdout.strip()
+def _git(*arguments: str) -> tuple[str, str]:
+    """Return what a git command prints, and why it failed; one of them is empty."""
+    environment = {**os.environ, "LC_ALL": "C"}  # no translated messages
+    options: dict[str, Any] = {
+        "capture_output": True,
+        "encoding": "utf-8",
+        "errors": "replace",
+        "timeout": 20,
+    }
+    try:
+        done = subprocess.run(["git", *arguments], env=environment, **options)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return "", one_line(error)
+    if done.returncode != 0:
+        return "", first_line(ValueError(done.stderr), 300).removeprefix("fatal: ")
+    return done.stdout.strip(), ""

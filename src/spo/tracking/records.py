@@ -14,7 +14,8 @@ import secrets
 import shutil
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -93,11 +94,6 @@ class Run:
         content: Content = read_json(self.path / "run.json", "run", keys=KEYS, then="remove its folder")
         return content
 
-    @property
-    def metrics(self) -> dict[str, float]:
-        """Return what was logged of the whole run so far."""
-        return dict(self.read()["metrics"]) if self.key else {}
-
     def log_metrics(self, metrics: Mapping[str, float]) -> None:
         """Log numbers of the whole run (seconds, accuracy); those of each step are in the curve."""
         self.add(metrics={k: float(v) for k, v in metrics.items()})
@@ -128,12 +124,13 @@ class Run:
 
     def collect(self) -> None:
         """Copy curve and images, so that the stage may remove them."""
-        content = self.read() if self.key else {}
-        for name, source in ((k, Path(content[k])) for k in ("curve", "images") if k in content):
-            copy = self.path / f"{name}{source.suffix}"
-            if source.exists() and not copy.exists():
-                (shutil.copytree if source.is_dir() else shutil.copy2)(source, copy)
-                self.add(**{name: str(copy)})
+        with self._guarded():
+            content = self.read() if self.key else {}
+            for name, source in ((k, Path(content[k])) for k in ("curve", "images") if k in content):
+                copy = self.path / f"{name}{source.suffix}"
+                if source.exists() and not copy.exists():
+                    (shutil.copytree if source.is_dir() else shutil.copy2)(source, copy)
+                    self.add(**{name: str(copy)})
 
     def end(self, status: str, time: int | None = None) -> None:
         self.collect()
@@ -143,17 +140,13 @@ class Run:
         """Add to mappings and lists, and set other fields; the run is delivered again then."""
         if not self.key:
             return
-        try:
-            with locked(self.path / "lock"):
-                content = self.read()
-                for name, new in cleaned(fields).items():
-                    old = content.get(name)
-                    merged = old | new if isinstance(old, dict) else new
-                    content[name] = old + new if isinstance(old, list) else merged
-                self._write(content | {"version": content["version"] + 1})
-        except OSError as error:
-            warn(f"{self.path} cannot be written, the run logs nothing more: {one_line(error)}")
-            self.key = ""
+        with self._guarded(), locked(self.path / "lock"):
+            content = self.read()
+            for name, new in cleaned(fields).items():
+                old = content.get(name)
+                merged = old | new if isinstance(old, dict) else new
+                content[name] = old + new if isinstance(old, list) else merged
+            self._write(content | {"version": content["version"] + 1})
 
     def mark(self, version: int) -> None:
         """Note that a store has this version of the run; with its end goes what only a delivery needs."""
@@ -192,6 +185,15 @@ class Run:
                 Path(p) for p in (self.path / "run.json", content.get("curve", "")) if Path(p).is_file()
             )
             self.end("KILLED", int(1000 * last.stat().st_mtime))
+
+    @contextmanager
+    def _guarded(self) -> Iterator[None]:
+        """Let no stage fail because its run cannot be written."""
+        try:
+            yield
+        except (OSError, ValueError) as error:
+            warn(f"{self.path} cannot be written, the run logs nothing more: {one_line(error)}")
+            self.key = ""
 
     def _write(self, content: Content) -> None:
         write_json(self.path / "run.json", content)

@@ -59,7 +59,12 @@ def open_parent(
         dvc: pid and start of the `dvc repro` whose stages are its children; it ends with each of them.
     """
     named = {"name": name or f"repro {datetime.now():%Y-%m-%d %H:%M:%S}", "experiment": params["name"]}
-    known = {"params": texts(flatten(params)), "tags": code(), "lock": dvc_lock.hashes(), "dvc": dvc}
+    known = {
+        "params": texts(flatten(params)),
+        "tags": code(),
+        "lock": {n: e.hash for n, e in dvc_lock.read().items()},
+        "dvc": dvc,
+    }
     return Run.create(named | known, is_owned=dvc is None)
 
 
@@ -91,7 +96,7 @@ def _start(stage: str, params: Mapping[str, Any], name: str | None) -> Run:
         cached_stages.settle(parent, params, dvc_lock.ancestors(dvc_lock.read(), dvc))
     named = {"name": f"{stage}-{name}" if name else stage, "experiment": params["name"], "stage": dvc}
     shown = section(params, stage, name) if parent.key else flatten(params)
-    known = {"params": texts(shown), "tags": tags if parent.key else tags | code(), "watched": True}
+    known = {"params": texts(shown), "tags": tags if parent.key else tags | code()}
     return Run.create(named | known, parent.key)
 
 

@@ -210,16 +210,11 @@ class Store:
             for file in content["artifacts"]:
                 yield f"artifact {file['path']}", call(logged.artifact, file=file)
             for model in content["models"]:
-                at = (
-                    [row for row in read_curve(curve)[0] if row[1] == model["step"]]
-                    if curve.is_file()
-                    else []
-                )
+                at = [row for row in read_curve(curve)[0] if row[1] == model["step"]]
                 yield f"model {model['step']}", call(logged.model, item=model, rows=[*at, *points])
-        if content["status"] or ended:
-            worst = max((c["status"] for c in ended.values()), key=WORSE.index, default=None)
+        worst = max((child["status"] for child in ended.values()), key=WORSE.index, default=None)
+        if status := content["status"] or worst:
             end = content.get("end") or max(child["end"] for child in ended.values())
-            status = content["status"] or worst
             yield "status", partial(self.connect().set_terminated, sent.run_id, status, end_time=end)
 
     def _run(self, run: Run, content: Content) -> str:
