@@ -1,13 +1,8 @@
-"""What DVC says of stages, as MLflow runs: the entry in dvc.lock of those that ran, and runs of cached ones.
-
-A stage with a run under the parent ran: its run gets the hashes of all that it read and wrote. A stage that
-DVC came to without a run is cached: it gets a run, linked to the one that made its outputs.
+"""Runs of stages and dvc.lock: those that ran get their entry, cached ones a run linked to the one before.
 
 `spo repro` and the flow settle when DVC has ended, and so know every stage. Under a plain `dvc repro` a stage
-settles what it is made from when it starts, and nothing of ours runs after the last one. So, with that alone,
-
-- the run of the last stage gets no hashes, and later cached runs of that stage are not linked to it;
-- a cached stage that no stage which ran is made from has no run.
+settles what it is made from when it starts, and nothing of ours runs after the last one: its run gets no
+hashes, and a cached stage that no stage which ran is made from has no run.
 """
 
 from __future__ import annotations
@@ -32,9 +27,8 @@ DATA = {  # of a stage: keys of its section of params.yaml that name data, and M
 def settle(parent: Run, params: Mapping[str, Any], reached: Collection[str]) -> list[str]:
     """Give stages that ran their entries of dvc.lock, and cached ones a run; return the names of these.
 
-    Args:
-        reached: stages that DVC came to and ended well, so that dvc.lock has them as they are. Of the others,
-            those are settled that ran under this parent and whose entries were written since it opened.
+    DVC came to the `reached` stages and ended them well, so that dvc.lock has them as they are. Others are
+    settled if they ran under this parent and their entries were written since it opened.
     """
     if not parent.exists():
         return []

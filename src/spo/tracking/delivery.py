@@ -19,7 +19,7 @@ BY_PARENT = "SPO_DELIVERED_BY_PARENT"
 
 
 class Delivery:
-    """Deliver a run, or its children, in a thread, so that a slow or missing server costs no stage anything."""
+    """Deliver a run, or its children, in a thread, so that a slow or missing server costs no stage time."""
 
     def __init__(self, uri: str, run: Run, children: bool = False) -> None:
         self._store, self._run, self._children = Store(uri), run, children
@@ -30,11 +30,7 @@ class Delivery:
         self._thread.start()
 
     def finish(self, stopped: bool = False) -> None:
-        """Deliver once more, and warn in one line if the stage's run could not be delivered.
-
-        Args:
-            stopped: by Ctrl-C or SIGTERM, so that somebody waits.
-        """
+        """Deliver once more, in less time if the stage was stopped; warn in one line if that fails."""
         self._stop.set()
         place = "local" if self._store.uri.startswith("sqlite") else "remote"
         self._thread.join(STOPPED_DELIVERY if stopped else DELIVERY[place])
@@ -79,13 +75,9 @@ def for_stages(uri: str, parent: Run) -> Iterator[Mapping[str, str]]:
 def deliver(
     store: Store, runs: Sequence[Run], watch: Callable[[Run, str], None] = lambda run, run_id: None
 ) -> dict[str, Exception]:
-    """Deliver runs: one that is refused does not hold up the others, a store that is away does.
+    """Deliver runs, and return the errors by key: a refused run holds up no other, a store that is away does.
 
-    Args:
-        watch: called with each run that was delivered, and its id.
-
-    Returns:
-        Why runs could not be delivered, by key.
+    `watch` is called with each run that was delivered, and its id.
     """
     errors: dict[str, Exception] = {}
     for run in runs:
@@ -102,10 +94,7 @@ def deliver(
 
 
 def sync(uri: str | None = None) -> tuple[int, int]:
-    """Deliver every run to `uri`, or to where stages would log: (runs delivered, runs left).
-
-    It says why some are left, each reason once.
-    """
+    """Deliver every run to `uri`, or to where stages would log: (delivered, left). Print each reason once."""
     store, before = Store(uri or tracking_uri()), [run for run in runs_here() if run.is_pending()]
     errors = deliver(store, before)
     for why in dict.fromkeys(map(reason, errors.values())):

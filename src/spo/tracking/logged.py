@@ -79,11 +79,7 @@ def artifact(client: Any, run_id: str, file: Mapping[str, str]) -> None:
 
 
 def images(client: Any, run_id: str, folder: Path, sent: set[str]) -> None:
-    """Log the images of a folder by step, which their names are, for the step slider of MLflow's UI.
-
-    Args:
-        sent: names that were logged before; gets those that are logged now.
-    """
+    """Log the images STEP.png of a folder for the step slider of MLflow's UI; `sent` gets their names."""
     from PIL import Image
 
     paths = [path for path in sorted(folder.glob("*.png")) if path.name not in sent]
@@ -101,11 +97,7 @@ def images(client: Any, run_id: str, folder: Path, sent: set[str]) -> None:
 
 
 def model(client: Any, run_id: str, item: Mapping[str, Any], rows: Sequence[Point]) -> None:
-    """Make the LoggedModel of a run and step: the weights by path and SHA-256, not stored again.
-
-    Args:
-        rows: metrics of the run; those that begin with the item's `scores` are the model's too.
-    """
+    """Make the LoggedModel of a run and step; metrics that begin with the item's `scores` are its own too."""
     from mlflow.entities import LoggedModelOutput
 
     run, step = client.get_run(run_id), item["step"]

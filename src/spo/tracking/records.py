@@ -50,12 +50,10 @@ class Run:
 
     @classmethod
     def create(cls, content: Content, parent: str = "", is_owned: bool = True) -> Run:
-        """Make a run's folder; where it cannot be written, warn and return a run that logs nothing.
+        """Make a run's folder from its name, experiment, params, tags, and what else is known.
 
-        Args:
-            content: name, experiment, params, tags, and what else is known.
-            parent: the parent's key, or the id of a run that MLflow has.
-            is_owned: by this process: the run is KILLED if the process is gone without having ended it.
+        `parent` is a key, or the id of a run that MLflow has. If the process exits without ending a run that
+        it owns, the run is KILLED.
         """
         import psutil
 
@@ -86,11 +84,7 @@ class Run:
         return bool(self.key) and (self.path / "run.json").is_file()
 
     def read(self) -> Content:
-        """Return what is known of the run.
-
-        Raises:
-            ValueError: a damaged file.
-        """
+        """Return what is known of the run."""
         content: Content = read_json(self.path / "run.json", "run", keys=KEYS, then="remove its folder")
         return content
 
@@ -107,13 +101,9 @@ class Run:
         self.add(artifacts=[{"path": str(path), "folder": folder, "sha256": digest(path)}])
 
     def log_model(self, path: Path, kind: str, step: int, scores: str) -> None:
-        """Log saved weights as MLflow's LoggedModel: by path and SHA-256, not stored again.
+        """Log saved weights, a file or a folder, as MLflow's LoggedModel: by path and SHA-256.
 
-        Args:
-            path: of the weights, a file or a folder; a folder's hash is the tag dvc.out.PATH of the run.
-            kind: MLflow's model type, e.g. "adapter".
-            step: of its last update.
-            scores: how the names of its metrics begin: those of the curve at this step and of the whole run.
+        Its metrics are those of the whole run, and of the curve at `step`, whose names begin with `scores`.
         """
         tags = {"weights": str(path), **({"weights.sha256": sha} if (sha := digest(path)) else {})}
         self.add(models=[{"kind": kind, "step": int(step), "scores": scores, "tags": tags}])
@@ -181,10 +171,9 @@ class Run:
         except psutil.NoSuchProcess:
             alive = False
         if not alive:
-            last = max(
-                Path(p) for p in (self.path / "run.json", content.get("curve", "")) if Path(p).is_file()
-            )
-            self.end("KILLED", int(1000 * last.stat().st_mtime))
+            files = [Path(content.get("curve", "")), self.path / "run.json"]
+            last = max(file.stat().st_mtime for file in files if file.is_file())
+            self.end("KILLED", int(1000 * last))
 
     @contextmanager
     def _guarded(self) -> Iterator[None]:
@@ -211,10 +200,9 @@ def runs_here(parent: Run | None = None) -> list[Run]:
 
 
 def read_curve(path: Path, offset: int = 0) -> tuple[list[tuple[int, int, dict[str, float]]], int]:
-    """Read a curve as `Curve` writes it while it grows, from an offset on, or the CSV that is left of it.
+    """Read a curve's rows (time, step, metrics) from an offset on, and the offset behind them.
 
-    Returns:
-        (time, step, metrics) of each row, without torn ones, and the offset behind them.
+    It is the file that `Curve` writes while it grows, whose last row may be torn, or the CSV in reports/.
     """
     rows: list[tuple[int, int, dict[str, float]]] = []
     if not path.is_file():

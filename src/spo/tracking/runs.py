@@ -55,8 +55,7 @@ def open_parent(
 ) -> Run:
     """Open a run for others to be children of, by its `key` in SPO_PARENT_RUN; log all parameters.
 
-    Args:
-        dvc: pid and start of the `dvc repro` whose stages are its children; it ends with each of them.
+    That of a `dvc repro` (pid and start) ends with each of its stages.
     """
     named = {"name": name or f"repro {datetime.now():%Y-%m-%d %H:%M:%S}", "experiment": params["name"]}
     known = {
@@ -69,11 +68,7 @@ def open_parent(
 
 
 def close_parent(run: Run, params: Mapping[str, Any], status: str, reached: Collection[str]) -> list[str]:
-    """End a parent, and return the names of the stages that are recorded as cached.
-
-    Args:
-        reached: the stages that DVC came to and ended well, whether they ran or not.
-    """
+    """End a parent, and return the names of the stages that are recorded as cached (see `settle`)."""
     cached = cached_stages.settle(run, params, reached)
     run.set_tags(code() | {"dvc.stages_cached": " ".join(cached)})
     run.end(status)

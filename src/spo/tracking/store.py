@@ -156,11 +156,10 @@ class Store:
         return str(found[0].info.run_id) if found else None
 
     def deliver(self, run: Run) -> str:
-        """Write all of a run that this store has not got; with its end, the parent too. Return its id.
+        """Write all of a run that this store lacks, with its end the parent too; return its id.
 
         Raises:
             Refused: a part of it; the others are there.
-            Exception: the store cannot be reached, or cannot take a run.
         """
         with locked(folder() / "delivery"):  # two processes at once would make a run twice
             content = self._deliver(run)
