@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 import shutil
 import sqlite3
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -61,7 +58,7 @@ def nothing_waits() -> bool:
 
 
 def test_an_experiment_deleted_before_a_stage_is_named_and_all_comes_after_its_restoration(
-    folder: Path, client: Any, capsys: pytest.CaptureFixture[str]
+    folder: Path, client: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     number = client.create_experiment("tiny")
     client.delete_experiment(number)
@@ -77,9 +74,11 @@ def test_an_experiment_deleted_before_a_stage_is_named_and_all_comes_after_its_r
     assert restore in output.err and "sync: " in output.err and "away" not in output.err
     assert client.get_experiment(number).lifecycle_stage == "deleted", "only a person restores it"
 
-    command = [sys.executable, "-m", "mlflow", "experiments", "restore", "--experiment-id", number]
-    environment = {**os.environ, "MLFLOW_TRACKING_URI": f"sqlite:///{folder / 'mlflow.db'}"}
-    subprocess.run(command, env=environment, check=True, capture_output=True)
+    from mlflow.experiments import restore_experiment
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder / 'mlflow.db'}")
+    restore_experiment.main(["--experiment-id", number], standalone_mode=False)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
     assert cli.main(["sync"]) == 0 and nothing_waits()
     delivered(folder, client)
 

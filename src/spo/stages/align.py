@@ -130,7 +130,7 @@ def _write(
     facts = {f"selected_{name}": value for name, value in (selected or {}).items()}
     model_card.write(folder, params, method, {**summary, **facts})
     if (scratch / "samples").exists():
-        shutil.copytree(scratch / "samples", folder / "samples")
+        shutil.copytree(scratch / "samples", folder / "samples", ignore=shutil.ignore_patterns(".*"))
     return facts
 
 
