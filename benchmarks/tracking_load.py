@@ -15,6 +15,7 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, chdir, contextmanager
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -44,14 +45,17 @@ def _tracked(iterations: int) -> list[str]:
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
     from spo.tracking import runs
+    from spo.tracking.curve import Curve
 
     calls: list[str] = []
     params = load_params("smoke").model_dump()
     with tempfile.TemporaryDirectory() as folder, chdir(folder), _noted(SqlAlchemyStore, calls):
         began = time.monotonic()
         with runs.stage_run("align", params, "spo") as run:
+            curve = Curve(run, Path("scratch"))
+            curve.resume(0)
             for step in range(1, iterations + 1):
-                run.log_metrics({f"metric_{i}": math.sin(step + i) for i in range(10)}, step)
+                curve.log({f"metric_{i}": math.sin(step + i) for i in range(10)}, step)
                 time.sleep(0.1)
         seconds = time.monotonic() - began
         with sqlite3.connect("mlflow.db") as database:

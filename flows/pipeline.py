@@ -41,7 +41,8 @@ from spo.evaluation import results
 from spo.runtime import cores
 from spo.runtime.messages import EXIT_FILE, TRANSIENT, redact
 from spo.runtime.signals import exit_on_sigterm
-from spo.tracking import dvc_lock, dvc_stages, runs
+from spo.tracking import cached_stages, delivery, dvc_lock, dvc_stages, runs
+from spo.tracking.store import tracking_uri
 
 ROOT = Path(__file__).resolve().parents[1]
 CRON = "0 3 * * *"  # every day at 3
@@ -90,7 +91,7 @@ def pipeline(
             finally:
                 parent.set_tags({f"dvc.{row['stage']}": row["result"] for row in done})
                 runs.close_parent(parent, params.model_dump(), status, [row["stage"] for row in done])
-                runs.sync(params.tracking)
+                delivery.sync(params.tracking)
             publish(done, params.tracking)
             if push:
                 push_to(push)
@@ -142,7 +143,7 @@ def run_stages(processes: int, force: bool, parent: str, done: list[dict[str, An
 def publish(done: Sequence[Mapping[str, Any]], configured: str | None) -> None:
     """Show results and timings, the grid of images and where the MLflow runs are on Prefect's page."""
     create_markdown_artifact(summary(done, comparisons()), key="spo-results")
-    uri = redact(runs.tracking_uri(configured))
+    uri = redact(tracking_uri(configured))
     if uri.startswith("http"):
         create_link_artifact(uri, key="spo-mlflow", link_text="the runs in MLflow")
     grid = Path("reports/grid.png")
@@ -192,7 +193,7 @@ def result(stage: str, before: dvc_lock.Entry | None, after: dvc_lock.Entry | No
 
     A stage that is not one of `spo`, ran and gave the same as before counts as unchanged.
     """
-    if runs.ran(parent, stage):
+    if cached_stages.has_run(parent, stage):
         return "ran"
     if before == after:
         return "unchanged"

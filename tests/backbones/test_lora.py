@@ -18,7 +18,7 @@ from spo.commands import registry
 from spo.diffusion.noise import SampleNoise
 from spo.diffusion.rollout import sample_latents
 from spo.diffusion.schedule import Schedule
-from spo.tracking.records import load_mlflow
+from spo.tracking.store import load_mlflow
 
 SAVE = """
 import sys

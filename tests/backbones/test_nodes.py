@@ -147,7 +147,7 @@ def standing(tmp_path, monkeypatch) -> Path:
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(align, "run", meet)
-    monkeypatch.setattr(runs, "stage_run", lambda *_, **__: nullcontext(runs.Run(None)))  # seconds of MLflow
+    monkeypatch.setattr(runs, "stage_run", lambda *_, **__: nullcontext(runs.Run()))  # seconds of MLflow
     Path("params.yaml").write_text(config.preset("smoke"), encoding="utf-8")
     return tmp_path
 

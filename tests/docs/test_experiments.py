@@ -93,8 +93,8 @@ def test_the_page_finds_the_best_step_over_runs(
     Path("adapter").write_bytes(b"weights")
     for step, gain in ((20, 0.5), (40, 0.9), (60, 0.7)):
         with stage_run("align", {"name": "scenes", "seed": step}, "spo") as run:
-            run.log_metrics({"validation/gain": gain}, step=step)
-            run.log_model(Path("adapter"), "adapter", step, {"validation/gain": gain}, {})
+            run.log_metrics({"validation/gain": gain})
+            run.log_model(Path("adapter"), "adapter", step, "validation/")
     (script,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
     capsys.readouterr()
     exec(script, {})

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from spo.tracking.records import load_mlflow
+from spo.tracking.store import load_mlflow
 
 
 def children(folder: Path, parent: str) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from functools import wraps
 from typing import Any
 from unittest.mock import patch
 
-from spo.tracking import delivery, runs
+from spo.tracking import curve, delivery, records, runs
 
 
 @dataclass
@@ -31,8 +31,9 @@ def measured() -> Iterator[Cost]:
     """Counts while it is open."""
     cost = Cost()
     calls = [
-        *((runs.Run, n) for n in ("log_metrics", "log_params", "log_artifact", "set_tags", "end")),
-        *((runs, n) for n in ("_parent", "_settle", "_start")),
+        *((records.Run, n) for n in ("add", "collect", "log_artifact")),
+        (curve.Curve, "log"),
+        (runs, "_start"),
         *((delivery.Delivery, n) for n in ("__init__", "finish")),
     ]
     with ExitStack() as stack:

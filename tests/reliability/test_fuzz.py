@@ -27,7 +27,8 @@ from spo import cli, config
 from spo.data import images
 from spo.ingest import prompt_files, selection, sources
 from spo.rewards.aesthetic import AestheticHead
-from spo.tracking import spool
+from spo.tracking import records
+from spo.tracking.curve import Curve
 from spo.training.checkpoint import CheckpointStore
 
 MUTATIONS = int(os.environ.get("SPO_FUZZ", "450"))
@@ -137,29 +138,22 @@ def head(folder: Path) -> Path:
     return folder / "head.pth"
 
 
-def spool_file(folder: Path) -> Path:
-    path = folder / "20260101T000000-0123456789ab.jsonl"
-    one = spool.Spool(path)
-    one.append(
-        "create", writer={"node": "x", "pid": 1, "started": 0.0}, uri="sqlite:///x", name="n", shared=0
-    )
-    one.append("metrics", step=1, metrics={"a": 1.0})
-    one.mark("sqlite:///x", "r", 20)
-    return path
+def run_file(folder: Path) -> Path:
+    with contextlib.chdir(folder):
+        run = records.Run.create({"name": "n", "experiment": "e", "params": {"a": "1"}, "tags": {}})
+        return run.path.absolute() / "run.json"
 
 
-def read_spool(path: Path) -> None:
-    one = spool.Spool(path)
-    assert all(isinstance(record["op"], str) for _, record in one.read())
-    one.header(), one.left()
+def read_run(path: Path) -> None:
+    with contextlib.chdir(path.parents[3]):
+        assert isinstance(records.Run(path.parent.name).read()["name"], object)
 
 
-def spool_state(folder: Path) -> Path:
-    return spool_file(folder).with_suffix(".state")
-
-
-def read_state(path: Path) -> None:
-    spool.Spool(path.with_suffix(".jsonl")).left()
+def curve_file(folder: Path) -> Path:
+    curve = Curve(records.Run(), folder)
+    for step in range(3):
+        curve.log({"loss": 0.5}, step)
+    return folder / "curve.jsonl"
 
 
 def lock_file(folder: Path) -> Path:
@@ -188,8 +182,8 @@ TARGETS: dict[str, tuple[Callable[[Path], Path], Callable[[Path], None]]] = {
     "checkpoint": (checkpoint, read_checkpoint),
     "images": (archive, lambda path: list(images.load_images(path.parent))),
     "head": (head, lambda path: AestheticHead.load(path)),
-    "spool": (spool_file, read_spool),
-    "state": (spool_state, read_state),
+    "run": (run_file, read_run),
+    "curve": (curve_file, records.read_curve),
     "dvc.lock": (lock_file, read_lock),
 }
 

@@ -106,7 +106,7 @@ def test_a_tracking_server_that_is_away_is_named_without_it(folder: Path) -> Non
     words = [sys.executable, "-m", "spo", "pairs"]
     done = subprocess.run(words, cwd=folder, env=away, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0 and "http://***@127.0.0.1:9" in done.stderr
-    assert list((folder / ".spo").rglob("*.jsonl")), "the run waits in the spool"
+    assert list((folder / ".spo/runs").glob("*/run.json")), "the run waits there"
     assert leaks(folder, done) == []
 
 

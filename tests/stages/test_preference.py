@@ -14,7 +14,7 @@ from spo.data import latents
 from spo.preference import trainer
 from spo.stages import preference
 from spo.tracking.curve import Curve
-from spo.tracking.runs import Run
+from spo.tracking.records import Run
 from spo.training.clock import Clock
 
 
@@ -37,6 +37,6 @@ def test_updates_that_were_skipped_are_reported(
     monkeypatch.setattr(trainer, "evaluate", lambda *a, **options: {0: {"accuracy": 0.5, "n": 1}})
     settings = params.latent_preference.model_copy(update={"local_prompts": 0})
     trained = SimpleNamespace(settings=settings, backbone=SimpleNamespace(device="cpu"), finish=lambda: None)
-    report = preference._train(params, trained, tmp_path, Curve(Run(None), tmp_path), Clock())
+    report = preference._train(params, trained, tmp_path, Curve(Run(), tmp_path), Clock())
     assert report["updates"] == 5 and report["training_seconds"] == 1.5
     assert report.get("skipped_updates") == counted.get("skipped_updates")

@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 
-from spo.tracking.records import load_mlflow
-from spo.tracking.store import Store
+from spo.tracking.store import Store, load_mlflow
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,7 @@ import pytest
 from mlflow_runs import children
 
 from spo.commands import repro
-from spo.tracking.records import load_mlflow
+from spo.tracking.store import load_mlflow
 
 DAG = """\
 stages:
@@ -81,7 +81,7 @@ def test_with_dvc_itself(folder: Path, runs: Any, monkeypatch: pytest.MonkeyPatc
     one = children(folder, parents()[0].info.run_id)
     three = children(folder, parents()[2].info.run_id)
     assert three["pairs"].data.tags["origin_run_id"] == one["pairs"].info.run_id
-    assert do("spo", "sync").startswith("0 records")
+    assert do("spo", "sync").startswith("0 runs")
     do("git", *me, "commit", "-qam", "two", "--allow-empty")
     do("dvc", "exp", "run", "-q", "--temp", "-S", "report.grid_prompts=3")
     assert cached(parents()[3]) == {"pairs": "true", "report": "false"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import threading
 import time
 from pathlib import Path
@@ -13,10 +14,11 @@ import yaml
 from mlflow_runs import children
 
 from spo.runtime.workspace import home
-from spo.tracking import cached_stages, dvc_lock, runs
-from spo.tracking.records import load_mlflow
-from spo.tracking.runs import close_parent, open_parent, stage_run, sync
-from spo.tracking.spool import spools
+from spo.tracking import cached_stages, dvc_lock
+from spo.tracking.curve import Curve
+from spo.tracking.delivery import is_recorded, sync
+from spo.tracking.runs import close_parent, open_parent, stage_run
+from spo.tracking.store import load_mlflow, tracking_uri
 
 PARAMS: dict[str, Any] = {"name": "tiny", "seed": 3, "tracking": None, "align": {"spo": {"beta": 10}}}
 ENTRIES = {
@@ -95,7 +97,9 @@ def stage(
 ) -> None:
     monkeypatch.setenv("DVC_STAGE", dvc)
     with stage_run(name, params, item) as run:
-        run.log_metrics({"loss": 9.0}, step=3)
+        curve = Curve(run, Path("scratch"))
+        curve.resume(0)
+        curve.log({"loss": 9.0}, 3)
         run.log_metrics(metrics)
     monkeypatch.delenv("DVC_STAGE")
 
@@ -143,8 +147,6 @@ def test_cached_stages_are_linked_and_the_parents_compare(
     assert (one.data.metrics["report/win_rate"], two.data.metrics["report/win_rate"]) == (0.9, 0.8)
     differ = {k for k in two.data.params if one.data.params.get(k) != two.data.params[k]}
     assert differ == {"report.grid"}
-    left = {s.header()["name"] for s in spools()}  # the two parents stay open to later stages
-    assert left == {"first", "second"}, "delivered, and nothing refused"
 
 
 def test_a_repro_in_which_nothing_ran(locked_folder: Path, runs: Any) -> None:
@@ -198,7 +200,7 @@ def test_two_stages_that_start_at_once_record_a_cached_stage_once(
     monkeypatch.setattr(cached_stages.dvc_lock, "read", slow)
     found: list[list[str]] = []
     threads = [
-        threading.Thread(target=lambda: found.append(runs._settle(parent, PARAMS, ["pairs"])))
+        threading.Thread(target=lambda: found.append(cached_stages.settle(parent, PARAMS, ["pairs"])))
         for _ in range(2)
     ]
     for thread in threads:
@@ -231,21 +233,28 @@ def test_a_stage_that_logs_no_run_is_cached_if_its_entry_is_as_before(locked_fol
 
 
 def test_a_lock_is_recorded_when_every_stage_of_it_has_a_run(
-    locked_folder: Path, runs: Any, monkeypatch: pytest.MonkeyPatch
+    locked_folder: Path, runs: Any, fresh_store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert not cached_stages.is_recorded()
+    def known() -> bool:
+        assert sync()[1] == 0
+        return is_recorded("tiny")
+
+    assert not known()
     parent = open_parent(PARAMS, "parent")
     monkeypatch.setenv("SPO_PARENT_RUN", parent.key)
     stage(monkeypatch, "pairs", "pairs", None, PARAMS)
-    assert not cached_stages.is_recorded()
+    assert not known()
     close_parent(parent, PARAMS, "FINISHED", dvc_lock.read())
-    assert cached_stages.is_recorded()
+    assert known()
     write_lock(locked_folder, r1="r2")
-    assert not cached_stages.is_recorded(), "another result, e.g. pulled"
+    assert not known(), "another result, e.g. pulled"
     write_lock(locked_folder)
-    assert cached_stages.is_recorded()
+    assert known()
+    shutil.copy(fresh_store, locked_folder / "other.db")
+    assert not is_recorded("tiny", f"sqlite:///{locked_folder / 'other.db'}"), "another server"
+    assert is_recorded("tiny", "http://127.0.0.1:9"), "it cannot be asked"
     (locked_folder / "dvc.lock").unlink()
-    assert cached_stages.is_recorded(), "nothing to record"
+    assert known(), "nothing to record"
 
 
 def test_experiments_in_dvcs_temporary_folders_log_to_the_workspace(
@@ -255,6 +264,6 @@ def test_experiments_in_dvcs_temporary_folders_log_to_the_workspace(
         (tmp_path / part).mkdir(parents=True)
         monkeypatch.chdir(tmp_path / part)
         assert home() == tmp_path
-        assert runs.tracking_uri() == f"sqlite:///{tmp_path / 'mlflow.db'}"
+        assert tracking_uri() == f"sqlite:///{tmp_path / 'mlflow.db'}"
     monkeypatch.chdir(tmp_path)
     assert home() == tmp_path

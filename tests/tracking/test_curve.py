@@ -1,17 +1,18 @@
-"""A curve has one row an iteration; a resumed stage goes on from those of its checkpoint."""
+"""A curve has one row an iteration; a resumed stage continues from those of its checkpoint."""
 
 import csv
 from pathlib import Path
 
 from spo.tracking.curve import Curve
+from spo.tracking.records import read_curve
 
 
 class Run:
-    def __init__(self) -> None:
-        self.logged: list[tuple[int, dict[str, float]]] = []
+    def follow(self, curve: Path, images: Path) -> None:
+        self.rows = read_curve(curve)[0]  # of the processes before
 
-    def log_metrics(self, metrics: dict[str, float], step: int) -> None:
-        self.logged.append((step, dict(metrics)))
+    def collect(self) -> None:
+        pass
 
 
 def test_rows_beyond_the_checkpoint_are_dropped(tmp_path: Path) -> None:
@@ -22,7 +23,7 @@ def test_rows_beyond_the_checkpoint_are_dropped(tmp_path: Path) -> None:
         first.log({"loss": 0.1 * iteration, "updates": iteration}, iteration)
     first.log({"validation/hps": 2.0}, 2)
     with (tmp_path / "curve.jsonl").open("a", encoding="utf-8") as file:
-        file.write('{"step": 5, "loss"')
+        file.write('{"time": 1, "step": 5, "loss"')
     again = Curve(run, tmp_path)
     again.resume(2)
     again.log({"loss": 0.7, "updates": 2}, 3)  # without an update: another row than iteration 2's
@@ -34,7 +35,7 @@ def test_rows_beyond_the_checkpoint_are_dropped(tmp_path: Path) -> None:
         ("2", "0.2", "2", "2"),
         ("3", "0.7", "2", ""),
     ]
-    assert [step for step, _ in run.logged] == [0, 1, 2, 2, 3], "the new run has the whole curve"
+    assert [step for _, step, _ in run.rows] == [0, 1, 2, 2], "the new run gets the whole curve"
     third = Curve(Run(), tmp_path)
     third.resume(3)
     assert third.rows == again.rows

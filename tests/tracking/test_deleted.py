@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 import shutil
 import sqlite3
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,13 +13,14 @@ from typing import Any
 import pytest
 
 from spo import cli
-from spo.tracking.records import load_mlflow
-from spo.tracking.runs import open_parent, stage_run, sync
-from spo.tracking.spool import Spool, spools
-from spo.tracking.store import Store
+from spo.tracking.delivery import sync
+from spo.tracking.records import Run, runs_here
+from spo.tracking.runs import open_parent, stage_run
+from spo.tracking.store import Store, load_mlflow
 
 PARAMS: dict[str, Any] = {"name": "tiny", "seed": 3, "tracking": None, "align": {"spo": {"beta": 10}}}
 CONNECT = Store.connect
+FIGURES = {"prompts/rows": 5.0, "prompts/loss": 0.5, "pairs/rows": 5.0, "pairs/loss": 0.5}  # of a parent
 
 
 @pytest.fixture
@@ -40,9 +38,9 @@ def printed(capsys: pytest.CaptureFixture[str]) -> str:
 
 def run_stage(name: str = "pairs", during: Callable[[], Any] = lambda: None, params: Any = PARAMS) -> None:
     with stage_run(name, params) as run:
-        run.log_metrics({"rows": 5.0}, step=0)
+        run.log_metrics({"rows": 5.0})
         during()
-        run.log_metrics({"loss": 0.5}, step=1)
+        run.log_metrics({"loss": 0.5})
 
 
 def delivered(folder: Path, client: Any) -> None:
@@ -53,11 +51,14 @@ def delivered(folder: Path, client: Any) -> None:
     assert run.data.tags["hardware.cpus"]
     for name, value in (("rows", 5.0), ("loss", 0.5)):
         assert [m.value for m in client.get_metric_history(run.info.run_id, name)] == [value]
-    assert not list(folder.glob(".spo/spool/*.refused"))
+
+
+def nothing_waits() -> bool:
+    return not any(run.is_pending() for run in runs_here())
 
 
 def test_an_experiment_deleted_before_a_stage_is_named_and_all_comes_after_its_restoration(
-    folder: Path, client: Any, capsys: pytest.CaptureFixture[str]
+    folder: Path, client: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     number = client.create_experiment("tiny")
     client.delete_experiment(number)
@@ -66,17 +67,19 @@ def test_an_experiment_deleted_before_a_stage_is_named_and_all_comes_after_its_r
         f"the experiment 'tiny' was deleted; `mlflow experiments restore --experiment-id {number}` brings"
     )
     line = printed(capsys)
-    assert restore in line and line.endswith("kept in .spo/spool, `spo sync` then delivers them")
+    assert restore in line and line.endswith("the run stays in .spo/runs, `spo sync` delivers it")
     assert cli.main(["sync"]) == 2
     output = capsys.readouterr()
-    assert "0 records delivered" in output.out
+    assert "0 runs delivered" in output.out
     assert restore in output.err and "sync: " in output.err and "away" not in output.err
-    assert client.get_experiment(number).lifecycle_stage == "deleted", "whoever deleted it restores it"
+    assert client.get_experiment(number).lifecycle_stage == "deleted", "only a person restores it"
 
-    command = [sys.executable, "-m", "mlflow", "experiments", "restore", "--experiment-id", number]
-    environment = {**os.environ, "MLFLOW_TRACKING_URI": f"sqlite:///{folder / 'mlflow.db'}"}
-    subprocess.run(command, env=environment, check=True, capture_output=True)
-    assert cli.main(["sync"]) == 0 and spools() == []
+    from mlflow.experiments import restore_experiment
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder / 'mlflow.db'}")
+    restore_experiment.main(["--experiment-id", number], standalone_mode=False)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    assert cli.main(["sync"]) == 0 and nothing_waits()
     delivered(folder, client)
 
 
@@ -91,8 +94,8 @@ def test_what_is_deleted_while_a_stage_runs_waits_for_its_restoration(
     """The run is there already; what comes after its deletion is refused by MLflow, but not for good."""
 
     def delete() -> None:
-        (spool,) = spools()
-        Store(f"sqlite:///{folder / 'mlflow.db'}").deliver(spool)
+        (run,) = runs_here()
+        Store(f"sqlite:///{folder / 'mlflow.db'}").deliver(run)
         experiment = client.get_experiment_by_name("tiny").experiment_id
         (run,) = client.search_runs([experiment])
         if gone == "run":
@@ -110,7 +113,7 @@ def test_what_is_deleted_while_a_stage_runs_waits_for_its_restoration(
     else:
         assert f"`mlflow experiments restore --experiment-id {experiment}` brings it back" in line
         client.restore_experiment(experiment)
-    assert sync()[1] == 0 and spools() == []
+    assert sync()[1] == 0 and nothing_waits()
     delivered(folder, client)
 
 
@@ -118,34 +121,33 @@ def test_a_run_that_is_deleted_for_good_is_delivered_anew(
     folder: Path, client: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def delete() -> None:
-        (spool,) = spools()
-        Store(f"sqlite:///{folder / 'mlflow.db'}").deliver(spool)
+        (run,) = runs_here()
+        Store(f"sqlite:///{folder / 'mlflow.db'}").deliver(run)
         (run,) = client.search_runs([client.get_experiment_by_name("tiny").experiment_id])
         client._tracking_client.store._hard_delete_run(run.info.run_id)
 
     run_stage(during=delete)
-    assert "there is no run" in printed(capsys)
-    assert spools() == []
+    assert capsys.readouterr().err == "" and nothing_waits()
     delivered(folder, client)
 
 
 def test_a_store_that_was_replaced_by_a_new_one_gets_all(
     folder: Path, client: Any, fresh_store: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The run's id in the spool is that of the store before."""
+    """The first stage's run went to the store before."""
     parent = open_parent(PARAMS, "nightly")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SPO_PARENT_RUN", parent.key)
         run_stage("prompts")
         shutil.copy(fresh_store, folder / "mlflow.db")
         run_stage()
-    assert capsys.readouterr().err.count("there is no run") == 1
+    assert capsys.readouterr().err == ""
     new = load_mlflow().MlflowClient(f"sqlite:///{folder / 'mlflow.db'}")
     delivered(folder, new)
     found = {r.info.run_name: r for r in new.search_runs([new.get_experiment_by_name("tiny").experiment_id])}
     assert set(found) == {"nightly", "pairs"}
     assert found["pairs"].data.tags["mlflow.parentRunId"] == found["nightly"].info.run_id
-    assert found["nightly"].data.metrics == {"prompts/rows": 5.0, "pairs/rows": 5.0}
+    assert found["nightly"].data.metrics == FIGURES
 
 
 def test_an_experiment_deleted_for_good_is_made_anew(folder: Path, client: Any) -> None:
@@ -153,7 +155,7 @@ def test_an_experiment_deleted_for_good_is_made_anew(folder: Path, client: Any) 
     client.delete_experiment(number)
     client._tracking_client.store._hard_delete_experiment(number)
     run_stage()
-    assert spools() == []
+    assert nothing_waits()
     delivered(folder, client)
 
 
@@ -171,19 +173,17 @@ def test_a_deleted_parent_holds_up_no_child(
     delivered(folder, client)
     client.restore_run(top)
     assert sync()[1] == 0
-    assert client.get_run(top).data.metrics == {"prompts/rows": 5.0, "pairs/rows": 5.0}
+    assert client.get_run(top).data.metrics == FIGURES
 
 
-def test_the_figures_of_a_skipped_stage_wait_for_its_deleted_parent(folder: Path, client: Any) -> None:
+def test_the_figures_of_a_cached_stage_wait_for_its_deleted_parent(folder: Path, client: Any) -> None:
     parent = open_parent(PARAMS, "nightly")
     assert sync()[1] == 0
     (top,) = client.search_runs([client.get_experiment_by_name("tiny").experiment_id])
     client.delete_run(top.info.run_id)
-    where = {"uri": "", "experiment": "tiny", "parent": parent.key}
-    spool = Spool.create(name="pairs", shared=False, tags={}, **where)
-    spool.append("origin", hash="ab12", parent=parent.key, title="pairs", metrics={"rows": 5.0})
-    spool.append("end", status="FINISHED")
-    assert sync()[1] == 2 and not list(folder.glob(".spo/spool/*.refused"))
+    cached = {"status": "FINISHED", "end": 1, "origin": "ab12", "metrics": {"rows": 5.0}}
+    Run.create({"name": "pairs", "experiment": "tiny", "params": {}, "tags": {}} | cached, parent.key)
+    assert sync()[1] == 1
     client.restore_run(top.info.run_id)
     assert sync()[1] == 0
     assert client.get_run(top.info.run_id).data.metrics == {"pairs/rows": 5.0}
@@ -198,19 +198,18 @@ def test_what_waits_does_not_hold_up_other_experiments(
     run_stage()
     delivered(folder, client)
     capsys.readouterr()
-    assert sync() == (0, 12)  # create, params, two metrics, tags and end, twice
-    assert "'closed' was deleted" in printed(capsys)
+    assert sync() == (0, 2)
+    assert "was deleted; `mlflow experiments restore" in printed(capsys)
 
 
-def test_an_adopted_run_that_the_store_has_not_is_set_aside(folder: Path, client: Any) -> None:
-    client.create_experiment("tiny")
-    spool = Spool.find("0" * 32)
-    assert spool is not None
-    spool.append("metrics", step=0, metrics={"a": 1.0})
-    spool.append("metrics", step=1, metrics={"a": 2.0})
-    assert Store(f"sqlite:///{folder / 'mlflow.db'}").deliver(spool) == 3
-    refused = spool.path.with_suffix(".refused").read_text().splitlines()
-    assert len(refused) == 2 and "there is no run 000" in refused[0]
+def test_a_parent_may_be_a_run_that_mlflow_has(
+    folder: Path, client: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    top = client.create_run(client.create_experiment("tiny")).info.run_id
+    monkeypatch.setenv("SPO_PARENT_RUN", top)
+    run_stage()
+    found = client.search_runs([client.get_experiment_by_name("tiny").experiment_id])
+    assert [r.data.tags["mlflow.parentRunId"] for r in found if r.info.run_name == "pairs"] == [top]
 
 
 @pytest.mark.parametrize(
@@ -223,7 +222,7 @@ def test_any_name_of_an_experiment_gets_its_runs(folder: Path, client: Any, name
         run_stage(params=PARAMS | {"name": name})
     found = client.search_runs([client.get_experiment_by_name(name).experiment_id])
     assert {r.info.run_name for r in found} == {name, "pairs"}
-    assert {r.info.status for r in found} == {"FINISHED"} and [s.key for s in spools()] == [parent.key]
+    assert {r.info.status for r in found} == {"FINISHED"} and nothing_waits()
 
 
 def test_a_name_that_mlflow_refuses_is_said_to_be_the_reason(
@@ -231,8 +230,7 @@ def test_a_name_that_mlflow_refuses_is_said_to_be_the_reason(
 ) -> None:
     run_stage(params=PARAMS | {"name": "x" * 600})
     line = printed(capsys)
-    assert "MLflow takes no experiment of the name 'xxx" in line and "another `name` in params.yaml" in line
-    assert line.endswith("no store will take them under this name")
+    assert "no experiment name of more than 500 characters; give another `name` in params.yaml" in line
 
 
 @pytest.mark.parametrize(
@@ -267,13 +265,12 @@ def test_a_store_that_takes_nothing_is_said_to_be_the_reason_and_nothing_is_lost
     else:
         limits = {"full": "PRAGMA max_page_count = 1", "read only": "PRAGMA query_only = 1"}
         monkeypatch.setattr(Store, "connect", _with_pragma(Store.connect, limits[spoil]))
-    notes = {str(i): "x" * 5000 for i in range(30)}  # more than the free room of a full file
+    notes = {str(i): "- " * 2500 for i in range(30)}  # more than the free room of a full file
     run_stage(params=PARAMS | {"notes": notes, "tracking": f"sqlite:///{file}"})
     line = printed(capsys)
-    assert re.search(reason, line) and line.endswith("`spo sync` delivers them")
-    assert not list(folder.glob(".spo/spool/*.refused"))
+    assert re.search(reason, line) and line.endswith("`spo sync` delivers it")
     monkeypatch.setattr(Store, "connect", CONNECT)
-    assert sync(f"sqlite:///{folder / 'mlflow.db'}")[1] == 0 and spools() == []
+    assert sync(f"sqlite:///{folder / 'mlflow.db'}")[1] == 0 and nothing_waits()
     delivered(folder, client)
 
 

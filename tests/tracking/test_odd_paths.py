@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from spo.tracking.runs import tracking_uri
-from spo.tracking.store import Store, sqlite_file, sqlite_uri
+from spo.tracking.store import Store, sqlite_file, sqlite_uri, tracking_uri
 
 NAMES = [
     "plain",

@@ -14,10 +14,12 @@ from typing import Any
 import pytest
 from ports import free_port
 
-from spo.tracking.records import load_mlflow
-from spo.tracking.runs import open_parent, stage_run, sync
+from spo.tracking.curve import Curve
+from spo.tracking.delivery import sync
+from spo.tracking.runs import open_parent, stage_run
+from spo.tracking.store import load_mlflow
 
-pytestmark = pytest.mark.services
+pytestmark = [pytest.mark.services, pytest.mark.nightly]
 PARAMS: dict[str, Any] = {"name": "tiny", "seed": 3, "tracking": None, "align": {"spo": {"beta": 10}}}
 
 
@@ -65,12 +67,14 @@ def test_runs_reach_it_and_wait_while_it_is_away(
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     monkeypatch.setenv("SPO_PARENT_RUN", open_parent(PARAMS, "nightly").key)
     with stage_run("align", PARAMS, "spo") as run:
+        curve = Curve(run, folder / "scratch")
+        curve.resume(0)
         for step in range(50):
-            run.log_metrics({"loss": 1 / (1 + step)}, step=step)
+            curve.log({"loss": 1 / (1 + step)}, step)
     control(stop)
     began = time.monotonic()
     with stage_run("generate", PARAMS, "spo") as run:
-        run.log_metrics({"seconds": 2.0}, step=0)
+        run.log_metrics({"seconds": 2.0})
     assert time.monotonic() - began < 300, "a stage does not wait for a server that is gone"
     control(start)
     sync(None)

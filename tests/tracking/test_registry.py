@@ -18,7 +18,7 @@ from spo import config
 from spo.commands import registry
 from spo.runtime.files import write_json
 from spo.stages import score
-from spo.tracking.records import load_mlflow
+from spo.tracking.store import load_mlflow
 
 
 def params(**changes: Any) -> config.Params:
@@ -122,13 +122,21 @@ def test_a_champion_whose_run_is_gone_is_one_line(candidate: Any, folder: Path) 
         registry.register(params())
 
 
-@pytest.mark.smoke  # MLflow's flavor saves the pipeline six times: 11 s
-def test_the_champion_is_who_passes_the_gate(folder: Path, runs: Any) -> None:
-    Path("reports").mkdir()
-    Path("reports/report.html").write_text("page", encoding="utf-8")
+@pytest.mark.smoke
+@pytest.mark.nightly  # MLflow's flavor takes seconds
+def test_an_adapter_comes_back_from_mlflows_flavor(folder: Path, runs: Any) -> None:
     scores("base", 20)
     scores("spo", 21)
     adapter(1)
+    assert registry.register(params()).alias == "champion"
+    found, _ = registry.fetch(params(), "champion")
+    stored = found / "pytorch_lora_weights.safetensors"
+    assert stored.read_bytes() == Path("outputs/align/spo", stored.name).read_bytes()
+
+
+def test_the_champion_passes_the_gate(candidate: Any, folder: Path) -> None:
+    Path("reports").mkdir()
+    Path("reports/report.html").write_text("page", encoding="utf-8")
     first = registry.register(params())
     assert (first.version, first.alias, first.reasons) == ("1", "champion", [])
     assert registry.register(params()) == registry.Verdict("tiny", "1", "champion", [])

@@ -17,7 +17,8 @@ import pytest
 from ports import free_port
 
 SECRET = "planted-aws-secret"
-pytestmark = pytest.mark.smoke  # some thirty commands of a second or two
+# some thirty commands of a second or two; tests/docs/test_commands.py has the main ones in the default suite
+pytestmark = [pytest.mark.smoke, pytest.mark.nightly]
 ROOT = Path(__file__).parents[2]
 DAG = """\
 stages:

@@ -18,9 +18,11 @@ from spo.runtime import processes
 from spo.runtime.files import locked
 from spo.tracking import delivery
 from spo.tracking import store as stores
-from spo.tracking.records import load_mlflow
-from spo.tracking.runs import open_parent, stage_run, sync
-from spo.tracking.spool import spools
+from spo.tracking.curve import Curve
+from spo.tracking.delivery import sync
+from spo.tracking.records import Run, runs_here
+from spo.tracking.runs import open_parent, stage_run
+from spo.tracking.store import load_mlflow
 
 AWAY = "http://me:pa55word@127.0.0.1:9"
 PARAMS: dict[str, Any] = {
@@ -37,6 +39,14 @@ def history(folder: Path, run: Any, key: str) -> list[tuple[int, float]]:
     return [(m.step, m.value) for m in client.get_metric_history(run.info.run_id, key)]
 
 
+def log_curve(run: Run, folder: Path, *losses: float) -> Curve:
+    curve = Curve(run, folder / "scratch")
+    curve.resume(0)
+    for step, loss in enumerate(losses):
+        curve.log({"loss": loss}, step)
+    return curve
+
+
 def test_stages_share_the_parent_of_the_environment(
     folder: Path, runs: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -45,10 +55,9 @@ def test_stages_share_the_parent_of_the_environment(
     monkeypatch.setenv("DVC_STAGE", "align@spo")
     (folder / "adapter").write_text("weights")
     with stage_run("align", PARAMS, "spo") as run:
-        run.log_metrics({"loss": 1.0}, step=0)
-        run.log_metrics({"loss": 0.5}, step=1)
+        log_curve(run, folder, 1.0, 0.5)
         run.log_artifact("adapter", "files")
-        run.log_metrics({"seconds": 12.0}, step=0)
+        run.log_metrics({"seconds": 12.0})
     with stage_run("generate", PARAMS, "base"):
         pass
     found = runs()
@@ -126,23 +135,22 @@ def test_a_server_that_is_away_costs_nothing_and_loses_nothing(
     load_mlflow()
     started = time.monotonic()
     with stage_run("align", params, "spo") as run:
-        for step in range(300):
-            run.log_metrics({"loss": 1 / (step + 1)}, step=step)
+        log_curve(run, folder, *(1 / (step + 1) for step in range(300)))
+        run.log_metrics({"seconds": 12.0})
     ended = 1000 * time.time()
     assert time.monotonic() - started < 300  # 300 records, each of which waits 2 s or more, would take 600 s
     output = capsys.readouterr().err
     assert "spo sync" in output and output.count("\n") == 1 and "pa55word" not in output
 
     uri = f"sqlite:///{folder / 'mlflow.db'}"
-    delivered, left = sync(uri)
-    assert (delivered > 300, left) == (True, 0)
+    assert sync(uri) == (2, 0)
     assert sync(uri) == (0, 0)
     found = runs()
     assert history(folder, found["align-spo"], "loss") == [(s, 1 / (s + 1)) for s in range(300)]
     assert found["align-spo"].data.tags["mlflow.parentRunId"] == found["parent"].info.run_id
     assert found["align-spo"].info.status == found["parent"].info.status == "FINISHED"
     assert found["align-spo"].info.end_time <= ended, "times are those of the stage, not of the delivery"
-    assert [s.key for s in spools()] == [parent.key], "delivered runs leave no spool"
+    assert [p.name for r in runs_here(parent) for p in r.path.iterdir() if p.name != "lock"] == ["run.json"]
 
 
 def test_the_next_stage_delivers_what_was_left(
@@ -152,10 +160,10 @@ def test_the_next_stage_delivers_what_was_left(
         patch.setattr(stores.Store, "deliver", lambda *_: 1 / 0)
         with stage_run("pairs", PARAMS):
             pass
-    assert len(spools()) == 1 and runs() == {}
+    assert len(runs_here()) == 1 and runs() == {}
     with stage_run("prompts", PARAMS):
         pass
-    assert set(runs()) == {"pairs", "prompts"} and spools() == []
+    assert set(runs()) == {"pairs", "prompts"} and not any(run.is_pending() for run in runs_here())
 
 
 def test_a_silent_server_does_not_hold_a_stage_up(
@@ -170,7 +178,7 @@ def test_a_silent_server_does_not_hold_a_stage_up(
             run.log_metrics({"rows": 5})
         assert time.monotonic() - started < 300  # MLflow's own seven attempts of 120 s would take minutes
     assert "no answer yet" in capsys.readouterr().err
-    assert spools()[0].left() == 5  # create, params, metrics, tags, end
+    assert [run.is_pending() for run in runs_here()] == [True]
 
 
 def test_a_folder_without_a_place_to_write_only_warns(
@@ -193,9 +201,8 @@ def test_a_broken_store_only_warns(folder: Path, capsys: pytest.CaptureFixture[s
 
 def test_no_password_reaches_the_store(folder: Path, runs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     params = PARAMS | {"tracking": f"sqlite:///{folder / 'mlflow.db'}", "data": {"source": AWAY}}
-    with stage_run("data", params) as run:
+    with stage_run("data", params | {"to": f"{AWAY}/x?token=pa55word"}) as run:
         run.set_tags({"from": AWAY})
-        run.log_params({"to": f"{AWAY}/x?token=pa55word"})
     tags, logged = runs()["data"].data.tags, runs()["data"].data.params
     assert tags["from"] == logged["data.source"] == "http://***@127.0.0.1:9"
     kept = b"".join(p.read_bytes() for p in folder.rglob("*") if p.is_file())
@@ -240,18 +247,22 @@ def test_repro_delivers_what_its_stages_log_while_they_run(
         raise AssertionError("the stage delivers, and imports MLflow for that")
 
     monkeypatch.setattr(delivery, "PERIOD", 0.05)
-    monkeypatch.setattr(delivery, "Delivery", refuse)
+    monkeypatch.setattr("spo.tracking.runs.Delivery", refuse)
+    monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.1")
     uri = f"sqlite:///{folder / 'mlflow.db'}"
-    with delivery.for_stages(uri) as variables:
+    parent = open_parent(PARAMS, "parent")
+    monkeypatch.setenv("SPO_PARENT_RUN", parent.key)
+    with delivery.for_stages(uri, parent) as variables:
         for name, value in variables.items():
             monkeypatch.setenv(name, value)
         with stage_run("generate", PARAMS, "base") as run:
-            run.log_metrics({"loss": 0.5}, step=3)
+            log_curve(run, folder, 1.0, 0.5)
             limit = time.monotonic() + 600
-            while run.spool.left() and time.monotonic() < limit:
+            while "generate-base" not in runs() and time.monotonic() < limit:
                 time.sleep(0.05)
-            assert history(folder, runs()["generate-base"], "loss") == [(3, 0.5)]
-            time.sleep(0.2)  # system metrics are sampled by the stage
+            while "system/cpu_utilization_percentage" not in runs()["generate-base"].data.metrics:
+                time.sleep(0.05)
+            assert history(folder, runs()["generate-base"], "loss") == [(0, 1.0), (1, 0.5)]
     assert sync(uri)[1] == 0
-    (found,) = runs().values()
+    found = runs()["generate-base"]
     assert found.info.status == "FINISHED" and any(name.startswith("system/") for name in found.data.metrics)

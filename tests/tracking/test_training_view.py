@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,10 +22,11 @@ from ports import free_port
 
 from spo.runtime.files import digest
 from spo.tracking import dvc_lock
-from spo.tracking.records import load_mlflow
-from spo.tracking.runs import Run, close_parent, open_parent, stage_run, sync
-from spo.tracking.spool import Spool, spools
-from spo.tracking.store import KIND, Store
+from spo.tracking.curve import Curve
+from spo.tracking.delivery import deliver, sync
+from spo.tracking.records import runs_here
+from spo.tracking.runs import close_parent, open_parent, stage_run
+from spo.tracking.store import KIND, Store, load_mlflow
 
 PARAMS: dict[str, Any] = {
     "name": "tiny",
@@ -71,24 +73,28 @@ def serving(folder: Path, port: int) -> Iterator[Callable[[], None]]:
         kill()
 
 
-def picture(folder: Path, step: int) -> Path:
-    path = folder / f"{step}.png"
-    Image.new("RGB", (16, 8), (step, 0, 0)).save(path)
-    return path
+class Training:
+    """A stage's curve and validation images."""
 
+    def __init__(self, run: Any, folder: Path) -> None:
+        self.run, self.folder = run, folder / "scratch"
+        self.curve = Curve(run, self.folder)
+        (self.folder / "samples").mkdir()
+        self.curve.resume(0)
 
-def validate(run: Any, folder: Path, step: int, gain: float) -> None:
-    run.log_metrics({"validation/gain": gain}, step=step)
-    image = picture(folder, step)
-    run.log_image(image, "validation", step)
-    image.unlink()  # as a stage removes its scratch folder
+    def validate(self, step: int, gain: float) -> None:
+        self.curve.log({"validation/gain": gain, "loss": 1.0}, step)
+        Image.new("RGB", (16, 8), (step, 0, 0)).save(self.folder / f"samples/{step:06d}.png")
 
+    def keep(self, step: int) -> Path:
+        weights = self.folder.parent / f"adapter-{step}.safetensors"
+        weights.write_bytes(bytes([step]))
+        self.run.log_model(weights, "adapter", step, "validation/")
+        return weights
 
-def keep(run: Any, folder: Path, step: int, gain: float) -> Path:
-    weights = folder / f"adapter-{step}.safetensors"
-    weights.write_bytes(bytes([step]))
-    run.log_model(weights, "adapter", step, {"validation/gain": gain}, {"iteration": step // 10})
-    return weights
+    def end(self) -> None:
+        self.curve.write(None)
+        shutil.rmtree(self.folder)  # as a stage does
 
 
 def images(client: Any, run_id: str, folder: Path) -> dict[int, tuple[int, int, int]]:
@@ -106,33 +112,42 @@ def images(client: Any, run_id: str, folder: Path) -> dict[int, tuple[int, int, 
 
 
 @pytest.mark.services
+@pytest.mark.nightly
 def test_a_server_killed_in_the_middle_loses_no_image_and_no_model(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     port = free_port()
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "60")  # a busy server takes more than 5 s
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "60")
+    monkeypatch.setattr("spo.tracking.delivery.PERIOD", 0.2)
     mlflow = load_mlflow()
     with serving(folder, port) as kill:
         with stage_run("align", PARAMS, "spo") as run:
-            validate(run, folder, 0, 0.0)
-            validate(run, folder, 10, 0.5)
-            keep(run, folder, 10, 0.5)
+            training = Training(run, folder)
+            training.validate(0, 0.0)
+            training.validate(10, 0.5)
+            training.keep(10)
+            training.end()
         with stage_run("align", PARAMS | {"seed": 4}, "spo") as run:
-            validate(run, folder, 0, 0.0)
+            training = Training(run, folder)
+            training.validate(0, 0.0)
+            client = mlflow.MlflowClient()
             deadline = time.monotonic() + 600
-            while run.spool.left():
+            while True:
+                experiment = client.get_experiment_by_name("tiny").experiment_id
+                (newest,) = client.search_runs([experiment], max_results=1)
+                if newest.info.status == "RUNNING" and client.list_artifacts(newest.info.run_id, "images"):
+                    break
                 assert time.monotonic() < deadline
-                time.sleep(0.2)
             kill()
-            validate(run, folder, 20, 0.75)
-            weights = keep(run, folder, 20, 0.75)
-    assert spools(), "the end of the second run waits"
+            training.validate(20, 0.75)
+            weights = training.keep(20)
+            training.end()
+    assert any(run.is_pending() for run in runs_here()), "the end of the second run waits"
     with serving(folder, port):
         deadline = time.monotonic() + 600
         while sync()[1]:
             assert time.monotonic() < deadline
-        assert not spools() and not list((folder / ".spo/spool").glob("*.files"))
         mlflow.set_tracking_uri(f"http://127.0.0.1:{port}")
         client = mlflow.MlflowClient()
         experiment = client.get_experiment_by_name("tiny")
@@ -141,7 +156,7 @@ def test_a_server_killed_in_the_middle_loses_no_image_and_no_model(
         assert [m.params["step"] for m in models] == ["20", "10"]
         best, (second, first) = models[0], client.search_runs([experiment.experiment_id])
         assert best.source_run_id == second.info.run_id and best.status == "READY"
-        assert best.tags["weights.sha256"] == digest(weights) and best.tags["weights"] == weights.name
+        assert best.tags["weights.sha256"] == digest(weights)
         assert client.list_logged_model_artifacts(best.model_id) == []
         assert [(o.model_id, o.step) for o in second.outputs.model_outputs] == [(best.model_id, 20)]
         assert images(client, first.info.run_id, folder) == {0: (0, 0, 0), 10: (10, 0, 0)}
@@ -151,40 +166,70 @@ def test_a_server_killed_in_the_middle_loses_no_image_and_no_model(
         mlflow.set_tracking_uri(None)
 
 
-def test_images_and_models_are_delivered_once(folder: Path, runs: Any) -> None:
-    store = Store(f"sqlite:///{folder / 'mlflow.db'}")
-    with stage_run("pairs", PARAMS):  # makes the store's experiment
-        pass
-    record = {"uri": store.name, "experiment": "tiny", "parent": None, "tags": {}}
-    spool = Spool.create(name="align: a/b", shared=True, **record)
-    run = Run(spool)
-    validate(run, folder, 10, 0.5)
-    keep(run, folder, 10, 0.5)
+def test_images_and_models_are_delivered_once(
+    folder: Path, runs: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Live, at the end, and again by processes that do not know what the first one has sent."""
+    uri = f"sqlite:///{folder / 'mlflow.db'}"
+    with stage_run("align", PARAMS | {"name": "tiny"}, "a/b") as run:
+        monkeypatch.setattr(type(run), "mark", lambda *_: None)
+        training = Training(run, folder)
+        training.validate(0, 0.0)
+        assert not deliver(Store(uri), [run])
+        training.validate(10, 0.5)
+        training.keep(10)
+        run.log_artifact(folder / "adapter-10.safetensors")
+        assert not deliver(Store(uri), [run])
+        training.end()
     for _ in range(2):
-        store.deliver(spool)
-        spool.path.with_suffix(".state").unlink()
-    client, found = store.connect(), runs()["align: a/b"]
-    assert images(client, found.info.run_id, folder) == {10: (10, 0, 0)}
+        assert not deliver(Store(uri), [run])
+    client, found = Store(uri).connect(), runs()["align-a/b"]
+    assert images(client, found.info.run_id, folder) == {0: (0, 0, 0), 10: (10, 0, 0)}
     (model,) = client.search_logged_models([found.info.experiment_id])
-    assert model.name == "align- a-b" and model.metrics[0].value == 0.5
-    assert len(found.outputs.model_outputs) == 1
-    assert len(client.get_metric_history(found.info.run_id, "validation/gain")) == 1
+    assert model.name == "align-a-b" and {m.key: m.value for m in model.metrics} == {"validation/gain": 0.5}
+    assert len(found.outputs.model_outputs) == 1 and found.info.status == "FINISHED"
+    history = client.get_metric_history(found.info.run_id, "validation/gain")
+    assert [(m.step, m.value) for m in history] == [(0, 0.0), (10, 0.5)]
+    assert [a.path for a in client.list_artifacts(found.info.run_id)] == ["adapter-10.safetensors", "images"]
+
+
+def test_a_pulled_training_has_its_curve_and_images(folder: Path, runs: Any) -> None:
+    """Its entry in dvc.lock and its outputs are enough, in a store that has not the run that made them."""
+    (folder / "reports/training").mkdir(parents=True)
+    (folder / "reports/training/spo.csv").write_text("step,loss,validation/gain\n0,,0\n1,0.5,\n")
+    (folder / "outputs/align/spo/samples").mkdir(parents=True)
+    Image.new("RGB", (16, 8), (7, 0, 0)).save(folder / "outputs/align/spo/samples/000010.png")
+    outs = [{"path": path, "md5": "a"} for path in ("outputs/align/spo", "reports/training/spo.csv")]
+    (folder / "dvc.lock").write_text(
+        yaml.safe_dump({"stages": {"align@spo": {"cmd": "spo align spo", "outs": outs}}})
+    )
+    for name in ("first", "second"):
+        close_parent(open_parent(PARAMS, name), PARAMS, "FINISHED", ["align@spo"])
+    assert sync() == (4, 0)
+    client = Store(f"sqlite:///{folder / 'mlflow.db'}").connect()
+    found = client.search_runs([client.get_experiment_by_name("tiny").experiment_id])
+    for run in (r for r in found if r.info.run_name == "align-spo"):
+        assert [(m.step, m.value) for m in client.get_metric_history(run.info.run_id, "loss")] == [(1, 0.5)]
+        assert images(client, run.info.run_id, folder) == {10: (7, 0, 0)}
+        assert run.data.tags["dvc.out.outputs/align/spo"] == "a"
 
 
 def test_an_experiment_opens_in_the_view_for_model_training(folder: Path, runs: Any) -> None:
     store = Store(f"sqlite:///{folder / 'mlflow.db'}")
     client = store.connect()
-    client.create_experiment("chosen", tags={KIND[0]: "genai_development"})
+    (kind,) = KIND
+    client.create_experiment("chosen", tags={kind: "genai_development"})
     for name in ("new", "chosen"):
         store.start_run(name, "a run", {}, {})
     tags = {e.name: e.tags for e in client.search_experiments()}
-    assert tags["new"][KIND[0]] == "custom_model_development"
-    assert tags["chosen"][KIND[0]] == "genai_development", "what somebody chose stays"
+    assert tags["new"][kind] == "custom_model_development"
+    assert tags["chosen"][kind] == "genai_development", "what somebody chose stays"
 
 
 def test_a_kind_is_one_that_the_ui_knows() -> None:
     scripts = (Path(load_mlflow().__file__).parent / "server/js/build/static/js").glob("*.js")
-    assert any(f'CUSTOM_MODEL_DEVELOPMENT="{KIND[1]}"' in script.read_text() for script in scripts)
+    (kind,) = KIND.values()
+    assert any(f'CUSTOM_MODEL_DEVELOPMENT="{kind}"' in script.read_text() for script in scripts)
 
 
 def test_a_parent_names_data_source_and_commit(folder: Path, runs: Any) -> None:

@@ -14,7 +14,7 @@ from spo.config import Validation
 from spo.training import distributed
 from spo.validation import limits
 from spo.validation.images import Validated, diversity
-from spo.validation.watch import Collapse, Watch, scores_at
+from spo.validation.watch import Collapse, Watch
 
 
 class Curve:
@@ -43,25 +43,13 @@ class Trained:
         (folder / "model").write_text(str(self.asked))
 
 
-class Run:
-    def __init__(self) -> None:
-        self.images: list[tuple[str, int]] = []
-
-    def log_image(self, path: Path, key: str, step: int) -> None:
-        assert path.exists()
-        self.images.append((key, step))
-
-
-def watch(
-    tmp_path: Path, model: Trained, iterations: int = 5, run: Run | None = None, **limits
-) -> tuple[Watch, Curve]:
+def watch(tmp_path: Path, model: Trained, iterations: int = 5, **limits) -> tuple[Watch, Curve]:
     settings, curve = Validation(every=2, prompts=2, **limits), Curve()
     callback = Watch(
         settings=settings,
         validate=model.validate,
         save=model.save,
         curve=curve,
-        run=run or Run(),
         scratch=tmp_path,
         name="align.spo",
         iterations=iterations,
@@ -109,17 +97,15 @@ def test_a_selection_names_a_scorer() -> None:
         Validation(every=2, select=("oracle",))
 
 
-def test_a_resumed_stage_knows_the_best_so_far_and_logs_every_image(tmp_path: Path) -> None:
-    run, resumed = Run(), Run()
-    first, _ = watch(tmp_path, Trained(GOOD, ([4.0, 5.0], 0.4)), run=run, select=("hps",))
+def test_a_resumed_stage_knows_the_best_so_far_and_has_every_image(tmp_path: Path) -> None:
+    first, _ = watch(tmp_path, Trained(GOOD, ([4.0, 5.0], 0.4)), select=("hps",))
     first(0, {})
     first(2, {})
-    again, _ = watch(tmp_path, Trained(*3 * [([2.0, 3.0], 0.4)]), run=resumed, select=("hps",))
+    again, _ = watch(tmp_path, Trained(*3 * [([2.0, 3.0], 0.4)]), select=("hps",))
     again.resume(3)
     again(4, {})
     assert again.selected()["iteration"] == 2
-    assert run.images == [("validation", 0), ("validation", 2)]
-    assert resumed.images == [("validation", 0), ("validation", 2), ("validation", 4)]
+    assert sorted(path.stem for path in again.samples.glob("*.png")) == ["000000", "000002", "000004"]
 
 
 @pytest.mark.parametrize("killed", ["before the state was saved", "later"])
@@ -128,15 +114,14 @@ def test_what_was_validated_after_the_checkpoint_counts_no_more(tmp_path: Path, 
 
     Killed later: the state after iteration 4 was saved, and is damaged.
     """
-    run, options = Run(), {"iterations": 9, "select": ("hps",)}
+    options = {"iterations": 9, "select": ("hps",)}
     first, _ = watch(tmp_path, Trained(GOOD, ([2.0, 3.0], 0.4), ([3.0, 4.0], 0.4)), **options)
     for iteration in range(5 if killed == "before the state was saved" else 6):
         first(iteration, {})
     assert first.selected()["iteration"] == 4
-    again, _ = watch(tmp_path, Trained(GOOD), run=run, **options)
+    again, _ = watch(tmp_path, Trained(GOOD), **options)
     again.resume(3)
     assert sorted(p.name for p in (tmp_path / "samples").iterdir()) == ["000000.png", "000002.png"]
-    assert run.images == [("validation", 0), ("validation", 2)]
     again(4, {})
     if killed == "before the state was saved":
         assert again.selected()["iteration"] == 2
@@ -167,16 +152,6 @@ def test_the_main_process_decides_and_the_others_follow(tmp_path: Path) -> None:
     first, second = run_in(2, body)
     assert first == second and "iteration 4: hps" in first and "last good model: iteration 2" in first
     assert not (tmp_path / "another").exists(), "the other process writes nothing"
-
-
-def test_the_scores_of_a_saved_model_are_those_of_its_validation() -> None:
-    rows = {
-        0: {"validation/hps": 20.0},
-        4: {"loss": 0.5, "validation/hps": 21.0},
-        5: {"loss": 0.4},
-    }
-    assert scores_at(rows, 4) == {"validation/hps": 21.0}
-    assert scores_at(rows, 5) == {} == scores_at(rows, 6)
 
 
 def test_the_gain_does_not_depend_on_a_scorers_units() -> None:

@@ -211,17 +211,17 @@ def _run_preset(args: argparse.Namespace) -> None:
 
 def _run_sync(args: argparse.Namespace) -> None:
     from spo.commands import repro
-    from spo.tracking import runs
+    from spo.tracking import delivery
 
-    uri = None
-    if Path("params.yaml").exists():
-        params = config.load()
-        uri = params.tracking
-        repro.record_if_new(params)
-    delivered, left = runs.sync(uri)
-    print(f"{delivered} records delivered, {left} left")
+    params = config.load() if Path("params.yaml").exists() else None
+    uri = params.tracking if params else None
+    delivered, left = delivery.sync(uri)
+    if params and not left and repro.record_if_new(params):
+        more, left = delivery.sync(uri)
+        delivered += more
+    print(f"{delivered} runs delivered, {left} left")
     if left:
-        raise ValueError(f"sync: {left} records are left, for the reasons above; run `spo sync` again")
+        raise ValueError(f"sync: {left} runs are left, for the reasons above; run `spo sync` again")
 
 
 def _run_register(args: argparse.Namespace) -> None:

@@ -24,9 +24,7 @@ from spo.runtime.messages import redact
 from spo.runtime.workspace import home
 from spo.tracking import dvc_lock
 from spo.tracking.provenance import code, flatten
-from spo.tracking.records import literal, load_mlflow, reason
-from spo.tracking.runs import tracking_uri
-from spo.tracking.store import Store
+from spo.tracking.store import Store, load_mlflow, reason, tracking_uri
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -198,7 +196,7 @@ def _download(store: Store, version: Any, path: str, target: Path) -> Path:
 
 def _find(client: Any, name: str, tags: Mapping[str, str]) -> Any:
     """The version with the same adapter and scorers, or None."""
-    query = f"tags.`adapter` = {literal(tags['adapter'])}"  # not by name, which may contain quotes
+    query = f"tags.`adapter` = '{tags['adapter']}'"  # not by name, which may contain quotes
     for version in client.search_model_versions(query):
         if version.name == name and all(version.tags.get(k) == v for k, v in tags.items()):
             return version

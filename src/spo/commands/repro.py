@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 from spo.commands import parallel
 from spo.config import Params
 from spo.runtime.signals import children
-from spo.tracking import cached_stages, delivery, dvc_lock, dvc_stages, runs
+from spo.tracking import delivery, dvc_lock, dvc_stages, runs
+from spo.tracking.store import tracking_uri
 
 DVC = (sys.executable, "-m", "dvc")
 
@@ -40,7 +41,7 @@ def run(params: Params, arguments: Sequence[str] = (), jobs: int | None = None) 
             print("Data and pipelines are up to date.")
             code = 0
         else:
-            with delivery.for_stages(runs.tracking_uri(params.tracking)) as delivered:
+            with delivery.for_stages(tracking_uri(params.tracking), parent) as delivered:
                 variables |= delivered
                 code = _by_dvc(arguments, variables) if arguments else _all(params, needs, jobs, variables)
         status = "FAILED" if code else "FINISHED"
@@ -48,7 +49,7 @@ def run(params: Params, arguments: Sequence[str] = (), jobs: int | None = None) 
         # with arguments, or after an error, DVC has not come to every stage
         complete = status == "FINISHED" and not arguments
         runs.close_parent(parent, settings, status, dvc_lock.read() if complete else ())
-        runs.sync(params.tracking)
+        delivery.sync(params.tracking)
     return code
 
 
@@ -77,11 +78,11 @@ def _say(line: str) -> None:
 
 
 def record_if_new(params: Params) -> bool:
-    """Record a reproduction that has no parent run here: it was pulled, or `dvc repro` had nothing to do.
+    """Record a reproduction that has no runs in MLflow: it was pulled, or `dvc repro` had nothing to do.
 
-    Not if params.yaml, code or data differ from dvc.lock.
+    Not if params.yaml, code or data differ from dvc.lock, nor if MLflow is away.
     """
-    if cached_stages.is_recorded():
+    if delivery.is_recorded(params.name, params.tracking):
         return False
     if subprocess.run([*DVC, "status", "--quiet"], capture_output=True).returncode != 0:
         return False

@@ -13,10 +13,10 @@ from spo.runtime.fingerprint import resume_folder
 from spo.runtime.workspace import METRICS, TRAINING
 from spo.stages.common import stage
 from spo.tracking.curve import Curve
-from spo.tracking.runs import Run
+from spo.tracking.records import Run
 from spo.validation import images
 from spo.validation.saved_model import FACTS
-from spo.validation.watch import Collapse, Watch, scores_at
+from spo.validation.watch import Collapse, Watch
 
 if TYPE_CHECKING:
     from spo.training.alignment import Alignment
@@ -60,13 +60,13 @@ def run(params: Params, method: str) -> None:
         objective = Alignment(f"align.{method}", backbone, built)
         scratch = _scratch(params, method)
         curve = Curve(tracked, scratch)
-        result = Result(OUTPUT / method, backbone, section.lora, tracked, curve)
-        watch = _watch(params, method, objective, result, scratch)
+        result = Result(OUTPUT / method, backbone, section.lora, tracked)
+        watch = _watch(params, method, objective, result, curve, scratch)
 
         def resume(iteration: int) -> None:
-            curve.resume(iteration)
             if watch:
                 watch.resume(iteration)
+            curve.resume(iteration)
 
         try:
             summary = loop.fit(
@@ -94,9 +94,7 @@ def run(params: Params, method: str) -> None:
         summary |= {"unet_samples": cost.unet_samples, **facts}
         write_json(METRICS / f"align_{method}.json", {**summary, "seconds": round(clock.seconds, 1)})
         result.log(result.folder, int(summary.get("selected_iteration", objective.iterations)))
-        if section.lora is None:  # too large to be stored twice: DVC has it
-            tracked.set_tags({"model": str(OUTPUT / method)})
-        else:
+        if section.lora is not None:  # a whole model is too large to be stored twice: DVC has it
             tracked.log_artifact(OUTPUT / method / ADAPTER, "adapter")
         shutil.rmtree(scratch, ignore_errors=True)
 
@@ -109,7 +107,6 @@ class Result:
     backbone: Any
     lora: Lora | None  # None: the whole UNet is trained, and saved as a pipeline
     tracked: Run
-    curve: Curve
 
     def save(self, folder: Path) -> None:
         """Write the weights as they are."""
@@ -131,14 +128,13 @@ class Result:
         else:
             self.save(self.folder)
         if (scratch / "samples").exists():
-            shutil.copytree(scratch / "samples", self.folder / "samples")
+            shutil.copytree(scratch / "samples", self.folder / "samples", ignore=shutil.ignore_patterns(".*"))
         return {f"selected_{name}": value for name, value in (selected or {}).items()}
 
     def log(self, folder: Path, iteration: int) -> None:
         """Log the weights in a folder, those of an iteration, with the scores of their validation."""
-        scores = scores_at(self.curve.rows, iteration)
         path, kind = (folder, "pipeline") if self.lora is None else (folder / ADAPTER, "adapter")
-        self.tracked.log_model(path, kind, iteration, scores, {"iteration": iteration})
+        self.tracked.log_model(path, kind, iteration, "validation/")
 
     def log_last_good(self, watch: Watch) -> None:
         """Log the models that a collapsed training leaves: the last good one and, with `select`, the best."""
@@ -147,7 +143,9 @@ class Result:
                 self.log(path, saved.facts()["iteration"])
 
 
-def _watch(params: Params, method: str, objective: Alignment, result: Result, scratch: Path) -> Watch | None:
+def _watch(
+    params: Params, method: str, objective: Alignment, result: Result, curve: Curve, scratch: Path
+) -> Watch | None:
     from spo.methods import method_spec
     from spo.training.distributed import device
     from spo.validation.scorers import Scorers
@@ -161,12 +159,11 @@ def _watch(params: Params, method: str, objective: Alignment, result: Result, sc
         settings,
         validate=lambda: images.validate(backbone, params, settings, method, scorers),
         save=result.save,
-        curve=result.curve,
+        curve=curve,
         scratch=scratch,
         name=objective.name,
         iterations=objective.iterations,
         divergence=method_spec(method).divergence,
-        run=result.tracked,
     )
 
 

@@ -7,7 +7,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from spo.config import Params
 from spo.runtime import processes
@@ -15,10 +14,11 @@ from spo.runtime.messages import TransientError
 from spo.runtime.workspace import METRICS, SCRATCH
 from spo.tracking import runs
 from spo.tracking.dvc_lock import read_metrics
+from spo.tracking.records import Run
 
 
 @contextmanager
-def stage(name: str, params: Params, variant: str | None = None) -> Iterator[Any]:
+def stage(name: str, params: Params, variant: str | None = None) -> Iterator[Run]:
     """Run the body as the only process of a stage, within an MLflow run; yields the run.
 
     Args:
@@ -45,7 +45,8 @@ def stage(name: str, params: Params, variant: str | None = None) -> Iterator[Any
         began = time.time()
         with runs.stage_run(name, params.model_dump(), name=variant) as run, processes.tied_to_starter():
             yield run
-            run.log_metrics({"seconds": time.monotonic() - started, **_written(run, full, began)}, step=0)
+            # the seconds in the metrics file are those of all processes of a training that was resumed
+            run.log_metrics({"seconds": time.monotonic() - started, **_written(full, began)})
 
 
 def of_suite(folder: Path, suite: str | None) -> Path:
@@ -58,14 +59,8 @@ def run_name(variant: str, suite: str | None) -> str:
     return variant if suite is None else f"{variant}-suite-{suite}"
 
 
-def _written(run: runs.Run, full: str, began: float) -> dict[str, float]:
-    """Return what the stage wrote to its metrics file for DVC, except metrics that are logged already.
-
-    Its seconds are those of all processes of a training that was resumed.
-    """
-    name = "comparisons" if full == "report" else full.replace("-", "_")
-    path = METRICS / f"{name}.json"
-    if not path.exists() or path.stat().st_mtime < began - 1:
-        return {}
-    known = run.summary()
-    return {k: v for k, v in read_metrics(path).items() if k not in known}
+def _written(full: str, began: float) -> dict[str, float]:
+    """Return what the stage wrote to its metrics file for DVC; nothing if it wrote none."""
+    path = METRICS / f"{'comparisons' if full == 'report' else full.replace('-', '_')}.json"
+    is_new = path.exists() and path.stat().st_mtime >= began - 1
+    return read_metrics(path) if is_new else {}

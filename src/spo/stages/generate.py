@@ -35,7 +35,7 @@ def run(params: Params, name: str, suite: str | None = None) -> None:
     if not lines:
         raise ValueError(f"{file}: is empty; run `dvc repro prompts`")
     title = run_name(name, suite)
-    with stage("generate", params, title) as tracked:
+    with stage("generate", params, title):
         if variant.adapter is not None:
             require(variant.adapter, f"adapter of {name}")
         backbone = adapters.load(params.backbone, variant.adapter, device(), budget.of(params, "generate"))
@@ -46,7 +46,6 @@ def run(params: Params, name: str, suite: str | None = None) -> None:
         save(folder, draw(backbone, params, variant, prompts, seeds, cache), prompts, seeds)
         if distributed.is_main_process():
             shutil.rmtree(scratch, ignore_errors=True)
-        tracked.set_tags({"images": str(folder / "images.zip")})
 
 
 def _prompts_file(params: Params, suite: str | None) -> Path:

@@ -42,7 +42,7 @@ def run(params: Params, variant: str | None = None) -> None:
             return
         summary = prepare(params.pairs, OUTPUT, labels)
         counts = {name: summary[name] for name in (*PARTS, "rejected")} | summary.get("repeats", {})
-        tracked.log_metrics({name: float(count) for name, count in counts.items()}, step=0)
+        tracked.log_metrics({name: float(count) for name, count in counts.items()})
 
 
 def prepare(section: config.Pairs, output: Path, labels: config.PseudoLabels | None = None) -> dict[str, Any]:

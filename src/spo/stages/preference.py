@@ -60,16 +60,13 @@ def run(params: Params, item: str | None = None) -> None:
         report = _train(params, task, scratch, curve, clock)
         if not distributed.is_main_process():
             return
+        curve.write(TRAINING / f"{name}.csv" if item in OUTPUTS else None)
         if item in OUTPUTS:
-            curve.write(TRAINING / f"{name}.csv")
             remove(OUTPUTS[item])
             task.save(OUTPUTS[item])
         write_json(METRICS / f"{name}.json", {**report, "seconds": round(clock.seconds, 1)})
-        for name in ("accuracy", "local"):
-            tracked.log_metrics({f"{name}_t{t}": a for t, a in report.get(name, {}).items()}, step=0)
         if item in OUTPUTS:
-            accuracy = {f"accuracy_t{t}": a for t, a in report["accuracy"].items()}
-            tracked.log_model(OUTPUTS[item], "preference model", settings.steps, accuracy, {})
+            tracked.log_model(OUTPUTS[item], "preference model", settings.steps, "accuracy/")
         shutil.rmtree(scratch, ignore_errors=True)
 
 

@@ -70,9 +70,9 @@ def run(params: Params, variant: str | None = None) -> None:
 
 
 def _log(tracked: Any, rows: list[dict[str, Any]], suites: Suites) -> None:
-    tracked.log_metrics(_flat(rows), step=0)
+    tracked.log_metrics(_flat(rows))
     for name, (_, suite_rows) in suites.items():
-        tracked.log_metrics({f"{name}/{k}": v for k, v in _flat(suite_rows).items()}, step=0)
+        tracked.log_metrics({f"{name}/{k}": v for k, v in _flat(suite_rows).items()})
     extra = ["suites.json"] if suites else []
     for name in ("report.html", "comparisons.json", "grid.png", *extra):
         tracked.log_artifact(REPORTS / name, "report")

@@ -36,7 +36,7 @@ def run(params: Params, name: str, suite: str | None = None) -> None:
         params.generate.check_suite(suite)
     folder = require(of_suite(IMAGES, suite) / name, f"images of {name}")
     output, title = of_suite(OUTPUT, suite), run_name(name, suite)
-    with stage("score", params, title) as tracked:
+    with stage("score", params, title):
         scratch = SCRATCH / "resume" / f"score-{fingerprint((title, scored_by(params)), [folder], ())}"
         frame = table(params, folder, CheckpointStore(scratch, keep=None))
         if not is_main_process():
@@ -46,7 +46,6 @@ def run(params: Params, name: str, suite: str | None = None) -> None:
         means = {m: sum(frame[m].tolist()) / len(frame) for m in frame.columns[3:]}
         rounded = {k: round(v, 6) for k, v in means.items()}
         write_json(metrics_file(title), {**rounded, SCORED_BY: scored_by(params)})
-        tracked.log_metrics(means, step=0)
         shutil.rmtree(scratch, ignore_errors=True)
 
 

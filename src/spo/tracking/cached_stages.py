@@ -1,129 +1,112 @@
-"""Cached stages as MLflow runs, found by comparing dvc.lock before and after one reproduction.
-
-A parent run notes the hashes of dvc.lock when it opens. `settle` compares them with dvc.lock as it is then. A
-stage with a run under the parent ran: the run gets its entry, the hashes of all that it read and wrote. A
-stage that DVC came to without a run is cached: it gets a run, linked to the one that made its outputs.
+"""Runs of stages and dvc.lock: those that ran get their entry, cached ones a run linked to the one before.
 
 `spo repro` and the flow settle when DVC has ended, and so know every stage. Under a plain `dvc repro` a stage
-settles what it is made from when it starts, and nothing of ours runs after the last one. So, with that alone,
-
-- the run of the last stage gets no hashes, and later cached runs of that stage are not linked to it;
-- a cached stage that no stage which ran is made from has no run.
+settles what it is made from when it starts, and nothing of ours runs after the last one: its run gets no
+hashes, and a cached stage that no stage which ran is made from has no run.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import Any
 
-from spo.runtime.messages import public
+from spo.runtime.files import locked
+from spo.runtime.messages import one_line, public
 from spo.tracking import dvc_lock
-from spo.tracking.provenance import section
-from spo.tracking.spool import Spool, spools
+from spo.tracking.provenance import section, texts
+from spo.tracking.records import Content, Run, now, runs_here, warn
+from spo.tracking.store import Store
 
-Where = Mapping[str, str]  # uri and experiment of the runs
-Record = dict[str, Any]
-DATASETS = {  # of a stage: (key of its section of params.yaml, what pins it, MLflow's context)
-    "pairs": [("source", "outputs/inputs/pairs.json", "training")],
-    "prompts": [
-        ("train", "outputs/inputs/prompts.json", "training"),
-        ("evaluation", "outputs/inputs/prompts.json", "evaluation"),
-    ],
+DATA = {  # of a stage: keys of its section of params.yaml that name data, and MLflow's context of that
+    "pairs": {"source": "training"},
+    "prompts": {"train": "training", "evaluation": "evaluation"},
 }
 
 
-def settle(
-    parent: Spool, params: Mapping[str, Any], where: Where, reached: Collection[str] = ()
-) -> list[str]:
+def settle(parent: Run, params: Mapping[str, Any], reached: Collection[str]) -> list[str]:
     """Give stages that ran their entries of dvc.lock, and cached ones a run; return the names of these.
 
-    Args:
-        reached: stages that DVC came to and ended well, so that dvc.lock has them as they are. Of the others,
-            those are settled that ran under this parent and whose entries were written since it opened.
+    DVC came to the `reached` stages and ended them well, so that dvc.lock has them as they are. Others are
+    settled if they ran under this parent and their entries were written since it opened.
     """
-    before, ends = _read(parent)
-    cached = []
+    if not parent.exists():
+        return []
+    try:
+        with locked(parent.path / "settle"):  # two stages at once would record the same cached stage
+            return _settle(parent, params, reached)
+    except (OSError, ValueError) as error:
+        warn(f"cached stages are not recorded: {one_line(error)}")
+        return []
+
+
+def _settle(parent: Run, params: Mapping[str, Any], reached: Collection[str]) -> list[str]:
+    before, ran, cached = parent.read()["lock"], last_runs(parent), []
     for name, entry in dvc_lock.read().items():
-        if name in reached:
-            _add_datasets(parent, params, entry)
-        written = before is not None and before.get(name) != entry.hash
-        end = ends.get(name)
-        if end is not None and end["status"] == "FINISHED":
-            if end["hash"] is None and end["key"] and (written or name in reached):
-                _add_entry(parent, where, entry, end["key"])
-        elif name in reached and (entry.is_tracked or not written):  # else it ran, but logs no run
-            _create_run(parent, params, where, entry)
+        if name in reached and name in DATA:
+            known = parent.read()["inputs"]
+            parent.add(inputs=[data for data in _data(params, entry) if data not in known])
+        is_written = before.get(name) != entry.hash
+        if name in ran and ran[name]["status"] == "FINISHED":
+            if "hash" not in ran[name] and (is_written or name in reached):
+                Run(ran[name]["key"]).add(hash=entry.hash, tags=entry.tags(), inputs=entry.data())
+        elif name in reached and (entry.is_tracked or not is_written):  # else it ran, but logs no run
+            _create_run(parent, params, entry)
             cached.append(name)
     return cached
 
 
-def has_run(parent: Spool, stage: str) -> bool:
-    """Whether a stage ran to its end under this parent."""
-    end = _read(parent)[1].get(stage)
-    return end is not None and end["status"] == "FINISHED" and not end["cached"]
+def last_runs(parent: Run | None = None) -> dict[str, Content]:
+    """Return what is known of the last run of each stage of DVC, with its key."""
+    found = [run.read() | {"key": run.key} for run in runs_here(parent)]
+    return {run["stage"]: run for run in found if run["stage"]}
 
 
-def is_recorded() -> bool:
-    """Whether a parent in this folder has a run for every stage of dvc.lock, or there is no stage.
+def has_run(parent: str, stage: str) -> bool:
+    """Whether a stage ran to its end under the parent of this key."""
+    last = last_runs(Run(parent)).get(stage, {})
+    return last.get("status") == "FINISHED" and "origin" not in last
+
+
+def is_recorded(store: Store, experiment: str) -> bool:
+    """Whether a store has a run of every stage of dvc.lock as it is there.
 
     The last stage of a plain `dvc repro` has a run, but no hash: any entry of it will do.
     """
-    hashes = dvc_lock.hashes()
-    return not hashes or any(_covers(spool, hashes) for spool in spools() if spool.header().get("shared"))
+    ended = {name: run for name, run in last_runs().items() if run["status"] == "FINISHED"}
+    return all(
+        (name in ended and "hash" not in ended[name])
+        or store.find(experiment, **{"dvc.lock_hash": entry.hash})
+        for name, entry in dvc_lock.read().items()
+    )
 
 
-def _covers(parent: Spool, hashes: Mapping[str, str]) -> bool:
-    before, ends = _read(parent)
-    if before is None:
-        return False
-    ended = {name: end["hash"] for name, end in ends.items() if end["status"] == "FINISHED"}
-    return all(name in ended and ended[name] in (None, value) for name, value in hashes.items())
+def _data(params: Mapping[str, Any], entry: dvc_lock.Entry) -> list[dict[str, str]]:
+    """The experiment's data: the name in params.yaml, and the hash of what pins it."""
+    own, pin = params.get(entry.stage, {}), entry.deps.get(f"outputs/inputs/{entry.stage}.json")
+    named = {public(own[key]): context for key, context in DATA[entry.stage].items() if own.get(key) and pin}
+    return [{"name": name, "digest": str(pin), "context": context} for name, context in named.items()]
 
 
-def _read(parent: Spool) -> tuple[dict[str, str] | None, dict[str, Record]]:
-    """Return the hashes of dvc.lock when the parent opened, if it was here, and each stage's last end."""
-    before, ends, hashes = None, {}, {}
-    for _, record in parent.read():
-        if record["op"] == "lock":
-            before = record.get("hashes")
-        elif record["op"] == "entry":
-            hashes[str(record.get("key"))] = record.get("hash")
-        elif record["op"] == "end" and record.get("stage"):
-            fields = ("status", "key", "hash", "cached")
-            ends[str(record["stage"])] = {field: record.get(field) for field in fields}
-    for end in ends.values():
-        end["hash"] = end["hash"] or hashes.get(str(end["key"]))
-    return before if isinstance(before, dict) else None, ends
-
-
-def _add_datasets(parent: Spool, params: Mapping[str, Any], entry: dvc_lock.Entry) -> None:
-    """Send the datasets of the experiment as inputs of the parent: each by its name in params.yaml and the
-    hash of the file in outputs/inputs that pins it."""
-    known = [
-        item["name"] for _, record in parent.read() if record["op"] == "inputs" for item in record["data"]
-    ]
-    data = [
-        {"name": name, "digest": entry.deps[pins], "context": context}
-        for key, pins, context in DATASETS.get(entry.stage, ())
-        if (name := public(params.get(entry.stage, {}).get(key))) and name not in known and pins in entry.deps
-    ]
-    if data:
-        parent.append("inputs", data=data)
-
-
-def _add_entry(parent: Spool, where: Where, entry: dvc_lock.Entry, key: str) -> None:
-    """Send the entry after the run `key`, which ended before DVC wrote it."""
-    tags, inputs = {"op": "tags", "tags": entry.tags()}, {"op": "inputs", "data": entry.data()}
-    Spool.after(key, where, tags, inputs)
-    parent.append("entry", key=key, hash=entry.hash)
-
-
-def _create_run(parent: Spool, params: Mapping[str, Any], where: Where, entry: dvc_lock.Entry) -> None:
-    tags = {"dvc.cached": "true", "dvc.stage": entry.stage, **entry.tags()}
-    spool = Spool.create(name=entry.title, parent=parent.key, shared=False, tags=tags, **where)
-    spool.append("params", params={k: str(v) for k, v in section(params, *entry.words).items()})
-    spool.append("inputs", data=entry.data())
-    spool.append("origin", hash=entry.hash, parent=parent.key, title=entry.title, metrics=entry.metrics())
-    spool.append("end", status="FINISHED")
-    child = {"child": entry.title, "stage": entry.stage, "key": spool.key}
-    parent.append("end", status="FINISHED", hash=entry.hash, cached=True, **child)
+def _create_run(parent: Run, params: Mapping[str, Any], entry: dvc_lock.Entry) -> None:
+    """Record a cached stage, with the figures of the run that made it, else those of its metrics file."""
+    made = [content for content in (run.read() for run in runs_here()) if content.get("hash") == entry.hash]
+    content = {
+        "name": entry.title,
+        "experiment": parent.read()["experiment"],
+        "stage": entry.stage,
+        "params": texts(section(params, *entry.title.split("-", 1))),
+        "tags": {"dvc.cached": "true", "dvc.stage": entry.stage, **entry.tags()},
+        "inputs": entry.data(),
+        "metrics": made[-1]["metrics"] if made else entry.metrics(),
+        "status": "FINISHED",
+        "end": now(),
+        "hash": entry.hash,
+        "origin": entry.hash,
+    }
+    for path in map(Path, entry.outs):  # for a store that does not have the run that made them
+        if path.parts[:2] == ("reports", "training"):
+            content["curve"] = str(path.absolute())
+        if (path / "samples").is_dir():
+            content["images"] = str((path / "samples").absolute())
+    Run.create(content, parent.key)

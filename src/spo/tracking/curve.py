@@ -1,4 +1,4 @@
-"""Step metrics of a stage: to MLflow at once, to a CSV for DVC at the end."""
+"""Step metrics of a training: line by line while it runs, a CSV for DVC's plots at the end."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from typing import Any
 
 from spo.runtime.files import atomic
 from spo.runtime.processes import is_main_process
+from spo.tracking.records import now, read_curve
 
 
 class Curve:
-    """Step metrics: to MLflow at once, to a CSV for DVC's plots at the end.
+    """Step metrics, one row for each iteration of the training.
 
-    A step is an iteration of the training, and has one row. Kept line by line in `scratch`, so that a resumed
-    stage ends with the whole curve.
+    They are written line by line to `scratch`, where a resumed stage finds the earlier ones and the delivery
+    to MLflow finds all.
     """
 
     def __init__(self, run: Any, scratch: Path) -> None:
@@ -25,31 +26,29 @@ class Curve:
         scratch.mkdir(parents=True, exist_ok=True)
 
     def resume(self, iteration: int) -> None:
-        """Take over the rows up to a checkpoint; those beyond it are run again, maybe with other values.
-
-        The run gets them too: it is another one than that of the process that was stopped.
-        """
-        if self._mute or not self._file.exists():
+        """Read the rows up to a checkpoint; those beyond it are run again, maybe with other values."""
+        if self._mute:
             return
-        lines = self._file.read_text(encoding="utf-8").splitlines()
-        known = [json.loads(line) for line in lines if line.endswith("}")]  # the last may be torn by a kill
-        known = [row for row in known if row["step"] <= iteration]
+        known = [row for row in read_curve(self._file)[0] if row[1] <= iteration]
+        lines = (json.dumps({"time": time, "step": step, **row}) for time, step, row in known)
         with atomic(self._file) as partial:
-            partial.write_text("".join(json.dumps(row) + "\n" for row in known), encoding="utf-8")
-        for row in known:
-            step = row.pop("step")
+            partial.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        for _, step, row in known:
             self.rows.setdefault(step, {}).update(row)
-            self._run.log_metrics(row, step=step)
+        self._run.follow(self._file, self._file.with_name("samples"))
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         if self._mute:
             return
         self.rows.setdefault(step, {}).update(metrics)
         with self._file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **metrics}) + "\n")
-        self._run.log_metrics(metrics, step=step)
+            file.write(json.dumps({"time": now(), "step": step, **metrics}) + "\n")
 
-    def write(self, path: Path) -> None:
+    def write(self, path: Path | None) -> None:
+        """Write the CSV, if a path is given; the stage may then remove `scratch`."""
+        self._run.collect()
+        if path is None:
+            return
         rows = sorted(self.rows.items())
         columns = list(dict.fromkeys(k for _, row in rows for k in row))
         with atomic(path) as partial, partial.open("w", encoding="utf-8", newline="") as file:

@@ -1,127 +1,113 @@
-"""Delivery of spools to an MLflow store, by a thread of the stage or, for all its stages, of `spo repro`."""
+"""Delivery of runs to an MLflow store, by a thread of the stage or, for all its stages, of `spo repro`."""
 
 from __future__ import annotations
 
-import contextlib
-import os
 import threading
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from spo.runtime.signals import DELIVERY, STOPPED_DELIVERY
-from spo.tracking.records import Waiting, is_refusal, load_mlflow, reason
-from spo.tracking.spool import Spool, spools, warn
-from spo.tracking.store import Store
+from spo.tracking import cached_stages
+from spo.tracking.logged import is_away
+from spo.tracking.records import Run, runs_here, warn
+from spo.tracking.store import Store, load_mlflow, reason, tracking_uri
 
 PERIOD, PAUSE = 5.0, 30.0  # seconds between deliveries, and after one that failed
 # set for the stages of a `spo repro`, which delivers what they log: each saves the import of MLflow (1.5 s)
 BY_PARENT = "SPO_DELIVERED_BY_PARENT"
 
 
-def start(uri: str, which: list[Spool], watch: Callable[[], None]) -> Delivery | Watch:
-    """Deliver the spools of a stage, unless `spo repro` does; `watch` is called every PERIOD seconds."""
-    return Watch(watch) if BY_PARENT in os.environ else Delivery(uri, which, watch)
-
-
-@contextmanager
-def for_stages(uri: str) -> Iterator[Mapping[str, str]]:
-    """Deliver what stages log while they run as children of this process; yields variables for them.
-
-    What is left at the end is for `runs.sync`.
-    """
-    store, stop = Store(uri), threading.Event()
-    load_mlflow()  # here: imports of two threads may get into each other's way
-
-    def work() -> None:
-        while not stop.wait(PERIOD):
-            for spool in spools():
-                try:
-                    if spool.header().get("uri") == store.name:
-                        store.deliver(spool)
-                except FileNotFoundError:  # another process has delivered and removed it
-                    continue
-                except Exception as error:
-                    if not isinstance(error, Waiting) and not is_refusal(error):
-                        stop.wait(PAUSE)  # it is away
-                        break
-
-    thread = threading.Thread(target=work, name="tracking", daemon=True)
-    thread.start()
-    try:
-        yield {BY_PARENT: "1"}
-    finally:
-        stop.set()
-        thread.join(STOPPED_DELIVERY)
-
-
-class Watch:
-    """Call a function every PERIOD seconds in a thread."""
-
-    def __init__(self, watch: Callable[[], None]) -> None:
-        self._watch, self._stop = watch, threading.Event()
-        self._thread = threading.Thread(target=self._work, name="tracking", daemon=True)
-        self._thread.start()
-
-    def finish(self, stopped: bool = False) -> None:
-        self._stop.set()
-        self._thread.join(STOPPED_DELIVERY)
-
-    def _work(self) -> None:
-        while not self._stop.wait(PERIOD):
-            with contextlib.suppress(Exception):  # a measurement that fails costs no stage
-                self._watch()
-
-
 class Delivery:
-    """Deliver spools in a thread, so that a slow or missing server costs the stage nothing.
+    """Deliver a run, or its children, in a thread, so that a slow or missing server costs no stage time."""
 
-    `watch` is called every PERIOD seconds, before a delivery.
-    """
-
-    def __init__(self, uri: str, which: list[Spool], watch: Callable[[], None] = lambda: None) -> None:
-        self._store, self._spools, self._watch = Store(uri), which, watch
-        self._stop, self._failed_at = threading.Event(), -PAUSE
-        self._error: Exception | None = None
+    def __init__(self, uri: str, run: Run, children: bool = False) -> None:
+        self._store, self._run, self._children = Store(uri), run, children
+        self._stop, self._errors = threading.Event(), dict[str, Exception]()
+        self._monitors: dict[str, Any] = {}  # of system metrics, by key
         load_mlflow()  # here: imports of two threads may get into each other's way
         self._thread = threading.Thread(target=self._work, name="tracking", daemon=True)
         self._thread.start()
 
     def finish(self, stopped: bool = False) -> None:
-        """Deliver once more, and warn in one line if something could not be delivered.
-
-        `stopped`: by Ctrl-C or SIGTERM, so that somebody waits.
-        """
+        """Deliver once more, in less time if the stage was stopped; warn in one line if that fails."""
         self._stop.set()
         place = "local" if self._store.uri.startswith("sqlite") else "remote"
         self._thread.join(STOPPED_DELIVERY if stopped else DELIVERY[place])
-        left = sum(spool.left() for spool in self._spools)
-        if left:
-            why = reason(self._error)[:300] if self._error else "no answer yet"
-            then = self._error.then if isinstance(self._error, Waiting) else "`spo sync` delivers them"
-            warn(
-                f"{left} records not delivered to {self._store.name} ({why}); "
-                f"they are kept in .spo/spool, {then}"
-            )
+        if not self._children and self._run.exists() and self._run.is_pending():
+            error = self._errors.get(self._run.key)
+            why = reason(error)[:400] if error else "no answer yet"
+            warn(f"{self._store.name}: {why}; the run stays in .spo/runs, `spo sync` delivers it")
 
     def _work(self) -> None:
-        while not self._stop.wait(PERIOD):
-            with contextlib.suppress(Exception):  # a measurement that fails costs no delivery
-                self._watch()
-            self._try(self._spools)
-        earlier = [s for s in spools() if s.header().get("uri") == self._store.name]
-        self._try([*self._spools, *earlier])
+        while not self._stop.wait(PAUSE if self._errors else PERIOD):
+            self._errors = self._deliver()
+        self._errors = self._deliver()
+        if not self._errors:
+            deliver(self._store, [run for run in runs_here() if not run.is_live()])  # left by earlier stages
 
-    def _try(self, which: list[Spool]) -> None:
-        """Deliver spools: one that has to wait does not hold up the others; a store that is away does."""
-        if time.monotonic() - self._failed_at < PAUSE:
-            return
-        self._error = None
-        for spool in which:
-            try:
-                self._store.deliver(spool)
-            except Exception as error:
-                self._error = self._error or error
-                if not isinstance(error, Waiting) and not is_refusal(error):
-                    self._failed_at = time.monotonic()
-                    return
+    def _deliver(self) -> dict[str, Exception]:
+        runs = runs_here(self._run) if self._children else [self._run]
+        return deliver(self._store, runs, self._watch)
+
+    def _watch(self, run: Run, run_id: str) -> None:
+        """Have MLflow log the use of the machine to a stage's run as long as it is open."""
+        from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+        content = run.read()
+        if content["status"] and run.key in self._monitors:
+            self._monitors.pop(run.key).finish()
+        elif not content["status"] and "lock" not in content and run.key not in self._monitors:
+            self._monitors[run.key] = SystemMetricsMonitor(run_id, tracking_uri=self._store.uri)
+            self._monitors[run.key].start()
+
+
+@contextmanager
+def for_stages(uri: str, parent: Run) -> Iterator[Mapping[str, str]]:
+    """Deliver the runs of stages that are children of this process; yields variables for them."""
+    delivery = Delivery(uri, parent, children=True)
+    try:
+        yield {BY_PARENT: "1"}
+    finally:
+        delivery.finish(stopped=True)
+
+
+def deliver(
+    store: Store, runs: Sequence[Run], watch: Callable[[Run, str], None] = lambda run, run_id: None
+) -> dict[str, Exception]:
+    """Deliver runs, and return the errors by key: a refused run holds up no other, a store that is away does.
+
+    `watch` is called with each run that was delivered, and its id.
+    """
+    errors: dict[str, Exception] = {}
+    for run in runs:
+        try:
+            run.close_if_dead()
+            if run.is_pending() or run.is_live():
+                watch(run, store.deliver(run))
+        except Exception as error:
+            if run.exists():  # else another process has removed it
+                errors[run.key] = error
+            if is_away(error):
+                break
+    return errors
+
+
+def sync(uri: str | None = None) -> tuple[int, int]:
+    """Deliver every run to `uri`, or to where stages would log: (delivered, left). Print each reason once."""
+    store, before = Store(uri or tracking_uri()), [run for run in runs_here() if run.is_pending()]
+    errors = deliver(store, before)
+    for why in dict.fromkeys(map(reason, errors.values())):
+        warn(f"{store.name}: {why}")
+    left = sum(run.exists() and run.is_pending() for run in before)
+    return len(before) - left, left
+
+
+def is_recorded(experiment: str, uri: str | None = None) -> bool:
+    """Whether the store has a run of every stage of dvc.lock; also where it cannot be asked."""
+    store = Store(uri or tracking_uri())
+    try:
+        return cached_stages.is_recorded(store, experiment)
+    except Exception as error:
+        warn(f"{store.name}: {reason(error)}")
+        return True

@@ -5,21 +5,19 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from spo.config import yaml_text
 from spo.runtime.files import read_json, read_text
+from spo.runtime.workspace import METRICS
 from spo.tracking.provenance import flatten
 
-METRICS = "reports/metrics/"
 RESTORE = "resolve its conflict, or restore it by `git checkout dvc.lock`"
 LOCK = Path(".dvc/tmp/lock")  # DVC holds it while it writes dvc.lock, not while a stage runs
-PATIENCE = 60.0  # seconds; DVC hashes a stage's outputs under its lock too
 
 
 @dataclass(frozen=True)
@@ -33,44 +31,25 @@ class Entry:
     params: dict[str, Any]
 
     @property
-    def words(self) -> tuple[str, str | None]:
-        """Split `spo STAGE [ITEM [--suite NAME]]` into (stage, item); of another command (DVC's name, None).
-
-        The item of a suite is ITEM-suite-NAME, as its stage names its run.
-        """
-        match self.cmd.split():
-            case ["spo", stage]:
-                return stage, None
-            case ["spo", stage, item]:
-                return stage, item
-            case ["spo", stage, item, "--suite", suite]:
-                return stage, f"{item}-suite-{suite}"
-        return self.stage, None
-
-    @property
     def is_tracked(self) -> bool:
         """Whether its command is a stage of `spo`, which logs a run itself."""
         return self.cmd.split()[:1] == ["spo"]
 
     @property
     def title(self) -> str:
-        """The name of the stage's run."""
-        stage, item = self.words
-        return f"{stage}-{item}" if item else stage
+        """The name of the stage's run, as align-spo or generate-spo-suite-drawbench."""
+        return "-".join(word.lstrip("-") for word in self.cmd.split()[1:]) if self.is_tracked else self.stage
 
     @property
     def hash(self) -> str:
         """Return the SHA-256 of command, parameters and the hashes of all that it read and wrote."""
-        content = {"cmd": self.cmd, "deps": self.deps, "outs": self.outs, "params": self.params}
+        content = {name: value for name, value in asdict(self).items() if name != "stage"}
         return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
     def tags(self) -> dict[str, str]:
         """Return tags for MLflow: the hash of the entry and of each path."""
-        return {
-            "dvc.lock_hash": self.hash,
-            **{f"dvc.dep.{path}": value for path, value in self.deps.items()},
-            **{f"dvc.out.{path}": value for path, value in self.outs.items()},
-        }
+        deps = {f"dvc.dep.{path}": value for path, value in self.deps.items()}
+        return {"dvc.lock_hash": self.hash, **deps, **{f"dvc.out.{path}": v for path, v in self.outs.items()}}
 
     def data(self) -> list[dict[str, str]]:
         """Return the data among the deps (not code), for MLflow's dataset inputs."""
@@ -78,26 +57,18 @@ class Entry:
 
     def metrics(self) -> dict[str, float]:
         """Return the numbers in the metrics files that the stage wrote, with / between nested keys."""
-        files = [path for path in self.outs if path.startswith(METRICS) and path.endswith(".json")]
-        return {name: value for path in files for name, value in read_metrics(Path(path)).items()}
+        files = [path for path in map(Path, self.outs) if path.parent == METRICS and path.suffix == ".json"]
+        return {name: value for path in files for name, value in read_metrics(path).items()}
 
 
 def read_metrics(path: Path) -> dict[str, float]:
-    """Return the numbers of a metrics file by nested key; none if it is not there.
-
-    Raises:
-        ValueError: a damaged file.
-    """
+    """Return the numbers of a metrics file by nested key; none if it is not there."""
     flat = flatten(read_json(path, "metrics"), separator="/") if path.exists() else {}
     return {k: float(v) for k, v in flat.items() if isinstance(v, int | float)}
 
 
 def read(path: Path = Path("dvc.lock")) -> dict[str, Entry]:
-    """Read all stages by name, in the file's order; none if there is no such file.
-
-    Raises:
-        ValueError: a file that cannot be read, as one with the marks of a merge conflict.
-    """
+    """Read all stages by name, in the file's order; none if there is no such file."""
     if not path.exists():
         return {}
     with _complete():
@@ -114,25 +85,12 @@ def read(path: Path = Path("dvc.lock")) -> dict[str, Entry]:
 @contextmanager
 def _complete() -> Iterator[None]:
     """Keep DVC from writing meanwhile: where stages run side by side, dvc.lock could be half written."""
-    try:
-        file = LOCK.open(encoding="utf-8")
-    except OSError:  # no DVC here, or a lock that is not ours to read
+    if not LOCK.exists():  # no DVC here
         yield
         return
-    with file:
-        end = time.monotonic() + PATIENCE
-        while time.monotonic() < end:
-            try:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-                break
-            except OSError:
-                time.sleep(0.02)
+    with LOCK.open(encoding="utf-8") as file:
+        fcntl.flock(file, fcntl.LOCK_SH)
         yield
-
-
-def hashes() -> dict[str, str]:
-    """Return the hash of every stage by its name."""
-    return {name: entry.hash for name, entry in read().items()}
 
 
 def _entry(name: str, stage: dict[str, Any]) -> Entry:
@@ -140,22 +98,19 @@ def _entry(name: str, stage: dict[str, Any]) -> Entry:
         kind: {item["path"]: str(item.get("md5") or item.get("etag") or "") for item in stage.get(kind, [])}
         for kind in ("deps", "outs")
     }
-    return Entry(name, str(stage["cmd"]), hashes["deps"], hashes["outs"], stage.get("params", {}))
+    return Entry(name, str(stage["cmd"]), params=stage.get("params", {}), **hashes)
 
 
 def ancestors(entries: dict[str, Entry], stage: str) -> list[str]:
     """Return the stages whose outputs `stage` is made from, directly or not, in the file's order."""
-    above: set[str] = set()
-    waiting = [stage]
+    above, waiting = set(), [stage]
     while waiting:
-        deps = entries[name].deps if (name := waiting.pop()) in entries else {}
+        deps = [Path(dep) for dep in entries[name].deps] if (name := waiting.pop()) in entries else []
         for other, entry in entries.items():
-            if other not in above and any(_overlap(out, dep) for out in entry.outs for dep in deps):
+            related = (
+                dep.is_relative_to(out) or Path(out).is_relative_to(dep) for out in entry.outs for dep in deps
+            )
+            if other not in above and any(related):
                 above.add(other)
                 waiting.append(other)
     return [name for name in entries if name in above - {stage}]
-
-
-def _overlap(out: str, dep: str) -> bool:
-    """Whether one path is the other, or lies in it."""
-    return out == dep or dep.startswith(f"{out}/") or out.startswith(f"{dep}/")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -12,54 +12,32 @@ Needs = Mapping[str, tuple[str, ...]]
 
 
 def needs() -> dict[str, tuple[str, ...]]:
-    """Return {stage: stages and data files that it is made from}, in the order in which DVC runs them.
-
-    Raises:
-        ValueError: DVC refuses dvc.yaml, with its reason.
-    """
+    """Return {stage: stages and data files that it is made from}, in the order in which DVC runs them."""
     with _repository() as repository:
-        return _needs(repository, _stages(repository))
+        return _needs(*_graph(repository))
 
 
 def out_of_date() -> dict[str, tuple[str, ...]]:
-    """Return of `needs` the stages that DVC has to look at: those that changed, and all that follow them.
+    """Return of `needs` the stages that DVC has to look at: those that changed, and all that follow them."""
+    import networkx
 
-    Raises:
-        ValueError: DVC refuses dvc.yaml, or another DVC works on these files.
-    """
     with _repository() as repository:
-        stages = _stages(repository)
-        changed = {stage.addressing for stage in stages if stage.changed()}
-        every = _needs(repository, stages)
-    return {name: every[name] for name in following(every, changed)}
+        graph, stages = _graph(repository)
+        changed = {stage for stage in stages if stage.changed()}
+        following = changed.union(*(networkx.ancestors(graph, stage) for stage in changed))
+        return _needs(graph, [stage for stage in stages if stage in following])
 
 
 def status(stages: Sequence[str]) -> dict[str, list[Any]]:
-    """Return what `dvc status STAGES` finds: {stage: changes}, without those that are up to date.
-
-    Raises:
-        ValueError: DVC refuses dvc.yaml, or another DVC works on these files.
-    """
+    """Return what `dvc status STAGES` finds: {stage: changes}, without those that are up to date."""
     with _repository(locked=False) as repository:
         found: dict[str, list[Any]] = repository.status(targets=list(stages))
         return found
 
 
-def following(needs: Needs, changed: Collection[str]) -> list[str]:
-    """List `changed` and the stages that are made from them, directly or not, in the order of `needs`."""
-    found = set(changed)
-    for name in needs:  # each comes behind what it needs
-        if found.intersection(needs[name]):
-            found.add(name)
-    return [name for name in needs if name in found]
-
-
 @contextmanager
 def _repository(locked: bool = True) -> Iterator[Any]:
-    """
-    Args:
-        locked: hold DVC's lock; False for calls that take it themselves.
-    """
+    """Open DVC's repository, `locked` but for calls that lock it themselves; its errors are one line."""
     from dvc.exceptions import DvcException
     from dvc.lock import LockError
     from dvc.repo import Repo
@@ -73,19 +51,13 @@ def _repository(locked: bool = True) -> Iterator[Any]:
         raise ValueError(f"dvc: {first_line(error, 500)}") from None
 
 
-def _stages(repository: Any) -> list[Any]:
-    """List the stages that `dvc repro` goes through, in its order."""
+def _graph(repository: Any) -> tuple[Any, list[Any]]:
+    """Return the graph from each stage to what it needs, and the stages in the order of `dvc repro`."""
     from dvc.repo.reproduce import collect_stages, get_active_graph, plan_repro
 
     graph = get_active_graph(repository.index.graph)
-    return list(plan_repro(graph, collect_stages(repository, ["dvc.yaml"])))
+    return graph, list(plan_repro(graph, collect_stages(repository, ["dvc.yaml"])))
 
 
-def _needs(repository: Any, stages: Sequence[Any]) -> dict[str, tuple[str, ...]]:
-    from dvc.repo.reproduce import get_active_graph
-
-    graph = get_active_graph(repository.index.graph)
-    return {
-        stage.addressing: tuple(sorted(needed.addressing for needed in graph.successors(stage)))
-        for stage in stages
-    }
+def _needs(graph: Any, stages: Sequence[Any]) -> dict[str, tuple[str, ...]]:
+    return {s.addressing: tuple(sorted(needed.addressing for needed in graph.successors(s))) for s in stages}

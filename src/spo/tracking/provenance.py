@@ -17,7 +17,7 @@ from typing import Any
 from spo.config import PREFERENCE_BASELINES
 from spo.runtime.files import digest
 from spo.runtime.messages import first_line, one_line, public
-from spo.tracking.spool import warn
+from spo.tracking.records import warn
 
 PACKAGES = (
     *("spo", "torch", "torchvision", "diffusers", "transformers", "peft", "accelerate"),
@@ -29,14 +29,16 @@ def flatten(params: Mapping[str, Any], prefix: str = "", separator: str = ".") -
     """Return nested sections as one mapping with dotted keys."""
     flat: dict[str, Any] = {}
     for key, value in params.items():
-        if isinstance(value, Mapping):
-            flat |= flatten(value, f"{prefix}{key}{separator}", separator)
-        else:
-            flat[f"{prefix}{key}"] = value
+        inner = isinstance(value, Mapping)
+        flat |= flatten(value, f"{prefix}{key}{separator}", separator) if inner else {f"{prefix}{key}": value}
     return flat
 
 
-def section(params: Mapping[str, Any], stage: str, name: str | None) -> dict[str, Any]:
+def texts(values: Mapping[str, Any]) -> dict[str, str]:
+    return {key: str(value) for key, value in values.items()}
+
+
+def section(params: Mapping[str, Any], stage: str, name: str | None = None) -> dict[str, Any]:
     """Return the parameters of a stage: its section (of an item its own part) and the seed."""
     if (stage, name) == ("preference", "latent"):
         stage, name = "latent_preference", None
@@ -60,9 +62,11 @@ def hardware() -> dict[str, Any]:
     """Return tags: processor, memory, accelerator (if torch was loaded), operating system."""
     import psutil
 
+    cpuinfo = Path("/proc/cpuinfo")  # of Linux
+    named = re.search("model name.*: (.+)", cpuinfo.read_text(encoding="utf-8")) if cpuinfo.exists() else None
     tags: dict[str, Any] = {
         "hardware.cpus": os.cpu_count(),
-        "hardware.cpu": _processor(),
+        "hardware.cpu": named[1] if named else platform.processor() or platform.machine(),
         "hardware.memory_gb": round(psutil.virtual_memory().total / 2**30, 1),
         "hardware.system": platform.platform(terse=True),
     }
@@ -71,16 +75,6 @@ def hardware() -> dict[str, Any]:
         tags["hardware.gpu"] = torch.cuda.get_device_name()
         tags["hardware.gpus"] = torch.cuda.device_count()
     return tags
-
-
-def _processor() -> str:
-    """Return the processor's name by Linux, else what Python knows."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def code() -> dict[str, str]:
@@ -105,10 +99,7 @@ def code() -> dict[str, str]:
 
 def git(*arguments: str) -> str:
     """Return what a git command prints; nothing if it fails (see `git_refusal`)."""
-    try:
-        return _git(*arguments)
-    except (OSError, subprocess.SubprocessError):
-        return ""
+    return _git(*arguments)[0]
 
 
 @functools.cache
@@ -117,28 +108,27 @@ def git_refusal(folder: Path) -> str:
 
     A process warns of it once, unless the folder is in no repository, as that of an archive.
     """
-    try:
-        _git("-C", str(folder), "rev-parse", "HEAD")
-    except subprocess.CalledProcessError as error:
-        why = first_line(ValueError(error.stderr), 300).removeprefix("fatal: ")
-    except (OSError, subprocess.TimeoutExpired) as error:
-        why = one_line(error)
-    else:
-        return ""
+    _, why = _git("-C", str(folder), "rev-parse", "HEAD")
     if why.startswith("not a git repository (or any"):
         return "not in a git repository"
-    warn(f"no commit is recorded, since git refuses ({why}); `git status` says what to do")
+    if why:
+        warn(f"no commit is recorded, since git refuses ({why}); `git status` says what to do")
     return re.sub(r"(:| at)? '?/.*", "", why)
 
 
-def _git(*arguments: str) -> str:
-    done = subprocess.run(
-        ["git", *arguments],
-        capture_output=True,
-        encoding="utf-8",
-        errors="replace",
-        timeout=20,
-        check=True,
-        env={**os.environ, "LC_ALL": "C"},  # no translated messages
-    )
-    return done.stdout.strip()
+def _git(*arguments: str) -> tuple[str, str]:
+    """Return what a git command prints, and why it failed; one of them is empty."""
+    environment = {**os.environ, "LC_ALL": "C"}  # no translated messages
+    options: dict[str, Any] = {
+        "capture_output": True,
+        "encoding": "utf-8",
+        "errors": "replace",
+        "timeout": 20,
+    }
+    try:
+        done = subprocess.run(["git", *arguments], env=environment, **options)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return "", one_line(error)
+    if done.returncode != 0:
+        return "", first_line(ValueError(done.stderr), 300).removeprefix("fatal: ")
+    return done.stdout.strip(), ""

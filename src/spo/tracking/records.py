@@ -1,204 +1,225 @@
-"""Records of a spool as calls of MLflow, and the meaning of its answers."""
+"""Runs on this machine: each is a folder in .spo/runs, from which it can be written to MLflow at any time.
+
+`run.json` holds parameters, tags, figures, status and where its curve and images lie; copies of these join it
+when the run ends. A child's folder is named PARENT.CHILD.
+"""
 
 from __future__ import annotations
 
-import contextlib
-import functools
+import csv
 import json
-import logging
 import os
-from collections.abc import Iterable, Iterator
+import platform
+import secrets
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from spo.runtime.files import digest
-from spo.runtime.messages import one_line, redact
-from spo.tracking import answers, logged_models
-from spo.tracking.spool import Spool
+from spo.runtime.files import digest, locked, read_json, write_json
+from spo.runtime.messages import one_line, public, redact
+from spo.runtime.workspace import home
 
-TIMEOUT = "MLFLOW_HTTP_REQUEST_TIMEOUT"  # environment: seconds
-BATCH = 1000  # the most metrics that MLflow takes in one call; params and tags: 100
-LONGEST_WAIT = 30  # seconds that a server may ask to wait before another attempt (Retry-After)
-DELETED = "deleted"  # MLflow's lifecycle stage
+Content = dict[str, Any]
+KEYS = ("name", "experiment", "start", "status", "version", "delivered", "owner", "stage", "params", "tags")
+STORED = 30 * 24 * 3600  # seconds for which a delivered run stays here, so that later stages find it
 
 
-class Refused(ValueError):
-    """A record that can never be delivered."""
+def warn(message: str) -> None:
+    print(f"tracking: {redact(message)}", file=sys.stderr)
 
 
-class Waiting(RuntimeError):
-    """MLflow takes the records only when somebody has done what the message says; until then they stay.
-
-    `then` says what becomes of them.
-    """
-
-    def __init__(self, message: str, then: str = "`spo sync` then delivers them") -> None:
-        super().__init__(message)
-        self.then = then
+def now() -> int:
+    """Return the time as MLflow has it, in milliseconds."""
+    return int(time.time() * 1000)
 
 
-class Gone(LookupError):
-    """The store has no such run any more."""
+def folder() -> Path:
+    return home() / ".spo/runs"
 
 
-def is_missing(error: BaseException) -> bool:
-    """Whether MLflow says that there is no such thing."""
-    return getattr(error, "error_code", None) == "RESOURCE_DOES_NOT_EXIST"
+class Run:
+    """One run's folder. A run without a key (no place to write, or not the main process) logs nothing."""
 
+    def __init__(self, key: str = "") -> None:
+        self.key, self.path = key, folder() / key
 
-def is_refusal(error: BaseException) -> bool:
-    """Whether MLflow answered, and will say no again; else it may be away, or its file damaged."""
-    damaged = "sqlite3.DatabaseError" in str(error)
-    return isinstance(error, Refused) or (answers.is_final(error) and not damaged)
+    @classmethod
+    def create(cls, content: Content, parent: str = "", is_owned: bool = True) -> Run:
+        """Make a run's folder from its name, experiment, params, tags, and what else is known.
 
+        `parent` is a key, or the id of a run that MLflow has. If the process exits without ending a run that
+        it owns, the run is KILLED.
+        """
+        import psutil
 
-def reason(error: BaseException) -> str:
-    """Return the error in one line; without the name of its type where the message is ours."""
-    if isinstance(error, Waiting | Gone):
-        return str(redact(str(error)))
-    return answers.meaning(error) or one_line(error)
-
-
-def check_experiment(experiment: Any) -> None:
-    """Check that an experiment is not deleted; whoever deleted it restores it, not we.
-
-    Raises:
-        Waiting: it was deleted.
-    """
-    if experiment.lifecycle_stage == DELETED:
-        restore = f"mlflow experiments restore --experiment-id {experiment.experiment_id}"
-        raise Waiting(f"the experiment {experiment.name!r} was deleted; `{restore}` brings it back")
-
-
-def load_mlflow() -> Any:
-    """Import MLflow with short timeouts, no logs and no telemetry. The import takes 3 s."""
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-    os.environ.setdefault(TIMEOUT, "5")
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-    import mlflow
-    from mlflow.utils import request_utils
-    from urllib3 import Retry
-
-    # MLflow waits as long as a server asks for, be it hours, and has no setting for that
-    request_utils.Retry = functools.partial(Retry, retry_after_max=LONGEST_WAIT)  # type: ignore[misc, assignment]
-
-    for name in ("mlflow", "alembic", "urllib3.connectionpool"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)  # we say their errors, in one line
-    return mlflow
-
-
-def literal(text: str) -> str:
-    """Quote `text` for MLflow's filter language, which knows no escapes.
-
-    Raises:
-        Refused: it would end the string.
-    """
-    if "'" in text or "\\" in text:
-        raise Refused(f"{text[:80]!r} cannot be searched for in MLflow: it has a quote or a backslash")
-    return f"'{text}'"
-
-
-def batches(
-    records: Iterable[tuple[int, dict[str, Any]]],
-) -> Iterator[tuple[int, list[dict[str, Any]]]]:
-    """Group metrics that follow each other, up to BATCH points; all else comes one by one."""
-    batch: list[dict[str, Any]] = []
-    points, end = 0, 0
-    for offset, record in records:
-        size = max(1, len(record["metrics"])) if record["op"] == "metrics" else BATCH
-        if batch and points + size > BATCH:
-            yield end, batch
-            batch, points = [], 0
-        batch.append(record)
-        points, end = points + size, offset
-    if batch:
-        yield end, batch
-
-
-def call(client: Any, spool: Spool, run_id: str, records: list[dict[str, Any]]) -> None:
-    """Send records of one kind by one of MLflow's calls."""
-    from mlflow.entities import Metric, Param, RunTag
-
-    record = records[0]
-    if record["op"] in FURTHER:
-        FURTHER[record["op"]](client, run_id, record)
-        return
-    match record["op"]:
-        case "metrics":
-            points = [Metric(k, v, r["time"], r["step"]) for r in records for k, v in r["metrics"].items()]
-            client.log_batch(run_id, metrics=points)
-        case "params":
-            params = [Param(k, v) for k, v in record["params"].items()]
-            for start in range(0, len(params), 100):
-                client.log_batch(run_id, params=params[start : start + 100])
-        case "tags":
-            client.log_batch(run_id, tags=[RunTag(k, v) for k, v in record["tags"].items()])
-        case "artifact":
-            if record["sha256"] is None or digest(Path(record["path"])) != record["sha256"]:
-                raise Refused(f"{record['path']}: changed or gone since it was logged")
-            _log_artifact(client, run_id, Path(record["path"]), record["folder"])
-        case "end":
-            client.set_terminated(run_id, _status(spool, record), end_time=record["time"])
-
-
-def _log_artifact(client: Any, run_id: str, path: Path, folder: str | None) -> None:
-    """Log a file, and ask for the list of files: a login page in the server's place takes any upload."""
-    with _time_for(path):
-        client.log_artifact(run_id, str(path), folder)
+        key = f"{datetime.now():%Y%m%dT%H%M%S%f}-{secrets.token_hex(3)}"
+        run = cls(f"{parent}.{key}" if parent else key)
+        owner = [platform.node(), os.getpid(), psutil.Process().create_time()]
+        known: Content = {"metrics": {}, "inputs": [], "artifacts": [], "models": [], "stage": None}
+        known |= {
+            "start": now(),
+            "status": None,
+            "version": 0,
+            "delivered": -1,
+            "owner": owner if is_owned else [],
+        }
         try:
-            client.list_artifacts(run_id, folder)
-        except Exception as error:
-            if answers.is_page(error):
-                raise
+            run.path.mkdir(parents=True)
+            run._write(known | cleaned(content))
+        except OSError as error:
+            warn(f"the run {content['name']} logs nothing: {one_line(error)}")
+            return cls()
+        return run
+
+    @property
+    def parent(self) -> Run:
+        return Run(self.key.rpartition(".")[0])
+
+    def exists(self) -> bool:
+        return bool(self.key) and (self.path / "run.json").is_file()
+
+    def read(self) -> Content:
+        """Return what is known of the run."""
+        content: Content = read_json(self.path / "run.json", "run", keys=KEYS, then="remove its folder")
+        return content
+
+    def log_metrics(self, metrics: Mapping[str, float]) -> None:
+        """Log numbers of the whole run (seconds, accuracy); those of each step are in the curve."""
+        self.add(metrics={k: float(v) for k, v in metrics.items()})
+
+    def set_tags(self, tags: Mapping[str, Any]) -> None:
+        self.add(tags={k: str(v) for k, v in tags.items()})
+
+    def log_artifact(self, path: Path | str, folder: str | None = None) -> None:
+        """Log a small file by reference: if it changes before it is delivered, it is not sent."""
+        path = Path(path).absolute()
+        self.add(artifacts=[{"path": str(path), "folder": folder, "sha256": digest(path)}])
+
+    def log_model(self, path: Path, kind: str, step: int, scores: str) -> None:
+        """Log saved weights, a file or a folder, as MLflow's LoggedModel: by path and SHA-256.
+
+        Its metrics are those of the whole run, and of the curve at `step`, whose names begin with `scores`.
+        """
+        tags = {"weights": str(path), **({"weights.sha256": sha} if (sha := digest(path)) else {})}
+        self.add(models=[{"kind": kind, "step": int(step), "scores": scores, "tags": tags}])
+
+    def follow(self, curve: Path, images: Path) -> None:
+        """Log the rows of a curve, and the images STEP.png of a folder, as they come."""
+        self.add(curve=str(curve.absolute()), images=str(images.absolute()))
+
+    def collect(self) -> None:
+        """Copy curve and images, so that the stage may remove them."""
+        with self._guarded():
+            content = self.read() if self.key else {}
+            for name, source in ((k, Path(content[k])) for k in ("curve", "images") if k in content):
+                copy = self.path / f"{name}{source.suffix}"
+                if source.exists() and not copy.exists():
+                    (shutil.copytree if source.is_dir() else shutil.copy2)(source, copy)
+                    self.add(**{name: str(copy)})
+
+    def end(self, status: str, time: int | None = None) -> None:
+        self.collect()
+        self.add(status=status, end=time or now())
+
+    def add(self, **fields: Any) -> None:
+        """Add to mappings and lists, and set other fields; the run is delivered again then."""
+        if not self.key:
+            return
+        with self._guarded(), locked(self.path / "lock"):
+            content = self.read()
+            for name, new in cleaned(fields).items():
+                old = content.get(name)
+                merged = old | new if isinstance(old, dict) else new
+                content[name] = old + new if isinstance(old, list) else merged
+            self._write(content | {"version": content["version"] + 1})
+
+    def mark(self, version: int) -> None:
+        """Note that a store has this version of the run; with its end goes what only a delivery needs."""
+        with locked(self.path / "lock"):
+            content = self.read()
+            self._write(content | {"delivered": version})
+        if content["status"] and version == content["version"]:
+            for path in (p for p in self.path.iterdir() if p.name not in ("run.json", "lock")):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    def is_live(self) -> bool:
+        content = self.read()
+        return content["status"] is None and bool(content["owner"])
+
+    def is_pending(self) -> bool:
+        """Whether there is something that no store has. A run that was delivered long ago is removed."""
+        content = self.read()
+        pending: bool = content["delivered"] != content["version"]
+        if not pending and now() / 1000 - content["start"] / 1000 > STORED:
+            shutil.rmtree(self.path, ignore_errors=True)
+        return pending
+
+    def close_if_dead(self) -> None:
+        """End the run as KILLED if its process is gone without a word (kill -9, power)."""
+        import psutil
+
+        content = self.read()
+        if content["status"] or content["owner"][:1] != [platform.node()]:
+            return
+        try:
+            alive = abs(psutil.Process(content["owner"][1]).create_time() - content["owner"][2]) < 5
+        except psutil.NoSuchProcess:
+            alive = False
+        if not alive:
+            files = [Path(content.get("curve", "")), self.path / "run.json"]
+            last = max(file.stat().st_mtime for file in files if file.is_file())
+            self.end("KILLED", int(1000 * last))
+
+    @contextmanager
+    def _guarded(self) -> Iterator[None]:
+        """Let no stage fail because its run cannot be written."""
+        try:
+            yield
+        except (OSError, ValueError) as error:
+            warn(f"{self.path} cannot be written, the run logs nothing more: {one_line(error)}")
+            self.key = ""
+
+    def _write(self, content: Content) -> None:
+        write_json(self.path / "run.json", content)
 
 
-@contextlib.contextmanager
-def _time_for(path: Path) -> Iterator[None]:
-    """Let MLflow's requests take as long as an upload of the file may."""
-    before = os.environ[TIMEOUT]
-    os.environ[TIMEOUT] = str(max(int(before), answers.seconds_for(path)))
-    try:
-        yield
-    finally:
-        os.environ[TIMEOUT] = before
+def cleaned(fields: Content) -> Content:
+    """Return fields without passwords; what MLflow shows of them without paths of this machine either."""
+    return {k: (public if k in ("params", "tags", "inputs") else redact)(v) for k, v in fields.items()}
 
 
-def _log_image(client: Any, run_id: str, record: dict[str, Any]) -> None:
-    """Log an image by key and step, once: MLflow gives each call files of its own."""
-    from PIL import Image
+def runs_here(parent: Run | None = None) -> list[Run]:
+    """List the runs of this folder, or the children of one, oldest first."""
+    pattern = f"{parent.key}.*" if parent else "*"
+    return [Run(path.parent.name) for path in sorted(folder().glob(f"{pattern}/run.json"))]
 
-    path, key, step = Path(record["path"]), str(record["key"]), int(record["step"])
-    name = f"images/{key.replace('/', '~')}+step+{step}+timestamp+{record['time']}+"
-    paths = [file.path for file in client.list_artifacts(run_id, "images")]
-    if any(p.startswith(name) and p.endswith("+compressed.webp") for p in paths):  # the last file of a call
-        return
+
+def read_curve(path: Path, offset: int = 0) -> tuple[list[tuple[int, int, dict[str, float]]], int]:
+    """Read a curve's rows (time, step, metrics) from an offset on, and the offset behind them.
+
+    It is the file that `Curve` writes while it grows, whose last row may be torn, or the CSV in reports/.
+    """
+    rows: list[tuple[int, int, dict[str, float]]] = []
     if not path.is_file():
-        raise Refused(f"{path}: gone since it was logged")
-    with _time_for(path), Image.open(path) as image:
-        image.load()
-        client.log_image(run_id, image, key=key, step=step, timestamp=record["time"], synchronous=True)
-
-
-def _dataset(name: str, digest: str, context: str | None = None) -> Any:
-    """Return what a stage read as MLflow's dataset: path and DVC's hash, by which `dvc` finds it again."""
-    from mlflow.entities import Dataset, DatasetInput, InputTag
-
-    source = json.dumps({"path": name, "md5": digest})
-    tags = [InputTag("mlflow.data.context", context)] if context else []
-    return DatasetInput(Dataset(name=name, digest=digest[:36], source_type="dvc", source=source), tags)
-
-
-def _log_inputs(client: Any, run_id: str, record: dict[str, Any]) -> None:
-    client.log_inputs(run_id, datasets=[_dataset(**item) for item in record["data"]])
-
-
-def _status(spool: Spool, record: dict[str, Any]) -> str:
-    """Return a run's status; of one that children share, the worst of their last attempts."""
-    if "child" not in record:
-        return str(record["status"])
-    ends = {r["child"]: r["status"] for _, r in spool.read() if r["op"] == "end" and "child" in r}
-    return max(ends.values(), key=("FINISHED", "KILLED", "FAILED").index)
-
-
-FURTHER = {"inputs": _log_inputs, "image": _log_image, "model": logged_models.log}
+        return rows, offset
+    if path.suffix == ".csv":
+        with path.open(encoding="utf-8", newline="") as table:
+            for line in csv.DictReader(table):
+                step = int(line.pop("step"))
+                rows.append((step, step, {k: float(v) for k, v in line.items() if v}))
+        return rows, path.stat().st_size
+    with path.open("rb") as file:
+        file.seek(offset)
+        complete = file.read().rpartition(b"\n")[0]
+    for text in complete.split(b"\n"):
+        try:
+            row = json.loads(text)
+            rows.append((row.pop("time"), row.pop("step"), row))
+        except (ValueError, KeyError, AttributeError, RecursionError):
+            continue
+    return rows, offset + len(complete)

@@ -1,51 +1,96 @@
-"""An MLflow store: how the records of a spool become runs in it.
-
-A record keeps the time at which it was written, and a run is found again by its key, so a record that is
-delivered twice (a stage was killed between the call and its mark) changes nothing.
-"""
+"""An MLflow store: how a run's folder becomes a run in it. What is written twice has no effect."""
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
+import logging
 import os
+import re
 import sqlite3
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote
 
 from spo.runtime.files import locked
-from spo.runtime.messages import public, redact
-from spo.tracking.answers import status
-from spo.tracking.records import (
-    DELETED,
-    Gone,
-    Waiting,
-    batches,
-    call,
-    check_experiment,
-    is_missing,
-    is_refusal,
-    literal,
-    load_mlflow,
-    reason,
-)
-from spo.tracking.spool import Spool, warn
+from spo.runtime.messages import one_line, public, redact
+from spo.runtime.workspace import home
+from spo.tracking import logged
+from spo.tracking.records import Content, Run, folder, read_curve, runs_here
 
-AGAIN = "`spo sync` tries again"
+WORSE = ("FINISHED", "KILLED", "FAILED")  # each than the one before
+KIND = {"mlflow.experimentKind": "custom_model_development"}  # opens the UI in its model training view
 SERVER_ARTIFACTS = "_MLFLOW_SERVER_ARTIFACT_ROOT"  # where MLflow's default experiment has its artifacts
-KIND = ("mlflow.experimentKind", "custom_model_development")  # opens the UI in its model training view
+HINTS = (  # what a part of an error's text means, and what helps
+    (
+        "error code 401|401 Client|not authenticated",
+        "not authorised (401): set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, "
+        "or MLFLOW_TRACKING_TOKEN",
+    ),
+    ("not in a valid JSON|JSONDecodeError", "not MLflow's answer, but a page of a proxy or a login"),
+    (
+        r"The run (\w+) must be in the 'active' state",
+        r"run \1 was deleted; `mlflow runs restore --run-id \1` brings it back",
+    ),
+    (
+        r"'name' exceeds the maximum length of (\d+)",
+        r"MLflow takes no experiment name of more than \1 characters; give another `name` in params.yaml",
+    ),
+)
+
+
+class Refused(RuntimeError):
+    """MLflow, or a proxy before it, does not take some part of a run."""
+
+
+@dataclass
+class Sent:
+    """What this process has sent of a run."""
+
+    run_id: str
+    version: int = -1
+    offset: int = 0  # of its curve, in bytes
+    images: set[str] = field(default_factory=set)
+
+
+def load_mlflow() -> Any:
+    """Import MLflow with short timeouts, no logs and no telemetry. The import takes 3 s."""
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")  # a server may ask for hours of waiting
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    import mlflow
+
+    for name in ("mlflow", "alembic", "urllib3.connectionpool"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # we print their errors, in one line
+    return mlflow
+
+
+def reason(error: BaseException) -> str:
+    """Return an error in one line, with what helps."""
+    text = str(redact(str(error))) if isinstance(error, Refused) else one_line(error)
+    for pattern, hint in HINTS:
+        if found := re.search(pattern, text):
+            return found.expand(hint)
+    return text
+
+
+def tracking_uri(configured: str | None = None) -> str:
+    """Return params.yaml's URI, else the environment's, else that of a SQLite file in this folder."""
+    return configured or os.environ.get("MLFLOW_TRACKING_URI") or sqlite_uri(home() / "mlflow.db")
 
 
 def sqlite_uri(path: Path) -> str:
-    """Return the URI of a sqlite file; a `?` is quoted, behind which SQLAlchemy reads options."""
+    """Return the URI of a SQLite file; a `?` is quoted, behind which SQLAlchemy reads options."""
     if "?" not in str(path):
         return f"sqlite:///{path}"
     return f"sqlite:///file:{quote(str(path), safe='')}?uri=true"  # with a `/` MLflow makes a folder `file:`
 
 
 def sqlite_file(uri: str) -> Path | None:
-    """Return the file of a sqlite URI; None for another store."""
+    """Return the file of a SQLite URI; None for another store."""
     name, _, options = uri.removeprefix("sqlite:///").partition("?")
     if not uri.startswith("sqlite:///"):
         return None
@@ -58,78 +103,16 @@ class Store:
     """An MLflow store, reached when it is first needed."""
 
     def __init__(self, uri: str) -> None:
-        self.uri, self.name = uri, redact(uri)
-        self._file = sqlite_file(uri)
+        self.uri, self.name, self._file = uri, redact(uri), sqlite_file(uri)
+        self._artifacts = (self._file.parent / "mlartifacts").as_uri() if self._file else None
         self._client: Any = None
-
-    @staticmethod
-    def _artifacts(file: Path) -> str:
-        return (file.parent / "mlartifacts").as_uri()
-
-    def deliver(self, spool: Spool) -> int:
-        """Send the records that this store has not had; return their number.
-
-        Raises:
-            Waiting: experiment or run were deleted; the records stay.
-            Exception: MLflow cannot be reached. What went before stays delivered.
-        """
-        if not spool.path.exists():
-            return 0
-        with spool.path.open("rb") as file:  # one process at a time delivers it
-            fcntl.flock(file, fcntl.LOCK_EX)
-            try:
-                sent = self._deliver(spool)
-            except Gone as error:  # the spool has all that was ever logged, so it can make the run anew
-                warn(
-                    f"{self.name}: {error}, e.g. deleted for good; what is in {spool.path} goes to a new one"
-                )
-                spool.mark(self.name, None, 0)
-                sent = self._deliver(spool)
-            # in this order: what is written while it is sent is not sent; after the end nothing is written
-            if sent and spool.ended() and not spool.left(self.name):
-                spool.remove()
-        return sent
-
-    def _deliver(self, spool: Spool) -> int:
-        known = spool.state().get(self.name, {"run_id": None, "offset": 0})
-        run_id, sent = known["run_id"], 0
-        for offset, records in batches(spool.read(known["offset"])):
-            if records[0]["op"] == "create":
-                run_id = self._create(spool.key, records[0])
-            elif records[0]["op"] == "adopt":
-                run_id = records[0]["run_id"]
-            elif records[0]["op"] == "find":
-                run_id = self._find(self._experiment(records[0]["experiment"]), records[0]["key"])
-            elif run_id is None:
-                for record in records:
-                    spool.set_aside(record, "the store has not the run that it belongs to")
-            else:
-                run_id = self._send_or_lose(spool, run_id, records)
-            spool.mark(self.name, run_id, offset)
-            sent += len(records)
-        return sent
-
-    def _send_or_lose(self, spool: Spool, run_id: str, records: list[dict[str, Any]]) -> str | None:
-        """Send records; return the run's id, or None if the store has lost a run that another spool made.
-
-        Raises:
-            Gone: the store has no such run, which this spool made.
-        """
-        try:
-            self._send(spool, run_id, records)
-        except Gone as error:
-            if spool.header().get("op") == "create":
-                raise
-            for record in records:
-                spool.set_aside(record, str(error))
-            return None
-        return run_id
+        self._sent: dict[str, Sent] = {}
 
     def connect(self) -> Any:
-        """Return the client. One process sets up a new sqlite file: several at once break its migration."""
+        """Return the client. One process sets up a new SQLite file: several at once break its migration."""
         if self._client is None:
             mlflow = load_mlflow()
-            if self._file is None:
+            if self._file is None or self._artifacts is None:
                 self._client = mlflow.MlflowClient(self.uri)
                 return self._client
             self._file.parent.mkdir(parents=True, exist_ok=True)
@@ -137,174 +120,119 @@ class Store:
                 with contextlib.closing(sqlite3.connect(self._file)) as connection:
                     connection.execute("PRAGMA schema_version")  # MLflow tries a broken file for minutes
                 # else MLflow puts a folder's path as it is into SQL, and fails at its quotes
-                os.environ[SERVER_ARTIFACTS] = self._artifacts(self._file)
+                os.environ[SERVER_ARTIFACTS] = self._artifacts
                 self._client = mlflow.MlflowClient(self.uri)
         return self._client
 
-    def start_run(self, experiment: str, name: str, tags: dict[str, str], params: dict[str, str]) -> str:
-        """Make a run without a spool; return its id."""
-        from mlflow.entities import Param
-
+    def experiment(self, name: str) -> str:
+        """Return an experiment's id; make it if it is new. A SQLite store has its artifacts beside it."""
         client = self.connect()
-        run = client.create_run(self._experiment(experiment), run_name=name, tags=tags)
-        pairs = [Param(k, v) for k, v in public(params).items()]
-        for start in range(0, len(pairs), 100):
-            client.log_batch(run.info.run_id, params=pairs[start : start + 100])
+        found = client.get_experiment_by_name(name)
+        if found is None:
+            try:
+                return str(client.create_experiment(name, artifact_location=self._artifacts, tags=KIND))
+            except Exception:
+                found = client.get_experiment_by_name(name)  # another process may have been faster
+                if found is None:
+                    raise
+        if found.lifecycle_stage == "deleted":
+            restore = f"mlflow experiments restore --experiment-id {found.experiment_id}"
+            raise Refused(f"the experiment {name!r} was deleted; `{restore}` brings it back")
+        return str(found.experiment_id)
+
+    def start_run(self, experiment: str, name: str, tags: dict[str, str], params: dict[str, str]) -> str:
+        """Make a run without a folder of its own; return its id."""
+        run = self.connect().create_run(self.experiment(experiment), run_name=name, tags=tags)
+        logged.description(self.connect(), run.info.run_id, {}, public(params))
         return str(run.info.run_id)
 
-    def _experiment(self, name: str) -> str:
-        """Return an experiment's id; make it if it is new. A sqlite store has its artifacts beside it.
-
-        Raises:
-            Waiting: it was deleted, or MLflow takes no such name.
-        """
-        client = self.connect()
-        folder = self._artifacts(self._file) if self._file else None
-        try:
-            experiment = client.get_experiment_by_name(name)
-            if experiment is None:
-                try:
-                    client.create_experiment(name, artifact_location=folder)
-                except Exception:
-                    if client.get_experiment_by_name(name) is None:  # or another process was faster
-                        raise
-                experiment = client.get_experiment_by_name(name)
-        except Exception as error:
-            if not is_refusal(error):
-                raise
-            if status(error) != 400:  # it is not the name
-                raise Waiting(f"MLflow refuses the experiment {name!r} ({reason(error)})", AGAIN) from None
-            why = f"MLflow takes no experiment of the name {name[:80]!r} ({reason(error)[:120]})"
-            then = "but no store will take them under this name"
-            raise Waiting(f"{why}; give another `name` in params.yaml", then) from None
-        check_experiment(experiment)
-        if KIND[0] not in experiment.tags:
-            try:
-                client.set_experiment_tag(experiment.experiment_id, *KIND)
-            except Exception as error:
-                if not is_refusal(error):  # without the right to change the experiment, runs are logged
-                    raise
-        return str(experiment.experiment_id)
-
-    def _check_run(self, run_id: str) -> None:
-        """Find out whether a run is the reason why the store refuses its records.
-
-        Raises:
-            Waiting: it, or its experiment, was deleted.
-            Gone: it does not exist.
-        """
-        try:
-            info = self.connect().get_run(run_id).info
-        except Exception as error:
-            if is_missing(error):
-                raise Gone(f"there is no run {run_id}") from None
-            raise
-        if info.lifecycle_stage == DELETED:
-            check_experiment(self.connect().get_experiment(info.experiment_id))
-            raise Waiting(f"run {run_id} was deleted; `mlflow runs restore --run-id {run_id}` brings it back")
-
-    def _create(self, key: str, record: dict[str, Any]) -> str:
-        experiment = self._experiment(record["experiment"])
-        existing = self._find(experiment, key)
-        if existing is not None:
-            return existing
-        tags = {**record["tags"], "spo.key": key}
-        if record["parent"]:
-            parent = self._parent(experiment, record["parent"])
-            tags |= {"mlflow.parentRunId": parent} if parent else {}
-        named = {"start_time": record["time"], "run_name": record["name"], "tags": tags}
-        try:
-            return str(self.connect().create_run(experiment, **named).info.run_id)
-        except Exception as error:
-            if not is_refusal(error):
-                raise
-            raise Waiting(f"MLflow refuses the run {record['name']!r} ({reason(error)})", AGAIN) from None
-
-    def _parent(self, experiment: str, key: str) -> str | None:
-        """Return a parent's id by its key; a deleted run is still the parent."""
-        spool = Spool.find(key)
-        if spool is None:
-            return self._find(experiment, key)
-        waiting = None
-        try:
-            self.deliver(spool)
-        except Waiting as error:
-            waiting = error
-        run_id = self._run_of(spool)
-        if run_id is None and waiting is not None:
-            raise waiting
-        try:
-            if run_id is not None and spool.header().get("op") == "create":
-                self._check_run(run_id)
-        except Waiting:
-            pass
-        except Gone:
-            spool.mark(self.name, None, 0)
-            self.deliver(spool)
-        return self._run_of(spool)
-
-    def _run_of(self, spool: Spool) -> str | None:
-        run_id = spool.state().get(self.name, {}).get("run_id")
-        return None if run_id is None else str(run_id)
-
-    def _link(self, run_id: str, record: dict[str, Any]) -> None:
-        """Link the run of a cached stage to the one that made its outputs, and copy its metrics.
-
-        The parent gets them too. Only metrics of the whole run are copied (at step 0), not curves.
-        """
-        from mlflow.entities import Metric, RunTag
-
-        client = self.connect()
-        experiment = client.get_run(run_id).info.experiment_id
-        made = f"tags.`dvc.lock_hash` = {literal(record['hash'])} and tags.`dvc.cached` = 'false'"
-        origins = client.search_runs([experiment], made, order_by=["start_time DESC"], max_results=1)
-        metrics = record["metrics"]
-        if origins:
-            metrics = {m.key: m.value for m in origins[0].data._metric_objs if m.step == 0} or metrics
-        origin = origins[0].info.run_id if origins else "not in this store"
-        now, title = record["time"], record["title"]
-        client.log_batch(
-            run_id,
-            metrics=[Metric(k, v, now, 0) for k, v in metrics.items()],
-            tags=[RunTag("origin_run_id", origin)],
-        )
-        parent = self._parent(experiment, record["parent"])
-        if parent is None:
-            return
-        points = [Metric(f"{title}/{k}", v, now, 0) for k, v in metrics.items()]
-        try:
-            client.log_batch(parent, metrics=points)
-        except Exception as error:
-            if is_refusal(error):
-                self._check_run(parent)
-            raise
-
-    def _find(self, experiment: str, key: str) -> str | None:
-        """Return a run's id by its key, deleted or not: a second one would be made otherwise."""
+    def find(self, experiment: str, **tags: str) -> str | None:
+        """Return the id of the newest run with these tags, deleted or not."""
         from mlflow.entities import ViewType
 
-        wanted, every = f"tags.`spo.key` = {literal(key)}", ViewType.ALL
-        matching = self.connect().search_runs([experiment], wanted, run_view_type=every, max_results=1)
-        return str(matching[0].info.run_id) if matching else None
+        query = " and ".join(f"tags.`{key}` = '{value}'" for key, value in tags.items())
+        among = {"run_view_type": ViewType.ALL, "max_results": 1, "order_by": ["start_time DESC"]}
+        found = self.connect().search_runs([self.experiment(experiment)], query, **among)
+        return str(found[0].info.run_id) if found else None
 
-    def _send(self, spool: Spool, run_id: str, records: list[dict[str, Any]]) -> None:
-        """Send records; what MLflow refuses for good is stored apart, so that it does not block the rest.
+    def deliver(self, run: Run) -> str:
+        """Write all of a run that this store lacks, with its end the parent too; return its id.
 
         Raises:
-            Waiting, Gone: see `_check_run`.
+            Refused: a part of it; the others are there.
         """
-        try:
-            if records[0]["op"] == "origin":
-                self._link(run_id, records[0])
-            else:
-                call(self.connect(), spool, run_id, records)
-        except Exception as error:
-            if not is_refusal(error):
-                raise
-            self._check_run(run_id)
-            if len(records) == 1:
-                spool.set_aside(records[0], reason(error))
-            else:
-                half = len(records) // 2
-                self._send(spool, run_id, records[:half])
-                self._send(spool, run_id, records[half:])
+        with locked(folder() / "delivery"):  # two processes at once would make a run twice
+            content = self._deliver(run)
+            parent = run.parent
+            if parent.exists() and (content["status"] or parent.key not in self._sent):
+                parent.mark(self._deliver(parent)["version"])
+            run.mark(content["version"])
+            return self._sent[run.key].run_id
+
+    def _deliver(self, run: Run) -> Content:
+        content, refused = self._linked(run.read()), []
+        if run.key not in self._sent:
+            self._sent[run.key] = Sent(self._run(run, content))
+        sent = self._sent[run.key]
+        for what, send in self._parts(content, [child.read() for child in runs_here(run)], sent):
+            try:
+                send()
+            except Exception as error:
+                if logged.is_away(error):
+                    raise
+                refused.append(f"{what} of {content['name']}: {reason(error)[:300]}")
+        if refused:
+            del self._sent[run.key]
+            if self._run(run, content) != sent.run_id:  # it was deleted for good meanwhile
+                return self._deliver(run)
+            raise Refused(refused[0])
+        sent.version = content["version"]
+        return content
+
+    def _parts(
+        self, content: Content, below: list[Content], sent: Sent
+    ) -> Iterator[tuple[str, Callable[[], Any]]]:
+        """Yield what is to be sent: its name, and the call that sends it."""
+        call = partial(partial, client=self.connect(), run_id=sent.run_id)
+        ended = {child["name"]: child for child in below if child["status"]}  # the last attempt of each
+        points = [(c["end"], 0, {f"{n}/{k}": v for k, v in c["metrics"].items()}) for n, c in ended.items()]
+        if content["status"]:
+            points.append((content["end"], 0, content["metrics"]))
+        curve = Path(content.get("curve", ""))
+        rows, offset = read_curve(curve, sent.offset)
+        yield "metrics", call(logged.metrics, rows=[*rows, *points])
+        sent.offset = offset
+        yield "images", call(logged.images, folder=Path(content.get("images", "none")), sent=sent.images)
+        if content["version"] != sent.version:
+            yield "description", call(logged.description, tags=content["tags"], params=content["params"])
+            yield "data", call(logged.inputs, data=content["inputs"])
+            for file in content["artifacts"]:
+                yield f"artifact {file['path']}", call(logged.artifact, file=file)
+            for model in content["models"]:
+                at = [row for row in read_curve(curve)[0] if row[1] == model["step"]]
+                yield f"model {model['step']}", call(logged.model, item=model, rows=[*at, *points])
+        worst = max((child["status"] for child in ended.values()), key=WORSE.index, default=None)
+        if status := content["status"] or worst:
+            end = content.get("end") or max(child["end"] for child in ended.values())
+            yield "status", partial(self.connect().set_terminated, sent.run_id, status, end_time=end)
+
+    def _run(self, run: Run, content: Content) -> str:
+        """Return the id of a run by its key; make it if it is new. A parent is made before its children."""
+        found = self.find(content["experiment"], **{"spo.key": run.key})
+        if found:
+            return found
+        tags, parent = {**content["tags"], "spo.key": run.key}, run.parent
+        if parent.key:  # a run here, or the id of one that MLflow has
+            tags["mlflow.parentRunId"] = self._run(parent, parent.read()) if parent.exists() else parent.key
+        named = {"start_time": content["start"], "run_name": content["name"], "tags": tags}
+        made = self.connect().create_run(self.experiment(content["experiment"]), **named)
+        return str(made.info.run_id)
+
+    def _linked(self, content: Content) -> Content:
+        """Link a cached stage's run to the one that made its outputs, which has its curve and images."""
+        if "origin" not in content:
+            return content
+        made = {"dvc.lock_hash": content["origin"], "dvc.cached": "false"}
+        origin = self.find(content["experiment"], **made)
+        known = {k: v for k, v in content.items() if not origin or k not in ("curve", "images")}
+        return known | {"tags": content["tags"] | {"origin_run_id": origin or "not in this store"}}

@@ -19,7 +19,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from spo.config import Validation
-from spo.runtime.files import read_json, write_json
+from spo.runtime.files import atomic, read_json, write_json
 from spo.runtime.processes import is_main_process
 from spo.validation import limits
 from spo.validation.saved_model import SavedModel
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from spo.tracking.curve import Curve
-    from spo.tracking.runs import Run
     from spo.validation.images import Validated
 
 
@@ -44,7 +43,6 @@ class Watch:
     validate: Callable[[], Validated]
     save: Callable[[Path], None]  # writes the model to a folder
     curve: Curve
-    run: Run  # gets the images by iteration
     scratch: Path  # exists as long as the stage's checkpoints
     name: str  # of the params section, for messages
     iterations: int  # of the training; the last is validated too
@@ -56,7 +54,7 @@ class Watch:
         self._start = self.scratch / "validation.json"  # the scores at the start
 
     def resume(self, iteration: int) -> None:
-        """Resume from a checkpoint: what was validated later is removed, the run gets the earlier images."""
+        """Resume from a checkpoint: what was validated later is removed."""
         if not is_main_process():
             return
         self.good.rewind(iteration)
@@ -64,8 +62,6 @@ class Watch:
         for image in sorted(self.samples.glob("*.png")):
             if int(image.stem) > iteration:
                 image.unlink()
-            else:
-                self.run.log_image(image, "validation", int(image.stem))
 
     def __call__(self, iteration: int, metrics: Mapping[str, float]) -> bool:
         """Validate after some iterations; returns whether it did, as `training.loop.fit` wants to know.
@@ -117,8 +113,8 @@ class Watch:
 
     def _save_image(self, row: Image.Image, iteration: int) -> None:
         self.samples.mkdir(parents=True, exist_ok=True)
-        row.save(path := self.samples / f"{iteration:06d}.png")
-        self.run.log_image(path, "validation", iteration)
+        with atomic(self.samples / f"{iteration:06d}.png") as partial:
+            row.save(partial, "PNG")
 
     def _stop(self, iteration: int, reason: str | None) -> None:
         """Stop in all processes if the main one has a reason."""
@@ -132,8 +128,3 @@ class Watch:
         line = distributed.broadcast(line)
         if line is not None:
             raise Collapse(line)
-
-
-def scores_at(rows: Mapping[int, Mapping[str, float]], iteration: int) -> dict[str, float]:
-    """The scores of the validation after an iteration, from a curve's rows; none if there was none."""
-    return {k: v for k, v in rows.get(iteration, {}).items() if k.startswith("validation/")}
