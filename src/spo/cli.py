@@ -3,8 +3,6 @@
 Exit codes: 2 for a mistake in parameters or data, 75 for a transient failure, 130 when stopped.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import sys

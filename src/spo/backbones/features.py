@@ -4,8 +4,6 @@ The copy is a UNet of diffusers without its up blocks, so its own forward pass r
 SDXL's added conditions, the down blocks and the mid block, for both families.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Sequence
 from typing import Any

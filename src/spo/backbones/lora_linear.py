@@ -6,8 +6,6 @@ fp32, rounded as under autocast: peft would keep a copy of x in fp32 for each la
 memory). All that peft can do besides plain LoRA (DoRA, dropout, several adapters) stays peft's.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -8,8 +8,6 @@ predictions are the same to the bit in one and two threads for multiples of 4 (o
 are computed as a whole.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial

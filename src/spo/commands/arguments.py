@@ -1,7 +1,5 @@
 """The commands with their arguments, and what each runs."""
 
-from __future__ import annotations
-
 import argparse
 import importlib
 import math

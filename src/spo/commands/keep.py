@@ -1,7 +1,5 @@
 """`spo keep`: save a run's comparisons in git, so that the page of another seed shows both."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

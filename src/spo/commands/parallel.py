@@ -5,8 +5,6 @@ changes that. But DVC locks its repository only while it hashes and writes dvc.l
 that a stage reads and writes. So one `dvc repro --single-item STAGE` each can run in parallel.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import subprocess

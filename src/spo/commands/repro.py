@@ -1,7 +1,5 @@
 """`spo repro`: a `dvc repro` with one parent run, several stages in parallel where they allow it."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """Base of every section of params.yaml: strict values, and the number types that sections share."""
 
-from __future__ import annotations
-
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator

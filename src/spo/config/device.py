@@ -1,7 +1,5 @@
 """The section `device`: how work is cut to fit a card."""
 
-from __future__ import annotations
-
 from typing import Annotated, Literal
 
 from pydantic import Field

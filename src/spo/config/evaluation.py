@@ -1,7 +1,5 @@
 """Sections of evaluation: generated images, scores, the report and the registry."""
 
-from __future__ import annotations
-
 from typing import Annotated, Literal
 
 from pydantic import Field

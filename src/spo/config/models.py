@@ -1,7 +1,5 @@
 """Sections of the models: the backbone and the scorers."""
 
-from __future__ import annotations
-
 from typing import Literal
 
 from spo.config.base import Section

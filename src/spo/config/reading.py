@@ -1,7 +1,5 @@
 """Read and check params.yaml: a mistake is one line, an unknown key comes with a suggestion."""
 
-from __future__ import annotations
-
 import difflib
 from collections.abc import Iterable
 from importlib import resources

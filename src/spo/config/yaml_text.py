@@ -1,7 +1,5 @@
 """YAML 1.2, as DVC reads it: the one reading of params.yaml, dvc.lock, presets and overrides."""
 
-from __future__ import annotations
-
 import io
 from typing import Any
 

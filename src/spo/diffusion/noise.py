@@ -1,7 +1,5 @@
 """Random numbers that belong to a sample or a position: batch size, order and process never change them."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Sequence
 

@@ -1,7 +1,5 @@
 """What is counted of a stage."""
 
-from __future__ import annotations
-
 import gc
 from collections.abc import Callable
 from typing import Any, NamedTuple

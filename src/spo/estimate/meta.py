@@ -4,8 +4,6 @@ What an operator needs inside itself (cuDNN's workspaces), the allocator's fragm
 are not seen. Attention is flash attention, which stores q, k, v and its output for the backward pass.
 """
 
-from __future__ import annotations
-
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager

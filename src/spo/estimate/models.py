@@ -1,7 +1,5 @@
 """The models of an experiment on the meta device: built from their config files, without weights."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any

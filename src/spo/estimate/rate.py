@@ -1,7 +1,5 @@
 """How fast a device computes what a stage is made of."""
 
-from __future__ import annotations
-
 import time
 
 import torch

@@ -5,8 +5,6 @@ or rollout has FEW steps: each needs as much memory as the next, but for the pai
 of validation are left out: with them the device holds less than in an update.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace

@@ -4,8 +4,6 @@ SPO and LPO compare candidates of one step, which differ by little; accuracy on 
 differ in everything, hardly shows how well it does so.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

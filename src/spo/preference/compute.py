@@ -1,7 +1,5 @@
 """What the training of a preference model computes."""
 
-from __future__ import annotations
-
 from spo.config import LatentPreference, Preference
 from spo.diffusion.denoiser import is_guided
 from spo.training.compute import DOWN_PATH, TRAINED

@@ -8,8 +8,6 @@ sleep while they wait took 160 to 380 ms there. Alone, they took 86 to 111 ms ag
 106 to 129 ms in one thread. So they sleep, unless the user says otherwise.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import MutableMapping
 from pathlib import Path

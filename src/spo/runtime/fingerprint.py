@@ -1,7 +1,5 @@
 """Names of resume states and caches, by all that they are made from."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path

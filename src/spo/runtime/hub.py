@@ -7,8 +7,6 @@ A revision is a commit, a branch, a tag, or `refs/...` as huggingface_hub reads 
 written %2F. Without a network the cache has to have them.
 """
 
-from __future__ import annotations
-
 import re
 import sys
 from collections.abc import Collection

@@ -1,7 +1,5 @@
 """What an answer of the Hugging Face hub means: refused, or to be asked for again later."""
 
-from __future__ import annotations
-
 from json import JSONDecodeError
 
 from spo.runtime.messages import causes

@@ -4,8 +4,6 @@ By the exit code a flow or a scheduler decides whether another attempt may succe
 paths of this machine either.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import socket

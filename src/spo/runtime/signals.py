@@ -12,8 +12,6 @@ longer than all that must be over before it, so that no process is killed while 
 6. A cancelled flow kills what is left of `dvc repro` and its stage after FLOW_KILL.
 """
 
-from __future__ import annotations
-
 import os
 import signal
 import subprocess

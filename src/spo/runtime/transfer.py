@@ -1,7 +1,5 @@
 """Tensors on their way from host memory to a device."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """Places of an experiment's files, seen from the folder it runs in."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

@@ -9,8 +9,6 @@ A batch of N scenes is two tensors:
   attributes. The aesthetic quality is the mean of the four.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -1,7 +1,5 @@
 """The frame of every stage: lock, MLflow run, watchdog, time and metrics."""
 
-from __future__ import annotations
-
 import fcntl
 import time
 from collections.abc import Iterator

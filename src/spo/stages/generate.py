@@ -3,8 +3,6 @@
 Each batch is cached when it is complete, so that a killed stage resumes after the last one.
 """
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 

@@ -5,8 +5,6 @@ settles what it is made from when it starts, and nothing of ours runs after the 
 hashes, and a cached stage that no stage which ran is made from has no run.
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Step metrics of a training: line by line while it runs, a CSV for DVC's plots at the end."""
 
-from __future__ import annotations
-
 import csv
 import json
 from collections.abc import Mapping

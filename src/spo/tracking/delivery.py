@@ -1,7 +1,5 @@
 """Delivery of runs to an MLflow store, by a thread of the stage or, for all its stages, of `spo repro`."""
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager

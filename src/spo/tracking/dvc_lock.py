@@ -1,7 +1,5 @@
 """dvc.lock: the hashes of what every stage last read and wrote."""
 
-from __future__ import annotations
-
 import fcntl
 import hashlib
 import json

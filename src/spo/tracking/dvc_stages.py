@@ -1,7 +1,5 @@
 """The stages of dvc.yaml by DVC's own account: what each needs, and which are out of date."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any

@@ -1,7 +1,5 @@
 """What a run logs as calls of MLflow, none of which has an effect when it is made twice."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """Provenance of a run: its parameters, code, packages and machine."""
 
-from __future__ import annotations
-
 import functools
 import os
 import platform

@@ -1,7 +1,5 @@
 """MLflow runs: one for every stage, under one parent a `dvc repro`. No stage fails or waits for MLflow."""
 
-from __future__ import annotations
-
 import os
 import re
 from collections.abc import Collection, Iterator, Mapping

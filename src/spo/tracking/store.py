@@ -1,7 +1,5 @@
 """An MLflow store: how a run's folder becomes a run in it. What is written twice has no effect."""
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import os

@@ -5,8 +5,6 @@ What the models and one image, latent or pair take was counted at the real sizes
 larger ones, or fp32, name smaller numbers in the section `device`.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch

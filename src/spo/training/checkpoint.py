@@ -1,7 +1,5 @@
 """Resume state on disk: written in one step, verified when read, the newest ones retained."""
 
-from __future__ import annotations
-
 import hashlib
 import itertools
 import os

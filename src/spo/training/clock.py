@@ -1,7 +1,5 @@
 """Seconds of a training, over all processes that it took; they are part of its state."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager

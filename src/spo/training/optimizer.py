@@ -1,7 +1,5 @@
 """Builds AdamW (arXiv 1711.05101) from `config.Optimizer`."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from typing import Any
 

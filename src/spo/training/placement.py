@@ -1,7 +1,5 @@
 """Models between a device and host memory, and which key to lower when a device has too little."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 

@@ -1,7 +1,5 @@
 """Speed switches of CUDA for the time that a model is trained."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any

@@ -1,7 +1,5 @@
 """The rules of a `validation` section: how much a model gained, and what stops a training."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from statistics import fmean, stdev

@@ -1,7 +1,5 @@
 """A model that a training saves on the way: the best one so far, or the last good one."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Callable
 from pathlib import Path

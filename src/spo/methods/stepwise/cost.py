@@ -1,7 +1,5 @@
 """What the training of a stepwise method computes at most."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 
