@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 import torch
 from fake_backbone import Whole
 from group import run_in
+from tqdm import tqdm
 
 from spo import config
 from spo.training import checkpoint, distributed, loop
@@ -20,6 +22,7 @@ from spo.training.alignment import Alignment
 from spo.training.checkpoint import CheckpointStore
 from spo.types import Conditioning, UNetBatch
 
+tqdm.set_lock(threading.RLock())  # its own is shared by all forks, and one that is killed may hold it
 ITERATIONS, EVERY = 5, 2  # checkpoints 2, 4 and 5, of which the last two stay
 
 

@@ -100,7 +100,6 @@ def test_a_stage_that_works_keeps_none(folder: Path, spo: Command) -> None:
 
 
 def test_a_tracking_server_that_is_away_is_named_without_it(folder: Path) -> None:
-    """In a process of its own: the thread that delivers would live on, and later tests fork."""
     write(folder)
     away = os.environ | {"MLFLOW_TRACKING_URI": f"http://me:{SECRET}@127.0.0.1:9"}
     words = [sys.executable, "-m", "spo", "pairs"]
