@@ -174,6 +174,7 @@ def test_two_processes_draw_score_and_label_as_one_does(experiment, tmp_path, mo
 
 
 @pytest.mark.smoke
+@pytest.mark.nightly  # tests/runtime/test_processes.py has the launcher, the test before what it launches
 @pytest.mark.parametrize("experiment", ["sd"], indirect=True)
 def test_a_stage_starts_itself_in_two_processes(experiment, tmp_path) -> None:
     for stage in (("inputs",), ("prompts",), ("pairs",), ("preference",)):
@@ -197,6 +198,7 @@ def test_what_stops_two_processes_is_one_line(experiment, capfd) -> None:
 
 
 @pytest.mark.smoke
+@pytest.mark.parametrize("experiment", ["sd", pytest.param("sdxl", marks=pytest.mark.nightly)], indirect=True)
 def test_a_dry_run_shows_what_a_stage_does_and_writes_nothing(experiment, tmp_path, capsys) -> None:
     before = sorted(tmp_path.rglob("*"))
     plans = {}
