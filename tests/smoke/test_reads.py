@@ -202,6 +202,7 @@ def test_every_file_that_a_stage_opens_is_declared(clone: Path, declared: Declar
         assert [f for f in opened if not under(f, known, "/")] == [], name
 
 
+@pytest.mark.nightly
 def test_labels_by_a_scorer_need_nothing_else(copy: Path, declared: Declared) -> None:
     """A branch that the smoke preset does not take."""
     params = yaml.safe_load((copy / "params.yaml").read_text())
@@ -224,6 +225,7 @@ def test_labels_by_a_scorer_need_nothing_else(copy: Path, declared: Declared) ->
     assert (copy / "outputs/inputs/clip.json").read_bytes() == before
 
 
+@pytest.mark.nightly
 def test_a_filter_of_pairs_needs_nothing_else(copy: Path, declared: Declared) -> None:
     """A branch that the smoke preset does not take."""
     params = yaml.safe_load((copy / "params.yaml").read_text())

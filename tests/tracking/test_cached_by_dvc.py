@@ -39,6 +39,7 @@ with runs.stage_run(name, params) as run:
 """
 
 
+@pytest.mark.nightly
 @pytest.mark.smoke
 def test_with_dvc_itself(folder: Path, runs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bare repros, a changed key, `spo repro` and `spo sync` with nothing to do, a temporary experiment."""
