@@ -17,7 +17,10 @@ if TYPE_CHECKING:
     from PIL import Image
 
 # what `train` depends on, for the name of its resume state
-CODE = ("backbones", "data/images.py", "diffusion", "methods", "preference", "training", "types.py")
+CODE = (
+    *("backbones", "data/images.py", "data/tokens.py", "diffusion", "methods", "preference", "training"),
+    "types.py",
+)
 BATCH = 32  # images scored at a time
 
 

@@ -66,6 +66,10 @@ def test_a_file_of_something_else_is_one_line(tmp_path) -> None:
     save(tmp_path, params(seed=1), "wrong", comparisons=[{"method": "spo"}])
     with pytest.raises(ValueError, match=r"wrong.json: row 0 has no 'baseline'; remove it"):
         seeds.read(params(), tmp_path)
+    for changes in ({"settings": 1}, {"settings": {"align": 1}}, {"comparisons": None}):
+        save(tmp_path, params(seed=1), "wrong", **changes)
+        with pytest.raises(ValueError, match=r"wrong.json: not a file of `spo keep`; remove it"):
+            seeds.read(params(), tmp_path)
 
 
 def test_the_seeds_of_the_repository_are_of_the_default_experiment() -> None:

@@ -84,6 +84,32 @@ def test_a_run_whose_process_was_killed_is_closed(folder: Path, runs: Any) -> No
     assert mine.read()["status"] is None and found["mine"].info.status == "RUNNING"
 
 
+def test_sync_ends_a_killed_run_of_which_all_was_delivered(folder: Path, runs: Any) -> None:
+    code = (
+        "import os; from spo.tracking.delivery import deliver\n"
+        "from spo.tracking.records import Run; from spo.tracking.store import Store, tracking_uri\n"
+        "run = Run.create({'name': 'align', 'experiment': 'e', 'params': {}, 'tags': {}})\n"
+        "assert not deliver(Store(tracking_uri()), [run]) and not run.is_pending()\n"
+        "os._exit(9)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 9
+    assert runs()["align"].info.status == "RUNNING"
+    assert sync() == (1, 0)
+    assert runs()["align"].info.status == "KILLED"
+
+
+def test_a_damaged_run_is_named_once_and_holds_up_no_other(
+    folder: Path, runs: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torn = new("torn")
+    (torn.path / "run.json").write_text("")
+    new().end("FINISHED")
+    assert sync() == (1, 0) and sync() == (0, 0)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "run.json: truncated or invalid JSON" in line and "remove its folder" in line
+    assert runs()["align-spo"].info.status == "FINISHED"
+
+
 def test_a_lost_mark_delivers_again_without_a_trace(folder: Path, runs: Any) -> None:
     uri = f"sqlite:///{folder / 'mlflow.db'}"
     (folder / "curve.jsonl").write_text('{"time": 1, "step": 1, "loss": 0.5}\n')

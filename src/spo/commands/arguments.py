@@ -219,7 +219,10 @@ def _run_sync(args: argparse.Namespace) -> None:
         delivered += more
     print(f"{delivered} runs delivered, {left} left")
     if left:
-        raise ValueError(f"sync: {left} runs are left, for the reasons above; run `spo sync` again")
+        raise ValueError(
+            f"sync: {left} runs are left, for the reasons above; run `spo sync` again, or remove a run that "
+            "MLflow will never take from .spo/runs"
+        )
 
 
 def _run_register(args: argparse.Namespace) -> None:

@@ -42,8 +42,8 @@ FLOAT16 = np.dtype(np.float16)
 FLOAT16_MAX = float(np.finfo(np.float16).max)
 # what decodes the images and encodes them to latents
 CODE = (
-    *("backbones/stable_diffusion.py", "data/containers.py", "data/decoding.py"),
-    *("data/images.py", "data/latents.py"),
+    *("backbones/loading.py", "backbones/stable_diffusion.py"),
+    *("data/containers.py", "data/decoding.py", "data/images.py", "data/latents.py"),
 )
 
 

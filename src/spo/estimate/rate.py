@@ -5,13 +5,11 @@ import time
 import torch
 
 from spo import config
-from spo.estimate.models import DTYPES
+from spo.backbones.loading import DTYPES
 
 SIZES = {"cpu": 2048, "cuda": 8192}
-USED = {
-    "cpu": 0.6,
-    "cuda": 0.4,
-}  # of that rate by UNet, VAE and CLIP; .5 to .7 measured on a CPU, none on a GPU
+# of that rate by UNet, VAE and CLIP; .5 to .7 was measured on a CPU, nothing on a GPU
+USED = {"cpu": 0.6, "cuda": 0.4}
 
 
 def rate(settings: config.Backbone, device: str) -> float:

@@ -42,8 +42,12 @@ def read(params: Params, folder: Path = FOLDER) -> Seeds:
     for path in sorted(folder.glob("*.json")):
         keys, then = ("seed", "settings", "comparisons"), "remove it and run `spo keep` again"
         content = read_json(path, "results of a seed", keys=keys, then=then)
-        check_comparisons(path, content["comparisons"], COLUMNS, then)
-        if differs := _first_difference(settings(params), content["settings"]):
+        try:
+            check_comparisons(path, content["comparisons"], COLUMNS, then)
+            differs = _first_difference(settings(params), content["settings"])
+        except (AttributeError, TypeError):  # other types than those of `spo keep`
+            raise ValueError(f"{path}: not a file of `spo keep`; {then}") from None
+        if differs:
             others[path.name] = differs
         elif content["seed"] != params.seed:
             comparisons[content["seed"]] = content["comparisons"]

@@ -38,7 +38,7 @@ def _build(params: Params, backbone: Backbone) -> LpoMethod:
 
     section = params.align.lpo
     model = LatentPreferenceModel.from_pretrained(require(REWARD_MODEL, "latent reward model"), backbone)
-    schedule = sampler_schedule(params, section, backbone)
+    schedule = sampler_schedule(section, backbone)
     reward_model = LatentRewardModel(model, section.judged_at)
     return LpoMethod(section, schedule, reward_model, training_prompts(), params.seed)
 

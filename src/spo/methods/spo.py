@@ -36,7 +36,7 @@ def build(params: Params, backbone: Backbone, folder: Path, prompts: Sequence[st
 
     section = params.align.spo
     reward_model = load_reward_model(folder, backbone.device)
-    schedule = sampler_schedule(params, section, backbone)
+    schedule = sampler_schedule(section, backbone)
     method = SpoMethod if section.gradspo is None else GradSpoMethod
     return method(section, schedule, reward_model, prompts, params.seed)
 

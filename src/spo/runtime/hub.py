@@ -25,8 +25,6 @@ FILES = (  # a name with such an ending is a file's, not a repository's
     *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".json", ".jsonl", ".txt", ".csv", ".tsv", ".parquet"),
     *(".zip", ".tar", ".png", ".yaml", ".yml"),
 )
-
-
 SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})(.*)")  # train-00000-of-00002.parquet
 
 

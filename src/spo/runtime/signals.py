@@ -23,12 +23,12 @@ from datetime import timedelta
 from types import FrameType
 from typing import Any
 
-# All in seconds. MLflow gets its last records when a stage has done its work: a sqlite file, which may have
+# All in seconds. MLflow gets its last records when a stage has done its work: a SQLite file, which may have
 # to be set up first (8 s on two cores, more when they are busy), is sure to take them; a server that has not
-# answered after three requests of 5 s is away, and `spo sync` delivers later.
+# taken them in DELIVERY is not waited for any longer, and `spo sync` delivers later.
 DELIVERY = {"local": 120.0, "remote": 15.0}
 REPEAT = 0.05  # until Ctrl-C comes again where Python dropped it (2 of 8 times in `generate`, in sqlalchemy)
-STOPPED_DELIVERY = 10.0  # a user who pressed Ctrl-C waits; the records stay in the spool
+STOPPED_DELIVERY = 10.0  # a user who pressed Ctrl-C waits; the records stay in .spo/runs
 CTRL_C = 40  # whole seconds, for the kernel's clock: on overloaded cores 9 to 13 s pass beside the delivery
 SAVE = 120.0  # a step of the default experiment is saved within 9 s on two cores; larger models take longer
 LAUNCHER_KILL = SAVE + 20.0  # a save, a delivery and Python's exit

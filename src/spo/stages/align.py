@@ -32,6 +32,7 @@ CODE = (
     "methods",
     "preference",
     "rewards",
+    "scenes",
     "training",
     "types.py",
     "validation",

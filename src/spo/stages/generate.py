@@ -14,7 +14,10 @@ from spo.stages.common import of_suite, run_name, stage
 
 OUTPUT, PROMPTS = Path("outputs/images"), Path("outputs/prompts")
 # what generates the images
-CODE = ("adapters", "backbones", "data/images.py", "diffusion", "types.py", "validation/generation.py")
+CODE = (
+    *("adapters", "backbones", "data/images.py", "data/tokens.py", "diffusion", "types.py"),
+    "validation/generation.py",
+)
 
 
 def run(params: Params, name: str, suite: str | None = None) -> None:

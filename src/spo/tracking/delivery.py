@@ -93,6 +93,8 @@ def deliver(
 
 def sync(uri: str | None = None) -> tuple[int, int]:
     """Deliver every run to `uri`, or to where stages would log: (delivered, left). Print each reason once."""
+    for run in runs_here():
+        run.close_if_dead()
     store, before = Store(uri or tracking_uri()), [run for run in runs_here() if run.is_pending()]
     errors = deliver(store, before)
     for why in dict.fromkeys(map(reason, errors.values())):

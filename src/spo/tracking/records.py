@@ -7,6 +7,7 @@ when the run ends. A child's folder is named PARENT.CHILD.
 from __future__ import annotations
 
 import csv
+import functools
 import json
 import os
 import platform
@@ -31,6 +32,9 @@ STORED = 30 * 24 * 3600  # seconds for which a delivered run stays here, so that
 
 def warn(message: str) -> None:
     print(f"tracking: {redact(message)}", file=sys.stderr)
+
+
+_warn_once = functools.cache(warn)
 
 
 def now() -> int:
@@ -194,9 +198,20 @@ def cleaned(fields: Content) -> Content:
 
 
 def runs_here(parent: Run | None = None) -> list[Run]:
-    """List the runs of this folder, or the children of one, oldest first."""
+    """List the runs of this folder, or the children of one, oldest first; a damaged one is named once."""
     pattern = f"{parent.key}.*" if parent else "*"
-    return [Run(path.parent.name) for path in sorted(folder().glob(f"{pattern}/run.json"))]
+    found = [Run(path.parent.name) for path in sorted(folder().glob(f"{pattern}/run.json"))]
+    return [run for run in found if _is_readable(run)]
+
+
+def _is_readable(run: Run) -> bool:
+    try:
+        run.read()
+    except ValueError as error:  # torn by a power cut, or removed by another process meanwhile
+        if run.exists():
+            _warn_once(str(error))
+        return False
+    return True
 
 
 def read_curve(path: Path, offset: int = 0) -> tuple[list[tuple[int, int, dict[str, float]]], int]:

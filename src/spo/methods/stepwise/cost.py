@@ -12,13 +12,13 @@ from spo.training.compute import DOWN_PATH, TRAINED
 
 
 def cost_by_images(name: str, config: Stepwise, scheduler_config: Mapping[str, Any]) -> Cost:
-    """Of a method whose judge sees images: the UNet's outputs at the candidates serve the next step too.
+    """Of a reward model that sees images: the UNet's outputs at the candidates serve the next step too.
 
     Args:
         name: its section of params.yaml, for messages.
     """
     blocks = _blocks(name, config, scheduler_config)
-    final = blocks[-1][-1] + 1 == config.num_inference_steps  # final latents are judged as they are
+    final = blocks[-1][-1] + 1 == config.num_inference_steps  # final latents are decoded as they are
     candidates = config.candidates * (sum(map(len, blocks)) - final)
     return _cost(config, blocks, (blocks[0][0] + 1 + candidates) * (1 + is_guided(config.guidance)))
 
@@ -26,7 +26,7 @@ def cost_by_images(name: str, config: Stepwise, scheduler_config: Mapping[str, A
 def cost_by_latents(
     name: str, config: Stepwise, scheduler_config: Mapping[str, Any], feature_guidance: float
 ) -> Cost:
-    """Of a method whose judge sees latents: its down path runs once a candidate, twice with the VFE.
+    """Of a reward model that sees latents: its down path runs once a candidate, twice with the VFE.
 
     Args:
         name: as of `cost_by_images`.

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spo.config import Params, Stepwise
+from spo.config import Stepwise
 from spo.diffusion.noise import SampleNoise, generator, shuffled
 from spo.diffusion.schedule import Schedule
 from spo.methods.stepwise.batch import StepBatch, StepPairs, batch_of, gathered
@@ -115,7 +115,7 @@ def training_prompts() -> list[str]:
     return require(PROMPTS, "training prompts").read_text(encoding="utf-8").splitlines()
 
 
-def sampler_schedule(params: Params, section: Stepwise, backbone: Backbone) -> Schedule:
+def sampler_schedule(section: Stepwise, backbone: Backbone) -> Schedule:
     """The schedule of a section's sampler, on the backbone's device."""
     schedule = Schedule.from_config(backbone.scheduler_config, section.num_inference_steps)
     return schedule.to(backbone.device)
