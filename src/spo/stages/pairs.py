@@ -20,8 +20,7 @@ from spo.ingest.labels import ScoredWriter, labelling_scorer
 from spo.ingest.selection import is_validation
 from spo.runtime import processes
 from spo.runtime.files import remove, write_json
-from spo.runtime.fingerprint import fingerprint
-from spo.runtime.workspace import SCRATCH
+from spo.runtime.fingerprint import resume_folder
 from spo.stages.common import stage
 from spo.training.distributed import device
 
@@ -157,8 +156,8 @@ def _gaps(section: config.Pairs, labels: config.PseudoLabels | None) -> gaps.Cac
         return None
     scorers = {key: rewards.load_scorer(name, own, device(), n) for key, (name, own, n) in wanted.items()}
     sections = [section, labels] if labels else [section]
-    state = f"pairs-{fingerprint(sections, filter(Path.exists, map(Path, PINNED)), CODE)}"
-    return gaps.CachedGaps(scorers, sized.batch_size, SCRATCH / "resume" / state)
+    cache = resume_folder("pairs", sections, map(Path, PINNED), CODE)
+    return gaps.CachedGaps(scorers, sized.batch_size, cache)
 
 
 def _check(summary: dict[str, Any], bad: int, bound: float, output: Path) -> None:

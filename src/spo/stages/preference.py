@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spo.config import PREFERENCE_BASELINES, LatentPreference, Params, Preference
-from spo.runtime.files import remove, require, write_json
+from spo.runtime.files import read_text, remove, write_json
 from spo.runtime.fingerprint import resume_folder
 from spo.runtime.hub import split_revision
 from spo.runtime.workspace import METRICS, TRAINING
@@ -167,7 +167,7 @@ def _local_judgement(params: Params, task: PreferenceTask) -> dict[str, float]:
     settings, section = task.settings, task.name
     if params.score.oracle is None:
         raise ValueError(f"{section}.local_prompts: needs score.oracle, which only scenes has; set it to 0")
-    prompts = require(VALIDATION_PROMPTS, "validation prompts").read_text(encoding="utf-8").splitlines()
+    prompts = read_text(VALIDATION_PROMPTS, "validation prompts").splitlines()
     if len(prompts) < settings.local_prompts:
         raise ValueError(
             f"{section}.local_prompts: {settings.local_prompts} is more than the {len(prompts)} prompts of "
