@@ -14,11 +14,7 @@ if TYPE_CHECKING:
 
 
 def lines(params: Params, stage: str, variant: str | None) -> list[str]:
-    """The plan of a stage, line by line.
-
-    Raises:
-        ValueError: an input that neither exists, nor can be reached, nor is an output of an earlier stage.
-    """
+    """The plan of a stage, line by line; refuses an input that is not there and no earlier stage makes."""
     plan = [f"{stage}{f' {variant}' if variant else ''} ({params.name}): dry run, nothing is written"]
     plan += [_reach(key, name, revision) for key, name, revision in _inputs(params, stage, variant)]
     if stage not in ("preference", "align", "generate"):

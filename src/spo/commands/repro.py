@@ -23,9 +23,6 @@ def run(params: Params, arguments: Sequence[str] = (), jobs: int | None = None) 
 
     Returns:
         The exit status.
-
-    Raises:
-        ValueError: `jobs` is below 1, or with arguments; or DVC refuses dvc.yaml.
     """
     if jobs is not None and (jobs < 1 or arguments):
         raise ValueError(f"--jobs {jobs}: give a number of at least 1, and no arguments of dvc repro")

@@ -22,16 +22,11 @@ QUOTA = Path("/sys/fs/cgroup/cpu.max")  # of a container
 def count() -> int:
     """Return the number of cores of this process: by its affinity and its container's quota, at least 1."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(allowed, _quota() or allowed))
-
-
-def _quota() -> int | None:
-    """Return the whole cores that the container's quota allows; None without one."""
     try:
         time, period = QUOTA.read_text(encoding="utf-8").split()
-        return max(1, int(time) // int(period))
+        return max(1, min(allowed, int(time) // int(period)))
     except (OSError, ValueError):  # no such file, or the word max
-        return None
+        return allowed
 
 
 def set_threads(variables: MutableMapping[str, str], processes: int = 1) -> str:

@@ -83,8 +83,7 @@ def read_json(
         content = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: truncated or invalid JSON ({error}); {then}") from None
-    fits = isinstance(content, kind)
-    if not fits:
+    if not isinstance(content, kind):
         wanted = "a list" if kind is list else "an object"
         raise ValueError(f"{path}: must be {wanted}, not {type(content).__name__}; {then}")
     if lacking := [key for key in keys if key not in content]:

@@ -26,7 +26,6 @@ FILES = (  # a name with such an ending is a file's, not a repository's
     *(".zip", ".tar", ".png", ".yaml", ".yml"),
 )
 
-
 SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})(.*)")  # train-00000-of-00002.parquet
 
 
@@ -37,15 +36,10 @@ class Place:
     repository: str
     kind: str  # model or dataset
     revision: str | None
-    pattern: str  # of paths in the repository; empty for a model as a whole
-
-    @property
-    def patterns(self) -> list[str]:
-        """What `pattern` selects: files, or all below a folder."""
-        return [self.pattern, f"{self.pattern}/*"]
+    pattern: str  # of paths in the repository, or of a folder; empty for a model as a whole
 
     def selects(self, path: str) -> bool:
-        return any(fnmatchcase(path, pattern) for pattern in self.patterns)
+        return fnmatchcase(path, self.pattern) or fnmatchcase(path, f"{self.pattern}/*")
 
     @property
     def page(self) -> str:
@@ -131,8 +125,9 @@ def download(url: str) -> dict[str, Path]:
 
     at = place(url)
     commit(url)  # snapshot_download itself takes the cache without a word, whatever the hub answers
+    wanted = [at.pattern, f"{at.pattern}/*"]
     try:
-        root = Path(snapshot_download(at.repository, **_options(at), allow_patterns=at.patterns))
+        root = Path(snapshot_download(at.repository, **_options(at), allow_patterns=wanted))
     except Exception as error:
         root = _cached(url, at, error)
     found = {name: path for name, path in _files(root).items() if at.selects(name)}
@@ -160,16 +155,10 @@ def content(path: Path) -> str:
     return str(digest(path))  # a cache without symbolic links
 
 
-def refusal(name: str, error: BaseException) -> str | None:
-    """Say what the hub refused when a loader read a hub id; None if it did not."""
-    at = place(name)
-    return hub_answers.refusal(at.page, at.revision, error)
-
-
 def reason(name: str, error: BaseException) -> str:
     """Say in one line why a loader could not read a path or hub id."""
-    hint = "; without a network, give the folder of a local copy" if is_hub_id(name) else ""
-    return refusal(name, error) or f"{first_line(error, 200)}{hint}"
+    at, hint = place(name), "; without a network, give the folder of a local copy" if is_hub_id(name) else ""
+    return hub_answers.refusal(at.page, at.revision, error) or f"{first_line(error, 200)}{hint}"
 
 
 def _as_path(name: str) -> str:

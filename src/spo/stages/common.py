@@ -21,9 +21,6 @@ def stage(name: str, params: Params, variant: str | None = None) -> Iterator[Run
 
     Args:
         variant: of the stage; for `align`, the method.
-
-    Raises:
-        TransientError: another process already runs the same stage.
     """
     full = f"{name}-{variant}" if variant else name
     lock = SCRATCH / "locks" / full
@@ -33,14 +30,14 @@ def stage(name: str, params: Params, variant: str | None = None) -> Iterator[Run
             if processes.is_main_process():  # one lock for all processes of a training
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            message = f"stage {full} already runs in this folder; wait for it or stop it"
-            raise TransientError(message) from None
+            raise TransientError(
+                f"stage {full} already runs in this folder; wait for it or stop it"
+            ) from None
         if processes.is_started_by_others():
             from spo.training import distributed
 
             distributed.any_rank(False)  # until the main process has the lock
-        started = time.monotonic()
-        began = time.time()
+        started, began = time.monotonic(), time.time()
         with runs.stage_run(name, params.model_dump(), name=variant) as run, processes.tied_to_starter():
             yield run
             # the seconds in the metrics file are those of all processes of a training that was resumed

@@ -61,13 +61,8 @@ class Run:
         run = cls(f"{parent}.{key}" if parent else key)
         owner = [platform.node(), os.getpid(), psutil.Process().create_time()]
         known: Content = {"metrics": {}, "inputs": [], "artifacts": [], "models": [], "stage": None}
-        known |= {
-            "start": now(),
-            "status": None,
-            "version": 0,
-            "delivered": -1,
-            "owner": owner if is_owned else [],
-        }
+        known |= {"start": now(), "status": None, "version": 0, "delivered": -1}
+        known["owner"] = owner if is_owned else []
         try:
             run.path.mkdir(parents=True)
             run._write(known | cleaned(content))
