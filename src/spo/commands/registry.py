@@ -206,10 +206,9 @@ def _find(client: Any, name: str, tags: Mapping[str, str]) -> Any:
 
 def _version(client: Any, name: str, alias: str) -> Any:
     """The version with an alias or number, or None."""
+    get = client.get_model_version if alias.isdigit() else client.get_model_version_by_alias
     try:
-        if alias.isdigit():
-            return client.get_model_version(name, alias)
-        return client.get_model_version_by_alias(name, alias)
+        return get(name, alias)
     except Exception as error:
         if not _is_missing(error):
             raise

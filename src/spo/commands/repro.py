@@ -32,9 +32,9 @@ def run(params: Params, arguments: Sequence[str] = (), jobs: int | None = None) 
     status = "KILLED"
     try:
         variables = {runs.PARENT_VARIABLE: parent.key} if parent.key else {}
+        code = 0
         if not arguments and not needs:
             print("Data and pipelines are up to date.")
-            code = 0
         else:
             with delivery.for_stages(tracking_uri(params.tracking), parent) as delivered:
                 variables |= delivered

@@ -57,5 +57,4 @@ def run_name(variant: str, suite: str | None) -> str:
 def _written(full: str, began: float) -> dict[str, float]:
     """Return what the stage wrote to its metrics file for DVC; nothing if it wrote none."""
     path = METRICS / f"{'comparisons' if full == 'report' else full.replace('-', '_')}.json"
-    is_new = path.exists() and path.stat().st_mtime >= began - 1
-    return read_metrics(path) if is_new else {}
+    return read_metrics(path) if path.exists() and path.stat().st_mtime >= began - 1 else {}

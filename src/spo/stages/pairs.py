@@ -50,9 +50,8 @@ def prepare(section: config.Pairs, output: Path, labels: config.PseudoLabels | N
     A filter and `labels` write filter.csv and labels.csv too (`spo.ingest.labels`). The rows are read twice,
     first for contradictions; memory grows by a hash of 16 bytes a row.
     """
-    total = sources.count_rows(section.source)
-    # as the next line, before the last outputs are deleted
-    scored = _gaps(section, labels)
+    # what can fail comes before the last outputs are deleted
+    total, scored = sources.count_rows(section.source), _gaps(section, labels)
     found = _duplicates(section.source, total)
     remove(output)
     writers = {name: ShardWriter(output / name, section.rows_per_shard) for name in PARTS}
@@ -72,14 +71,10 @@ def prepare(section: config.Pairs, output: Path, labels: config.PseudoLabels | N
         if section.filter is not None:
             filtered["filter"] = train.read - counts["train"]
     repeats = {"repeated": found.repeated, **{kind: left[kind] for kind in REPEATS.values()}}
-    summary: dict[str, Any] = {
-        "read": total,
-        **counts,
-        "rejected": left.total() - left["ties"],
-        "filtered": filtered,
-    }
+    rejected = left.total() - left["ties"]
+    summary: dict[str, Any] = {"read": total, **counts, "rejected": rejected, "filtered": filtered}
     summary |= {"repeats": repeats} if any(repeats.values()) else {}
-    count = sum(counts.values()) + summary["rejected"] + sum(filtered.values())
+    count = sum(counts.values()) + rejected + sum(filtered.values())
     if count != total:
         raise ValueError(f"pairs: {total} rows announced, {count} read; is the source being written to?")
     write_json(output / "summary.json", {**summary, **facts})

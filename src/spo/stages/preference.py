@@ -47,8 +47,9 @@ def run(params: Params, item: str | None = None) -> None:
     name = f"preference_{item}" if item else "preference"
     with stage("preference", params, item) as tracked:
         clock = Clock()
-        settings = _settings(params, item)
         kind = "latent_preference" if item == "latent" else "preference"
+        update = PREFERENCE_BASELINES.get(item or "", {})
+        settings: Preference | LatentPreference = getattr(params, kind).model_copy(update=update)
         backbone = backbones.load(params.backbone, device(), budget.of(params, kind))
         scratch = _scratch(params, settings, name)
         curve = Curve(tracked, scratch)
@@ -68,12 +69,6 @@ def run(params: Params, item: str | None = None) -> None:
         if item in OUTPUTS:
             tracked.log_model(OUTPUTS[item], "preference model", settings.steps, "accuracy/")
         shutil.rmtree(scratch, ignore_errors=True)
-
-
-def _settings(params: Params, item: str | None) -> Preference | LatentPreference:
-    if item == "latent":
-        return params.latent_preference
-    return params.preference.model_copy(update=PREFERENCE_BASELINES[item] if item else {})
 
 
 def _step_aware(params: Params, settings: Preference, backbone: Backbone) -> StepAwareTask:
