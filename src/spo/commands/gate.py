@@ -40,12 +40,8 @@ def gate(params: Params, candidate: DataFrame, baseline: DataFrame, against: str
     reasons = {}
     for metric in dict.fromkeys(metrics):
         bound = 0.0 if metric in settings.improves else -settings.holds[metric]
-        row = statistics.compare(
-            candidate[metric].to_numpy(),
-            baseline[metric].to_numpy(),
-            params.report.bootstrap_samples,
-            params.seed,
-        )
+        pair = candidate[metric].to_numpy(), baseline[metric].to_numpy()
+        row = statistics.compare(*pair, params.report.bootstrap_samples, params.seed)
         enough = row["ci_low"] > bound if metric in settings.improves else row["ci_low"] >= bound
         if not enough:
             interval = f"{row['mean_difference']:+.4f} [{row['ci_low']:+.4f}, {row['ci_high']:+.4f}]"

@@ -45,10 +45,8 @@ def run(
         raise ValueError(
             f"--output {output}: {output.suffix or 'no ending'} is no image format; give FILE.png"
         )
-    if guidance is not None:
-        variant = variant.model_copy(update={"guidance": guidance})
-    if adapter is not None:
-        variant = variant.model_copy(update={"adapter": str(adapter)})
+    given = {"guidance": guidance, "adapter": None if adapter is None else str(adapter)}
+    variant = variant.model_copy(update={name: value for name, value in given.items() if value is not None})
     if params.prompts.vocabulary is not None:
         check_vocabulary([prompt], require(params.prompts.vocabulary, "vocabulary"))
     if variant.adapter is not None:

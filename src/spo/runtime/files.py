@@ -83,7 +83,8 @@ def read_json(
         content = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: truncated or invalid JSON ({error}); {then}") from None
-    if not isinstance(content, kind):
+    fits = isinstance(content, kind)
+    if not fits:
         wanted = "a list" if kind is list else "an object"
         raise ValueError(f"{path}: must be {wanted}, not {type(content).__name__}; {then}")
     if lacking := [key for key in keys if key not in content]:

@@ -43,9 +43,8 @@ def run(params: Params, name: str, suite: str | None = None) -> None:
             return
         with atomic(output / f"{name}.csv") as partial:
             frame.to_csv(partial, index=False, float_format="%.6f", lineterminator="\n")
-        means = {m: sum(frame[m].tolist()) / len(frame) for m in frame.columns[3:]}
-        rounded = {k: round(v, 6) for k, v in means.items()}
-        write_json(metrics_file(title), {**rounded, SCORED_BY: scored_by(params)})
+        means = {m: round(sum(frame[m].tolist()) / len(frame), 6) for m in frame.columns[3:]}
+        write_json(metrics_file(title), {**means, SCORED_BY: scored_by(params)})
         shutil.rmtree(scratch, ignore_errors=True)
 
 
