@@ -29,14 +29,11 @@ def generate(
     guidance: float | None = None,
     output: Path | None = None,
 ) -> Path:
-    """Generate images by params.backbone with `adapter`: a LoRA, a UNet or a complete pipeline.
+    """Generate images by params.backbone with a LoRA, a UNet or a complete pipeline; returns their folder.
 
     Args:
         prompts_file: a list of prompts; None: the experiment's prompts, with its seeds.
         guidance: None: that of generate.base.
-
-    Returns:
-        The folder of the images.
     """
     from spo import adapters
     from spo.adapters.files import SUPPORTED
@@ -73,10 +70,7 @@ def score(
 ) -> str:
     """Score the images of `folder`, and compare them with those of `baseline` for the same prompts.
 
-    Writes scores.csv and, with a baseline, comparisons.json in the format of reports/comparisons.json.
-
-    Returns:
-        The tables as text.
+    Writes scores.csv and, with a baseline, comparisons.json as in reports/; returns the tables as text.
     """
     from spo.evaluation import statistics
 

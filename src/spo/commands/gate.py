@@ -16,11 +16,7 @@ if TYPE_CHECKING:
 
 
 def gate(params: Params, candidate: DataFrame, baseline: DataFrame, against: str) -> dict[str, str]:
-    """Apply the gate to scores that are paired by prompt and seed.
-
-    Returns:
-        The reason of failure by metric; empty if the candidate passes.
-    """
+    """Apply the gate to scores paired by prompt and seed; returns the reason of each failure by metric."""
     from spo.evaluation import statistics
 
     settings = params.registry

@@ -106,11 +106,7 @@ def _compare(store: Store, params: Params, table: DataFrame, champion: Any, made
 
 
 def fetch(params: Params, alias: str) -> tuple[Path, str]:
-    """Download a version by alias or number, unless it is in .spo/models already.
-
-    Returns:
-        The folder of its adapter, and its method.
-    """
+    """Download a version, unless it is in .spo/models; returns the folder of its adapter, and its method."""
     name = model_name(params)
     with _connected(params) as store:
         version = _version(store.connect(), name, alias)

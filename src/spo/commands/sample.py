@@ -22,11 +22,7 @@ def run(
     n: int = 1,
     adapter: Path | None = None,
 ) -> Path:
-    """Write n images side by side, with seeds seed, seed+1, ...
-
-    Args:
-        adapter: replaces the variant's own adapter.
-    """
+    """Write n images side by side, with seeds seed, seed+1, ...; `adapter` replaces the variant's own."""
     from PIL import Image
 
     from spo import adapters

@@ -100,11 +100,7 @@ def _is_one_of_several() -> bool:
 
 
 def check_command(stage: str | None) -> None:
-    """Refuse a command that takes one process in one of several.
-
-    Args:
-        stage: that the command runs; None: another command.
-    """
+    """Refuse a command that takes one process (those of no stage do) in one of several."""
     if stage not in STAGES and _is_one_of_several():
         raise ValueError(f"only {', '.join(STAGES)} run in several processes; start this command by itself")
 

@@ -40,8 +40,8 @@ def run(params: Params, variant: str | None = None) -> None:
             share(params.pairs, labels)
             return
         summary = prepare(params.pairs, OUTPUT, labels)
-        counts = {name: summary[name] for name in (*PARTS, "rejected")} | summary.get("repeats", {})
-        tracked.log_metrics({name: float(count) for name, count in counts.items()})
+        counts = {name: summary[name] for name in (*PARTS, "rejected")}
+        tracked.log_metrics(counts | summary.get("repeats", {}))
 
 
 def prepare(section: config.Pairs, output: Path, labels: config.PseudoLabels | None = None) -> dict[str, Any]:

@@ -25,7 +25,7 @@ def run(params: Params, variant: str | None = None) -> None:
     with stage("prompts", params) as tracked:
         counter, suites = _token_counter(params), params.generate.suites
         summary = prepare(params.prompts, counter, OUTPUT, suites, [params.pairs.source])
-        tracked.log_metrics({name: float(summary[name]) for name in PARTS})
+        tracked.log_metrics({name: summary[name] for name in PARTS})
 
 
 def prepare(

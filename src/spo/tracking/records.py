@@ -79,7 +79,6 @@ class Run:
         return bool(self.key) and (self.path / "run.json").is_file()
 
     def read(self) -> Content:
-        """Return what is known of the run."""
         content: Content = read_json(self.path / "run.json", "run", keys=KEYS, then="remove its folder")
         return content
 
