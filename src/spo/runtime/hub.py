@@ -36,10 +36,15 @@ class Place:
     repository: str
     kind: str  # model or dataset
     revision: str | None
-    pattern: str  # of paths in the repository, or of a folder; empty for a model as a whole
+    pattern: str  # of paths in the repository; empty for a model as a whole
+
+    @property
+    def patterns(self) -> list[str]:
+        """What `pattern` selects: files, or all below a folder."""
+        return [self.pattern, f"{self.pattern}/*"]
 
     def selects(self, path: str) -> bool:
-        return fnmatchcase(path, self.pattern) or fnmatchcase(path, f"{self.pattern}/*")
+        return any(fnmatchcase(path, pattern) for pattern in self.patterns)
 
     @property
     def page(self) -> str:
@@ -125,9 +130,8 @@ def download(url: str) -> dict[str, Path]:
 
     at = place(url)
     commit(url)  # snapshot_download itself takes the cache without a word, whatever the hub answers
-    wanted = [at.pattern, f"{at.pattern}/*"]
     try:
-        root = Path(snapshot_download(at.repository, **_options(at), allow_patterns=wanted))
+        root = Path(snapshot_download(at.repository, **_options(at), allow_patterns=at.patterns))
     except Exception as error:
         root = _cached(url, at, error)
     found = {name: path for name, path in _files(root).items() if at.selects(name)}

@@ -17,7 +17,7 @@ from spo.tracking.records import Run
 
 @contextmanager
 def stage(name: str, params: Params, variant: str | None = None) -> Iterator[Run]:
-    """Run the body as the only one of a stage and its variant or method, within an MLflow run; yields it."""
+    """Run the body as the only process of a stage (and variant), within an MLflow run; yields the run."""
     full = f"{name}-{variant}" if variant else name
     lock = SCRATCH / "locks" / full
     lock.parent.mkdir(parents=True, exist_ok=True)
