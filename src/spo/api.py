@@ -175,8 +175,7 @@ def _check_prompts(prompts: Sequence[str]) -> None:
 def _resume_folder(params: Params, prompts: Sequence[str], preference_model: Path) -> Path:
     from spo.runtime.fingerprint import resume_folder
 
-    checkpoint = Path(params.backbone.checkpoint)
-    inputs = [preference_model, *([checkpoint] if checkpoint.exists() else [])]
+    inputs = [preference_model, Path(params.backbone.checkpoint)]
     sections: list[Any] = [params.seed, params.backbone, params.align.spo, *prompts]
     return resume_folder("train", sections, inputs, CODE)
 

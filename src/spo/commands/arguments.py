@@ -229,9 +229,7 @@ def _run_register(args: argparse.Namespace) -> None:
     from spo.commands import registry
 
     verdict = registry.register(config.load())
-    print(f"{verdict.name} version {verdict.version}: {verdict.alias}")
-    for reason in verdict.reasons:
-        print(f"  {reason}")
+    print(f"{verdict.name} version {verdict.version}: {verdict.alias}", *verdict.reasons, sep="\n  ")
 
 
 def _run_keep(args: argparse.Namespace) -> None:

@@ -14,11 +14,7 @@ if TYPE_CHECKING:
 
 
 def lines(params: Params, stage: str, variant: str | None) -> list[str]:
-    """The plan of a stage, line by line.
-
-    Raises:
-        ValueError: an input that neither exists, nor can be reached, nor is an output of an earlier stage.
-    """
+    """The plan of a stage, line by line; refuses an input that is not there and no earlier stage makes."""
     plan = [f"{stage}{f' {variant}' if variant else ''} ({params.name}): dry run, nothing is written"]
     plan += [_reach(key, name, revision) for key, name, revision in _inputs(params, stage, variant)]
     if stage not in ("preference", "align", "generate"):
@@ -46,18 +42,15 @@ def _inputs(params: Params, stage: str, variant: str | None) -> list[tuple[str, 
     base = [("backbone.checkpoint", b.checkpoint, b.revision), ("backbone.vae", b.vae, None)]
     clip = [("preference.init", p.init, p.revision), ("preference.tokenizer", p.tokenizer, None)]
     projection = [("latent_preference.text_projection", latent.text_projection, latent.revision)]
+    start = projection if variant == "latent" else clip
     lists = [(f"prompts.{name}", getattr(prompts, name), None) for name in ("train", "evaluation")]
     pairs = [("pairs.source", params.pairs.source, None), *_scorers("pairs.filter", params.pairs.filter)]
     scorers = _scorers("score", params.score)
     reads: dict[str, list[tuple[str, str | None, str | None]]] = {
         "inputs": [*base, *clip, *projection, *lists, *pairs, *scorers],
         "prompts": [*lists, *pairs, base[0]],
-        "pairs": [*pairs],
-        "preference": [
-            *base,
-            *(projection if variant == "latent" else clip),
-            ("pairs", "outputs/pairs", None),
-        ],
+        "pairs": pairs,
+        "preference": [*base, *start, ("pairs", "outputs/pairs", None)],
         "align": [*base],
         "generate": [*base],
         "score": [*scorers, ("images", f"outputs/images/{variant}", None)],

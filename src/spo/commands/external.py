@@ -29,14 +29,11 @@ def generate(
     guidance: float | None = None,
     output: Path | None = None,
 ) -> Path:
-    """Generate images by params.backbone with `adapter`: a LoRA, a UNet or a complete pipeline.
+    """Generate images by params.backbone with a LoRA, a UNet or a complete pipeline; returns their folder.
 
     Args:
         prompts_file: a list of prompts; None: the experiment's prompts, with its seeds.
         guidance: None: that of generate.base.
-
-    Returns:
-        The folder of the images.
     """
     from spo import adapters
     from spo.adapters.files import SUPPORTED
@@ -73,10 +70,7 @@ def score(
 ) -> str:
     """Score the images of `folder`, and compare them with those of `baseline` for the same prompts.
 
-    Writes scores.csv and, with a baseline, comparisons.json in the format of reports/comparisons.json.
-
-    Returns:
-        The tables as text.
+    Writes scores.csv and, with a baseline, comparisons.json as in reports/; returns the tables as text.
     """
     from spo.evaluation import statistics
 
@@ -111,7 +105,9 @@ def tables(
     from spo.training.distributed import device
     from spo.validation.scoring import score_images
 
-    read = {name: _read(folder, prompts) for name, folder in folders.items()}
+    read = {
+        name: _read(folder, prompts) for name, folder in folders.items()
+    }  # all before the first is scored
     scored = {}
     for name, (images, own) in read.items():
         rows = range(len(own))
@@ -144,14 +140,20 @@ def _line(row: Mapping[str, Any]) -> str:
 
 def _read(folder: Path, given: Path | Sequence[str] | None) -> tuple[Sequence[Image.Image], list[str]]:
     """The images in the order of their names (2 before 10) or of an archive, and their prompts."""
-    from spo.data.images import ARCHIVE, Pictures
-    from spo.ingest.folders import list_images
+    from spo.data.images import ARCHIVE, Pictures, archived
+    from spo.ingest.folders import find_images, list_images
     from spo.ingest.prompt_files import read_prompts
 
     images: Sequence[Image.Image]
     source = str(folder / ARCHIVE)
     if (folder / ARCHIVE).exists():
-        images, prompts = _archived(folder)
+        if others := find_images(folder):
+            raise ValueError(
+                f"{folder}: contains {ARCHIVE} and {others[0].name}; give a folder with one of the two"
+            )
+        images, prompts, _ = archived(folder)
+        if not images:
+            raise ValueError(f"{folder / ARCHIVE}: no images in this archive")
     else:
         images, prompts = Pictures(list_images(folder), lambda paths: map(_open, paths)), []
     if isinstance(given, Path):
@@ -166,21 +168,6 @@ def _read(folder: Path, given: Path | Sequence[str] | None) -> tuple[Sequence[Im
             f"{folder}: {len(images)} images, but {source} has {len(prompts)} prompts; "
             "give one prompt per image, in the order of the file names"
         )
-    return images, prompts
-
-
-def _archived(folder: Path) -> tuple[Sequence[Image.Image], list[str]]:
-    """The images and prompts that `spo generate` wrote to `folder`; other images beside them are refused."""
-    from spo.data.images import ARCHIVE, archived
-    from spo.ingest.folders import find_images
-
-    if others := find_images(folder):
-        raise ValueError(
-            f"{folder}: contains {ARCHIVE} and {others[0].name}; give a folder with one of the two"
-        )
-    images, prompts, _ = archived(folder)
-    if not images:
-        raise ValueError(f"{folder / ARCHIVE}: no images in this archive")
     return images, prompts
 
 

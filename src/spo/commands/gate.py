@@ -16,11 +16,7 @@ if TYPE_CHECKING:
 
 
 def gate(params: Params, candidate: DataFrame, baseline: DataFrame, against: str) -> dict[str, str]:
-    """Apply the gate to scores that are paired by prompt and seed.
-
-    Returns:
-        The reason of failure by metric; empty if the candidate passes.
-    """
+    """Apply the gate to scores paired by prompt and seed; returns the reason of each failure by metric."""
     from spo.evaluation import statistics
 
     settings = params.registry
@@ -40,12 +36,8 @@ def gate(params: Params, candidate: DataFrame, baseline: DataFrame, against: str
     reasons = {}
     for metric in dict.fromkeys(metrics):
         bound = 0.0 if metric in settings.improves else -settings.holds[metric]
-        row = statistics.compare(
-            candidate[metric].to_numpy(),
-            baseline[metric].to_numpy(),
-            params.report.bootstrap_samples,
-            params.seed,
-        )
+        pair = candidate[metric].to_numpy(), baseline[metric].to_numpy()
+        row = statistics.compare(*pair, params.report.bootstrap_samples, params.seed)
         enough = row["ci_low"] > bound if metric in settings.improves else row["ci_low"] >= bound
         if not enough:
             interval = f"{row['mean_difference']:+.4f} [{row['ci_low']:+.4f}, {row['ci_high']:+.4f}]"

@@ -102,8 +102,7 @@ def run(needs: Needs, jobs: int, processes: int, variables: Mapping[str, str]) -
 
     A stage gets the cores divided by the number of stages at that time, unless OMP_NUM_THREADS is set.
 
-    Raises:
-        KeyboardInterrupt, SystemExit: Ctrl-C or SIGTERM, after all stages have saved and ended.
+    Ctrl-C and SIGTERM are raised (see `children`) after all stages have saved and ended.
     """
     width = max(map(len, needs))
     printing = threading.Lock()

@@ -20,10 +20,9 @@ from spo.evaluation import results
 from spo.publish import card
 from spo.runtime.files import locked, read_text
 from spo.runtime.fingerprint import fingerprint
-from spo.runtime.messages import redact
 from spo.runtime.workspace import home
 from spo.tracking import dvc_lock
-from spo.tracking.provenance import code, flatten
+from spo.tracking.provenance import code, flatten, texts
 from spo.tracking.store import Store, load_mlflow, reason, tracking_uri
 
 if TYPE_CHECKING:
@@ -107,11 +106,7 @@ def _compare(store: Store, params: Params, table: DataFrame, champion: Any, made
 
 
 def fetch(params: Params, alias: str) -> tuple[Path, str]:
-    """Download a version by alias or number, unless it is in .spo/models already.
-
-    Returns:
-        The folder of its adapter, and its method.
-    """
+    """Download a version, unless it is in .spo/models; returns the folder of its adapter, and its method."""
     name = model_name(params)
     with _connected(params) as store:
         version = _version(store.connect(), name, alias)
@@ -133,11 +128,15 @@ def _create(store: Store, params: Params, adapter: Path, tags: dict[str, str]) -
         if getattr(error, "error_code", "") != "RESOURCE_ALREADY_EXISTS":
             raise
     entry = dvc_lock.read().get(f"align@{tags['method']}")
-    logged = {k: str(v) for k, v in flatten(params.model_dump()).items()}
+    logged = texts(flatten(params.model_dump()))
     source = {"dvc.lock_hash": entry.hash} if entry else {}
     run_id = store.start_run(params.name, f"candidate-{tags['method']}", {**code(), **tags, **source}, logged)
     with tempfile.TemporaryDirectory() as folder:
-        load_mlflow().diffusers.save_model(str(adapter), f"{folder}/model", _base(params.backbone.checkpoint))
+        # by its absolute path, so that the model loads from any folder here; on another machine MLflow's
+        # `load_pipeline(base_model=...)` names it
+        base = Path(params.backbone.checkpoint)
+        checkpoint = str(base.resolve() if base.exists() else params.backbone.checkpoint)
+        load_mlflow().diffusers.save_model(str(adapter), f"{folder}/model", checkpoint)
         client.log_artifacts(run_id, folder)
     for file in (p for p in map(Path("reports").joinpath, REPORT) if p.exists()):
         client.log_artifact(run_id, str(file), "report")
@@ -197,18 +196,15 @@ def _download(store: Store, version: Any, path: str, target: Path) -> Path:
 def _find(client: Any, name: str, tags: Mapping[str, str]) -> Any:
     """The version with the same adapter and scorers, or None."""
     query = f"tags.`adapter` = '{tags['adapter']}'"  # not by name, which may contain quotes
-    for version in client.search_model_versions(query):
-        if version.name == name and all(version.tags.get(k) == v for k, v in tags.items()):
-            return version
-    return None
+    found = client.search_model_versions(query)
+    return next((v for v in found if v.name == name and tags.items() <= v.tags.items()), None)
 
 
 def _version(client: Any, name: str, alias: str) -> Any:
     """The version with an alias or number, or None."""
+    get = client.get_model_version if alias.isdigit() else client.get_model_version_by_alias
     try:
-        if alias.isdigit():
-            return client.get_model_version(name, alias)
-        return client.get_model_version_by_alias(name, alias)
+        return get(name, alias)
     except Exception as error:
         if not _is_missing(error):
             raise
@@ -228,14 +224,6 @@ def _is_missing(error: Exception) -> bool:
     return getattr(error, "error_code", "") in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
 
 
-def _base(checkpoint: str) -> str:
-    """The base checkpoint; a folder by its absolute path, so that the model loads from any folder here.
-
-    On another machine MLflow's `load_pipeline(base_model=...)` names it.
-    """
-    return str(Path(checkpoint).resolve()) if Path(checkpoint).exists() else checkpoint
-
-
 @contextmanager
 def _connected(params: Params) -> Iterator[Store]:
     """Connect to MLflow's store; any error of MLflow becomes one line."""
@@ -245,4 +233,4 @@ def _connected(params: Params) -> Iterator[Store]:
     except (ValueError, OSError):
         raise
     except Exception as error:
-        raise ValueError(f"registry: {redact(store.name)}: {reason(error)}") from None
+        raise ValueError(f"registry: {store.name}: {reason(error)}") from None

@@ -15,17 +15,11 @@ DVC = (sys.executable, "-m", "dvc")
 
 
 def run(params: Params, arguments: Sequence[str] = (), jobs: int | None = None) -> int:
-    """Bring all stages up to date, or run `dvc repro ARGUMENTS`; record skipped stages too.
+    """Bring all stages up to date, or run `dvc repro ARGUMENTS`; record skipped ones too; return its status.
 
     Args:
         jobs: how many stages may run in parallel (`parallel.jobs_for` where it is None); with arguments DVC
             runs its stages one after the other.
-
-    Returns:
-        The exit status.
-
-    Raises:
-        ValueError: `jobs` is below 1, or with arguments; or DVC refuses dvc.yaml.
     """
     if jobs is not None and (jobs < 1 or arguments):
         raise ValueError(f"--jobs {jobs}: give a number of at least 1, and no arguments of dvc repro")
@@ -35,9 +29,9 @@ def run(params: Params, arguments: Sequence[str] = (), jobs: int | None = None) 
     status = "KILLED"
     try:
         variables = {runs.PARENT_VARIABLE: parent.key} if parent.key else {}
+        code = 0
         if not arguments and not needs:
             print("Data and pipelines are up to date.")
-            code = 0
         else:
             with delivery.for_stages(tracking_uri(params.tracking), parent) as delivered:
                 variables |= delivered

@@ -22,11 +22,7 @@ def run(
     n: int = 1,
     adapter: Path | None = None,
 ) -> Path:
-    """Write n images side by side, with seeds seed, seed+1, ...
-
-    Args:
-        adapter: replaces the variant's own adapter.
-    """
+    """Write n images side by side, with seeds seed, seed+1, ...; `adapter` replaces the variant's own."""
     from PIL import Image
 
     from spo import adapters
@@ -45,10 +41,8 @@ def run(
         raise ValueError(
             f"--output {output}: {output.suffix or 'no ending'} is no image format; give FILE.png"
         )
-    if guidance is not None:
-        variant = variant.model_copy(update={"guidance": guidance})
-    if adapter is not None:
-        variant = variant.model_copy(update={"adapter": str(adapter)})
+    given = {"guidance": guidance, "adapter": None if adapter is None else str(adapter)}
+    variant = variant.model_copy(update={name: value for name, value in given.items() if value is not None})
     if params.prompts.vocabulary is not None:
         check_vocabulary([prompt], require(params.prompts.vocabulary, "vocabulary"))
     if variant.adapter is not None:

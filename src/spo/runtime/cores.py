@@ -1,11 +1,8 @@
 """How many processor cores a process may use, and how torch's threads share them with other work.
 
-torch runs an operator in as many threads as there are cores, in about a thousand parallel regions a forward
-of the UNet. By default the threads of OpenMP wait for each other in a loop (they spin). On cores with other
-work each such wait costs a time slice of the scheduler: on 2 cores beside two to six busy processes one
-forward of 32 samples took 570 to 4,940 ms in two threads (medians), 150 to 400 ms in one. Two threads that
-sleep while they wait took 160 to 380 ms there. Alone, they took 86 to 111 ms against 53 to 78 ms spinning and
-106 to 129 ms in one thread. So they sleep, unless the user says otherwise.
+By default the threads of OpenMP wait for each other in a loop. On cores with other work each such wait costs
+a time slice of the scheduler, and a forward of the UNet has about a thousand (docs/running.md has the times).
+So they sleep, unless the user says otherwise.
 """
 
 import os
@@ -22,26 +19,17 @@ QUOTA = Path("/sys/fs/cgroup/cpu.max")  # of a container
 def count() -> int:
     """Return the number of cores of this process: by its affinity and its container's quota, at least 1."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(allowed, _quota() or allowed))
-
-
-def _quota() -> int | None:
-    """Return the whole cores that the container's quota allows; None without one."""
     try:
         time, period = QUOTA.read_text(encoding="utf-8").split()
-        return max(1, int(time) // int(period))
+        return max(1, min(allowed, int(time) // int(period)))
     except (OSError, ValueError):  # no such file, or the word max
-        return None
+        return allowed
 
 
 def set_threads(variables: MutableMapping[str, str], processes: int = 1) -> str:
     """Set OpenMP's variables where they are not set, and return one line that says what holds and why.
 
-    Must come before torch is imported, which reads them.
-
-    Args:
-        variables: the environment.
-        processes: that share the cores.
+    Must come before torch is imported, which reads them. The cores are shared by `processes`.
     """
     cores = count()
     if THREADS in variables:

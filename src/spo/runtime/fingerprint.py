@@ -18,7 +18,8 @@ def fingerprint(
     """Name what is made from parameters, files and code; state made from anything else has another name.
 
     Args:
-        inputs: files and folders without hidden files; each file is read a block at a time.
+        inputs: files and folders without hidden files; each file is read a block at a time. One that is
+            not there counts for nothing.
         code: modules and folders of the package that make it, as `data/images.py` and `diffusion`.
     """
     digest = hashlib.sha256()

@@ -158,16 +158,10 @@ def content(path: Path) -> str:
     return str(digest(path))  # a cache without symbolic links
 
 
-def refusal(name: str, error: BaseException) -> str | None:
-    """Say what the hub refused when a loader read a hub id; None if it did not."""
-    at = place(name)
-    return hub_answers.refusal(at.page, at.revision, error)
-
-
 def reason(name: str, error: BaseException) -> str:
     """Say in one line why a loader could not read a path or hub id."""
-    hint = "; without a network, give the folder of a local copy" if is_hub_id(name) else ""
-    return refusal(name, error) or f"{first_line(error, 200)}{hint}"
+    at, hint = place(name), "; without a network, give the folder of a local copy" if is_hub_id(name) else ""
+    return hub_answers.refusal(at.page, at.revision, error) or f"{first_line(error, 200)}{hint}"
 
 
 def _as_path(name: str) -> str:

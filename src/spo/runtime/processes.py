@@ -38,9 +38,7 @@ ERROR_FILE = "TORCHELASTIC_ERROR_FILE"  # environment: set by torch's launcher f
 def launch(arguments: Sequence[str], processes: int) -> None:
     """Run `spo ARGUMENTS` in each of several processes; the main process writes, tracks and shows.
 
-    Raises:
-        ValueError: one of them failed, with its one line; or there are fewer GPUs than processes.
-        KeyboardInterrupt: SIGTERM or Ctrl-C, after they have saved and ended.
+    SIGTERM and Ctrl-C are a KeyboardInterrupt, after they have saved and ended.
     """
     import torch
     from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -102,11 +100,7 @@ def _is_one_of_several() -> bool:
 
 
 def check_command(stage: str | None) -> None:
-    """Refuse a command that takes one process in one of several.
-
-    Args:
-        stage: that the command runs; None: another command.
-    """
+    """Refuse a command that takes one process (those of no stage do) in one of several."""
     if stage not in STAGES and _is_one_of_several():
         raise ValueError(f"only {', '.join(STAGES)} run in several processes; start this command by itself")
 
@@ -141,11 +135,8 @@ def dvc_above() -> psutil.Process | None:
 
 def is_dvc(command: Sequence[str]) -> bool:
     """Whether a command is `dvc repro` or `dvc exp`, started in whatever way."""
-    for i, word in enumerate(command):
-        program = word == "dvc" or word.endswith(("/dvc", "/dvc/__main__.py"))
-        if program and {"repro", "exp"} & set(command[i + 1 :]):
-            return True
-    return False
+    program = (i for i, w in enumerate(command) if w == "dvc" or w.endswith(("/dvc", "/dvc/__main__.py")))
+    return not {"repro", "exp"}.isdisjoint(command[next(program, len(command)) :])
 
 
 @contextmanager
@@ -153,9 +144,6 @@ def tied_to_starter() -> Iterator[None]:
     """Send SIGTERM to this process when the `dvc repro` or the launcher above it ends meanwhile.
 
     Nothing happens to a process that neither of them started.
-
-    Raises:
-        ValueError: what started this process is gone already.
     """
     import psutil
 

@@ -119,7 +119,6 @@ class Children:
         return process
 
     def note(self, number: int, frame: FrameType | None) -> None:
-        """Handle a signal."""
         self.received.append(number)
         if number == signal.SIGTERM:
             for process in list(self._processes):
@@ -130,9 +129,7 @@ class Children:
 def children() -> Iterator[Children]:
     """Yield what starts commands that may end in their own time after a stop; the body waits for them.
 
-    Raises:
-        KeyboardInterrupt: after the body, if there was a Ctrl-C.
-        SystemExit: the same for SIGTERM.
+    After the body a Ctrl-C becomes KeyboardInterrupt, and SIGTERM SystemExit.
     """
     found = Children()
     with _handlers({signal.SIGINT: found.note, signal.SIGTERM: found.note}):

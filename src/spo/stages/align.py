@@ -110,17 +110,12 @@ class Result:
     tracked: Run
 
     def save(self, folder: Path) -> None:
-        """Write the weights as they are."""
         from spo.training.alignment import save
 
         save(self.backbone, self.lora, folder)
 
     def write(self, watch: Watch | None, scratch: Path) -> dict[str, Any]:
-        """Write the output folder: the last weights or the selected ones, and the validation images.
-
-        Returns:
-            Which validated weights were selected, if any were.
-        """
+        """Write the last or the selected weights, and the validation images; returns what was selected."""
         remove(self.folder)
         selected = watch.selected() if watch else None
         best = watch.best.path() if watch and selected is not None else None

@@ -17,14 +17,7 @@ from spo.tracking.records import Run
 
 @contextmanager
 def stage(name: str, params: Params, variant: str | None = None) -> Iterator[Run]:
-    """Run the body as the only process of a stage, within an MLflow run; yields the run.
-
-    Args:
-        variant: of the stage; for `align`, the method.
-
-    Raises:
-        TransientError: another process already runs the same stage.
-    """
+    """Run the body as the only process of a stage (and variant), within an MLflow run; yields the run."""
     full = f"{name}-{variant}" if variant else name
     lock = SCRATCH / "locks" / full
     lock.parent.mkdir(parents=True, exist_ok=True)
@@ -33,14 +26,14 @@ def stage(name: str, params: Params, variant: str | None = None) -> Iterator[Run
             if processes.is_main_process():  # one lock for all processes of a training
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            message = f"stage {full} already runs in this folder; wait for it or stop it"
-            raise TransientError(message) from None
+            raise TransientError(
+                f"stage {full} already runs in this folder; wait for it or stop it"
+            ) from None
         if processes.is_started_by_others():
             from spo.training import distributed
 
             distributed.any_rank(False)  # until the main process has the lock
-        started = time.monotonic()
-        began = time.time()
+        started, began = time.monotonic(), time.time()
         with runs.stage_run(name, params.model_dump(), name=variant) as run, processes.tied_to_starter():
             yield run
             # the seconds in the metrics file are those of all processes of a training that was resumed
@@ -60,5 +53,4 @@ def run_name(variant: str, suite: str | None) -> str:
 def _written(full: str, began: float) -> dict[str, float]:
     """Return what the stage wrote to its metrics file for DVC; nothing if it wrote none."""
     path = METRICS / f"{'comparisons' if full == 'report' else full.replace('-', '_')}.json"
-    is_new = path.exists() and path.stat().st_mtime >= began - 1
-    return read_metrics(path) if is_new else {}
+    return read_metrics(path) if path.exists() and path.stat().st_mtime >= began - 1 else {}

@@ -6,10 +6,9 @@ Each batch is cached when it is complete, so that a killed stage resumes after t
 import shutil
 from pathlib import Path
 
-from spo.config import Params, Variant
-from spo.runtime.files import require
-from spo.runtime.fingerprint import fingerprint
-from spo.runtime.workspace import SCRATCH
+from spo.config import VARIANTS, Params, Variant
+from spo.runtime.files import read_text, require
+from spo.runtime.fingerprint import resume_folder
 from spo.stages.common import of_suite, run_name, stage
 
 OUTPUT, PROMPTS = Path("outputs/images"), Path("outputs/prompts")
@@ -30,9 +29,7 @@ def run(params: Params, name: str, suite: str | None = None) -> None:
 
     variant: Variant = getattr(params.generate, name)
     file = _prompts_file(params, suite)
-    lines = (
-        require(file, f"{suite or params.generate.split} prompts").read_text(encoding="utf-8").splitlines()
-    )
+    lines = read_text(file, f"{suite or params.generate.split} prompts").splitlines()
     if not lines:
         raise ValueError(f"{file}: is empty; run `dvc repro prompts`")
     title = run_name(name, suite)
@@ -57,20 +54,9 @@ def _prompts_file(params: Params, suite: str | None) -> Path:
 
 
 def _scratch(params: Params, title: str, variant: Variant, prompts: Path) -> Path:
-    """The cache of batches, named by a fingerprint of everything on which the images depend."""
-    settings = params.generate
-    sampling = [
-        settings.split,
-        settings.num_inference_steps,
-        settings.eta,
-        settings.seed,
-        settings.batch_size,
-        settings.images_per_prompt,
-    ]
+    """The cache of batches, named by everything on which the images depend."""
+    settings = str(params.generate.model_dump(exclude={*VARIANTS, "suites"}))
     inputs = [prompts, Path("outputs/inputs/base.json")]
     if variant.adapter is not None:
         inputs.append(Path(variant.adapter))
-    name = fingerprint(
-        ("generate", title, params.backbone, variant, *map(str, sampling)), filter(Path.exists, inputs), CODE
-    )
-    return SCRATCH / "resume" / f"generate-{name}"
+    return resume_folder("generate", (title, params.backbone, variant, settings), inputs, CODE)

@@ -35,8 +35,7 @@ def check_before_training(params: Params) -> None:
         _, announced = read_scheduler(params.backbone)
     except ValueError:  # the next stage says so: it reads the base's tokenizer
         return
-    sections = {"generate": params.generate, "preference": params.preference}
-    sections |= {"latent_preference": params.latent_preference}
+    sections = {name: getattr(params, name) for name in ("generate", "preference", "latent_preference")}
     sections |= {f"align.{method}": getattr(params.align, method) for method in config.METHODS}
     for name, section in sections.items():
         if hasattr(section, "num_inference_steps"):

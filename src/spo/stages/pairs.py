@@ -20,8 +20,7 @@ from spo.ingest.labels import ScoredWriter, labelling_scorer
 from spo.ingest.selection import is_validation
 from spo.runtime import processes
 from spo.runtime.files import remove, write_json
-from spo.runtime.fingerprint import fingerprint
-from spo.runtime.workspace import SCRATCH
+from spo.runtime.fingerprint import resume_folder
 from spo.stages.common import stage
 from spo.training.distributed import device
 
@@ -41,8 +40,8 @@ def run(params: Params, variant: str | None = None) -> None:
             share(params.pairs, labels)
             return
         summary = prepare(params.pairs, OUTPUT, labels)
-        counts = {name: summary[name] for name in (*PARTS, "rejected")} | summary.get("repeats", {})
-        tracked.log_metrics({name: float(count) for name, count in counts.items()})
+        counts = {name: summary[name] for name in (*PARTS, "rejected")}
+        tracked.log_metrics(counts | summary.get("repeats", {}))
 
 
 def prepare(section: config.Pairs, output: Path, labels: config.PseudoLabels | None = None) -> dict[str, Any]:
@@ -51,9 +50,8 @@ def prepare(section: config.Pairs, output: Path, labels: config.PseudoLabels | N
     A filter and `labels` write filter.csv and labels.csv too (`spo.ingest.labels`). The rows are read twice,
     first for contradictions; memory grows by a hash of 16 bytes a row.
     """
-    total = sources.count_rows(section.source)
-    # as the next line, before the last outputs are deleted
-    scored = _gaps(section, labels)
+    # what can fail comes before the last outputs are deleted
+    total, scored = sources.count_rows(section.source), _gaps(section, labels)
     found = _duplicates(section.source, total)
     remove(output)
     writers = {name: ShardWriter(output / name, section.rows_per_shard) for name in PARTS}
@@ -73,14 +71,10 @@ def prepare(section: config.Pairs, output: Path, labels: config.PseudoLabels | N
         if section.filter is not None:
             filtered["filter"] = train.read - counts["train"]
     repeats = {"repeated": found.repeated, **{kind: left[kind] for kind in REPEATS.values()}}
-    summary: dict[str, Any] = {
-        "read": total,
-        **counts,
-        "rejected": left.total() - left["ties"],
-        "filtered": filtered,
-    }
+    rejected = left.total() - left["ties"]
+    summary: dict[str, Any] = {"read": total, **counts, "rejected": rejected, "filtered": filtered}
     summary |= {"repeats": repeats} if any(repeats.values()) else {}
-    count = sum(counts.values()) + summary["rejected"] + sum(filtered.values())
+    count = sum(counts.values()) + rejected + sum(filtered.values())
     if count != total:
         raise ValueError(f"pairs: {total} rows announced, {count} read; is the source being written to?")
     write_json(output / "summary.json", {**summary, **facts})
@@ -157,8 +151,8 @@ def _gaps(section: config.Pairs, labels: config.PseudoLabels | None) -> gaps.Cac
         return None
     scorers = {key: rewards.load_scorer(name, own, device(), n) for key, (name, own, n) in wanted.items()}
     sections = [section, labels] if labels else [section]
-    state = f"pairs-{fingerprint(sections, filter(Path.exists, map(Path, PINNED)), CODE)}"
-    return gaps.CachedGaps(scorers, sized.batch_size, SCRATCH / "resume" / state)
+    cache = resume_folder("pairs", sections, map(Path, PINNED), CODE)
+    return gaps.CachedGaps(scorers, sized.batch_size, cache)
 
 
 def _check(summary: dict[str, Any], bad: int, bound: float, output: Path) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spo.config import PREFERENCE_BASELINES, LatentPreference, Params, Preference
-from spo.runtime.files import remove, require, write_json
+from spo.runtime.files import read_text, remove, write_json
 from spo.runtime.fingerprint import resume_folder
 from spo.runtime.hub import split_revision
 from spo.runtime.workspace import METRICS, TRAINING
@@ -47,8 +47,9 @@ def run(params: Params, item: str | None = None) -> None:
     name = f"preference_{item}" if item else "preference"
     with stage("preference", params, item) as tracked:
         clock = Clock()
-        settings = _settings(params, item)
         kind = "latent_preference" if item == "latent" else "preference"
+        update = PREFERENCE_BASELINES.get(item or "", {})
+        settings: Preference | LatentPreference = getattr(params, kind).model_copy(update=update)
         backbone = backbones.load(params.backbone, device(), budget.of(params, kind))
         scratch = _scratch(params, settings, name)
         curve = Curve(tracked, scratch)
@@ -68,12 +69,6 @@ def run(params: Params, item: str | None = None) -> None:
         if item in OUTPUTS:
             tracked.log_model(OUTPUTS[item], "preference model", settings.steps, "accuracy/")
         shutil.rmtree(scratch, ignore_errors=True)
-
-
-def _settings(params: Params, item: str | None) -> Preference | LatentPreference:
-    if item == "latent":
-        return params.latent_preference
-    return params.preference.model_copy(update=PREFERENCE_BASELINES[item] if item else {})
 
 
 def _step_aware(params: Params, settings: Preference, backbone: Backbone) -> StepAwareTask:
@@ -167,7 +162,7 @@ def _local_judgement(params: Params, task: PreferenceTask) -> dict[str, float]:
     settings, section = task.settings, task.name
     if params.score.oracle is None:
         raise ValueError(f"{section}.local_prompts: needs score.oracle, which only scenes has; set it to 0")
-    prompts = require(VALIDATION_PROMPTS, "validation prompts").read_text(encoding="utf-8").splitlines()
+    prompts = read_text(VALIDATION_PROMPTS, "validation prompts").splitlines()
     if len(prompts) < settings.local_prompts:
         raise ValueError(
             f"{section}.local_prompts: {settings.local_prompts} is more than the {len(prompts)} prompts of "

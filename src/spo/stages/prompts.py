@@ -25,7 +25,7 @@ def run(params: Params, variant: str | None = None) -> None:
     with stage("prompts", params) as tracked:
         counter, suites = _token_counter(params), params.generate.suites
         summary = prepare(params.prompts, counter, OUTPUT, suites, [params.pairs.source])
-        tracked.log_metrics({name: float(summary[name]) for name in PARTS})
+        tracked.log_metrics({name: summary[name] for name in PARTS})
 
 
 def prepare(
@@ -55,13 +55,18 @@ def prepare(
     def selected(prompts: list[str], elsewhere: set[str]) -> Selection:
         return select(prompts, length, section.max_tokens, elsewhere, blocked)
 
-    paired = _paired({section.pairs, *trained}, {*map(key, evaluation + more)})
+    # of the captions in preference data only those that could be evaluated are held in memory
+    captions = chain.from_iterable(map(sources.read_captions, {section.pairs, *trained}))
+    paired = {*map(key, evaluation + more)}.intersection(map(key, captions))
     held_out = selected(evaluation, paired)
     training = selected(train, {*map(key, held_out.prompts)})
     parts = _split(section, training.prompts, held_out.prompts)
     elsewhere = paired | {key(p) for name in ("train", "validation") for p in parts[name]}
     of_suites = {name: selected(lines, elsewhere) for name, lines in suite_lists.items()}
-    _check_suites(of_suites)
+    for name, selection in of_suites.items():
+        if not selection.prompts:
+            reasons = ", ".join(f"{n} {why}" for why, n in selection.rejected.items()) or "it is empty"
+            raise ValueError(f"generate.suites.{name}: no prompt is left ({reasons}); give another list")
     return _write(output, parts, {"train": training, "evaluation": held_out}, of_suites)
 
 
@@ -110,20 +115,10 @@ def _suite(name: str, source: str) -> list[str]:
         raise ValueError(f"generate.suites.{name}: {error}") from None
 
 
-def _paired(pairs: set[str], candidates: set[str]) -> set[str]:
-    """The keys among `candidates` of captions in preference data; others are not held in memory."""
-    captions = chain.from_iterable(map(sources.read_captions, pairs))
-    return candidates.intersection(map(key, captions))
-
-
 def _split(section: config.Prompts, train: list[str], evaluation: list[str]) -> dict[str, list[str]]:
     """The prompts of each part, in the order of their hashes."""
-    evaluation = by_hash(evaluation, section.seed)
-    given = {
-        "train": by_hash(train, section.seed),
-        "test": evaluation,
-        "validation": evaluation[section.n_test :],
-    }
+    train, evaluation = by_hash(train, section.seed), by_hash(evaluation, section.seed)
+    given = {"train": train, "test": evaluation, "validation": evaluation[section.n_test :]}
     parts = {}
     for name, prompts in given.items():
         n = getattr(section, f"n_{name}")
@@ -133,13 +128,6 @@ def _split(section: config.Prompts, train: list[str], evaluation: list[str]) -> 
             )
         parts[name] = prompts[:n]
     return parts
-
-
-def _check_suites(suites: Mapping[str, Selection]) -> None:
-    for name, selection in suites.items():
-        if not selection.prompts:
-            reasons = ", ".join(f"{n} {why}" for why, n in selection.rejected.items()) or "it is empty"
-            raise ValueError(f"generate.suites.{name}: no prompt is left ({reasons}); give another list")
 
 
 def _token_counter(params: Params) -> Callable[[str], int]:

@@ -74,10 +74,9 @@ def _log(tracked: Any, rows: list[dict[str, Any]], suites: Suites) -> None:
     for name, (_, suite_rows) in suites.items():
         tracked.log_metrics({f"{name}/{k}": v for k, v in _flat(suite_rows).items()})
     extra = ["suites.json"] if suites else []
+    extra += [GALLERY.name] if GALLERY.stat().st_size <= LOGGED_BYTES else []
     for name in ("report.html", "comparisons.json", "grid.png", *extra):
         tracked.log_artifact(REPORTS / name, "report")
-    if GALLERY.stat().st_size <= LOGGED_BYTES:
-        tracked.log_artifact(GALLERY, "report")
 
 
 def _comparisons(params: Params, scores: Mapping[str, DataFrame]) -> list[dict[str, Any]]:
@@ -138,16 +137,10 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, dict[str, dict[str, dict[st
 
 def _flat(rows: list[dict[str, Any]]) -> dict[str, float]:
     """Flatten comparisons to metrics for MLflow, such as spo_vs_base/oracle_aesthetic/difference."""
-    kinds = {
-        "difference": "mean_difference",
-        "ci_low": "ci_low",
-        "ci_high": "ci_high",
-        "win_rate": "win_rate",
-    }
     return {
-        f"{r['method']}_vs_{r['baseline']}/{r['metric']}/{name}": r[key]
+        f"{r['method']}_vs_{r['baseline']}/{r['metric']}/{key.removeprefix('mean_')}": r[key]
         for r in rows
-        for name, key in kinds.items()
+        for key in ("mean_difference", "ci_low", "ci_high", "win_rate")
         if r[key] is not None
     }
 

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 
 from spo.config import SCORERS, Params
 from spo.runtime.files import atomic, require, write_json
-from spo.runtime.fingerprint import fingerprint
+from spo.runtime.fingerprint import fingerprint, resume_folder
 from spo.runtime.processes import is_main_process
-from spo.runtime.workspace import METRICS, SCRATCH
+from spo.runtime.workspace import METRICS
 from spo.stages.common import of_suite, run_name, stage
 from spo.tracking.provenance import versions
 
@@ -37,15 +37,14 @@ def run(params: Params, name: str, suite: str | None = None) -> None:
     folder = require(of_suite(IMAGES, suite) / name, f"images of {name}")
     output, title = of_suite(OUTPUT, suite), run_name(name, suite)
     with stage("score", params, title):
-        scratch = SCRATCH / "resume" / f"score-{fingerprint((title, scored_by(params)), [folder], ())}"
+        scratch = resume_folder("score", (title, scored_by(params)), [folder], ())
         frame = table(params, folder, CheckpointStore(scratch, keep=None))
         if not is_main_process():
             return
         with atomic(output / f"{name}.csv") as partial:
             frame.to_csv(partial, index=False, float_format="%.6f", lineterminator="\n")
-        means = {m: sum(frame[m].tolist()) / len(frame) for m in frame.columns[3:]}
-        rounded = {k: round(v, 6) for k, v in means.items()}
-        write_json(metrics_file(title), {**rounded, SCORED_BY: scored_by(params)})
+        means = {m: round(sum(frame[m].tolist()) / len(frame), 6) for m in frame.columns[3:]}
+        write_json(metrics_file(title), {**means, SCORED_BY: scored_by(params)})
         shutil.rmtree(scratch, ignore_errors=True)
 
 
@@ -73,7 +72,7 @@ def table(params: Params, folder: Path, cache: CheckpointStore | None = None) ->
 def scored_by(params: Params) -> str:
     """A fingerprint of all that scores depend on but the images: weights, parameters, code and libraries."""
     pins = [Path(f"outputs/inputs/{role}.json") for role in (*SCORERS, "oracle")]
-    return fingerprint((params.score, *libraries()), filter(Path.exists, pins), CODE)
+    return fingerprint((params.score, *libraries()), pins, CODE)
 
 
 def libraries() -> list[str]:

@@ -14,7 +14,6 @@ from spo.runtime.messages import one_line, public
 from spo.tracking import dvc_lock
 from spo.tracking.provenance import section, texts
 from spo.tracking.records import Content, Run, now, runs_here, warn
-from spo.tracking.store import Store
 
 DATA = {  # of a stage: keys of its section of params.yaml that name data, and MLflow's context of that
     "pairs": {"source": "training"},
@@ -64,19 +63,6 @@ def has_run(parent: str, stage: str) -> bool:
     """Whether a stage ran to its end under the parent of this key."""
     last = last_runs(Run(parent)).get(stage, {})
     return last.get("status") == "FINISHED" and "origin" not in last
-
-
-def is_recorded(store: Store, experiment: str) -> bool:
-    """Whether a store has a run of every stage of dvc.lock as it is there.
-
-    The last stage of a plain `dvc repro` has a run, but no hash: any entry of it will do.
-    """
-    ended = {name: run for name, run in last_runs().items() if run["status"] == "FINISHED"}
-    return all(
-        (name in ended and "hash" not in ended[name])
-        or store.find(experiment, **{"dvc.lock_hash": entry.hash})
-        for name, entry in dvc_lock.read().items()
-    )
 
 
 def _data(params: Mapping[str, Any], entry: dvc_lock.Entry) -> list[dict[str, str]]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from spo.runtime.files import atomic
+from spo.runtime.files import atomic, write_text
 from spo.runtime.processes import is_main_process
 from spo.tracking.records import now, read_curve
 
@@ -29,8 +29,7 @@ class Curve:
             return
         known = [row for row in read_curve(self._file)[0] if row[1] <= iteration]
         lines = (json.dumps({"time": time, "step": step, **row}) for time, step, row in known)
-        with atomic(self._file) as partial:
-            partial.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        write_text(self._file, "".join(f"{line}\n" for line in lines))
         for _, step, row in known:
             self.rows.setdefault(step, {}).update(row)
         self._run.follow(self._file, self._file.with_name("samples"))

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from spo.runtime.signals import DELIVERY, STOPPED_DELIVERY
-from spo.tracking import cached_stages
+from spo.tracking import cached_stages, dvc_lock
 from spo.tracking.logged import is_away
 from spo.tracking.records import Run, runs_here, warn
 from spo.tracking.store import Store, load_mlflow, reason, tracking_uri
@@ -107,7 +107,13 @@ def is_recorded(experiment: str, uri: str | None = None) -> bool:
     """Whether the store has a run of every stage of dvc.lock; also where it cannot be asked."""
     store = Store(uri or tracking_uri())
     try:
-        return cached_stages.is_recorded(store, experiment)
+        ended = {name: run for name, run in cached_stages.last_runs().items() if run["status"] == "FINISHED"}
+        # the last stage of a plain `dvc repro` has a run, but no hash: any entry of it will do
+        return all(
+            (name in ended and "hash" not in ended[name])
+            or store.find(experiment, **{"dvc.lock_hash": entry.hash})
+            for name, entry in dvc_lock.read().items()
+        )
     except Exception as error:
         warn(f"{store.name}: {reason(error)}")
         return True

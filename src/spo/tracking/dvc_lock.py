@@ -3,8 +3,7 @@
 import fcntl
 import hashlib
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -69,7 +68,9 @@ def read(path: Path = Path("dvc.lock")) -> dict[str, Entry]:
     """Read all stages by name, in the file's order; none if there is no such file."""
     if not path.exists():
         return {}
-    with _complete():
+    with LOCK.open(encoding="utf-8") if LOCK.exists() else nullcontext() as lock:
+        if lock is not None:  # where stages run side by side, dvc.lock could be half written
+            fcntl.flock(lock, fcntl.LOCK_SH)
         text = read_text(path, "dvc.lock")
     try:
         stages = yaml_text.parse(text, str(path)).get("stages", {})
@@ -78,17 +79,6 @@ def read(path: Path = Path("dvc.lock")) -> dict[str, Entry]:
         raise ValueError(f"{path}: not as DVC writes it; {RESTORE}") from None
     except ValueError as error:
         raise ValueError(f"{error}; {RESTORE}") from None
-
-
-@contextmanager
-def _complete() -> Iterator[None]:
-    """Keep DVC from writing meanwhile: where stages run side by side, dvc.lock could be half written."""
-    if not LOCK.exists():  # no DVC here
-        yield
-        return
-    with LOCK.open(encoding="utf-8") as file:
-        fcntl.flock(file, fcntl.LOCK_SH)
-        yield
 
 
 def _entry(name: str, stage: dict[str, Any]) -> Entry:

@@ -7,17 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from spo.runtime.files import digest
+from spo.runtime.messages import causes
 
 Point = tuple[int, int, Mapping[str, float]]  # time, step, metrics
 
 
-def is_away(error: BaseException | None) -> bool:
+def is_away(error: BaseException) -> bool:
     """Whether no server answered, so that further requests would wait in vain."""
     from requests import ConnectionError, Timeout
 
-    while error is not None and not isinstance(error, ConnectionError | Timeout):
-        error = error.__cause__ or error.__context__
-    return error is not None
+    return any(isinstance(cause, ConnectionError | Timeout) for cause in causes(error))
 
 
 def description(client: Any, run_id: str, tags: Mapping[str, str], params: Mapping[str, str]) -> None:

@@ -116,15 +116,11 @@ def git_refusal(folder: Path) -> str:
 
 def _git(*arguments: str) -> tuple[str, str]:
     """Return what a git command prints, and why it failed; one of them is empty."""
-    environment = {**os.environ, "LC_ALL": "C"}  # no translated messages
-    options: dict[str, Any] = {
-        "capture_output": True,
-        "encoding": "utf-8",
-        "errors": "replace",
-        "timeout": 20,
-    }
+    command, environment = ["git", *arguments], {**os.environ, "LC_ALL": "C"}  # no translated messages
     try:
-        done = subprocess.run(["git", *arguments], env=environment, **options)
+        done = subprocess.run(
+            command, env=environment, capture_output=True, encoding="utf-8", errors="replace", timeout=20
+        )
     except (OSError, subprocess.TimeoutExpired) as error:
         return "", one_line(error)
     if done.returncode != 0:

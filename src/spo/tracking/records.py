@@ -65,13 +65,8 @@ class Run:
         run = cls(f"{parent}.{key}" if parent else key)
         owner = [platform.node(), os.getpid(), psutil.Process().create_time()]
         known: Content = {"metrics": {}, "inputs": [], "artifacts": [], "models": [], "stage": None}
-        known |= {
-            "start": now(),
-            "status": None,
-            "version": 0,
-            "delivered": -1,
-            "owner": owner if is_owned else [],
-        }
+        known |= {"start": now(), "status": None, "version": 0, "delivered": -1}
+        known["owner"] = owner if is_owned else []
         try:
             run.path.mkdir(parents=True)
             run._write(known | cleaned(content))
@@ -88,7 +83,6 @@ class Run:
         return bool(self.key) and (self.path / "run.json").is_file()
 
     def read(self) -> Content:
-        """Return what is known of the run."""
         content: Content = read_json(self.path / "run.json", "run", keys=KEYS, then="remove its folder")
         return content
 
