@@ -20,17 +20,10 @@ from spo.runtime.hub import split_revision
 class ClipScorer(BatchedScorer):
     """A scorer by a frozen CLIP with its tokenizer."""
 
-    def __init__(
-        self,
-        settings: config.PickScoreConfig | config.ClipScoreConfig,
-        *,
-        device: torch.device | str = "cpu",
-        batch_size: int = 32,
-    ) -> None:
-        super().__init__(settings.image_size, device, batch_size)
+    def load(self, settings: config.PickScoreConfig | config.ClipScoreConfig) -> None:
         section = f"score.{self.name}"
         model = settings.model, settings.revision
-        self.model = load_model(*model, self.size, f"{section}.model", device)
+        self.model = load_model(*model, self.size, f"{section}.model", self.device)
         text: Any = self.model.config.text_config
         own = settings.processor is None
         name, revision = model if own else split_revision(str(settings.processor))

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import open_clip
-import torch
 from open_clip.tokenizer import SimpleTokenizer
 from PIL import Image
 from torch import Tensor
@@ -44,17 +43,14 @@ class Hps(BatchedScorer):
 
     name = "hps"
 
-    def __init__(
-        self, settings: config.HpsConfig, *, device: torch.device | str = "cpu", batch_size: int = 32
-    ) -> None:
-        super().__init__(settings.image_size, device, batch_size)
+    def load(self, settings: config.HpsConfig) -> None:
         model_config, self.normalisation = _model_config(settings.architecture)
         _say_activation(settings.architecture)
         self.model = _model(model_config, settings.architecture)
         weights.check_image_size(self.model.visual.image_size[0], self.size, "score.hps")
         where = f"score.hps.checkpoint: {settings.checkpoint}"
         weights.fill(self.model, weights.load_state(hub.local(settings.checkpoint), where), where)
-        self.model.eval().requires_grad_(False).to(device)
+        self.model.eval().requires_grad_(False).to(self.device)
         self.tokenizer = _tokenizer(settings, self.model.vocab_size)
 
     def preprocess(self, image: Image.Image) -> Tensor:

@@ -89,11 +89,8 @@ class ImageReward(BatchedScorer):
 
     name = "imagereward"
 
-    def __init__(
-        self, settings: config.ImageRewardConfig, *, device: torch.device | str = "cpu", batch_size: int = 32
-    ) -> None:
-        super().__init__(settings.image_size, device, batch_size)
-        self.model = load_model(settings).to(device)
+    def load(self, settings: config.ImageRewardConfig) -> None:
+        self.model = load_model(settings).to(self.device)
         self.tokenizer = load_tokenizer(settings.tokenizer, self.model.text.config.vocab_size)
 
     def score_batch(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
