@@ -32,6 +32,7 @@ from spo.config import LatentPreference
 from spo.diffusion.denoiser import is_guided
 from spo.preference import checkpoint
 from spo.preference.checkpoint import CONFIG, WEIGHTS
+from spo.rewards import weights
 from spo.runtime.files import read_json
 from spo.types import Backbone, Candidates, Conditioning
 
@@ -141,9 +142,8 @@ class LatentPreferenceModel(nn.Module):
         encoder = backbone.feature_model()
         _check_base(folder, settings, encoder, backbone)
         model = cls(encoder, settings["feature_guidance"])
-        checkpoint.load_strictly(
-            model, checkpoint.read_tensors(folder / WEIGHTS), folder / WEIGHTS, "this base"
-        )
+        where = str(folder / WEIGHTS)
+        weights.fill(model, weights.load_state(folder / WEIGHTS, where), where)
         return model.to(backbone.device).eval()
 
 

@@ -14,7 +14,7 @@ from spo.data.preprocessing import announced
 from spo.data.tokens import tokenize
 from spo.rewards import weights
 from spo.rewards.scorer import BatchedScorer
-from spo.runtime.hub import split_revision
+from spo.runtime import hub
 
 
 class ClipScorer(BatchedScorer):
@@ -26,7 +26,7 @@ class ClipScorer(BatchedScorer):
         self.model = load_model(*model, self.size, f"{section}.model", self.device)
         text: Any = self.model.config.text_config
         own = settings.processor is None
-        name, revision = model if own else split_revision(str(settings.processor))
+        name, revision = model if own else hub.split_revision(str(settings.processor))
         key = f"{section}.model" if own else f"{section}.processor"
         self.tokenizer = load_tokenizer(name, revision, text.vocab_size, key)
         self.normalisation = announced(name, revision, self.size, key)
@@ -52,11 +52,18 @@ def load_model(
     name: str, revision: str | None, image_size: int, key: str, device: torch.device | str
 ) -> CLIPModel:
     """Load a frozen fp32 CLIP from a folder or hub id; `key` is the params key that names it."""
-    how: dict[str, Any] = {"revision": revision, "dtype": torch.float32, "output_loading_info": True}
-    model, report = weights.reach(lambda: CLIPModel.from_pretrained(name, **how), name, key)
-    weights.check_keys(report["missing_keys"], (), f"{key}: {name}")
+    model = load_clip(name, revision, key)
     weights.check_image_size(model.config.vision_config.image_size, image_size, key.rpartition(".")[0])
     return model.eval().requires_grad_(False).to(device)
+
+
+def load_clip(name: str, revision: str | None, key: str) -> Any:
+    """Load a complete CLIP in fp32 from a folder or hub id; `key` is the params key that names it."""
+    how: dict[str, Any] = {"revision": revision, "dtype": torch.float32, "output_loading_info": True}
+    where = f"{key}: {name}"
+    model, report = hub.reach(where, name, lambda: CLIPModel.from_pretrained(name, **how))
+    weights.check_keys(report["missing_keys"], (), where)
+    return model
 
 
 def load_tokenizer(name: str, revision: str | None, vocabulary: int, key: str) -> CLIPTokenizer:

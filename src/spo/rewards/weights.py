@@ -1,6 +1,6 @@
 """Read the files of a scorer; for what is missing, damaged or does not fit, one line names the params key."""
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +11,6 @@ from torch import Tensor, nn
 from spo.runtime import hub
 from spo.runtime.files import read_json
 from spo.runtime.messages import first_line
-
-
-def reach(loader: Callable[[], Any], name: str, key: str) -> Any:
-    """Load a folder or hub id `name`; `key` is the params key that names it."""
-    try:
-        hub.check(name)
-    except ValueError as error:
-        raise ValueError(f"{key}: {error}") from None
-    try:
-        return loader()
-    except Exception as error:  # transformers, safetensors and the hub's client raise many types
-        raise ValueError(f"{key}: {name} cannot be loaded ({hub.reason(name, error)})") from None
 
 
 def read_config(file: Path, key: str, keys: Collection[str] = ()) -> dict[str, Any]:
@@ -36,7 +24,9 @@ def read_config(file: Path, key: str, keys: Collection[str] = ()) -> dict[str, A
 
 def load_tokenizer(cls: Any, name: str, revision: str | None, key: str, files: str) -> Any:
     """Load a tokenizer of transformers' class `cls` from a folder or hub id, which must have its `files`."""
-    tokenizer = reach(lambda: cls.from_pretrained(name, revision=revision or "main"), name, key)
+    tokenizer = hub.reach(
+        f"{key}: {name}", name, lambda: cls.from_pretrained(name, revision=revision or "main")
+    )
     if len(tokenizer) <= len(tokenizer.all_special_ids):  # transformers' result for a folder without one
         kind = cls.__name__.removesuffix("Tokenizer").upper()
         raise ValueError(f"{key}: {name} has no {kind} tokenizer ({files})")
