@@ -87,9 +87,7 @@ class Description:
 def describe(settings: config.Backbone) -> Description:
     """Read what a diffusers folder, a single .safetensors file or a hub id announces.
 
-    Raises:
-        ValueError: no such checkpoint, no network, another family, parts that do not fit each other, or a
-            model that is not a text-to-image DDPM in discrete time.
+    Refused is what is not a text-to-image DDPM in discrete time, and parts that do not fit each other.
     """
     name, revision, where = settings.described_by, settings.revision, described_where(settings)
     if settings.is_single_file:

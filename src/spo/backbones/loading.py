@@ -25,18 +25,14 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 def load(
     settings: config.Backbone, device: torch.device | str, budget: Budget | None = None
 ) -> StableDiffusion:
-    """Load a checkpoint from a diffusers folder, a single .safetensors file or a hub id.
-
-    Raises:
-        ValueError: as `describe`, and for parts that are missing, damaged or do not fit each other.
-    """
+    """Load a checkpoint from a diffusers folder, a single .safetensors file or a hub id."""
     return load_described(describe(settings), device, budget)
 
 
 def load_described(
     description: Description, device: torch.device | str, budget: Budget | None = None
 ) -> StableDiffusion:
-    """Load the weights of a checkpoint that `describe` has read; raises as `load`."""
+    """Load the weights of a checkpoint that `describe` has read."""
     settings = description.settings
     dtype, sdxl = DTYPES[settings.dtype], settings.family == "sdxl"
     given: dict[str, Any] = {"scheduler": description.scheduler}

@@ -16,14 +16,13 @@ from transformers import (
 
 from spo import config
 from spo.backbones.description import config_file, describe
-from spo.backbones.loading import empty_models
+from spo.backbones.loading import DTYPES, empty_models
 from spo.backbones.stable_diffusion import StableDiffusion
 from spo.backbones.text import text_of
 from spo.estimate.meta import DEVICE
 from spo.preference.model import StepAwarePreferenceModel
 from spo.types import Budget
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 Place = torch.device | str
 
 

@@ -5,7 +5,7 @@ import time
 import torch
 
 from spo import config
-from spo.estimate.models import DTYPES
+from spo.backbones.loading import DTYPES
 
 SIZES = {"cpu": 2048, "cuda": 8192}
 USED = {

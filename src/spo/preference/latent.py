@@ -29,10 +29,10 @@ from torch import Tensor, nn
 
 from spo.backbones.features import DownPath
 from spo.config import LatentPreference
+from spo.data import weights
 from spo.diffusion.denoiser import is_guided
 from spo.preference import checkpoint
 from spo.preference.checkpoint import CONFIG, WEIGHTS
-from spo.rewards import weights
 from spo.runtime.files import read_json
 from spo.types import Backbone, Candidates, Conditioning
 

@@ -22,13 +22,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoTokenizer, CLIPConfig, CLIPModel
 
+from spo.data import weights
 from spo.data.images import CLIP_MEAN, CLIP_STD
 from spo.data.preprocessing import OPENAI, announced
 from spo.data.tokens import tokenize
 from spo.preference import checkpoint as checkpoint_files
 from spo.preference.checkpoint import CONFIG, WEIGHTS
-from spo.rewards import weights
-from spo.rewards.clip import load_clip
 from spo.runtime import hub
 from spo.runtime.files import read_json
 from spo.runtime.transfer import send
@@ -63,7 +62,7 @@ class StepAwarePreferenceModel(nn.Module):
         cls, name: str, step_condition: bool = True, revision: str | None = None
     ) -> StepAwarePreferenceModel:
         """Load any CLIP-format folder or hub id in fp32, with modulation at identity."""
-        model = cls(load_clip(name, revision, "preference.init"), step_condition)
+        model = cls(weights.load_clip(name, revision, "preference.init"), step_condition)
         own = announced(name, revision, model.image_size, "preference.init")
         if not all(map(torch.equal, own, OPENAI)):
             raise ValueError(
@@ -213,7 +212,9 @@ def load_reward_model(folder: str | Path, device: torch.device | str) -> ClipRew
 
 def clip_text_projection(name: str, revision: str | None = None) -> Tensor:
     """The text projection [out,in] of a CLIP-format folder or hub id."""
-    return load_clip(name, revision, "latent_preference.text_projection").text_projection.weight.detach()
+    return weights.load_clip(
+        name, revision, "latent_preference.text_projection"
+    ).text_projection.weight.detach()
 
 
 def load_tokenizer(name: str, revision: str | None = None) -> Any:

@@ -10,8 +10,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from spo import config
+from spo.data import weights
 from spo.data.preprocessing import announced
-from spo.rewards import clip, weights
+from spo.rewards import clip
 from spo.rewards.pixels import preprocess
 from spo.rewards.scorer import BatchedScorer
 from spo.runtime import hub

@@ -10,9 +10,9 @@ from torch.nn.functional import cosine_similarity
 from transformers import CLIPModel, CLIPTokenizer
 
 from spo import config
+from spo.data import weights
 from spo.data.preprocessing import announced
 from spo.data.tokens import tokenize
-from spo.rewards import weights
 from spo.rewards.scorer import BatchedScorer
 from spo.runtime import hub
 
@@ -52,18 +52,9 @@ def load_model(
     name: str, revision: str | None, image_size: int, key: str, device: torch.device | str
 ) -> CLIPModel:
     """Load a frozen fp32 CLIP from a folder or hub id; `key` is the params key that names it."""
-    model = load_clip(name, revision, key)
+    model = weights.load_clip(name, revision, key)
     weights.check_image_size(model.config.vision_config.image_size, image_size, key.rpartition(".")[0])
     return model.eval().requires_grad_(False).to(device)
-
-
-def load_clip(name: str, revision: str | None, key: str) -> Any:
-    """Load a complete CLIP in fp32 from a folder or hub id; `key` is the params key that names it."""
-    how: dict[str, Any] = {"revision": revision, "dtype": torch.float32, "output_loading_info": True}
-    where = f"{key}: {name}"
-    model, report = hub.reach(where, name, lambda: CLIPModel.from_pretrained(name, **how))
-    weights.check_keys(report["missing_keys"], (), where)
-    return model
 
 
 def load_tokenizer(name: str, revision: str | None, vocabulary: int, key: str) -> CLIPTokenizer:

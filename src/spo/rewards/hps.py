@@ -16,8 +16,9 @@ from torch.nn.functional import cosine_similarity, interpolate, pad
 from transformers import CLIPTokenizer
 
 from spo import config
+from spo.data import weights
 from spo.data.preprocessing import OPENAI, Normalisation, read_normalisation
-from spo.rewards import clip, weights
+from spo.rewards import clip
 from spo.rewards.pixels import normalise, to_unit
 from spo.rewards.scorer import BatchedScorer
 from spo.runtime import hub

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from transformers import BertTokenizer, BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
 
 from spo import config
+from spo.data import weights
 from spo.data.tokens import tokenize
-from spo.rewards import weights
 from spo.rewards.aesthetic import linear_head
 from spo.rewards.scorer import BatchedScorer
 from spo.runtime import hub

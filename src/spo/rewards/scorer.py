@@ -31,12 +31,7 @@ class BatchedScorer(ABC):
         """Load the files of the section `settings` onto the device."""
 
     def score(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> list[float]:
-        """Score N images, each for its own prompt; higher is better.
-
-        Raises:
-            ValueError: another number of prompts than images, one that cannot be encoded, or a score that is
-                not finite.
-        """
+        """Score N images, each for its own prompt; higher is better."""
         if len(images) != len(prompts):
             raise ValueError(
                 f"{self.name}: {len(images)} images, but {len(prompts)} prompts; give one prompt per image"

@@ -1,4 +1,4 @@
-"""Read the files of a scorer; for what is missing, damaged or does not fit, one line names the params key."""
+"""Read the files of a CLIP or a scorer: what is missing, damaged or does not fit is refused in one line."""
 
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -20,6 +20,17 @@ def read_config(file: Path, key: str, keys: Collection[str] = ()) -> dict[str, A
     except ValueError as error:
         raise ValueError(f"{key}: {error}") from None
     return content
+
+
+def load_clip(name: str, revision: str | None, key: str) -> Any:
+    """Load a complete CLIP in fp32 from a folder or hub id; `key` is the params key that names it."""
+    from transformers import CLIPModel
+
+    how: dict[str, Any] = {"revision": revision, "dtype": torch.float32, "output_loading_info": True}
+    where = f"{key}: {name}"
+    model, report = hub.reach(where, name, lambda: CLIPModel.from_pretrained(name, **how))
+    check_keys(report["missing_keys"], (), where)
+    return model
 
 
 def load_tokenizer(cls: Any, name: str, revision: str | None, key: str, files: str) -> Any:
