@@ -12,10 +12,11 @@ from spo import config
 from spo.backbones import single_file
 from spo.backbones.description import PARTS, PIPELINES, Description, Place, describe, is_number
 from spo.backbones.stable_diffusion import StableDiffusion
-from spo.backbones.tensors import check_finite, check_names
+from spo.backbones.tensors import check_finite
 from spo.backbones.text import text_of
 from spo.backbones.weight_files import by_folder, choose_variants
 from spo.backbones.weights import read
+from spo.data.weights import check_keys
 from spo.runtime import hub
 from spo.types import Budget
 
@@ -45,7 +46,7 @@ def load_described(
     for name, part in pipeline.components.items():
         if isinstance(part, torch.nn.Module):
             place = f"{description.where}: {name}"
-            check_names(place, (n for n, parameter in part.named_parameters() if parameter.is_meta), ())
+            check_keys((n for n, parameter in part.named_parameters() if parameter.is_meta), (), place)
             check_finite(part, place)
     pipeline.to(device)
     if sdxl and dtype == torch.float16 and (settings.vae is None or pipeline.vae.config.force_upcast):
@@ -137,7 +138,7 @@ def _part(kind: str, place: Place, variant: str | None, dtype: torch.dtype, wher
         [name for name in report[key] if not name.endswith("position_ids")]
         for key in ("missing_keys", "unexpected_keys")
     )
-    check_names(where, missing, unknown)
+    check_keys(missing, unknown, where)
     return model
 
 

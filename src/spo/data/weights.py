@@ -1,6 +1,6 @@
 """Read the files of a CLIP or a scorer: what is missing, damaged or does not fit is refused in one line."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -69,12 +69,14 @@ def fill(model: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
     check_keys(result.missing_keys, result.unexpected_keys, where)
 
 
-def check_keys(missing: Collection[str], unexpected: Collection[str], where: str) -> None:
+def check_keys(missing: Iterable[str], unexpected: Iterable[str], where: str) -> None:
     """Refuse missing and unexpected weights: missing ones would silently stay random."""
     for kind, keys in (("lacks", sorted(missing)), ("has unknown", sorted(unexpected))):
         if keys:
             more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
-            raise ValueError(f"{where} {kind} weights: {keys[0]}{more}; not a checkpoint of this model")
+            raise ValueError(
+                f"{where} {kind} weights: {keys[0]}{more}; damaged, or not a checkpoint of this model"
+            )
 
 
 def check_image_size(of_model: int, configured: int, key: str) -> None:

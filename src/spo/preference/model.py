@@ -210,13 +210,6 @@ def load_reward_model(folder: str | Path, device: torch.device | str) -> ClipRew
     return ClipRewardModel(model, load_tokenizer(str(folder)))
 
 
-def clip_text_projection(name: str, revision: str | None = None) -> Tensor:
-    """The text projection [out,in] of a CLIP-format folder or hub id."""
-    return weights.load_clip(
-        name, revision, "latent_preference.text_projection"
-    ).text_projection.weight.detach()
-
-
 def load_tokenizer(name: str, revision: str | None = None) -> Any:
     """Load the tokenizer of a CLIP's folder or hub id."""
     return hub.reach(
