@@ -136,76 +136,12 @@ class Backbone(Protocol):
 
     def trainable_parameters(self) -> list[torch.nn.Parameter]: ...
 
-    def feature_model(self) -> FeatureModel:
-        """A copy of the text encoders and of the UNet without its up blocks, as they are now."""
+    def feature_model(self) -> Any:
+        """A copy of the text encoders and of the UNet without its up blocks, as they are now (`DownPath`)."""
         ...
 
     def inference(self) -> AbstractContextManager[None]:
         """Evaluation mode without gradients."""
-        ...
-
-
-class FeatureModel(Protocol):
-    """The down path of a UNet, for models that score noisy latents."""
-
-    down_widths: tuple[int, ...]  # channels of the down blocks
-    mid_width: int  # channels of the mid block
-    text_width: int  # of the pooled text
-    text_is_projected: bool  # whether the pooled text went through CLIP's text projection (SDXL)
-
-    def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
-        """Text for `features`, and as `pooled` its [B,text_width]; with gradients where they are trained."""
-        ...
-
-    def empty_prompt(self) -> Conditioning:
-        """The empty prompt, encoded once while the text encoders are frozen."""
-        ...
-
-    def features(
-        self, x_t: Tensor, timesteps: Tensor, conditioning: Conditioning
-    ) -> tuple[list[Tensor], Tensor]:
-        """Means over h and w of each down block's last state before downsampling, and of the mid block's.
-
-        Returns:
-            [B,width] of each down block, and [B,mid_width]; fp32.
-        """
-        ...
-
-    def train_fully(self) -> None:
-        """Make all weights trainable, in fp32."""
-        ...
-
-    def add_lora(self, settings: Any, seed: int) -> None:
-        """Add a trainable adapter (`config.Lora`) to the UNet."""
-        ...
-
-    def merge_lora(self) -> None:
-        """Add the adapter, if there is one, to the weights."""
-        ...
-
-    def checkpoint_gradients(self) -> None:
-        """Recompute activations in the backward pass instead of storing them."""
-        ...
-
-
-class LatentPairs(Protocol):
-    """N labelled pairs of encoded images, read a few at a time."""
-
-    @property
-    def captions(self) -> Sequence[str]: ...
-
-    @property
-    def label_0(self) -> Tensor:
-        """[N], of the first image: 1 preferred, 0 not, .5 tie."""
-        ...
-
-    @property
-    def weight(self) -> Tensor:
-        """[N]"""
-        ...
-
-    def read(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """The scaled latents of both images [P,C,h,w] of the pairs at int64 [P]."""
         ...
 
 

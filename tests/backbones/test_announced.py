@@ -110,10 +110,10 @@ def test_missing_unknown_and_infinite_tensors_are_refused(copy, family: str, par
     content = file.read_bytes()
     name = sorted(load_file(file))[3]
     edit_weights(file, lambda state: state.pop(name))
-    refused(folder, family, part, "lacks tensors", name.removeprefix("text_model."))
+    refused(folder, family, part, "lacks weights", name.removeprefix("text_model."))
     file.write_bytes(content)
     edit_weights(file, lambda state: state.update(foreign=torch.zeros(1)))
-    refused(folder, family, part, "unknown tensors", "foreign")
+    refused(folder, family, part, "unknown weights", "foreign")
     file.write_bytes(content)
     edit_weights(file, lambda state: state[name].view(-1)[:1].fill_(float("nan")))
     refused(folder, family, part, "NaN or infinity")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -219,11 +220,14 @@ def test_scores_do_not_depend_on_the_number_of_processes() -> None:
     class Numbers(BatchedScorer):
         name = "x"
 
+        def load(self, settings) -> None:
+            """It has no files."""
+
         def score_batch(self, images, prompts) -> torch.Tensor:
             return torch.tensor([float(i) + len(p) / 10 for i, p in zip(images, prompts, strict=True)])
 
     def body() -> list[float]:
-        return Numbers(image_size=1, batch_size=2).score(list(range(5)), PROMPTS[:1] * 5)
+        return Numbers(SimpleNamespace(image_size=1), batch_size=2).score(list(range(5)), PROMPTS[:1] * 5)
 
     (one,) = run_in(1, body)
     assert run_in(2, body) == [one, one]

@@ -98,7 +98,7 @@ def test_a_single_file_with_missing_or_unknown_tensors_is_refused(single) -> Non
         refused_file(single(without(prefix)), "tensors", prefix)
         refused_file(single(lambda s, p=prefix: s.update({f"{p}more": torch.zeros(1)})), "tensors", prefix)
     text = "cond_stage_model." if single().family == "sd" else "conditioner.embedders.1."
-    refused_file(single(without(text)), "text_encoder", "lacks tensors")
+    refused_file(single(without(text)), "text_encoder", "lacks weights")
     Path(single().checkpoint).write_bytes(b"truncated")
     settings = single()
     Path(settings.checkpoint).write_bytes(b"truncated")

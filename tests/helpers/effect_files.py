@@ -23,7 +23,7 @@ from spo import config
 from spo.data.images import save_images
 from spo.scenes import world
 from spo.scenes.oracle import Perception
-from tools.scenes import clips
+from tools.scenes import clips, draws
 
 REVISIONS = ("a" * 40, "b" * 40)
 HUB = {
@@ -157,7 +157,7 @@ def turned_words(folder: Path, target: Path) -> None:
 
 def lists_and_pairs() -> None:
     generator = torch.Generator().manual_seed(2)
-    captions = sorted(set(world.captions(world.random_attributes(60, generator), generator)))
+    captions = sorted(set(world.captions(draws.random_attributes(60, generator), generator)))
     Path("other/prompts").mkdir(parents=True)
     for name, lines in (("train", captions[:8]), ("evaluation", captions[8:16])):
         Path(f"other/prompts/{name}.txt").write_text("\n".join(lines), encoding="utf-8")
@@ -187,7 +187,7 @@ def stand_in(folder: Path) -> None:
     In spo one metric rose and one fell; base_high_guidance is better than both.
     """
     generator = torch.Generator().manual_seed(3)
-    prompts = sorted(set(world.captions(world.random_attributes(40, generator), generator)))[:24]
+    prompts = sorted(set(world.captions(draws.random_attributes(40, generator), generator)))[:24]
     rows = pd.DataFrame({"index": range(24), "prompt": prompts, "seed": range(24)})
     gains = {"base": 0.0, "base_high_guidance": 3.0, "spo": 1.0, "diffusion_dpo": 0.5, "lpo": 2.0}
     for variant, gain in gains.items():

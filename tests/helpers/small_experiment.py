@@ -13,7 +13,7 @@ from PIL import Image
 
 from spo import cli
 from spo.scenes import world
-from tools.scenes import clips
+from tools.scenes import clips, draws
 
 
 def save_pairs(folder, captions: list[str]) -> None:
@@ -44,7 +44,7 @@ def save_pairs(folder, captions: list[str]) -> None:
 
 def inputs(folder, words) -> None:
     generator = torch.Generator().manual_seed(1)
-    captions = sorted(set(world.captions(world.random_attributes(60, generator), generator)))
+    captions = sorted(set(world.captions(draws.random_attributes(60, generator), generator)))
     (folder / "prompts").mkdir(parents=True)
     (folder / "prompts/train.txt").write_text("\n".join(captions[:8]))
     (folder / "prompts/evaluation.txt").write_text("\n".join(captions[8:12]))

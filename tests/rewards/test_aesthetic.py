@@ -84,7 +84,7 @@ def test_mistakes_are_one_line(aesthetic_settings, tmp_path) -> None:
         "fewer.pth lacks weights: layers.7.bias;": {"head": str(tmp_path / "fewer.pth")},
         "other.pth lacks weights: layers.0.weight;": {"head": str(tmp_path / "other.pth")},
         "wide.pth takes embeddings of 768 numbers, but .* gives 96": {"head": str(tmp_path / "wide.pth")},
-        "score.aesthetic.clip: nowhere: no such file": {"clip": "nowhere"},
+        "score.aesthetic.clip: nowhere: cannot be loaded .nowhere: no such file": {"clip": "nowhere"},
         "score.aesthetic.clip: .* cannot be loaded": {"clip": str(tmp_path)},
         "score.aesthetic.image_size: is 224, but the model's is 48": {"image_size": 224},
     }

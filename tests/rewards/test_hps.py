@@ -154,7 +154,7 @@ def test_mistakes_are_one_line(hps_settings, tmp_path) -> None:
         "fewer.pt lacks weights: visual.proj;": {"checkpoint": str(tmp_path / "fewer.pt")},
         "more.pt has unknown weights: extra;": {"checkpoint": str(tmp_path / "more.pt")},
         "other.pt does not fit: size mismatch for visual.proj": {"checkpoint": str(tmp_path / "other.pt")},
-        "score.hps.tokenizer: nowhere: no such file": {"tokenizer": "nowhere"},
+        "score.hps.tokenizer: nowhere: cannot be loaded .nowhere: no such file": {"tokenizer": "nowhere"},
         "score.hps.tokenizer: .* has no CLIP tokenizer": {"tokenizer": str(tmp_path)},
         "score.hps.image_size: is 224, but the model's is 48": {"image_size": 224},
     }

@@ -3,6 +3,7 @@ import pytest
 import torch
 from PIL import Image
 
+from spo.data import images
 from spo.rewards import hps, pixels
 
 
@@ -44,7 +45,7 @@ def test_a_very_long_image_is_cropped_as_any_other(monkeypatch, shape: tuple[int
     levels = torch.randint(256, (shape[1], shape[0], 3), generator=torch.Generator().manual_seed(0))
     image = Image.fromarray(levels.to(torch.uint8).numpy())
     cropped = pixels.preprocess(image, 24)
-    monkeypatch.setattr(pixels, "LONG", 1000)
+    monkeypatch.setattr(images, "LONG", 1000)
     torch.testing.assert_close(cropped, pixels.preprocess(image, 24), atol=1.01 / 255 / 0.26, rtol=0)
 
 

@@ -1,4 +1,5 @@
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,8 +14,11 @@ class Scripted(BatchedScorer):
     name = "some_scorer"
 
     def __init__(self, function) -> None:
-        super().__init__(image_size=1, batch_size=2)
+        super().__init__(SimpleNamespace(image_size=1), batch_size=2)
         self.score_batch = function
+
+    def load(self, settings) -> None:
+        """It has no files."""
 
     def score_batch(self, images, prompts) -> torch.Tensor:
         raise NotImplementedError

@@ -1,12 +1,12 @@
 import torch
 
 from spo.scenes import world
-from tools.scenes import contrastive, words
+from tools.scenes import contrastive, draws, words
 
 
 def test_wrong_captions_differ_in_one_attribute_or_one_grade() -> None:
     generator = torch.Generator().manual_seed(0)
-    attributes = world.random_attributes(40, generator)
+    attributes = draws.random_attributes(40, generator)
     grades = torch.randint(words.GRADES, (40, 4), generator=generator)
     texts = contrastive.right_and_wrong(attributes, grades, contrastive.WORDS_ALONE, generator)
     right, other, *regraded = (texts[i : i + 40] for i in range(0, 160, 40))
@@ -26,7 +26,7 @@ def test_wrong_captions_differ_in_one_attribute_or_one_grade() -> None:
 
 def test_another_attribute_is_never_the_layout_and_keeps_absent_ones() -> None:
     generator = torch.Generator().manual_seed(1)
-    attributes = world.random_attributes(500, generator)
+    attributes = draws.random_attributes(500, generator)
     other = contrastive.another_attribute(attributes, generator)
     assert ((other != attributes).sum(1) == 1).all()
     assert (other[:, 0] == attributes[:, 0]).all()

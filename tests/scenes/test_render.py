@@ -3,6 +3,7 @@
 import torch
 
 from spo.scenes import world
+from tools.scenes import draws
 from tools.scenes.render import BACKGROUND_RGB, COLOUR_RGB, render
 
 
@@ -56,8 +57,8 @@ def test_bad_light_leaves_a_dark_side() -> None:
 
 
 def test_same_generator_same_image_and_range() -> None:
-    attributes = world.random_attributes(8, torch.Generator().manual_seed(5))
-    quality = world.random_quality(8, torch.Generator().manual_seed(6))
+    attributes = draws.random_attributes(8, torch.Generator().manual_seed(5))
+    quality = draws.random_quality(8, torch.Generator().manual_seed(6))
     first, second = (render(attributes, quality, torch.Generator().manual_seed(7)) for _ in range(2))
     assert torch.equal(first, second)
     assert first.shape == (8, 3, 48, 48) and first.min() >= -1 and first.max() <= 1

@@ -9,7 +9,7 @@ from spo.data.decoding import image_format
 from spo.ingest.selection import is_validation
 from spo.ingest.sources import read_captions, read_rows
 from spo.scenes import world
-from tools.scenes import pictures, shards
+from tools.scenes import draws, pictures, shards
 from tools.scenes.preferences import Pairs, ask
 from tools.scenes.render import render
 
@@ -18,8 +18,8 @@ DATA = Path(__file__).parents[2] / "data"
 
 def compared(n: int) -> Pairs:
     generator = torch.Generator().manual_seed(0)
-    attributes = world.random_attributes(2 * n, generator)
-    images = render(attributes, world.random_quality(2 * n, generator), generator)
+    attributes = draws.random_attributes(2 * n, generator)
+    images = render(attributes, draws.random_quality(2 * n, generator), generator)
     pixels = ((images + 1) * 127.5).round().to(torch.uint8).view(n, 2, 3, 48, 48)
     captions = world.captions(attributes[:n], generator)
     labels = torch.tensor([0.0, 0.5, 1.0])[torch.randint(3, (n,), generator=generator)]

@@ -3,6 +3,7 @@ import torch
 
 from spo.scenes import world
 from spo.scenes.world import ABSENT, LAYOUTS, PLACES
+from tools.scenes import draws
 
 
 def test_the_sentence_of_the_readme() -> None:
@@ -18,13 +19,13 @@ def test_below_is_above_with_the_shapes_exchanged() -> None:
 
 def test_parse_is_the_inverse_of_captions() -> None:
     generator = torch.Generator().manual_seed(3)
-    attributes = world.random_attributes(500, generator)
+    attributes = draws.random_attributes(500, generator)
     parsed = [world.parse(c) for c in world.captions(attributes, generator)]
     assert torch.equal(torch.stack(parsed), attributes)
 
 
 def test_single_shapes_have_a_place_and_pairs_a_relation() -> None:
-    attributes = world.random_attributes(400, torch.Generator().manual_seed(0))
+    attributes = draws.random_attributes(400, torch.Generator().manual_seed(0))
     single = attributes[:, 0] < len(PLACES)
     assert torch.equal(attributes[:, 5] == ABSENT, single)
     assert 0.3 < single.float().mean() < 0.5  # 40 % by default
@@ -32,7 +33,7 @@ def test_single_shapes_have_a_place_and_pairs_a_relation() -> None:
 
 def test_every_word_of_a_caption_is_in_the_vocabulary_and_quality_is_not() -> None:
     generator = torch.Generator().manual_seed(1)
-    texts = world.captions(world.random_attributes(2000, generator), generator)
+    texts = world.captions(draws.random_attributes(2000, generator), generator)
     assert {word for text in texts for word in text.split()} == set(world.vocabulary())
     assert not {"sharp", "blurry", "clean", "grainy", "saturated", "lit", "dark"} & set(world.vocabulary())
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import accelerate
 import pytest
@@ -132,13 +133,16 @@ def test_a_scorer_waits_for_no_other_process() -> None:
     class Doubled(scorer.BatchedScorer):
         name = "x"
 
+        def load(self, settings) -> None:
+            """It has no files."""
+
         def score_batch(self, images, prompts) -> torch.Tensor:
             return torch.tensor(images) * 2.0
 
     def body() -> list[float]:
         if not distributed.is_main_process():
             return []
-        return Doubled(image_size=1, batch_size=2).score(list(range(5)), ["p"] * 5)
+        return Doubled(SimpleNamespace(image_size=1), batch_size=2).score(list(range(5)), ["p"] * 5)
 
     assert run_in(2, body) == [[0.0, 2.0, 4.0, 6.0, 8.0], []]
 

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from spo.scenes import world
+from tools.scenes import draws
 from tools.scenes.fit import fit
 from tools.scenes.render import SIZE, render
 from tools.scenes.tokenizer import save as save_tokenizer
@@ -39,8 +40,8 @@ def random_scenes(n: int, seed: int, skew: float = 1.0) -> tuple[Tensor, Tensor,
     for start in tqdm(range(0, n, 1000), desc="render", mininterval=5):
         generator = torch.Generator().manual_seed(seed * 1_000_003 + start)
         count = min(1000, n - start)
-        attributes = world.random_attributes(count, generator)
-        quality = world.random_quality(count, generator) ** skew
+        attributes = draws.random_attributes(count, generator)
+        quality = draws.random_quality(count, generator) ** skew
         pixels = ((render(attributes, quality, generator) + 1) * 127.5).round().to(torch.uint8)
         parts.append((attributes, quality, pixels, world.captions(attributes, generator)))
     columns = [torch.cat([p[i] for p in parts]) for i in range(3)]

@@ -19,6 +19,7 @@ from spo.diffusion.noise import SampleNoise
 from spo.diffusion.rollout import sample_latents
 from spo.diffusion.schedule import Schedule
 from spo.scenes import world
+from tools.scenes import draws
 
 BATCH = 16  # pictures at a time; one thread draws as many a second in batches of 16 to 128
 
@@ -43,7 +44,7 @@ GENERATORS = (
 def different_captions(n: int, seed: int) -> list[str]:
     """n captions, all different."""
     generator = torch.Generator().manual_seed(seed)
-    attributes = world.random_attributes(2 * n + 100, generator)
+    attributes = draws.random_attributes(2 * n + 100, generator)
     return list(dict.fromkeys(world.captions(attributes, generator)))[:n]
 
 
@@ -53,7 +54,7 @@ def draw_captions(n: int, seed: int, without: Sequence[str] = ()) -> list[str]:
     excluded = set(without)
     drawn: list[str] = []
     while len(drawn) < n:
-        attributes = world.random_attributes(n, generator)
+        attributes = draws.random_attributes(n, generator)
         drawn += [c for c in world.captions(attributes, generator) if c not in excluded]
     return drawn[:n]
 

@@ -16,7 +16,7 @@ from spo.scenes import world
 from spo.scenes.oracle import Perception
 from spo.scenes.world import ABSENT, CHOICES
 from tools import scenes as world_build
-from tools.scenes import clips, contrastive, preferences, probes, shards, tokenizer, words
+from tools.scenes import clips, contrastive, draws, preferences, probes, shards, tokenizer, words
 from tools.scenes.annotators import Annotators
 from tools.scenes.base_model import random_scenes, to_float
 from tools.scenes.clips import Judgements
@@ -124,14 +124,14 @@ def _join(a: Judgements, b: Judgements) -> Judgements:
 def _rendered_pairs(n: int, seed: int) -> Judgements:
     """Rendered pictures of a caption; half of the time one picture has one or two attributes wrong."""
     generator = torch.Generator().manual_seed(seed)
-    asked = world.random_attributes(n, generator)
+    asked = draws.random_attributes(n, generator)
     captions = world.captions(asked, generator)
     annotators = Annotators.draw(preferences.ANNOTATORS, generator)
     who = torch.randint(preferences.ANNOTATORS, (n,), generator=generator)
     pixels, values = [], []
     for side in (0, 1):
         shown = _altered(asked, generator) if side else asked
-        quality = world.random_quality(n, generator)
+        quality = draws.random_quality(n, generator)
         images = [render(shown[i : i + 1000], quality[i : i + 1000], generator) for i in range(0, n, 1000)]
         pixels.append(((torch.cat(images) + 1) * 127.5).round().to(torch.uint8))
         named = asked != ABSENT

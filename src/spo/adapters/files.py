@@ -40,11 +40,7 @@ class Source:
 
 
 def find(path: Path) -> Source:
-    """Recognise the model at a path.
-
-    Raises:
-        ValueError: no such path, no supported model, or more than one candidate.
-    """
+    """Recognise the model at a path; more than one candidate is refused."""
     if path.is_file():
         return _of_file(path)
     if not path.is_dir():

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -87,9 +87,7 @@ class Description:
 def describe(settings: config.Backbone) -> Description:
     """Read what a diffusers folder, a single .safetensors file or a hub id announces.
 
-    Raises:
-        ValueError: no such checkpoint, no network, another family, parts that do not fit each other, or a
-            model that is not a text-to-image DDPM in discrete time.
+    Refused is what is not a text-to-image DDPM in discrete time, and parts that do not fit each other.
     """
     name, revision, where = settings.described_by, settings.revision, described_where(settings)
     if settings.is_single_file:
@@ -133,7 +131,7 @@ def config_file(name: str, revision: str | None, file: str, where: str) -> dict[
         path = Path(name, file) if local else Path(hf_hub_download(name, file, revision=revision))
         return path.read_text(encoding="utf-8")
 
-    return json_object(reach(f"{where}: {file}", name, load), f"{where}: {file}")
+    return json_object(hub.reach(f"{where}: {file}", name, load), f"{where}: {file}")
 
 
 def json_object(text: str, place: str) -> dict[str, Any]:
@@ -145,19 +143,6 @@ def json_object(text: str, place: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{place} must be a JSON object, not a {type(content).__name__}")
     return content
-
-
-def reach(where: str, name: str, loader: Callable[[], Any]) -> Any:
-    """Call a loader for the path or hub id `name`; any error but a lack of memory becomes one line."""
-    try:
-        hub.check(name)
-        return loader()
-    except MemoryError:
-        raise
-    except Exception as error:  # these loaders and the hub's client raise dozens of types
-        if "out of memory" in str(error) or "can't allocate memory" in str(error):
-            raise
-        raise ValueError(f"{where}: cannot be loaded ({hub.reason(name, error)})") from None
 
 
 def latent_side(sample_size: Any) -> int:

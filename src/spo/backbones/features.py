@@ -1,4 +1,4 @@
-"""The down path of a base's UNet as a `types.FeatureModel`: what a latent reward model is made of.
+"""The down path of a base's UNet: what a latent reward model is made of.
 
 The copy is a UNet of diffusers without its up blocks, so its own forward pass runs the timestep embedding,
 SDXL's added conditions, the down blocks and the mid block, for both families.
@@ -40,10 +40,12 @@ class DownPath(nn.Module):
         self.eval().requires_grad_(False)
 
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
+        """Text for `features`, and as `pooled` its [B,text_width]; with gradients where they are trained."""
         with self._autocast(self.text_encoders[0].dtype):
             return self._text(prompts)
 
     def empty_prompt(self) -> Conditioning:
+        """The empty prompt, encoded once while the text encoders are frozen."""
         if any(weight.requires_grad for weight in self.text_encoders.parameters()):
             self._empty = None
             return self.encode_prompts([""])
@@ -54,6 +56,8 @@ class DownPath(nn.Module):
     def features(
         self, x_t: Tensor, timesteps: Tensor, conditioning: Conditioning
     ) -> tuple[list[Tensor], Tensor]:
+        """Means over h and w of each down block's last state [B,width] before downsampling, and of the mid
+        block's; fp32."""
         states: list[Tensor] = []
         hooks = [
             block.register_forward_hook(lambda block, _, output: states.append(_last(block, output[1])))
@@ -81,6 +85,7 @@ class DownPath(nn.Module):
             self.unet.unload_lora()
 
     def checkpoint_gradients(self) -> None:
+        """Recompute activations in the backward pass instead of storing them."""
         self.unet.enable_gradient_checkpointing()
         for encoder in self.text_encoders:
             encoder.gradient_checkpointing_enable()

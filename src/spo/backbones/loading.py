@@ -10,12 +10,14 @@ import torch
 
 from spo import config
 from spo.backbones import single_file
-from spo.backbones.description import PARTS, PIPELINES, Description, Place, describe, is_number, reach
+from spo.backbones.description import PARTS, PIPELINES, Description, Place, describe, is_number
 from spo.backbones.stable_diffusion import StableDiffusion
-from spo.backbones.tensors import check_finite, check_names
+from spo.backbones.tensors import check_finite
 from spo.backbones.text import text_of
 from spo.backbones.weight_files import by_folder, choose_variants
 from spo.backbones.weights import read
+from spo.data.weights import check_keys
+from spo.runtime import hub
 from spo.types import Budget
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -24,18 +26,14 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 def load(
     settings: config.Backbone, device: torch.device | str, budget: Budget | None = None
 ) -> StableDiffusion:
-    """Load a checkpoint from a diffusers folder, a single .safetensors file or a hub id.
-
-    Raises:
-        ValueError: as `describe`, and for parts that are missing, damaged or do not fit each other.
-    """
+    """Load a checkpoint from a diffusers folder, a single .safetensors file or a hub id."""
     return load_described(describe(settings), device, budget)
 
 
 def load_described(
     description: Description, device: torch.device | str, budget: Budget | None = None
 ) -> StableDiffusion:
-    """Load the weights of a checkpoint that `describe` has read; raises as `load`."""
+    """Load the weights of a checkpoint that `describe` has read."""
     settings = description.settings
     dtype, sdxl = DTYPES[settings.dtype], settings.family == "sdxl"
     given: dict[str, Any] = {"scheduler": description.scheduler}
@@ -48,7 +46,7 @@ def load_described(
     for name, part in pipeline.components.items():
         if isinstance(part, torch.nn.Module):
             place = f"{description.where}: {name}"
-            check_names(place, (n for n, parameter in part.named_parameters() if parameter.is_meta), ())
+            check_keys((n for n, parameter in part.named_parameters() if parameter.is_meta), (), place)
             check_finite(part, place)
     pipeline.to(device)
     if sdxl and dtype == torch.float16 and (settings.vae is None or pipeline.vae.config.force_upcast):
@@ -71,14 +69,14 @@ def _of_folder(description: Description, dtype: torch.dtype, given: dict[str, An
     settings, where = description.settings, description.where
     name, revision, classes = settings.checkpoint, settings.revision, PARTS[settings.family]
     names = [part for part in classes if part not in given]
-    files = reach(where, name, lambda: by_folder(name, revision))
+    files = hub.reach(where, name, lambda: by_folder(name, revision))
     variants = choose_variants({part: files.get(part, []) for part in names}, settings.variant, where)
     parts = {
         part: _part(classes[part], Place(name, revision, part), variants[part], dtype, f"{where}: {part}")
         for part in names
     }
     kind = _pipeline_class(settings.family)
-    return reach(where, name, lambda: kind.from_pretrained(name, revision=revision, **given, **parts))
+    return hub.reach(where, name, lambda: kind.from_pretrained(name, revision=revision, **given, **parts))
 
 
 def _of_file(description: Description, dtype: torch.dtype, given: dict[str, Any]) -> Any:
@@ -96,7 +94,7 @@ def _of_file(description: Description, dtype: torch.dtype, given: dict[str, Any]
                 f"{described_by} describes: damaged, or backbone.config of another model"
             ) from None
 
-    pipeline = reach(where, described_by, load)
+    pipeline = hub.reach(where, described_by, load)
     weights = read(Path(settings.checkpoint))
     parts = {"unet": single_file.UNET} | ({} if "vae" in given else {"vae": single_file.VAE})
     for part, prefix in parts.items():  # diffusers drops what it does not know
@@ -118,7 +116,7 @@ def _pipeline_class(family: str) -> Any:
 def _vae(description: Description, dtype: torch.dtype) -> Any:
     """The autoencoder of `backbone.vae`."""
     place, where = description.vae_place, f"backbone.vae: {description.settings.vae}"
-    files = reach(where, place.name, lambda: by_folder(place.name, place.revision))
+    files = hub.reach(where, place.name, lambda: by_folder(place.name, place.revision))
     variants = choose_variants({"vae": files.get(place.subfolder, [])}, None, where)
     return _part("AutoencoderKL", place, variants["vae"], dtype, where)
 
@@ -135,12 +133,12 @@ def _part(kind: str, place: Place, variant: str | None, dtype: torch.dtype, wher
         return cls.from_pretrained(place.name, output_loading_info=True, **options)
 
     with _quiet():
-        model, report = reach(where, place.name, load)
+        model, report = hub.reach(where, place.name, load)
     missing, unknown = (
         [name for name in report[key] if not name.endswith("position_ids")]
         for key in ("missing_keys", "unexpected_keys")
     )
-    check_names(where, missing, unknown)
+    check_keys(missing, unknown, where)
     return model
 
 

@@ -1,19 +1,7 @@
-"""Refuse weights that are incomplete or not finite when they are loaded."""
-
-from collections.abc import Iterable
+"""Refuse weights that are not finite when they are loaded."""
 
 import torch
 from torch import nn
-
-
-def check_names(where: str, missing: Iterable[str], unknown: Iterable[str]) -> None:
-    """Refuse files without a tensor of the model, or with one that it has not."""
-    for title, names in (("lacks", sorted(missing)), ("has unknown", sorted(unknown))):
-        if names:
-            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            raise ValueError(
-                f"{where} {title} tensors: {names[0]}{more}; damaged, or of another model: get it again"
-            )
 
 
 def check_finite(module: nn.Module, where: str) -> None:

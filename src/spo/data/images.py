@@ -63,11 +63,16 @@ def fit(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     height, width = size
     factor = max(height / image.height, width / image.width)
     new = (max(width, round(image.width * factor)), max(height, round(image.height * factor)))
-    left, top = (new[0] - width) // 2, (new[1] - height) // 2
+    return resize_and_crop(image, new, (width, height))
+
+
+def resize_and_crop(image: Image.Image, new: tuple[int, int], size: tuple[int, int]) -> Image.Image:
+    """Resize (bicubic) to `new`, then centre-crop to `size`, both (W, H)."""
+    (width, height), (left, top) = size, ((n - s) // 2 for n, s in zip(new, size, strict=True))
     if max(image.size) > LONG * min(image.size):  # resizing all of 4000 x 1 pixels would take gigabytes
         x, y = image.width / new[0], image.height / new[1]
         right, bottom = min(image.width, (left + width) * x), min(image.height, (top + height) * y)
-        return image.resize((width, height), Image.Resampling.BICUBIC, (left * x, top * y, right, bottom))
+        return image.resize(size, Image.Resampling.BICUBIC, (left * x, top * y, right, bottom))
     image = image.resize(new, Image.Resampling.BICUBIC)
     return image.crop((left, top, left + width, top + height))
 

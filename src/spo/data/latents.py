@@ -109,8 +109,6 @@ def encode(
         seed: of samples of the VAE's posterior, whose noise belongs to the image; None: the posterior's mean.
 
     Raises:
-        ValueError: latents that are NaN, infinite or beyond the range of float16, or another number of pairs.
-        OSError: not enough space on the disk.
         TransientError: as `distributed.wait_for`, of the other processes.
     """
     done, shape = folder / COMPLETE, (2, *backbone.latent_shape)

@@ -34,7 +34,7 @@ from spo.preference.model import ClipRewardModel
 from spo.preference.step_aware import StepAwareTask
 from spo.runtime.files import read_json
 from spo.training import loop, optimizer, placement
-from spo.training.alignment import Alignment
+from spo.training.alignment import Alignment, make_trainable
 from spo.training.compute import TRAINED
 from spo.training.state import TrainingState
 from spo.types import Budget, Objective
@@ -146,12 +146,7 @@ def _align(params: Params, variant: str | None, base: Any, found: Count) -> None
     cost, run = (spec.cost(p, base.scheduler_config) for p in (params, short))
     found.text = cost.text
     method = _method(short, name, base)
-    if section.lora is None:
-        base.train_fully()
-    else:
-        base.add_lora(section.lora, 0)
-    if base.budget.checkpointing:
-        base.checkpoint_gradients()
+    make_trainable(base, section.lora, 0)
     samples = cost.updates / (1 + TRAINED) / (1 + is_guided(method.guidance))
     rollouts = 1.0
     if isinstance(section, Stepwise):  # half of a rollout grows as the UNet's samples, half as what is scored

@@ -34,7 +34,6 @@ class CachedGaps:
         """The gaps of the next buffer; None in all processes but the main one.
 
         Raises:
-            ValueError: a score that is not finite.
             TransientError: as `distributed.wait_for`, of the other processes.
         """
         number, read = self._next, _digest(pairs)

@@ -21,13 +21,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from spo.config import DiffusionDpo, Params
+from spo.data.latents import EncodedPairs
 from spo.diffusion.noise import SampleNoise, shuffled
 from spo.diffusion.schedule import Schedule
 from spo.methods.spec import Cost, MethodSpec
 from spo.runtime.transfer import send
 from spo.training import distributed
 from spo.training.compute import TRAINED
-from spo.types import Backbone, Conditioning, LatentPairs, UNetBatch
+from spo.types import Backbone, Conditioning, UNetBatch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +79,7 @@ class DiffusionDpoMethod:
 
     guidance = 1.0
 
-    def __init__(self, config: DiffusionDpo, schedule: Schedule, pairs: LatentPairs, seed: int) -> None:
+    def __init__(self, config: DiffusionDpo, schedule: Schedule, pairs: EncodedPairs, seed: int) -> None:
         """Ties are left out, as in the official code; `schedule` lies on the backbone's device."""
         self.config, self.schedule, self.pairs, self.seed = config, schedule, pairs, seed
         self.iterations = config.iterations

@@ -27,12 +27,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from spo.backbones.features import DownPath
 from spo.config import LatentPreference
+from spo.data import weights
 from spo.diffusion.denoiser import is_guided
 from spo.preference import checkpoint
 from spo.preference.checkpoint import CONFIG, WEIGHTS
 from spo.runtime.files import read_json
-from spo.types import Backbone, Candidates, Conditioning, FeatureModel
+from spo.types import Backbone, Candidates, Conditioning
 
 EMPTY = "empty "  # prefix of the empty prompt's tensors in a Conditioning
 PROBE_TOLERANCE = 0.03  # of the probe's norm; fp16 and bf16 change a VAE's latents by less
@@ -41,7 +43,7 @@ PROBE_TOLERANCE = 0.03  # of the probe's norm; fp16 and bf16 change a VAE's late
 class LatentPreferenceModel(nn.Module):
     """A base's down path with a head on its pooled features."""
 
-    def __init__(self, encoder: FeatureModel, feature_guidance: float) -> None:
+    def __init__(self, encoder: DownPath, feature_guidance: float) -> None:
         """
         Args:
             encoder: its weights become part of the model.
@@ -140,9 +142,8 @@ class LatentPreferenceModel(nn.Module):
         encoder = backbone.feature_model()
         _check_base(folder, settings, encoder, backbone)
         model = cls(encoder, settings["feature_guidance"])
-        checkpoint.load_strictly(
-            model, checkpoint.read_tensors(folder / WEIGHTS), folder / WEIGHTS, "this base"
-        )
+        where = str(folder / WEIGHTS)
+        weights.fill(model, weights.load_state(folder / WEIGHTS, where), where)
         return model.to(backbone.device).eval()
 
 
@@ -189,7 +190,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     return settings
 
 
-def _base(encoder: FeatureModel, backbone: Backbone) -> dict[str, Any]:
+def _base(encoder: DownPath, backbone: Backbone) -> dict[str, Any]:
     """What the base of a model and that of the policy must have in common."""
     return {
         "channels of the latents": backbone.latent_shape[0],
@@ -199,7 +200,7 @@ def _base(encoder: FeatureModel, backbone: Backbone) -> dict[str, Any]:
     }
 
 
-def _check_base(folder: Path, settings: dict[str, Any], encoder: FeatureModel, backbone: Backbone) -> None:
+def _check_base(folder: Path, settings: dict[str, Any], encoder: DownPath, backbone: Backbone) -> None:
     """Refuse a model that scores latents of another base or VAE."""
     advice = "train it again by `spo preference latent`"
     for what, expected in _base(encoder, backbone).items():

@@ -18,18 +18,18 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoTokenizer, CLIPConfig, CLIPModel
 
+from spo.data import weights
 from spo.data.images import CLIP_MEAN, CLIP_STD
 from spo.data.preprocessing import OPENAI, announced
 from spo.data.tokens import tokenize
 from spo.preference import checkpoint as checkpoint_files
 from spo.preference.checkpoint import CONFIG, WEIGHTS
 from spo.runtime import hub
-from spo.runtime.files import atomic, read_json
+from spo.runtime.files import read_json
 from spo.runtime.transfer import send
 from spo.types import Candidates, Conditioning
 
@@ -62,7 +62,7 @@ class StepAwarePreferenceModel(nn.Module):
         cls, name: str, step_condition: bool = True, revision: str | None = None
     ) -> StepAwarePreferenceModel:
         """Load any CLIP-format folder or hub id in fp32, with modulation at identity."""
-        model = cls(_clip(name, revision, "preference.init"), step_condition)
+        model = cls(weights.load_clip(name, revision, "preference.init"), step_condition)
         own = announced(name, revision, model.image_size, "preference.init")
         if not all(map(torch.equal, own, OPENAI)):
             raise ValueError(
@@ -74,10 +74,10 @@ class StepAwarePreferenceModel(nn.Module):
     @classmethod
     def from_official_checkpoint(cls, path: str | Path, config: CLIPConfig) -> StepAwarePreferenceModel:
         """Load a released `*_step-aware_preference_model.bin`; `config` is that of its CLIP."""
-        state = checkpoint_files.read_tensors(Path(path))
+        state = weights.load_state(Path(path), str(path))
         state = {k: v.float() for k, v in state.items() if not k.endswith("position_ids")}
         model = cls(CLIPModel(config))
-        checkpoint_files.load_strictly(model, state, path, "this CLIP config")
+        weights.fill(model, state, str(path))
         return model.eval()
 
     @classmethod
@@ -88,8 +88,9 @@ class StepAwarePreferenceModel(nn.Module):
         settings = read_json(folder / CONFIG, "preference model")
         step_condition = settings.pop("step_condition", True)
         model = cls(CLIPModel(CLIPConfig.from_dict(settings)), step_condition)
-        state = {f"model.{k}": v.float() for k, v in checkpoint_files.read_tensors(folder / WEIGHTS).items()}
-        checkpoint_files.load_strictly(model, state, folder / WEIGHTS, "this CLIP config")
+        where = str(folder / WEIGHTS)
+        state = weights.load_state(folder / WEIGHTS, where)
+        weights.fill(model, {f"model.{k}": v.float() for k, v in state.items()}, where)
         return model.eval()
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -97,11 +98,6 @@ class StepAwarePreferenceModel(nn.Module):
         settings = {**self.model.config.to_dict(), "step_condition": self.step_condition}
         settings.pop("_name_or_path", None)  # a path of this machine
         checkpoint_files.save(Path(folder), self.model.state_dict(), settings)
-
-    def save_official_checkpoint(self, path: str | Path) -> None:
-        """Write the format of the released SPMs: a state dict whose keys start with `model.`."""
-        with atomic(Path(path)) as partial:
-            torch.save({k: v.detach().cpu() for k, v in self.state_dict().items()}, partial)
 
     def set_logit_scale(self, logit_scale: float) -> None:
         """Set exp(logit_scale).
@@ -214,34 +210,11 @@ def load_reward_model(folder: str | Path, device: torch.device | str) -> ClipRew
     return ClipRewardModel(model, load_tokenizer(str(folder)))
 
 
-def clip_text_projection(name: str, revision: str | None = None) -> Tensor:
-    """The text projection [out,in] of a CLIP-format folder or hub id."""
-    return _clip(name, revision, "latent_preference.text_projection").text_projection.weight.detach()
-
-
-def _clip(name: str, revision: str | None, key: str) -> Any:
-    """A CLIPModel in fp32; `key` of params.yaml names it in messages."""
-    try:
-        hub.check(name)
-        settings: dict[str, Any] = {"revision": revision, "dtype": torch.float32}
-        loaded: Any = CLIPModel.from_pretrained(name, output_loading_info=True, **settings)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise ValueError(f"{key}: {name} cannot be loaded ({hub.reason(name, error)})") from None
-    clip, info = loaded
-    if missing := sorted(info["missing_keys"]):
-        raise ValueError(f"{key}: {name} is an incomplete CLIP: {missing[0]} is missing")
-    return clip
-
-
 def load_tokenizer(name: str, revision: str | None = None) -> Any:
     """Load the tokenizer of a CLIP's folder or hub id."""
-    try:
-        hub.check(name)
-        return AutoTokenizer.from_pretrained(name, revision=revision)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"{name}: no tokenizer can be loaded from there ({hub.reason(name, error)})"
-        ) from None
+    return hub.reach(
+        f"{name}: tokenizer", name, lambda: AutoTokenizer.from_pretrained(name, revision=revision)
+    )
 
 
 def token_ids(tokenizer: Any, prompts: Sequence[str], model: StepAwarePreferenceModel) -> Tensor:

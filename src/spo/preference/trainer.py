@@ -12,6 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from spo.config import LatentPreference, Preference
+from spo.data.latents import EncodedPairs
 from spo.diffusion.finite import FiniteCheck
 from spo.diffusion.noise import shuffled
 from spo.runtime.transfer import send
@@ -19,7 +20,7 @@ from spo.training import distributed, loop
 from spo.training.checkpoint import CheckpointStore
 from spo.training.clock import Clock
 from spo.training.placement import lower
-from spo.types import Backbone, Batch, LatentPairs, Mean, RewardModel
+from spo.types import Backbone, Batch, Mean, RewardModel
 
 
 def preference_loss(score_0: Tensor, score_1: Tensor, label_0: Tensor) -> Tensor:
@@ -91,7 +92,7 @@ class PreferenceTask(Protocol):
 
 def train(
     task: PreferenceTask,
-    pairs: LatentPairs,
+    pairs: EncodedPairs,
     *,
     seed: int,
     checkpoint: CheckpointStore | None = None,
@@ -134,7 +135,7 @@ class PairBatch(Batch):
 class LabelObjective:
     """The preference model learns which image of a noised pair the annotator preferred (Sec. 4.2)."""
 
-    def __init__(self, task: PreferenceTask, pairs: LatentPairs, seed: int) -> None:
+    def __init__(self, task: PreferenceTask, pairs: EncodedPairs, seed: int) -> None:
         self.task, self.pairs, self.settings, self.seed = task, pairs, task.settings, seed
         self.name, self.iterations = task.name, task.settings.steps
 
@@ -185,7 +186,7 @@ class LabelObjective:
 
 def _inputs(
     task: PreferenceTask,
-    pairs: LatentPairs,
+    pairs: EncodedPairs,
     indices: Tensor,
     timesteps: Tensor,
     noise: Tensor | None,
@@ -205,7 +206,7 @@ def _inputs(
 
 @torch.no_grad()
 def evaluate(
-    task: PreferenceTask, pairs: LatentPairs, timesteps: Sequence[int], *, seed: int
+    task: PreferenceTask, pairs: EncodedPairs, timesteps: Sequence[int], *, seed: int
 ) -> dict[int, dict[str, float]]:
     """Share of clear labels (no ties) that the model agrees with, at each timestep: {t: {accuracy, n}}.
 

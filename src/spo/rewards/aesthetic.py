@@ -10,8 +10,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from spo import config
+from spo.data import weights
 from spo.data.preprocessing import announced
-from spo.rewards import clip, weights
+from spo.rewards import clip
 from spo.rewards.pixels import preprocess
 from spo.rewards.scorer import BatchedScorer
 from spo.runtime import hub
@@ -63,14 +64,11 @@ class Aesthetic(BatchedScorer):
 
     name = "aesthetic"
 
-    def __init__(
-        self, settings: config.AestheticConfig, *, device: torch.device | str = "cpu", batch_size: int = 32
-    ) -> None:
-        super().__init__(settings.image_size, device, batch_size)
+    def load(self, settings: config.AestheticConfig) -> None:
         source = settings.clip, settings.revision, self.size, "score.aesthetic.clip"
-        self.clip = clip.load_model(*source, device)
+        self.clip = clip.load_model(*source, self.device)
         self.normalisation = announced(*source)
-        self.head = AestheticHead.load(hub.local(settings.head)).to(device)
+        self.head = AestheticHead.load(hub.local(settings.head)).to(self.device)
         width, expected = self.clip.config.projection_dim, self.head.layers[0].in_features
         if width != expected:
             raise ValueError(

@@ -10,30 +10,23 @@ from torch.nn.functional import cosine_similarity
 from transformers import CLIPModel, CLIPTokenizer
 
 from spo import config
+from spo.data import weights
 from spo.data.preprocessing import announced
 from spo.data.tokens import tokenize
-from spo.rewards import weights
 from spo.rewards.scorer import BatchedScorer
-from spo.runtime.hub import split_revision
+from spo.runtime import hub
 
 
 class ClipScorer(BatchedScorer):
     """A scorer by a frozen CLIP with its tokenizer."""
 
-    def __init__(
-        self,
-        settings: config.PickScoreConfig | config.ClipScoreConfig,
-        *,
-        device: torch.device | str = "cpu",
-        batch_size: int = 32,
-    ) -> None:
-        super().__init__(settings.image_size, device, batch_size)
+    def load(self, settings: config.PickScoreConfig | config.ClipScoreConfig) -> None:
         section = f"score.{self.name}"
         model = settings.model, settings.revision
-        self.model = load_model(*model, self.size, f"{section}.model", device)
+        self.model = load_model(*model, self.size, f"{section}.model", self.device)
         text: Any = self.model.config.text_config
         own = settings.processor is None
-        name, revision = model if own else split_revision(str(settings.processor))
+        name, revision = model if own else hub.split_revision(str(settings.processor))
         key = f"{section}.model" if own else f"{section}.processor"
         self.tokenizer = load_tokenizer(name, revision, text.vocab_size, key)
         self.normalisation = announced(name, revision, self.size, key)
@@ -59,9 +52,7 @@ def load_model(
     name: str, revision: str | None, image_size: int, key: str, device: torch.device | str
 ) -> CLIPModel:
     """Load a frozen fp32 CLIP from a folder or hub id; `key` is the params key that names it."""
-    how: dict[str, Any] = {"revision": revision, "dtype": torch.float32, "output_loading_info": True}
-    model, report = weights.reach(lambda: CLIPModel.from_pretrained(name, **how), name, key)
-    weights.check_keys(report["missing_keys"], (), f"{key}: {name}")
+    model = weights.load_clip(name, revision, key)
     weights.check_image_size(model.config.vision_config.image_size, image_size, key.rpartition(".")[0])
     return model.eval().requires_grad_(False).to(device)
 

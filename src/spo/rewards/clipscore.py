@@ -8,11 +8,9 @@ Departures from the published formula:
 
 from collections.abc import Sequence
 
-import torch
 from PIL import Image
 from torch import Tensor
 
-from spo import config
 from spo.rewards.clip import ClipScorer
 
 
@@ -21,12 +19,6 @@ class ClipScore(ClipScorer):
 
     name = "clipscore"
 
-    def __init__(
-        self, settings: config.ClipScoreConfig, *, device: torch.device | str = "cpu", batch_size: int = 32
-    ) -> None:
-        super().__init__(settings, device=device, batch_size=batch_size)
-        self.weight = settings.weight
-        self.prefix = f"{settings.prefix.strip()} " if settings.prefix else ""
-
     def score_batch(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
-        return self.weight * self.cosine(images, [f"{self.prefix}{p}" for p in prompts]).clamp(min=0)
+        prefix = f"{self.settings.prefix.strip()} " if self.settings.prefix else ""
+        return self.settings.weight * self.cosine(images, [f"{prefix}{p}" for p in prompts]).clamp(min=0)

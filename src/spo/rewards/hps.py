@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import open_clip
-import torch
 from open_clip.tokenizer import SimpleTokenizer
 from PIL import Image
 from torch import Tensor
@@ -17,8 +16,9 @@ from torch.nn.functional import cosine_similarity, interpolate, pad
 from transformers import CLIPTokenizer
 
 from spo import config
+from spo.data import weights
 from spo.data.preprocessing import OPENAI, Normalisation, read_normalisation
-from spo.rewards import clip, weights
+from spo.rewards import clip
 from spo.rewards.pixels import normalise, to_unit
 from spo.rewards.scorer import BatchedScorer
 from spo.runtime import hub
@@ -44,17 +44,14 @@ class Hps(BatchedScorer):
 
     name = "hps"
 
-    def __init__(
-        self, settings: config.HpsConfig, *, device: torch.device | str = "cpu", batch_size: int = 32
-    ) -> None:
-        super().__init__(settings.image_size, device, batch_size)
+    def load(self, settings: config.HpsConfig) -> None:
         model_config, self.normalisation = _model_config(settings.architecture)
         _say_activation(settings.architecture)
         self.model = _model(model_config, settings.architecture)
         weights.check_image_size(self.model.visual.image_size[0], self.size, "score.hps")
         where = f"score.hps.checkpoint: {settings.checkpoint}"
         weights.fill(self.model, weights.load_state(hub.local(settings.checkpoint), where), where)
-        self.model.eval().requires_grad_(False).to(device)
+        self.model.eval().requires_grad_(False).to(self.device)
         self.tokenizer = _tokenizer(settings, self.model.vocab_size)
 
     def preprocess(self, image: Image.Image) -> Tensor:

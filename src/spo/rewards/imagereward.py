@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from transformers import BertTokenizer, BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
 
 from spo import config
+from spo.data import weights
 from spo.data.tokens import tokenize
-from spo.rewards import weights
 from spo.rewards.aesthetic import linear_head
 from spo.rewards.scorer import BatchedScorer
 from spo.runtime import hub
@@ -89,11 +89,8 @@ class ImageReward(BatchedScorer):
 
     name = "imagereward"
 
-    def __init__(
-        self, settings: config.ImageRewardConfig, *, device: torch.device | str = "cpu", batch_size: int = 32
-    ) -> None:
-        super().__init__(settings.image_size, device, batch_size)
-        self.model = load_model(settings).to(device)
+    def load(self, settings: config.ImageRewardConfig) -> None:
+        self.model = load_model(settings).to(self.device)
         self.tokenizer = load_tokenizer(settings.tokenizer, self.model.text.config.vocab_size)
 
     def score_batch(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:

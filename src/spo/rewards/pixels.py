@@ -4,9 +4,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from spo.data.images import resize_and_crop
 from spo.data.preprocessing import OPENAI, Normalisation
-
-LONG = 16  # aspect ratio above which an image is cropped and resized in one step, to bound the memory
 
 
 def preprocess(image: Image.Image, size: int = 224, normalisation: Normalisation = OPENAI) -> Tensor:
@@ -18,13 +17,7 @@ def preprocess(image: Image.Image, size: int = 224, normalisation: Normalisation
     image = rgb(image)
     short = min(image.size)
     width, height = (size * side // short for side in image.size)
-    left, top = (width - size) // 2, (height - size) // 2
-    if max(image.size) > LONG * short:  # resizing all of 4000 x 1 pixels would take a gigabyte
-        x, y = image.width / width, image.height / height
-        box = (left * x, top * y, min(image.width, (left + size) * x), min(image.height, (top + size) * y))
-        return normalise(to_unit(image.resize((size, size), Image.Resampling.BICUBIC, box)), normalisation)
-    image = image.resize((width, height), Image.Resampling.BICUBIC)
-    return normalise(to_unit(image.crop((left, top, left + size, top + size))), normalisation)
+    return normalise(to_unit(resize_and_crop(image, (width, height), (size, size))), normalisation)
 
 
 def rgb(image: Image.Image) -> Image.Image:

@@ -3,6 +3,7 @@
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from PIL import Image
@@ -20,16 +21,17 @@ class BatchedScorer(ABC):
     name: str
     normalisation: Normalisation = OPENAI
 
-    def __init__(self, image_size: int, device: torch.device | str = "cpu", batch_size: int = 32) -> None:
-        self.size, self.device, self.batch_size = image_size, device, batch_size
+    def __init__(self, settings: Any, *, device: torch.device | str = "cpu", batch_size: int = 32) -> None:
+        self.settings, self.size = settings, settings.image_size
+        self.device, self.batch_size = device, batch_size
+        self.load(settings)
+
+    @abstractmethod
+    def load(self, settings: Any) -> None:
+        """Load the files of the section `settings` onto the device."""
 
     def score(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> list[float]:
-        """Score N images, each for its own prompt; higher is better.
-
-        Raises:
-            ValueError: another number of prompts than images, one that cannot be encoded, or a score that is
-                not finite.
-        """
+        """Score N images, each for its own prompt; higher is better."""
         if len(images) != len(prompts):
             raise ValueError(
                 f"{self.name}: {len(images)} images, but {len(prompts)} prompts; give one prompt per image"

@@ -9,7 +9,7 @@ written %2F. Without a network the cache has to have them.
 
 import re
 import sys
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cache
@@ -162,6 +162,19 @@ def reason(name: str, error: BaseException) -> str:
     """Say in one line why a loader could not read a path or hub id."""
     at, hint = place(name), "; without a network, give the folder of a local copy" if is_hub_id(name) else ""
     return hub_answers.refusal(at.page, at.revision, error) or f"{first_line(error, 200)}{hint}"
+
+
+def reach(where: str, name: str, loader: Callable[[], Any]) -> Any:
+    """Call a loader for the path or hub id `name`; any error but a lack of memory becomes one line."""
+    try:
+        check(name)
+        return loader()
+    except MemoryError:
+        raise
+    except Exception as error:  # these loaders and the hub's client raise dozens of types
+        if "out of memory" in str(error) or "can't allocate memory" in str(error):
+            raise
+        raise ValueError(f"{where}: cannot be loaded ({reason(name, error)})") from None
 
 
 def _as_path(name: str) -> str:

@@ -92,17 +92,18 @@ def _step_aware(params: Params, settings: Preference, backbone: Backbone) -> Ste
 def _latent(params: Params, settings: LatentPreference, backbone: Backbone) -> LatentTask:
     import torch
 
+    from spo.data.weights import load_clip
     from spo.diffusion.schedule import Schedule
     from spo.preference.latent import LatentPreferenceModel
     from spo.preference.latent_training import LatentTask
-    from spo.preference.model import clip_text_projection
 
     schedule = Schedule.from_config(backbone.scheduler_config, settings.num_inference_steps)
     torch.manual_seed(params.seed)  # the visual projection is drawn at random
     model = LatentPreferenceModel(backbone.feature_model(), settings.feature_guidance)
     if settings.text_projection is not None:
-        weight = clip_text_projection(settings.text_projection, settings.revision)
-        model.start_text_projection(weight, settings.text_projection)
+        key = "latent_preference.text_projection"
+        clip = load_clip(settings.text_projection, settings.revision, key)
+        model.start_text_projection(clip.text_projection.weight, settings.text_projection)
     place = backbone.device
     return LatentTask(model.to(place), backbone, schedule.to(place), settings, params.seed)
 

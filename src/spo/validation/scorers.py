@@ -76,9 +76,12 @@ class _Seen(BatchedScorer):
     name = "aesthetic"
 
     def __init__(self, scorer: Aesthetic, images: Sequence[Any], features: Tensor) -> None:
-        super().__init__(scorer.size, scorer.device, scorer.batch_size)
+        super().__init__(scorer.settings, device=scorer.device, batch_size=scorer.batch_size)
         self.head = scorer.head
         self.features = {id(image): row for image, row in zip(images, features, strict=True)}
+
+    def load(self, settings: Any) -> None:
+        """Nothing: the scorer is loaded."""
 
     def score_batch(self, images: Sequence[Any], prompts: Sequence[str]) -> Tensor:
         return self.head(torch.stack([self.features[id(image)] for image in images]))

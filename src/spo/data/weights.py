@@ -1,6 +1,6 @@
-"""Read the files of a scorer; for what is missing, damaged or does not fit, one line names the params key."""
+"""Read the files of a CLIP or a scorer: what is missing, damaged or does not fit is refused in one line."""
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +13,6 @@ from spo.runtime.files import read_json
 from spo.runtime.messages import first_line
 
 
-def reach(loader: Callable[[], Any], name: str, key: str) -> Any:
-    """Load a folder or hub id `name`; `key` is the params key that names it."""
-    try:
-        hub.check(name)
-    except ValueError as error:
-        raise ValueError(f"{key}: {error}") from None
-    try:
-        return loader()
-    except Exception as error:  # transformers, safetensors and the hub's client raise many types
-        raise ValueError(f"{key}: {name} cannot be loaded ({hub.reason(name, error)})") from None
-
-
 def read_config(file: Path, key: str, keys: Collection[str] = ()) -> dict[str, Any]:
     """Read a JSON object with at least `keys`; `key` is the params key that names the file."""
     try:
@@ -34,9 +22,22 @@ def read_config(file: Path, key: str, keys: Collection[str] = ()) -> dict[str, A
     return content
 
 
+def load_clip(name: str, revision: str | None, key: str) -> Any:
+    """Load a complete CLIP in fp32 from a folder or hub id; `key` is the params key that names it."""
+    from transformers import CLIPModel
+
+    how: dict[str, Any] = {"revision": revision, "dtype": torch.float32, "output_loading_info": True}
+    where = f"{key}: {name}"
+    model, report = hub.reach(where, name, lambda: CLIPModel.from_pretrained(name, **how))
+    check_keys(report["missing_keys"], (), where)
+    return model
+
+
 def load_tokenizer(cls: Any, name: str, revision: str | None, key: str, files: str) -> Any:
     """Load a tokenizer of transformers' class `cls` from a folder or hub id, which must have its `files`."""
-    tokenizer = reach(lambda: cls.from_pretrained(name, revision=revision or "main"), name, key)
+    tokenizer = hub.reach(
+        f"{key}: {name}", name, lambda: cls.from_pretrained(name, revision=revision or "main")
+    )
     if len(tokenizer) <= len(tokenizer.all_special_ids):  # transformers' result for a folder without one
         kind = cls.__name__.removesuffix("Tokenizer").upper()
         raise ValueError(f"{key}: {name} has no {kind} tokenizer ({files})")
@@ -68,12 +69,14 @@ def fill(model: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
     check_keys(result.missing_keys, result.unexpected_keys, where)
 
 
-def check_keys(missing: Collection[str], unexpected: Collection[str], where: str) -> None:
+def check_keys(missing: Iterable[str], unexpected: Iterable[str], where: str) -> None:
     """Refuse missing and unexpected weights: missing ones would silently stay random."""
     for kind, keys in (("lacks", sorted(missing)), ("has unknown", sorted(unexpected))):
         if keys:
             more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
-            raise ValueError(f"{where} {kind} weights: {keys[0]}{more}; not a checkpoint of this model")
+            raise ValueError(
+                f"{where} {kind} weights: {keys[0]}{more}; damaged, or not a checkpoint of this model"
+            )
 
 
 def check_image_size(of_model: int, configured: int, key: str) -> None:

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from spo.rewards import weights
+from spo.data import weights
 
 
 def test_a_torch_file_without_weights_is_refused(tmp_path) -> None:
