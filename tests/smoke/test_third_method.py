@@ -14,7 +14,11 @@ from pathlib import Path
 import pytest
 from clones import must, run
 
-pytestmark = [pytest.mark.nightly, pytest.mark.smoke, pytest.mark.timeout(3600)]  # the first test waits for the DAG
+pytestmark = [
+    pytest.mark.nightly,
+    pytest.mark.smoke,
+    pytest.mark.timeout(3600),
+]  # the first test waits for the DAG
 
 ALL = """
 import sys

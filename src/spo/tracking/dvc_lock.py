@@ -3,7 +3,10 @@
 import fcntl
 import hashlib
 import json
-from contextlib import nullcontext
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +18,7 @@ from spo.tracking.provenance import flatten
 
 RESTORE = "resolve its conflict, or restore it by `git checkout dvc.lock`"
 LOCK = Path(".dvc/tmp/lock")  # DVC holds it while it writes dvc.lock, not while a stage runs
+PATIENCE = 60.0  # seconds; a `dvc push` holds the lock for as long as it takes
 
 
 @dataclass(frozen=True)
@@ -68,9 +72,7 @@ def read(path: Path = Path("dvc.lock")) -> dict[str, Entry]:
     """Read all stages by name, in the file's order; none if there is no such file."""
     if not path.exists():
         return {}
-    with LOCK.open(encoding="utf-8") if LOCK.exists() else nullcontext() as lock:
-        if lock is not None:  # where stages run side by side, dvc.lock could be half written
-            fcntl.flock(lock, fcntl.LOCK_SH)
+    with _complete():
         text = read_text(path, "dvc.lock")
     try:
         stages = yaml_text.parse(text, str(path)).get("stages", {})
@@ -79,6 +81,23 @@ def read(path: Path = Path("dvc.lock")) -> dict[str, Entry]:
         raise ValueError(f"{path}: not as DVC writes it; {RESTORE}") from None
     except ValueError as error:
         raise ValueError(f"{error}; {RESTORE}") from None
+
+
+@contextmanager
+def _complete() -> Iterator[None]:
+    """Keep DVC from writing meanwhile: where stages run in parallel, dvc.lock could be half written."""
+    if not os.access(LOCK, os.R_OK):  # no DVC here, or a lock that is not ours to read
+        yield
+        return
+    with LOCK.open(encoding="utf-8") as file:
+        end = time.monotonic() + PATIENCE
+        while time.monotonic() < end:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                time.sleep(0.02)
+        yield
 
 
 def _entry(name: str, stage: dict[str, Any]) -> Entry:
