@@ -7,7 +7,7 @@ from torch import nn
 
 
 def check_names(where: str, missing: Iterable[str], unknown: Iterable[str]) -> None:
-    """Refuse files without a tensor of the model, or with one that it has not."""
+    """Refuse files that lack a tensor of the model, or have one that the model does not have."""
     for title, names in (("lacks", sorted(missing)), ("has unknown", sorted(unknown))):
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""

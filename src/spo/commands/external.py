@@ -144,7 +144,7 @@ def _line(row: Mapping[str, Any]) -> str:
 
 def _read(folder: Path, given: Path | Sequence[str] | None) -> tuple[Sequence[Image.Image], list[str]]:
     """The images in the order of their names (2 before 10) or of an archive, and their prompts."""
-    from spo.data.images import ARCHIVE, Pictures
+    from spo.data.images import ARCHIVE, LazyImages
     from spo.ingest.folders import list_images
     from spo.ingest.prompt_files import read_prompts
 
@@ -153,7 +153,7 @@ def _read(folder: Path, given: Path | Sequence[str] | None) -> tuple[Sequence[Im
     if (folder / ARCHIVE).exists():
         images, prompts = _archived(folder)
     else:
-        images, prompts = Pictures(list_images(folder), lambda paths: map(_open, paths)), []
+        images, prompts = LazyImages(list_images(folder), lambda paths: map(_open, paths)), []
     if isinstance(given, Path):
         prompts, source = read_prompts(given), str(given)
     elif given is not None:

@@ -22,7 +22,7 @@ from spo.diffusion.rollout import sample_latents
 from spo.diffusion.schedule import Schedule
 from spo.estimate import meta, models
 from spo.estimate.count import Base, Count
-from spo.evaluation import local_judgement as local
+from spo.evaluation import candidate_ranking as local
 from spo.methods import method_spec
 from spo.methods.lpo import LpoMethod
 from spo.methods.spo import SpoMethod
@@ -134,8 +134,8 @@ def _local(found: Count, trained: Any, settings: Any) -> None:
     prompts = [PROMPT] * min(settings.local_prompts, local.PROMPTS_AT_ONCE)
     how: Any = {"steps": FEW, "guidance": settings.guidance, "seed": 0}
     found.run(
-        "local judgement",
-        lambda: local.local_judgement(trained.backbone, trained.reward_model(), oracle, prompts, **how),
+        "candidate ranking",
+        lambda: local.candidate_ranking(trained.backbone, trained.reward_model(), oracle, prompts, **how),
         settings.local_prompts / len(prompts) * settings.num_inference_steps / FEW,
     )
 

@@ -1,4 +1,4 @@
-"""Read the files of a scorer; for what is missing, damaged or does not fit, one line names the params key."""
+"""Read the files of a scorer; an error names the params key of a missing, damaged or wrong file."""
 
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
