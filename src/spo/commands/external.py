@@ -1,7 +1,7 @@
 """Generate images by an external model, and score external images, without training.
 
-Not stages of the DAG: `spo generate --lora PATH` generates images, `spo score --images FOLDER --prompts FILE`
-scores them, with the scorers, tables and intervals of the experiment.
+These are no stages of the DAG: `spo generate --lora PATH` generates images, and `spo score --images FOLDER
+--prompts FILE` scores them, with the scorers, tables and intervals of the experiment.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ def tables(
 
 
 def _means(params: Params, scores: DataFrame) -> list[str]:
-    """A line for the mean of each score, with its interval if there are enough prompts for one."""
+    """One line with the mean of each score, with an interval if there are enough prompts."""
     from spo.evaluation import statistics
 
     by_prompt, enough = statistics.prompt_means(scores), params.registry.min_prompts

@@ -35,7 +35,7 @@ class Entry:
 
     @property
     def title(self) -> str:
-        """The name of the stage's run, as align-spo or generate-spo-suite-drawbench."""
+        """The name of the stage's run, such as align-spo or generate-spo-suite-drawbench."""
         return "-".join(word.lstrip("-") for word in self.cmd.split()[1:]) if self.is_tracked else self.stage
 
     @property
@@ -82,8 +82,8 @@ def read(path: Path = Path("dvc.lock")) -> dict[str, Entry]:
 
 @contextmanager
 def _complete() -> Iterator[None]:
-    """Keep DVC from writing meanwhile: where stages run side by side, dvc.lock could be half written."""
-    if not LOCK.exists():  # no DVC here
+    """Keep DVC from writing meanwhile: while stages run in parallel, dvc.lock could be half written."""
+    if not LOCK.exists():  # not a DVC repository
         yield
         return
     with LOCK.open(encoding="utf-8") as file:
