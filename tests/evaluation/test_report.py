@@ -42,7 +42,7 @@ class Tracked:
         self.metrics: dict[str, float] = {}
         self.artifacts: list[str] = []
 
-    def log_metrics(self, metrics: dict[str, float], step: int) -> None:
+    def log_metrics(self, metrics: dict[str, float]) -> None:
         self.metrics |= metrics
 
     def log_artifact(self, path: Path, folder: str) -> None:

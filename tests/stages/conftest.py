@@ -11,7 +11,7 @@ def logged(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
     metrics: dict[str, float] = {}
 
     class Run:
-        def log_metrics(self, values: dict[str, float], step: int) -> None:
+        def log_metrics(self, values: dict[str, float]) -> None:
             metrics.update(values)
 
     for module in (inputs, pairs, prompts):
