@@ -57,8 +57,8 @@ def _sizes(params: Params) -> str:
 
     steps, first, how = SHORT["num_inference_steps"], SHORT["divert_start_step"], params.align.spo
     return (
-        f"Models of the default experiment. SPO: {steps} denoising steps, candidates at all but the first "
-        f"{first}, K = {how.candidates}, {PROMPTS} prompts, all pairs valid, {how.batch_size} an update. "
+        f"Models of the default experiment. SPO: {steps} denoising steps, candidates after the first "
+        f"{first}, K = {how.candidates}, {PROMPTS} prompts, all pairs valid, {how.batch_size} per update. "
         f"Images are generated in {params.generate.num_inference_steps} steps."
     )
 

@@ -68,14 +68,14 @@ def cases(name: str, words: Any, tiny: bool, device: str, dtype: torch.dtype) ->
 
 def kinds(loaded: models.Models, device: str) -> tuple[dict[str, float], dict[str, int]]:
     """Seconds and FLOPs of one sample of each kind of work, with an adapter on the UNet."""
-    backbone, judge = loaded.backbone, loaded.judge
+    backbone, spm = loaded.backbone, loaded.spm
     lora = loaded.params.align.spo.lora
     assert lora is not None
     down = backbone.feature_model()
     backbone.add_lora(lora, models.SEED)
     found: dict[str, float] = {}
     counted: dict[str, int] = {}
-    for kind, run in _runs(backbone, judge, down).items():
+    for kind, run in _runs(backbone, spm, down).items():
         n = 1 if device == "cpu" else 8
         found[kind] = min(timed(partial(run, n))[1] for _ in range(3)) / n
         with FlopCounterMode(display=False) as counter:
@@ -84,12 +84,12 @@ def kinds(loaded: models.Models, device: str) -> tuple[dict[str, float], dict[st
     return found, counted
 
 
-def _runs(backbone: Any, judge: Any, down: Any) -> dict[str, Any]:
+def _runs(backbone: Any, spm: Any, down: Any) -> dict[str, Any]:
     text = backbone.encode_prompts(["a circle"])
     x, t = torch.zeros(1, *backbone.latent_shape), torch.full((1,), 501)
     x, t = x.to(backbone.device), t.to(backbone.device)
     pixels = torch.zeros(1, 3, *backbone.image_size, device=backbone.device)
-    features = torch.zeros(1, judge.model.text_projection.out_features, device=backbone.device)
+    features = torch.zeros(1, spm.model.text_projection.out_features, device=backbone.device)
 
     def several(n: int) -> tuple[Any, Any, Any]:
         return x.repeat(n, 1, 1, 1), t.repeat(n), text.repeat(n)
@@ -105,8 +105,8 @@ def _runs(backbone: Any, judge: Any, down: Any) -> dict[str, Any]:
         "unet_trained": train,
         "down": off(lambda n: down.features(*several(n))),
         "decoded": lambda n: backbone.decode(several(n)[0]),
-        "judged": off(
-            lambda n: judge.score_features(pixels.repeat(n, 1, 1, 1), features.repeat(n, 1), t.repeat(n))
+        "scored": off(
+            lambda n: spm.score_features(pixels.repeat(n, 1, 1, 1), features.repeat(n, 1), t.repeat(n))
         ),
     }
 

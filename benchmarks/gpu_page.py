@@ -1,4 +1,4 @@
-"""docs/benchmarks-gpu.md, from what was measured on a GPU."""
+"""Write docs/benchmarks-gpu.md from measurements on a GPU."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ Python {platform.python_version()}, {libraries}.
 Weights are random, in the shapes of the released checkpoints.
 
 Both sides have the same weights and inputs, and their results are compared before they are timed; rounds are
-interleaved, after one that warms up. Times are by the clock, with the device idle before and after.
-Ratio: median of ours over median of the other.
+interleaved, after one that warms up. Times are wall time, with the device idle before and after.
+Ratio: our median over the other median.
 """
     return "\n".join([head, *(_family(one) for one in found)])
 
@@ -67,7 +67,7 @@ def _family(one: Measured) -> str:
         [kind, f"{1000 * s:.3g}", f"{one.flops[kind] / 1e9:.1f}", f"{_utilisation(one, kind):.2f}"]
         for kind, s in one.seconds.items()
     ]
-    known = ["a sample of", "ms", "GFLOP", "of the rate of a matrix product"]
+    known = ["one sample of", "ms", "GFLOP", "fraction of the rate of a matrix product"]
     recipes = [[name, f"{hours:.0f}"] for name, hours in one.hours.items()]
     return "\n".join(
         [

@@ -83,9 +83,9 @@ def curves(models: Models, sizes: Mapping[str, Sequence[int]] = SIZES) -> list[C
 
 
 def _rollout(models: Models, how: Any) -> Run:
-    judge = ClipRewardModel(models.judge, models.tokenizer)
+    reward_model = ClipRewardModel(models.spm, models.tokenizer)
     schedule = models.schedule(how.num_inference_steps)
-    method = SpoMethod(how, schedule, judge, models.prompts, SEED)
+    method = SpoMethod(how, schedule, reward_model, models.prompts, SEED)
     return lambda: method.collect(models.backbone, 0)
 
 

@@ -1,4 +1,4 @@
-"""LPO's rollout with candidates judged together, against judging each candidate of a prompt alone."""
+"""LPO's rollout with candidates scored together, against scoring each candidate of a prompt alone."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from spo.types import Candidates, Conditioning, RewardModel
 
 
 class OneCandidateAtATime:
-    """The same judgement in K calls of one candidate of every prompt, the text encoded in each."""
+    """The same scoring in K calls of one candidate of every prompt, the text encoded in each."""
 
     def __init__(self, model: RewardModel) -> None:
         self.model, self.needs_images = model, model.needs_images
@@ -47,7 +47,7 @@ def cases(models: Models, prompts: int, steps: int, tolerance: float = 1e-4) -> 
     backbone, guidance = models.backbone, models.params.latent_preference.feature_guidance
     torch.manual_seed(SEED)
     model = LatentPreferenceModel(backbone.feature_model(), guidance).to(backbone.device)
-    judge = LatentRewardModel(model, settings.judged_at)
+    reward_model = LatentRewardModel(model, settings.judged_at)
     backbone.add_lora(settings.lora, SEED)
     perturb(backbone.trainable_parameters())
     schedule = models.schedule(settings.num_inference_steps)
@@ -58,11 +58,11 @@ def cases(models: Models, prompts: int, steps: int, tolerance: float = 1e-4) -> 
         return torch.cat([batch.x_win for (batch,) in updates])
 
     yield Case(
-        "LPO: rollout and judging",
+        "LPO: rollout and preference scores",
         "a call for each candidate",
         "prompt",
         prompts,
-        lambda: rollout(judge),
-        lambda: rollout(OneCandidateAtATime(judge)),
+        lambda: rollout(reward_model),
+        lambda: rollout(OneCandidateAtATime(reward_model)),
         tolerance,
     )

@@ -23,7 +23,7 @@ class Models:
     """What both sides of a comparison start from."""
 
     backbone: StableDiffusion
-    judge: StepAwarePreferenceModel
+    spm: StepAwarePreferenceModel
     tokenizer: Any  # of the preference model
     params: config.Params
     prompts: list[str]
@@ -37,12 +37,12 @@ class Models:
 
 
 def load(params: config.Params) -> Models:
-    """The base model of an experiment, and the CLIP that its preference model starts from as the judge."""
+    """The base model of an experiment, and its preference model as it starts."""
     backbone = backbones.load(params.backbone, "cpu")
     name = params.preference.init
-    judge = StepAwarePreferenceModel.from_clip(name).eval().requires_grad_(False)
+    spm = StepAwarePreferenceModel.from_clip(name).eval().requires_grad_(False)
     prompts = Path(params.prompts.train).read_text(encoding="utf-8").splitlines()
-    return Models(backbone, judge, load_tokenizer(name), params, prompts)
+    return Models(backbone, spm, load_tokenizer(name), params, prompts)
 
 
 def perturb(parameters: list[torch.nn.Parameter]) -> list[Tensor]:

@@ -6,7 +6,7 @@ does otherwise than this package:
    which need gradients.
 2. The reference is a deep copy of the UNet.
 3. The preference model's text tower runs at every denoising step.
-4. All K x B candidates are decoded and judged in one batch.
+4. All K x B candidates are decoded and scored in one batch.
 Noise is drawn by sample, in this package's order, so that both sides see the same numbers.
 """
 
@@ -85,10 +85,10 @@ class Official:
         return self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0].float()
 
     @torch.no_grad()
-    def judge(self, images: Tensor, prompts: list[str], timesteps: Tensor) -> Tensor:
+    def score(self, images: Tensor, prompts: list[str], timesteps: Tensor) -> Tensor:
         """Scores [B]; text is encoded anew."""
-        judge = self.models.judge
-        return judge.score(images, token_ids(self.models.tokenizer, prompts, judge), timesteps)
+        spm = self.models.spm
+        return spm.score(images, token_ids(self.models.tokenizer, prompts, spm), timesteps)
 
     @torch.no_grad()
     def rollout(self, prompts: list[str], noise: SampleNoise) -> Pairs:
@@ -106,7 +106,7 @@ class Official:
                 x_t = latents = ddim.sample(step, noise.draw())
                 continue
             if candidates is not None:
-                scores = self.judge(self.decode(step.x0), prompts * k, timesteps).view(k, -1)
+                scores = self.score(self.decode(step.x0), prompts * k, timesteps).view(k, -1)
                 found.append(self._pairs(x_t, steps[i - 1], candidates, scores, text))
                 chosen = noise.integers(k)
                 x_t = candidates[chosen, every]
@@ -114,7 +114,7 @@ class Official:
                 step = step.select(rows)
             candidates = ddim.sample(step, noise.draw_many(k))
             latents = candidates.flatten(0, 1)
-        scores = self.judge(self.decode(latents), prompts * k, torch.zeros_like(timesteps)).view(k, -1)
+        scores = self.score(self.decode(latents), prompts * k, torch.zeros_like(timesteps)).view(k, -1)
         assert candidates is not None
         found.append(self._pairs(x_t, steps[-1], candidates, scores, text))
         return Pairs(

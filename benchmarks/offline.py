@@ -136,8 +136,8 @@ def preference_model(models: Models, count: int, tolerance: float = 1e-4) -> Ite
     pair are encoded at every visit, and each has UNet and decoder calls of its own."""
     changes = {"batch_size": count, "steps": 1, "labels": None, "ema": 0.0}
     settings = models.params.preference.model_copy(update=changes)
-    schedule, plain, judge = models.schedule(settings.num_inference_steps), Plain(models), models.judge
-    trained = StepAwareTask(judge.requires_grad_(True), models.tokenizer, models.backbone, schedule, settings)
+    schedule, plain, spm = models.schedule(settings.num_inference_steps), Plain(models), models.spm
+    trained = StepAwareTask(spm.requires_grad_(True), models.tokenizer, models.backbone, schedule, settings)
     trained.prepare()
     pairs, images = pairs_of(models, count)
     objective = LabelObjective(trained, pairs, SEED)
@@ -162,9 +162,9 @@ def preference_model(models: Models, count: int, tolerance: float = 1e-4) -> Ite
         restore(parameters, start)
         optimizer = adamw(parameters, settings.optimizer)
         seen = torch.cat([predicted(images[batch.indices, side]) for side in range(2)])
-        features = F.normalize(judge.encode_image(seen, batch.timesteps.repeat(2)), dim=-1)
-        text = judge.encode_text(token_ids(models.tokenizer, captions, judge))
-        scores = judge.model.logit_scale.exp() * (features.view(2, count, -1) * text).sum(-1)
+        features = F.normalize(spm.encode_image(seen, batch.timesteps.repeat(2)), dim=-1)
+        text = spm.encode_text(token_ids(models.tokenizer, captions, spm))
+        scores = spm.model.logit_scale.exp() * (features.view(2, count, -1) * text).sum(-1)
         loss = preference_loss(scores[0], scores[1], labels).mean()
         _finish(loss, parameters, optimizer, settings.optimizer.max_grad_norm)
         return loss.detach()[None]

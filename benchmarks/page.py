@@ -1,4 +1,4 @@
-"""docs/benchmarks.md, from what was measured."""
+"""Write docs/benchmarks.md from the measurements."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from benchmarks.measure import Result
 
 TEXT = Path(__file__).with_name("text.md")
 LIBRARIES = ("torch", "diffusers", "transformers", "peft", "open_clip_torch")
-# of the ratios; for scoring, of the time of one by one over ours
+# largest ratios; for scoring, the smallest speed-up over one by one
 TARGETS = {"training step": 0.45, "iteration": 0.70, "generation": 1.0}
 MEMORY_TARGET, SCORING_TARGET = 0.6, 5.0
 
 
 @dataclass(frozen=True)
 class Measured:
-    """All that a page shows. `memory`: MB by ours and official, as `memory.measure` gives them."""
+    """The measurements on a page. `memory`: MB by ours and official, as `memory.measure` gives them."""
 
     results: Sequence[Result]
     memory: Mapping[str, Mapping[str, float]]
@@ -43,8 +43,8 @@ Written by `make bench` on {datetime.now(UTC):%Y-%m-%d}; the texts are in `bench
 {measured.sizes}
 
 Both sides have the same weights and inputs, and their results are compared before they are timed; rounds are
-interleaved. Times are CPU time, which other work on the machine disturbs least. Ratio: median of ours over
-median of the other, with the lowest and highest ratio within a round.
+interleaved. Times are CPU time, which other work on the machine disturbs least. Ratio: our median over the
+other median, with the lowest and highest ratio within a round.
 """
     parts = [head, _times(measured.results), _memory(measured), _targets(measured), _growth(measured.growth)]
     return "\n".join([*parts, TEXT.read_text(encoding="utf-8")])
@@ -72,10 +72,10 @@ def _times(results: Sequence[Result]) -> str:
     header = [
         "what",
         "compared with",
-        "ours, ms",
-        "other, ms",
+        "ours",
+        "other",
         "ratio",
-        "by the clock",
+        "ratio of wall time",
         "rounds",
         "difference",
     ]
@@ -83,8 +83,8 @@ def _times(results: Sequence[Result]) -> str:
         [
             r.name,
             r.against,
-            f"{r.ours_ms:.3g} a {r.unit}",
-            f"{r.other_ms:.3g}",
+            f"{_ms(r.ours_ms)} per {r.unit}",
+            _ms(r.other_ms),
             f"**{r.ratio:.2f}** ({r.lowest:.2f} to {r.highest:.2f})",
             f"{r.clock_ratio:.2f}",
             str(r.rounds),
@@ -92,8 +92,13 @@ def _times(results: Sequence[Result]) -> str:
         ]
         for r in results
     ]
-    difference = "Difference: the largest between the two results (of generation in steps of 1/255).\n"
+    difference = "Difference: the largest one between the two results (for generation in steps of 1/255).\n"
     return "## Time\n\n" + table(header, rows) + "\n" + difference
+
+
+def _ms(milliseconds: float) -> str:
+    """Three digits, without an exponent."""
+    return f"{float(f'{milliseconds:.3g}'):,g} ms"
 
 
 def _memory(measured: Measured) -> str:
@@ -102,7 +107,7 @@ def _memory(measured: Measured) -> str:
         [side, *(f"{measured.memory[side][key]:.0f}" for key in ("loaded", "peak", "beyond"))]
         for side in ("ours", "official")
     ]
-    ratio = f"Ratio of what comes on top of the loaded models: **{measured.memory_ratio:.2f}**.\n"
+    ratio = f"Ratio of the memory beyond the loaded models: **{measured.memory_ratio:.2f}**.\n"
     return "## Memory\n\n" + table(header, rows) + "\n" + ratio
 
 

@@ -101,26 +101,26 @@ TINY_CLIP = ((32, 2, 4, 8, 16), (32, 2, 4))
 
 
 def load(
-    name: str, words: Any, tiny: bool, device: str, dtype: torch.dtype, small_judge: bool = False
+    name: str, words: Any, tiny: bool, device: str, dtype: torch.dtype, small_model: bool = False
 ) -> Models:
     """A base without an adapter and a preference model of ViT-H/14's shape, with the preset's settings.
 
     Args:
         name: sd15 or sdxl, of the shape and the preset.
         words: a CLIP tokenizer.
-        small_judge: a tiny preference model, where it is not used.
+        small_model: a tiny preference model, where it is not used.
     """
     shape = (TINY if tiny else SHAPES)[name]
     params = load_params(name)
     torch.manual_seed(SEED)
     with torch.device(device):
         pipeline = _pipeline(shape, words)
-        judge = StepAwarePreferenceModel(_clip(words, *(TINY_CLIP if tiny or small_judge else VIT_H)))
+        spm = StepAwarePreferenceModel(_clip(words, *(TINY_CLIP if tiny or small_model else VIT_H)))
     pipeline.to(device=device, dtype=dtype)
     text = text_of(pipeline, FAMILIES[name] == "sdxl")
     backbone = StableDiffusion(pipeline, text, False, dict(pipeline.scheduler.config))
-    judge = judge.to(device).eval().requires_grad_(False)
-    return Models(backbone, judge, words, params, PROMPTS)
+    spm = spm.to(device).eval().requires_grad_(False)
+    return Models(backbone, spm, words, params, PROMPTS)
 
 
 def _pipeline(shape: Shape, words: Any) -> Any:

@@ -27,7 +27,7 @@ SHORT = {"num_inference_steps": 10, "divert_start_step": 1}  # half of the defau
 
 
 def settings(models: Models, prompts: int, **changes: Any) -> config.Spo:
-    """The experiment's SPO with all pairs valid, one iteration, and one step between judgements."""
+    """The experiment's SPO with all pairs valid, one iteration, and one step between scorings."""
     always = {"threshold": 0.0, "threshold_end": None, "iterations": 1, "inner_steps": 1}
     always |= {"prompts_per_iteration": prompts}
     return models.params.align.spo.model_copy(update={**always, **changes})
@@ -40,9 +40,9 @@ class Ours:
         assert how.lora is not None
         self.models, self.settings = models, how
         models.backbone.add_lora(how.lora, SEED)
-        judge = ClipRewardModel(models.judge, models.tokenizer)
+        reward_model = ClipRewardModel(models.spm, models.tokenizer)
         schedule = models.schedule(how.num_inference_steps)
-        self.method = SpoMethod(how, schedule, judge, models.prompts, SEED)
+        self.method = SpoMethod(how, schedule, reward_model, models.prompts, SEED)
         self.objective = Alignment("align.spo", models.backbone, self.method)
         self.start = perturb(self.objective.parameters())
 
@@ -89,7 +89,7 @@ class Theirs:
 
 
 def cases(models: Models, how: config.Spo, tolerance: float = 1e-4) -> Iterator[Case]:
-    """Whole rollout, decoding, judging, one update, whole iteration."""
+    """Whole rollout, decoding, scoring, one update, whole iteration."""
     theirs = Theirs(models, how, [])
     ours = Ours(models, how)
     theirs.start = ours.start
@@ -103,7 +103,13 @@ def cases(models: Models, how: config.Spo, tolerance: float = 1e-4) -> Iterator[
         return torch.cat([b.following[:, 0] for b in theirs.batches()])
 
     yield Case(
-        "rollout, decoding and judging", OFFICIAL, "prompt", count, rollout_ours, rollout_theirs, tolerance
+        "rollout, decoding and preference scores",
+        OFFICIAL,
+        "prompt",
+        count,
+        rollout_ours,
+        rollout_theirs,
+        tolerance,
     )
     yield from _parts(models, how, theirs, tolerance)
     yield _update(ours, theirs, tolerance)
@@ -119,7 +125,7 @@ class _Images:
 
 
 def _parts(models: Models, how: config.Spo, theirs: Theirs, tolerance: float) -> Iterator[Case]:
-    """Decoding and judging the K candidates of every prompt at one step."""
+    """Decoding and scoring the K candidates of every prompt at one step."""
     prompts = models.some_prompts(how.prompts_per_iteration)
     count, official = how.candidates * len(prompts), theirs.algorithm
     device = models.backbone.device
@@ -130,15 +136,21 @@ def _parts(models: Models, how: config.Spo, theirs: Theirs, tolerance: float) ->
         return models.backbone.decode(latents)
 
     yield Case("decoding", OFFICIAL, "image", count, decode_ours, lambda: official.decode(latents), tolerance)
-    reward_model = ClipRewardModel(models.judge, models.tokenizer)
+    reward_model = ClipRewardModel(models.spm, models.tokenizer)
     text = reward_model.encode_text(prompts).repeat(how.candidates)
     seen: Any = _Images(decode_ours(), timesteps)
 
-    def judge_theirs() -> Tensor:
-        return official.judge(seen.images, prompts * how.candidates, timesteps)
+    def score_theirs() -> Tensor:
+        return official.score(seen.images, prompts * how.candidates, timesteps)
 
     yield Case(
-        "judging", OFFICIAL, "image", count, lambda: reward_model.score(seen, text), judge_theirs, tolerance
+        "preference scores",
+        OFFICIAL,
+        "image",
+        count,
+        lambda: reward_model.score(seen, text),
+        score_theirs,
+        tolerance,
     )
 
 

@@ -38,7 +38,7 @@ def main() -> None:
 
 
 def measure(tiny: bool, rounds: int) -> Result:
-    models = shapes.load("sd15", shapes.tokenizer(), tiny, "cpu", torch.float32, small_judge=True)
+    models = shapes.load("sd15", shapes.tokenizer(), tiny, "cpu", torch.float32, small_model=True)
     return compare(case(models), rounds)
 
 

@@ -77,7 +77,7 @@ def announce(model: str, version: str, reasons: Sequence[str], prompts: str, ret
 
 
 def untrainable(params: config.Params, prompts: str) -> str | None:
-    """Say why the stage `prompts` would refuse this file as `prompts.train`; None if it can be trained on.
+    """The reason why the stage `prompts` would refuse this file as `prompts.train`; None if it would not.
 
     Tokens are not counted.
     """
@@ -148,7 +148,7 @@ def measure(params: config.Params, prompts: list[str], seed: int) -> tuple[list[
 
 
 def dropped(rows: Sequence[Mapping[str, Any]], bounds: Mapping[str, float]) -> list[str]:
-    """List what is below its bound, one sentence each.
+    """List the scores below their bounds, one sentence each.
 
     Raises:
         ValueError: a bound for a score that there is not.
@@ -156,7 +156,7 @@ def dropped(rows: Sequence[Mapping[str, Any]], bounds: Mapping[str, float]) -> l
     gains = {row["metric"]: row["mean_difference"] for row in rows}
     unknown = [metric for metric in bounds if metric not in gains]
     if unknown:
-        raise ValueError(f"no score {unknown[0]!r}; there are {', '.join(gains)}")
+        raise ValueError(f"unknown score {unknown[0]!r}; known: {', '.join(gains)}")
     return [
         f"{metric}: the champion's gain over the base is {gains[metric]:+.4f}, below {bound:g}"
         for metric, bound in bounds.items()

@@ -1,7 +1,7 @@
-"""The DAG of dvc.yaml as a Prefect flow: one task a stage, retried when that can help, cancelled as a whole.
+"""Run the DAG of dvc.yaml as a Prefect flow: a task a stage, retried if that can help, cancelled as a whole.
 
     python flows/pipeline.py --set align.spo.beta=20           run now, no server needed
-    python flows/pipeline.py --serve --cron "0 3 * * *"        stay, and run every night; needs a server
+    python flows/pipeline.py --serve --cron "0 3 * * *"        run every night; needs a server
 
 DVC still decides what is out of date. `dvc repro` never needs this file.
 """
@@ -63,7 +63,7 @@ def pipeline(
     wait_minutes: float = 0,
     push: str | None = None,
 ) -> list[dict[str, Any]]:
-    """Run the experiment; return what each stage did: {stage, result, seconds}.
+    """Run the experiment; return the result of each stage: {stage, result, seconds}.
 
     Args:
         overrides: changes of params.yaml by dotted key, e.g. {"align.spo.beta": 20}; they stay in the file,
@@ -111,7 +111,7 @@ def push_to(remote: str) -> None:
 
 
 def run_stages(processes: int, force: bool, parent: str, done: list[dict[str, Any]]) -> None:
-    """Run each stage as a task, independent ones in parallel; `done` gets what each did.
+    """Run each stage as a task, independent ones in parallel; `done` gets the result of each.
 
     Raises:
         StageError: of the stage that failed, when those beside it have ended.
@@ -153,7 +153,7 @@ def publish(done: Sequence[Mapping[str, Any]], configured: str | None) -> None:
 
 
 def is_retryable(task: Any, run: Any, state: Any) -> bool:
-    """Tell Prefect whether to try a failed stage again."""
+    """Decide whether Prefect retries a failed stage."""
     try:
         state.result()
     except StageError as error:
@@ -191,7 +191,7 @@ def run_stage(stage: str, force: bool = False, parent: str = "", threads: int = 
 def result(stage: str, before: dvc_lock.Entry | None, after: dvc_lock.Entry | None, parent: str) -> str:
     """Tell from dvc.lock before and after whether a stage ran, was restored by DVC or is unchanged.
 
-    A stage that is not one of `spo`, ran and gave the same as before counts as unchanged.
+    A stage without a command of `spo` that ran and gave the same outputs counts as unchanged.
     """
     if cached_stages.has_run(parent, stage):
         return "ran"
@@ -235,7 +235,7 @@ def comparisons() -> list[dict[str, Any]]:
 
 
 def summary(done: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]]) -> str:
-    """Write the page that Prefect shows: comparisons, and what each stage did in what time."""
+    """Write the page that Prefect shows: comparisons, and the result and time of each stage."""
     lines = ["## Comparisons", ""]
     if rows:
         lines += ["| method | baseline | metric | difference | 95 % interval | win rate | n |"]

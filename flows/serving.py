@@ -1,4 +1,4 @@
-"""The options by which a flow of flows/ stays and runs by the clock, checked before anything starts."""
+"""The options with which a flow of flows/ is served on a schedule, checked before anything starts."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from spo.runtime.messages import redact
 
 
 def add_options(parser: argparse.ArgumentParser, example: str) -> None:
-    parser.add_argument("--serve", action="store_true", help="stay, and run when asked or by the clock")
+    parser.add_argument("--serve", action="store_true", help="run on request or on a schedule")
     parser.add_argument("--cron", help=f'when, in UTC, e.g. "{example}" (with --serve)')
 
 
@@ -39,7 +39,7 @@ def check(parser: argparse.ArgumentParser, options: argparse.Namespace, example:
 
 
 def answers(url: str) -> bool:
-    """Whether there is a server: one that refuses us is one."""
+    """Whether a server answers, even if it refuses access."""
     try:
         urllib.request.urlopen(f"{url}/health", timeout=10).close()
     except urllib.error.HTTPError:
@@ -50,7 +50,7 @@ def answers(url: str) -> bool:
 
 
 def serve(flow: Any, name: str, cron: str | None, parameters: dict[str, Any]) -> None:
-    """Stay, and run the flow when asked or by the clock; prints when it will run next."""
+    """Run the flow on request or on a schedule, until stopped; prints when it will run next."""
     if cron is not None:
         dates = ", ".join(f"{date:%Y-%m-%d %H:%M %Z}" for date in next_dates({"cron": cron}))
         print(f"next runs: {dates}", flush=True)

@@ -1,4 +1,4 @@
-"""A command in a process group of its own, which ends as a whole with whoever runs it."""
+"""Run a command in a process group of its own, which ends as a whole with its caller."""
 
 from __future__ import annotations
 
@@ -60,13 +60,13 @@ def end_all() -> None:
 
 
 def end_group(process: subprocess.Popen[str]) -> None:
-    """Send SIGTERM to the group, and SIGKILL to what of it is left after FLOW_KILL seconds."""
+    """Send SIGTERM to the group, and SIGKILL to those left after FLOW_KILL seconds."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGTERM)
         end = time.monotonic() + FLOW_KILL
         while time.monotonic() < end:
             process.poll()
-            os.killpg(process.pid, 0)  # raises when nobody is left
+            os.killpg(process.pid, 0)  # raises when no process is left
             time.sleep(0.1)
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()

@@ -1,4 +1,4 @@
-"""The Python API: a preference model, training on own prompts, two folders of images compared.
+"""The Python API: score by a preference model, train on own prompts, compare two folders of images.
 
 Without DVC and MLflow; the names are those of the package `spo`.
 """
@@ -29,7 +29,7 @@ def load_params(source: str | Path = "params.yaml", changes: Mapping[str, Any] |
 
     Args:
         source: a params.yaml, or the name of a preset: scenes, smoke, sd15, sdxl.
-        changes: values by dotted key, as {"align.spo.iterations": 100}.
+        changes: values by dotted key, such as {"align.spo.iterations": 100}.
 
     Raises:
         ConfigError: a mistake in the file or in `changes`, as one line.
@@ -44,7 +44,7 @@ def load_params(source: str | Path = "params.yaml", changes: Mapping[str, Any] |
         section = raw
         for name in sections:
             if not isinstance(section.get(name), dict):
-                raise config.ConfigError(f"{source}: {key}: there is no section {name!r}")
+                raise config.ConfigError(f"{source}: {key}: unknown section {name!r}")
             section = section[name]
         section[last] = value
     return config.validate(raw, source=str(source)) if changes else params
@@ -186,7 +186,7 @@ def judge(
     """Compare two folders of images of the same prompts by the scorers of params.score.
 
     Args:
-        images, baseline: folders of image files in the order of their names, or what `spo generate` wrote.
+        images, baseline: folders of image files in the order of their names, or folders of `spo generate`.
         prompts: one per image, or a file of them.
 
     Returns:

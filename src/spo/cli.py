@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace, arguments: Sequence[str], typed: bool) -> None:
-    """Run the command here, or launch the processes that run it; say how many threads it has."""
+    """Run the command here, or launch the processes that run it; print the number of threads."""
     stage, dry_run = getattr(args, "stage", None), getattr(args, "dry_run", False)
     processes.check_command(None if dry_run else stage)
     number = 1 if dry_run else _processes(args, stage)
@@ -82,10 +82,10 @@ def _processes(args: argparse.Namespace, stage: str | None) -> int:
 
 
 def _fail(reason: str, code: int) -> int:
-    """Say the reason once, in the outermost process; return the exit code, which a flow gets too.
+    """Print the reason once, in the outermost process; return the exit code, which a flow gets too.
 
     A launcher passes on what a process hands over. Of several processes without a launcher the first of each
-    machine says it; once they have joined, each does, since it may be the only one that failed.
+    machine prints it; once they have joined, each does, since it may be the only one that failed.
     """
     handed = processes.report_to_launcher(reason, code)
     if processes.is_started_by_others():
@@ -99,7 +99,7 @@ def _fail(reason: str, code: int) -> int:
 
 
 def _end_lost(reason: str, code: int) -> int:
-    """End since another process did, which has said why and left its exit code; unless it was killed."""
+    """Exit after another process that has printed the reason and left its exit code; unless it was killed."""
     if processes.is_started_by_others():
         if os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"spo: {reason}", file=sys.stderr)
@@ -118,7 +118,7 @@ def _shortage(error: Exception) -> str | None:
     """One line if memory or disk space ran out; None for any other error."""
     text = first_line(error, 200)
     if isinstance(error, MemoryError) or "can't allocate memory" in text or "out of memory" in text:
-        if "device." in text:  # it says which key to lower
+        if "device." in text:  # the message names the key to lower
             return f"out of memory ({text})"
         advice = "lower device.pairs, device.samples and device.images in params.yaml, which change no result"
         return f"out of memory ({text}); {advice}"

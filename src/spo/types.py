@@ -1,4 +1,4 @@
-"""The nouns that stages, methods and models share. Imports nothing of the package.
+"""The types that stages, methods and models share. Imports nothing of the package.
 
 Shapes: images [B,3,H,W] in [-1,1]; latents [B,C,h,w]; timesteps int64 [B].
 """
@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 class Budget(NamedTuple):
-    """How work is cut to fit the memory of a device; changes no result (`config.Device`)."""
+    """How work is split to fit the memory of a device; changes no result (`config.Device`)."""
 
     images: int = 16  # of a VAE call
     samples: int = 128  # latents of a denoiser call without gradient; guidance doubles them
@@ -108,7 +108,7 @@ class Backbone(Protocol):
         ...
 
     def rest(self) -> None:
-        """Nothing is predicted for a while: with budget.offload the UNet goes to host memory."""
+        """Move the UNet to host memory until the next prediction, with budget.offload."""
         ...
 
     def predict(
@@ -163,7 +163,7 @@ class RewardModel(Protocol):
     needs_images: bool  # otherwise nothing is predicted and decoded for it
 
     def encode_text(self, prompts: Sequence[str]) -> Conditioning:
-        """Whatever the model needs of B prompts."""
+        """The model's inputs for B prompts."""
         ...
 
     def score(self, candidates: Candidates, text: Conditioning) -> Tensor:
@@ -202,7 +202,7 @@ class Objective(Protocol[BatchT]):
 
 
 class Method(Protocol):
-    """An alignment method: how its batches come about, and a pure loss of two UNet outputs."""
+    """An alignment method: how its batches are collected, and a pure loss of two UNet outputs."""
 
     iterations: int
     guidance: float  # of the training forward; 1: the conditional prediction alone

@@ -121,7 +121,7 @@ def test_mistakes_are_named(params: spo.config.Params, spm: Path) -> None:
             lambda: spo.load_params("smoke", {"align.spo.betta": 1}),
             "unknown key 'align.spo.betta'; did you mean",
         ),
-        (lambda: spo.load_params("smoke", {"align.sop.beta": 1}), "there is no section 'sop'"),
+        (lambda: spo.load_params("smoke", {"align.sop.beta": 1}), "unknown section 'sop'"),
         (lambda: spo.load_params("smoke", {"align.spo.beta": -1}), "align.spo.beta"),
     ):
         with pytest.raises(ValueError, match=reason) as error:

@@ -276,6 +276,6 @@ def test_suites_by_scorers_of_the_papers_without_training(experiment, tmp_path, 
     assert "score.imagereward.med_config: " in capsys.readouterr().out
     for command in (["generate", "base"], ["score", "base"]):
         assert cli.main([*command, "--suite", "parti"]) == 2
-        assert "generate.suites: no suite 'parti'; there is hpd_anime" in capsys.readouterr().err
+        assert "generate.suites: no suite 'parti'; known: hpd_anime" in capsys.readouterr().err
     assert cli.main(["score", "--images", "x", "--suite", "hpd_anime"]) == 2
-    assert "--suite is of a variant; give --prompts FILE with --images" in capsys.readouterr().err
+    assert "--suite needs a variant; give --prompts FILE with --images" in capsys.readouterr().err

@@ -23,19 +23,19 @@ def test_both_sides_compute_the_same(name: str) -> None:
     found = gpu.measure(name, True, "cpu", 1, torch.float32)
     names = [result.name.split(" of ")[0] for result in found.results]
     assert names == [
-        "rollout, decoding and judging",
+        "rollout, decoding and preference scores",
         "decoding",
-        "judging",
+        "preference scores",
         "training step",
         "iteration",
-        "LPO: rollout and judging",
+        "LPO: rollout and preference scores",
         "Diffusion-DPO: update",
         "generation",
     ]
     by_name = dict(zip(names, found.results, strict=True))
     for step in ("training step", "iteration", "Diffusion-DPO: update"):
         assert by_name[step].difference < 1e-3  # of losses
-    assert set(found.seconds) == {"unet", "unet_trained", "down", "decoded", "judged"}
+    assert set(found.seconds) == {"unet", "unet_trained", "down", "decoded", "scored"}
     assert found.flops["unet_trained"] > 1.5 * found.flops["unet"] > found.flops["down"] > 0
     page = gpu_page.render([found], True)
     assert "no figures of a GPU" in page and all(f"| {r.name} |" in page for r in found.results)

@@ -32,9 +32,9 @@ def measured() -> Measured:
 def test_tables_and_targets() -> None:
     page = render(measured())
     expected = (
-        "| iteration | the other | 750 a pair | 1e+03 | **0.75** (0.65 to 0.85) | 0.75 | 5 | 1e-06 |",
+        "| iteration | the other | 750 ms per pair | 1,000 ms | **0.75** (0.65 to 0.85) | 0.75 | 5 | 1e-06 |",
         "| ours | 900 | 1050 | 150 |",
-        "on top of the loaded models: **0.50**",
+        "beyond the loaded models: **0.50**",
         "| training step of 16 pairs | at most 0.45 | 0.40 | met |",
         "| iteration | at most 0.70 | 0.75 | missed |",
         "| scoring: hps | 5 times | 5.0 | met |",

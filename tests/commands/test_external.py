@@ -141,7 +141,7 @@ def test_mistakes_are_one_line(capsys, tmp_path, experiment, images) -> None:
         (["--images", tmp_path / "empty", "--prompts", tmp_path / "three.txt"], "no images in this folder"),
         (["--images", tmp_path / "nowhere", "--prompts", tmp_path / "three.txt"], "no such folder"),
         (["base", "--images", mine], "give either a variant"),
-        (["--images", mine, "--dry-run"], "--dry-run is of a variant"),
+        (["--images", mine, "--dry-run"], "--dry-run needs a variant"),
         ([], "give either a variant .* or --images"),
         (["base", "--prompts", tmp_path / "two.txt"], "--prompts needs --images"),
     ]

@@ -161,5 +161,5 @@ def test_a_preset_for_a_card_differs_in_its_memory_alone(name: str) -> None:
     assert config.validate(card).device.memory == 24
     card["device"]["memory"] = "auto"
     assert card == plain
-    with pytest.raises(config.ConfigError, match="--card 0: give the GiB of a card"):
+    with pytest.raises(config.ConfigError, match="--card 0: give the GiB of a GPU"):
         config.preset(name, 0)

@@ -40,7 +40,7 @@ def test_a_drop_is_a_gain_below_its_bound(monitor: ModuleType) -> None:
     assert monitor.dropped([{"metric": "hps", "mean_difference": float("nan")}], {"hps": 0}), (
         "no number is no gain"
     )
-    with pytest.raises(ValueError, match="no score 'oracle'; there are pickscore, hps"):
+    with pytest.raises(ValueError, match="unknown score 'oracle'; known: pickscore, hps"):
         monitor.dropped(ROWS, {"oracle": 0})
 
 

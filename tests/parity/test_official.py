@@ -28,12 +28,18 @@ def assert_equal(cases: Iterator[Case], names: list[str]) -> None:
 
 def test_spo_is_the_official_algorithm(smoke) -> None:
     cases = spo.cases(smoke, spo.settings(smoke, 3))
-    parts = ["rollout, decoding and judging", "decoding", "judging", "training step", "iteration"]
+    parts = [
+        "rollout, decoding and preference scores",
+        "decoding",
+        "preference scores",
+        "training step",
+        "iteration",
+    ]
     assert_equal(cases, parts)
 
 
 def test_candidates_are_scored_the_same_alone_and_together(smoke) -> None:
-    assert_equal(lpo.cases(smoke, 3, 4), ["LPO: rollout and judging"])
+    assert_equal(lpo.cases(smoke, 3, 4), ["LPO: rollout and preference scores"])
 
 
 def test_diffusion_dpo_is_its_official_update(smoke) -> None:

@@ -105,7 +105,7 @@ def test_a_token_that_is_not_accepted_is_said(cache: Path, answers: SimpleNamesp
     [
         (429, "often", "answers 429 (too many requests): try again later"),
         (503, "away", "answers 503: try again later"),
-        (200, "<html>log in</html>", "does not answer, but a proxy or a login page in its place"),
+        (200, "<html>log in</html>", "does not answer; a proxy or a login page does instead"),
     ],
 )
 def test_a_hub_that_is_away_leaves_its_cache_with_a_line(

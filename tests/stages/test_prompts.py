@@ -175,6 +175,6 @@ def test_suites_have_names_that_paths_can_have() -> None:
     with pytest.raises(ValueError, match="generate.suites"):
         config.validate(raw)
     raw["generate"]["suites"] = {"parti": "file.txt"}
-    with pytest.raises(ValueError, match="generate.suites: no suite 'hpd'; there is parti"):
+    with pytest.raises(ValueError, match="generate.suites: no suite 'hpd'; known: parti"):
         config.validate(raw).generate.check_suite("hpd")
     assert ("file.txt", None) in inputs.sources(config.validate(raw))["prompts"]

@@ -115,10 +115,10 @@ def test_a_champion_whose_run_is_gone_is_one_line(candidate: Any, folder: Path) 
     shutil.rmtree(folder / ".spo/models")
     store = candidate._tracking_client.store
     store._hard_delete_run(run)
-    with pytest.raises(ValueError, match="version 1 of 'tiny' is gone from .* delete that version in MLflow"):
+    with pytest.raises(ValueError, match="version 1 of 'tiny' is not in .* delete that version in MLflow"):
         registry.fetch(params(), "champion")
     adapter(2)
-    with pytest.raises(ValueError, match="scores/spo.csv of version 1 of 'tiny' is gone from"):
+    with pytest.raises(ValueError, match="scores/spo.csv of version 1 of 'tiny' is not in"):
         registry.register(params())
 
 
@@ -280,7 +280,7 @@ def test_the_baseline_is_scored_again_by_what_the_candidate_was(
     candidate: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_json(score.metrics_file("base"), {"pickscore": 20.0, score.SCORED_BY: "other"})
-    assert "outputs/images/base is gone" in registry.register(params()).reasons[0]
+    assert "outputs/images/base is missing" in registry.register(params()).reasons[0]
     Path("outputs/images/base").mkdir(parents=True)
     write_json(score.metrics_file("spo"), {"pickscore": 21.0, score.SCORED_BY: "not what is here"})
     with pytest.raises(ValueError, match=r"outputs/scores/spo.csv: made with other .*; run `spo score spo`"):

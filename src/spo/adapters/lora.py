@@ -48,8 +48,8 @@ _OTHER_KINDS = {
 class _Layer:
     """The update of a layer of the model: `scale * up @ down`; with DoRA, also the norms of its rows.
 
-    The scale stays apart: folded into `up`, 1/128 of kohya's rank 128 and alpha 1 would leave fp16's normal
-    numbers.
+    The scale is stored separately: folded into `up`, the 1/128 of kohya's rank 128 and alpha 1 would make
+    subnormal numbers in fp16.
     """
 
     component: str
@@ -191,7 +191,7 @@ def _magnitude(file: Path, layer: _Layer, value: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _load(model: Any, layers: Sequence[_Layer]) -> None:
-    """Add an adapter of which each layer has a rank and a strength of its own."""
+    """Add an adapter with a rank and a strength for each layer."""
     names = {f"{layer.name}.lora_A.weight": torch.empty(0) for layer in layers}
     with_magnitudes = any("magnitude" in layer.keys for layer in layers)
     targets = [layer.name for layer in layers]

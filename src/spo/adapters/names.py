@@ -26,7 +26,7 @@ _PREFIXES = {
     "model.diffusion_model.": UNET,
     "diffusion_model.": UNET,
 }
-# what is written in several ways, in the order of replacement
+# parts of names with several spellings, in the order of replacement
 _SPELLINGS = (
     (r"\.processor\.", "."),
     (r"\.", "_"),

@@ -28,7 +28,7 @@ def _are_numbers(patterns: Any) -> bool:
 
 
 _PATTERNS = "it must map valid patterns of layers to numbers other than 0"
-# (peft's key, the supported values, what to say of others)
+# (peft's key, the supported values, the message for others)
 _SETTINGS = (
     ("peft_type", lambda v: str(v or "LORA").rpartition(".")[2] == "LORA", "only LORA is supported"),
     ("r", _is_number, "it must be the adapter's rank, a number other than 0"),
@@ -118,7 +118,7 @@ class Strengths:
 
 
 def _of_layer(patterns: Mapping[str, Any], layer: str, default: Any) -> Any:
-    """What peft's patterns say of a layer, whose name `text_model.` precedes in some versions."""
+    """The value of peft's patterns for a layer; in some versions `text_model.` precedes its name."""
     for name in (layer, f"text_model.{layer}"):
         if (pattern := get_pattern_key(list(patterns), name)) in patterns:
             return patterns[pattern]

@@ -1,4 +1,4 @@
-"""What a checkpoint's config files announce, read once and before any weights: supported, or refused."""
+"""Read a checkpoint's config files, once and before any weights, and refuse what is not supported."""
 
 import json
 import math
@@ -56,7 +56,7 @@ VAE = (
 
 
 class Place(NamedTuple):
-    """Where a part lies: a folder or hub id, its revision, and a subfolder ("": none)."""
+    """Where a part is stored: a folder or hub id, its revision, and a subfolder ("": none)."""
 
     name: str
     revision: str | None
@@ -76,7 +76,7 @@ class Description:
 
     @property
     def where(self) -> str:
-        """The checkpoint in messages."""
+        """The name of the checkpoint in messages."""
         return f"backbone.checkpoint: {self.settings.checkpoint}"
 
     @property
@@ -118,7 +118,7 @@ def read_scheduler(settings: config.Backbone) -> tuple[Any, dict[str, Any]]:
 
 
 def described_where(settings: config.Backbone) -> str:
-    """The folder or hub id with the config files, in messages."""
+    """The name of the folder or hub id with the config files in messages."""
     return f"backbone.{'config' if settings.is_single_file else 'checkpoint'}: {settings.described_by}"
 
 
@@ -209,7 +209,7 @@ def _check_unet(unet: Mapping[str, Any], family: str, place: str) -> None:
 
 
 def _vae_place(settings: config.Backbone) -> Place:
-    """Where the VAE lies; `backbone.vae` may be the folder of a pipeline."""
+    """Where the VAE is stored; `backbone.vae` may be the folder of a pipeline."""
     if settings.vae is None:
         return Place(settings.described_by, settings.revision, "vae")
     path = Path(settings.vae)
@@ -227,7 +227,7 @@ def _check_vae(vae: Mapping[str, Any], unet: Mapping[str, Any], where: str) -> N
     channels, wanted = vae.get("latent_channels", 4), unet.get("in_channels", 4)
     if channels != wanted:
         raise ValueError(
-            f"{where}: the VAE has latent_channels {channels}, but the UNet in_channels {wanted}"
+            f"{where}: the VAE has latent_channels {channels}, but the UNet has in_channels {wanted}"
         )
     place = f"{where}: vae/config.json"
     _check(VAE, {"scaling_factor": 0.18215, **vae}, place)

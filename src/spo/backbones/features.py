@@ -1,4 +1,4 @@
-"""The down path of a base's UNet: what a latent reward model is made of.
+"""The down path of a base's UNet: the encoder of a latent reward model.
 
 The copy is a UNet of diffusers without its up blocks, so its own forward pass runs the timestep embedding,
 SDXL's added conditions, the down blocks and the mid block, for both families.
@@ -91,7 +91,7 @@ class DownPath(nn.Module):
             encoder.gradient_checkpointing_enable()
 
     def _autocast(self, weights: torch.dtype) -> Any:
-        """Compute in the model's precision where weights are held in another."""
+        """Compute in the model's precision if the weights are stored in another."""
         return torch.autocast(self.unet.device.type, self._dtype, enabled=weights != self._dtype)
 
 

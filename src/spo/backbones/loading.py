@@ -163,7 +163,7 @@ def _check_text(pipeline: Any, sdxl: bool, where: str) -> None:
             raise ValueError(f"{where}: {tokens} is missing")
         length, size = tokenizer.model_max_length, len(tokenizer)
         problems = {
-            # what transformers makes of a folder without its files
+            # transformers builds such a tokenizer from a folder without its files
             "has an empty vocabulary; its folder needs tokenizer.json, or vocab.json and merges.txt": (
                 tokenizer.vocab_size <= len(tokenizer.all_special_ids)
             ),

@@ -38,8 +38,8 @@ def effective(
     Sampler settings that the file omits are omitted here too: DDIM has its own defaults for them.
 
     Args:
-        scheduler: as `load` builds it; it takes up what goes before its file, so that a saved full fine-tune
-            announces the same.
+        scheduler: as `load` builds it. Values that override its file are written to it, so that a saved full
+            fine-tune announces them.
         marks: of a single file, see `single_file.marks`; they take precedence over the scheduler's config,
             and `backbone.scheduler` of params.yaml over both.
     """

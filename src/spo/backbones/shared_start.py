@@ -1,7 +1,8 @@
-"""What a UNet computes before its first attention, once for samples that differ in nothing but their text.
+"""Compute a UNet's layers before its first attention once for samples that differ only in their text.
 
-The two halves of a guided batch have the same latents and timesteps. Up to the first attention a UNet sees
-nothing else; in SDXL, whose time embedding holds the text, only its first convolution does.
+The two halves of a guided batch have the same latents and timesteps. A UNet first reads
+the text in its attention layers; SDXL's time embedding contains text too, so that only the first convolution
+is shared there.
 
 On a CPU a convolution of few samples may sum in another order than one of twice as many. The default model's
 predictions are the same to the bit in one and two threads for multiples of 4 (of 1 to 64 samples), so others

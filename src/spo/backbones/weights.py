@@ -24,7 +24,7 @@ class Weights:
     metadata: Mapping[str, str]  # of a .safetensors file
 
     def checked(self, key: str, integers: bool = False) -> Tensor:
-        """A tensor; refused are NaN, infinity and, unless they are allowed, integers (a quantised model)."""
+        """Return a tensor; refuse NaN, infinity and, unless allowed, integers (a quantised model)."""
         value = self.tensors[key]
         kind = str(value.dtype).removeprefix("torch.")
         if not value.is_floating_point() and not integers:
@@ -37,7 +37,7 @@ class Weights:
 
 
 def read(file: Path) -> Weights:
-    """Read a file; of a pickle, tensors by name alone."""
+    """Read a file; a pickle may hold nothing but tensors by name."""
     state: Any
     metadata: Mapping[str, str] = {}
     try:

@@ -1,4 +1,4 @@
-"""The commands with their arguments, and what each runs."""
+"""The commands with their arguments, and the functions that run them."""
 
 import argparse
 import importlib
@@ -127,7 +127,7 @@ def _run_stage(args: argparse.Namespace) -> None:
         from spo.commands import dry_run
 
         if args.suite is not None:
-            raise ValueError("--suite with --dry-run: only the prompts of the split are estimated")
+            raise ValueError("--suite with --dry-run: a dry run estimates only the prompts of the split")
         print("\n".join(dry_run.lines(params, args.stage, args.variant)))
         return
     suite = {} if args.suite is None else {"suite": args.suite}
@@ -135,15 +135,15 @@ def _run_stage(args: argparse.Namespace) -> None:
 
 
 def _is_external(args: argparse.Namespace) -> bool:
-    """Whether an external model or images replace the variant; what does not go together is refused."""
+    """Whether an external model or images replace the variant; refuse options that exclude each other."""
     option, others = EXTERNAL[args.stage]
     external = getattr(args, option) is not None
     if external == (args.variant is not None):
         raise ValueError(f"{args.stage}: give either a variant ({', '.join(config.VARIANTS)}) or --{option}")
     if external and args.suite is not None:
-        raise ValueError(f"{args.stage}: --suite is of a variant; give --prompts FILE with --{option}")
+        raise ValueError(f"{args.stage}: --suite needs a variant; give --prompts FILE with --{option}")
     if external and args.dry_run:
-        raise ValueError(f"{args.stage}: --dry-run is of a variant; it estimates nothing of --{option}")
+        raise ValueError(f"{args.stage}: --dry-run needs a variant; it does not estimate --{option}")
     stray = [name for name in others if not external and getattr(args, name) is not None]
     if stray:
         raise ValueError(f"{args.stage}: --{stray[0]} needs --{option}")
@@ -193,7 +193,7 @@ def _preset(command: argparse.ArgumentParser) -> None:
     command.add_argument("name", choices=config.preset_names())
     _path(command, "--output", "FILE", default=Path("params.yaml"))
     command.add_argument("--force", action="store_true", help="overwrite an existing file")
-    command.add_argument("--card", type=int, metavar="GIB", help="of the card to plan for, as 24 or 80")
+    command.add_argument("--card", type=int, metavar="GIB", help="of the GPU to plan for, such as 24 or 80")
     command.set_defaults(run=_run_preset)
 
 
@@ -239,7 +239,7 @@ def _run_keep(args: argparse.Namespace) -> None:
 
 
 def _publish(command: argparse.ArgumentParser) -> None:
-    command.add_argument("adapter", type=Path, help="of a method, as outputs/align/spo")
+    command.add_argument("adapter", type=Path, help="of a method, such as outputs/align/spo")
     command.add_argument("--to", required=True, metavar="FOLDER|ID", help="a new folder, or OWNER/NAME")
     command.add_argument("--base-model", metavar="ID", help="default: backbone.checkpoint, if it is a hub id")
     command.add_argument("--license", metavar="NAME", help="default: that of the base model")

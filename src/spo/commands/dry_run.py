@@ -88,7 +88,7 @@ def _reach(key: str, name: str, revision: str | None) -> str:
 
 
 def _memory(params: Params, stage: str, variant: str | None, cut: Budget, found: Count) -> list[str]:
-    """What the stage needs on its device; where that is more than the device has, also what would fit."""
+    """The stage's memory on its device; if it exceeds the device's, also the smallest budget."""
     from spo import estimate
     from spo.training import budget
 
@@ -114,7 +114,7 @@ def _budget(cut: Budget) -> str:
 
 
 def _time(found: Count, rate: float, device: str) -> str:
-    """Hours of the stage, and of a rollout's stage without a valid pair."""
+    """Hours of the stage; of a stage with rollouts also without any valid pair."""
     most, least = (f"{flops / rate / 3600:.2g}" for flops in (found.flops(), found.flops(valid=False)))
     about = f"about {most} h" + ("" if most == least else f" if every pair is valid, {least} h if none is")
     work = f"{found.flops() / 1e12:.3g} TFLOP at {rate / 1e9:.3g} GFLOP/s"

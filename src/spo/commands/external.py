@@ -1,7 +1,7 @@
 """Generate images by an external model, and score external images, without training.
 
-Not stages of the DAG: `spo generate --lora PATH` generates images, `spo score --images FOLDER --prompts FILE`
-scores them, with the scorers, tables and intervals of the experiment.
+These are no stages of the DAG: `spo generate --lora PATH` generates images, and `spo score --images FOLDER
+--prompts FILE` scores them, with the scorers, tables and intervals of the experiment.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ def tables(
 
 
 def _means(params: Params, scores: DataFrame) -> list[str]:
-    """A line for the mean of each score, with its interval if there are enough prompts for one."""
+    """One line with the mean of each score, with an interval if there are enough prompts."""
     from spo.evaluation import statistics
 
     by_prompt, enough = statistics.prompt_means(scores), params.registry.min_prompts
@@ -140,7 +140,7 @@ def _line(row: Mapping[str, Any]) -> str:
 
 def _read(folder: Path, given: Path | Sequence[str] | None) -> tuple[Sequence[Image.Image], list[str]]:
     """The images in the order of their names (2 before 10) or of an archive, and their prompts."""
-    from spo.data.images import ARCHIVE, Pictures, archived
+    from spo.data.images import ARCHIVE, LazyImages, archived
     from spo.ingest.folders import find_images, list_images
     from spo.ingest.prompt_files import read_prompts
 
@@ -155,7 +155,7 @@ def _read(folder: Path, given: Path | Sequence[str] | None) -> tuple[Sequence[Im
         if not images:
             raise ValueError(f"{folder / ARCHIVE}: no images in this archive")
     else:
-        images, prompts = Pictures(list_images(folder), lambda paths: map(_open, paths)), []
+        images, prompts = LazyImages(list_images(folder), lambda paths: map(_open, paths)), []
     if isinstance(given, Path):
         prompts, source = read_prompts(given), str(given)
     elif given is not None:

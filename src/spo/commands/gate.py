@@ -1,4 +1,4 @@
-"""The gate to the alias `champion`: the bounds of `registry`, and what scores were made with."""
+"""The gate to the alias `champion`: the bounds of `registry`, and a check that scores are comparable."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def gate(params: Params, candidate: DataFrame, baseline: DataFrame, against: str
 
 
 def scored_by(variant: str = "spo") -> str:
-    """SHA-256 of what a variant was scored with: weights, parameters, code and libraries.
+    """SHA-256 of all that a variant's scores depend on: weights, parameters, code and libraries.
 
     As `spo score` and dvc.lock recorded it; scores with the same value are comparable.
     """
@@ -59,13 +59,13 @@ def scored_by(variant: str = "spo") -> str:
 
 
 def _recorded(variant: str) -> str | None:
-    """What `spo score` recorded; None of scores that another program made."""
+    """The hash that `spo score` recorded; None for scores of another program."""
     file = score.metrics_file(variant)
     return read_json(file, "metrics").get(score.SCORED_BY) if file.exists() else None
 
 
 def scored_again(params: Params, images: Path) -> DataFrame:
-    """Score images by what the candidate was scored with, which must be what is here."""
+    """Score images as the candidate was scored; its weights, code and libraries must be those here."""
     method = params.registry.method
     recorded = _recorded(method)
     if recorded not in (None, score.scored_by(params)):

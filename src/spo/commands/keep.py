@@ -1,4 +1,4 @@
-"""`spo keep`: save a run's comparisons in git, so that the page of another seed shows both."""
+"""`spo keep`: save a run's comparisons in git, so that the report of another seed shows both."""
 
 import json
 from pathlib import Path

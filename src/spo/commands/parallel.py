@@ -1,8 +1,8 @@
-"""Stages of dvc.yaml that do not depend on each other, run by DVC in parallel.
+"""Run stages of dvc.yaml that do not depend on each other in parallel, by DVC.
 
 `dvc repro` goes through the DAG in one process, which waits for the command of each stage; no setting of DVC
-changes that. But DVC locks its repository only while it hashes and writes dvc.lock, and beside that the paths
-that a stage reads and writes. So one `dvc repro --single-item STAGE` each can run in parallel.
+changes that. But DVC locks its repository only while it hashes and writes dvc.lock, and meanwhile the paths
+that a stage reads and writes. So several `dvc repro --single-item STAGE` can run in parallel.
 """
 
 import os
@@ -57,20 +57,20 @@ def schedule(
     is_success: Callable[[Future[Any]], bool],
     is_stopped: Callable[[], bool] = lambda: False,
 ) -> tuple[list[str], list[str]]:
-    """Run stages as soon as what they need is done, at most `jobs` in parallel, the longest chain first.
+    """Run each stage once the stages it needs are done, at most `jobs` in parallel, the longest chain first.
 
     After a failure or a stop no stage is started; those that run are waited for.
 
     Args:
         needs: {stage: the stages that must be done before}; names that are no stage count as done.
         start: starts a stage, given how many may run in parallel at that time (itself included).
-        is_success: whether a stage that has ended did what it should.
+        is_success: whether a stage has ended successfully.
 
     Returns:
         The stages that failed, and those that were not started.
     """
     graph = {stage: [need for need in needs[stage] if need in needs] for stage in needs}
-    behind = dict.fromkeys(graph, 0)  # how many stages follow one another from each on
+    behind = dict.fromkeys(graph, 0)  # the length of the longest chain of stages from each on
     for stage in reversed([*TopologicalSorter(graph).static_order()]):
         for need in graph[stage]:
             behind[need] = max(behind[need], behind[stage] + 1)

@@ -80,7 +80,7 @@ def register(params: Params) -> Verdict:
 def _compare(store: Store, params: Params, table: DataFrame, champion: Any, made_with: str) -> dict[str, str]:
     """Apply the gate against the champion, or against the baseline while there is no champion.
 
-    Scores that were made with something else are not compared: the images are scored again.
+    Images are scored again if their scores come from other weights, code or libraries.
     """
     with tempfile.TemporaryDirectory() as folder:
         if champion is None:
@@ -101,7 +101,7 @@ def _compare(store: Store, params: Params, table: DataFrame, champion: Any, made
         except ValueError as error:
             return {"scorers": f"{other}; {error}"}
         if not images.exists():
-            return {"scorers": f"{other}, and {images} is gone"}
+            return {"scorers": f"{other}, and {images} is missing"}
         return gate(params, table, scored_again(params, images), against)
 
 
@@ -185,7 +185,7 @@ def _download(store: Store, version: Any, path: str, target: Path) -> Path:
                 if not _is_missing(error) and not isinstance(error, OSError):
                     raise
                 raise ValueError(
-                    f"registry: {path} of version {version.version} of {version.name!r} is gone from "
+                    f"registry: {path} of version {version.version} of {version.name!r} is not in "
                     f"{store.name} ({reason(error)}); delete that version in MLflow and register again"
                 ) from None
             done.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""`spo repro`: a `dvc repro` with one parent run, several stages in parallel where they allow it."""
+"""`spo repro`: a `dvc repro` with one parent run, and with independent stages in parallel."""
 
 import os
 import subprocess
@@ -19,7 +19,7 @@ def run(params: Params, arguments: Sequence[str] = (), jobs: int | None = None) 
 
     Args:
         jobs: how many stages may run in parallel (`parallel.jobs_for` where it is None); with arguments DVC
-            runs its stages one after the other.
+            runs its stages sequentially.
     """
     if jobs is not None and (jobs < 1 or arguments):
         raise ValueError(f"--jobs {jobs}: give a number of at least 1, and no arguments of dvc repro")
@@ -38,7 +38,7 @@ def run(params: Params, arguments: Sequence[str] = (), jobs: int | None = None) 
                 code = _by_dvc(arguments, variables) if arguments else _all(params, needs, jobs, variables)
         status = "FAILED" if code else "FINISHED"
     finally:
-        # with arguments, or after an error, DVC has not come to every stage
+        # with arguments, or after an error, DVC has not checked every stage
         complete = status == "FINISHED" and not arguments
         runs.close_parent(parent, settings, status, dvc_lock.read() if complete else ())
         delivery.sync(params.tracking)
@@ -72,7 +72,7 @@ def _say(line: str) -> None:
 def record_if_new(params: Params) -> bool:
     """Record a reproduction that has no runs in MLflow: it was pulled, or `dvc repro` had nothing to do.
 
-    Not if params.yaml, code or data differ from dvc.lock, nor if MLflow is away.
+    Does nothing if params.yaml, code or data differ from dvc.lock, or if MLflow is unreachable.
     """
     if delivery.is_recorded(params.name, params.tracking):
         return False

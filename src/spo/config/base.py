@@ -51,7 +51,7 @@ def _kinds(annotation: Any) -> list[Any]:
 
 
 def _plain(value: Any) -> list[Any]:
-    """The value itself, or those of a list or mapping."""
+    """The value itself, or the values in a list or mapping."""
     if isinstance(value, dict):
         return [v for v in value.values() if not isinstance(v, dict | list)]
     return [*value] if isinstance(value, list | tuple) else [value]

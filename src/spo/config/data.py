@@ -18,7 +18,7 @@ class Prompts(Section):
     seed: Seed = 0  # of the split, not of training, so that runs of several training seeds are comparable
     train: str  # a file of captions: .json, .jsonl, .csv, .tsv, .txt or .parquet
     evaluation: str  # the same, for the test and validation prompts
-    pairs: str  # preference shards whose captions, as those of pairs.source, are no evaluation prompts
+    pairs: str  # preference shards; like pairs.source's, their captions are no evaluation prompts
     vocabulary: str | None = None  # a file of allowed words, one per line
     block_list: str | None = None  # a file of forbidden words and phrases, one per line
     max_tokens: Annotated[int, Field(ge=3, le=77)] = 77  # of a CLIP text encoder; start and end count too
@@ -28,13 +28,13 @@ class Prompts(Section):
 
 
 class PairFilter(Scorers):
-    """Which training pairs stay, by the gaps between the scores of their two images.
+    """Select training pairs by the gaps between the scores of their two images.
 
     The gap of a pair with a winner is the winner's score less the loser's; that of a tie is absolute.
     """
 
-    win_lose_above: dict[str, Bound] = {}  # by scorer: a pair with a winner stays if each gap is above
-    tie_below: dict[str, Annotated[Bound, Field(gt=0)]] = {}  # by scorer: a tie stays if each gap is below
+    win_lose_above: dict[str, Bound] = {}  # by scorer: a pair with a winner passes if each gap is above
+    tie_below: dict[str, Annotated[Bound, Field(gt=0)]] = {}  # by scorer: a tie passes if each gap is below
 
     @model_validator(mode="after")
     def _rules_have_scorers(self) -> PairFilter:
@@ -56,5 +56,5 @@ class Pairs(Section):
     rows_per_shard: Positive = 1000
     max_bad_fraction: Fraction = 0.01
     drop_ties: bool = False
-    latents: Literal["mean", "sample"] = "mean"  # of the VAE's posterior, on which training on pairs rests
+    latents: Literal["mean", "sample"] = "mean"  # of the VAE's posterior, for all training on pairs
     filter: PairFilter | None = None  # of the training pairs

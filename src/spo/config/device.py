@@ -1,4 +1,4 @@
-"""The section `device`: how work is cut to fit a card."""
+"""The section `device`: how work is split to fit a GPU."""
 
 from typing import Annotated, Literal
 
@@ -10,14 +10,14 @@ Auto = Literal["auto"]
 
 
 class Device(Section):
-    """How much a call takes, and what leaves the card meanwhile; `auto`: from its memory (training.budget).
+    """The sizes of calls, and what is offloaded; `auto`: chosen from the GPU's memory (training.budget).
 
     No key changes a result, so no stage depends on one.
     """
 
-    memory: Annotated[float, Field(gt=0, le=10_000)] | Auto = "auto"  # GiB, as cards are named
+    memory: Annotated[float, Field(gt=0, le=10_000)] | Auto = "auto"  # GiB, as in a GPU's name
     images: Positive | Auto = "auto"  # of a VAE call
     samples: Positive | Auto = "auto"  # latents of a denoiser call without gradient; guidance doubles them
     pairs: Positive | Auto = "auto"  # of a forward with gradient
-    checkpointing: bool | Auto = "auto"  # activations are computed again in the backward pass
+    checkpointing: bool | Auto = "auto"  # activations are recomputed in the backward pass
     offload: bool | Auto = "auto"  # text encoders, VAE and reward model rest in host memory between uses

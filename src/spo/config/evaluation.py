@@ -35,7 +35,7 @@ class Generate(Section):
     def check_suite(self, name: str) -> None:
         if name not in self.suites:
             known = ", ".join(self.suites) or "none"
-            raise ValueError(f"generate.suites: no suite {name!r}; there is {known}; add it to params.yaml")
+            raise ValueError(f"generate.suites: no suite {name!r}; known: {known}; add it to params.yaml")
 
 
 class Score(Scorers):

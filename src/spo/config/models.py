@@ -25,7 +25,7 @@ class Backbone(Section):
     family: Literal["sd", "sdxl"]
     checkpoint: str  # a diffusers folder, a single .safetensors file or a hub id
     revision: str | None = None  # of a hub id: a commit hash
-    variant: str | None = None  # of weight files, as fp16 in model.fp16.safetensors; null: the only one
+    variant: str | None = None  # of weight files, such as fp16 in model.fp16.safetensors; null: the only one
     config: str | None = None  # of a single file: the diffusers folder or hub id with its configs
     license: str | None = None  # of the base model, for the model cards of its fine-tunes
     vae: str | None = None  # folder or hub id of a replacement VAE (SDXL: the fp16-safe one)

@@ -37,10 +37,10 @@ class Params(Section):
     def _known_names(self) -> Self:
         """Keys that name a method, a variant or a scorer of another section."""
         if self.registry.method not in METHODS:
-            raise ValueError(f"registry.method: there are {', '.join(METHODS)}, not {self.registry.method}")
+            raise ValueError(f"registry.method: {self.registry.method!r} is not one of {', '.join(METHODS)}")
         if unknown := [name for name in self.report.baselines if name not in VARIANTS]:
             raise ValueError(
-                f"report.baselines: no variant {unknown[0]!r}; there are {', '.join(VARIANTS)} in generate"
+                f"report.baselines: unknown variant {unknown[0]!r}; known: {', '.join(VARIANTS)}"
             )
         for method, validation in self._validations().items():
             if unused := [name for name in validation.select or () if name not in self.score.configured()]:
@@ -61,13 +61,13 @@ class Params(Section):
             if count > self.prompts.n_validation:
                 raise ValueError(
                     f"{key}: {count} is more than the {self.prompts.n_validation} of prompts.n_validation; "
-                    "lower it, or raise that"
+                    "lower it, or raise prompts.n_validation"
                 )
         return self
 
     @model_validator(mode="after")
     def _work_for_every_process(self) -> Self:
-        """Each process takes its share of every update, or of every rollout."""
+        """Check that each process gets a share of every update and every rollout."""
         shared = {f"{name}.batch_size": getattr(self, name).batch_size for name in PREFERENCE_MODELS}
         for method in METHODS:
             section = getattr(self.align, method)

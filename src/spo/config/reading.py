@@ -1,4 +1,4 @@
-"""Read and check params.yaml: a mistake is one line, an unknown key comes with a suggestion."""
+"""Read and check params.yaml: an error is one line, with a suggestion for an unknown key."""
 
 import difflib
 from collections.abc import Iterable
@@ -89,12 +89,12 @@ def preset(name: str, card: int | None = None) -> str:
     """The text of a ready-made params.yaml.
 
     Args:
-        card: GiB of memory to plan for, in `device.memory`; None: those of the device that is there.
+        card: GiB of memory to plan for, in `device.memory`; None: those of this machine's GPU.
     """
     if name not in preset_names():
         raise ConfigError(f"unknown preset {name!r}; known: {', '.join(preset_names())}")
     if card is not None and card < 1:
-        raise ConfigError(f"--card {card}: give the GiB of a card, as 24 or 80")
+        raise ConfigError(f"--card {card}: give the GiB of a GPU, such as 24 or 80")
     text = resources.files("spo.config.presets").joinpath(f"{name}.yaml").read_text(encoding="utf-8")
     return text if card is None else text.replace("device: {memory: auto", f"device: {{memory: {card}", 1)
 

@@ -14,7 +14,7 @@ class ScorerConfig(Section):
     reads: ClassVar[dict[str, str | None]]
 
     def sources(self) -> dict[str, Source]:
-        """What it reads, by the key that names it; a path is None if the section has none."""
+        """The files that it reads, by the key that names them; a path is None if the section has none."""
         return {
             key: (getattr(self, key), getattr(self, revision) if revision else None)
             for key, revision in self.reads.items()

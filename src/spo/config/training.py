@@ -46,7 +46,7 @@ def _decays_within(section: Any) -> Any:
 
 
 class PseudoLabels(Scorers):
-    """Labels of the training pairs by one scorer, in place of the annotators' labels."""
+    """Labels of the training pairs by one scorer, instead of the annotators' labels."""
 
     gap: Rate = 0.1  # in the scorer's units; a smaller difference is a tie
 
@@ -125,7 +125,7 @@ class LatentPreference(Section):
 
 
 class Validation(Section):
-    """Validation while a method trains, by the scorers of `score`, and limits that stop the training.
+    """Validation during training, by the scorers of `score`, and limits that stop the training.
 
     None as a limit: not applied.
     """
@@ -143,7 +143,7 @@ class Validation(Section):
     @classmethod
     def _known(cls, value: tuple[str, ...] | None) -> tuple[str, ...] | None:
         if unknown := set(value or ()) - set(SCORERS):
-            raise ValueError(f"{min(unknown)} is no scorer; there are {', '.join(SCORERS)}")
+            raise ValueError(f"unknown scorer {min(unknown)!r}; known: {', '.join(SCORERS)}")
         return value
 
 
@@ -162,7 +162,7 @@ class Rollout(Section):
     inner_steps: Positive = 1  # denoising steps of the K branches before they are scored (SDXL: 3)
     pair_choice: Literal["best_worst", "random"] = "best_worst"  # which two of the K candidates form a pair
     resampler: Literal["random", "win", "lose"] = "random"  # the candidate from which the rollout continues
-    threshold: Threshold = 0.3  # least difference of the softmax over a pair's scores, first diverted step
+    threshold: Threshold = 0.3  # smallest difference of a pair's softmax, first diverted step
     threshold_end: Threshold | None = None  # at the last step; linear in `threshold_by`; None: constant
     threshold_by: Literal["step", "timestep", "sigma"] = "step"  # sigma: DDIM's at eta (arXiv 2502.01051)
 
@@ -200,7 +200,7 @@ class Stepwise(Rollout):
 
 
 class GradSpo(Section):
-    """GradSPO: another loss on the pairs of SPO, from rollouts of an average of the policy's weights."""
+    """GradSPO: another loss on SPO's pairs, and rollouts by an average of the policy's weights."""
 
     scale: Rate = 0.5  # g, how far winner and loser are from the sampler's prediction
     sampler_ema: Decay = 0.9  # decay of the average; 0: the policy itself

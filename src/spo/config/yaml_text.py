@@ -1,4 +1,4 @@
-"""YAML 1.2, as DVC reads it: the one reading of params.yaml, dvc.lock, presets and overrides."""
+"""YAML 1.2, as DVC reads it: the one parser of params.yaml, dvc.lock, presets and overrides."""
 
 import io
 from typing import Any

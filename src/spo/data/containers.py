@@ -1,9 +1,9 @@
-"""Damage to PNG and JPEG files is detected, and metadata that no viewer reads is dropped.
+"""Detect damage in PNG and JPEG files, and drop metadata that no viewer reads.
 
-Pillow's decoders skip checksums and fill what is missing with black or grey, but refuse a picture for a text
-or a tag that no viewer reads. Here damaged pixels are refused, and metadata that does not show is left out. A
-JPEG has no checksums: its damage shows in markers that cannot be where they are. WebP has neither, so its
-damage is found by libwebp alone.
+Pillow's decoders skip checksums and fill missing pixels with black or grey, but reject an image because of a
+text or a tag that no viewer reads. Here damaged pixels are refused, and metadata that does not change the
+displayed image is dropped. A JPEG has no checksums: damage is found by markers in wrong places. A WebP file
+has neither, so only libwebp finds damage in it.
 """
 
 import re
@@ -12,17 +12,19 @@ import zlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
-# PNG's chunks: of the pixels and of animations, and in words those that every file has
+# PNG's chunks of pixels and animations; WORDS names those that a message may name
 PIXELS = (b"IHDR", b"PLTE", b"IDAT", b"IEND", b"tRNS", b"acTL", b"fcTL", b"fdAT")
 WORDS = {b"IHDR": "header", b"PLTE": "palette", b"IDAT": "pixels", b"IEND": "end"}
-# those of colours and orientation, and whether their content can be read
+# PNG's chunks of colours and orientation, each with a check that its content can be read
 READ: dict[bytes, Callable[[bytes], bool]] = {
     b"eXIf": lambda content: True,
     b"gAMA": lambda content: len(content) == 4,
     b"sRGB": lambda content: len(content) == 1,
-    b"iCCP": lambda content: content.partition(b"\0")[2][:1] == b"\0",  # the one compression that exists
+    b"iCCP": lambda content: (
+        content.partition(b"\0")[2][:1] == b"\0"
+    ),  # zlib, the only method of the standard
 }
-# those that browsers ignore where they are damaged; any other name could be a damaged one of the pixels'
+# chunks that browsers ignore if damaged; another may be a chunk of pixels with a damaged name
 IGNORED = (
     *(*READ, b"bKGD", b"cHRM", b"cICP", b"cLLI", b"dSIG", b"hIST", b"iTXt", b"mDCV", b"oFFs", b"pCAL"),
     *(b"pHYs", b"sBIT", b"sCAL", b"sPLT", b"sTER", b"tEXt", b"tIME", b"zTXt"),
@@ -40,7 +42,7 @@ RESTART = re.compile(rb"\xff([\xd0-\xd7])")
 
 
 def png(data: bytes) -> bytes:
-    """A PNG without the chunks that do not show and what follows its end; other damage is refused."""
+    """A PNG without the chunks that no viewer reads and without bytes after its end; refuses other damage."""
     kept, names = [data[:8]], []
     for name, chunk, intact in _chunks(data):
         if not intact and name not in IGNORED:
@@ -99,7 +101,7 @@ def _raw_size(width: int, height: int, depth: int, colours: int, interlaced: int
 
 
 def jpeg(data: bytes) -> bytes:
-    """A JPEG without the metadata that does not show and what follows its end; parts must be in order."""
+    """A JPEG without metadata that no viewer reads and without bytes after its end; refuses other damage."""
     kept, at = [data[:2]], 2
     while at + 4 <= len(data) and data[at] == FILL:
         marker, end = data[at + 1], at + 2 + int.from_bytes(data[at + 2 : at + 4], "big")

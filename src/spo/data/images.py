@@ -101,7 +101,7 @@ def _csv_line(fields: Sequence[object]) -> str:
     return line.getvalue().removesuffix("\r\n") + "\n"
 
 
-class Pictures(Sequence[Image.Image]):
+class LazyImages(Sequence[Image.Image]):
     """Images that are read when they are indexed, so that no more than a slice is in memory."""
 
     def __init__(self, names: Sequence[Any], read: Callable[[Sequence[Any]], Iterable[Image.Image]]) -> None:
@@ -121,7 +121,7 @@ class Pictures(Sequence[Image.Image]):
         return next(iter(self._read([self._names[index]])))
 
 
-def archived(folder: Path) -> tuple[Pictures, list[str], list[int]]:
+def archived(folder: Path) -> tuple[LazyImages, list[str], list[int]]:
     """The images of `folder`/images.zip, which is opened when they are indexed, their prompts and seeds."""
 
     def read(files: Sequence[str]) -> list[Image.Image]:
@@ -130,7 +130,7 @@ def archived(folder: Path) -> tuple[Pictures, list[str], list[int]]:
 
     with _archive(folder) as archive:
         rows = list(_index(archive))
-    return Pictures([row[0] for row in rows], read), [row[1] for row in rows], [row[2] for row in rows]
+    return LazyImages([row[0] for row in rows], read), [row[1] for row in rows], [row[2] for row in rows]
 
 
 def load_images(folder: Path) -> Iterator[tuple[Image.Image, str, int]]:

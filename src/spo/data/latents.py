@@ -1,6 +1,6 @@
 """Preference pairs encoded to latents in a memory-mapped file: random access in constant memory.
 
-The file is a cache that all stages share which train on the same pairs.
+All stages that train on the same pairs share this file as a cache.
 """
 
 import errno
@@ -98,8 +98,8 @@ def encode(
 ) -> EncodedPairs:
     """Encode pairs with the backbone's VAE into `folder`, or read a complete cache from it.
 
-    Each of several processes encodes every n-th shard into files of its own; the main one joins these to what
-    one process writes. An interrupted encoding resumes after the shards that are complete.
+    Each of several processes encodes every n-th shard into files of its own; the main one joins these into
+    the file that a single process would write. An interrupted encoding resumes after the complete shards.
 
     Args:
         shards: of the pairs, in order; one that is encoded already is not iterated over.
@@ -176,7 +176,7 @@ def _encode_share(
     with tqdm(total=total // n, desc="encode pairs", unit="pair") as bar:
         for number in range(rank, len(shards), n):
             rows = _rows(folder, number)
-            # in this order: the rows go when all is complete
+            # in this order: the rows are deleted once all is complete
             if not rows.exists() and not (folder / COMPLETE).exists():
                 with atomic(rows.with_suffix(".f16")) as unfinished, unfinished.open("wb") as file:
                     found = _write(shards[number], encode_files, file, bar)
@@ -188,8 +188,8 @@ def _encode_share(
 def _join(folder: Path, count: int, length: int) -> None:
     """Append the latents of all shards to one file, and join their rows.
 
-    A shard's file goes when it is appended, so that the disk holds each once. After an interruption what is
-    gone is in the file already, and what was appended in part is appended again.
+    A shard's file is deleted once it is appended, so that the disk holds each shard once. After an
+    interruption the deleted ones are in the file already, and a partly appended one is appended again.
 
     Args:
         length: numbers of a pair.

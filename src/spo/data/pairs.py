@@ -1,4 +1,4 @@
-"""What the stage `pairs` writes: shards of preference pairs, read back one by one, and labels by a scorer."""
+"""Write and read the outputs of the stage `pairs`: shards of preference pairs, and labels by a scorer."""
 
 from collections import Counter
 from collections.abc import Iterable, Iterator

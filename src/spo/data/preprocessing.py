@@ -1,4 +1,4 @@
-"""How a CLIP's files prepare its images: mean and std are applied, other steps than CLIP's are refused."""
+"""Read how a CLIP preprocesses images: mean and std are applied, steps other than CLIP's are refused."""
 
 import json
 import math

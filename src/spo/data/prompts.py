@@ -1,4 +1,4 @@
-"""Prompts: cleaned, the keys by which they are the same, and what none may have."""
+"""Clean prompts, compute the keys that find duplicates, and refuse what no tokenizer encodes as text."""
 
 import html
 import re

@@ -12,7 +12,7 @@ from spo.types import Backbone, Conditioning
 
 
 def is_guided(guidance: float) -> bool:
-    """Whether the unconditional prediction takes part: above 1, as in diffusers' pipelines."""
+    """Whether the unconditional prediction is needed: above 1, as in diffusers' pipelines."""
     return guidance > 1
 
 

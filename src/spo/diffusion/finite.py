@@ -30,7 +30,7 @@ ADVICE = {
 
 
 class NotFiniteError(ValueError):
-    """Something on the way is NaN or infinite; the message says what, where and what to try."""
+    """An intermediate value is NaN or infinite; the message says which, where, and what to try."""
 
 
 @dataclass(frozen=True)

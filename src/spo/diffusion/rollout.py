@@ -25,7 +25,7 @@ def sample_latents(
         noise: of B samples; the first draw is x_T, each step with eta > 0 takes another.
 
     Raises:
-        NotFiniteError: something on the way is NaN or infinite, which is read after the last step.
+        NotFiniteError: an intermediate value is NaN or infinite; this is read after the last step.
     """
     assert len(prompts) == len(noise)
     schedule = schedule.to(backbone.device)

@@ -127,7 +127,7 @@ class Schedule:
 
 
 def check_process(config: Mapping[str, Any]) -> None:
-    """Refuse what is no discrete-time DDPM: EDM, flow matching, continuous time, consistency models."""
+    """Refuse all but discrete-time DDPMs: EDM, flow matching, continuous time, consistency models."""
     name = config.get("_class_name", "DDIMScheduler")
     if str(name) not in DISCRETE_SAMPLERS:
         raise _unsupported("_class_name", name, "a model trained as discrete-time DDPM (DDIMScheduler, ...)")

@@ -1,4 +1,4 @@
-"""What is counted of a stage."""
+"""The counted bytes and FLOPs of a stage."""
 
 import gc
 from collections.abc import Callable
@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 
 class Phase(NamedTuple):
-    """What a phase takes, run once."""
+    """The cost of one run of a phase."""
 
     peak: int  # bytes on the device
     flops: int
@@ -49,6 +49,6 @@ class Count:
         return max(phase.peak for phase in self.phases.values())
 
     def flops(self, valid: bool = True) -> float:
-        """Of the whole stage, if every pair of a rollout is valid, or none."""
+        """FLOPs of the whole stage, if every pair of a rollout is valid, or none."""
         phases = [phase for phase in self.phases.values() if valid or not phase.needs_valid_pairs]
         return sum(phase.flops * phase.times for phase in phases)

@@ -1,7 +1,7 @@
-"""torch's meta device in the place of a GPU: tensors have shapes and no values; bytes and FLOPs are counted.
+"""Use torch's meta device instead of a GPU: tensors have shapes and no values; bytes and FLOPs are counted.
 
-What an operator needs inside itself (cuDNN's workspaces), the allocator's fragmentation and the CUDA context
-are not seen. Attention is flash attention, which stores q, k, v and its output for the backward pass.
+Operators' workspaces (cuDNN), the allocator's fragmentation and the CUDA context are not counted. Attention
+is flash attention, which stores q, k, v and its output for the backward pass.
 """
 
 import weakref
@@ -141,7 +141,7 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, *args: Any, **options: Any) -> T
 
 @contextmanager
 def stand_in() -> Iterator[Counter]:
-    """Within it the meta device behaves as a GPU does, and what lies and runs on it is counted."""
+    """Within it the meta device acts as a GPU, and its tensors and operators are counted."""
     counter, entered = Counter(), _Autocast.entered
     with (
         mock.patch.multiple(

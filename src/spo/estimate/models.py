@@ -27,7 +27,7 @@ Place = torch.device | str
 
 
 class Words:
-    """Stands for any tokenizer: token ids of the right shape."""
+    """Replaces any tokenizer: token ids of the right shape."""
 
     model_max_length = 77
 

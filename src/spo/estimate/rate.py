@@ -1,4 +1,4 @@
-"""How fast a device computes what a stage is made of."""
+"""Measure how fast a device computes."""
 
 import time
 
@@ -8,12 +8,12 @@ from spo import config
 from spo.backbones.loading import DTYPES
 
 SIZES = {"cpu": 2048, "cuda": 8192}
-# of that rate by UNet, VAE and CLIP; .5 to .7 was measured on a CPU, nothing on a GPU
+# the fraction of that rate that UNet, VAE and CLIP reach: .5 to .7 measured on a CPU, nothing on a GPU
 USED = {"cpu": 0.6, "cuda": 0.4}
 
 
 def rate(settings: config.Backbone, device: str) -> float:
-    """FLOP/s of a stage: part of those of a large product of matrices, the fastest of five.
+    """FLOP/s of a stage, as a fraction of those of a large matrix product, the fastest of five.
 
     On a CPU in fp32: in half precision one product may take minutes there. In one thread it is CPU time, in
     which other work on the machine does not count.

@@ -1,8 +1,8 @@
-"""A stage counted: its own code runs on the meta device with the models and sizes of params.yaml.
+"""Count a stage: its own code runs on the meta device with the models and sizes of params.yaml.
 
 Each phase of the stage runs once, and its FLOPs are multiplied by how often it runs in the stage. A sampler
-or rollout has FEW steps: each needs as much memory as the next, but for the pairs that it leaves. The scorers
-of validation are left out: with them the device holds less than in an update.
+or rollout has FEW steps: all need the same memory, except for the pairs that they store. The scorers of
+validation are not counted: with them the device holds less than in an update.
 """
 
 from collections.abc import Callable
@@ -22,7 +22,7 @@ from spo.diffusion.rollout import sample_latents
 from spo.diffusion.schedule import Schedule
 from spo.estimate import meta, models
 from spo.estimate.count import Base, Count
-from spo.evaluation import local_judgement as local
+from spo.evaluation import candidate_ranking as local
 from spo.methods import method_spec
 from spo.methods.lpo import LpoMethod
 from spo.methods.spo import SpoMethod
@@ -45,7 +45,7 @@ PROMPT = "a prompt"
 
 
 def count(params: Params, stage: str, variant: str | None, budget: Budget) -> Count:
-    """Of `preference` (variant None or latent), `align` (a method), `generate` or `pairs` (its encoding)."""
+    """Count `preference` (variant: None or latent), `align` (a method), `generate` or `pairs` (encoding)."""
     with meta.stand_in() as counter:
         return run(params, stage, variant, models.backbone(params.backbone, budget), counter)
 
@@ -128,14 +128,14 @@ def _preference(params: Params, variant: str | None, base: Any, found: Count) ->
 
 
 def _local(found: Count, trained: Any, settings: Any) -> None:
-    """The rollouts of `local_prompts`; the oracle lies on the CPU and is not counted."""
+    """The rollouts of `local_prompts`; the oracle is on the CPU and not counted."""
     oracle: Any = SimpleNamespace()
     oracle.model = SimpleNamespace(perceive=lambda images: (images.new_ones(len(images), 1), None))
     prompts = [PROMPT] * min(settings.local_prompts, local.PROMPTS_AT_ONCE)
     how: Any = {"steps": FEW, "guidance": settings.guidance, "seed": 0}
     found.run(
-        "local judgement",
-        lambda: local.local_judgement(trained.backbone, trained.reward_model(), oracle, prompts, **how),
+        "candidate ranking",
+        lambda: local.candidate_ranking(trained.backbone, trained.reward_model(), oracle, prompts, **how),
         settings.local_prompts / len(prompts) * settings.num_inference_steps / FEW,
     )
 

@@ -1,4 +1,4 @@
-"""Quality by the compute of training, from the validations during a run's own trainings."""
+"""Quality against the compute of training, from the validations during training."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-QUALITIES = ("validation/oracle_aesthetic", "validation/gain")  # the first that was measured is shown
+QUALITIES = ("validation/oracle_aesthetic", "validation/gain")  # the first measured one is shown
 COMPUTE = {  # a UNet sample is a forward of one sample; a backward pass counts as two
     "training_seconds": "seconds of training",
     "unet_samples": "UNet samples",
@@ -18,7 +18,7 @@ COMPUTE = {  # a UNet sample is a forward of one sample; a backward pass counts 
 def points(
     curve: DataFrame, trained: Mapping[str, Any], first: Sequence[Mapping[str, Any]]
 ) -> DataFrame | None:
-    """What a method's validations measured; None where something was not measured.
+    """The points of a method's validations; None if quality or compute was not measured.
 
     Args:
         curve: the training CSV of a method by iteration, with the columns of its validations.

@@ -68,7 +68,7 @@ def render(run: RunResults) -> str:
         data_uri,
         efficiency_figure,
         html,
-        local_judgement,
+        candidate_ranking,
         means,
         pairs,
         seed_table,
@@ -163,7 +163,7 @@ def accuracy(run: RunResults) -> tuple[DataFrame, bytes] | None:
     return _fixed(titled.assign(mean=values.mean(axis=1)), 1), figure
 
 
-def local_judgement(run: RunResults) -> tuple[DataFrame, bytes] | None:
+def candidate_ranking(run: RunResults) -> tuple[DataFrame, bytes] | None:
     """The correlation with the oracle within the candidates of a step: a table of means, and a figure."""
     measured = {k: m["local"] for k, m in run.preference.items() if m.get("local")}
     if not measured:

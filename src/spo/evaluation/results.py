@@ -1,4 +1,4 @@
-"""Read what `score`, `generate` and `report` wrote: tables of scores, scored images, comparisons."""
+"""Read the outputs of `score`, `generate` and `report`: tables of scores, scored images, comparisons."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Comparisons in words: names, numbers, what won and by how much, and scores that contradict each other."""
+"""Describe comparisons in words: names, numbers, winners and margins, and scores that contradict another."""
 
 from __future__ import annotations
 

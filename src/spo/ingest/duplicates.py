@@ -11,7 +11,7 @@ CONTRADICTED = "another row prefers the other image of this pair"
 
 
 class Duplicates:
-    """The preference of each pair that was added, in 16 bytes of hash a pair.
+    """Stores the preference of each added pair, in a hash of 16 bytes a pair.
 
     A pair is a prompt (by its key) and two image files, in either order. Where rows prefer different images,
     all of them are contradicted: neither annotator is known to be right. A tie contradicts nothing.

@@ -15,7 +15,7 @@ Gaps = dict[str, list[float]]  # by scorer
 
 
 class CachedGaps:
-    """Gaps of one buffer of pairs after the other; all processes ask for the same buffers.
+    """Computes gaps buffer by buffer; all processes ask for the same buffers of pairs.
 
     Each of n processes scores every n-th buffer, and the main one gets all. Gaps are cached as they are
     computed, so that interrupted work resumes after them, with any number of processes.
@@ -25,7 +25,7 @@ class CachedGaps:
         """
         Args:
             batch_size: pairs whose images are decoded at once.
-            cache: a folder named by all on which the gaps depend.
+            cache: a folder, named by a fingerprint of everything on which the gaps depend.
         """
         self.scorers, self.batch_size, self.cache = scorers, batch_size, cache
         self._rank, self._next = distributed.state().process_index, 0
@@ -59,7 +59,7 @@ class CachedGaps:
 
 
 def _cached(path: Path, read: str) -> Gaps | None:
-    """The gaps in a file if they are of these pairs; of others, the source has changed since."""
+    """The gaps in a file if they belong to these pairs; otherwise the source has changed since."""
     try:
         state = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):  # ValueError: torn by a power cut

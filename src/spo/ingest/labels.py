@@ -7,7 +7,7 @@ The filter is MPCF of LPO (arXiv 2502.01051). Departures from the published filt
 3. Gaps of ties are compared by their absolute value, as the paper writes; the released code uses the sign.
 4. Where there is no rule for a kind of pair, all pairs of that kind pass.
 
-Pseudo-labels are those of a scorer in place of the annotators', as in the published SDXL recipe.
+Pseudo-labels are labels by a scorer instead of the annotators, as in the published SDXL recipe.
 """
 
 from collections import Counter
@@ -36,7 +36,7 @@ def failed_rules(label_0: float, gaps: Mapping[str, float], rules: config.PairFi
 
 
 def labelling_scorer(rules: config.PairFilter | None, labels: config.PseudoLabels) -> str:
-    """The key of the labels' scorer: its name if the filter has an equal one, which then scores for both."""
+    """The key of the labels' scorer: its name if the filter has the same scorer, whose scores serve both."""
     ((name, own),) = labels.configured().items()
     return name if rules is not None and rules.configured().get(name) == own else "labels"
 
@@ -97,7 +97,7 @@ class ScoredWriter:
             )
 
     def facts(self) -> dict[str, Any]:
-        """For the summary: how many pairs fail each rule, and what the labels are."""
+        """Facts for the summary: how many pairs fail each rule, and where the labels come from."""
         facts: dict[str, Any] = {}
         if self.rules is not None:
             facts["fail_the_rule_of"] = {name: dict(counts) for name, counts in self.failed.items()}

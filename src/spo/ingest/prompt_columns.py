@@ -1,4 +1,4 @@
-"""The columns or keys in which a list has its prompts: more than one may, if they say the same."""
+"""Find the columns or keys that hold the prompts of a list: several may, if they agree."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -28,7 +28,7 @@ def caption_columns(names: Sequence[str], where: str) -> list[str]:
 
 
 def agreed(given: Mapping[str, Any], where: str) -> Any:
-    """The prompt of a row by the columns that hold it, which must agree; "" and null say nothing."""
+    """The prompt of a row by the columns that hold it, which must agree; "" and null are ignored."""
     first, *others = [text for text in given.values() if text not in (None, "")] or given.values()
     if any(other != first for other in others):
         raise ValueError(f"{where}: {' and '.join(given)} differ; keep the one that is the prompt")

@@ -12,7 +12,7 @@ DELIMITERS = {".csv": ",;\t", ".tsv": "\t"}  # spreadsheets write semicolons whe
 
 
 class Table(NamedTuple):
-    """A table by one reading of its quotes."""
+    """A table as parsed with one interpretation of its quotes."""
 
     rows: list[list[str]]  # the first is the header
     lines: list[int]  # in which the rows after the header end
@@ -32,14 +32,14 @@ def read_table(path: Path, text: str) -> list[str]:
 
 
 def _separated(text: str, delimiter: str, path: Path) -> list[str]:
-    """Read a table whose quotes enclose fields; with a space before it (`1, "a cat"`) a quote may not."""
+    """Read a table whose quotes enclose fields; a quote after a space (`1, "a cat"`) may not."""
     table = _parse(text, delimiter, path)
     if not re.search(rf'{re.escape(delimiter)} +"', text):
         return table.captions
     spaced = _attempt(text, delimiter, path, skipinitialspace=True)
     if isinstance(spaced, Table) and (line := _first_difference(table, spaced)):
         raise ValueError(
-            f"{path}: line {line}: with a space before it, a quote may or may not belong to the prompt; "
+            f"{path}: line {line}: a quote after a space may or may not belong to the prompt; "
             "remove the space"
         )
     return table.captions

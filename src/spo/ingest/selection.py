@@ -53,7 +53,7 @@ class BlockList:
 
 
 def _complete(phrase: str) -> str:
-    """A pattern of a phrase that is no part of a longer word: C is not in C++, nor 5 in -5."""
+    """A pattern that finds a phrase, but not within a longer word: C is not in C++, nor 5 in -5."""
     exact = regex.escape(phrase, special_only=True)
     if regex.search(UNSPACED, phrase, regex.VERSION1):
         return exact

@@ -2,7 +2,7 @@
 
 Memory does not grow with the number of rows: shards are read in small batches from a local folder or from
 the hub's cache (`hf://datasets/OWNER/NAME@REVISION/data`), or streamed through fsspec (s3://...). A column
-may have any type in which people store its values (`COLUMNS`).
+may have any of its types in `COLUMNS`.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -25,7 +25,7 @@ IMAGE = (
     "encoded images: binary, a struct of bytes and path, lists of bytes, or text in base64",
 )
 LABEL = ("text", "number", "boolean"), "numbers, booleans, or text that is a number"
-# the kinds of types that a column may have, and these in words
+# the kinds of types that a column may have, and their description in messages
 COLUMNS = {
     "caption": (("text", "bytes"), "text, or its UTF-8 bytes"),
     **{"jpg_0": IMAGE, "jpg_1": IMAGE, "label_0": LABEL, "label_1": LABEL},
@@ -158,7 +158,7 @@ def _values(column: pa.Array) -> Iterator[Any]:
     if types.is_dictionary(column.type):
         column = column.dictionary_decode()
     kind = _kind(column.type)
-    if kind == "text":  # one text that is not UTF-8 must not cost the whole batch
+    if kind == "text":  # otherwise one text that is not UTF-8 would fail the whole batch
         return map(_text, column.cast(pa.large_binary()).to_pylist())
     if types.is_struct(column.type):
         return _structs(column)

@@ -1,4 +1,4 @@
-"""The alignment methods: a file each, with the name of the method's section in `align` of params.yaml."""
+"""The alignment methods, one file each, named like the method's section in `align` of params.yaml."""
 
 from __future__ import annotations
 

@@ -122,7 +122,7 @@ class DiffusionDpoMethod:
         return DiffusionDpoBatch(
             x_t=torch.cat([schedule.add_noise(x, noise, timesteps) for x in (win, lose)]),
             timesteps=timesteps.repeat(2),
-            # selecting copies, so these are ordinary tensors, whatever `inference` made
+            # indexing copies, so these are ordinary tensors even if made in inference mode
             conditioning=conditioning.select(both),
             weight=send(self.pairs.weight[indices], backbone.device),
             prompts=[self.pairs.captions[i] for _, i in chosen],

@@ -8,9 +8,9 @@ Departures from the paper (P) or the official code (C), beside those of the file
    though the model learned from latents with the noise of the timestep it is given. `judged_at` decides:
    `candidate` is the timestep of its own noise (0 after the last step), `step` is C, as in the presets sd15
    and sdxl.
-2. The least gap of a valid pair grows with DDIM's sigma_t, from threshold_end at the least to threshold at
-   the greatest (threshold_by: sigma). P takes both over all steps of the sampler, ours over the diverted
-   ones: the same where all are.
+2. The smallest gap of a valid pair grows with DDIM's sigma_t: from threshold_end at the smallest sigma_t to
+   threshold at the largest (threshold_by: sigma). P takes both over all steps of the sampler, this code over
+   the diverted ones: the same values if all steps are diverted.
 3. P gives a learning rate of 5e-5 for SD 1.5, C has 6e-5; the preset has P's.
 """
 
@@ -27,7 +27,7 @@ REWARD_MODEL = "outputs/preference_latent"
 
 
 class LpoMethod(StepwiseMethod):
-    """LPO is the stepwise method as it stands, with the latent reward model."""
+    """LPO: the stepwise method with the latent reward model, otherwise unchanged."""
 
     name = "align.lpo"
 

@@ -22,13 +22,13 @@ class MethodSpec:
     divergence: str  # the metric of its loss that measures the distance to the reference model
     build: Callable[[Params, Backbone], Method]
     cost: Callable[[Params, Mapping[str, Any]], Cost]  # of params.yaml and the scheduler's config
-    # by its section: decay in [0,1) of an average of the weights, by which batches are collected; 0: none
+    # from its section: decay in [0,1) of the weight average that collects batches; 0: no average
     sampler_ema: Callable[[Any], float] = lambda section: 0.0
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What a training computes at most (every pair is valid), in forward passes of one sample of the UNet.
+    """The most that a training computes (all pairs are valid), in forward passes of one sample of the UNet.
 
     Guidance counts twice, a backward pass as two forwards, a down path as a part of one.
     """

@@ -24,13 +24,13 @@ PREFERENCE_MODEL = "outputs/preference"
 
 
 class SpoMethod(StepwiseMethod):
-    """SPO is the stepwise method as it stands, with the step-aware preference model as its reward model."""
+    """SPO: the stepwise method with the step-aware preference model, otherwise unchanged."""
 
     name = "align.spo"
 
 
 def build(params: Params, backbone: Backbone, folder: Path, prompts: Sequence[str]) -> StepwiseMethod:
-    """SPO, or GradSPO if its section is there, with the preference model in `folder`."""
+    """SPO, or GradSPO if the section has `gradspo`, with the preference model in `folder`."""
     from spo.methods.stepwise.gradspo import GradSpoMethod
     from spo.preference.model import load_reward_model
 

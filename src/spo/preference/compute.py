@@ -1,4 +1,4 @@
-"""What the training of a preference model computes."""
+"""The computation of a preference model's training."""
 
 from spo.config import LatentPreference, Preference
 from spo.diffusion.denoiser import is_guided
@@ -8,8 +8,8 @@ from spo.training.compute import DOWN_PATH, TRAINED
 def unet_samples(settings: Preference | LatentPreference) -> int:
     """UNet forwards of one sample in a training; guidance counts twice, a backward pass as two.
 
-    The step-aware model's CLIP sees what the frozen UNet predicts; the latent reward model runs the down
-    path, and back where it is trained.
+    The step-aware model's CLIP gets the frozen UNet's predictions; the latent reward model runs the down
+    path, and its backward pass if it is trained.
     """
     samples = 2 * settings.steps * settings.batch_size
     if not isinstance(settings, LatentPreference):

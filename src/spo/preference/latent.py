@@ -14,8 +14,8 @@ Departures from the paper (P) or the official code (C):
    them).
 5. P saves the checkpoint with the best validation accuracy; here it is the last weights, which `ema` may
    average. P's linear decay of the learning rate is `optimizer.decay: linear`.
-6. Official LRM checkpoints are not loaded: the names of their tensors are not known to us. The paper does not
-   give them, and guessed names could end in a model that is silently wrong.
+6. Official LRM checkpoints are not loaded: the paper does not give the names of their tensors, and guessed
+   names could give a model that is silently wrong.
 """
 
 import math
@@ -67,7 +67,7 @@ class LatentPreferenceModel(nn.Module):
 
     @torch.no_grad()
     def start_text_projection(self, weight: Tensor, source: str) -> None:
-        """Take over CLIP's text projection [out,in]."""
+        """Copy CLIP's text projection [out,in]."""
         if self.text_projection is None:
             raise ValueError(
                 "latent_preference.text_projection: SDXL's pooled text is projected already; set it to null"
@@ -81,14 +81,14 @@ class LatentPreferenceModel(nn.Module):
         self.text_projection.weight.copy_(weight)
 
     def make_trainable(self, settings: LatentPreference, seed: int) -> None:
-        """Make the heads trainable, and what settings.trained adds to them."""
+        """Make the heads trainable, and the other modules that settings.trained names."""
         if settings.trained == "all":
             self.encoder.train_fully()
         elif settings.lora is not None:
             self.encoder.add_lora(settings.lora, seed)
 
     def encode_text(self, prompts: Sequence[str]) -> Conditioning:
-        """What the UNet needs of B prompts and, with VFE, of as many empty ones; and `target`, the normalised
+        """The UNet's inputs for B prompts and, with VFE, for as many empty ones; and `target`, the normalised
         text features [B,D]."""
         conditioning = self.encoder.encode_prompts(prompts)
         pooled = conditioning.tensors["pooled"].float()

@@ -62,7 +62,7 @@ class LatentTask:
         return LatentRewardModel(self.model, "candidate")
 
     def finish(self) -> None:
-        """Merge the adapter. In half precision that rounds W + BA: the model is measured as it is saved."""
+        """Merge the adapter. Half precision rounds W + BA: the model is measured as saved."""
         self.model.encoder.merge_lora()
 
     def save(self, folder: Path) -> None:

@@ -3,14 +3,14 @@ are predicted in one step and decoded.
 
 Departures from the official code:
 1. `preference.ema` averages the weights over training (0, as published, does not).
-2. `preference.trained: heads` leaves the towers as they are (all, as published, trains every weight).
+2. `preference.trained: heads` freezes the towers (all, as published, trains every weight).
 3. Official code draws from the VAE's posterior anew each time it sees an image. Here images are encoded once:
    by the posterior's mean, or with `pairs.latents: sample`, as in the presets sd15 and sdxl, by one draw.
 4. The learning rate is constant after the warm-up, or with `optimizer.decay: linear`, as in these presets,
    falls as in official code; its warm-up is linear in the updates.
 5. These presets train 4,000 updates, and the rate is 0 at their end. `deepspeed_accelerator.py` of the
-   official code has max_steps of 8,000 and 7,000, its recipe 4,000 updates: which of them made the released
-   models is not known to us.
+   official code has max_steps of 8,000 and 7,000, its recipe 4,000 updates; it is not known which of them
+   made the released models.
 6. An image without noise, as at t = 0 of the evaluation, is the decoded latents; theirs is the file.
 """
 

@@ -46,7 +46,7 @@ class NoisedPairs:
 
 
 class PreferenceTask(Protocol):
-    """A preference model to be trained: what it sees of pairs of latents, and how it scores that."""
+    """A preference model in training: the inputs that it makes of pairs of latents, and their scores."""
 
     name: str  # its section of params.yaml, for messages
 
@@ -70,7 +70,7 @@ class PreferenceTask(Protocol):
         ...
 
     def inputs(self, pairs: NoisedPairs, check: FiniteCheck) -> Tensor:
-        """What the model sees of P pairs [P,2,...], without gradients; `check` notes what must be finite."""
+        """The model's inputs for P pairs [P,2,...], without gradients; `check` notes what must be finite."""
         ...
 
     def scores(self, inputs: Tensor, captions: Sequence[str], timesteps: Tensor) -> tuple[Tensor, Tensor]:
@@ -103,7 +103,7 @@ def train(
 ) -> dict[str, Any]:
     """Train `task.model` in place for settings.steps updates; returns as `training.loop.fit`."""
     if not len(pairs.captions):
-        raise ValueError(f"{task.name}: there are no training pairs; look at outputs/pairs/summary.json")
+        raise ValueError(f"{task.name}: there are no training pairs; see outputs/pairs/summary.json")
     settings = task.settings
     task.prepare()
     task.model.train()
@@ -192,7 +192,7 @@ def _inputs(
     noise: Tensor | None,
     check: FiniteCheck,
 ) -> Tensor:
-    """What the model sees of the pairs at `indices` int64 [P], in calls of the device's budget."""
+    """The model's inputs for the pairs at `indices` int64 [P], in calls of the device's budget."""
     size, parts = max(1, task.backbone.budget.samples // 2), []
     for start in range(0, len(indices), size):
         part = slice(start, start + size)

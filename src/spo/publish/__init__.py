@@ -1,1 +1,1 @@
-"""What one uploads of a trained adapter: weights, card, licence and sample images."""
+"""Publish a trained adapter: weights, card, licence and sample images."""

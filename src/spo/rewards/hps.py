@@ -106,7 +106,7 @@ def _model_config(architecture: str) -> tuple[dict[str, Any], Normalisation]:
 
 @cache
 def _say_activation(architecture: str) -> None:
-    """Say which activation a name stands for where open_clip has both: a file of weights cannot tell."""
+    """Name the activation that is used where open_clip has two for a model: a weights file does not say."""
     plain = architecture.removesuffix("-quickgelu")
     names = {plain: "GELU", f"{plain}-quickgelu": "QuickGELU"}
     if is_main_process() and names.keys() <= set(open_clip.list_models()):

@@ -1,4 +1,4 @@
-"""Images to the pixels that a scorer's image encoder takes."""
+"""Convert images to the pixels that a scorer's image encoder takes."""
 
 import torch
 from PIL import Image

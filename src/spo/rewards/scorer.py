@@ -1,4 +1,4 @@
-"""What all scorers share: batches of images, each with its own prompt, and the checks of both."""
+"""The base class of all scorers: batches of images, each with its own prompt, and checks of both."""
 
 import math
 from abc import ABC, abstractmethod

@@ -11,7 +11,7 @@ from pathlib import Path
 
 THREADS = "OMP_NUM_THREADS"
 POLICY = "OMP_WAIT_POLICY"
-# what says how OpenMP's threads wait: the standard, libgomp's and Intel's own variable
+# how OpenMP's threads wait: the standard, libgomp's and Intel's own variable
 WAITING = (POLICY, "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 QUOTA = Path("/sys/fs/cgroup/cpu.max")  # of a container
 
@@ -27,7 +27,7 @@ def count() -> int:
 
 
 def set_threads(variables: MutableMapping[str, str], processes: int = 1) -> str:
-    """Set OpenMP's variables where they are not set, and return one line that says what holds and why.
+    """Set OpenMP's variables that are not set, and return one line with the settings and their reason.
 
     Must come before torch is imported, which reads them. The cores are shared by `processes`.
     """

@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 
 @contextmanager
 def atomic(path: Path) -> Iterator[Path]:
-    """Yield a file to write, which then replaces `path` in one step: nobody ever sees half a file.
+    """Yield a file to write, which then replaces `path` in one step: no reader sees a partial file.
 
-    The folder is made if it is not there. After an error `path` is as it was. A link is replaced, and what
-    it leads to stays: that may be DVC's cache. Of several writers at once the last one's file stays.
+    The folder is made if it is not there. After an error `path` is as it was. A link is replaced,
+    and its target, which may be in DVC's cache, stays. The last of several concurrent writers wins.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
@@ -30,18 +30,18 @@ def atomic(path: Path) -> Iterator[Path]:
         yield partial
         partial.replace(path)
     finally:
-        with suppress(OSError):  # a read-only folder does not let it go either
+        with suppress(OSError):  # nor can it be removed from a read-only folder
             partial.unlink(missing_ok=True)
 
 
 def remove_partials(folder: Path) -> None:
-    """Remove what a kill in the middle of a write left; for the one process that writes to the folder."""
+    """Remove the partial files of a killed writer; only for the single process that writes to the folder."""
     for path in folder.glob(".*.partial"):
         path.unlink()
 
 
 def remove(path: Path) -> None:
-    """Remove a file, a link or a folder, if it is there; what a link leads to stays.
+    """Remove a file, a link or a folder, if it exists; the target of a link stays.
 
     The message of an OSError has `path`, not a file in it.
     """
@@ -123,7 +123,7 @@ def require(path: str | Path, what: str) -> Path:
 
 @contextmanager
 def locked(path: Path, message: str = "") -> Iterator[None]:
-    """Hold a file's lock, which one process at a time can have; before waiting for it, print a message."""
+    """Hold the lock of a file, as the only process; print a message before waiting for it."""
     with path.open("a", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

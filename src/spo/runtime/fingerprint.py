@@ -1,4 +1,4 @@
-"""Names of resume states and caches, by all that they are made from."""
+"""Name resume states and caches by a fingerprint of their inputs."""
 
 import hashlib
 from collections.abc import Iterable, Sequence
@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).parents[1]
 def fingerprint(
     sections: Sequence[BaseModel | str | int], inputs: Iterable[Path], code: Sequence[str]
 ) -> str:
-    """Name what is made from parameters, files and code; state made from anything else has another name.
+    """Return a name for the result of parameters, files and code; other inputs give another name.
 
     Args:
         inputs: files and folders without hidden files; each file is read a block at a time. One that is
@@ -35,12 +35,12 @@ def fingerprint(
 def resume_folder(
     name: str, sections: Sequence[BaseModel | str | int], inputs: Iterable[Path], code: Sequence[str]
 ) -> Path:
-    """The folder of the resume state of what `fingerprint` names."""
+    """The folder of the resume state with this `fingerprint`."""
     return SCRATCH / "resume" / f"{name}-{fingerprint(sections, inputs, code)}"
 
 
 def _files(root: Path) -> list[Path]:
-    """A file, or those of a folder in order, without hidden ones: what programs and kills leave there."""
+    """A file, or those of a folder in order, without the hidden files that killed writers leave."""
     if not root.is_dir():
         return [root] if root.is_file() else []
     found = [path for path in root.rglob("*") if path.is_file()]

@@ -4,7 +4,7 @@
     hf://[datasets/]OWNER/NAME[@REVISION][/FILE]     a file; * selects several, a folder all below it
 
 A revision is a commit, a branch, a tag, or `refs/...` as huggingface_hub reads it; a / in another one is
-written %2F. Without a network the cache has to have them.
+written %2F. Without a network they must be in the cache.
 """
 
 import re
@@ -21,7 +21,7 @@ from spo.runtime.messages import first_line
 
 SCHEME = "hf://"
 OURS = ("data", "outputs")  # folders of the workspace, which may not be there yet
-FILES = (  # a name with such an ending is a file's, not a repository's
+FILES = (  # a name with such an ending names a file, not a repository
     *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".json", ".jsonl", ".txt", ".csv", ".tsv", ".parquet"),
     *(".zip", ".tar", ".png", ".yaml", ".yml"),
 )
@@ -54,7 +54,7 @@ class Place:
 def is_hub_id(name: str) -> bool:
     """Whether a name is OWNER/NAME[@REVISION] of a model on the hub.
 
-    Not what is meant as a path: it exists, or its first folder does, or it ends as files do.
+    It is a path if it exists, if its first folder exists, or if it has the ending of a file.
     """
     from huggingface_hub.errors import HfUriError
     from huggingface_hub.utils import parse_hf_uri
@@ -128,7 +128,7 @@ def download(url: str) -> dict[str, Path]:
     from huggingface_hub import snapshot_download
 
     at = place(url)
-    commit(url)  # snapshot_download itself takes the cache without a word, whatever the hub answers
+    commit(url)  # snapshot_download falls back to the cache silently, whatever the hub answers
     try:
         root = Path(snapshot_download(at.repository, **_options(at), allow_patterns=at.patterns))
     except Exception as error:
@@ -149,7 +149,7 @@ def local(name: str) -> Path:
 
 
 def content(path: Path) -> str:
-    """Return what the hub calls a cached file's content: its SHA-256, or git's hash of a small file."""
+    """Return the hub's hash of a cached file: its SHA-256, or git's hash of a small file."""
     blob = path.resolve()
     if blob.parent.name == "blobs":
         return blob.name
@@ -218,13 +218,13 @@ def _cached(name: str, at: Place, error: Exception) -> Path:
         raise ValueError(f"{name}: {refused}") from None
     try:
         folder = Path(snapshot_download(at.repository, **_options(at), local_files_only=True))
-    except IncompleteSnapshotError as incomplete:  # what is asked for may be there
+    except IncompleteSnapshotError as incomplete:  # the requested files may be there
         folder = Path(incomplete.snapshot_path)
     except Exception:
         raise _missing(name, at, f"the hub {hub_answers.state(error)}") from error
     if not isinstance(
         error, OfflineModeIsEnabled | LocalEntryNotFoundError
-    ):  # of `download`: `commit` has said it
+    ):  # from `download`: `commit` has printed it
         say(f"{name}: the hub {hub_answers.state(error)}; commit {folder.name[:12]} of its cache is used")
     return folder
 

@@ -1,4 +1,4 @@
-"""What an answer of the Hugging Face hub means: refused, or to be asked for again later."""
+"""Tell refusals of the Hugging Face hub from failures that may pass by themselves."""
 
 from json import JSONDecodeError
 
@@ -9,7 +9,7 @@ LOG_IN = "log in with `hf auth login` or HF_TOKEN"
 
 
 def refusal(repository: str, revision: str | None, error: BaseException) -> str | None:
-    """Say what the hub refused and what to do about it; None if the error is no refusal of the hub.
+    """What the hub refused, and what to do about it; None if the error is no refusal of the hub.
 
     Args:
         repository: OWNER/NAME, and for a data set `datasets/` before it, as in the hub's addresses.
@@ -38,14 +38,14 @@ def refusal(repository: str, revision: str | None, error: BaseException) -> str 
 
 
 def state(error: BaseException) -> str:
-    """Say why nothing came from the hub that may come another time."""
+    """The reason of a failure after which a later request may succeed."""
     status = next((status for e in causes(error) if (status := _status(e))), None)
     if status == 429:
         return "answers 429 (too many requests): try again later"
     if status is not None:
         return f"answers {status}: try again later"
     if any(isinstance(e, JSONDecodeError) for e in causes(error)):
-        return "does not answer, but a proxy or a login page in its place"
+        return "does not answer; a proxy or a login page does instead"
     return f"cannot be reached ({type(error).__name__})"
 
 

@@ -1,7 +1,7 @@
-"""What a failed command says: one line without passwords, and an exit code.
+"""Messages of failed commands: one line without passwords, and an exit code.
 
-By the exit code a flow or a scheduler decides whether another attempt may succeed. What is published has no
-paths of this machine either.
+From the exit code a flow or a scheduler decides whether to try again. Published text has no paths of this
+machine either.
 """
 
 import os
@@ -17,7 +17,7 @@ STOPPED = 130  # by Ctrl-C or SIGTERM
 
 OURS = "SPO_LAUNCHER"  # environment: the `spo` that launched this process
 EXIT_FILE = "SPO_EXIT_FILE"  # environment: where `spo` leaves its exit code
-BUSY = (429, 502, 503, 504)  # HTTP: too many requests, or a server that is away behind its proxy
+BUSY = (429, 502, 503, 504)  # HTTP: too many requests, or a proxy that cannot reach its server
 
 SECRETS = (  # user:password@ of a URI, and secrets in its query
     (re.compile(r"(\w[\w+.-]*://)[^/\s]*@"), r"\1***@"),
@@ -33,11 +33,11 @@ ADDRESS = re.compile(r"\b0x[0-9a-fA-F]{8,}\b")
 
 
 class TransientError(ValueError):
-    """A failure that may pass by itself: another process holds a lock, a server is away."""
+    """A failure that may pass by itself: another process holds a lock, a server does not answer."""
 
 
 class LostProcessError(TransientError):
-    """A collective failed since another process has ended, which says why."""
+    """A collective failed because another process has ended; that process reports the reason."""
 
 
 def exit_code(error: BaseException) -> int:
@@ -52,9 +52,9 @@ def exit_code(error: BaseException) -> int:
 
 
 def leave_exit_code(code: int, first: bool = False) -> None:
-    """Write the code to the file that EXIT_FILE names: `dvc repro` and torchrun hide what a stage ended with.
+    """Write the code to the file that EXIT_FILE names: `dvc repro` and torchrun hide a stage's code.
 
-    A process that `spo` itself launched leaves that to the `spo` above.
+    A process that `spo` itself launched does nothing: the `spo` above writes the code.
 
     Args:
         first: only if no other process has left one.
@@ -75,7 +75,7 @@ def causes(error: BaseException | None) -> Iterator[BaseException]:
 def _is_transient(error: BaseException) -> bool:
     if isinstance(error, socket.gaierror):
         return error.errno == socket.EAI_AGAIN
-    if isinstance(error, BrokenPipeError):  # the program that reads our output has gone
+    if isinstance(error, BrokenPipeError):  # the program that reads our output has exited
         return False
     if isinstance(error, TransientError | ConnectionError | TimeoutError | BlockingIOError):
         return True

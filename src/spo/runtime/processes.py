@@ -5,8 +5,8 @@ starts. Those that `torchrun`, `accelerate launch` or a scheduler started, on on
 known by their environment: RANK and WORLD_SIZE.
 
 DVC killed by SIGKILL or SIGTERM leaves its stages alive and writing, and so does a killed launcher. The
-kernel's own signal at a parent's death would not do: between DVC and the stage there is a shell, which lives
-on, and the signal follows the thread that started the process, not the process. So a thread polls the
+kernel's own signal at a parent's death is no help: the shell between DVC and the stage lives on,
+and the signal follows the thread that started the process, not the process. So a thread polls the
 processes above.
 """
 
@@ -36,7 +36,7 @@ ERROR_FILE = "TORCHELASTIC_ERROR_FILE"  # environment: set by torch's launcher f
 
 
 def launch(arguments: Sequence[str], processes: int) -> None:
-    """Run `spo ARGUMENTS` in each of several processes; the main process writes, tracks and shows.
+    """Run `spo ARGUMENTS` in each of several processes; the main process writes files, tracks and prints.
 
     SIGTERM and Ctrl-C are a KeyboardInterrupt, after they have saved and ended.
     """
@@ -47,7 +47,7 @@ def launch(arguments: Sequence[str], processes: int) -> None:
 
     if torch.cuda.is_available() and torch.cuda.device_count() < processes:
         raise ValueError(f"params.yaml: processes is {processes}, with {torch.cuda.device_count()} GPUs here")
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # we say it in one line
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # reported in one line instead
     settings = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -72,9 +72,9 @@ def launch(arguments: Sequence[str], processes: int) -> None:
 
 
 def _reason(failures: Mapping[int, Any], processes: int) -> BaseException:
-    """Return what to raise for failures by rank: that with a line of its own, else a kill, else the first.
+    """Return the failure to raise, of those by rank: one with a message, else a kill, else the first.
 
-    The others may have failed since their connection to that one broke.
+    The others may have failed because their connection to that process broke.
     """
 
     def order(rank: int) -> tuple[bool, bool, int]:
@@ -141,7 +141,7 @@ def is_dvc(command: Sequence[str]) -> bool:
 
 @contextmanager
 def tied_to_starter() -> Iterator[None]:
-    """Send SIGTERM to this process when the `dvc repro` or the launcher above it ends meanwhile.
+    """Send SIGTERM to this process when the `dvc repro` or the launcher above it exits meanwhile.
 
     Nothing happens to a process that neither of them started.
     """
@@ -151,7 +151,7 @@ def tied_to_starter() -> Iterator[None]:
     if dvc := dvc_above():
         above["`dvc repro`"] = dvc
     elif DVC_STAGE in os.environ:  # it took seconds to get here
-        raise ValueError("the `dvc repro` that started this stage is gone: stopped before it wrote anything")
+        raise ValueError("the `dvc repro` of this stage has exited: stopped before it wrote anything")
     if LAUNCHED in os.environ and (launcher := psutil.Process().parent()):
         above["launcher"] = launcher
     if not above:
@@ -167,10 +167,10 @@ def tied_to_starter() -> Iterator[None]:
 
 def _watch(above: Mapping[str, psutil.Process], done: threading.Event) -> None:
     while not done.wait(WATCHDOG_POLL):
-        gone = next((name for name, process in above.items() if not _is_alive(process)), None)
-        if gone is None:
+        exited = next((name for name, process in above.items() if not _is_alive(process)), None)
+        if exited is None:
             continue
-        print(f"spo: the {gone} above (process {above[gone].pid}) is gone: stopping", file=sys.stderr)
+        print(f"spo: the {exited} above (process {above[exited].pid}) has exited: stopping", file=sys.stderr)
         os.kill(os.getpid(), signal.SIGTERM)
         if not done.wait(WATCHDOG_KILL):
             os._exit(128 + signal.SIGTERM)

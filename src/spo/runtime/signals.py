@@ -1,15 +1,15 @@
 """How a process is stopped: the signals, and how long each step of a stop may take.
 
-A stop is Ctrl-C (SIGINT) or SIGTERM. The limits below stand in the order in which they end; a later one is
-longer than all that must be over before it, so that no process is killed while it still saves or delivers.
+A stop is Ctrl-C (SIGINT) or SIGTERM. The limits below are in the order in which they expire; each is
+longer than everything that must end before it, so that no process is killed while it saves or delivers.
 
 1. A stage that is not training ends at once; where Python drops the Ctrl-C, it comes again after REPEAT.
    The stage's last delivery to MLflow takes STOPPED_DELIVERY at most.
 2. A stage that hangs (a broken import can leave another thread waiting) is ended by the kernel after CTRL_C.
-3. A training finishes the step in hand and saves it, within SAVE, and delivers like 1.
+3. A training finishes the current step and saves it, within SAVE, and delivers like 1.
 4. The launcher of several processes kills those that have not ended after LAUNCHER_KILL.
-5. A stage whose `dvc repro` or launcher is gone stops itself as 3, and exits after WATCHDOG_KILL.
-6. A cancelled flow kills what is left of `dvc repro` and its stage after FLOW_KILL.
+5. A stage whose `dvc repro` or launcher has exited stops itself as 3, and exits after WATCHDOG_KILL.
+6. A cancelled flow kills what remains of `dvc repro` and its stage after FLOW_KILL.
 """
 
 import os
@@ -32,11 +32,11 @@ STOPPED_DELIVERY = 10.0  # a user who pressed Ctrl-C waits; the records stay in 
 CTRL_C = 40  # whole seconds, for the kernel's clock: on overloaded cores 9 to 13 s pass beside the delivery
 SAVE = 120.0  # a step of the default experiment is saved within 9 s on two cores; larger models take longer
 LAUNCHER_KILL = SAVE + 20.0  # a save, a delivery and Python's exit
-WATCHDOG_POLL = 0.5  # how soon an orphan notices that it is one
+WATCHDOG_POLL = 0.5  # how often a stage checks that its parent is alive
 WATCHDOG_KILL = LAUNCHER_KILL + 10.0  # an orphaned launcher has ended its processes by then
-FLOW_KILL = WATCHDOG_KILL + 10.0  # the flow is the outermost; what ends earlier is not waited for
-# No process waits in a collective for the long work of another: models that a machine fetches more slowly
-# than the others are all that differs. A process that has died is noticed at once.
+FLOW_KILL = WATCHDOG_KILL + 10.0  # the flow is the outermost; it does not wait after all have ended
+# No process waits in a collective for the long work of another; only the time to fetch models differs between
+# machines. A process that has died is noticed at once.
 COLLECTIVE = timedelta(minutes=30)
 
 LAUNCHED = "TORCHELASTIC_RUN_ID"  # environment: set by torch's launcher for what it starts
@@ -45,7 +45,7 @@ Handler = Callable[[int, FrameType | None], Any]
 
 
 def arm_ctrl_c() -> None:
-    """Let the kernel end this process CTRL_C seconds after a Ctrl-C, whatever Python makes of it.
+    """Let the kernel end this process CTRL_C seconds after a Ctrl-C, even if Python drops it.
 
     Python drops an exception that is raised in a finaliser or a callback of a weak reference, and reports it
     to `sys.unraisablehook`: then Ctrl-C comes once more.
@@ -71,7 +71,7 @@ def arm_ctrl_c() -> None:
 
 @contextmanager
 def stop_on_signal() -> Iterator[list[int]]:
-    """Yield a list that is filled when SIGTERM or Ctrl-C arrives, so that the step in hand is saved.
+    """Yield a list that is filled when SIGTERM or Ctrl-C arrives, so that the current step is saved.
 
     A second Ctrl-C stops at once. A second SIGTERM does not: it comes from the watchdog when `dvc repro` got
     the first one too. Under a launcher no second signal does: it passes on what the terminal sent already.
@@ -142,9 +142,9 @@ def children() -> Iterator[Children]:
 
 @contextmanager
 def _handlers(handlers: Mapping[int, Handler]) -> Iterator[None]:
-    """Set signal handlers, and put back those that were there.
+    """Set signal handlers, and restore the previous ones.
 
-    Outside the main thread, which alone gets signals, nothing changes.
+    Outside the main thread, which alone receives signals, nothing changes.
     """
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -1,4 +1,4 @@
-"""Tensors on their way from host memory to a device."""
+"""Copy tensors from host memory to a device."""
 
 import torch
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""Places of an experiment's files, seen from the folder it runs in."""
+"""Find an experiment's files from the folder it runs in."""
 
 import re
 from pathlib import Path

@@ -1,8 +1,8 @@
-"""Measure an image of the world: its quality, and whether it shows its caption.
+"""Measure an image of the scenes world: its quality, and whether it shows its caption.
 
 The oracle is a network that was trained on (image, ground truth). It only measures results: no model, label
-or checkpoint is chosen by it. The synthetic annotators see through a second network of the same class but of
-another size, seed and training set (see `tools.scenes`).
+or checkpoint is chosen by it. The synthetic annotators' labels come from a second network of the same class,
+but of another size, seed and training set (see `tools.scenes`).
 """
 
 from __future__ import annotations

@@ -102,7 +102,7 @@ def run(params: Params, method: str) -> None:
 
 @dataclass(frozen=True)
 class Result:
-    """What a training leaves: its output folder, and the models that are logged."""
+    """The results of a training: its output folder, and the models that are logged."""
 
     folder: Path
     backbone: Any
@@ -133,7 +133,7 @@ class Result:
         self.tracked.log_model(path, kind, iteration, "validation/")
 
     def log_last_good(self, watch: Watch) -> None:
-        """Log the models that a collapsed training leaves: the last good one and, with `select`, the best."""
+        """Log the models of a collapsed training: the last good one and, with `select`, the best."""
         for saved in (watch.good, watch.best):
             if path := saved.path():
                 self.log(path, saved.facts()["iteration"])

@@ -25,7 +25,7 @@ def run(params: Params, variant: str | None = None) -> None:
 
 
 def check_before_training(params: Params) -> None:
-    """Refuse what would fail only after hours: an oracle or timesteps that are asked for and not there."""
+    """Refuse settings that would fail only after hours: a missing oracle, or timesteps that do not exist."""
     from spo.backbones.description import read_scheduler
 
     for name in ("preference", "latent_preference"):

@@ -122,7 +122,7 @@ def _write(
 
 
 def _duplicates(source: str, total: int) -> Duplicates:
-    """The preferences of all rows, whose images are not decoded for it."""
+    """The preferences of all rows, without decoding their images."""
     found = Duplicates()
     for _ in tqdm(sources.read_rows(source, found.add), "compare pairs", total, unit="pair"):
         pass
@@ -156,7 +156,7 @@ def _gaps(section: config.Pairs, labels: config.PseudoLabels | None) -> gaps.Cac
 
 
 def _check(summary: dict[str, Any], bad: int, bound: float, output: Path) -> None:
-    """Refuse too many bad rows, and a part without any; annotators who disagree do not make a source bad."""
+    """Refuse too many bad rows, and a part without any; contradicted pairs are not bad rows."""
     total = summary["read"]
     if bad > bound * total:
         raise ValueError(

@@ -131,7 +131,7 @@ def _train(params: Params, task: PreferenceTask, scratch: Path, curve: Curve, cl
     )
     task.finish()
     if settings.local_prompts:
-        facts["local"] = _local_judgement(params, task)
+        facts["local"] = _candidate_ranking(params, task)
     measured = trainer.evaluate(task, pairs["validation"], settings.eval_timesteps, seed=params.seed)
     return {
         "accuracy": {str(t): round(m["accuracy"], 4) for t, m in measured.items()},
@@ -155,9 +155,9 @@ def _labelled(
     return replace(pairs, label_0=labels), {FACTS: facts}
 
 
-def _local_judgement(params: Params, task: PreferenceTask) -> dict[str, float]:
+def _candidate_ranking(params: Params, task: PreferenceTask) -> dict[str, float]:
     """Correlation with the oracle within the candidates of a step, by timestep."""
-    from spo.evaluation.local_judgement import local_judgement
+    from spo.evaluation.candidate_ranking import candidate_ranking
     from spo.scenes.oracle import Oracle
 
     settings, section = task.settings, task.name
@@ -169,7 +169,7 @@ def _local_judgement(params: Params, task: PreferenceTask) -> dict[str, float]:
             f"{section}.local_prompts: {settings.local_prompts} is more than the {len(prompts)} prompts of "
             f"{VALIDATION_PROMPTS}"
         )
-    by_timestep = local_judgement(
+    by_timestep = candidate_ranking(
         task.backbone,
         task.reward_model(),
         Oracle(params.score.oracle),

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 REPORTS = Path("reports")
 GALLERY = REPORTS / "gallery.html"
-LOGGED_BYTES = 20_000_000  # a larger gallery is not logged to MLflow; without its folder it shows thumbnails
+LOGGED_BYTES = 20_000_000  # a larger gallery is not logged to MLflow; the page alone shows thumbnails
 GRID_PROMPTS = 6  # of the image grid for the README
 # in their order on the page
 PREFERENCE_MODELS = ("preference", "preference_latent", "preference_unconditioned", "preference_clean_only")

@@ -1,8 +1,8 @@
-"""Runs of stages and dvc.lock: those that ran get their entry, cached ones a run linked to the one before.
+"""Link runs and dvc.lock: stages that ran get their entry, cached stages a run linked to an earlier one.
 
-`spo repro` and the flow settle when DVC has ended, and so know every stage. Under a plain `dvc repro` a stage
-settles what it is made from when it starts, and nothing of ours runs after the last one: its run gets no
-hashes, and a cached stage that no stage which ran is made from has no run.
+`spo repro` and the flow settle after DVC has ended, and so know every stage. Under a plain `dvc repro` each
+stage settles its inputs when it starts, and no code of `spo` runs after the last stage: the last run gets no
+hashes, and a cached stage that is no input of a stage that ran has no run.
 """
 
 from collections.abc import Collection, Mapping
@@ -24,7 +24,7 @@ DATA = {  # of a stage: keys of its section of params.yaml that name data, and M
 def settle(parent: Run, params: Mapping[str, Any], reached: Collection[str]) -> list[str]:
     """Give stages that ran their entries of dvc.lock, and cached ones a run; return the names of these.
 
-    DVC came to the `reached` stages and ended them well, so that dvc.lock has them as they are. Others are
+    DVC has finished the `reached` stages without error, so their entries in dvc.lock are current. Others are
     settled if they ran under this parent and their entries were written since it opened.
     """
     if not parent.exists():
@@ -54,7 +54,7 @@ def _settle(parent: Run, params: Mapping[str, Any], reached: Collection[str]) ->
 
 
 def last_runs(parent: Run | None = None) -> dict[str, Content]:
-    """Return what is known of the last run of each stage of DVC, with its key."""
+    """Return the record of the last run of each stage of DVC, with its key."""
     found = [run.read() | {"key": run.key} for run in runs_here(parent)]
     return {run["stage"]: run for run in found if run["stage"]}
 
@@ -73,7 +73,7 @@ def _data(params: Mapping[str, Any], entry: dvc_lock.Entry) -> list[dict[str, st
 
 
 def _create_run(parent: Run, params: Mapping[str, Any], entry: dvc_lock.Entry) -> None:
-    """Record a cached stage, with the figures of the run that made it, else those of its metrics file."""
+    """Record a cached stage, with the numbers of the run that made it, else those of its metrics file."""
     made = [content for content in (run.read() for run in runs_here()) if content.get("hash") == entry.hash]
     content = {
         "name": entry.title,

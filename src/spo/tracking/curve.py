@@ -24,7 +24,7 @@ class Curve:
         scratch.mkdir(parents=True, exist_ok=True)
 
     def resume(self, iteration: int) -> None:
-        """Read the rows up to a checkpoint; those beyond it are run again, maybe with other values."""
+        """Read the rows up to a checkpoint; later iterations are run again, maybe with other values."""
         if self._mute:
             return
         known = [row for row in read_curve(self._file)[0] if row[1] <= iteration]

@@ -1,4 +1,4 @@
-"""Delivery of runs to an MLflow store, by a thread of the stage or, for all its stages, of `spo repro`."""
+"""Deliver runs to an MLflow store, in a thread of the stage or, for all its stages, of `spo repro`."""
 
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,7 +12,7 @@ from spo.tracking.records import Run, runs_here, warn
 from spo.tracking.store import Store, load_mlflow, reason, tracking_uri
 
 PERIOD, PAUSE = 5.0, 30.0  # seconds between deliveries, and after one that failed
-# set for the stages of a `spo repro`, which delivers what they log: each saves the import of MLflow (1.5 s)
+# set for the stages of a `spo repro`, which delivers their logs: no stage imports MLflow (1.5 s)
 BY_PARENT = "SPO_DELIVERED_BY_PARENT"
 
 
@@ -23,7 +23,7 @@ class Delivery:
         self._store, self._run, self._children = Store(uri), run, children
         self._stop, self._errors = threading.Event(), dict[str, Exception]()
         self._monitors: dict[str, Any] = {}  # of system metrics, by key
-        load_mlflow()  # here: imports of two threads may get into each other's way
+        load_mlflow()  # imported here: two threads that import at once may deadlock
         self._thread = threading.Thread(target=self._work, name="tracking", daemon=True)
         self._thread.start()
 
@@ -73,7 +73,7 @@ def for_stages(uri: str, parent: Run) -> Iterator[Mapping[str, str]]:
 def deliver(
     store: Store, runs: Sequence[Run], watch: Callable[[Run, str], None] = lambda run, run_id: None
 ) -> dict[str, Exception]:
-    """Deliver runs, and return the errors by key: a refused run holds up no other, a store that is away does.
+    """Deliver runs, and return the errors by key: a refused run delays no other, an unreachable store all.
 
     `watch` is called with each run that was delivered, and its id.
     """
@@ -92,7 +92,7 @@ def deliver(
 
 
 def sync(uri: str | None = None) -> tuple[int, int]:
-    """Deliver every run to `uri`, or to where stages would log: (delivered, left). Print each reason once."""
+    """Deliver every run to `uri` or the experiment's store: (delivered, left). Print each reason once."""
     for run in runs_here():
         run.close_if_dead()
     store, before = Store(uri or tracking_uri()), [run for run in runs_here() if run.is_pending()]
@@ -104,7 +104,7 @@ def sync(uri: str | None = None) -> tuple[int, int]:
 
 
 def is_recorded(experiment: str, uri: str | None = None) -> bool:
-    """Whether the store has a run of every stage of dvc.lock; also where it cannot be asked."""
+    """Whether the store has a run of every stage of dvc.lock; True if it cannot be reached."""
     store = Store(uri or tracking_uri())
     try:
         ended = {name: run for name, run in cached_stages.last_runs().items() if run["status"] == "FINISHED"}

@@ -38,7 +38,7 @@ class Entry:
 
     @property
     def title(self) -> str:
-        """The name of the stage's run, as align-spo or generate-spo-suite-drawbench."""
+        """The name of the stage's run, such as align-spo or generate-spo-suite-drawbench."""
         return "-".join(word.lstrip("-") for word in self.cmd.split()[1:]) if self.is_tracked else self.stage
 
     @property

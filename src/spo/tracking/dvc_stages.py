@@ -1,4 +1,4 @@
-"""The stages of dvc.yaml by DVC's own account: what each needs, and which are out of date."""
+"""Ask DVC for the stages of dvc.yaml: what each needs, and which are out of date."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -16,7 +16,7 @@ def needs() -> dict[str, tuple[str, ...]]:
 
 
 def out_of_date() -> dict[str, tuple[str, ...]]:
-    """Return of `needs` the stages that DVC has to look at: those that changed, and all that follow them."""
+    """Return the stages of `needs` that DVC must check: those that changed, and all that follow them."""
     import networkx
 
     with _repository() as repository:

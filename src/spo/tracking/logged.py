@@ -1,4 +1,4 @@
-"""What a run logs as calls of MLflow, none of which has an effect when it is made twice."""
+"""Log a run by calls of MLflow; a repeated call has no effect."""
 
 import contextlib
 import json
@@ -47,7 +47,7 @@ def metrics(client: Any, run_id: str, rows: Sequence[Point], model: str | None =
 
 
 def inputs(client: Any, run_id: str, data: Sequence[Mapping[str, str]]) -> None:
-    """Log what a stage read as datasets: path and DVC's hash, by which `dvc` finds it again."""
+    """Log what a stage read as datasets: path and DVC's hash, from which `dvc` can restore it."""
     from mlflow.entities import Dataset, DatasetInput, InputTag
 
     found = []
@@ -60,7 +60,7 @@ def inputs(client: Any, run_id: str, data: Sequence[Mapping[str, str]]) -> None:
 
 
 def artifact(client: Any, run_id: str, file: Mapping[str, str]) -> None:
-    """Log a file, unless the run has it; look whether it has, since a login page takes any upload."""
+    """Log a file, unless the run has it; check the upload, since a login page accepts any."""
     path = Path(file["path"])
 
     def is_there() -> bool:
@@ -69,7 +69,7 @@ def artifact(client: Any, run_id: str, file: Mapping[str, str]) -> None:
     if is_there():
         return
     if digest(path) != file["sha256"]:
-        raise ValueError(f"{path} has changed or is gone since it was logged")
+        raise ValueError(f"{path} has changed or was removed since it was logged")
     client.log_artifact(run_id, str(path), file["folder"])
     if not is_there():
         raise ValueError(f"{path.name} is not there after its upload")

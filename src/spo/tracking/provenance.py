@@ -48,7 +48,7 @@ def section(params: Mapping[str, Any], stage: str, name: str | None = None) -> d
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of Python and the packages that figures depend on, as far as installed."""
+    """Return the versions of Python and of the installed packages that results depend on."""
     installed = {"python": platform.python_version()}
     for package in PACKAGES:
         with suppress(metadata.PackageNotFoundError):
@@ -78,7 +78,7 @@ def hardware() -> dict[str, Any]:
 def code() -> dict[str, str]:
     """Return tags: source, git commit and branch, whether files differ from it, and dvc.lock's SHA-256.
 
-    Where git says nothing of this folder, `git.refused` is its reason.
+    If git refuses to read this folder, `git.refused` is the reason.
     """
     lock = digest(Path("dvc.lock"))
     tags = {"dvc.lock": lock} if lock else {}
@@ -104,7 +104,7 @@ def git(*arguments: str) -> str:
 def git_refusal(folder: Path) -> str:
     """Return in one line, without paths, why git knows no commit of a folder; empty if it does.
 
-    A process warns of it once, unless the folder is in no repository, as that of an archive.
+    A process warns once, unless the folder is in no repository, such as an unpacked archive.
     """
     _, why = _git("-C", str(folder), "rev-parse", "HEAD")
     if why.startswith("not a git repository (or any"):

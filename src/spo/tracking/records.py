@@ -1,7 +1,7 @@
-"""Runs on this machine: each is a folder in .spo/runs, from which it can be written to MLflow at any time.
+"""Record runs in folders of .spo/runs, from which they can be written to MLflow at any time.
 
-`run.json` holds parameters, tags, figures, status and where its curve and images lie; copies of these join it
-when the run ends. A child's folder is named PARENT.CHILD.
+`run.json` holds parameters, tags, metrics, status and the paths of the curve and images; these are copied to
+the folder when the run ends. A child's folder is named PARENT.CHILD.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _warn_once = functools.cache(warn)
 
 
 def now() -> int:
-    """Return the time as MLflow has it, in milliseconds."""
+    """Return the time in milliseconds, as MLflow stores it."""
     return int(time.time() * 1000)
 
 
@@ -54,7 +54,7 @@ class Run:
 
     @classmethod
     def create(cls, content: Content, parent: str = "", is_owned: bool = True) -> Run:
-        """Make a run's folder from its name, experiment, params, tags, and what else is known.
+        """Make a run's folder from its name, experiment, params, tags, and other fields.
 
         `parent` is a key, or the id of a run that MLflow has. If the process exits without ending a run that
         it owns, the run is KILLED.
@@ -137,7 +137,7 @@ class Run:
             self._write(content | {"version": content["version"] + 1})
 
     def mark(self, version: int) -> None:
-        """Note that a store has this version of the run; with its end goes what only a delivery needs."""
+        """Note that a store has this version of the run; after its end remove what only a delivery needs."""
         with locked(self.path / "lock"):
             content = self.read()
             self._write(content | {"delivered": version})
@@ -150,7 +150,7 @@ class Run:
         return content["status"] is None and bool(content["owner"])
 
     def is_pending(self) -> bool:
-        """Whether there is something that no store has. A run that was delivered long ago is removed."""
+        """Whether a part of the run is in no store. A run that was delivered long ago is removed."""
         content = self.read()
         pending: bool = content["delivered"] != content["version"]
         if not pending and now() / 1000 - content["start"] / 1000 > STORED:
@@ -158,7 +158,7 @@ class Run:
         return pending
 
     def close_if_dead(self) -> None:
-        """End the run as KILLED if its process is gone without a word (kill -9, power)."""
+        """End the run as KILLED if its process has died without ending it (kill -9, power cut)."""
         import psutil
 
         content = self.read()
@@ -175,11 +175,11 @@ class Run:
 
     @contextmanager
     def _guarded(self) -> Iterator[None]:
-        """Let no stage fail because its run cannot be written."""
+        """Warn instead of failing the stage if its run cannot be written."""
         try:
             yield
         except (OSError, ValueError) as error:
-            warn(f"{self.path} cannot be written, the run logs nothing more: {one_line(error)}")
+            warn(f"{self.path} cannot be written, so the run logs nothing more: {one_line(error)}")
             self.key = ""
 
     def _write(self, content: Content) -> None:
@@ -187,7 +187,7 @@ class Run:
 
 
 def cleaned(fields: Content) -> Content:
-    """Return fields without passwords; what MLflow shows of them without paths of this machine either."""
+    """Return fields without passwords; those that MLflow shows without paths of this machine either."""
     return {k: (public if k in ("params", "tags", "inputs") else redact)(v) for k, v in fields.items()}
 
 

@@ -1,4 +1,4 @@
-"""MLflow runs: one for every stage, under one parent a `dvc repro`. No stage fails or waits for MLflow."""
+"""MLflow runs: one a stage, under one parent a `dvc repro`. MLflow neither fails nor delays a stage."""
 
 import os
 import re
@@ -74,7 +74,7 @@ def close_parent(run: Run, params: Mapping[str, Any], status: str, reached: Coll
 
 
 def _start(stage: str, params: Mapping[str, Any], name: str | None) -> Run:
-    """Begin the run of a stage, when DVC is through with all that it is made from."""
+    """Begin the run of a stage, after DVC has finished all of its inputs."""
     tags = {f"version.{package}": version for package, version in versions().items()}
     try:
         for run in runs_here():
@@ -96,7 +96,7 @@ def _start(stage: str, params: Mapping[str, Any], name: str | None) -> Run:
 def _parent(params: Mapping[str, Any]) -> Run:
     """Find the parent named by the environment, or that of the `dvc repro` above this process, if any.
 
-    The first stage of a repro makes its parent, the others find it by the pid.
+    The first stage of a repro creates the parent; the others find it by the pid.
     """
     if given := os.environ.get(PARENT_VARIABLE):
         if re.fullmatch("[0-9a-f]{32}", given) or (re.fullmatch(r"[\w-]+", given) and Run(given).exists()):
@@ -111,6 +111,6 @@ def _parent(params: Mapping[str, Any]) -> Run:
     with locked(folder() / "parents"):
         for run in runs_here():
             pid, started = run.read().get("dvc") or (0, 0.0)
-            if pid == repro[0] and abs(started - repro[1]) < 5:  # else the pid was used before
+            if pid == repro[0] and abs(started - repro[1]) < 5:  # else another process had this pid before
                 return run
         return open_parent(params, dvc=repro)

@@ -1,4 +1,4 @@
-"""An MLflow store: how a run's folder becomes a run in it. What is written twice has no effect."""
+"""Write a run's folder to an MLflow store. Writing it again has no effect."""
 
 import contextlib
 import logging
@@ -21,31 +21,31 @@ from spo.tracking.records import Content, Run, folder, read_curve, runs_here
 WORSE = ("FINISHED", "KILLED", "FAILED")  # each than the one before
 KIND = {"mlflow.experimentKind": "custom_model_development"}  # opens the UI in its model training view
 SERVER_ARTIFACTS = "_MLFLOW_SERVER_ARTIFACT_ROOT"  # where MLflow's default experiment has its artifacts
-HINTS = (  # what a part of an error's text means, and what helps
+HINTS = (  # patterns of error messages, with their meaning and remedy
     (
         "error code 401|401 Client|not authenticated",
         "not authorised (401): set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, "
         "or MLFLOW_TRACKING_TOKEN",
     ),
-    ("not in a valid JSON|JSONDecodeError", "not MLflow's answer, but a page of a proxy or a login"),
+    ("not in a valid JSON|JSONDecodeError", "not an answer of MLflow, but a page of a proxy or a login"),
     (
         r"The run (\w+) must be in the 'active' state",
         r"run \1 was deleted; `mlflow runs restore --run-id \1` brings it back",
     ),
     (
         r"'name' exceeds the maximum length of (\d+)",
-        r"MLflow takes no experiment name of more than \1 characters; give another `name` in params.yaml",
+        r"MLflow accepts no experiment name of more than \1 characters; give another `name` in params.yaml",
     ),
 )
 
 
 class Refused(RuntimeError):
-    """MLflow, or a proxy before it, does not take some part of a run."""
+    """MLflow, or a proxy before it, rejects some part of a run."""
 
 
 @dataclass
 class Sent:
-    """What this process has sent of a run."""
+    """The parts of a run that this process has sent."""
 
     run_id: str
     version: int = -1
@@ -67,7 +67,7 @@ def load_mlflow() -> Any:
 
 
 def reason(error: BaseException) -> str:
-    """Return an error in one line, with what helps."""
+    """Return an error in one line, with a remedy."""
     text = str(redact(str(error))) if isinstance(error, Refused) else one_line(error)
     for pattern, hint in HINTS:
         if found := re.search(pattern, text):
@@ -117,7 +117,7 @@ class Store:
             with locked(self._file.with_name(f"{self._file.name}.lock")):
                 with contextlib.closing(sqlite3.connect(self._file)) as connection:
                     connection.execute("PRAGMA schema_version")  # MLflow tries a broken file for minutes
-                # else MLflow puts a folder's path as it is into SQL, and fails at its quotes
+                # else MLflow puts a folder's path unquoted into SQL, and fails at quotes in it
                 os.environ[SERVER_ARTIFACTS] = self._artifacts
                 self._client = mlflow.MlflowClient(self.uri)
         return self._client
@@ -181,7 +181,7 @@ class Store:
                 refused.append(f"{what} of {content['name']}: {reason(error)[:300]}")
         if refused:
             del self._sent[run.key]
-            if self._run(run, content) != sent.run_id:  # it was deleted for good meanwhile
+            if self._run(run, content) != sent.run_id:  # it has been deleted permanently
                 return self._deliver(run)
             raise Refused(refused[0])
         sent.version = content["version"]
@@ -190,7 +190,7 @@ class Store:
     def _parts(
         self, content: Content, below: list[Content], sent: Sent
     ) -> Iterator[tuple[str, Callable[[], Any]]]:
-        """Yield what is to be sent: its name, and the call that sends it."""
+        """Yield each part to be sent: its name, and the call that sends it."""
         call = partial(partial, client=self.connect(), run_id=sent.run_id)
         ended = {child["name"]: child for child in below if child["status"]}  # the last attempt of each
         points = [(c["end"], 0, {f"{n}/{k}": v for k, v in c["metrics"].items()}) for n, c in ended.items()]

@@ -1,4 +1,4 @@
-"""How work is cut to fit the memory of a device (`config.Device`).
+"""Split work so that it fits the memory of a device (`config.Device`).
 
 What the models and one image, latent or pair take was counted at the real sizes of SD 1.5 and SDXL in fp16 by
 `spo.estimate`, with a LoRA (docs/gpu.md). Smaller models take less, so that these budgets fit them too; for
@@ -12,9 +12,9 @@ import torch
 from spo.config import Device, Params
 from spo.types import Budget
 
-WHOLE = Budget()  # more at once is no faster
+WHOLE = Budget()  # larger batches are no faster
 LEAST = Budget(1, 1, 1, True, True)
-FEW = 2  # pairs of a forward, below which activations are better computed again
+FEW = 2  # pairs of a forward; with fewer, checkpointing is faster
 
 
 class Cost(NamedTuple):
@@ -51,7 +51,7 @@ COSTS = {
 
 
 def kind(stage: str, variant: str | None) -> str:
-    """The name of a stage's row: of align its method, of preference the section that it trains."""
+    """The name of a stage's row: for align the method, for preference the section that it trains."""
     if stage == "align":
         return variant or "spo"
     return "latent_preference" if variant == "latent" else stage
@@ -77,7 +77,7 @@ def of(params: Params, kind: str) -> Budget:
 
 
 def usable(memory: float) -> float:
-    """Bytes that tensors may take: 23 of the 25.8 GB of 24 GiB, 71 of the 85.9 of 80.
+    """Bytes that tensors may take: 23 GB on a card of 24 GiB (25.8 GB), 71 GB on one of 80 GiB (85.9 GB).
 
     The allocator's gaps, which grow with what is allocated, cuDNN and the CUDA context need the rest.
     """

@@ -30,7 +30,7 @@ class CheckpointStore:
         self.folder, self.keep = folder, keep
 
     def save(self, step: int, state: dict[str, Any]) -> None:
-        """Write a state; the older ones go only after it is safe on disk.
+        """Write a state; older ones are deleted only after it is safe on disk.
 
         Raises:
             OSError: it cannot be written (disk full, no permission); the older ones are as they were.
@@ -95,7 +95,7 @@ class _Hashed:
 
     def __init__(self, file: IO[bytes], step: int) -> None:
         self.file, self.hash = file, _hash(step)
-        self.error: BaseException | None = None  # torch.save makes a RuntimeError of its own of it
+        self.error: BaseException | None = None  # torch.save turns it into a RuntimeError of its own
 
     def write(self, data: bytes) -> int:
         try:

@@ -1,4 +1,4 @@
-"""Seconds of a training, over all processes that it took; they are part of its state."""
+"""Measure the seconds of a training across restarts; they are part of its state."""
 
 import time
 from collections.abc import Iterator

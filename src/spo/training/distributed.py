@@ -26,7 +26,7 @@ from spo.types import Conditioning
 if TYPE_CHECKING:
     from accelerate import PartialState
 
-STALLED = 1800.0  # seconds without a change after which nobody is waited for; a batch takes much less
+STALLED = 1800.0  # seconds without a change after which a process stops waiting; a batch takes much less
 POLL = 0.2  # seconds
 S = TypeVar("S", bound=Any)
 T = TypeVar("T")
@@ -58,7 +58,7 @@ def state() -> PartialState:
 
 @contextmanager
 def _collective() -> Iterator[None]:
-    """Run what every process does with the others.
+    """Run a collective operation.
 
     Raises:
         LostProcessError: another process has ended or stopped responding.
@@ -75,11 +75,11 @@ def _collective() -> Iterator[None]:
 
 
 def wait_for(ready: Callable[[], bool], folder: Path, what: str) -> None:
-    """Wait until `ready()` for what other processes do. It is no collective, so they may take any time.
+    """Wait for the work of other processes until `ready()`. Unlike a collective it may take any time.
 
     Args:
         folder: where the others write as they progress.
-        what: they do, for the error.
+        what: the work, for the error.
 
     Raises:
         TransientError: for STALLED seconds nothing has changed in `folder`.
@@ -132,7 +132,7 @@ def count() -> int:
 
 
 def is_main_process() -> bool:
-    """Whether this one writes, tracks and shows."""
+    """Whether this process writes files, tracks the run and shows progress."""
     return state().is_main_process
 
 

@@ -46,8 +46,8 @@ def fit(
     Args:
         checkpoints: where to resume from and save to, every `checkpoint_every` iterations.
         on_metrics: called after each iteration with its mean metrics and the number of iterations so far.
-        on_resume: called once with the number of iterations that are done already. What was logged of later
-            ones comes from a process that was killed; they are computed again.
+        on_resume: called once with the number of iterations that are done already. Later
+            iterations were logged by a killed process, and are computed again.
         watch: called before training and after each iteration with the number of iterations and its metrics;
             where it is true, the state is saved at once. An error in it ends training.
         clock, ema, scale_loss, sampler_ema: as of TrainingState.
@@ -134,7 +134,7 @@ def update(objective: Objective, parts: Sequence[Batch], state: TrainingState) -
 
 
 class _Read(NamedTuple):
-    """Numbers of an update, read from the device."""
+    """Metrics of an update, read from the device."""
 
     pairs: int  # with weight, in all processes
     means: dict[str, float]  # of the metrics that have weight, over parts and processes
@@ -157,7 +157,7 @@ def _sums(mean: Mean) -> Tensor:
 
 
 def _in_step(updates: list[list[Batch]]) -> Iterator[list[Batch]]:
-    """As many updates in every process: one with fewer of them repeats its last batch at weight 0."""
+    """Make all processes do as many updates: one with fewer repeats its last batch at weight 0."""
     count = len(updates)
     if distributed.count() > 1:
         weight = updates[0][0].weight

@@ -10,7 +10,7 @@ from spo.runtime.messages import first_line
 
 
 def move(module: nn.Module, place: torch.device | str) -> None:
-    """Move a model's weights; the one way in which models leave a device and come back."""
+    """Move a model's weights; all models leave and enter a device through this function."""
     module.to(place)
 
 

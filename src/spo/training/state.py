@@ -53,7 +53,7 @@ class TrainingState:
 
     @property
     def learning_rate(self) -> float:
-        """That of the next update: linear warm-up by updates, then constant, or linear decay by iterations.
+        """The rate of the next update: linear warm-up by updates, then constant, or decayed by iterations.
 
         The decay is that of DeepSpeed's WarmupDecayLR where an iteration is one update.
         """
@@ -87,7 +87,7 @@ class TrainingState:
         return rate
 
     def skip(self) -> None:
-        """Make no update with these gradients; the scale of the loss stays."""
+        """Make no update with these gradients; the scale of the loss stays the same."""
         self.scaler.update(self.scaler.get_scale())
 
     def overflow(self) -> bool:
@@ -147,7 +147,7 @@ class TrainingState:
         store.save(iteration, state)
 
     def resume(self, store: CheckpointStore | None) -> int:
-        """Take over the newest state that the main process finds; returns the iteration to begin with.
+        """Load the newest state that the main process finds; returns the iteration to begin with.
 
         Raises:
             TransientError: another process cannot read that state yet.

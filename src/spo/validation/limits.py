@@ -1,4 +1,4 @@
-"""The rules of a `validation` section: how much a model gained, and what stops a training."""
+"""The rules of a `validation` section: the gain of a model, and the limits that stop a training."""
 
 import math
 from collections.abc import Mapping, Sequence

@@ -1,4 +1,4 @@
-"""A model that a training saves on the way: the best one so far, or the last good one."""
+"""A model that is saved during a training: the best one so far, or the last good one."""
 
 import shutil
 from collections.abc import Callable

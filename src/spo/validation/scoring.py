@@ -23,7 +23,7 @@ def score_images(
     """Score images by each scorer, with one scorer in memory at a time.
 
     Args:
-        images: read a batch at a time by each scorer, so that `data.images.Pictures` are never all in memory.
+        images: read a batch at a time by each scorer: `data.images.LazyImages` are never all in memory.
         cache: the main process saves the scores of each scorer there; cached scores are not computed again.
         scorer: returns the scorer of a name, which it may have loaded before; default: `load`.
 

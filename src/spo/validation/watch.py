@@ -1,6 +1,6 @@
 """Validation during training: score images of validation prompts at intervals, stop at limits, save the best.
 
-Limits and selection go by the scorers of `score`; never by the preference model or the oracle. Where there is
+Limits and selection use the scorers of `score`, never the preference model or the oracle. Where there is
 an oracle, its scores of the same images are logged for the report. Validation does not change the training:
 its images have seeds of their own.
 
@@ -64,7 +64,7 @@ class Watch:
                 image.unlink()
 
     def __call__(self, iteration: int, metrics: Mapping[str, float]) -> bool:
-        """Validate after some iterations; returns whether it did, as `training.loop.fit` wants to know.
+        """Validate after some iterations; returns whether it did, as `training.loop.fit` expects.
 
         The main process decides, since it alone is sure to see its files, and the others follow.
 

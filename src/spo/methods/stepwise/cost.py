@@ -1,4 +1,4 @@
-"""What the training of a stepwise method computes at most."""
+"""Upper bounds of what the training of a stepwise method computes."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -12,13 +12,13 @@ from spo.training.compute import DOWN_PATH, TRAINED
 
 
 def cost_by_images(name: str, config: Stepwise, scheduler_config: Mapping[str, Any]) -> Cost:
-    """Of a reward model that sees images: the UNet's outputs at the candidates serve the next step too.
+    """The cost with a reward model of images: the UNet's outputs at the candidates serve the next step too.
 
     Args:
         name: its section of params.yaml, for messages.
     """
     blocks = _blocks(name, config, scheduler_config)
-    final = blocks[-1][-1] + 1 == config.num_inference_steps  # final latents are decoded as they are
+    final = blocks[-1][-1] + 1 == config.num_inference_steps  # final latents are scored without a prediction
     candidates = config.candidates * (sum(map(len, blocks)) - final)
     return _cost(config, blocks, (blocks[0][0] + 1 + candidates) * (1 + is_guided(config.guidance)))
 
@@ -26,7 +26,7 @@ def cost_by_images(name: str, config: Stepwise, scheduler_config: Mapping[str, A
 def cost_by_latents(
     name: str, config: Stepwise, scheduler_config: Mapping[str, Any], feature_guidance: float
 ) -> Cost:
-    """Of a reward model that sees latents: its down path runs once a candidate, twice with the VFE.
+    """The cost with a reward model of latents: a down path for each candidate, two with the VFE.
 
     Args:
         name: as of `cost_by_images`.

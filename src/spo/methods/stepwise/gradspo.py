@@ -1,4 +1,4 @@
-"""GradSPO (NeurIPS 2025): the pairs of SPO, with a distance of predicted noises in the place of the log-prob.
+"""GradSPO (NeurIPS 2025): the pairs of SPO, with a distance of predicted noises instead of the log-prob.
 
 The noises that drew winner and loser differ by 2 n. The value of the winner is the negative mean square of
 eps_policy - (eps_sampler - g sqrt(1 - abar_t) n), that of the loser the same with -n. Their differences to

@@ -3,8 +3,9 @@
 Departures from the paper (P) or the official code (C):
 1. C runs each UNet twice a pair; win and lose share x_t, so one policy and one reference forward give
    all four log-probs. Same numbers.
-2. P has no clamp on the log-ratio; C has it, and so have we, written without exp. Same values.
-3. P's log-prob sums over latent dimensions; C's and ours is their mean, which is the scale of beta and clip.
+2. P has no clamp on the log-ratio; C has one; so has this code, written without exp. Same values.
+3. P's log-prob sums over latent dimensions; in C and here it is their mean, which sets the scale of beta and
+   clip.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""Online training on step pairs: all that SPO and LPO share, which differ in their reward model."""
+"""Online training on step pairs: the code of SPO and LPO, which differ only in their reward model."""
 
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -36,7 +36,7 @@ class StepwiseMethod:
     ) -> None:
         """`schedule` has the sampler's timesteps, on the backbone's device."""
         if not prompts:
-            raise ValueError(f"{self.name}: there are no training prompts; look at the prompts stage")
+            raise ValueError(f"{self.name}: there are no training prompts; check the stage `prompts`")
         self.rollout = Rollout(
             config,
             schedule,

@@ -58,7 +58,7 @@ class Rollout:
         """Yield the pairs of every diverted step for B prompts; `noise` is of B samples.
 
         Raises:
-            NotFiniteError: something on the way is NaN or infinite. It is read after the last step, so that
+            NotFiniteError: an intermediate value is NaN or infinite. It is read after the last step, so that
                 no step waits for the device.
         """
         check = finite.FiniteCheck(self.schedule.timesteps)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from spo.evaluation.local_judgement import within_correlation
+from spo.evaluation.candidate_ranking import within_correlation
 
 
 def test_by_hand() -> None:

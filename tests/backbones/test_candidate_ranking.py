@@ -1,10 +1,10 @@
-"""Local judgement on a real backbone, by an oracle that agrees or disagrees."""
+"""The ranking of candidates on a real backbone, by an oracle that agrees or disagrees."""
 
 import pytest
 import torch
 
-from spo.evaluation import local_judgement as module
-from spo.evaluation.local_judgement import local_judgement
+from spo.evaluation import candidate_ranking as module
+from spo.evaluation.candidate_ranking import candidate_ranking
 from spo.types import Conditioning
 
 
@@ -30,7 +30,7 @@ class Sign:
 def test_every_step_of_the_rollout_is_measured(load, monkeypatch, sign: float) -> None:
     monkeypatch.setattr(module, "PROMPTS_AT_ONCE", 2)
     backbone = load("sd")
-    measured = local_judgement(
+    measured = candidate_ranking(
         backbone, Brightness(), Sign(sign), ["a circle", "a star", "a ring"], steps=4, guidance=2.0, seed=0
     )
     assert len(measured) == 4 and list(measured) == sorted(measured, reverse=True)

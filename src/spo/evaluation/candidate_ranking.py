@@ -1,7 +1,7 @@
-"""How well a preference model ranks the candidates of one denoising step, where the truth is known.
+"""Measure how well a preference model ranks the candidates of one denoising step, where the truth is known.
 
 SPO and LPO compare candidates of one step, which differ by little; accuracy on labelled pairs, whose images
-differ in everything, hardly shows how well it does so.
+differ in everything, hardly shows how well a model does so.
 """
 
 from collections.abc import Sequence
@@ -46,7 +46,7 @@ class _BesideOracle:
         return values
 
 
-def local_judgement(
+def candidate_ranking(
     backbone: Backbone,
     reward_model: RewardModel,
     oracle: Oracle,
@@ -56,10 +56,10 @@ def local_judgement(
     guidance: float,
     seed: int,
 ) -> dict[int, float]:
-    """Correlation of scores and the oracle's aesthetics within the candidates of a step, by its timestep.
+    """Correlate scores and the oracle's aesthetics within the candidates of a step, by its timestep.
 
-    Every step of rollouts of the base model over `steps` timesteps; the oracle sees the image predicted from
-    each candidate, whatever the reward model asks for. The names are x_t's timesteps.
+    It covers all steps of rollouts of the base model over `steps` timesteps. The oracle scores the image
+    predicted from each candidate, even if the reward model needs no images. Keys are x_t's timesteps.
     """
     schedule = Schedule.from_config(backbone.scheduler_config, steps).to(backbone.device)
     settings = config.Rollout(
@@ -69,14 +69,14 @@ def local_judgement(
     rollout = Rollout(settings, schedule, beside)
     scores: dict[int, list[Tensor]] = {}
     truth: dict[int, list[Tensor]] = {}
-    for start in tqdm(range(0, len(prompts), PROMPTS_AT_ONCE), "local judgement", unit="batch"):
+    for start in tqdm(range(0, len(prompts), PROMPTS_AT_ONCE), "candidate ranking", unit="batch"):
         part = list(prompts[start : start + PROMPTS_AT_ONCE])
         keys = [f"local judgement {i}" for i in range(start, start + len(part))]
         with backbone.inference():
             noise = SampleNoise(seed, keys, backbone.latent_shape, backbone.device)
-            for judged in rollout.run(backbone, part, noise):
-                t = int(schedule.timesteps[judged.step])
-                scores.setdefault(t, []).append(judged.scores.float().cpu())
+            for ranked in rollout.run(backbone, part, noise):
+                t = int(schedule.timesteps[ranked.step])
+                scores.setdefault(t, []).append(ranked.scores.float().cpu())
                 truth.setdefault(t, []).append(beside.taken().view(CANDIDATES, len(part)))
     return {t: within_correlation(torch.cat(scores[t], 1), torch.cat(truth[t], 1)) for t in scores}
 
