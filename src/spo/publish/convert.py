@@ -1,0 +1,65 @@
+"""`spo convert`: an adapter in kohya's key names, or merged into a whole model."""
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from spo import adapters, config
+from spo.adapters import files
+from spo.backbones import StableDiffusion
+from spo.publish import kohya, original
+from spo.runtime import hub
+
+SUFFIX = ".safetensors"
+
+
+def run(settings: config.Backbone, source: Path, target: Path, base: str | None = None) -> Path:
+    """Convert a model to a new file or folder; returns `target`.
+
+    Args:
+        settings: of the base model, whose names and shapes an adapter must fit.
+        source: a LoRA, a UNet (needs `base`), or a complete pipeline (without `base`).
+        base: the model to merge into: a diffusers folder, a hub id or a single .safetensors file. None: a
+            LoRA is written in kohya's key names.
+    """
+    if target.exists():
+        raise ValueError(f"convert: {target} exists; remove it, or give another name by --to")
+    found = files.find(source)
+    if base is None and found.kind == "unet":
+        raise ValueError(f"convert: {source} is a UNet; give the model that it belongs to by --merge-into")
+    if base is not None and found.kind == "pipeline":
+        raise ValueError(f"convert: {source} is a complete pipeline; leave out --merge-into")
+    if found.kind == "lora" and base is None:
+        if target.suffix != SUFFIX:
+            raise ValueError(f"convert: {target} is no name of a LoRA's file; give NAME{SUFFIX} by --to")
+        kohya.write(settings, found.weights[0], target)
+        return target
+    backbone = adapters.load(settings if base is None else _of(settings, base), source, "cpu")
+    _merge(backbone)
+    if target.suffix == SUFFIX:
+        original.write(backbone, settings.family, target)
+    else:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent) as partial:
+            backbone.save_pipeline(Path(partial, "content"))
+            Path(partial, "content").replace(target)
+    return target
+
+
+def _of(settings: config.Backbone, base: str) -> config.Backbone:
+    """Settings of another base of the same family, as it is; a single file is described by the first one."""
+    if base == settings.checkpoint:
+        return settings
+    name, revision = hub.split_revision(base)
+    own = config.Backbone(family=settings.family, checkpoint=name, revision=revision, dtype=settings.dtype)
+    described_by = settings.described_by if own.is_single_file else None
+    return own.model_copy(update={"config": described_by})
+
+
+def _merge(backbone: StableDiffusion) -> None:
+    """Add the update of every adapted layer to its weights, which are plain layers afterwards."""
+    pipeline: Any = backbone.pipeline
+    adapted = [name for name, part in pipeline.components.items() if getattr(part, "peft_config", None)]
+    if adapted:
+        pipeline.fuse_lora(components=adapted, safe_fusing=True)
+        pipeline.unload_lora_weights()
