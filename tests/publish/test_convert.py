@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import adapters
@@ -116,7 +117,7 @@ def made(backbone, family: str, folder: Path, uniform: bool = False) -> tuple[Pa
     return adapters.write(folder / "made.safetensors", state), parts
 
 
-def params(folder: Path, family: str, checkpoint: Path, **more: str) -> config.Backbone:
+def params(folder: Path, family: str, checkpoint: Path, **more: object) -> config.Backbone:
     """Write params.yaml; its backbone."""
     raw = yaml.safe_load(config.preset("smoke"))
     raw["backbone"] = {"family": family, "checkpoint": str(checkpoint), **more}
@@ -139,6 +140,21 @@ def drawn(pipe) -> torch.Tensor:
     return pipe(PROMPTS, latents=latents, **options).images
 
 
+def add(layer: torch.nn.Module, raw: dict[str, torch.Tensor], key: str) -> float:
+    """Add alpha / rank * up @ down of a raw file to a layer's weight; returns alpha / rank."""
+    down, up = raw[f"{key}.lora_down.weight"], raw[f"{key}.lora_up.weight"]
+    strength = float(raw[f"{key}.alpha"]) / down.shape[0]
+    assert down.ndim == up.ndim == layer.weight.ndim
+    with torch.no_grad():
+        layer.weight += strength * torch.einsum("or...,ri...->oi...", up, down)
+    return strength
+
+
+def norms(weight: torch.Tensor) -> torch.Tensor:
+    """The norm of each output, [out,1] or [out,1,1,1]."""
+    return weight.flatten(1).norm(dim=1).view(-1, *[1] * (weight.ndim - 1))
+
+
 def test_kohyas_keys_by_hand_are_the_adapter(load, family, checkpoints, tmp_path) -> None:
     """W + alpha / rank * up @ down from the raw keys, ranks 1 to 3, alpha from 1/4 to 4 times the rank."""
     backbone = load(family)
@@ -151,15 +167,9 @@ def test_kohyas_keys_by_hand_are_the_adapter(load, family, checkpoints, tmp_path
     parts = ("lora_down.weight", "lora_up.weight", "alpha")
     assert set(raw) == {f"{name}.{part}" for name in names for part in parts}
     plain = ours(backbone, 3.0)
-    with torch.no_grad():
-        for component, modules in known.items():
-            for module, key in modules.items():
-                down, up, alpha = (raw[f"{key}.{part}"] for part in parts)
-                rank = down.shape[0]
-                ratios.add(float(alpha) / rank)
-                weight = backbone.pipeline.components[component].get_submodule(module).weight
-                assert down.ndim == up.ndim == weight.ndim
-                weight += alpha / rank * torch.einsum("or...,ri...->oi...", up, down)
+    for component, modules in known.items():
+        for module, key in modules.items():
+            ratios.add(add(backbone.pipeline.components[component].get_submodule(module), raw, key))
     backbone.forget_prompts()
     assert len(ratios) == 4
     expected = ours(load_adapted(settings, source, "cpu"), 3.0)
@@ -196,3 +206,150 @@ def test_merged_models_draw_the_same_images(load, family, checkpoints, tmp_path)
     for path in (folder, file):
         again = params(tmp_path, family, path, config=str(checkpoints[family]))
         assert_equal(ours(load_adapted(again, None, "cpu"), 3.0), expected)
+
+
+def test_dora_by_hand(load, family, checkpoints, tmp_path) -> None:
+    """W' = m * (W + alpha / rank * up @ down) / its norm over each output's inputs, of matrix and kernel."""
+    settings = params(tmp_path, family, checkpoints[family])
+    backbone = load(family)
+    modules = [f"{BLOCK}.attn1.to_q", "down_blocks.0.resnets.0.conv1"]
+    layers = {name: backbone.unet.get_submodule(name) for name in modules}
+    state = adapters.kohya("lora_unet_", adapters.changes(backbone.unet, modules))
+    generator = torch.Generator().manual_seed(0)
+    for name, layer in layers.items():
+        norm = norms(layer.weight.detach())
+        norm = norm * (0.7 + 0.6 * torch.rand(norm.shape, generator=generator))
+        state[f"lora_unet_{name.replace('.', '_')}.dora_scale"] = norm
+    source = adapters.write(tmp_path / "dora.safetensors", state)
+    assert convert(tmp_path, source, tmp_path / "webui.safetensors") == 0
+
+    raw, names = load_file(tmp_path / "webui.safetensors"), table(backbone, family)["unet"]
+    assert len(raw) == 8
+    for name, layer in layers.items():
+        add(layer, raw, names[name])
+        with torch.no_grad():
+            layer.weight *= raw[f"{names[name]}.dora_scale"] / norms(layer.weight)
+    expected = ours(load_adapted(settings, source, "cpu"), 3.0)
+    assert_equal(ours(backbone, 3.0), expected)
+    merged = tmp_path / "merged"
+    assert convert(tmp_path, source, merged, "--merge-into", str(checkpoints[family])) == 0
+    again = params(tmp_path, family, merged)
+    assert_equal(ours(load_adapted(again, None, "cpu"), 3.0), expected)
+
+
+def test_tuckers_form_becomes_a_plain_convolution(load, family, checkpoints, tmp_path) -> None:
+    settings = params(tmp_path, family, checkpoints[family])
+    backbone = load(family)
+    name, stem = "down_blocks.0.resnets.0.conv1", "lora_unet_down_blocks_0_resnets_0_conv1"
+    outputs, inputs = backbone.unet.get_submodule(name).weight.shape[:2]
+    shapes = {"lora_up": (outputs, 3, 1, 1), "lora_mid": (3, 2, 3, 3), "lora_down": (2, inputs, 1, 1)}
+    generator = torch.Generator().manual_seed(0)
+    state = {f"{stem}.{p}.weight": 0.3 * torch.randn(s, generator=generator) for p, s in shapes.items()}
+    state[f"{stem}.alpha"] = torch.tensor(1.5)
+    source = adapters.write(tmp_path / "tucker.safetensors", state)
+    assert convert(tmp_path, source, tmp_path / "webui.safetensors") == 0
+    raw = load_file(tmp_path / "webui.safetensors")
+    assert len(raw) == 3
+    add(backbone.unet.get_submodule(name), raw, table(backbone, family)["unet"][name])
+    assert_equal(ours(backbone, 3.0), ours(load_adapted(settings, source, "cpu"), 3.0))
+
+
+def test_the_header_says_what_it_is_and_no_path(load, family, checkpoints, tmp_path) -> None:
+    params(tmp_path, family, checkpoints[family])
+    source, _ = made(load(family), family, tmp_path)
+    same, _ = made(load(family), family, tmp_path / "same", uniform=True)
+    said = {}
+    for name, adapter in (("varied", source), ("same", same)):
+        assert convert(tmp_path, adapter, tmp_path / f"{name}_webui.safetensors") == 0
+        with safe_open(tmp_path / f"{name}_webui.safetensors", "pt") as opened:
+            said[name] = opened.metadata()
+    architecture = {"sd": "stable-diffusion-v1/lora", "sdxl": "stable-diffusion-xl-v1-base/lora"}[family]
+    for name, (rank, alpha) in {"varied": ("Dynamic", "Dynamic"), "same": ("1", "3")}.items():
+        assert said[name]["modelspec.architecture"] == architecture
+        assert said[name]["modelspec.title"] == f"{name}_webui" and said[name]["ss_v2"] == "False"
+        assert said[name]["ss_base_model_version"] == {"sd": "sd_v1", "sdxl": "sdxl_base_v1-0"}[family]
+        assert (said[name]["ss_network_dim"], said[name]["ss_network_alpha"]) == (rank, alpha)
+        assert len(said[name]["sshash_model_hash"]) == 64
+        assert "/tmp" not in str(said[name]) and str(tmp_path) not in str(said[name])
+
+
+def test_a_v_prediction_model_stays_one_in_a_single_file(load, family, checkpoints, tmp_path) -> None:
+    settings = params(
+        tmp_path,
+        family,
+        checkpoints[family],
+        scheduler={"prediction_type": "v_prediction", "rescale_betas_zero_snr": True},
+    )
+    source, _ = made(load(family), family, tmp_path)
+    file = tmp_path / "v.safetensors"
+    assert convert(tmp_path, source, file, "--merge-into", str(checkpoints[family])) == 0
+    expected = load_adapted(settings, source, "cpu")
+    again = load_adapted(params(tmp_path, family, file, config=str(checkpoints[family])), None, "cpu")
+    assert again.scheduler_config["prediction_type"] == "v_prediction"
+    assert again.scheduler_config["rescale_betas_zero_snr"] is True
+    assert_equal(ours(again, 3.0), ours(expected, 3.0))
+
+
+def test_unets_and_pipelines_become_single_files_too(load, family, checkpoints, tmp_path) -> None:
+    settings = params(tmp_path, family, checkpoints[family])
+    other = load(family)
+    with torch.no_grad():
+        other.unet.conv_in.weight *= 1.5
+    other.unet.save_pretrained(tmp_path / "unet")
+    expected = ours(load_adapted(settings, tmp_path / "unet", "cpu"), 3.0)
+    merged, file = tmp_path / "merged", tmp_path / "whole.safetensors"
+    assert convert(tmp_path, tmp_path / "unet", merged, "--merge-into", str(checkpoints[family])) == 0
+    assert convert(tmp_path, merged, file) == 0
+    again = params(tmp_path, family, file, config=str(checkpoints[family]))
+    assert_equal(ours(load_adapted(again, None, "cpu"), 3.0), expected)
+
+
+def test_mistakes_are_one_line_and_write_nothing(load, family, checkpoints, tmp_path, capsys) -> None:
+    params(tmp_path, family, checkpoints[family])
+    source, _ = made(load(family), family, tmp_path)
+    loha = {"lora_unet_conv_in.hada_w1_a": torch.ones(2, 2), "lora_unet_conv_in.hada_w1_b": torch.ones(2, 2)}
+    adapters.write(tmp_path / "loha.safetensors", loha)
+    load(family).unet.save_pretrained(tmp_path / "unet")
+    base, new = str(checkpoints[family]), tmp_path / "new.safetensors"
+
+    def refused(message: str, *arguments: object) -> None:
+        capsys.readouterr()
+        assert convert(tmp_path, *arguments) == 2
+        lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("spo: ")]
+        assert len(lines) == 1 and message in lines[0], lines
+        assert not new.exists() and not (tmp_path / "new").exists()
+
+    refused("exists; remove it, or give another name by --to", source, source)
+    refused("give NAME.safetensors by --to", source, tmp_path / "new")
+    refused("give the model that it belongs to by --merge-into", tmp_path / "unet", new)
+    refused("is a complete pipeline; leave out --merge-into", Path(base), new, "--merge-into", base)
+    refused("is LoHa; only LoRA, LoCon and DoRA are supported", tmp_path / "loha.safetensors", new)
+    refused("no such file or folder", tmp_path / "nowhere", new)
+    refused("no such file, folder or hub id", source, new, "--merge-into", str(tmp_path / "nowhere"))
+    other = checkpoints["sdxl" if family == "sd" else "sd"]
+    refused("backbone.family", source, new, "--merge-into", str(other))
+
+
+def test_the_original_names_at_the_real_sizes(family, words) -> None:
+    """SD 1.5's first block up has no attention, so its upsampler is the second module there."""
+    import real_sizes
+
+    from spo.adapters.names import original_names
+
+    with torch.device("meta"):
+        pipeline = real_sizes.sd15(words) if family == "sd" else real_sizes.sdxl(words)
+    found = original._unet(pipeline.unet)
+    expected = {
+        "sd": "output_blocks.2.1.conv.weight",
+        "sdxl": "output_blocks.2.2.conv.weight",
+    }[family]
+    assert expected in found and len(found) == len(pipeline.unet.state_dict())
+    first = re.compile(r"(input_blocks|middle_block|output_blocks|time_embed|label_emb|out)\.\d")
+    assert all(first.match(name) for name in found)
+    names = original_names(pipeline.unet)
+    assert all(names[new] == old for old, new in original.unet_names(pipeline.unet).items())
+    known = re.compile(r"(encoder|decoder|quant_conv|post_quant_conv)\.")
+    vae = original._vae(pipeline.vae)
+    assert all(known.match(name) and "blocks" not in name for name in vae)
+    assert {"decoder.up.3.block.0.conv1.weight", "decoder.up.3.upsample.conv.weight"} <= set(vae)
+    assert {"decoder.up.1.block.0.nin_shortcut.weight", "encoder.mid.attn_1.proj_out.bias"} <= set(vae)

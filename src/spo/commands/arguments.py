@@ -259,7 +259,11 @@ def _run_publish(args: argparse.Namespace) -> None:
 def _convert(command: argparse.ArgumentParser) -> None:
     command.add_argument("source", type=Path, help=f"{LORA_HELP}; on the base model of params.yaml")
     command.add_argument(
-        "--to", type=Path, required=True, metavar="PATH", help="a new .safetensors file, or a pipeline's folder"
+        "--to",
+        type=Path,
+        required=True,
+        metavar="PATH",
+        help="a new .safetensors file, or a pipeline's folder",
     )
     command.add_argument(
         "--merge-into",

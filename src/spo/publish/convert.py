@@ -9,6 +9,7 @@ from spo.adapters import files
 from spo.backbones import StableDiffusion
 from spo.publish import kohya, original
 from spo.runtime import hub
+from spo.runtime.files import read_json, write_json
 
 SUFFIX = ".safetensors"
 
@@ -39,10 +40,7 @@ def run(settings: config.Backbone, source: Path, target: Path, base: str | None 
     if target.suffix == SUFFIX:
         original.write(backbone, settings.family, target)
     else:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent) as partial:
-            backbone.save_pipeline(Path(partial, "content"))
-            Path(partial, "content").replace(target)
+        _write_folder(backbone, target)
     return target
 
 
@@ -50,10 +48,25 @@ def _of(settings: config.Backbone, base: str) -> config.Backbone:
     """Settings of another base of the same family, as it is; a single file is described by the first one."""
     if base == settings.checkpoint:
         return settings
+    if not hub.is_hub_id(base) and not Path(base).exists():
+        raise ValueError(f"convert: --merge-into {base}: no such file, folder or hub id (OWNER/NAME)")
     name, revision = hub.split_revision(base)
     own = config.Backbone(family=settings.family, checkpoint=name, revision=revision, dtype=settings.dtype)
     described_by = settings.described_by if own.is_single_file else None
     return own.model_copy(update={"config": described_by})
+
+
+def _write_folder(backbone: StableDiffusion, folder: Path) -> None:
+    """Write a pipeline, all or nothing, whose scheduler announces what the base's did and no default more."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as partial:
+        content = Path(partial, "content")
+        backbone.save_pipeline(content)
+        announced = content / "scheduler/scheduler_config.json"
+        said = read_json(announced, "scheduler")
+        known = {key: said[key] for key in said if key.startswith("_") or key in backbone.scheduler_config}
+        write_json(announced, known)
+        content.replace(folder)
 
 
 def _merge(backbone: StableDiffusion) -> None:

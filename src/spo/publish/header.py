@@ -1,4 +1,4 @@
-"""What the header of a .safetensors file says of its base model, in the keys that A1111 and ModelSpec have."""
+"""The header of a .safetensors file, in the keys of ModelSpec and those that A1111 reads."""
 
 from typing import NamedTuple
 
@@ -23,7 +23,7 @@ class BaseModel(NamedTuple):
         }
 
     def adapter(self, title: str, ranks: set[int], alphas: set[float]) -> dict[str, str]:
-        """The header of a LoRA; layers of several ranks or alphas are `Dynamic`, as kohya's tools write it."""
+        """The header of a LoRA; several ranks or alphas are `Dynamic`, as in kohya's own files."""
         rank, alpha = (f"{min(found):g}" if len(found) == 1 else "Dynamic" for found in (ranks, alphas))
         return {
             **self.checkpoint(title),
