@@ -5,13 +5,12 @@ Every layer has its alpha, so strength 1.0 in those programs is the adapter as i
 names for the text encoder of SD 1.5, and leaves DoRA's magnitudes in peft's names.
 """
 
-import hashlib
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save
+from safetensors.torch import save_file
 from torch import Tensor
 
 from spo import backbones, config
@@ -21,8 +20,7 @@ from spo.backbones import Description
 from spo.backbones.description import PARTS, config_file, described_where
 from spo.backbones.loading import empty_models
 from spo.backbones.weights import Weights
-from spo.publish.header import base_model
-from spo.publish.original import text_name, unet_names
+from spo.publish import original
 from spo.runtime.files import atomic
 
 _PREFIXES = {
@@ -40,11 +38,12 @@ def write(settings: config.Backbone, weights: Weights, file: Path) -> None:
     description = backbones.describe(settings)
     files.check_header(weights, settings.family, description.prediction)
     models = _models(description)
-    original = unet_names(models[UNET]) if settings.family == "sdxl" else {}
+    names = original.unet_names(models[UNET]) if settings.family == "sdxl" else {}
     state: dict[str, Tensor] = {}
     ranks, alphas = set(), set()
     for layer in lora.read(models, weights):
-        name = original.get(layer.name, layer.name) if layer.component == UNET else text_name(layer.name)
+        is_unet = layer.component == UNET
+        name = names.get(layer.name, layer.name) if is_unet else original.text_name(layer.name)
         key = _PREFIXES[settings.family][layer.component] + name.replace(".", "_")
         values, rank = layer.values, len(layer.values["down"])
         alpha = torch.tensor(layer.scale * rank, dtype=torch.float32)
@@ -59,18 +58,24 @@ def write(settings: config.Backbone, weights: Weights, file: Path) -> None:
             f"spo: {file}: DoRA, which A1111 and ComfyUI divide by other norms: merge it for the same images",
             file=sys.stderr,
         )
-    base = base_model(settings.family, description.unet["cross_attention_dim"], description.prediction)
-    _save(state, file, base.adapter(file.stem, ranks, alphas))
-
-
-def _save(state: dict[str, Tensor], file: Path, said: dict[str, str]) -> None:
-    """Write the file with the hash of its tensors, by which A1111 knows it again."""
-    state = {key: value.contiguous() for key, value in state.items()}
-    content = save(state)
-    start = 8 + int.from_bytes(content[:8], "little")
-    said["sshash_model_hash"] = hashlib.sha256(content[start:]).hexdigest()
+    said = original.header(settings.family, description.unet, description.prediction, file.stem)
+    said |= _kohyas(said["modelspec.architecture"], ranks, alphas)
     with atomic(file) as partial:
-        partial.write_bytes(save(state, metadata=said))
+        save_file({key: value.contiguous() for key, value in state.items()}, partial, metadata=said)
+
+
+def _kohyas(architecture: str, ranks: set[int], alphas: set[float]) -> dict[str, str]:
+    """What A1111 reads in a header; several ranks or alphas are `Dynamic`, as in kohya's own files."""
+    sd = architecture.replace("stable-diffusion-v", "sd_v")
+    rank, alpha = (f"{min(found):g}" if len(found) == 1 else "Dynamic" for found in (ranks, alphas))
+    return {
+        "modelspec.architecture": f"{architecture}/lora",
+        "ss_base_model_version": "sdxl_base_v1-0" if "xl" in architecture else sd,
+        "ss_v2": str(sd == "sd_v2"),
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": rank,
+        "ss_network_alpha": alpha,
+    }
 
 
 def _models(description: Description) -> dict[str, Any]:

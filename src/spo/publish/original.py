@@ -4,6 +4,7 @@ diffusers reads such files and has no writer for them.
 """
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,6 @@ from torch import Tensor
 
 from spo.adapters.names import TEXT, TEXT_2, original_names
 from spo.backbones import StableDiffusion, single_file
-from spo.publish.header import base_model
 from spo.runtime.files import atomic
 
 # what is written in another way, in the order of replacement
@@ -47,26 +47,39 @@ def write(backbone: StableDiffusion, family: str, file: Path) -> None:
     Raises:
         ValueError: the original names of this build (SD 2) are not known here.
     """
-    width = backbone.unet.config.cross_attention_dim
-    if family == "sd" and width == 1024:
+    unet, parts, used = backbone.unet, backbone.pipeline.components, backbone.scheduler_config
+    said = header(family, unet.config, used.get("prediction_type"), file.stem)
+    if said["modelspec.architecture"] == "stable-diffusion-v2":
         raise ValueError(f"{file}: single files of SD 2 are not written; give a folder by --to")
-    parts = backbone.pipeline.components
-    prefixes = single_file.TEXT[family]
-    state = {single_file.UNET + key: value for key, value in _unet(backbone.unet).items()}
-    state |= {single_file.VAE + key: value for key, value in _vae(backbone.vae).items()}
-    text = parts[TEXT].state_dict()
-    state |= {f"{prefixes[0]}transformer.{text_name(key)}": value for key, value in text.items()}
-    if family == "sdxl":
-        second = _open_clip(parts[TEXT_2].state_dict())
-        state |= {f"{prefixes[1]}model.{key}": value for key, value in second.items()}
-    used = backbone.scheduler_config
+    first, *second = single_file.TEXT[family]
+    state = _prefixed(single_file.UNET, _unet(unet)) | _prefixed(single_file.VAE, _vae(backbone.vae))
+    text = {text_name(key): value for key, value in parts[TEXT].state_dict().items()}
+    state |= _prefixed(f"{first}transformer.", text)
+    for prefix in second:
+        state |= _prefixed(f"{prefix}model.", _open_clip(parts[TEXT_2].state_dict()))
     if used.get("prediction_type") == "v_prediction":
         state[single_file.V_PREDICTION] = torch.empty(0)
     if used.get("rescale_betas_zero_snr"):
         state[single_file.ZERO_SNR] = torch.empty(0)
-    said = base_model(family, width, used.get("prediction_type", "epsilon")).checkpoint(file.stem)
     with atomic(file) as partial:
         save_file({key: value.contiguous() for key, value in state.items()}, partial, metadata=said)
+
+
+def header(family: str, unet: Mapping[str, Any], prediction: str | None, title: str) -> dict[str, str]:
+    """What a file says of its model, in the keys of ModelSpec; `unet` is the config of the UNet."""
+    version = "2" if unet["cross_attention_dim"] == 1024 else "1"
+    return {
+        "format": "pt",
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.architecture": f"stable-diffusion-{'xl-v1-base' if family == 'sdxl' else f'v{version}'}",
+        "modelspec.implementation": "diffusers",
+        "modelspec.title": title,
+        "modelspec.prediction_type": "v" if prediction == "v_prediction" else "epsilon",
+    }
+
+
+def _prefixed(prefix: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {prefix + key: value for key, value in state.items()}
 
 
 def text_name(key: str) -> str:
