@@ -257,7 +257,7 @@ def _run_publish(args: argparse.Namespace) -> None:
 
 
 def _convert(command: argparse.ArgumentParser) -> None:
-    command.add_argument("source", type=Path, help=f"{LORA_HELP}; on the base model of params.yaml")
+    command.add_argument("source", type=Path, help=LORA_HELP)
     command.add_argument(
         "--to",
         type=Path,

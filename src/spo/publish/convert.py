@@ -51,9 +51,13 @@ def _of(settings: config.Backbone, base: str) -> config.Backbone:
     if not hub.is_hub_id(base) and not Path(base).exists():
         raise ValueError(f"convert: --merge-into {base}: no such file, folder or hub id (OWNER/NAME)")
     name, revision = hub.split_revision(base)
-    own = config.Backbone(family=settings.family, checkpoint=name, revision=revision, dtype=settings.dtype)
-    described_by = settings.described_by if own.is_single_file else None
-    return own.model_copy(update={"config": described_by})
+    return config.Backbone(
+        family=settings.family,
+        checkpoint=name,
+        revision=revision,
+        config=settings.described_by if base.lower().endswith(SUFFIX) else None,
+        dtype=settings.dtype,
+    )
 
 
 def _write_folder(backbone: StableDiffusion, folder: Path) -> None:

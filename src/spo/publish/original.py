@@ -67,7 +67,7 @@ def write(backbone: StableDiffusion, family: str, file: Path) -> None:
 
 def header(family: str, unet: Mapping[str, Any], prediction: str | None, title: str) -> dict[str, str]:
     """What a file says of its model, in the keys of ModelSpec; `unet` is the config of the UNet."""
-    version = "2" if unet["cross_attention_dim"] == 1024 else "1"
+    version = "2" if unet.get("cross_attention_dim") == 1024 else "1"
     return {
         "format": "pt",
         "modelspec.sai_model_spec": "1.0.0",
