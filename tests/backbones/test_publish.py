@@ -91,10 +91,17 @@ def test_the_card_is_what_the_hub_reads(run: Path, capsys: pytest.CaptureFixture
         with Image.open(run / "out" / w["output"]["url"]) as image:
             assert image.getpixel((0, 0))[0] == 100  # SPO's
     assert "| hps | 23.000 | base | +1.000 |" in card.text and "updates: 4" in card.text
+    assert "In A1111 and ComfyUI: `smoke-spo_webui.safetensors` with strength 1." in card.text
     assert "| a \\| b \\<b\\>\\*bold\\*\\</b\\> |" in card.text
     assert (run / "out/LICENSE").read_text() == "the licence"
     assert sorted(p.name for p in (run / "out").iterdir()) == [
-        *("LICENSE", "README.md", "pytorch_lora_weights.safetensors", "samples")
+        *(
+            "LICENSE",
+            "README.md",
+            "pytorch_lora_weights.safetensors",
+            "samples",
+            "smoke-spo_webui.safetensors",
+        )
     ]
 
 
@@ -106,10 +113,12 @@ def test_diffusers_loads_it_from_there(run: Path, capsys: pytest.CaptureFixture[
     inputs = (torch.ones(1, 4, 8, 8), torch.tensor([501]))
     text = torch.ones(1, 4, pipe.unet.config.cross_attention_dim)
     plain = pipe.unet(*inputs, text).sample
-    pipe.load_lora_weights(run / "out")
-    assert not torch.allclose(pipe.unet(*inputs, text).sample, plain)
     ours = load_adapted(config.load().backbone, run / ADAPTER, "cpu")
-    assert_same(pipe.unet(*inputs, text).sample, ours.unet(*inputs, text).sample, ours.unet)
+    for path in (run / "out", run / "out/smoke-spo_webui.safetensors"):
+        pipe.load_lora_weights(path)
+        assert not torch.allclose(pipe.unet(*inputs, text).sample, plain)
+        assert_same(pipe.unet(*inputs, text).sample, ours.unet(*inputs, text).sample, ours.unet)
+        pipe.unload_lora_weights()
 
 
 def test_a_local_base_and_an_unknown_licence_are_left_out(run: Path, capsys: Any) -> None:

@@ -58,6 +58,7 @@ def parser() -> argparse.ArgumentParser:
     keep = commands.add_parser("keep", help="save the results of this seed, for the pages of other seeds")
     keep.set_defaults(run=_run_keep)
     _publish(commands.add_parser("publish", help="write an adapter for the hub: weights, card, samples"))
+    _convert(commands.add_parser("convert", help="write an adapter for other programs, or merge it"))
     repro = commands.add_parser("repro", help="run dvc repro and log its cached stages to MLflow too")
     repro.add_argument(
         "--jobs", type=int, metavar="N", help="stages in parallel; default: one a core, one on a GPU"
@@ -254,6 +255,32 @@ def _run_publish(args: argparse.Namespace) -> None:
 
     params = config.load()
     print(adapter.run(params, args.adapter, args.to, args.base_model, args.license, args.private))
+
+
+def _convert(command: argparse.ArgumentParser) -> None:
+    command.add_argument("source", type=Path, help=LORA_HELP)
+    command.add_argument(
+        "--to",
+        type=Path,
+        required=True,
+        metavar="PATH",
+        help="a new .safetensors file, or a pipeline's folder",
+    )
+    command.add_argument(
+        "--merge-into",
+        metavar="BASE",
+        help="a diffusers folder, .safetensors or hub id of that family; default: a LoRA stays one, and gets "
+        "kohya's key names",
+    )
+    _path(command, "--params", "FILE", default=Path("params.yaml"))
+    command.set_defaults(run=_run_convert, uses_torch=True)
+
+
+def _run_convert(args: argparse.Namespace) -> None:
+    settings = config.load(args.params).backbone
+    from spo.publish import convert
+
+    print(convert.run(settings, args.source, args.to, args.merge_into))
 
 
 def _run_repro(args: argparse.Namespace) -> None:

@@ -3,6 +3,7 @@
 Not a stage of the DAG.
 """
 
+import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -105,12 +106,12 @@ def _write(
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as partial:
         content = Path(partial) / "content"
-        _copy_weights(adapter, content)
+        webui = _copy_weights(params, adapter, method, content)
         base = Path(params.backbone.checkpoint)
         for path in sorted(base.glob("LICENSE*")) if base.is_dir() else ():
             shutil.copy(path, content / path.name)
         samples = _write_samples(content, method, rows[0]["baseline"])
-        text = card.published(trained, params, method, rows, samples, place, base_model, licence)
+        text = card.published(trained, params, method, rows, samples, place, base_model, licence, webui)
         write_text(content / card.FILE, text)
         content.replace(folder)
 
@@ -133,19 +134,27 @@ def _rows(method: str) -> list[dict[str, Any]]:
     return rows
 
 
-def _copy_weights(adapter: Path, content: Path) -> None:
-    """Copy a LoRA or a complete pipeline in diffusers' format."""
+def _copy_weights(params: Params, adapter: Path, method: str, content: Path) -> str | None:
+    """Copy a LoRA or a complete pipeline in diffusers' format.
+
+    Returns:
+        The name of the LoRA's second file, in kohya's key names; None for a pipeline.
+    """
     from spo.adapters.files import find
     from spo.backbones.lora import FILE
+    from spo.publish import kohya
 
     source = find(adapter)
     if source.kind == "pipeline" and adapter.is_dir():
         shutil.copytree(adapter, content, ignore=shutil.ignore_patterns(SAMPLES, card.FILE))
-    elif source.kind == "lora" and source.path.name == FILE:
+        return None
+    if source.kind == "lora" and source.path.name == FILE:
         content.mkdir()
         shutil.copy(source.path, content / FILE)
-    else:
-        raise ValueError(f"{adapter}: neither {FILE} nor a diffusers pipeline there; run `spo align`")
+        webui = re.sub(r"[^\w.-]+|_", "-", f"{params.name}-{method}") + "_webui.safetensors"
+        kohya.write(params.backbone, source.weights[0], content / webui)
+        return webui
+    raise ValueError(f"{adapter}: neither {FILE} nor a diffusers pipeline there; run `spo align`")
 
 
 def _write_samples(content: Path, method: str, baseline: str) -> list[card.Sample]:

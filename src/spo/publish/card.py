@@ -105,6 +105,7 @@ def published(
     place: str,
     base_model: str | None,
     licence: str | None,
+    webui: str | None = None,
 ) -> str:
     """Add scores and sample images to the card of a training; the scores as the hub reads them, too.
 
@@ -112,6 +113,7 @@ def published(
         rows: the method's rows of reports/comparisons.json.
         place: where the code on the card loads the model from: a hub id, or `this folder`.
         licence: None: as on the card.
+        webui: the name of the LoRA's file in kohya's key names.
     """
     from spo.evaluation.verdict import name
 
@@ -130,6 +132,7 @@ def published(
         data,
         str(TEMPLATE),
         body=body,
+        webui=webui,
         rows=rows,
         samples=[replace(sample, prompt=_plain(sample.prompt)) for sample in samples],
         columns=[name(rows[0]["baseline"]), name(method)],
