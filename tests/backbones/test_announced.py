@@ -86,6 +86,20 @@ def test_other_processes_than_a_discrete_ddpm_are_refused(
 
 
 @ANY
+def test_a_saved_pipeline_announces_no_more_of_its_schedule_than_the_base(
+    copy, tmp_path, family: str
+) -> None:
+    """diffusers writes its class's defaults, which differ from what a missing key means."""
+    folder = copy(family)
+    edit(folder / "scheduler/scheduler_config.json", drop=("timestep_spacing",))
+    backbone = load(folder, family)
+    backbone.save_pipeline(tmp_path / "saved")
+    saved = json.loads((tmp_path / "saved/scheduler/scheduler_config.json").read_text())
+    assert "timestep_spacing" not in saved and "beta_start" in saved
+    assert_equal(ours(load(tmp_path / "saved", family), 3.0), ours(backbone, 3.0))
+
+
+@ANY
 def test_params_override_the_file_and_are_saved_with_a_full_fine_tune(copy, family: str, tmp_path) -> None:
     folder = copy(family)
     override = {

@@ -162,7 +162,7 @@ def _matrices(file: Path, layer: _Layer, values: Mapping[str, Tensor]) -> tuple[
             raise ValueError(
                 f"{file}: {keys['mid']} is {list(middle.shape)}, which does not fit its lora_down"
             )
-        down = torch.einsum("ijkl,jc->ickl", middle.float(), down.flatten(1).float())
+        down = torch.einsum("ijkl,jc->ickl", middle.float(), down.flatten(1).float()).contiguous()
     outputs, inputs = layer.weight.shape[0], layer.weight.shape[1:]
     rank = down.shape[0] if down.ndim else 0
     wanted = {"down": (rank, *inputs), "up": (outputs, rank, *(1 for _ in inputs[1:]))}

@@ -214,6 +214,7 @@ class StableDiffusion:
         self.pipeline.unet = self.unet if same else _on_cpu(self.unet, self._dtype)
         self.pipeline.save_pretrained(folder)
         _forget_source(folder)
+        _announce(folder / "scheduler/scheduler_config.json", self.scheduler_config)
         self.pipeline.unet = self.unet
 
     def add_lora(self, settings: config.Lora, seed: int) -> None:
@@ -248,3 +249,13 @@ def _on_cpu(module: Any, dtype: torch.dtype) -> Any:
     for value in module.buffers():
         memo[id(value)] = value.to(dtype if value.is_floating_point() else value.dtype).cpu()
     return copy.deepcopy(module, memo)
+
+
+def _announce(file: Path, known: Mapping[str, Any]) -> None:
+    """Announce of the noise schedule what the base did: diffusers writes its class's defaults too.
+
+    For SDXL without `timestep_spacing`, say, these are other timesteps than a reader takes for a missing key.
+    """
+    saved = json.loads(file.read_text(encoding="utf-8"))
+    announced = {key: saved[key] for key in saved if key.startswith("_") or key in known}
+    file.write_text(json.dumps(announced, indent=2) + "\n", encoding="utf-8")

@@ -9,7 +9,6 @@ from spo.adapters import files
 from spo.backbones import StableDiffusion
 from spo.publish import kohya, original
 from spo.runtime import hub
-from spo.runtime.files import read_json, write_json
 
 SUFFIX = ".safetensors"
 
@@ -61,15 +60,11 @@ def _of(settings: config.Backbone, base: str) -> config.Backbone:
 
 
 def _write_folder(backbone: StableDiffusion, folder: Path) -> None:
-    """Write a pipeline, all or nothing, whose scheduler announces what the base's did and no default more."""
+    """Write a pipeline, all or nothing."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as partial:
         content = Path(partial, "content")
         backbone.save_pipeline(content)
-        announced = content / "scheduler/scheduler_config.json"
-        said = read_json(announced, "scheduler")
-        known = {key: said[key] for key in said if key.startswith("_") or key in backbone.scheduler_config}
-        write_json(announced, known)
         content.replace(folder)
 
 
