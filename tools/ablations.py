@@ -5,8 +5,10 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
+import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -41,10 +43,13 @@ def row(title: str, method: str, comparisons: Iterable[Mapping[str, Any]]) -> st
 def main() -> None:
     from dvc.api import read
 
+    argparse.ArgumentParser(description=__doc__).parse_args()
     print(f"| over the base | {' | '.join(map(name, METRICS))} |\n|---|{'---|' * len(METRICS)}")
     for experiment, (title, method, changes) in SETTINGS.items():
         options = [option for change in changes for option in ("--set-param", change)]
-        subprocess.run(["dvc", "exp", "run", "--temp", "--name", experiment, *options], check=True)
+        subprocess.run(
+            [sys.executable, "-m", "dvc", "exp", "run", "--temp", "--name", experiment, *options], check=True
+        )
         print(row(title, method, json.loads(read("reports/comparisons.json", rev=experiment))), flush=True)
 
 
