@@ -62,8 +62,8 @@ def patch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(aesthetic, "Aesthetic", functools.cache(aesthetic.Aesthetic))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(Path("hub").absolute()))
     monkeypatch.setenv("TQDM_DISABLE", "1")
-    judge = functools.cache(preference_model.load_reward_model)
-    monkeypatch.setattr(preference_model, "load_reward_model", judge)
+    load_model = functools.cache(preference_model.load_reward_model)
+    monkeypatch.setattr(preference_model, "load_reward_model", load_model)
     loaded = functools.cache(backbones.load)
     monkeypatch.setattr(backbones, "load", lambda *args: with_own_unet(loaded(*args)))
     monkeypatch.setattr(
