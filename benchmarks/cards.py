@@ -1,4 +1,4 @@
-"""What each stage of the presets sd15 and sdxl takes on cards of four sizes: counted, not measured.
+"""Count the memory and time of each stage of the presets sd15 and sdxl on cards of four sizes.
 
 `python -m benchmarks.cards` writes tests/estimate/peaks.csv and the table of docs/gpu.md, in half an hour.
 """
@@ -86,7 +86,7 @@ def main() -> None:
 
 
 def write(rows: Sequence[Mapping[str, object]]) -> None:
-    """Into the page, in the place of the last table."""
+    """Replace the table in the page."""
     before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
     PAGE.write_text(before + BEGIN + table(rows) + END + rest.partition(END)[2], encoding="utf-8")
 

@@ -1,4 +1,4 @@
-"""Interleaved rounds of two ways to compute the same, and what they took."""
+"""Time two ways to compute the same result in interleaved rounds."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Run = Callable[[], Tensor]
 
 @dataclass(frozen=True)
 class Case:
-    """One thing computed by this package and by what it is compared with."""
+    """One computation, by this package and by the code it is compared with."""
 
     name: str
     against: str
@@ -56,7 +56,7 @@ class Result:
     ratio: float
     lowest: float  # of the ratios within a round
     highest: float
-    clock_ratio: float  # by the clock
+    clock_ratio: float  # of wall time
     difference: float  # the largest between the results
 
 
@@ -87,7 +87,7 @@ def compare(case: Case, rounds: int) -> Result:
 
 
 def timed(run: Callable[[], Any]) -> tuple[float, float]:
-    """Seconds of one call: of the process's CPU time, and by the clock."""
+    """Seconds of one call: CPU time of the process, and wall time."""
     _wait()
     clock, cpu = time.perf_counter(), time.process_time()
     run()
@@ -96,7 +96,7 @@ def timed(run: Callable[[], Any]) -> tuple[float, float]:
 
 
 def _wait() -> None:
-    """Until the GPU, if there is one, has done all it was given."""
+    """Wait until the GPU, if there is one, has finished its work."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 

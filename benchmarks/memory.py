@@ -24,7 +24,7 @@ def measure(params: Path, side: str, prompts: int) -> dict[str, float]:
         side: ours or official.
     """
     command = [sys.executable, "-m", "benchmarks.memory", str(params), side, str(prompts)]
-    # without it glibc keeps what was freed, and as much of it as chance has it
+    # without it glibc retains a random part of the freed memory
     environment = {**os.environ, "MALLOC_TRIM_THRESHOLD_": "131072", "OMP_NUM_THREADS": "1"}
     answer = subprocess.run(command, check=True, stdout=subprocess.PIPE, encoding="utf-8", env=environment)
     measured: dict[str, float] = json.loads(answer.stdout.splitlines()[-1])

@@ -20,7 +20,7 @@ SEED = 0
 
 @dataclass
 class Models:
-    """What both sides of a comparison start from."""
+    """The models with which both sides of a comparison start."""
 
     backbone: StableDiffusion
     spm: StepAwarePreferenceModel

@@ -45,7 +45,7 @@ class Official:
     """Rollout and training step of the official algorithm."""
 
     def __init__(self, models: Models, settings: config.Spo, copied: bool = True) -> None:
-        """`copied`: leave the UNet and VAE of `models` as they are; else take them over."""
+        """`copied`: copy the UNet and VAE of `models`; else use and change them."""
         assert settings.lora is not None
         self.models, self.settings = models, settings
         self.schedule = models.schedule(settings.num_inference_steps)
@@ -125,7 +125,7 @@ class Official:
         )
 
     def _pairs(self, x_t: Tensor, t: Tensor, candidates: Tensor, scores: Tensor, text: Conditioning) -> Pairs:
-        """Best and worst of K, where the softmax over their scores differs by more than the threshold."""
+        """Best and worst of K, if the softmax over their scores differs by more than the threshold."""
         best, win = scores.max(0)
         worst, lose = scores.min(0)
         better, worse = torch.stack([best, worst]).float().softmax(0)

@@ -1,4 +1,4 @@
-"""What grows with pairs, weights and processes: the figures of docs/scale.md.
+"""Measure what grows with pairs, weights and processes: the numbers of docs/scale.md.
 
 `python -m benchmarks.scale` prints them as Markdown tables (about two minutes on one core).
 """

@@ -32,7 +32,7 @@ code=$?
 [ -s "$SPO_EXIT_FILE" ] && code="$(cat "$SPO_EXIT_FILE")"
 
 # 75: a node, a server or the network was lost; 130: stopped by the signal, and saved; 143: stopped by it outside of
-# a training. All go on when the job starts again. 2 is a mistake in parameters or data: another attempt would fail too.
+# a training. All resume when the job starts again. 2 is a mistake in parameters or data: another attempt would fail too.
 if { [ "$code" -eq 75 ] || [ "$code" -eq 130 ] || [ "$code" -eq 143 ]; } && [ "${SLURM_RESTART_COUNT:-0}" -lt 10 ]; then
     scontrol requeue "$SLURM_JOB_ID"
 fi

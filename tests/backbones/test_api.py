@@ -62,7 +62,7 @@ def test_scores_are_the_model_s(spm: Path) -> None:
     assert released.score(images, PROMPTS, timestep=501) == pytest.approx(at[501], abs=1e-5)
 
 
-def test_a_training_goes_on_after_an_interruption(
+def test_a_training_resumes_after_an_interruption(
     params: spo.config.Params, spm: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = spo.train(params, PROMPTS, "whole", spm / "spm")

@@ -40,11 +40,11 @@ def method(name: str, backbone, model, words, pairs):
     common |= {"prompts_per_iteration": 3, "threshold": 0.0, "beta": 2.0}
     if name == "lpo":
         latent = LatentPreferenceModel(backbone.feature_model(), 2.0)
-        judge = LatentRewardModel(latent, "candidate")
-        return LpoMethod(config.Lpo(**common), schedule, judge, PROMPTS, 0)
+        reward_model = LatentRewardModel(latent, "candidate")
+        return LpoMethod(config.Lpo(**common), schedule, reward_model, PROMPTS, 0)
     inner = {"inner_steps": 2} if name == "spo, inner steps" else {}
-    judge = ClipRewardModel(model, words)
-    return SpoMethod(config.Spo(**common, **inner), schedule, judge, PROMPTS, 0)
+    reward_model = ClipRewardModel(model, words)
+    return SpoMethod(config.Spo(**common, **inner), schedule, reward_model, PROMPTS, 0)
 
 
 def losses_and_gradients(backbone, objective, budget: Budget) -> tuple[list[float], torch.Tensor]:
@@ -91,8 +91,8 @@ def test_preference_models(latent, load, model, words, pairs) -> None:
     if latent:
         settings = config.LatentPreference(optimizer=OPTIMIZER, steps=2, batch_size=4)
         torch.manual_seed(0)
-        judge = LatentPreferenceModel(backbone.feature_model(), settings.feature_guidance)
-        trained = LatentTask(judge, backbone, schedule, settings)
+        reward_model = LatentPreferenceModel(backbone.feature_model(), settings.feature_guidance)
+        trained = LatentTask(reward_model, backbone, schedule, settings)
     else:
         settings = config.Preference(init="", optimizer=OPTIMIZER, steps=2, batch_size=4, guidance=2.0)
         trained = StepAwareTask(model, words, backbone, schedule, settings)

@@ -39,8 +39,8 @@ AGAIN = {"sd": "spo", "sdxl": "diffusion_dpo"}  # trained without validation ima
 def test_every_stage_runs(experiment, tmp_path) -> None:
     for stage in (("inputs",), ("prompts",), ("pairs",), ("preference",), ("preference", "latent")):
         run(*stage)
-    judge = json.loads((tmp_path / "outputs/preference_latent/config.json").read_text())
-    assert judge["base"]["channels of the UNet's down blocks"] == [32, 64]
+    base_of = json.loads((tmp_path / "outputs/preference_latent/config.json").read_text())
+    assert base_of["base"]["channels of the UNet's down blocks"] == [32, 64]
     measured = json.loads((tmp_path / "reports/metrics/preference_latent.json").read_text())
     assert measured["accuracy"].keys() == {"0", "701"} and measured["updates"] == 2
     for method in config.METHODS:
@@ -103,9 +103,11 @@ def test_a_scorer_labels_in_place_of_the_annotators(experiment, tmp_path, capsys
         for shard in sorted((tmp_path / "outputs/pairs/train").glob("*"))
         for r in pq.read_table(shard).to_pylist()
     ]
-    judge = PickScore(config.PickScoreConfig(**scorer), device="cpu", batch_size=4)
+    pickscore = PickScore(config.PickScoreConfig(**scorer), device="cpu", batch_size=4)
     first, second = (
-        judge.score([Image.open(io.BytesIO(r[f"image_{side}"])) for r in rows], [r["caption"] for r in rows])
+        pickscore.score(
+            [Image.open(io.BytesIO(r[f"image_{side}"])) for r in rows], [r["caption"] for r in rows]
+        )
         for side in (0, 1)
     )
     apart = [abs(a - b) for a, b in zip(first, second, strict=True)]

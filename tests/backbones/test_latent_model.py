@@ -269,9 +269,9 @@ def test_judged_at_is_the_timestep_of_the_score(load, judged_at) -> None:
         def images(self):
             raise AssertionError("decoded")
 
-    judge = LatentRewardModel(model, judged_at)
-    text = judge.encode_text(PROMPTS)
-    score = judge.score(Candidates(), text)
+    reward_model = LatentRewardModel(model, judged_at)
+    text = reward_model.encode_text(PROMPTS)
+    score = reward_model.score(Candidates(), text)
     timesteps, other = (own, own + 40) if judged_at == "candidate" else (own + 40, own)
     assert torch.equal(score, model.score(x_t, text, timesteps)) and not score.requires_grad
     assert not torch.equal(score, model.score(x_t, text, other))

@@ -1,4 +1,4 @@
-"""The latent reward model in training, and LPO judged by it: losses by hand, resumed and in two processes."""
+"""The latent reward model in training, and LPO with it: losses by hand, resumed and in two processes."""
 
 from __future__ import annotations
 
@@ -166,7 +166,7 @@ def test_two_processes_train_the_latent_model_as_one(load, pairs) -> None:
     check_alike(one, several)
 
 
-def lpo(backbone, judge: LatentPreferenceModel) -> LpoMethod:
+def lpo(backbone, reward_model: LatentPreferenceModel) -> LpoMethod:
     settings = config.Lpo(
         lora={"rank": 2, "alpha": 2},
         optimizer={"learning_rate": 1e-3},
@@ -181,16 +181,16 @@ def lpo(backbone, judge: LatentPreferenceModel) -> LpoMethod:
         threshold_by="sigma",
     )
     schedule = Schedule.from_config(backbone.scheduler_config, 4)
-    return LpoMethod(settings, schedule, LatentRewardModel(judge, "candidate"), PROMPTS, seed=0)
+    return LpoMethod(settings, schedule, LatentRewardModel(reward_model, "candidate"), PROMPTS, seed=0)
 
 
 @FAMILIES
 def test_lpo_resumed_is_uninterrupted_bit_for_bit(load, tmp_path, family) -> None:
-    judge = setup(load(family)).model
+    reward_model = setup(load(family)).model
 
     def fit(folder, stop_at: int = 0) -> torch.Tensor:
         backbone = load(family)
-        method = lpo(backbone, judge)
+        method = lpo(backbone, reward_model)
         backbone.add_lora(method.config.lora, 0)
         seen: list[int] = []
 

@@ -77,7 +77,7 @@ def test_in_half_precision_a_small_adapter_counts(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_in_half_precision_no_copy_of_the_input_in_fp32_is_kept(dtype: torch.dtype) -> None:
+def test_half_precision_stores_no_fp32_copy_of_the_input(dtype: torch.dtype) -> None:
     layer, kept = half_layer(dtype), []
     x = torch.ones(64, 4, dtype=dtype, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):

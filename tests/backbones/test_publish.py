@@ -121,7 +121,7 @@ def test_diffusers_loads_it_from_there(run: Path, capsys: pytest.CaptureFixture[
         pipe.unload_lora_weights()
 
 
-def test_a_local_base_and_an_unknown_licence_are_left_out(run: Path, capsys: Any) -> None:
+def test_a_local_base_and_an_unknown_licence_are_omitted(run: Path, capsys: Any) -> None:
     card = run / ADAPTER / "README.md"
     card.write_text(card.read_text().replace("license: openrail\n", ""))
     assert publish(capsys, "--to", "out")[0] == 0

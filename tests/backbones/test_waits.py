@@ -47,8 +47,8 @@ def base(request, load):
     return backbone
 
 
-def stepwise(backbone, words, model, judge: str, steps: int):
-    """SPO, or LPO with `judge: latent`, of two prompts and two candidates; the first step is not judged."""
+def stepwise(backbone, words, model, reward_model: str, steps: int):
+    """SPO, or LPO with `latent`, of two prompts and two candidates; the first step is not scored."""
     common: dict[str, Any] = {
         "num_inference_steps": steps,
         "divert_start_step": 1,
@@ -57,7 +57,7 @@ def stepwise(backbone, words, model, judge: str, steps: int):
     }
     common |= {"prompts_per_iteration": 2, "iterations": 1, "lora": LORA, **UPDATE}
     schedule = Schedule.from_config(backbone.scheduler_config, steps)
-    if judge == "latent":
+    if reward_model == "latent":
         latent = LatentPreferenceModel(backbone.feature_model(), 2.0).to(DEVICE)
         method = LpoMethod(config.Lpo(**common), schedule, LatentRewardModel(latent, "candidate"), PROMPTS, 0)
     else:
@@ -75,11 +75,15 @@ def waited(monkeypatch, run: Callable[[], Any]) -> tuple[Any, Counter[str]]:
 
 
 @pytest.mark.parametrize(
-    ("base", "judge"), [("sd", "step-aware"), ("sd", "latent"), ("sdxl", "step-aware")], indirect=["base"]
+    ("base", "reward_model"),
+    [("sd", "step-aware"), ("sd", "latent"), ("sdxl", "step-aware")],
+    indirect=["base"],
 )
-def test_a_rollout_waits_as_often_whatever_its_steps(base, words, model, judge: str, monkeypatch) -> None:
+def test_a_rollout_waits_as_often_whatever_its_steps(
+    base, words, model, reward_model: str, monkeypatch
+) -> None:
     for steps in (3, 5):
-        method = stepwise(base, words, model, judge, steps)
+        method = stepwise(base, words, model, reward_model, steps)
         _, found = waited(monkeypatch, lambda method=method: method.collect(base, 0))
         assert found == {
             "diffusion/finite.py failure": 1,  # all values of the rollout, after its last step

@@ -78,7 +78,7 @@ DIFFERENT = [
 
 
 @pytest.mark.parametrize("texts", DIFFERENT)
-def test_prompts_that_differ_in_letters_marks_or_signs_are_kept(texts) -> None:
+def test_prompts_that_differ_in_letters_marks_or_signs_are_different(texts) -> None:
     assert len({prompts.key(text) for text in texts}) == len(texts)
     assert len(selection.select(texts, len, 100).prompts) == len(texts)
     for text in texts:  # an evaluation prompt strikes itself from training, not the others
@@ -89,7 +89,7 @@ def test_prompts_that_differ_in_letters_marks_or_signs_are_kept(texts) -> None:
 @given(
     st.lists(st.text(alphabet=st.characters(categories=["L", "M", "N", "S", "Zs"]), min_size=1), max_size=8)
 )
-def test_prompts_that_differ_after_normalisation_and_case_are_kept(texts) -> None:
+def test_prompts_that_differ_after_normalisation_and_case_are_different(texts) -> None:
     chosen = selection.select(texts, lambda prompt: 1, 1)
     different = {prompts.key(text) for text in texts if prompts.clean(text)}
     assert {prompts.key(prompt) for prompt in chosen.prompts} == different

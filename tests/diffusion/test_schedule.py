@@ -165,7 +165,7 @@ def test_latents_are_clipped_only_where_the_file_says_so(config: dict) -> None:
         ({"steps_offset": 1}, 1000, "steps_offset"),
     ],
 )
-def test_unsupported_settings_are_told_in_one_line(config: dict, steps: int, word: str) -> None:
+def test_unsupported_settings_give_one_line(config: dict, steps: int, word: str) -> None:
     with pytest.raises(ValueError, match=word) as error:
         Schedule.from_config(config, steps)
     assert "\n" not in str(error.value)

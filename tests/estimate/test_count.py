@@ -77,7 +77,7 @@ def _in_the_repository(monkeypatch) -> None:
 
 def test_spo() -> None:
     """48 iterations of 8 prompts: 2 plain steps, then 4 candidates at each of 18, guidance 2. The last step's
-    candidates are judged as they are: 3 + 4 * 17 forwards a prompt. Validated before, every 8, 24 * 2 images.
+    candidates need no prediction: 3 + 4 * 17 forwards a prompt. Validated before, every 8, 24 * 2 images.
     """
     found = estimate.count(scenes(), "align", "spo", Budget())
     validation = work(unet=7 * 48 * 20 * 2, decoded=7 * 48)

@@ -233,7 +233,7 @@ def test_a_second_flow_in_the_folder_is_refused(pipeline: ModuleType, project: P
         pass
 
 
-def test_a_second_flow_waits_if_it_was_told_to(pipeline: ModuleType, project: Path) -> None:
+def test_a_second_flow_waits_with_wait_minutes(pipeline: ModuleType, project: Path) -> None:
     first = pipeline.alone()
     first.__enter__()
     done = threading.Timer(0.3, lambda: first.__exit__(None, None, None))

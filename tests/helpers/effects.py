@@ -23,6 +23,7 @@ import pandas as pd
 import pytest
 import small_experiment
 import torch
+from mlflow.exceptions import RESOURCE_DOES_NOT_EXIST, MlflowException
 from safetensors.torch import load
 
 from spo import backbones, config, rewards
@@ -62,8 +63,8 @@ def patch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(aesthetic, "Aesthetic", functools.cache(aesthetic.Aesthetic))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(Path("hub").absolute()))
     monkeypatch.setenv("TQDM_DISABLE", "1")
-    judge = functools.cache(preference_model.load_reward_model)
-    monkeypatch.setattr(preference_model, "load_reward_model", judge)
+    load_model = functools.cache(preference_model.load_reward_model)
+    monkeypatch.setattr(preference_model, "load_reward_model", load_model)
     loaded = functools.cache(backbones.load)
     monkeypatch.setattr(backbones, "load", lambda *args: with_own_unet(loaded(*args)))
     monkeypatch.setattr(
@@ -165,6 +166,8 @@ class Client:
         def note(*args: Any) -> Any:
             if name.startswith(("set", "delete")):
                 self.noted.append((name, *args))
+            if name == "get_model_version_by_alias":
+                raise MlflowException("no such alias", error_code=RESOURCE_DOES_NOT_EXIST)
             return [] if name.startswith("search") else SimpleNamespace(aliases={})
 
         return note

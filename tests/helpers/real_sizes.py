@@ -156,7 +156,7 @@ def described(name: str, folder: Path) -> config.Params:
     words.model_max_length = 77
     base, clip = folder / family, folder / "clip-h"
     with torch.device("meta"):
-        pipe, judge = (sd15 if family == "sd" else sdxl)(words), clip_h(words)
+        pipe, step_aware = (sd15 if family == "sd" else sdxl)(words), clip_h(words)
     for part, model in pipe.components.items():
         if isinstance(model, torch.nn.Module):
             (base / part).mkdir(parents=True, exist_ok=True)
@@ -168,7 +168,7 @@ def described(name: str, folder: Path) -> config.Params:
             (base / part / "config.json").write_text(text, encoding="utf-8")
     pipe.scheduler.save_pretrained(base / "scheduler")
     pipe.save_config(base)  # model_index.json
-    judge.model.config.save_pretrained(clip)
+    step_aware.model.config.save_pretrained(clip)
     params = yaml.safe_load(config.preset(name))
     vae = None if params["backbone"]["vae"] is None else str(base / "vae")
     params["backbone"] |= {"checkpoint": str(base), "revision": None, "vae": vae}
@@ -179,7 +179,7 @@ def described(name: str, folder: Path) -> config.Params:
 
 
 def measure(
-    family: str, model: StableDiffusion, judge: StepAwarePreferenceModel, words: Any, n: int = 2
+    family: str, model: StableDiffusion, step_aware: StepAwarePreferenceModel, words: Any, n: int = 2
 ) -> dict[str, dict[str, float]]:
     """Seconds (of the second of two rounds) and peak memory of an update of SPM, Diffusion-DPO and SPO.
 
@@ -190,15 +190,15 @@ def measure(
     drawn = np.random.default_rng(0).normal(size=(2 * n, 2, *model.latent_shape)).astype(np.float16)
     labels = torch.tensor([1.0, 0.0] * n)
     pairs = EncodedPairs(drawn, (PROMPTS * n)[: 2 * n], labels, torch.ones(2 * n))
-    judge.to(model.device)
+    step_aware.to(model.device)
     found: dict[str, dict[str, float]] = {}
 
     settings = preset.preference.model_copy(update={"batch_size": n, "steps": 1, "labels": None})
     found["spm"] = _timed(
         model.device,
-        lambda seed: spm.train(StepAwareTask(judge, words, model, schedule, settings), pairs, seed=seed),
+        lambda seed: spm.train(StepAwareTask(step_aware, words, model, schedule, settings), pairs, seed=seed),
     )
-    judge.eval()
+    step_aware.eval()
     model.add_lora(preset.align.spo.lora or config.Lora(rank=4, alpha=4), 0)
     change: dict[str, Any] = {"batch_size": n, "iterations": 1}
     dpo = preset.align.diffusion_dpo.model_copy(update=change)
@@ -207,10 +207,10 @@ def measure(
     )
     change |= {"prompts_per_iteration": n, "threshold": 0.0}
     spo = preset.align.spo.model_copy(update=change)
-    judging = ClipRewardModel(judge, words)
+    reward_model = ClipRewardModel(step_aware, words)
     found["spo"] = _timed(
         model.device,
-        lambda seed: _run(model, SpoMethod(spo, schedule, judging, PROMPTS, seed), spo.optimizer),
+        lambda seed: _run(model, SpoMethod(spo, schedule, reward_model, PROMPTS, seed), spo.optimizer),
     )
     return found
 

@@ -64,7 +64,7 @@ def test_rules_by_hand(label_0: float, aesthetic: float, clipscore: float, faile
     assert failed_rules(label_0, {"aesthetic": aesthetic, "clipscore": clipscore}, RULES) == failed
 
 
-def test_pairs_without_a_rule_for_their_kind_are_kept() -> None:
+def test_pairs_without_a_rule_for_their_kind_pass() -> None:
     rules = config.PairFilter(aesthetic=SCORER, win_lose_above={"aesthetic": 0.0})
     assert failed_rules(0.5, {"aesthetic": 9.0}, rules) == []
     assert failed_rules(1.0, {"aesthetic": -9.0}, rules) == ["aesthetic"]
@@ -99,7 +99,7 @@ def scorers() -> dict[str, Channel]:
     return {"aesthetic": Channel("aesthetic", 0), "clipscore": Channel("clipscore", 1)}
 
 
-def test_kept_pairs_are_written_in_order_and_the_others_counted(tmp_path, monkeypatch) -> None:
+def test_passing_pairs_are_written_in_order_and_the_others_counted(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(labels, "BUFFER", 4)  # the last one is not full
     writer, rows = filtered(tmp_path, scorers())
     assert list(read_pairs(tmp_path / "train")) == [p for p in PAIRS if p.caption.startswith("kept")]

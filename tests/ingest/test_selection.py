@@ -44,7 +44,7 @@ def test_signs_at_a_name_or_a_number_belong_to_it(tmp_path) -> None:
         assert prompts.key(text) not in blocked, text
 
 
-def test_every_prompt_is_kept_or_counted() -> None:
+def test_every_prompt_is_selected_or_counted() -> None:
     raw = ["a b", "A, b", "a  b", "", "c", "one two three four", "forbidden one"]
     chosen = selection.select(raw, lambda p: len(p.split()), 3, [prompts.key("Forbidden: one")])
     assert chosen.prompts == ["a b", "c"]

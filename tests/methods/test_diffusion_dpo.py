@@ -91,7 +91,7 @@ def test_batch_layout(backbone, schedule) -> None:
     assert method.guidance == 1
 
 
-def test_ties_are_left_out_and_every_other_pair_comes_once_an_epoch(backbone, schedule) -> None:
+def test_ties_are_skipped_and_every_other_pair_comes_once_an_epoch(backbone, schedule) -> None:
     pairs = FakePairs([1.0, 0.5, 0.0, 0.5, 1.0, 0.0])
     method = DiffusionDpoMethod(settings(batch_size=2), schedule, pairs, seed=0)
     for epoch in range(2):

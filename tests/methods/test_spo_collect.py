@@ -192,7 +192,7 @@ def test_batches(backbone, reward_model, schedule) -> None:
     assert timesteps != sorted(timesteps, reverse=True)  # shuffled over the steps
 
 
-def test_only_valid_pairs_are_kept(backbone, reward_model, schedule) -> None:
+def test_only_valid_pairs_are_used(backbone, reward_model, schedule) -> None:
     method = SpoMethod(settings(threshold=0.05), schedule, reward_model, PROMPTS, seed=0)
     batches, metrics = collect(method, backbone, 0)
     pairs = together(batches)

@@ -104,7 +104,7 @@ def test_resumed_is_uninterrupted_bit_for_bit(clip, setup, pairs, tmp_path, ema)
         assert torch.equal(parts.state_dict()[name], value), name
 
 
-def test_the_kept_weights_are_the_average_of_the_steps(clip, setup, pairs) -> None:
+def test_the_saved_weights_are_the_average_of_the_steps(clip, setup, pairs) -> None:
     model, seen = StepAwarePreferenceModel(clip), []
 
     def keep(metrics, step):

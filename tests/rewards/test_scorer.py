@@ -33,7 +33,7 @@ def width_and_length(images, prompts) -> torch.Tensor:
     return torch.tensor([100.0 * i.width + len(p) for i, p in zip(images, prompts, strict=True)])
 
 
-def test_each_image_meets_its_own_prompt_and_order_is_kept() -> None:
+def test_each_image_is_scored_for_its_own_prompt_in_order() -> None:
     prompts = ["a", "bb", "ccc", "dddd", "eeeee"]
     assert score(width_and_length, 5, prompts) == [101, 202, 303, 404, 505]
     assert score(width_and_length, 0, []) == []
@@ -61,7 +61,7 @@ def test_a_score_that_is_not_finite_names_its_prompt(bad: float) -> None:
         score(one_bad, 3, ["fine", "fine too", "the bad one"])
 
 
-def test_no_gradients_are_kept() -> None:
+def test_no_gradients_are_stored() -> None:
     seen = []
 
     def no_gradients(images, prompts):

@@ -167,7 +167,7 @@ def test_a_stage_ends_with_the_dvc_that_started_it(tmp_path: Path, number: int) 
         assert (tmp_path / "out").stat().st_size == size
 
 
-def test_a_stage_whose_dvc_is_gone_already_does_not_begin(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stage_whose_dvc_has_exited_does_not_begin(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(processes.DVC_STAGE, "align@spo")
     monkeypatch.setattr(processes, "dvc_above", lambda: None)
     with pytest.raises(ValueError, match="has exited: stopped before it wrote"), processes.tied_to_starter():

@@ -27,7 +27,7 @@ def test_agreement_counts_clear_labels_alone() -> None:
             return type("Encoded", (), {"input_ids": torch.zeros(len(texts), 3).long()})
 
     bright, dark = torch.full((4, 3, 48, 48), 200, dtype=torch.uint8), torch.zeros(4, 3, 48, 48).byte()
-    judged = clips.Judgements(bright, dark, ["a"] * 4, torch.tensor([1.0, 1.0, 0.0, 0.5]))
-    result = probes.agreement(features, judged, Words())
+    labelled = clips.LabelledPairs(bright, dark, ["a"] * 4, torch.tensor([1.0, 1.0, 0.0, 0.5]))
+    result = probes.agreement(features, labelled, Words())
     assert result["clear_labels"] == 3 and result["agreement"] == pytest.approx(2 / 3, abs=1e-4)
     assert result["standard_error"] == pytest.approx((2 / 9 / 3) ** 0.5, abs=1e-4)

@@ -9,7 +9,7 @@ from spo.data.decoding import image_format
 from spo.ingest.selection import is_validation
 from spo.ingest.sources import read_captions, read_rows
 from spo.scenes import world
-from tools.scenes import draws, pictures, shards
+from tools.scenes import draws, generation, shards
 from tools.scenes.preferences import Pairs, ask
 from tools.scenes.render import render
 
@@ -23,7 +23,7 @@ def compared(n: int) -> Pairs:
     pixels = ((images + 1) * 127.5).round().to(torch.uint8).view(n, 2, 3, 48, 48)
     captions = world.captions(attributes[:n], generator)
     labels = torch.tensor([0.0, 0.5, 1.0])[torch.randint(3, (n,), generator=generator)]
-    which = torch.randint(len(pictures.GENERATORS), (n, 2), generator=generator)
+    which = torch.randint(len(generation.GENERATORS), (n, 2), generator=generator)
     return Pairs(
         captions, pixels, which, torch.rand(n, 2, 4), torch.rand(n, 2), torch.zeros(n).long(), labels
     )
@@ -48,10 +48,10 @@ def test_pickscore_learned_from_the_part_that_the_stage_makes_for_training() -> 
 
 
 def test_no_caption_of_a_pair_is_an_excluded_one() -> None:
-    excluded = pictures.different_captions(300, seed=1)
+    excluded = generation.different_captions(300, seed=1)
     captions, which = ask(500, 200, excluded, seed=2)
     assert len(captions) == 500 and set(captions).isdisjoint(excluded) and len(set(captions)) <= 200
-    assert which.shape == (500, 2) and which.max() == len(pictures.GENERATORS) - 1
+    assert which.shape == (500, 2) and which.max() == len(generation.GENERATORS) - 1
 
 
 @pytest.mark.skipif(not DATA.exists(), reason="needs `make data`")

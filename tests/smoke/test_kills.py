@@ -69,7 +69,7 @@ def test_a_second_run_meanwhile_is_refused_in_one_line(copy: Path) -> None:
 
 
 @pytest.mark.nightly
-def test_a_stage_whose_dvc_is_gone_before_it_begins_writes_nothing(copy: Path) -> None:
+def test_a_stage_whose_dvc_exits_before_it_begins_writes_nothing(copy: Path) -> None:
     clones.forget(copy, STAGES)
     with kills.repro(copy) as (dvc, log):
         assert kills.until(lambda: kills.stage_of(dvc.pid) is not None, 120)

@@ -14,7 +14,7 @@ CODE = "\n".join(re.findall(r"```python\n(.*?)```", (ROOT / "docs/python.md").re
 
 @pytest.mark.smoke
 @pytest.mark.timeout(3600)  # it may be the first that waits for the DAG
-def test_it_scores_trains_and_judges(copy: Path) -> None:
+def test_it_scores_trains_and_compares(copy: Path) -> None:
     (copy / "page.py").write_text(CODE)
     done = run(copy, sys.executable, "page.py")
     assert done.returncode == 0, done.stderr[-3000:]

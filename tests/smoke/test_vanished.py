@@ -46,8 +46,11 @@ WHOLE = {
     *{("data/prompts", "torn"), ("outputs/prompts", "torn")},
     *{("data/pairs", "deleted"), ("outputs/scores", "deleted")},
 }
-HARMS = [
-    (case, harm) for case in CASES for harm in ("deleted", "torn", "emptied") if (case[2], harm) not in WHOLE
+DAMAGES = [
+    (case, damage)
+    for case in CASES
+    for damage in ("deleted", "torn", "emptied")
+    if (case[2], damage) not in WHOLE
 ]
 
 
@@ -55,15 +58,15 @@ def named(value) -> str:
     return value if isinstance(value, str) else f"{value[0]}-{value[2].rpartition('/')[2]}-{value[3]}"
 
 
-@pytest.mark.parametrize(("case", "harm"), HARMS, ids=named)
-def test_an_input_that_is_harmed_is_one_line(workspace: Path, monkeypatch, capfd, case, harm: str) -> None:
+@pytest.mark.parametrize(("case", "damage"), DAMAGES, ids=named)
+def test_a_damaged_input_is_one_line(workspace: Path, monkeypatch, capfd, case, damage: str) -> None:
     stage, item, where, pattern = case
     monkeypatch.chdir(workspace)
     file = max((p for p in (workspace / where).glob(pattern) if p.is_file()), key=lambda p: p.stat().st_size)
     content, before = file.read_bytes(), made(workspace)
     file.unlink()  # the cache of DVC may hold the same file
-    if harm != "deleted":
-        file.write_bytes(content[: len(content) * 2 // 3] if harm == "torn" else b"")
+    if damage != "deleted":
+        file.write_bytes(content[: len(content) * 2 // 3] if damage == "torn" else b"")
     try:
         assert cli.main([stage, *([item] if item else [])]) == 2
     finally:

@@ -113,9 +113,7 @@ def test_suites_are_cleaned_without_prompts_of_training_and_pairs(data_set, tmp_
     assert "suites" not in plain and not (tmp_path / "plain/suites").exists()
 
 
-def test_captions_of_all_pairs_that_train_are_evaluated_nowhere(
-    data_set, tmp_path, monkeypatch, logged
-) -> None:
+def test_captions_of_training_pairs_are_never_evaluated(data_set, tmp_path, monkeypatch, logged) -> None:
     (tmp_path / "new").mkdir()
     pd.DataFrame({"caption": ["Prompt of  EVALUATION 3!", "a girl in rain"]}).to_parquet(
         tmp_path / "new/0.parquet"

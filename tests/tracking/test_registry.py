@@ -106,7 +106,7 @@ def test_a_deleted_experiment_is_named_with_what_restores_it(candidate: Any) -> 
     assert registry.register(params()).version == "1"
 
 
-def test_a_champion_whose_run_is_gone_is_one_line(candidate: Any, folder: Path) -> None:
+def test_a_champion_without_its_run_is_one_line(candidate: Any, folder: Path) -> None:
     """A deleted run still gives its files; one that `mlflow gc` took away does not."""
     registry.register(params())
     run = candidate.get_model_version("tiny", "1").run_id
@@ -265,7 +265,7 @@ def test_scores_of_other_libraries_are_made_again(
     assert second.alias == "challenger" and "pickscore over version 1 is" in second.reasons[0]
 
 
-def test_scores_of_other_libraries_are_refused_where_the_images_are_gone(
+def test_scores_of_other_libraries_are_refused_without_the_images(
     candidate: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert registry.register(params()).alias == "champion"

@@ -36,7 +36,7 @@ def test_who_waits_sees_what_is_ready_within_a_second(tmp_path, monkeypatch) -> 
     assert 10 <= clock.now < 11
 
 
-def test_work_that_goes_on_is_waited_for_without_limit(tmp_path, monkeypatch) -> None:
+def test_a_process_waits_without_limit_for_work_in_progress(tmp_path, monkeypatch) -> None:
     """A day, in which a file grows every 20 minutes."""
     clock, work = Clock(monkeypatch), tmp_path / "shards/.00000.f16.partial"
     work.parent.mkdir()

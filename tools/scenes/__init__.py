@@ -1,9 +1,9 @@
 """`python -m tools.scenes`: makes the default world's models and data, once, from a seed.
 
-Every step keeps what it made in the work folder, so that an interrupted build goes on. Three networks
-see pictures: the oracle judges results; the annotators' eyes label the preference pairs; the web's eyes
-grade the captions that CLIPs learn from, and see for the annotators that taught HPS and the aesthetic score.
-They have different seeds and training scenes; they share the renderer.
+Every step saves its results in the work folder, so that an interrupted build resumes. Three networks predict
+quality and attributes: the oracle measures results; the network `eyes` gives the annotators' labels of the
+preference pairs; the network `web` gives the words of quality in captions, and the labels of HPS and the
+aesthetic score. They have different seeds and training scenes; they share the renderer.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Build:
     output: Path  # the content of data/
     work: Path  # marks, checkpoints and what is not shipped
     seed: int = 0
-    processes: int = 1  # that draw pictures
+    processes: int = 1  # that draw images
 
     @property
     def evaluation(self) -> list[str]:
@@ -57,14 +57,14 @@ class Build:
 
 
 def run(build: Build, until: str | None = None, only: str | None = None) -> None:
-    """Each step in turn, skipped when its mark lies in the work folder; or one step alone.
+    """Run the steps sequentially, without those that the work folder marks as done; or one step alone.
 
     Raises:
         ValueError: `until` or `only` names no step.
     """
     for name in (until, only):
         if name is not None and name not in STEPS:
-            raise ValueError(f"no step {name!r} in `python -m tools.scenes`; there are: {', '.join(STEPS)}")
+            raise ValueError(f"no step {name!r} in `python -m tools.scenes`; known: {', '.join(STEPS)}")
     build.work.mkdir(parents=True, exist_ok=True)
     own_files(build.output)
     for name in [only] if only else STEPS:
@@ -93,7 +93,7 @@ def _base(build: Build) -> None:
 
 def _prompts(build: Build) -> None:
     from spo.scenes import world
-    from tools.scenes.pictures import different_captions
+    from tools.scenes.generation import different_captions
 
     folder = build.output / "prompts"
     lists = {
@@ -115,20 +115,20 @@ def _perception(name: str, width: int, own: int) -> Callable[[Build], None]:
     return step
 
 
-def _pictures(build: Build) -> None:
+def _images(build: Build) -> None:
     for kind in ("pair", "scorer"):
         _draw(build, kind)
 
 
 def _draw(build: Build, kind: str) -> tuple[Any, Any, Any]:
-    """Captions [N], pictures [N,2,3,48,48] and generators [N,2] of the preference pairs or of the pairs
-    that the scorers' teachers compare."""
+    """Captions [N], images [N,2,3,48,48] and generators [N,2] of the preference pairs or of the pairs
+    for HPS and the aesthetic score."""
     from tools.scenes import preferences
 
     sizes = {"pair": (N_PAIRS, N_PAIR_CAPTIONS), "scorer": (N_SCORER_PAIRS, N_SCORER_CAPTIONS)}
     seed = build.seed + {"pair": SEED_PAIRS, "scorer": SEED_SCORER_PAIRS}[kind]
     captions, which = preferences.ask(*sizes[kind], build.evaluation, seed)
-    cache = build.work / f"{kind} pictures"
+    cache = build.work / f"{kind} images"
     base = build.output / "base"
     pixels = preferences.draw_pairs(base, captions, which, cache, seed, build.processes)
     return captions, pixels, which
@@ -188,7 +188,7 @@ STEPS: dict[str, Callable[[Build], None]] = {
     "oracle": _perception("oracle", ORACLE_WIDTH, SEED_ORACLE),
     "eyes": _perception("eyes", EYES_WIDTH, SEED_EYES),
     "web": _perception("web", EYES_WIDTH, SEED_WEB),
-    "pictures": _pictures,
+    "images": _images,
     "clip": _clip,
     "pairs": _pairs,
     "pickscore": _pickscore,

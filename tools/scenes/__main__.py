@@ -20,7 +20,7 @@ def main() -> int:
     parser.add_argument("--until", choices=STEPS, help="stop after this step")
     parser.add_argument("--only", choices=STEPS, help="this step alone; what it needs must be there")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--processes", type=int, default=2, help="that draw pictures, one thread each")
+    parser.add_argument("--processes", type=int, default=2, help="that draw images, one thread each")
     parser.add_argument("--threads", type=int, default=2, help="of everything else")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)

@@ -24,7 +24,7 @@ TIE = 0.024  # smaller differences of the blend are ties
 
 @dataclass(frozen=True)
 class Annotators:
-    """A annotators with individual tastes."""
+    """Annotators [A] with individual tastes."""
 
     taste: Tensor  # [A]
     leanings: Tensor  # [A,4], each row sums to 1

@@ -1,7 +1,7 @@
 """The base model: VAE, text encoder and UNet, trained on scenes of every quality.
 
 Settings that were tried and mattered: KL weight 1e-6 with three latent channels tied to the pooled
-picture (a larger KL weight lost hues); latents whitened channel by channel inside the VAE's own 1x1
+image (a larger KL weight lost hues); latents whitened channel by channel inside the VAE's own 1x1
 convolutions, so that scaling_factor is 1; min-SNR-5 weights (arXiv 2303.09556).
 """
 
@@ -30,7 +30,7 @@ COLOUR = 4.0  # extra weight of colour errors: without it red came back orange, 
 UNET_STEPS, UNET_BATCH = 3400, 48
 TRAINING_SCENES = 40_000
 CAPTION_DROP = 0.1
-# the base model learns from mostly mediocre pictures, as the web's are: quality is uniform ** SKEW
+# the base model learns from mostly mediocre images, as the web's are: quality is uniform ** SKEW
 SKEW = 2.0
 
 
@@ -58,7 +58,7 @@ def tokens(tokenizer: CLIPTokenizer, texts: list[str]) -> Tensor:
 
 
 def train_vae(pixels: Tensor, work: Path, seed: int) -> Any:
-    """The VAE (f=4), whitened on the training pictures."""
+    """The VAE (f=4), whitened on the training images."""
     torch.manual_seed(seed)
     vae: Any = AutoencoderKL(
         block_out_channels=(16, 32, 64),
@@ -188,7 +188,7 @@ def ddim_scheduler() -> Any:
 
 
 def save_pipeline(vae: Any, model: Denoiser, tokenizer: CLIPTokenizer, folder: Path) -> None:
-    """One diffusers folder, weights in half precision (that is what is shipped, so what everyone uses)."""
+    """One diffusers folder, weights in half precision (as shipped, so all users have the same)."""
     pipeline: Any = StableDiffusionPipeline(
         vae=vae,
         text_encoder=model.text_encoder,

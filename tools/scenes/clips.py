@@ -28,8 +28,8 @@ Features = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
-class Judgements:
-    """Pairs of pictures uint8 of one caption each, and who won."""
+class LabelledPairs:
+    """Pairs of images uint8 of one caption each, and who won."""
 
     pixels_0: Tensor  # [N,3,48,48]
     pixels_1: Tensor
@@ -67,23 +67,23 @@ def prefer(
     name: str,
     model: nn.Module,
     features: Features,
-    judged: Judgements,
+    labelled: LabelledPairs,
     tokenizer: CLIPTokenizer,
     work: Path,
     seed: int,
 ) -> None:
-    """Fine-tune a whole CLIP on judged pairs (cross-entropy of the two scores), in place. A high rate or
-    a logit scale of its own forgets what the start CLIP sees of quality."""
-    ids = tokens(tokenizer, judged.captions)
+    """Fine-tune a whole CLIP on labelled pairs (cross-entropy of the two scores), in place. A high rate or
+    a logit scale of its own loses the quality features of the start CLIP."""
+    ids = tokens(tokenizer, labelled.captions)
     logit_scale: Any = model.logit_scale
     logit_scale.data.fill_(math.log(LOGIT_SCALE))
 
     def loss(generator: torch.Generator) -> Tensor:
         index = torch.randint(len(ids), (PREFERENCE_BATCH,), generator=generator)
-        images = to_float(torch.cat([judged.pixels_0[index], judged.pixels_1[index]]))
+        images = to_float(torch.cat([labelled.pixels_0[index], labelled.pixels_1[index]]))
         image, text, scale = features(images, ids[index])
         score_0, score_1 = (scale * (image * text.repeat(2, 1)).sum(-1)).chunk(2)
-        return F.binary_cross_entropy_with_logits(score_0 - score_1, judged.label_0[index])
+        return F.binary_cross_entropy_with_logits(score_0 - score_1, labelled.label_0[index])
 
     settings: dict[str, Any] = {"steps": PREFERENCE_STEPS, "lr": PREFERENCE_RATE, "warm": 0.06}
     fit(name, model, loss, work=work, seed=seed, weight_decay=0.1, ema=0.98, **settings)

@@ -1,9 +1,9 @@
-"""CLIP's own training, on pictures whose captions name quality as those of the web do.
+"""CLIP's own training, on images whose captions name quality as those of the web do.
 
-A real CLIP has seen so many captions that its image features hold how good a picture looks: the LAION
+A real CLIP has seen so many captions that its image features contain quality: LAION's
 aesthetic predictor is a linear head on them. At this size the captions' words alone teach little of it,
 so a regression head stands in for that scale: for the last updates, a linear head on the image features
-must also tell the four factors. The head is thrown away. Tried with one seed, linear probes of the four
+must also predict the four factors. The head is then discarded. Tried with one seed, linear probes of the four
 factors on renders: no words .21/.27/.75/.74, words alone .16/.73/.83/.93, words and head .63/.93/.88/.96.
 """
 
@@ -34,7 +34,7 @@ SHAPE_COLUMNS = (ATTRIBUTES.index("shape_0"), ATTRIBUTES.index("shape_1"))
 
 @dataclass(frozen=True)
 class Texts:
-    """What captions of a part of the training name, and how many wrong ones each picture must tell apart."""
+    """What captions of a part of the training name, and how many wrong captions there are for each image."""
 
     least: int  # factors named
     other_attributes: int  # wrong captions with one attribute changed
@@ -47,7 +47,7 @@ RATES = (1e-3, 7e-4)
 
 @dataclass(frozen=True)
 class Size:
-    """How much a CLIP learns from."""
+    """The size of a CLIP's training."""
 
     scenes: int = 30_000
     steps: int = 1600  # contrastive alone
@@ -58,16 +58,16 @@ SMALLER = Size(12_000, 300, 400)  # of the scorers that only evaluate
 
 
 @dataclass(frozen=True)
-class WebPictures:
-    """N pictures of the web: half of them rendered, half of them also through the base model's VAE."""
+class WebImages:
+    """N images of the web: half of them rendered, half of them also through the base model's VAE."""
 
     attributes: Tensor  # int64 [N,8]
     pixels: Tensor  # uint8 [N,3,48,48]
-    seen: Tensor  # [N,4] in [0,1], the four factors as a perception network sees them
+    seen: Tensor  # [N,4] in [0,1], the four factors as a perception network predicts them
     grades: Tensor  # int64 [N,4], 0 to 3
 
     @classmethod
-    def collect(cls, n: int, vae: Any, eyes: Perception, seed: int) -> WebPictures:
+    def collect(cls, n: int, vae: Any, eyes: Perception, seed: int) -> WebImages:
         attributes, _, pixels, _ = random_scenes(n, seed)
         pixels = torch.cat([through_vae(vae, pixels[: n // 2]), pixels[n // 2 :]])
         seen = torch.cat([eyes.perceive(to_float(p))[0] for p in pixels.split(1000)])
@@ -87,23 +87,23 @@ def train(
     model: nn.Module,
     features: Features,
     tokenizer: CLIPTokenizer,
-    pictures: WebPictures,
+    images: WebImages,
     size: Size,
     work: Path,
     seed: int,
 ) -> None:
-    """Train a CLIP in place: contrastive alone, then beside a regression head that is thrown away."""
+    """Train a CLIP in place: contrastive alone, then with a regression head that is discarded."""
 
     def contrastive(generator: torch.Generator) -> Tensor:
-        return _loss(features, tokenizer, pictures, WORDS_ALONE, generator)[0]
+        return _loss(features, tokenizer, images, WORDS_ALONE, generator)[0]
 
     fit(name, model, contrastive, steps=size.steps, lr=RATES[0], work=work, seed=seed, ema=0.99)
     torch.manual_seed(seed)
     both = WithHead(model)
 
     def with_head(generator: torch.Generator) -> Tensor:
-        value, image, index = _loss(features, tokenizer, pictures, BESIDE_HEAD, generator)
-        return value + HEAD_WEIGHT * F.mse_loss(both.head(image), pictures.seen[index])
+        value, image, index = _loss(features, tokenizer, images, BESIDE_HEAD, generator)
+        return value + HEAD_WEIGHT * F.mse_loss(both.head(image), images.seen[index])
 
     settings: dict[str, Any] = {"steps": size.steps_with_head, "lr": RATES[1], "ema": 0.99}
     fit(f"{name} with head", both, with_head, work=work, seed=seed + 1, **settings)
@@ -112,16 +112,16 @@ def train(
 def _loss(
     features: Features,
     tokenizer: CLIPTokenizer,
-    pictures: WebPictures,
+    images: WebImages,
     kinds: Texts,
     generator: torch.Generator,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """CLIP's loss with hard negatives (as NegCLIP, arXiv 2210.01936), the image features [B,D] and which
-    pictures [B] they are of. With random batches alone colours and places suffice, and shapes stay unseen
+    images [B] they are of. With random batches alone colours and places suffice, and shapes stay unseen
     (74 % right against wrong)."""
-    index = torch.randint(len(pictures.pixels), (BATCH,), generator=generator)
-    texts = right_and_wrong(pictures.attributes[index], pictures.grades[index], kinds, generator)
-    image, text, scale = features(to_float(pictures.pixels[index]), tokens(tokenizer, texts))
+    index = torch.randint(len(images.pixels), (BATCH,), generator=generator)
+    texts = right_and_wrong(images.attributes[index], images.grades[index], kinds, generator)
+    image, text, scale = features(to_float(images.pixels[index]), tokens(tokenizer, texts))
     right, wrong = text[:BATCH], text[BATCH:].unflatten(0, (-1, BATCH))
     logits, target = scale * image @ right.T, torch.arange(BATCH)
     hard = scale * torch.einsum("bd,kbd->bk", image, wrong)
@@ -132,7 +132,7 @@ def _loss(
 def right_and_wrong(
     attributes: Tensor, grades: Tensor, kinds: Texts, generator: torch.Generator
 ) -> list[str]:
-    """Captions of N pictures, then as many of each wrong kind: with another attribute, with another grade."""
+    """Captions of N images, then as many of each wrong kind: with another attribute, with another grade."""
     named = words.choose(len(attributes), kinds.least, generator)
     captions = world.captions(attributes, generator)
     texts = words.say(captions, grades, named)

@@ -1,4 +1,4 @@
-"""Trains the oracle and the annotators' eyes: one class, nothing else in common."""
+"""Trains the oracle and the annotators' eyes: they share only their class."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from tools.scenes.base_model import random_scenes, to_float
 from tools.scenes.fit import fit
 
 STEPS, BATCH = 1800, 48
-SCENES = 16_000  # half of them are also seen through the VAE, whose pictures the UNet draws
+SCENES = 16_000  # half of them are also seen through the VAE, whose images the UNet draws
 
 
 def train(name: str, width: int, vae: Any, work: Path, seed: int) -> Perception:
-    """A network that tells quality and attributes of rendered and of decoded pictures."""
+    """A network that predicts quality and attributes of rendered and of decoded images."""
     torch.manual_seed(seed)
     model = Perception(width)
     attributes, quality, pixels, _ = random_scenes(SCENES, seed)
@@ -44,7 +44,7 @@ def train(name: str, width: int, vae: Any, work: Path, seed: int) -> Perception:
 
 @torch.no_grad()
 def through_vae(vae: Any, pixels: Tensor) -> Tensor:
-    """Pictures uint8 as the VAE gives them back."""
+    """Images uint8 as the VAE gives them back."""
     parts = []
     for chunk in tqdm(pixels.split(100), desc="through the VAE", mininterval=5):
         images = to_float(chunk).contiguous(memory_format=torch.channels_last)

@@ -12,7 +12,7 @@ from torch import Tensor
 from spo.scenes.oracle import Perception, fidelity
 from tools.scenes.annotators import Annotators, blend
 from tools.scenes.base_model import to_float
-from tools.scenes.pictures import GENERATORS, draw, draw_captions
+from tools.scenes.generation import GENERATORS, draw, draw_captions
 
 ANNOTATORS = 60
 
@@ -20,7 +20,7 @@ ANNOTATORS = 60
 @dataclass(frozen=True)
 class Pairs:
     """N compared pairs: pixels uint8 [N,2,3,48,48], generators [N,2], perceived quality [N,2,4] and
-    layout [N,2], the judges and their labels."""
+    layout [N,2], the annotators and their labels."""
 
     captions: list[str]
     pixels: Tensor
@@ -42,13 +42,13 @@ def ask(n: int, n_captions: int, without: Sequence[str], seed: int) -> tuple[lis
 def draw_pairs(
     base: Path, captions: Sequence[str], which: Tensor, cache: Path, seed: int, processes: int
 ) -> Tensor:
-    """Two pictures uint8 [N,2,3,48,48] of each caption by the generators `which` [N,2]."""
+    """Two images uint8 [N,2,3,48,48] of each caption by the generators `which` [N,2]."""
     twice = [c for c in captions for _ in range(2)]
     return draw(base, twice, which.flatten(), cache, seed, processes).unflatten(0, (-1, 2))
 
 
 def compare(captions: list[str], pixels: Tensor, which: Tensor, eyes: Perception, seed: int) -> Pairs:
-    """Every pair is seen through `eyes` and judged by one annotator."""
+    """Each pair is labelled by one annotator, from the predictions of `eyes`."""
     generator = torch.Generator().manual_seed(seed + 1)
     twice = [c for c in captions for _ in range(2)]
     n = len(captions)
@@ -63,7 +63,7 @@ def compare(captions: list[str], pixels: Tensor, which: Tensor, eyes: Perception
 
 
 def statistics(pairs: Pairs) -> dict[str, float | int]:
-    """What the labels are like: ties, and how often clear labels agree with what the picture is worth."""
+    """Statistics of the labels: ties, and how often clear labels agree with the images' values."""
     clear = pairs.label_0 != 0.5
     first_won = pairs.label_0[clear] > 0.5
     averages = blend(pairs.quality.flatten(0, 1), pairs.layout.flatten()).view(-1, 2)

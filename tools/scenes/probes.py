@@ -1,4 +1,4 @@
-"""What a CLIP sees: linear probes of its image features, and right captions against wrong ones."""
+"""Measure a CLIP: linear probes of its image features, and right captions against wrong ones."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from spo.scenes import world
 from spo.scenes.oracle import Perception
 from spo.scenes.world import QUALITY
 from tools.scenes.base_model import random_scenes, to_float, tokens
-from tools.scenes.clips import Features, Judgements
+from tools.scenes.clips import Features, LabelledPairs
 from tools.scenes.contrastive import another_attribute
 
 RENDERS = 4000
@@ -21,7 +21,7 @@ RIDGE = 1e-3
 
 @torch.no_grad()
 def image_features(features: Features, tokenizer: CLIPTokenizer, pixels: Tensor) -> Tensor:
-    """Normalised image features [N,D] of pictures uint8 [N,3,48,48]."""
+    """Normalised image features [N,D] of images uint8 [N,3,48,48]."""
     empty = tokens(tokenizer, [""])
     return torch.cat([features(to_float(part), empty)[0] for part in pixels.split(256)])
 
@@ -39,13 +39,13 @@ def linear_probe(features: Tensor, truth: Tensor) -> dict[str, float]:
 def probes(
     features: Features, tokenizer: CLIPTokenizer, oracle: Perception, drawn: Tensor, seed: int
 ) -> dict[str, dict[str, float]]:
-    """R2 on fresh renders (their true quality) and on pictures `drawn` by the base model (the oracle's)."""
+    """R2 on fresh renders (their true quality) and on images `drawn` by the base model (the oracle's)."""
     _, quality, pixels, _ = random_scenes(RENDERS, seed)
     seen, _ = oracle.perceive(to_float(drawn))
     sets = {"renders": (pixels, quality), "drawn": (drawn, seen)}
     return {
-        name: linear_probe(image_features(features, tokenizer, pictures), truth)
-        for name, (pictures, truth) in sets.items()
+        name: linear_probe(image_features(features, tokenizer, images), truth)
+        for name, (images, truth) in sets.items()
     }
 
 
@@ -66,14 +66,16 @@ def caption_accuracy(features: Features, tokenizer: CLIPTokenizer, seed: int, n:
 
 
 @torch.no_grad()
-def agreement(features: Features, judged: Judgements, tokenizer: CLIPTokenizer) -> dict[str, float | int]:
+def agreement(
+    features: Features, labelled: LabelledPairs, tokenizer: CLIPTokenizer
+) -> dict[str, float | int]:
     """Share of clear labels that a model of preferences agrees with, and its standard error."""
-    ids, scores = tokens(tokenizer, judged.captions), []
-    for pixels in (judged.pixels_0, judged.pixels_1):
+    ids, scores = tokens(tokenizer, labelled.captions), []
+    for pixels in (labelled.pixels_0, labelled.pixels_1):
         parts = [features(to_float(p), i) for p, i in zip(pixels.split(256), ids.split(256), strict=True)]
         scores.append(torch.cat([(image * text).sum(-1) for image, text, _ in parts]))
-    clear = judged.label_0 != 0.5
-    share = ((scores[0] > scores[1]) == (judged.label_0 > 0.5))[clear].float().mean().item()
+    clear = labelled.label_0 != 0.5
+    share = ((scores[0] > scores[1]) == (labelled.label_0 > 0.5))[clear].float().mean().item()
     n = int(clear.sum())
     return {
         "clear_labels": n,

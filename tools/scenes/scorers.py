@@ -1,7 +1,7 @@
 """The CLIPs trained on labels: PickScore on the shipped pairs, as the real one on Pick-a-Pic, and HPS and
-aesthetic on pictures, captions and labels of their own, which the preference pairs never meet.
+aesthetic on images, captions and labels of their own, none of which is in the preference pairs.
 
-Each starts from a CLIP of its own that learned from pictures and captions of the web.
+Each starts from a CLIP of its own that learned from images and captions of the web.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from tools import scenes as world_build
 from tools.scenes import clips, contrastive, draws, preferences, probes, shards, tokenizer, words
 from tools.scenes.annotators import Annotators
 from tools.scenes.base_model import random_scenes, to_float
-from tools.scenes.clips import Judgements
-from tools.scenes.contrastive import Size, WebPictures
+from tools.scenes.clips import LabelledPairs
+from tools.scenes.contrastive import Size, WebImages
 from tools.scenes.preferences import Pairs
 from tools.scenes.render import render
 
-HELD_OUT = 0.2  # of the pairs that the scorers' teachers compare
-PROBED = 2500  # held-out pairs whose pictures are probed
+HELD_OUT = 0.2  # of the pairs for HPS and the aesthetic score
+PROBED = 2500  # held-out pairs whose images are probed
 
 Build = world_build.Build
 
 
 def vocabulary(build: Build) -> CLIPTokenizer:
-    """The tokenizer of CLIPs: it has the words of quality, which the base model's has not."""
+    """The tokenizer of CLIPs: it has the words of quality, which the base model's lacks."""
     texts = [*world.vocabulary(), *words.all_words()]
     return tokenizer.save(texts, build.work / "clip tokenizer", tokenizer.CLIP_MAX_LENGTH)
 
@@ -39,12 +39,12 @@ def vocabulary(build: Build) -> CLIPTokenizer:
 def learn_from_the_web(
     build: Build, name: str, model: nn.Module, features: clips.Features, size: Size, seed: int
 ) -> None:
-    pictures = WebPictures.collect(size.scenes, build.vae(), Perception.load(build.work / "web"), seed)
-    contrastive.train(name, model, features, vocabulary(build), pictures, size, build.work, seed)
+    images = WebImages.collect(size.scenes, build.vae(), Perception.load(build.work / "web"), seed)
+    contrastive.train(name, model, features, vocabulary(build), images, size, build.work, seed)
 
 
 def start_clip(build: Build, name: str, own: int, size: Size) -> None:
-    """Train a CLIP on the web's pictures and captions, into the work folder."""
+    """Train a CLIP on the web's images and captions, into the work folder."""
     seed, texts = build.seed + own, vocabulary(build)
     model = clips.fresh_clip(texts, seed)
     learn_from_the_web(build, name, model, clips.clip_features(model), size, seed)
@@ -52,7 +52,7 @@ def start_clip(build: Build, name: str, own: int, size: Size) -> None:
 
 
 def pickscore(build: Build) -> dict[str, Any]:
-    """Fine-tune the start CLIP on the training part of the shipped pairs; what it saw before and after."""
+    """Fine-tune the start CLIP on the training part of the shipped pairs; measure it before and after."""
     train, held_out = shards.read(build.output / "pairs")
     texts, model = vocabulary(build), CLIPModel.from_pretrained(build.work / "clip")
     features, seed = clips.clip_features(model), build.seed + world_build.SEED_CLIP
@@ -69,9 +69,9 @@ def pickscore(build: Build) -> dict[str, Any]:
 
 
 def _seen(
-    build: Build, features: clips.Features, texts: CLIPTokenizer, held_out: Judgements
+    build: Build, features: clips.Features, texts: CLIPTokenizer, held_out: LabelledPairs
 ) -> dict[str, Any]:
-    """Of a CLIP: agreement with held-out labels, right captions against wrong ones, linear probes (R2)."""
+    """Measure a CLIP: agreement with held-out labels, right against wrong captions, linear probes (R2)."""
     oracle = Perception.load(build.output / "oracle")
     drawn = torch.cat([held_out.pixels_0[:PROBED], held_out.pixels_1[:PROBED]])
     seed = build.seed + world_build.SEED_CHECK
@@ -87,33 +87,33 @@ def hps(build: Build, compared: Pairs) -> dict[str, Any]:
     seed, texts = build.seed + world_build.SEED_HPS, vocabulary(build)
     train, own_held_out = _split(compared)
     rendered = _rendered_pairs(world_build.N_RATED_RENDERS, build.seed + world_build.SEED_SCORER_PAIRS + 2)
-    judged = _join(train, rendered)
+    labelled = _join(train, rendered)
     torch.manual_seed(seed)
     model, settings, features = clips.new_open_clip(texts)
     learn_from_the_web(build, "hps clip", model, features, contrastive.SMALLER, seed)
-    clips.prefer("hps", model, features, judged, texts, build.work, seed + 1)
+    clips.prefer("hps", model, features, labelled, texts, build.work, seed + 1)
     clips.save_hps(model, settings, texts, build.output / "scorers" / "hps")
     _, held_out = shards.read(build.output / "pairs")
     return {
-        "annotated_pairs": len(judged.captions),
+        "annotated_pairs": len(labelled.captions),
         "statistics_of_generated_pairs": preferences.statistics(compared),
         "own_held_out": probes.agreement(features, own_held_out, texts),
         **_seen(build, features, texts, held_out),
     }
 
 
-def _split(pairs: Pairs) -> tuple[Judgements, Judgements]:
+def _split(pairs: Pairs) -> tuple[LabelledPairs, LabelledPairs]:
     """Generated pairs, the last part of them held out."""
     cut = int(len(pairs.captions) * (1 - HELD_OUT))
     parts = []
     for part in (slice(0, cut), slice(cut, None)):
         pixels, labels = pairs.pixels[part], pairs.label_0[part]
-        parts.append(Judgements(pixels[:, 0], pixels[:, 1], pairs.captions[part], labels))
+        parts.append(LabelledPairs(pixels[:, 0], pixels[:, 1], pairs.captions[part], labels))
     return parts[0], parts[1]
 
 
-def _join(a: Judgements, b: Judgements) -> Judgements:
-    return Judgements(
+def _join(a: LabelledPairs, b: LabelledPairs) -> LabelledPairs:
+    return LabelledPairs(
         torch.cat([a.pixels_0, b.pixels_0]),
         torch.cat([a.pixels_1, b.pixels_1]),
         a.captions + b.captions,
@@ -121,8 +121,8 @@ def _join(a: Judgements, b: Judgements) -> Judgements:
     )
 
 
-def _rendered_pairs(n: int, seed: int) -> Judgements:
-    """Rendered pictures of a caption; half of the time one picture has one or two attributes wrong."""
+def _rendered_pairs(n: int, seed: int) -> LabelledPairs:
+    """Rendered images of a caption; half of the time one image has one or two attributes wrong."""
     generator = torch.Generator().manual_seed(seed)
     asked = draws.random_attributes(n, generator)
     captions = world.captions(asked, generator)
@@ -141,7 +141,7 @@ def _rendered_pairs(n: int, seed: int) -> Judgements:
     label = annotators.compare(who, values[0], values[1], generator)
     view = swap.view(n, 1, 1, 1)
     first, second = torch.where(view, pixels[1], pixels[0]), torch.where(view, pixels[0], pixels[1])
-    return Judgements(first, second, captions, torch.where(swap, 1 - label, label))
+    return LabelledPairs(first, second, captions, torch.where(swap, 1 - label, label))
 
 
 def _altered(attributes: Tensor, generator: torch.Generator) -> Tensor:
@@ -159,7 +159,7 @@ def _altered(attributes: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def aesthetic(build: Build, compared: Pairs) -> dict[str, Any]:
-    """Train and save the aesthetic predictor; its correlations with what pictures are worth."""
+    """Train and save the aesthetic predictor; its correlations with the true quality."""
     seed, texts = build.seed + world_build.SEED_AESTHETIC, vocabulary(build)
     start_clip(build, "aesthetic clip", world_build.SEED_AESTHETIC, contrastive.SMALLER)
     clip = CLIPModel.from_pretrained(build.work / "aesthetic clip")
@@ -186,6 +186,6 @@ def aesthetic(build: Build, compared: Pairs) -> dict[str, Any]:
 
 @torch.no_grad()
 def _correlation(model: clips.RatedClip, pixels: Tensor, quality: Tensor) -> float:
-    """Of the score with the mean [N] of the four factors [N,4]."""
+    """Correlation of the score with the mean [N] of the four factors [N,4]."""
     scores = torch.cat([model(to_float(part)) for part in pixels.split(256)])
     return round(torch.corrcoef(torch.stack([scores, quality.mean(1)]))[0, 1].item(), 4)

@@ -17,8 +17,8 @@ from spo.data.images import decode_image
 from spo.ingest.selection import is_validation
 from spo.ingest.sources import read_rows
 from spo.types import PreferencePair
-from tools.scenes.clips import Judgements
-from tools.scenes.pictures import GENERATORS
+from tools.scenes.clips import LabelledPairs
+from tools.scenes.generation import GENERATORS
 from tools.scenes.preferences import Pairs
 
 ROWS_PER_SHARD = 1000
@@ -27,7 +27,7 @@ QUALITY = 95  # of WebP: half of the bytes of a JPEG at 95 without subsampling
 
 
 def write(pairs: Pairs, folder: Path) -> None:
-    """Parquet shards with the columns of Pick-a-Pic v2; the pictures are WebP, which `jpg_0` may hold too."""
+    """Parquet shards with the columns of Pick-a-Pic v2; the images are WebP, which `jpg_0` may hold too."""
     folder.mkdir(parents=True, exist_ok=True)
     counts = Counter(pairs.captions)
     rows = []
@@ -56,20 +56,20 @@ def _webp(pixels: Tensor) -> bytes:
     return buffer.getvalue()
 
 
-def read(folder: Path) -> tuple[Judgements, Judgements]:
-    """What `write` wrote, split by caption into the pairs for training and those held out."""
+def read(folder: Path) -> tuple[LabelledPairs, LabelledPairs]:
+    """Read the shards of `write`, split by caption into the pairs for training and those held out."""
     parts: tuple[list[PreferencePair], list[PreferencePair]] = ([], [])
     for pair, _ in read_rows(folder):
         assert pair is not None
         parts[is_validation(pair.caption, HELD_OUT)].append(pair)
-    return _judgements(parts[0]), _judgements(parts[1])
+    return _labelled(parts[0]), _labelled(parts[1])
 
 
-def _judgements(pairs: list[PreferencePair]) -> Judgements:
+def _labelled(pairs: list[PreferencePair]) -> LabelledPairs:
     sides = [[pair.image_0 for pair in pairs], [pair.image_1 for pair in pairs]]
     pixels = [torch.stack([_pixels(data) for data in side]) for side in sides]
     labels = torch.tensor([pair.label_0 for pair in pairs])
-    return Judgements(pixels[0], pixels[1], [pair.caption for pair in pairs], labels)
+    return LabelledPairs(pixels[0], pixels[1], [pair.caption for pair in pairs], labels)
 
 
 def _pixels(data: bytes) -> Tensor:

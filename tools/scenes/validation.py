@@ -1,4 +1,4 @@
-"""How far the oracle can be trusted: on rendered, decoded, redrawn and freely drawn pictures."""
+"""How far the oracle can be trusted: on rendered, decoded, redrawn and freely drawn images."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from spo.diffusion.denoiser import GuidedDenoiser
 from spo.diffusion.schedule import Schedule
 from spo.scenes.oracle import Perception, fidelity
 from spo.scenes.world import QUALITY
-from tools.scenes import Build, pictures
+from tools.scenes import Build, generation
 from tools.scenes.base_model import random_scenes, to_float
 from tools.scenes.perception import through_vae
 from tools.scenes.perception import validate as compare_with_truth
 from tools.scenes.render import LUMA
 
-REDRAWN_FROM = 300  # pictures noised to about this timestep and denoised by the base model
+REDRAWN_FROM = 300  # images noised to about this timestep and denoised by the base model
 N = 1000
 
 
 def validate(build: Build, seed: int) -> dict[str, object]:
-    """Truth is known for rendered pictures, the same through the VAE, and (but for what the base model
-    changed) the same half-noised and redrawn. On freely drawn ones the oracle is held against the
-    annotators' eyes, an independent network, and against plain pixel measures."""
+    """Truth is known for rendered images, the same through the VAE, and (but for what the base model
+    changed) the same half-noised and redrawn. On freely drawn ones the oracle is compared with the
+    network `eyes`, which is independent, and with plain pixel measures."""
     oracle, eyes = Perception.load(build.output / "oracle"), Perception.load(build.work / "eyes")
     attributes, quality, pixels, captions = random_scenes(N, seed)
     half = slice(0, N // 2)
@@ -66,10 +66,10 @@ def _redraw(base: Path, images: Tensor, captions: list[str], seed: int) -> Tenso
 
 
 def _freely_drawn(oracle: Perception, eyes: Perception, build: Build, seed: int) -> dict[str, object]:
-    captions = pictures.different_captions(512, seed)
+    captions = generation.different_captions(512, seed)
     which = torch.zeros(512, dtype=torch.int64)  # the base model at guidance 2
-    cache = build.work / "validation pictures"
-    pixels = pictures.draw(build.output / "base", captions, which, cache, seed, build.processes)
+    cache = build.work / "validation images"
+    pixels = generation.draw(build.output / "base", captions, which, cache, seed, build.processes)
     images = to_float(pixels)
     by_oracle, log_probs = oracle.perceive(images)
     by_eyes, eyes_log_probs = eyes.perceive(images)
@@ -89,7 +89,7 @@ def _freely_drawn(oracle: Perception, eyes: Perception, build: Build, seed: int)
 
 
 def _pixel_measures(images: Tensor) -> dict[str, Tensor]:
-    """Crude signs [N] of each factor from pixels alone: none of them is clean of the others."""
+    """Crude signs [N] of each factor from pixels alone: none is independent of the others."""
     rgb = (images + 1) / 2
     grey = (rgb * LUMA.view(1, 3, 1, 1)).sum(1, keepdim=True)
     smooth = torch.nn.functional.avg_pool2d(grey, 12)

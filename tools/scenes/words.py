@@ -1,6 +1,6 @@
-"""Plain, graded words for how a picture looks, as captions of the web have them.
+"""Plain, graded words for an image's quality, as in captions of the web.
 
-They stand in captions that CLIPs learn from, and nowhere else: no prompt, no caption of a preference
+They are in captions that CLIPs learn from, and nowhere else: no prompt, no caption of a preference
 pair and no evaluation names quality.
 """
 
@@ -29,7 +29,7 @@ def all_words() -> list[str]:
 
 
 def quartiles(seen: Tensor) -> Tensor:
-    """The grade [N,4] from 0 to 3 of each picture's factors [N,4] among those of all."""
+    """The grade [N,4] from 0 to 3 of each image's factors [N,4] among those of all."""
     bounds = torch.quantile(seen, torch.tensor([0.25, 0.5, 0.75]), dim=0)
     return (seen.unsqueeze(0) > bounds.unsqueeze(1)).sum(0)
 
@@ -43,7 +43,7 @@ def choose(n: int, least: int, generator: torch.Generator) -> Tensor:
 
 
 def another_grade(grades: Tensor, named: Tensor, generator: torch.Generator) -> Tensor:
-    """The grades [N,4] with that of one named factor changed."""
+    """The grades [N,4] with the grade of one named factor changed."""
     column = torch.multinomial(named.float(), 1, generator=generator)
     step = torch.randint(1, GRADES, (len(grades), 1), generator=generator)
     return grades.scatter(1, column, (grades.gather(1, column) + step) % GRADES)

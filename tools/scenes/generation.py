@@ -1,4 +1,4 @@
-"""Images that the base model generates for captions, in several ways: what annotators compare and rate."""
+"""Images that the base model generates for captions, in several ways, for annotators to compare and rate."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from spo.diffusion.schedule import Schedule
 from spo.scenes import world
 from tools.scenes import draws
 
-BATCH = 16  # pictures at a time; one thread draws as many a second in batches of 16 to 128
+BATCH = 16  # images at a time; one thread draws as many a second in batches of 16 to 128
 
 
 @dataclass(frozen=True)
@@ -62,10 +62,10 @@ def draw_captions(n: int, seed: int, without: Sequence[str] = ()) -> list[str]:
 def draw(
     base: Path, captions: Sequence[str], which: Tensor, cache: Path, seed: int, processes: int = 1
 ) -> Tensor:
-    """Pictures uint8 [N,3,48,48] of captions by GENERATORS[which[i]].
+    """Images uint8 [N,3,48,48] of captions by GENERATORS[which[i]].
 
-    Every picture's noise is its own, so neither batches nor processes change it. Each batch is
-    saved in `cache`, and an interrupted drawing goes on after the last one.
+    Every image's noise is its own, so neither batches nor processes change it. Each batch is
+    saved in `cache`; an interrupted run resumes after the last one.
     """
     batches = []
     for g, source in enumerate(GENERATORS):
@@ -85,10 +85,10 @@ def draw(
 
 
 def _batch(base: Path, source: Generator, prompts: list[str], keys: Tensor, path: Path, seed: int) -> Path:
-    """Where one batch of pictures lies, drawn unless it is there."""
+    """The file of one batch of images, which are drawn unless it exists."""
     if not path.exists():
         unfinished = path.with_suffix(".tmp")
-        torch.save(_pictures(_backbone(base), source, prompts, keys, seed), unfinished)
+        torch.save(_images(_backbone(base), source, prompts, keys, seed), unfinished)
         unfinished.rename(path)
     return path
 
@@ -98,7 +98,7 @@ def _backbone(base: Path) -> Any:
     return backbones.load(config.Backbone(family="sd", checkpoint=str(base), channels_last=True), "cpu")
 
 
-def _pictures(backbone: Any, source: Generator, prompts: list[str], keys: Tensor, seed: int) -> Tensor:
+def _images(backbone: Any, source: Generator, prompts: list[str], keys: Tensor, seed: int) -> Tensor:
     schedule = Schedule.from_config(backbone.scheduler_config, source.steps)
     noise = SampleNoise(seed, keys.tolist(), backbone.latent_shape)
     with backbone.inference():
