@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from checkpoints import inputs, predict, pretend_training
 from diffusers import DiffusionPipeline
 from rounding import assert_same
 from safetensors.torch import load_file, save_file
@@ -11,26 +12,8 @@ from spo.adapters import load_lora
 from spo.backbones import lora
 
 LORA = config.Lora(rank=2, alpha=6)  # alpha is not the rank, so a lost scale shows
-PROMPTS = ["a red circle", "a large blue square"]
 
 pytestmark = pytest.mark.parametrize("family", ["sd", "sdxl"])
-
-
-def inputs(backbone, seed: int = 0):
-    """x_t, timesteps and conditioning of two samples."""
-    x_t = torch.randn(2, *backbone.latent_shape, generator=torch.Generator().manual_seed(seed))
-    return x_t, torch.tensor([10, 700]), backbone.encode_prompts(PROMPTS)
-
-
-def predict(backbone, **how) -> torch.Tensor:
-    with backbone.inference():
-        return backbone.predict(*inputs(backbone), **how)
-
-
-def pretend_training(backbone) -> None:
-    generator = torch.Generator().manual_seed(1)
-    for parameter in backbone.trainable_parameters():
-        parameter.data = 0.2 * torch.randn(parameter.shape, generator=generator)
 
 
 def refused(message: str, attempt) -> None:

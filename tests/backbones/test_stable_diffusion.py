@@ -3,6 +3,7 @@ import shutil
 import diffusers
 import pytest
 import torch
+from checkpoints import PROMPTS, inputs, predict, pretend_training
 from diffusers import DDIMScheduler, DiffusionPipeline
 from rounding import assert_same
 from safetensors.torch import load_file
@@ -15,26 +16,8 @@ from spo.diffusion.schedule import Schedule
 
 FAMILIES = ["sd", "sdxl"]
 LORA = config.Lora(rank=2, alpha=6)  # alpha is not the rank, so a lost scale shows
-PROMPTS = ["a red circle", "a large blue square"]
 
 pytestmark = pytest.mark.parametrize("family", FAMILIES)
-
-
-def inputs(backbone, seed: int = 0):
-    """x_t, timesteps and conditioning of two samples."""
-    x_t = torch.randn(2, *backbone.latent_shape, generator=torch.Generator().manual_seed(seed))
-    return x_t, torch.tensor([10, 700]), backbone.encode_prompts(PROMPTS)
-
-
-def predict(backbone, **how) -> torch.Tensor:
-    with backbone.inference():
-        return backbone.predict(*inputs(backbone), **how)
-
-
-def pretend_training(backbone) -> None:
-    generator = torch.Generator().manual_seed(1)
-    for parameter in backbone.trainable_parameters():
-        parameter.data = 0.2 * torch.randn(parameter.shape, generator=generator)
 
 
 def test_reference_is_the_base_whatever_was_trained(load, family) -> None:

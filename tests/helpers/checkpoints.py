@@ -66,3 +66,20 @@ def theirs(folder: Path, guidance: float, **scheduler) -> torch.Tensor:
 def assert_equal(one: torch.Tensor, other: torch.Tensor) -> None:
     assert one.std() > 0.05  # images that say something
     assert torch.allclose(one, other, atol=1e-4), float((one - other).abs().max())
+
+
+def inputs(backbone, seed: int = 0):
+    """x_t, timesteps and conditioning of two samples."""
+    x_t = torch.randn(2, *backbone.latent_shape, generator=torch.Generator().manual_seed(seed))
+    return x_t, torch.tensor([10, 700]), backbone.encode_prompts(PROMPTS)
+
+
+def predict(backbone, **how) -> torch.Tensor:
+    with backbone.inference():
+        return backbone.predict(*inputs(backbone), **how)
+
+
+def pretend_training(backbone) -> None:
+    generator = torch.Generator().manual_seed(1)
+    for parameter in backbone.trainable_parameters():
+        parameter.data = 0.2 * torch.randn(parameter.shape, generator=generator)

@@ -1,4 +1,4 @@
-"""`spo convert`: an adapter in kohya's key names, or merged into a whole model."""
+"""`spo convert`: an adapter in kohya's key names, or merged into a complete model."""
 
 import tempfile
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A whole model in one file with the tensor names of the original releases (SD 1.5: LDM, SDXL: SGM).
+"""A complete model in one file with the tensor names of the original releases (SD 1.5: LDM, SDXL: SGM).
 
 diffusers reads such files and has no writer for them.
 """
