@@ -9,8 +9,6 @@ import torch
 from diffusers import DiffusionPipeline
 from rounding import assert_same
 
-from spo.adapters import load_lora
-
 PROMPTS = ["a red circle", ""]
 
 
@@ -92,7 +90,7 @@ def test_every_layer_has_its_own_strength(load, family, tmp_path, write) -> None
     adapters.merge(merged.unet, adapter)
     expected = predict(merged)
 
-    said = load_lora(backbone, write(tmp_path, adapter))
+    said = adapters.load_lora(backbone, write(tmp_path, adapter))
     assert f"changes {len(adapter)} layers of the unet" in said
     assert_same(predict(backbone), expected, backbone.unet)
     assert (expected - base).abs().max() > 0.1
@@ -110,7 +108,7 @@ def test_the_old_attention_processor_format_has_strength_one(load, family, tmp_p
         attention, _, layer = name.removesuffix(".0").rpartition(".")
         key = f"{attention}.processor.{layer}_lora"
         state |= {f"{key}.down.weight": change.down, f"{key}.up.weight": change.up}
-    load_lora(backbone, adapters.write(tmp_path / "pytorch_lora_weights.safetensors", state))
+    adapters.load_lora(backbone, adapters.write(tmp_path / "pytorch_lora_weights.safetensors", state))
     assert_same(predict(backbone), predict(merged), backbone.unet)
 
 
@@ -123,7 +121,7 @@ def test_rank_stabilised_lora_is_divided_by_the_root_of_its_rank(
     adapters.merge(merged.unet, adapter, lambda change: change.alpha / math.sqrt(change.rank))
     plain = adapters.settings
     monkeypatch.setattr(adapters, "settings", lambda adapter: plain(adapter, use_rslora=True))
-    load_lora(backbone, write(tmp_path, adapter))
+    adapters.load_lora(backbone, write(tmp_path, adapter))
     assert_same(predict(backbone), predict(merged), backbone.unet)
 
 
@@ -150,7 +148,7 @@ def test_what_peft_saves_is_what_peft_computes(load, family, tmp_path, more) -> 
             elif "lora_" in name:
                 parameter.mul_(0.3)
     model.save_pretrained(tmp_path)
-    load_lora(backbone, tmp_path)
+    adapters.load_lora(backbone, tmp_path)
     assert_same(predict(backbone), predict(theirs), backbone.unet)
     assert (predict(theirs) - predict(load(family))).abs().max() > 0.01
 
@@ -169,7 +167,7 @@ def test_kohyas_dora_has_the_rows_norms(load, family, tmp_path) -> None:
             magnitude = norm * (0.7 + 0.6 * torch.rand(norm.shape, generator=generator))
             weight *= magnitude / norm
             state[f"lora_unet_{name.replace('.', '_')}.dora_scale"] = magnitude
-    load_lora(backbone, adapters.write(tmp_path / "dora.safetensors", state))
+    adapters.load_lora(backbone, adapters.write(tmp_path / "dora.safetensors", state))
     assert_same(predict(backbone), predict(merged), backbone.unet)
 
 
@@ -190,7 +188,7 @@ def test_locon_in_tuckers_form(load, family, tmp_path) -> None:
         key = "lora_unet_" + layer.replace(".", "_")
         state |= {f"{key}.lora_down.weight": down, f"{key}.lora_mid.weight": middle}
         state |= {f"{key}.lora_up.weight": up, f"{key}.alpha": torch.tensor(1.5)}
-    load_lora(backbone, adapters.write(tmp_path / "tucker.safetensors", state))
+    adapters.load_lora(backbone, adapters.write(tmp_path / "tucker.safetensors", state))
     assert torch.allclose(predict(backbone), predict(merged), atol=1e-4)
 
 
@@ -203,7 +201,7 @@ def test_matrices_and_kernels_of_one_are_the_same(load, family, tmp_path) -> Non
     for key, value in state.items():
         if value.ndim:
             state[key] = value[:, :, 0, 0] if value.ndim == 4 else value[:, :, None, None]
-    load_lora(backbone, adapters.write(tmp_path / "shapes.safetensors", state))
+    adapters.load_lora(backbone, adapters.write(tmp_path / "shapes.safetensors", state))
     assert_same(predict(backbone), predict(merged), backbone.unet)
 
 
@@ -241,7 +239,7 @@ def test_text_encoders_are_adapted_each_layer_at_its_strength(load, family, tmp_
                 state |= {f"{key}.lora_linear_layer.up.weight": change.up}
                 state |= {f"{key}.alpha": torch.tensor(change.alpha)}
     before = encoded(backbone)
-    said = load_lora(backbone, adapters.write(tmp_path / "text.safetensors", state))
+    said = adapters.load_lora(backbone, adapters.write(tmp_path / "text.safetensors", state))
     assert "layers of the text_encoder" in said and "unet" not in said
     after, expected = encoded(backbone), encoded(merged)
     for name, value in expected.items():
@@ -264,7 +262,7 @@ def test_a_uniform_adapter_is_that_of_diffusers_pipeline(load, family, checkpoin
 
     pipe = DiffusionPipeline.from_pretrained(checkpoints[family])
     pipe.load_lora_weights(file)
-    load_lora(backbone, file)
+    adapters.load_lora(backbone, file)
     with torch.no_grad():
         embeddings = pipe.encode_prompt(
             PROMPTS, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=False
