@@ -1,5 +1,7 @@
 """Adapters of every trainer against the same changes merged into the weights by hand."""
 
+import copy
+import functools
 import json
 import math
 
@@ -22,6 +24,21 @@ def predict(backbone, **how) -> torch.Tensor:
     x_t = torch.randn(2, *backbone.latent_shape, generator=generator)
     with torch.no_grad():
         return backbone.predict(x_t, torch.tensor([21, 801]), backbone.encode_prompts(PROMPTS), **how)
+
+
+@pytest.fixture(scope="module")
+def merged_by_hand(loaded):
+    """By family: changes of all layers of the UNet, and what the base predicts without and with them."""
+
+    @functools.cache
+    def merged_by_hand(family: str):
+        backbone = copy.deepcopy(loaded[family])
+        adapter = adapters.changes(backbone.unet, adapters.layers(backbone.unet))
+        base = predict(backbone)
+        adapters.merge(backbone.unet, adapter)
+        return adapter, base, predict(backbone)
+
+    return merged_by_hand
 
 
 def kohya(folder, adapter):
@@ -82,14 +99,9 @@ FORMATS = [
 
 
 @pytest.mark.parametrize("write", FORMATS)
-def test_every_layer_has_its_own_strength(load, family, tmp_path, write) -> None:
+def test_every_layer_has_its_own_strength(load, merged_by_hand, family, tmp_path, write) -> None:
     """All linear and convolution layers of the UNet, ranks 1 to 3, alpha / rank from 1/4 to 4."""
-    merged, backbone = load(family), load(family)
-    adapter = adapters.changes(merged.unet, adapters.layers(merged.unet))
-    base = predict(merged)
-    adapters.merge(merged.unet, adapter)
-    expected = predict(merged)
-
+    backbone, (adapter, base, expected) = load(family), merged_by_hand(family)
     said = adapters.load_lora(backbone, write(tmp_path, adapter))
     assert f"changes {len(adapter)} layers of the unet" in said
     assert_same(predict(backbone), expected, backbone.unet)
@@ -126,7 +138,7 @@ def test_rank_stabilised_lora_is_divided_by_the_root_of_its_rank(
 
 
 @pytest.mark.parametrize("more", [{}, {"use_rslora": True}, {"use_dora": True}])
-def test_what_peft_saves_is_what_peft_computes(load, family, tmp_path, more) -> None:
+def test_what_peft_saves_is_what_peft_computes(load, merged_by_hand, family, tmp_path, more) -> None:
     from peft import LoraConfig, get_peft_model
 
     theirs, backbone = load(family), load(family)
@@ -149,8 +161,9 @@ def test_what_peft_saves_is_what_peft_computes(load, family, tmp_path, more) -> 
                 parameter.mul_(0.3)
     model.save_pretrained(tmp_path)
     adapters.load_lora(backbone, tmp_path)
-    assert_same(predict(backbone), predict(theirs), backbone.unet)
-    assert (predict(theirs) - predict(load(family))).abs().max() > 0.01
+    expected, (_, base, _) = predict(theirs), merged_by_hand(family)
+    assert_same(predict(backbone), expected, backbone.unet)
+    assert (expected - base).abs().max() > 0.01
 
 
 def test_kohyas_dora_has_the_rows_norms(load, family, tmp_path) -> None:
@@ -285,12 +298,12 @@ def test_the_original_names_at_the_real_sizes(words) -> None:
     """As kohya's files of SD 1.5 and SDXL have them; the first block up of SD 1.5 has no attention."""
     import real_sizes
 
-    from spo.adapters.names import LayerNames, original_names
+    from spo.adapters.names import layer_names, original_names, spelling
 
     with torch.device("meta"):
         small, large = real_sizes.sd15(words).unet, real_sizes.sdxl(words).unet
     assert original_names(small)["output_blocks.2.1.conv"] == "up_blocks.0.upsamplers.0.conv"
-    names = LayerNames(large)
+    names = layer_names(large)
     expected = {
         "input_blocks_4_1_transformer_blocks_0_attn1_to_q": (
             "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
@@ -307,5 +320,7 @@ def test_the_original_names_at_the_real_sizes(words) -> None:
         ),
         "label_emb_0_2": "add_embedding.linear_2",
     }
-    assert {alias: names.find(alias) for alias in expected} == expected
-    assert len(set(original_names(large).values()) & set(names.modules)) == len(names.modules) == 794
+    assert {alias: names.get(spelling(alias)) for alias in expected} == expected
+    layers = set(adapters.layers(large))
+    assert set(names.values()) == layers and layers <= set(original_names(large).values())
+    assert len(layers) == 794

@@ -156,13 +156,9 @@ def _value(scalar: Any) -> Any:
 
 
 def parse(record: dict[str, Any], folder: Path | None) -> PreferencePair:
-    """Convert a row in Pick-a-Pic's columns to a pair, whose images are not decoded yet.
+    """Convert a row in Pick-a-Pic's columns to a pair; images by path are in `folder`, if there is one.
 
-    Args:
-        folder: of images that the row stores by path; None: such images are rejected.
-
-    Raises:
-        ValueError: what is wrong with the row; the caller adds shard and row.
+    A ValueError says what is wrong with the row; the caller adds shard and row.
     """
     labelled = record.get("has_label")
     if labelled is not None and not values.read_flag("has_label", labelled):

@@ -118,8 +118,7 @@ def read_flag(name: str, value: Any) -> bool:
 def read_image(name: str, value: Any, folder: Path | None) -> bytes:
     """Read an encoded image from bytes, {bytes, path}, a list of bytes, or base64 text (also a data: URL).
 
-    Args:
-        folder: of images that are stored by path; None: such images are refused.
+    Images by path are in `folder`, and refused without one.
     """
     if isinstance(value, dict):  # as Hugging Face's `datasets` stores it: bytes, or null and a file's path
         if value.get("bytes") is None:
