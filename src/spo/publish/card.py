@@ -6,9 +6,8 @@ are one template, card.md. The same run gives the same text, because the card is
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
@@ -25,8 +24,7 @@ TIMES = ("seconds", "training_seconds")  # differ between runs, so they are not 
 MARKDOWN = re.compile(r"([\\`*_{}\[\]()#+\-.!|~$<>&])")
 
 
-@dataclass(frozen=True)
-class Sample:
+class Sample(NamedTuple):
     """A prompt and its images, as paths from the card."""
 
     prompt: str
@@ -40,11 +38,7 @@ def write(folder: Path, params: Params, method: str, trained: Mapping[str, Any])
 
 
 def of_training(params: Params, method: str, trained: Mapping[str, Any]) -> str:
-    """The card without scores, without passwords of URLs and paths of this machine.
-
-    Args:
-        trained: counts of the training; its times are omitted.
-    """
+    """The card of a training with its counts, without passwords of URLs and paths of this machine."""
     section, base = getattr(params.align, method), params.backbone
     lora, terms = section.lora is not None, licence(base.checkpoint) or base.license
     kind = "LoRA" if lora else "full fine-tune of the UNet"
@@ -134,7 +128,7 @@ def published(
         body=body,
         webui=webui,
         rows=rows,
-        samples=[replace(sample, prompt=_plain(sample.prompt)) for sample in samples],
+        samples=[sample._replace(prompt=_plain(sample.prompt)) for sample in samples],
         columns=[name(rows[0]["baseline"]), name(method)],
     )
     return str(redact(str(text)))
