@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -67,15 +68,20 @@ def test_independent_stages_run_in_parallel_and_after_a_failure_a_second_run_com
     (project / "left.sh").write_text(both + "echo 'spo: no such file'; exit 2\n")
     done = repro("--jobs", "2")
     assert done.returncode == 1, done.stdout + done.stderr
-    assert "spo: 4 stages, up to 2 in parallel" in done.stderr
+    plan = done.stdout.splitlines()[:3]
+    assert plan[0].startswith("smoke: 4 stages to run, ") and plan[1] == "  run: first, left, right, last"
+    assert plan[2].startswith("2 at a time (--jobs); what stages print: .spo/logs/")
     (line,) = [line for line in done.stderr.splitlines() if "failed" in line]
     assert line == "spo: failed: left (for the reason in its lines above); not run: last"
-    assert "left  | spo: no such file" in done.stdout and "Traceback" not in done.stdout + done.stderr
+    assert "left | spo: no such file" in done.stdout and "Traceback" not in done.stdout + done.stderr
     assert locked_stages(project) == {"first", "right"}
-    printed = done.stdout.splitlines()
-    assert all(line.split(" | ")[0].strip() in ("first", "left", "right") for line in printed), printed
-    threads = max(1, parallel.cores.count() // 2)
-    assert {f"left  | threads {threads}", f"right | threads {threads}"} <= set(printed)
+    printed = [re.sub("[0-9]+ s", "N s", line.partition(" ")[2]) for line in done.stdout.splitlines()[3:]]
+    assert {"first done (N s; 1 of 4)", "left begins", "right begins"} <= {*printed}
+    assert any(line.startswith("right done (N s; ") for line in printed), printed
+    assert "left failed after N s; .spo/logs/left.log ends with" in printed
+    for stage in ("left", "right"):
+        threads = max(1, parallel.cores.count() // 2)
+        assert f"threads {threads}\n" in (project / f".spo/logs/{stage}.log").read_text()
 
     (project / "left.sh").write_text(MAKE.format(me="left", other="right"))
     assert repro("--jobs", "2").returncode == 0
@@ -126,6 +132,7 @@ def test_jobs_that_mean_nothing_are_refused(project: Path, arguments: tuple[str,
     assert not (project / "one.txt").exists()
 
 
+WIDE = {str(number): () for number in range(20)}  # stages that need nothing
 DIAMOND = {
     "first": (),
     "short": ("first",),
@@ -202,7 +209,8 @@ def test_after_a_stop_none_starts() -> None:
 def test_on_a_gpu_one_stage_runs_at_a_time_without_jobs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parallel.cores, "count", lambda: 8)
     monkeypatch.setattr(parallel, "accelerator", lambda: "cuda")
-    assert parallel.jobs_for(None, 1)[0] == 1 and "share the cuda" in parallel.jobs_for(None, 1)[1]
-    assert parallel.jobs_for(3, 1) == (3, "--jobs")
+    number, why = parallel.jobs_for(None, 1, WIDE)
+    assert number == 1 and "share the cuda" in why
+    assert parallel.jobs_for(3, 1, WIDE) == (3, "--jobs")
     monkeypatch.setattr(parallel, "accelerator", lambda: None)
-    assert [parallel.jobs_for(None, processes)[0] for processes in (1, 2, 3, 9)] == [8, 4, 2, 1]
+    assert [parallel.jobs_for(None, processes, WIDE)[0] for processes in (1, 2, 3, 9)] == [8, 4, 2, 1]
