@@ -91,7 +91,7 @@ def pipeline(
             finally:
                 parent.set_tags({f"dvc.{row['stage']}": row["result"] for row in done})
                 runs.close_parent(parent, params.model_dump(), status, [row["stage"] for row in done])
-                delivery.sync(params.tracking)
+                delivery.sync(params.tracking, stopped=status == "KILLED")
             publish(done, params.tracking)
             if push:
                 push_to(push)

@@ -182,6 +182,18 @@ def test_a_silent_server_does_not_hold_a_stage_up(
     assert [run.is_pending() for run in runs_here()] == [True]
 
 
+def test_after_a_stop_a_silent_server_is_not_waited_for(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(delivery, "STOPPED_DELIVERY", 0.1)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "600")
+    open_parent(PARAMS, "parent")
+    load_mlflow()
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        assert sync(f"http://127.0.0.1:{server.getsockname()[1]}", stopped=True) == (0, 1)
+    assert "no answer yet" in capsys.readouterr().err
+
+
 def test_a_folder_without_a_place_to_write_only_warns(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -45,7 +45,7 @@ def run(params: Params, arguments: Sequence[str] = (), jobs: int | None = None) 
         # with arguments, or after an error, DVC has not checked every stage
         complete = status == "FINISHED" and not arguments
         runs.close_parent(parent, settings, status, dvc_lock.read() if complete else ())
-        delivery.sync(params.tracking)
+        delivery.sync(params.tracking, stopped=status == "KILLED")
     if complete:
         progress.console().print("\n".join(_result()), end="")
     return code

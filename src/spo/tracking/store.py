@@ -15,8 +15,8 @@ from urllib.parse import quote, unquote
 from spo.runtime.files import locked
 from spo.runtime.messages import one_line, public, redact
 from spo.runtime.workspace import home
-from spo.tracking import logged
-from spo.tracking.records import Content, Run, folder, read_curve, runs_here
+from spo.tracking import dvc_lock, logged
+from spo.tracking.records import Content, Run, folder, is_cached, read_curve, runs_here
 
 WORSE = ("FINISHED", "KILLED", "FAILED")  # each than the one before
 KIND = {"mlflow.experimentKind": "custom_model_development"}  # opens the UI in its model training view
@@ -227,9 +227,9 @@ class Store:
 
     def _linked(self, content: Content) -> Content:
         """Link a cached stage's run to the one that made its outputs, which has its curve and images."""
-        if "origin" not in content:
+        if not is_cached(content):
             return content
-        made = {"dvc.lock_hash": content["origin"], "dvc.cached": "false"}
+        made = {dvc_lock.HASH: content["tags"][dvc_lock.HASH], "dvc.cached": "false"}
         origin = self.find(content["experiment"], **made)
         known = {k: v for k, v in content.items() if not origin or k not in ("curve", "images")}
         return known | {"tags": content["tags"] | {"origin_run_id": origin or "not in this store"}}
