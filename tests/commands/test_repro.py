@@ -13,12 +13,14 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import yaml
 
 from spo import config
-from spo.commands import parallel
+from spo.commands import forecast, parallel
 
 DAG = """\
 stages:
@@ -214,3 +216,64 @@ def test_on_a_gpu_one_stage_runs_at_a_time_without_jobs(monkeypatch: pytest.Monk
     assert parallel.jobs_for(3, 1, WIDE) == (3, "--jobs")
     monkeypatch.setattr(parallel, "accelerator", lambda: None)
     assert [parallel.jobs_for(None, processes, WIDE)[0] for processes in (1, 2, 3, 9)] == [8, 4, 2, 1]
+
+
+# seconds in one thread of the default experiment's longest stages (docs/results.md)
+DEFAULT = {
+    "pairs": ((), 20.0),
+    "preference": (("pairs",), 180.0),
+    "preference_latent": (("pairs",), 200.0),
+    "align@diffusion_dpo": (("pairs",), 350.0),
+    "align@spo": (("preference",), 380.0),
+    "align@lpo": (("preference_latent",), 130.0),
+    "generate": (("align@spo", "align@lpo", "align@diffusion_dpo"), 40.0),
+}
+
+
+def makespan(monkeypatch: pytest.MonkeyPatch, cores: int, jobs: int) -> float:
+    """The seconds of DEFAULT by a clock of its own; threads are as fast as `speedup` says."""
+    monkeypatch.setattr(parallel.cores, "count", lambda: cores)
+    now, ends = 0.0, {}
+
+    def start(stage: str, share: int) -> Future[Any]:
+        threads = parallel.threads_for(share, 1)
+        future: Future[Any] = Future()
+        ends[future] = now + DEFAULT[stage][1] / forecast.speedup(threads)
+        return future
+
+    def wait(running: Any, **_: Any) -> Any:
+        nonlocal now
+        first = min(running, key=ends.__getitem__)
+        now = ends[first]
+        return SimpleNamespace(done={first})
+
+    monkeypatch.setattr(parallel, "wait", wait)
+    needs, work = ({stage: own[i] for stage, own in DEFAULT.items()} for i in (0, 1))
+    assert parallel.schedule(needs, jobs, start, lambda future: True, work=work) == ([], [])
+    return now
+
+
+def test_by_seconds_the_chain_that_takes_longest_goes_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On two cores: the pairs alone in two threads; preference model and SPO (560 s) beside Diffusion-DPO,
+    the latent model and LPO (680 s); the images alone."""
+    longest = 20 + 180 + 380 + 40
+    needs, work = ({stage: own[i] for stage, own in DEFAULT.items()} for i in (0, 1))
+    assert parallel.longest(needs, work) == longest and parallel.longest(needs) == 4
+    total = sum(work.values())
+    assert makespan(monkeypatch, 1, 1) == total == 1300
+    assert makespan(monkeypatch, 2, 2) == pytest.approx((20 + 40) / 2**0.5 + 350 + 200 + 130)
+
+
+def test_more_cores_than_the_longest_chain_keeps_busy_become_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    needs, work = ({stage: own[i] for stage, own in DEFAULT.items()} for i in (0, 1))
+    monkeypatch.setattr(parallel, "accelerator", lambda: None)
+    taken = {}
+    for cores in (2, 4, 8):
+        monkeypatch.setattr(parallel.cores, "count", lambda cores=cores: cores)
+        number, _ = parallel.jobs_for(None, 1, needs, work)
+        assert number == 2, "1,300 s of work, 620 of them one after the other"
+        taken[cores] = makespan(monkeypatch, cores, number)
+    assert taken[4] == pytest.approx(taken[2] / 2**0.5) and taken[8] == pytest.approx(taken[2] / 2)
+    assert taken[8] < makespan(monkeypatch, 8, 8), (
+        "a stage for each core leaves the longest chain in one thread"
+    )
