@@ -1,4 +1,4 @@
-"""The presets sd15 and sdxl name all by hub id and commit: found in a folder with the hub cache's layout."""
+"""The presets of SD 1.5 and SDXL name all by hub id and commit: found in a folder like the hub's cache."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from spo import config
 from spo.runtime import hub
 from spo.stages import inputs
 
-PRESETS = ("sd15", "sdxl")
+PRESETS = ("sd15-scratch", "sdxl-scratch")
 WORDS = ("oak", "sea", "owl", "fog", "ice", "bee", "fig", "jar", "kite", "lamp")
 
 
@@ -123,8 +123,8 @@ def test_what_is_missing_is_said_in_one_line_with_what_to_put_where(
 
 
 def test_a_shard_that_is_missing_is_no_smaller_data_set(cache: Path) -> None:
-    fill(cache, "sd15")
-    source = config.validate(raw("sd15")).pairs.source
+    fill(cache, "sd15-scratch")
+    source = config.validate(raw("sd15-scratch")).pairs.source
     (lost,) = hub_cache.folder(cache, source).glob("snapshots/*/data/train-00001-*")
     lost.unlink()
     with pytest.raises(ValueError, match="1 of its shards are not in the cache"):
@@ -192,7 +192,7 @@ print(len(_step_aware(params, params.preference, backbone).tokenizer))
 @pytest.mark.skipif(not (DATA / "base").exists(), reason="needs the shipped data: dvc pull data.dvc")
 def test_every_loader_reads_its_model_from_the_cache(tmp_path: Path) -> None:
     """With the models of the scenes world under the names of the preset: the same numbers as from folders."""
-    cache, params = tmp_path / "hub", raw("sd15")
+    cache, params = tmp_path / "hub", raw("sd15-scratch")
     named, score = config.validate(params), params["score"]
     for section in (score["pickscore"], score["aesthetic"], score["hps"]):
         section["image_size"] = 48

@@ -64,7 +64,7 @@ def sources(params: Params) -> dict[str, list[Source]]:
     lists = (prompts.train, prompts.evaluation, prompts.vocabulary, prompts.block_list, prompts.pairs)
     trained = {params.pairs.source} - {prompts.pairs}  # whose captions are not evaluated
     suites = params.generate.suites.values()
-    adapters = [getattr(params.generate, variant).adapter for variant in config.VARIANTS]
+    adapters = [variant.adapter for variant in params.generate.variants().values()]
     scorers = dict.fromkeys(SCORERS, list[Source]()) | _of_scorers(params.score)
     scorers["oracle"] = [(params.score.oracle, None)]
     return {

@@ -59,7 +59,10 @@ def prepare(
     captions = chain.from_iterable(map(sources.read_captions, {section.pairs, *trained}))
     paired = {*map(key, evaluation + more)}.intersection(map(key, captions))
     held_out = selected(evaluation, paired)
-    training = selected(train, {*map(key, held_out.prompts)})
+    evaluated = held_out.prompts
+    if section.train == section.evaluation:  # one list for both: what is not evaluated is trained on
+        evaluated = by_hash(evaluated, section.seed)[: section.n_test + section.n_validation]
+    training = selected(train, {*map(key, evaluated)})
     parts = _split(section, training.prompts, held_out.prompts)
     elsewhere = paired | {key(p) for name in ("train", "validation") for p in parts[name]}
     of_suites = {name: selected(lines, elsewhere) for name, lines in suite_lists.items()}
