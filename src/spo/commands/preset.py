@@ -32,8 +32,7 @@ def text(name: str, card: int | None, quick: bool, checkpoint: str | None, promp
 
 def _backbone(name: str, checkpoint: str, settings: config.Backbone) -> dict[str, Any]:
     from spo.backbones import describe
-    from spo.publish.card import licence
-    from spo.runtime import hub
+    from spo.runtime import hub, licence
 
     place, revision = hub.split_revision(checkpoint)
     own = {"checkpoint": place, "revision": revision, "variant": None, "config": None}
@@ -43,7 +42,7 @@ def _backbone(name: str, checkpoint: str, settings: config.Backbone) -> dict[str
         raise ValueError(
             f"--checkpoint with the preset {name}, of family {settings.family!r}: {error}"
         ) from None
-    return {**own, "license": licence(place)}
+    return {**own, "license": licence.stated(Path(place))}
 
 
 def _prompts(file: Path, settings: config.Prompts) -> dict[str, Any]:
