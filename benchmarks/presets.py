@@ -130,7 +130,8 @@ def written(params: config.Params) -> Iterator[float]:
     yield FILES[params.backbone.checkpoint] * params.wants("latent_preference")
     for method in config.METHODS:
         section = getattr(params.align, method)
-        yield UNET[family] * bool(section and section.pretrained and "LoRA" not in section.pretrained)
+        whole = section is not None and section.pretrained and "LoRA" not in section.pretrained
+        yield FILES[params.backbone.checkpoint] / 2 * bool(whole)  # a pipeline in fp16
 
 
 def hours(params: config.Params, card: int) -> float:

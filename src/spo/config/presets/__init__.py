@@ -6,6 +6,7 @@ what `quick` changes.
 
 import re
 from collections.abc import Mapping
+from functools import cache
 from importlib import resources
 from typing import Any
 
@@ -54,6 +55,7 @@ def counted(text: str, name: str = "") -> str:
     return found[1] if found else ""
 
 
+@cache
 def _complete(name: str) -> str:
     """The file of a preset, complete, with the comment at its own head."""
     text = _read(name)
