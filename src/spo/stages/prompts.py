@@ -137,13 +137,16 @@ def _split(section: config.Prompts, train: list[str], evaluation: list[str]) -> 
 
 def _token_counter(params: Params) -> Callable[[str], int]:
     """A function that counts tokens by the base model's tokenizer, start and end tokens included."""
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, CLIPTextConfig
 
     name = params.backbone.described_by
     try:
         hub.check(name)
         tokenizer = AutoTokenizer.from_pretrained(
-            name, subfolder="tokenizer", revision=params.backbone.revision
+            name,
+            subfolder="tokenizer",
+            revision=params.backbone.revision,
+            config=CLIPTextConfig(),  # else it looks for tokenizer/config.json, which no pipeline has
         )
     except (OSError, ValueError) as error:
         raise ValueError(f"backbone.checkpoint: no tokenizer in {name} ({hub.reason(name, error)})") from None
