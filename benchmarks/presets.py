@@ -11,12 +11,14 @@ import argparse
 import csv
 import re
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks import cards
 from spo import config
 from spo.methods import method_spec
+from spo.diffusion.announced import schedule_of
 from spo.runtime import hub
 
 NAMES = tuple(n for n in config.preset_names() if n.startswith(("sd15", "sdxl")))
@@ -28,7 +30,7 @@ WAYS = {
     "SPO as published": "",
     "all from scratch": "-scratch",
 }
-DDIM = {"beta_schedule": "scaled_linear", "steps_offset": 1}
+SCHEDULE = partial(schedule_of, {"beta_schedule": "scaled_linear", "steps_offset": 1})
 UNET = {"sd": 3.44, "sdxl": 10.27}  # GB in fp32
 LATENTS = {"sd": 38 / 583_747, "sdxl": 153 / 583_747}  # GB of a pair's, in 16 bits
 ENCODED = {"sd": 2.2e12, "sdxl": 9.8e12}  # FLOPs of encoding a pair
@@ -148,7 +150,7 @@ def flops(params: config.Params, card: int) -> Iterator[float]:
     image = of_stage["generate"] / 500 * generate.num_inference_steps / 20
     yield image * params.prompts.n_test * generate.images_per_prompt * len(generate.variants())
     for method, section in params.align.trained().items():
-        own, full = (method_spec(method).cost(p, DDIM).unet_samples for p in (params, published))
+        own, full = (method_spec(method).cost(p, SCHEDULE).unet_samples for p in (params, published))
         yield of_stage[f"align {method}"] * own / full
         if (validation := section.validation) is not None:
             times = 1 + -(-section.iterations // validation.every)
