@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from spo import config
+from spo.backbones.families import FAMILIES
 from spo.diffusion.schedule import Schedule, check_process
 from spo.runtime.messages import first_line
 
@@ -12,8 +13,6 @@ TRAINED_WITH = (
     *("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas"),
     *("prediction_type", "rescale_betas_zero_snr", "variance_type", "timestep_type", "use_flow_sigmas"),
 )
-# What diffusers' Stable Diffusion 1.5 pipeline sets, whatever the file says.
-SET_BY_PIPELINE = {"steps_offset": 1, "clip_sample": False}
 
 
 def load(announced: Mapping[str, Any], where: str) -> Any:
@@ -47,8 +46,8 @@ def effective(
     used = dict(scheduler.config)
     for key in set(used.pop("_use_default_values", ())) - set(TRAINED_WITH):
         del used[key]
-    if settings.family == "sd":
-        used |= {key: value for key, value in SET_BY_PIPELINE.items() if key in scheduler.config}
+    by_pipeline = FAMILIES[settings.family].scheduler
+    used |= {key: value for key, value in by_pipeline.items() if key in scheduler.config}
     used |= {"_class_name": type(scheduler).__name__, **over}
     scheduler.register_to_config(**over)
     try:

@@ -13,10 +13,8 @@ from torch import Tensor
 
 from spo import config
 from spo.backbones import lora
-from spo.backbones.description import latent_side
+from spo.backbones.family import Family
 from spo.backbones.features import DownPath
-from spo.backbones.shared_start import shared_start
-from spo.backbones.text import SdText, SdxlText
 from spo.training import placement
 from spo.training.placement import lower
 from spo.types import Budget, Conditioning
@@ -35,7 +33,7 @@ class StableDiffusion:
     def __init__(
         self,
         pipeline: Any,
-        text: SdText | SdxlText,
+        text: Family,
         channels_last: bool,
         scheduler_config: Mapping[str, Any],
         budget: Budget | None = None,
@@ -45,11 +43,11 @@ class StableDiffusion:
         self._resting: torch.device | None = None  # the UNet's device while it is in host memory
         self._empty: Conditioning | None = None
         self._reference: Any = None  # only for full fine-tuning; an adapter is disabled instead
-        self.unet, self.vae, self._text = pipeline.unet, pipeline.vae, text
+        self.unet, self.vae, self._text = getattr(pipeline, text.denoiser), pipeline.vae, text
         self.scheduler_config = scheduler_config
-        side = latent_side(self.unet.config.sample_size)
-        self.latent_shape = (self.unet.config.in_channels, side, side)
-        self.image_size = (side * pipeline.vae_scale_factor, side * pipeline.vae_scale_factor)
+        self.latent_shape = text.latent_shape(self.unet.config, self.vae.config)
+        side = self.latent_shape[-1] * pipeline.vae_scale_factor
+        self.image_size = (side, side)
         announced = self.vae.config
         self._shift = announced.get("shift_factor") or 0.0
         self._statistics = [  # mean and standard deviation of each latent channel [1,C,1,1], where announced
@@ -151,12 +149,8 @@ class StableDiffusion:
         """Run a UNet in the model's precision; full fine-tuning holds its weights in fp32 (autocast)."""
         x_t = x_t.to(unet.dtype).contiguous(memory_format=self._format)
         mixed = unet.dtype != self._dtype
-        text = self._text.unet_arguments(conditioning)
-        with (
-            torch.autocast(x_t.device.type, self._dtype, enabled=mixed),
-            shared_start(unet, len(x_t), copies),
-        ):
-            return unet(x_t, timesteps, return_dict=False, **text)[0].float()
+        with torch.autocast(x_t.device.type, self._dtype, enabled=mixed):
+            return self._text.run(unet, x_t, timesteps, conditioning, copies).float()
 
     @torch.no_grad()
     def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
@@ -211,11 +205,11 @@ class StableDiffusion:
     def save_pipeline(self, folder: Path) -> None:
         """Save the complete pipeline for `from_pretrained`, in the precision in which it was loaded."""
         same = self.unet.dtype == self._dtype  # else a copy: training may continue in fp32
-        self.pipeline.unet = self.unet if same else _on_cpu(self.unet, self._dtype)
+        setattr(self.pipeline, self._text.denoiser, self.unet if same else _on_cpu(self.unet, self._dtype))
         self.pipeline.save_pretrained(folder)
         _forget_source(folder)
         _announce(folder / "scheduler/scheduler_config.json", self.scheduler_config)
-        self.pipeline.unet = self.unet
+        setattr(self.pipeline, self._text.denoiser, self.unet)
 
     def add_lora(self, settings: config.Lora, seed: int) -> None:
         """Add a trainable adapter to the UNet."""
@@ -223,7 +217,7 @@ class StableDiffusion:
 
     def save_lora(self, folder: Path) -> None:
         """Save the adapter for diffusers' `pipe.load_lora_weights(folder)`."""
-        lora.save(self.unet, type(self.pipeline), folder)
+        lora.save(self.unet, self._text.denoiser, type(self.pipeline), folder)
 
     def trainable_parameters(self) -> list[torch.nn.Parameter]:
         return lora.trainable(self.unet)

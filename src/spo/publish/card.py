@@ -12,6 +12,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from spo.backbones import FAMILIES
 from spo.config import Params, yaml_text
 from spo.methods import method_spec
 from spo.runtime import hub
@@ -61,7 +62,7 @@ def of_training(params: Params, method: str, trained: Mapping[str, Any]) -> str:
         title=f"{params.name}: {kind} by {method_spec(method).paper}",
         base=public(base.checkpoint),
         revision=base.revision,
-        family="SDXL" if base.family == "sdxl" else "Stable Diffusion",
+        family=FAMILIES[base.family].title,
         terms=terms,
         prompts=public(params.prompts.train),
         pairs=public(params.pairs.source),
