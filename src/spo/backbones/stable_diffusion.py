@@ -17,7 +17,7 @@ from spo.backbones.family import Family
 from spo.backbones.features import DownPath
 from spo.training import placement
 from spo.training.placement import lower
-from spo.types import Budget, Conditioning
+from spo.types import Budget, Conditioning, NoiseSchedule
 
 
 class StableDiffusion:
@@ -68,6 +68,10 @@ class StableDiffusion:
     @property
     def device(self) -> torch.device:
         return self._resting or self.unet.device
+
+    def schedule(self, num_inference_steps: int) -> NoiseSchedule:
+        side = self.latent_shape[-1]
+        return self._text.schedule(self.scheduler_config, num_inference_steps, self.unet.config, side)
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:

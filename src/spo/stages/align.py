@@ -89,7 +89,7 @@ def run(params: Params, method: str) -> None:
         if not distributed.is_main_process():
             return
         curve.write(TRAINING / f"{method}.csv")
-        cost = spec.cost(params, backbone.scheduler_config)
+        cost = spec.cost(params, backbone.schedule)
         facts = result.write(watch, scratch)
         card.write(result.folder, params, method, {**summary, **facts})
         summary |= {"unet_samples": cost.unet_samples, **facts}

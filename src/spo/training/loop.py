@@ -181,13 +181,13 @@ def _stop(
         bad = (~values.isfinite()).nonzero().flatten().tolist()
         if bad:
             prompt = f", prompt {batch.prompts[bad[0]][:80]!r}" if batch.prompts else ""
-            where = f"timestep {int(batch.timesteps[bad[0]])}{prompt}"
+            where = f"timestep {batch.timesteps[bad[0]].item():g}{prompt}"
             raise _diverged(name, f"loss {values[bad[0]].item()}", where, updates)
 
 
 def _where(parts: Sequence[Batch]) -> str:
     """The first timesteps and prompts of an update."""
-    timesteps = sorted({t for batch in parts for t in batch.timesteps.tolist()})
+    timesteps = sorted({round(t, 1) for batch in parts for t in batch.timesteps.tolist()})
     prompts = dict.fromkeys(prompt[:80] for batch in parts for prompt in batch.prompts)
     return f"timesteps {timesteps[:8]}, prompts {[*prompts][:4]}"
 

@@ -83,7 +83,7 @@ def batch_of(
 
     Args:
         prompts: of the B samples.
-        timesteps: int64 [N], of the sampler's steps.
+        timesteps: [N], of the sampler's steps.
     """
     pairs = [(steps[row // len(prompts)], row % len(prompts)) for row in rows]
     diverged = [(step, b) for step, b in pairs if step.x_t_lose is not None]

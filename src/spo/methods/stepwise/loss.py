@@ -16,8 +16,8 @@ from torch import Tensor
 
 from spo.config import Stepwise
 from spo.diffusion import ddim
-from spo.diffusion.schedule import Schedule
 from spo.methods.stepwise.batch import StepBatch
+from spo.types import NoiseSchedule
 
 
 def spo_loss(
@@ -41,7 +41,11 @@ def spo_loss(
 
 
 def batch_loss(
-    policy_output: Tensor, reference_output: Tensor, batch: StepBatch, schedule: Schedule, config: Stepwise
+    policy_output: Tensor,
+    reference_output: Tensor,
+    batch: StepBatch,
+    schedule: NoiseSchedule,
+    config: Stepwise,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The losses [P] of two UNet outputs [B,C,h,w] at batch.x_t, and metrics [P]."""
     policy = ddim.transition(schedule, policy_output, batch.timesteps, batch.x_t, config.eta)

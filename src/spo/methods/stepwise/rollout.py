@@ -7,7 +7,8 @@ Departures from the paper (P) or the official code (C):
 2. C decodes and scores in one batch; here in calls of the device's budget. Same numbers.
 3. The threshold may change over the diverted steps (`threshold_end`); C has one for all.
 4. With inner steps the branches diverge after the first: then winner and loser have an x_t each, as in C.
-5. A step without variance (the last one where set_alpha_to_one) has no density and gives no pair.
+5. A step without variance (the last one of a flow, and where set_alpha_to_one) has no density and gives no
+   pair. Nor does one from pure noise (the first one of a flow): its candidates would be fresh noise.
 """
 
 from collections.abc import Iterator
@@ -19,10 +20,9 @@ from spo import config
 from spo.diffusion import ddim, finite
 from spo.diffusion.denoiser import GuidedDenoiser
 from spo.diffusion.noise import SampleNoise
-from spo.diffusion.schedule import Schedule
 from spo.methods.stepwise import pairs as step_pairs
 from spo.methods.stepwise.batch import StepPairs
-from spo.types import Backbone, Candidates, Conditioning, RewardModel
+from spo.types import Backbone, Candidates, Conditioning, NoiseSchedule, RewardModel
 
 EVERY_PAIR = -1.0  # a threshold: no gap is below 0
 
@@ -33,7 +33,7 @@ class Rollout:
     def __init__(
         self,
         settings: config.Rollout,
-        schedule: Schedule,
+        schedule: NoiseSchedule,
         reward_model: RewardModel,
         name: str = "align",
         *,
