@@ -74,8 +74,8 @@ class Official:
         """The guided prediction [B,C,h,w]."""
         both = Conditioning.cat([self.empty.repeat(len(x_t)), text])
         x_t = torch.cat([x_t, x_t]).to(unet.dtype)
-        text = self.models.backbone._text
-        noise = text.run(unet, x_t, torch.cat([timesteps, timesteps]), both).float()
+        run = self.models.backbone._text.run
+        noise = run(unet, x_t, torch.cat([timesteps, timesteps]), both).float()
         unconditional, conditional = noise.chunk(2)
         return unconditional + self.settings.guidance * (conditional - unconditional)
 

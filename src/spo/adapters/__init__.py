@@ -7,7 +7,7 @@ import torch
 
 from spo import backbones, config
 from spo.adapters import files, lora, unet
-from spo.adapters.names import COMPONENTS
+from spo.adapters.names import TEXT, TEXT_2, UNET
 from spo.backbones import StableDiffusion
 from spo.backbones.weights import Weights
 from spo.training import distributed
@@ -53,7 +53,8 @@ def load_lora(backbone: StableDiffusion, path: Path) -> str:
 
 def _load_lora(backbone: StableDiffusion, weights: Weights) -> str:
     parts = backbone.pipeline.components
-    models = {name: parts[name] for name in COMPONENTS if parts.get(name) is not None}
+    models = {name: parts[name] for name in (TEXT, TEXT_2) if parts.get(name) is not None}
+    models[UNET] = backbone.unet
     changed = lora.load(models, weights)
     backbone.forget_prompts()
     layers = ", ".join(f"{n} layers of the {name}" for name, n in changed.items())

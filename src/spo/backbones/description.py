@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +13,7 @@ from spo.backbones.families import FAMILIES
 from spo.backbones.family import Family, Rules, is_unset
 from spo.backbones.weights import read
 from spo.runtime import hub
+from spo.types import NoiseSchedule
 
 
 def is_number(value: Any) -> bool:
@@ -43,6 +44,7 @@ class Description:
     denoiser: Mapping[str, Any]  # unet/config.json or transformer/config.json
     vae: Mapping[str, Any]  # vae/config.json, or that of backbone.vae
     vae_place: Place
+    absent: Sequence[str]  # optional parts that the checkpoint lacks
     scheduler: Any  # of diffusers, of the class that the file names
     scheduler_config: Mapping[str, Any]  # what the files announce, with the overrides of params.yaml
 
@@ -51,12 +53,23 @@ class Description:
         return FAMILIES[self.settings.family]
 
     @property
+    def parts(self) -> list[str]:
+        """The parts that the checkpoint has."""
+        return [part for part in self.family.parts if part not in self.absent]
+
+    @property
     def where(self) -> str:
         """The name of the checkpoint in messages."""
         return f"backbone.checkpoint: {self.settings.checkpoint}"
 
+    def schedule(self, num_inference_steps: int) -> NoiseSchedule:
+        side = self.family.latent_shape(self.denoiser, self.vae)[-1]
+        return self.family.schedule(self.scheduler_config, num_inference_steps, self.denoiser, side)
+
     @property
     def prediction(self) -> str:
+        if self.family.flow:
+            return "flow"
         return self.scheduler_config.get("prediction_type", "epsilon")
 
 
@@ -87,7 +100,8 @@ def describe(settings: config.Backbone) -> Description:
             f"{at}: the VAE has latent_channels {channels}, but the {family.denoiser} takes {wanted} "
             "(in_channels)"
         )
-    return Description(settings, denoiser, vae, place, *read_scheduler(settings))
+    absent = [part for part in family.optional if (index.get(part) or [None, None]) == [None, None]]
+    return Description(settings, denoiser, vae, place, absent, *read_scheduler(settings))
 
 
 def read_scheduler(settings: config.Backbone) -> tuple[Any, dict[str, Any]]:
@@ -99,7 +113,7 @@ def read_scheduler(settings: config.Backbone) -> tuple[Any, dict[str, Any]]:
     marks: Mapping[str, Any] = {}
     if settings.is_single_file:
         marks = single_file.marks(read(Path(settings.checkpoint)), settings.scheduler)
-    loaded = scheduler.load(announced, where)
+    loaded = scheduler.load(announced, FAMILIES[settings.family].flow, where)
     return loaded, scheduler.effective(loaded, settings, marks, where)
 
 
@@ -164,6 +178,8 @@ def _check_index(index: Mapping[str, Any], family: str, where: str) -> None:
     _check(INDEX, index, place)
     for part, supported in facts.parts.items():
         entry = index.get(part) or [None, None]
+        if entry == [None, None] and part in facts.optional:
+            continue
         if not isinstance(entry, list) or len(entry) != 2:
             raise ValueError(f"{place}: {part} is {entry!r}, not [library, class]")
         _check_class(entry[1], supported, f"{place}: {part}")

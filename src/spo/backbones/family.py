@@ -6,8 +6,9 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from spo.data.tokens import tokenize
+from spo.diffusion.announced import schedule_of
 from spo.runtime.transfer import send
-from spo.types import Conditioning
+from spo.types import Conditioning, NoiseSchedule
 
 # (key, whether a value is supported, what another one means)
 Rules = tuple[tuple[str, Callable[[Any], bool], str], ...]
@@ -37,6 +38,7 @@ class Family:
     given: ClassVar[Mapping[str, Any]] = {}  # what `from_pretrained` gets beside the parts
     half_vae: ClassVar[bool] = True  # whether the VAE's activations fit in fp16
     scheduler: ClassVar[Mapping[str, Any]] = {}  # what diffusers' pipeline sets, whatever the file says
+    flow: ClassVar[bool] = False  # trained by flow matching, not as a discrete-time DDPM
     encodes_once: ClassVar[bool] = False  # text encoders too large to stay beside the denoiser
     # of single files; none: they are not read
     text_prefixes: ClassVar[tuple[str, ...]] = ()
@@ -54,6 +56,13 @@ class Family:
     def latent_shape(cls, denoiser: Mapping[str, Any], vae: Mapping[str, Any]) -> tuple[int, int, int]:
         """The shape of square latents by the two config files."""
         raise NotImplementedError
+
+    @classmethod
+    def schedule(
+        cls, scheduler_config: Mapping[str, Any], steps: int, denoiser: Mapping[str, Any], side: int
+    ) -> NoiseSchedule:
+        """The noise schedule for a sampler of so many steps; `side`: of the latents."""
+        return schedule_of(scheduler_config, steps)
 
     @classmethod
     def check(cls, denoiser: Mapping[str, Any], vae: Mapping[str, Any], place: str) -> None:

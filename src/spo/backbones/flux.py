@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from spo.backbones.family import QUANTIZED, Family, Rules, is_count, t5_states, tokenized
-from spo.types import Conditioning
+from spo.diffusion.announced import schedule_of
+from spo.types import Conditioning, NoiseSchedule
 
 T5_TOKENS = 512  # `max_sequence_length` of diffusers' pipeline
 PATCH = 2  # side of a token in latents
@@ -42,6 +43,7 @@ class Flux(Family):
     tokenizers: ClassVar[Mapping[str, str]] = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
     given: ClassVar[Mapping[str, Any]] = {"image_encoder": None, "feature_extractor": None}
     half_vae = False
+    flow = True
     encodes_once = True
     is_projected = False
 
@@ -57,8 +59,10 @@ class Flux(Family):
         return denoiser.get("in_channels", 64) // PATCH**2, side, side
 
     @classmethod
-    def image_tokens(cls, denoiser: Mapping[str, Any], side: int) -> int:
-        return (side // PATCH) ** 2
+    def schedule(
+        cls, scheduler_config: Mapping[str, Any], steps: int, denoiser: Mapping[str, Any], side: int
+    ) -> NoiseSchedule:
+        return schedule_of(scheduler_config, steps, (side // PATCH) ** 2, last_sigma=1 / steps)
 
     @classmethod
     def check(cls, denoiser: Mapping[str, Any], vae: Mapping[str, Any], place: str) -> None:

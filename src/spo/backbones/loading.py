@@ -46,10 +46,22 @@ def load_described(
             place = f"{description.where}: {name}"
             check_keys((n for n, parameter in part.named_parameters() if parameter.is_meta), (), place)
             check_finite(part, place)
-    pipeline.to(device)
-    pipeline.vae.to(vae_dtype(description, pipeline.vae))
-    used = description.scheduler_config
-    return StableDiffusion(pipeline, family(pipeline), settings.channels_last, used, budget)
+    if (precision := vae_dtype(description, pipeline.vae)) != pipeline.vae.dtype:
+        pipeline.vae.to(precision)
+    return StableDiffusion(
+        pipeline,
+        family(pipeline),
+        settings.channels_last,
+        description.scheduler_config,
+        budget,
+        device,
+        settings.true_guidance,
+    )
+
+
+def part_dtype(kind: str, dtype: torch.dtype) -> torch.dtype:
+    """The precision of a part: that of the denoiser, but T5, whose activations overflow in fp16, in bf16."""
+    return torch.bfloat16 if kind == "T5EncoderModel" and dtype == torch.float16 else dtype
 
 
 def vae_dtype(description: Description, vae: Any) -> torch.dtype:
@@ -64,8 +76,8 @@ def empty_models(description: Description, device: torch.device | str = "meta") 
     settings, family = description.settings, description.family
     configs = {family.denoiser: description.denoiser, "vae": description.vae}
     models = {}
-    for part, name in family.parts.items():
-        kind = _class(name)
+    for part in description.parts:
+        kind = _class(family.parts[part])
         with torch.device(device):
             if part in configs:
                 models[part] = kind.from_config(configs[part])
@@ -81,13 +93,21 @@ def _of_folder(description: Description, dtype: torch.dtype, given: dict[str, An
     """The pipeline of a folder or hub id, with the parts that are given."""
     settings, where = description.settings, description.where
     name, revision, classes = settings.checkpoint, settings.revision, description.family.parts
-    names = [part for part in classes if part not in given]
+    names = [part for part in description.parts if part not in given]
     files = hub.reach(where, name, lambda: by_folder(name, revision))
     variants = choose_variants({part: files.get(part, []) for part in names}, settings.variant, where)
     parts = {
-        part: _part(classes[part], Place(name, revision, part), variants[part], dtype, f"{where}: {part}")
+        part: _part(
+            classes[part],
+            Place(name, revision, part),
+            variants[part],
+            part_dtype(classes[part], dtype),
+            f"{where}: {part}",
+        )
         for part in names
     }
+    for part in set(classes) - set(description.parts):
+        parts |= {part: None, description.family.tokenizers[part]: None}
     kind = _class(description.family.pipeline)
     return hub.reach(where, name, lambda: kind.from_pretrained(name, revision=revision, **given, **parts))
 
@@ -168,6 +188,8 @@ def _check_text(pipeline: Any, family: type[Family], where: str) -> None:
     """Check that tokenizers, text encoders and denoiser fit each other."""
     lengths = []
     for part, tokens in family.tokenizers.items():
+        if getattr(pipeline, part) is None:
+            continue
         encoder, tokenizer = getattr(pipeline, part).config, getattr(pipeline, tokens)
         if tokenizer is None:
             raise ValueError(f"{where}: {tokens} is missing")
@@ -186,7 +208,8 @@ def _check_text(pipeline: Any, family: type[Family], where: str) -> None:
         for problem, is_there in problems.items():
             if is_there:
                 raise ValueError(f"{where}: {tokens} {problem}")
-        lengths.append(min(length, encoder.max_position_embeddings))
+        if hasattr(encoder, "max_position_embeddings"):  # T5 has no such length
+            lengths.append(min(length, encoder.max_position_embeddings))
     if len(set(lengths)) > 1:
         raise ValueError(
             f"{where}: tokenizer and tokenizer_2 pad to different lengths {lengths} (model_max_length)"

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from spo.backbones.family import QUANTIZED, Family, Rules, is_count, t5_states, tokenized
-from spo.types import Conditioning
+from spo.diffusion.announced import schedule_of
+from spo.types import Conditioning, NoiseSchedule
 
 T5_TOKENS = 256  # `max_sequence_length` of diffusers' pipeline
 
@@ -40,6 +41,7 @@ class Sd3(Family):
         "text_encoder_3": "tokenizer_3",
     }
     given: ClassVar[Mapping[str, Any]] = {"image_encoder": None, "feature_extractor": None}
+    flow = True
     encodes_once = True
     is_projected = True
 
@@ -58,8 +60,10 @@ class Sd3(Family):
         return denoiser.get("in_channels", 16), denoiser["sample_size"], denoiser["sample_size"]
 
     @classmethod
-    def image_tokens(cls, denoiser: Mapping[str, Any], side: int) -> int:
-        return (side // denoiser["patch_size"]) ** 2
+    def schedule(
+        cls, scheduler_config: Mapping[str, Any], steps: int, denoiser: Mapping[str, Any], side: int
+    ) -> NoiseSchedule:
+        return schedule_of(scheduler_config, steps, (side // denoiser["patch_size"]) ** 2)
 
     @classmethod
     def check(cls, denoiser: Mapping[str, Any], vae: Mapping[str, Any], place: str) -> None:

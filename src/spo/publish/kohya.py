@@ -20,7 +20,7 @@ from spo.backbones.weights import Weights
 from spo.publish import original
 from spo.runtime.files import atomic
 
-_PREFIXES = {
+PREFIXES = {
     "sd": {UNET: "lora_unet_", TEXT: "lora_te_"},
     "sdxl": {UNET: "lora_unet_", TEXT: "lora_te1_", TEXT_2: "lora_te2_"},
 }
@@ -32,6 +32,8 @@ def write(settings: config.Backbone, weights: Weights, file: Path) -> None:
     Raises:
         ValueError: the adapter is of another kind, or does not fit the base model.
     """
+    if settings.family not in PREFIXES:
+        raise ValueError(f"{file}: kohya's names for family {settings.family!r} are not written")
     description = backbones.describe(settings)
     files.check_header(weights, settings.family, description.prediction)
     models = {part: model for part, model in empty_models(description).items() if part in COMPONENTS}
@@ -41,7 +43,7 @@ def write(settings: config.Backbone, weights: Weights, file: Path) -> None:
     for layer in lora.read(models, weights):
         is_unet = layer.component == UNET
         name = names.get(layer.name, layer.name) if is_unet else original.text_name(layer.name)
-        key = _PREFIXES[settings.family][layer.component] + name.replace(".", "_")
+        key = PREFIXES[settings.family][layer.component] + name.replace(".", "_")
         values, rank = layer.values, len(layer.values["down"])
         alpha = torch.tensor(layer.scale * rank, dtype=torch.float32)
         state[f"{key}.lora_down.weight"], state[f"{key}.lora_up.weight"] = values["down"], values["up"]

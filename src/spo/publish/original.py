@@ -47,6 +47,8 @@ def write(backbone: StableDiffusion, family: str, file: Path) -> None:
     Raises:
         ValueError: the original names of this build (SD 2) are not known here.
     """
+    if not FAMILIES[family].text_prefixes:
+        raise ValueError(f"{file}: single files of family {family!r} are not written; give a folder by --to")
     unet, parts, used = backbone.unet, backbone.pipeline.components, backbone.scheduler_config
     said = header(family, unet.config, used.get("prediction_type"), file.stem)
     if said["modelspec.architecture"] == "stable-diffusion-v2":

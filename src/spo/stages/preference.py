@@ -136,7 +136,7 @@ def _train(params: Params, task: PreferenceTask, scratch: Path, curve: Curve, cl
         "n": int((pairs["validation"].label_0 != 0.5).sum()),
         "n_train": len(pairs["train"]),
         **{k: summary[k] for k in ("updates", "skipped_updates", "training_seconds") if k in summary},
-        "unet_samples": unet_samples(settings),
+        "unet_samples": unet_samples(params.backbone.classifier_free(settings)),
         **facts,
     }
 
