@@ -47,7 +47,9 @@ def save(unet: Any, part: str, pipeline_class: Any, folder: Path) -> None:
     from diffusers.utils import convert_state_dict_to_diffusers
     from peft.utils import get_peft_model_state_dict
 
-    state = convert_state_dict_to_diffusers(get_peft_model_state_dict(unet))
+    state = get_peft_model_state_dict(unet)
+    if part == "unet":  # pipelines of transformers read peft's own names, and not all of the older ones
+        state = convert_state_dict_to_diffusers(state)
     adapter = unet.peft_config[ADAPTER]
     with atomic(folder / FILE) as partial:
         pipeline_class.save_lora_weights(
