@@ -2,8 +2,9 @@
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ from spo.backbones import scheduler, single_file
 from spo.backbones.families import FAMILIES
 from spo.backbones.family import Family, Rules, is_unset
 from spo.backbones.weights import read
+from spo.diffusion.announced import schedule_of
 from spo.runtime import hub
 from spo.types import NoiseSchedule
 
@@ -115,6 +117,13 @@ def read_scheduler(settings: config.Backbone) -> tuple[Any, dict[str, Any]]:
         marks = single_file.marks(read(Path(settings.checkpoint)), settings.scheduler)
     loaded = scheduler.load(announced, FAMILIES[settings.family].flow, where)
     return loaded, scheduler.effective(loaded, settings, marks, where)
+
+
+def schedules(settings: config.Backbone) -> Callable[[int], NoiseSchedule]:
+    """`types.Backbone.schedule` of a checkpoint, from as few of its config files as it takes."""
+    if FAMILIES[settings.family].flow:
+        return describe(settings).schedule
+    return partial(schedule_of, read_scheduler(settings)[1])
 
 
 def described_where(settings: config.Backbone) -> str:

@@ -27,13 +27,13 @@ def run(params: Params, variant: str | None = None) -> None:
 
 def check_before_training(params: Params) -> None:
     """Refuse settings that would fail only after hours: a missing oracle, or timesteps that do not exist."""
-    from spo.backbones import describe
+    from spo.backbones.description import schedules
 
     for name in ("preference", "latent_preference"):
         if getattr(params, name).local_prompts and params.score.oracle is None:
             raise ValueError(f"{name}.local_prompts: needs score.oracle, which only scenes has; set it to 0")
     try:
-        schedule = describe(params.backbone).schedule
+        schedule = schedules(params.backbone)
     except ValueError:  # the next stage says so: it reads the base's tokenizer
         return
     sections = {name: getattr(params, name) for name in ("generate", "preference", "latent_preference")}
