@@ -69,10 +69,17 @@ class UNetBatch(Batch):
 
     x_t: Tensor  # [B,C,h,w]
     conditioning: Conditioning  # B samples
+    first: bool = False  # of the first update, where a method measures the gauges FIRST_UPDATE too
+
+
+FIRST_UPDATE = "first_update/"  # how names of metrics begin whose largest value counts, logged once
 
 
 class Mean(NamedTuple):
-    """A metric as values [P] and the weights [P] of their mean over parts of a batch and processes."""
+    """A metric as values [P] and the weights [P] of their mean over parts of a batch and processes.
+
+    Of a metric of FIRST_UPDATE it is the largest value with weight.
+    """
 
     values: Tensor
     weights: Tensor
@@ -285,7 +292,11 @@ class Method(Protocol):
         ...
 
     def loss(self, policy: Tensor, reference: Tensor, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        """Losses [P] and metrics [P] of the UNet outputs [B,C,h,w] of policy and reference at batch.x_t."""
+        """Losses [P] and metrics [P] of the UNet outputs [B,C,h,w] of policy and reference at batch.x_t.
+
+        In the first update policy and reference are the same; with batch.first there are metrics of
+        FIRST_UPDATE, by how much they differ.
+        """
         ...
 
 

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from spo.runtime.messages import one_line, redact
@@ -34,6 +35,14 @@ def new(name: str = "align-spo", parent: str = "", **content: Any) -> Run:
 def test_redact_takes_out_passwords_only(text: str, clean: str) -> None:
     assert redact(text) == clean
     assert redact({"a": [text, 1]}) == {"a": [clean, 1]}
+
+
+def test_redact_reads_a_long_word_once() -> None:
+    """Twice as long took four times as long: this one took minutes."""
+    word = "a" * 500_000
+    assert redact(word) == word and redact(f"{word}://me:pass@host") == f"{word}://***@host"
+    assert redact("?key" * 100_000) == "?key" * 100_000
+    assert one_line(ValueError("<" + word)).endswith("a")
 
 
 def test_an_error_is_one_short_line_without_passwords() -> None:
@@ -159,6 +168,37 @@ def test_what_mlflow_refuses_is_said_and_the_rest_arrives(
     assert (run.path / "curve.jsonl").exists(), "what was refused stays"
 
 
+def test_an_artifact_that_changed_is_not_sent_and_a_tag_of_its_run_says_so(folder: Path, runs: Any) -> None:
+    run = new()
+    for name in ("changed.csv", "removed.csv", "same.csv"):
+        (folder / name).write_text("as it was")
+        run.log_artifact(folder / name, "files")
+    (folder / "changed.csv").write_text("another")
+    (folder / "removed.csv").unlink()
+    run.end("FINISHED")
+    assert sync() == (1, 0) and sync() == (0, 0)
+    found = runs()["align-spo"]
+    assert found.info.status == "FINISHED"
+    tagged = {name for name, text in found.data.tags.items() if "before it was sent to MLflow" in text}
+    assert tagged == {"artifact.changed.csv", "artifact.removed.csv"}
+    client = Store(f"sqlite:///{folder / 'mlflow.db'}").connect()
+    assert [file.path for file in client.list_artifacts(found.info.run_id, "files")] == ["files/same.csv"]
+
+
+def test_a_run_that_ends_while_its_process_is_looked_up_keeps_its_status(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = new()
+
+    def has_just_exited(pid: int) -> Any:
+        run.end("FINISHED")
+        raise psutil.NoSuchProcess(pid)
+
+    monkeypatch.setattr(psutil, "Process", has_just_exited)
+    run.close_if_dead()
+    assert run.read()["status"] == "FINISHED"
+
+
 def test_a_run_that_was_delivered_long_ago_leaves_this_machine(folder: Path, runs: Any) -> None:
     old = records.now() - int(1000 * records.STORED) - 1
     new("old", start=old, status="FINISHED", end=old)
@@ -167,7 +207,7 @@ def test_a_run_that_was_delivered_long_ago_leaves_this_machine(folder: Path, run
         start=old,
         status="FINISHED",
         end=old,
-        artifacts=[{"path": "/gone", "folder": "a", "sha256": ""}],
+        metrics={"no*name": 1.0},
     )
     assert (sync(), sync()) == ((1, 1), (0, 1))
     assert [run.read()["name"] for run in runs_here()] == ["waits"]

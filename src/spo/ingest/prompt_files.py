@@ -8,8 +8,8 @@ from typing import Any
 
 from spo.data.pairs import open_parquet
 from spo.ingest import shards
-from spo.ingest.prompt_columns import agreed, caption_columns
 from spo.ingest.prompt_tables import read_table
+from spo.ingest.values import agreed, caption_columns
 
 
 def read_prompts(path: str | Path) -> list[str]:

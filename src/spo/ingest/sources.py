@@ -9,7 +9,6 @@ from PIL import Image
 
 from spo.data.decoding import open_image
 from spo.ingest import hpd, remote, shards, values
-from spo.ingest.prompt_columns import agreed
 from spo.types import PreferencePair
 
 HPD = "train.json"
@@ -54,11 +53,11 @@ def count_rows(source: str | Path) -> int:
 def read_rows(source: str | Path, check: Check = check) -> Rows:
     """Iterate over all rows, each as a pair or as its rejection by `check`."""
     schema, files = _opened(source)
-    for shard, row, read in schema.rows(files):
+    for row in schema.rows(files):
         try:
-            yield check(read()), None
+            yield check(row.read()), None
         except ValueError as error:
-            yield None, Rejected(shard, row, str(error))
+            yield None, Rejected(str(row.file).rsplit("/", 1)[-1], row.number, str(error))
 
 
 def read_captions(source: str | Path) -> Iterator[str]:
@@ -67,8 +66,8 @@ def read_captions(source: str | Path) -> Iterator[str]:
     A row whose caption another column contradicts is an error.
     """
     schema, files = _opened(source)
-    for where, given in schema.captions(files):
-        caption = agreed(given, where)
+    for row in schema.rows(files, with_images=False):
+        caption = values.agreed(row.given, f"{row.file}: {row.kind} {row.number}")
         try:
             yield values.read_caption("caption", caption)
         except ValueError:

@@ -27,7 +27,7 @@ from spo.methods.spec import Cost, MethodSpec
 from spo.runtime.transfer import send
 from spo.training import distributed
 from spo.training.compute import TRAINED
-from spo.types import Backbone, Conditioning, NoiseSchedule, UNetBatch
+from spo.types import FIRST_UPDATE, Backbone, Conditioning, NoiseSchedule, UNetBatch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +59,11 @@ def batch_loss(
     losses = diffusion_dpo_loss(policy_win, policy_lose, reference_win, reference_lose, beta=beta)
     win, lose = (policy_win - reference_win).detach(), (policy_lose - reference_lose).detach()
     distance = _errors(policy_output, reference_output.float())
+    gauges = {}
+    if batch.first:
+        gauges[f"{FIRST_UPDATE}policy_to_reference"] = torch.stack([win, lose]).abs().amax(0)
     return losses, {
+        **gauges,
         "win_error_change": win,
         "lose_error_change": lose,
         "output_distance": torch.stack(distance).mean(0).detach(),

@@ -224,8 +224,8 @@ def evaluate(
             right = torch.zeros((), dtype=torch.int64, device=device)
             for indices in parts[rank::n]:
                 captions = [pairs.captions[i] for i in indices.tolist()]
-                _, noise = task.draw([f"evaluation {i}" for i in indices.tolist()], seed)
-                at = torch.full((len(indices),), t, device=device)
+                drawn, noise = task.draw([f"evaluation {i}" for i in indices.tolist()], seed)
+                at = torch.full_like(drawn, t)
                 check = FiniteCheck()
                 inputs = _inputs(task, pairs, indices, at, noise if t else None, check)
                 check.check()

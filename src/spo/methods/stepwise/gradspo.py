@@ -19,7 +19,7 @@ from torch import Tensor
 from spo.config import Spo
 from spo.diffusion import ddim
 from spo.methods.stepwise.batch import StepBatch
-from spo.methods.stepwise.loss import pair_loss
+from spo.methods.stepwise.loss import gauges, log_probs_of, pair_loss
 from spo.methods.stepwise.method import StepwiseMethod
 from spo.types import NoiseSchedule
 
@@ -54,6 +54,8 @@ def batch_loss(
         ddim.transition(schedule, output.detach(), timesteps, x_t, config.eta)
         for output in (policy_output, reference_output)
     )
+    if batch.first:
+        metrics |= gauges(metrics, log_probs_of(policy, batch), batch)
     return losses, {"kl": ddim.divergence(policy, reference), **metrics}
 
 
