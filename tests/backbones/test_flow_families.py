@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from checkpoints import PROMPTS, assert_equal, edit, inputs, load, ours, predict, pretend_training, refused
 from diffusers import DiffusionPipeline
+from small_experiment import pixels, run, write
 
-from spo import config
+from spo import cli, config
 from spo.diffusion.noise import SampleNoise
 
 JOINT_LORA = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
@@ -25,8 +26,8 @@ ANY = pytest.mark.parametrize("family", ["sd3", "flux"])
 
 
 @pytest.fixture(scope="session")
-def flows(words, tmp_path_factory):
-    """The folder of each build."""
+def checkpoints(words, tmp_path_factory):
+    """The folder of each build; `experiment` takes its base from here too."""
     folders = {}
     for name, make in MAKERS.items():
         torch.manual_seed(0)
@@ -36,8 +37,8 @@ def flows(words, tmp_path_factory):
 
 
 @pytest.fixture
-def copy(flows, tmp_path):
-    return lambda name: shutil.copytree(flows[name], tmp_path / name)
+def copy(checkpoints, tmp_path):
+    return lambda name: shutil.copytree(checkpoints[name], tmp_path / name)
 
 
 def theirs(folder, guidance: float, lora=None, **options) -> torch.Tensor:
@@ -59,8 +60,8 @@ def theirs(folder, guidance: float, lora=None, **options) -> torch.Tensor:
     ("name", "guidance"),
     [("sd3", 1.0), ("sd3", 4.5), ("sd3 without T5", 4.5), ("flux", 3.5), ("schnell", 1.0)],
 )
-def test_images_at_eta_0_are_those_of_diffusers(flows, name: str, guidance: float) -> None:
-    folder = flows[name]
+def test_images_at_eta_0_are_those_of_diffusers(checkpoints, name: str, guidance: float) -> None:
+    folder = checkpoints[name]
     assert_equal(ours(load(folder, family(name)), guidance), theirs(folder, guidance))
 
 
@@ -68,8 +69,8 @@ def family(name: str) -> str:
     return "sd3" if name.startswith("sd3") else "flux"
 
 
-def test_guidance_of_flux_is_an_input_and_true_guidance_is_classifier_free(flows) -> None:
-    folder = flows["flux"]
+def test_guidance_of_flux_is_an_input_and_true_guidance_is_classifier_free(checkpoints) -> None:
+    folder = checkpoints["flux"]
     base = load(folder, "flux")
     assert (ours(base, 3.5) - ours(base, 1.0)).abs().max() > 1e-3
     both = load(folder, "flux", true_guidance=2.0)
@@ -78,18 +79,18 @@ def test_guidance_of_flux_is_an_input_and_true_guidance_is_classifier_free(flows
     assert (expected - theirs(folder, 3.5)).abs().max() > 1e-3
 
 
-def test_guidance_that_a_family_does_not_take_is_refused(flows) -> None:
+def test_guidance_that_a_family_does_not_take_is_refused(checkpoints) -> None:
     with pytest.raises(ValueError, match="guidance is 3.5, but the base takes none .*schnell"):
-        ours(load(flows["schnell"], "flux"), 3.5)
+        ours(load(checkpoints["schnell"], "flux"), 3.5)
     with pytest.raises(ValueError, match="true_guidance is for flux"):
         config.Backbone(family="sd3", checkpoint="x", true_guidance=2.0)
 
 
 @ANY
-def test_a_saved_lora_gives_the_same_images_here_and_in_diffusers(flows, family: str, tmp_path) -> None:
+def test_a_saved_lora_gives_the_same_images_here_and_in_diffusers(checkpoints, family: str, tmp_path) -> None:
     from spo.adapters import load as load_adapted
 
-    folder = flows[family]
+    folder = checkpoints[family]
     backbone = load(folder, family)
     base = predict(backbone)
     backbone.add_lora(LORA, seed=0)
@@ -106,8 +107,8 @@ def test_a_saved_lora_gives_the_same_images_here_and_in_diffusers(flows, family:
 
 
 @ANY
-def test_latents_are_shifted_and_scaled(flows, family: str) -> None:
-    backbone = load(flows[family], family)
+def test_latents_are_shifted_and_scaled(checkpoints, family: str) -> None:
+    backbone = load(checkpoints[family], family)
     images = torch.rand(2, 3, *backbone.image_size) * 2 - 1
     raw = backbone.vae.encode(images).latent_dist.mean
     latents = backbone.encode(images)
@@ -116,13 +117,13 @@ def test_latents_are_shifted_and_scaled(flows, family: str) -> None:
     assert torch.allclose(backbone.decode(latents), backbone.vae.decode(raw).sample, atol=1e-4)
 
 
-def test_flux_tokens_are_those_of_diffusers(flows) -> None:
+def test_flux_tokens_are_those_of_diffusers(checkpoints) -> None:
     """The packing is diffusers', so a transformer that returns its input gives the latents back."""
-    pipe = DiffusionPipeline.from_pretrained(flows["flux"])
+    pipe = DiffusionPipeline.from_pretrained(checkpoints["flux"])
     x_t = torch.randn(2, 16, 8, 6)
     packed = pipe._pack_latents(x_t, *x_t.shape)
     assert torch.equal(F.pixel_unshuffle(x_t, 2).flatten(2).transpose(1, 2), packed)
-    backbone = load(flows["flux"], "flux")
+    backbone = load(checkpoints["flux"], "flux")
     seen = {}
 
     def same(hidden_states, **given):
@@ -137,8 +138,8 @@ def test_flux_tokens_are_those_of_diffusers(flows) -> None:
 
 
 @ANY
-def test_text_is_encoded_once_and_the_encoders_leave(flows, family: str) -> None:
-    backbone = load(flows[family], family)
+def test_text_is_encoded_once_and_the_encoders_leave(checkpoints, family: str) -> None:
+    backbone = load(checkpoints[family], family)
     alone = backbone.encode_prompts(["a red circle"]).tensors
     backbone.remember_prompts(PROMPTS)
     for encoder in backbone._text.encoders:
@@ -152,8 +153,8 @@ def test_text_is_encoded_once_and_the_encoders_leave(flows, family: str) -> None
 
 
 @ANY
-def test_t5_is_in_bf16_where_the_base_is_in_fp16(flows, family: str) -> None:
-    backbone = load(flows[family], family, dtype="fp16")
+def test_t5_is_in_bf16_where_the_base_is_in_fp16(checkpoints, family: str) -> None:
+    backbone = load(checkpoints[family], family, dtype="fp16")
     text = backbone.encode_prompts(PROMPTS).tensors["text"]
     assert backbone._text.t5.dtype == torch.bfloat16 and text.dtype == torch.float16
     assert backbone.unet.dtype == torch.float16
@@ -218,8 +219,8 @@ def test_a_dynamic_shift_is_that_of_the_image_tokens(copy, family: str) -> None:
 
 
 @ANY
-def test_a_full_fine_tune_loads_in_diffusers(flows, family: str, tmp_path) -> None:
-    backbone = load(flows[family], family)
+def test_a_full_fine_tune_loads_in_diffusers(checkpoints, family: str, tmp_path) -> None:
+    backbone = load(checkpoints[family], family)
     base = predict(backbone)
     backbone.train_fully()
     backbone.predict(*inputs(backbone)).square().mean().backward()
@@ -235,12 +236,14 @@ def test_a_full_fine_tune_loads_in_diffusers(flows, family: str, tmp_path) -> No
 
 
 @ANY
-def test_other_names_of_a_lora_and_another_family_are_refused_in_a_line(flows, family, tmp_path) -> None:
+def test_other_names_of_a_lora_and_another_family_are_refused_in_a_line(
+    checkpoints, family, tmp_path
+) -> None:
     from safetensors.torch import save_file
 
     from spo.adapters import load as load_adapted
 
-    settings = config.Backbone(family=family, checkpoint=str(flows[family]))
+    settings = config.Backbone(family=family, checkpoint=str(checkpoints[family]))
     tensors = [torch.ones(2, 32), torch.ones(96, 2)]
     kohya, comfy = "lora_unet_joint_blocks_0_x_block_attn_qkv", "diffusion_model.double_blocks.0.img_attn.qkv"
     for number, stem in enumerate((kohya, comfy)):
@@ -253,3 +256,26 @@ def test_other_names_of_a_lora_and_another_family_are_refused_in_a_line(flows, f
     save_file({"x.lora_A.weight": tensors[0]}, file, metadata={"modelspec.architecture": other})
     with pytest.raises(ValueError, match=f"modelspec.architecture .*backbone.family is '{family}'"):
         load_adapted(settings, file, "cpu")
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("experiment", ["sd3", "flux"], indirect=True)
+def test_spo_trains_and_its_images_are_those_of_its_lora(experiment, tmp_path, capsys) -> None:
+    section = experiment["align"]["spo"]
+    section |= {"inner_steps": 1, "divert_start_step": 1, "iterations": 1, "validation": None}
+    section["lora"] |= {"target_modules": list(JOINT_LORA)}
+    write(experiment)
+    for stage in (("inputs",), ("prompts",), ("pairs",), ("preference",), ("align", "spo")):
+        run(*stage)
+    trained = json.loads((tmp_path / "reports/metrics/align_spo.json").read_text())
+    assert trained["pairs"] > 0 and trained["updates"] > 0
+    for variant in ("base", "spo"):
+        run("generate", variant)
+    base, spo = (pixels(tmp_path / f"outputs/images/{name}/images.zip") for name in ("base", "spo"))
+    assert any(not torch.equal(one, other) for one, other in zip(base, spo, strict=True))
+    DiffusionPipeline.from_pretrained(experiment["backbone"]["checkpoint"]).load_lora_weights(
+        tmp_path / "outputs/align/spo"
+    )
+    capsys.readouterr()
+    assert cli.main(["preference", "latent"]) == 2
+    assert "the latent reward model needs a UNet" in capsys.readouterr().err
