@@ -40,7 +40,7 @@ def load(params: config.Params) -> Models:
     backbone = backbones.load(params.backbone, "cpu")
     name = params.preference.init
     spm = StepAwarePreferenceModel.from_clip(name).eval().requires_grad_(False)
-    prompts = Path(params.prompts.train).read_text(encoding="utf-8").splitlines()
+    prompts = Path(str(params.prompts.train)).read_text(encoding="utf-8").splitlines()
     return Models(backbone, spm, load_tokenizer(name), params, prompts)
 
 

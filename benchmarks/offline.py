@@ -84,7 +84,9 @@ def diffusion_dpo(models: Models, count: int, tolerance: float = 1e-4) -> Iterat
     """An update, against the order of work of Diffusion-DPO's train.py: images are encoded at every visit,
     the reference is a second UNet. This package encodes each image once, before training, which is not in
     its time."""
-    settings = models.params.align.diffusion_dpo.model_copy(update={"batch_size": count, "iterations": 1})
+    settings = models.params.align.section("diffusion_dpo").model_copy(
+        update={"batch_size": count, "iterations": 1}
+    )
     assert settings.lora is not None
     schedule, plain = models.schedule(20), Plain(models)
     reference = copy.deepcopy(plain.unet).requires_grad_(False)

@@ -137,7 +137,7 @@ def train(
     from spo.training.alignment import Alignment, make_trainable, save
     from spo.training.checkpoint import CheckpointStore
 
-    section, output = params.align.spo, Path(output)
+    section, output = params.align.section("spo"), Path(output)
     _check_prompts(prompts)
     if params.prompts.vocabulary is not None:
         check_vocabulary(list(prompts), Path(params.prompts.vocabulary))

@@ -1,14 +1,18 @@
 """Released models on the base: LoRAs of any trainer, UNets and complete pipelines."""
 
+import shutil
 import sys
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 
 from spo import backbones, config
 from spo.adapters import files, lora, unet
 from spo.adapters.names import TEXT, TEXT_2, UNET
+from spo.adapters.strength import PEFT_CONFIG
 from spo.backbones import StableDiffusion
+from spo.backbones.lora import FILE
 from spo.backbones.weights import Weights
 from spo.training import distributed
 from spo.types import Budget
@@ -41,6 +45,26 @@ def load(
     if distributed.is_main_process():
         print(f"spo: {summary}", file=sys.stderr)
     return backbone
+
+
+def adopt(settings: config.Backbone, source: Path, folder: Path, device: torch.device | str) -> str:
+    """Check a released model against the base, and write it to a folder as training does; returns its kind.
+
+    A LoRA's file stays as it is; a UNet or a pipeline becomes a pipeline in the base's precision.
+    """
+    backbone, found = load(settings, source, device), files.find(source)
+    if found.kind != "lora":
+        backbone.save_pipeline(folder)
+        return "pipeline"
+    (weights,) = found.weights
+    folder.mkdir(parents=True)
+    if weights.file.suffix == ".safetensors":
+        shutil.copyfile(weights.file, folder / FILE)
+    else:
+        save_file({key: value.contiguous() for key, value in weights.tensors.items()}, folder / FILE)
+    if (beside := weights.file.parent / PEFT_CONFIG).exists():  # the strength of a LoRA that peft wrote
+        shutil.copyfile(beside, folder / PEFT_CONFIG)
+    return "lora"
 
 
 def load_lora(backbone: StableDiffusion, path: Path) -> str:

@@ -53,6 +53,11 @@ class DownPath(nn.Module):
             self._empty = self.encode_prompts([""])
         return self._empty
 
+    def encode_empty_prompt(self) -> None:
+        """Encode the empty prompt as any other, where the base takes zeros for it."""
+        if isinstance(self._text, SdxlText):
+            self._text.zeros = False
+
     def features(
         self, x_t: Tensor, timesteps: Tensor, conditioning: Conditioning
     ) -> tuple[list[Tensor], Tensor]:

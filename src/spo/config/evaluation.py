@@ -38,6 +38,13 @@ class Generate(Section):
         """The variants of the experiment by name."""
         return {name: own for name in VARIANTS if (own := getattr(self, name)) is not None}
 
+    def variant(self, name: str) -> Variant:
+        """A variant that must be there."""
+        own: Variant | None = getattr(self, name)
+        if own is None:
+            raise ValueError(f"generate.{name}: is null, so there is no such variant; give it a section")
+        return own
+
     def check_suite(self, name: str) -> None:
         if name not in self.suites:
             known = ", ".join(self.suites) or "none"

@@ -43,6 +43,10 @@ class Params(Section):
         measured = getattr(self, model).pretrained is not None and self.pairs.source is not None
         return measured or self.trains(model)
 
+    def trains_model(self, model: str) -> bool:
+        """Whether a preference model is trained: a method needs it, and no released one is there."""
+        return getattr(self, model).pretrained is None and self.trains(model)
+
     @model_validator(mode="after")
     def _known_names(self) -> Self:
         """Keys that name a method, a variant or a scorer of another section."""
@@ -90,7 +94,7 @@ class Params(Section):
     def _data_for_what_is_trained(self) -> Self:
         """Check that pairs and prompts are null only where nothing is trained on them."""
         trained = {f"align.{name}": own.learns_from for name, own in self.align.trained().items()}
-        models = {m: "pairs" for m in PREFERENCE_MODELS if self.trains(m) and not getattr(self, m).pretrained}
+        models = {name: "pairs" for name in PREFERENCE_MODELS if self.trains_model(name)}
         if self.pairs.source is None:
             for user, source in {**models, **trained}.items():
                 if source == "pairs":
@@ -101,8 +105,8 @@ class Params(Section):
         if self.prompts.train is None or self.prompts.n_train == 0:
             if users := [user for user, source in trained.items() if source != "pairs"]:
                 raise ValueError(
-                    f"prompts.train, prompts.n_train: {users[0]} is trained on prompts; name a file, and more "
-                    "than 0 of its prompts"
+                    f"prompts.train, prompts.n_train: {users[0]} is trained on prompts; name a file of them, "
+                    "and how many"
                 )
         return self
 
@@ -125,7 +129,8 @@ class Params(Section):
     @model_validator(mode="after")
     def _work_for_every_process(self) -> Self:
         """Check that each process gets a share of every update and every rollout."""
-        shared = {f"{name}.batch_size": getattr(self, name).batch_size for name in PREFERENCE_MODELS}
+        models = {name: getattr(self, name) for name in PREFERENCE_MODELS if self.trains_model(name)}
+        shared = {f"{name}.batch_size": own.batch_size for name, own in models.items()}
         for method, section in self.align.trained().items():
             name = "prompts_per_iteration" if isinstance(section, Stepwise) else "batch_size"
             shared[f"align.{method}.{name}"] = getattr(section, name, self.processes)

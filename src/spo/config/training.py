@@ -257,6 +257,12 @@ class Align(Section):
     diffusion_dpo: DiffusionDpo | None
     lpo: Lpo | None
 
+    def section(self, name: str) -> Any:
+        """The section of a method that must be there."""
+        if (own := getattr(self, name)) is None:
+            raise ValueError(f"align.{name}: is null, so there is no such method; give it a section")
+        return own
+
     def trained(self) -> dict[str, Any]:
         """The sections of the methods that are trained, by name."""
         sections = {name: getattr(self, name) for name in type(self).model_fields}

@@ -141,7 +141,7 @@ def _local(found: Count, trained: Any, settings: Any) -> None:
 
 def _align(params: Params, variant: str | None, base: Any, found: Count) -> None:
     name = variant or "spo"
-    section, spec, short = getattr(params.align, name), method_spec(name), _short(params, name)
+    section, spec, short = params.align.section(name), method_spec(name), _short(params, name)
     cost, run = (spec.cost(p, base.schedule) for p in (params, short))
     found.text = cost.text
     method = _method(short, name, base)
@@ -162,7 +162,7 @@ def _align(params: Params, variant: str | None, base: Any, found: Count) -> None
 
 def _short(params: Params, name: str) -> Params:
     """With rollouts of FEW steps, the last three with candidates."""
-    section = getattr(params.align, name)
+    section = params.align.section(name)
     if not isinstance(section, Stepwise):
         return params
     few: dict[str, Any] = {"num_inference_steps": FEW, "divert_start_step": 2, "timestep_range": None}
@@ -177,7 +177,7 @@ def _scored(section: Stepwise, base: Any) -> int:
 
 
 def _method(params: Params, name: str, base: Any) -> Any:
-    section = getattr(params.align, name)
+    section = params.align.section(name)
     if not isinstance(section, Stepwise):
         pairs = _pairs(base, getattr(section, "batch_size", 1))
         with mock.patch("spo.data.latents.latent_pairs", lambda *given: pairs):
@@ -187,7 +187,8 @@ def _method(params: Params, name: str, base: Any) -> Any:
     reward_model: Any
     if name == "lpo":
         latent = LatentPreferenceModel(base.feature_model(), params.latent_preference.feature_guidance)
-        reward_model = LatentRewardModel(latent.to(base.device), params.align.lpo.judged_at)
+        judged_at = params.align.section(name).judged_at
+        reward_model = LatentRewardModel(latent.to(base.device), judged_at)
         method: Any = LpoMethod(section, schedule, reward_model, prompts, 0)
     else:
         model = models.preference_model(params.preference, base.device)

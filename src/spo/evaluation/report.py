@@ -153,10 +153,11 @@ def seed_table(run: RunResults) -> DataFrame | None:
 
 def accuracy(run: RunResults) -> tuple[DataFrame, bytes] | None:
     """The accuracy of the preference models by timestep in percent: a table and a figure."""
-    if not run.preference:
+    measured = {k: m for k, m in run.preference.items() if m["accuracy"]}
+    if not measured:
         return None
-    values = 100 * _by_timestep({k: m["accuracy"] for k, m in run.preference.items()})
-    n = min(int(m["n"]) for m in run.preference.values())
+    values = 100 * _by_timestep({k: m["accuracy"] for k, m in measured.items()})
+    n = min(int(m["n"]) for m in measured.values())
     figure = plots.by_timestep(values, "accuracy, %", 50, 1.96 * (values * (100 - values) / n) ** 0.5)
     titled = values.rename(columns=lambda t: f"t = {t}")
     return _fixed(titled.assign(mean=values.mean(axis=1)), 1), figure
@@ -197,5 +198,6 @@ def efficiency_figure(run: RunResults) -> bytes | None:
 
 def times(run: RunResults) -> DataFrame:
     """Training times and counts, from the metrics files that exist."""
-    frame = _frame({**run.preference, **{f"align {k}": v for k, v in run.alignment.items()}})
+    facts = {**run.preference, **{f"align {k}": v for k, v in run.alignment.items()}}
+    frame = _frame({name: own for name, own in facts.items() if "pretrained" not in own})
     return frame[[column for column in FACTS if column in frame]]

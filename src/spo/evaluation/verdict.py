@@ -15,6 +15,7 @@ NAMES = {
     "base": "Base",
     "base_high_guidance": "Base, more guidance",
     **{method: method_spec(method).title for method in METHODS},
+    "diffusion_dpo_high_guidance": "Diffusion-DPO, more guidance",
     "pickscore": "PickScore",
     "hps": "HPS ×100",
     "aesthetic": "Aesthetic score",

@@ -153,12 +153,12 @@ def _build(params: Params, backbone: Backbone) -> DiffusionDpoMethod:
     # only the schedule's noise levels matter here, not the timesteps of a sampler
     schedule = backbone.schedule(20).to(backbone.device)
     pairs = latent_pairs(params, backbone, "train")
-    guidance = params.generate.diffusion_dpo.guidance if params.backbone.guidance_is_input else 1.0
-    return DiffusionDpoMethod(params.align.diffusion_dpo, schedule, pairs, params.seed, guidance)
+    guidance = params.generate.variant("diffusion_dpo").guidance if params.backbone.guidance_is_input else 1.0
+    return DiffusionDpoMethod(params.align.section("diffusion_dpo"), schedule, pairs, params.seed, guidance)
 
 
 def _cost(params: Params, schedule: Callable[[int], NoiseSchedule]) -> Cost:
-    config = params.align.diffusion_dpo
+    config = params.align.section("diffusion_dpo")
     samples = config.iterations * 2 * config.batch_size  # by the reference, and by the policy
     return Cost(f"{config.iterations} updates of {config.batch_size} pairs", samples * (1 + TRAINED))
 

@@ -35,7 +35,7 @@ def _build(params: Params, backbone: Backbone) -> LpoMethod:
     from spo.preference.latent import LatentPreferenceModel, LatentRewardModel
     from spo.runtime.files import require
 
-    section = params.align.lpo
+    section = params.align.section("lpo")
     model = LatentPreferenceModel.from_pretrained(require(REWARD_MODEL, "latent reward model"), backbone)
     schedule = sampler_schedule(section, backbone)
     reward_model = LatentRewardModel(model, section.judged_at)
@@ -44,7 +44,7 @@ def _build(params: Params, backbone: Backbone) -> LpoMethod:
 
 def _cost(params: Params, schedule: Callable[[int], NoiseSchedule]) -> Cost:
     guidance = params.latent_preference.feature_guidance
-    section = params.backbone.classifier_free(params.align.lpo)
+    section = params.backbone.classifier_free(params.align.section("lpo"))
     return cost_by_latents("align.lpo", section, schedule, guidance)
 
 

@@ -33,7 +33,7 @@ def build(params: Params, backbone: Backbone, folder: Path, prompts: Sequence[st
     from spo.methods.stepwise.gradspo import GradSpoMethod
     from spo.preference.model import load_reward_model
 
-    section = params.align.spo
+    section = params.align.section("spo")
     reward_model = load_reward_model(folder, backbone.device)
     schedule = sampler_schedule(section, backbone)
     backbone.remember_prompts(prompts)
@@ -49,7 +49,7 @@ def _build(params: Params, backbone: Backbone) -> StepwiseMethod:
 
 
 def _cost(params: Params, schedule: Callable[[int], NoiseSchedule]) -> Cost:
-    return cost_by_images("align.spo", params.backbone.classifier_free(params.align.spo), schedule)
+    return cost_by_images("align.spo", params.backbone.classifier_free(params.align.section("spo")), schedule)
 
 
 def _sampler_ema(section: Spo) -> float:

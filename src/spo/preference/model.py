@@ -210,6 +210,12 @@ def load_reward_model(folder: str | Path, device: torch.device | str) -> ClipRew
     return ClipRewardModel(model, load_tokenizer(str(folder)))
 
 
+def clip_config(name: str, revision: str | None) -> Any:
+    """Read the config of a CLIP's folder or hub id, without its weights."""
+    how: dict[str, Any] = {"revision": revision}
+    return hub.reach(f"preference.init: {name}", name, lambda: CLIPConfig.from_pretrained(name, **how))
+
+
 def load_tokenizer(name: str, revision: str | None = None) -> Any:
     """Load the tokenizer of a CLIP's folder or hub id."""
     return hub.reach(

@@ -15,6 +15,7 @@ from spo.config import METHODS, Params
 from spo.publish import card
 from spo.runtime.files import read_text, require, write_text
 from spo.runtime.hub import is_hub_id
+from spo.runtime.licence import metadata
 from spo.runtime.messages import one_line
 
 SAMPLES, SAMPLE_PROMPTS = "samples", 4
@@ -58,14 +59,14 @@ def run(
     with tempfile.TemporaryDirectory() as folder:
         content = Path(folder) / "content"
         _write(params, adapter, method, content, target, known_base, licence)
-        if card.metadata(read_text(content / card.FILE, "model card")).license is None:
+        if metadata(read_text(content / card.FILE, "model card")).license is None:
             raise ValueError("publish: the base model's licence is not stated: give --license NAME")
         return _upload(content, target, token, private)
 
 
 def _method(params: Params, adapter: Path) -> str:
     """The method whose variant has this adapter."""
-    own = {m: getattr(params.generate, m).adapter for m in METHODS}
+    own = {m: own.adapter for m, own in params.generate.variants().items() if m in METHODS}
     for method, path in own.items():
         if path is not None and Path(path).resolve() == adapter.resolve():
             return method

@@ -1,18 +1,24 @@
 """The frame of every stage: lock, MLflow run, watchdog, time and metrics."""
 
 import fcntl
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 from spo.config import Params
 from spo.runtime import processes
+from spo.runtime.files import remove, write_json, write_text
 from spo.runtime.messages import TransientError
 from spo.runtime.workspace import METRICS, SCRATCH
 from spo.tracking import runs
 from spo.tracking.dvc_lock import read_metrics
 from spo.tracking.records import Run
+
+NOTHING = "nothing.json"  # in an output folder of a stage that had nothing to do
+NO_CURVE, NO_METRICS, NO_SCORES = "step\n", "{}\n", "index,prompt,seed\n"
+NO_ACCURACY = '{"accuracy": {}, "n": 0}\n'
 
 
 @contextmanager
@@ -38,6 +44,22 @@ def stage(name: str, params: Params, variant: str | None = None) -> Iterator[Run
             yield run
             # the seconds in the metrics file are those of all processes of a training that was resumed
             run.log_metrics({"seconds": time.monotonic() - started, **_written(full, began)})
+
+
+def write_nothing(title: str, why: str, folders: Iterable[Path], files: Mapping[Path, str]) -> None:
+    """Say that a stage has nothing to do, and write the outputs that DVC expects.
+
+    Args:
+        folders: outputs, then with NOTHING alone.
+        files: outputs with a text that their readers take for no result, as NO_METRICS.
+    """
+    if processes.is_main_process():
+        print(f"spo: {title}: nothing to do: {why}", file=sys.stderr)
+        for folder in folders:
+            remove(folder)
+            write_json(folder / NOTHING, {"nothing to do": why})
+        for path, text in files.items():
+            write_text(path, text)
 
 
 def of_suite(folder: Path, suite: str | None) -> Path:

@@ -33,7 +33,7 @@ def prepare(
     length: Callable[[str], int],
     output: Path,
     suites: Mapping[str, str] = MappingProxyType({}),
-    trained: Sequence[str] = (),
+    trained: Sequence[str | None] = (),
 ) -> dict[str, Any]:
     """Write train.txt, test.txt, validation.txt, rejected.csv and summary.json; returns the summary.
 
@@ -45,7 +45,8 @@ def prepare(
         suites: a list of prompts by name.
         trained: preference data besides `section.pairs`, whose captions are not evaluated either.
     """
-    evaluation, train = _captions(section.evaluation), _captions(section.train)
+    evaluation = _captions(section.evaluation)
+    train = _captions(section.train) if section.train else []
     suite_lists = {name: _suite(name, source) for name, source in suites.items()}
     more = [*chain(*suite_lists.values())]
     if section.vocabulary is not None:
@@ -56,7 +57,8 @@ def prepare(
         return select(prompts, length, section.max_tokens, elsewhere, blocked)
 
     # of the captions in preference data only those that could be evaluated are held in memory
-    captions = chain.from_iterable(map(sources.read_captions, {section.pairs, *trained}))
+    named = {name for name in (section.pairs, *trained) if name is not None}
+    captions = chain.from_iterable(map(sources.read_captions, named))
     paired = {*map(key, evaluation + more)}.intersection(map(key, captions))
     held_out = selected(evaluation, paired)
     training = selected(train, {*map(key, held_out.prompts)})

@@ -114,15 +114,21 @@ def _measured() -> dict[str, Any]:
     summaries = {k: Path(f"outputs/{k}/summary.json") for k in ("prompts", "pairs")}
     world = Path("data/world.json")
     samples = {m: sorted(Path(f"outputs/align/{m}/samples").glob("*.png")) for m in METHODS}
+    models = {p.stem: read_json(p, "metrics", keys=("accuracy", "n")) for p in preference}
     return {
-        "preference": {p.stem: read_json(p, "metrics", keys=("accuracy", "n")) for p in preference},
-        "alignment": {p.stem.removeprefix("align_"): read_json(p, "metrics") for p in align},
-        "curves": {p.stem: read_csv(p, "training curve") for p in curves},
-        "summaries": {k: public(read_json(p, "summary")) for k, p in summaries.items() if p.exists()},
+        "preference": {k: m for k, m in models.items() if m["accuracy"] or "pretrained" in m},
+        "alignment": _done((p.stem.removeprefix("align_"), read_json(p, "metrics")) for p in align),
+        "curves": _done((p.stem, read_csv(p, "training curve")) for p in curves),
+        "summaries": _done((k, public(read_json(p, "summary"))) for k, p in summaries.items() if p.exists()),
         "samples": {m: [(int(p.stem), p.read_bytes()) for p in rows] for m, rows in samples.items()},
         "world": read_json(world, "facts") if world.exists() else None,
         "outs": [(e.stage, path, md5[:12]) for e in dvc_lock.read().values() for path, md5 in e.outs.items()],
     }
+
+
+def _done(results: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    """Leave out what is empty: its stage had nothing to do."""
+    return {name: result for name, result in results if len(result)}
 
 
 def _in_order(files: Iterable[Path], first: Sequence[str]) -> list[Path]:
