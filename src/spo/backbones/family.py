@@ -46,6 +46,7 @@ class Family:
 
     encoders: list[Any]
     pooled_width: int  # of the text that the latent reward model compares with
+    zeros: bool = False  # whether the empty prompt is encoded as zeros
     is_projected: bool  # whether that text went through a projection
 
     def __init__(self, pipeline: Any) -> None:

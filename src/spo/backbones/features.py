@@ -55,8 +55,7 @@ class DownPath(nn.Module):
 
     def encode_empty_prompt(self) -> None:
         """Encode the empty prompt as any other, where the base takes zeros for it."""
-        if isinstance(self._text, SdxlText):
-            self._text.zeros = False
+        self._text.zeros = False
 
     def features(
         self, x_t: Tensor, timesteps: Tensor, conditioning: Conditioning
