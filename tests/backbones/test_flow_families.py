@@ -277,5 +277,8 @@ def test_spo_trains_and_its_images_are_those_of_its_lora(experiment, tmp_path, c
         tmp_path / "outputs/align/spo"
     )
     capsys.readouterr()
+    for stage in ("align", "generate"):
+        run(stage, "spo", "--dry-run")
+        assert "memory: " in capsys.readouterr().out
     assert cli.main(["preference", "latent"]) == 2
     assert "the latent reward model needs a UNet" in capsys.readouterr().err
