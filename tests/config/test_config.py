@@ -105,7 +105,7 @@ def test_presets_carry_the_published_recipe() -> None:
         ("align.spo.beta", -1, "align.spo.beta"),
         ("align.spo.candidates", 1, "align.spo.candidates"),
         ("preference.steps", 0, "preference.steps"),
-        ("backbone.family", "sd3", "backbone.family"),
+        ("backbone.family", "sd4", "backbone.family"),
         ("generate.seed", 1.5, "generate.seed"),
         ("align.spo.threshold", 2, "align.spo.threshold"),
         ("align.spo.resampler", "best", "align.spo.resampler"),

@@ -26,8 +26,8 @@ from transformers import (
 )
 
 from spo import config
+from spo.backbones import FAMILIES
 from spo.backbones.stable_diffusion import StableDiffusion
-from spo.backbones.text import text_of
 from spo.data.latents import EncodedPairs
 from spo.diffusion.schedule import Schedule
 from spo.methods.diffusion_dpo import DiffusionDpoMethod
@@ -144,9 +144,7 @@ def clip_h(words: Any) -> StepAwarePreferenceModel:
 def backbone(pipeline: Any, family: str, device: str, dtype: torch.dtype) -> StableDiffusion:
     pipeline.to(device=device, dtype=dtype)
     used = dict(pipeline.scheduler.config)
-    return StableDiffusion(
-        pipeline, text_of(pipeline, family == "sdxl"), channels_last=False, scheduler_config=used
-    )
+    return StableDiffusion(pipeline, FAMILIES[family](pipeline), channels_last=False, scheduler_config=used)
 
 
 def described(name: str, folder: Path) -> config.Params:
