@@ -17,8 +17,8 @@ from typing import NamedTuple
 
 from benchmarks import cards
 from spo import config
-from spo.methods import method_spec
 from spo.diffusion.announced import schedule_of
+from spo.methods import method_spec
 from spo.runtime import hub
 
 NAMES = tuple(n for n in config.preset_names() if n.startswith(("sd15", "sdxl")))
