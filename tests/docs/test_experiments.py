@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import re
+import shutil
 import subprocess
 import time
 from pathlib import Path
@@ -84,9 +85,14 @@ def test_another_repository_gets_an_artifact_without_a_clone(
 
 
 def test_the_page_finds_the_best_step_over_runs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    fresh_store: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     from spo.tracking.runs import stage_run
+
+    shutil.copy(fresh_store, tmp_path / "mlflow.db")
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("spo.runtime.processes.dvc_above", lambda: None)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
+import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from spo.runtime.messages import one_line, redact
 from spo.tracking import records
 from spo.tracking.delivery import deliver, sync
 from spo.tracking.records import Run, read_curve, runs_here
-from spo.tracking.store import Store
+from spo.tracking.store import Store, tracking_uri
 
 
 def new(name: str = "align-spo", parent: str = "", **content: Any) -> Run:
@@ -73,18 +73,26 @@ def test_what_is_added_joins_what_is_known(folder: Path) -> None:
     assert content["hash"] == "ab" and content["version"] == 4
 
 
+def killed(work: Callable[[], Any]) -> None:
+    """Do what a process does before it is killed."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            work()
+        except BaseException:
+            os._exit(1)
+        os._exit(9)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 9
+
+
 def test_a_run_whose_process_was_killed_is_closed(folder: Path, runs: Any) -> None:
-    code = (
-        "import os; from spo.tracking.records import Run\n"
-        "from pathlib import Path\n"
-        "c = {'name': 'repro', 'experiment': 'e', 'params': {}, 'tags': {}}\n"
-        "p = Run.create(c, is_owned=False)\n"
-        "child = Run.create(c | {'name': 'align'}, p.key)\n"
-        'Path(\'curve.jsonl\').write_text(\'{"time": 1, "step": 0, "loss": 1.0}\\n\')\n'
-        "child.follow(Path('curve.jsonl'), Path('samples'))\n"
-        "os._exit(9)"
-    )
-    subprocess.run([sys.executable, "-c", code], check=False)
+    def work() -> None:
+        parent = Run.create({"name": "repro", "experiment": "e", "params": {}, "tags": {}}, is_owned=False)
+        child = new("align", parent.key)
+        Path("curve.jsonl").write_text('{"time": 1, "step": 0, "loss": 1.0}\n', encoding="utf-8")
+        child.follow(Path("curve.jsonl"), Path("samples"))
+
+    killed(work)
     mine = new("mine")
     assert sync() == (3, 0)
     found = runs()
@@ -94,14 +102,11 @@ def test_a_run_whose_process_was_killed_is_closed(folder: Path, runs: Any) -> No
 
 
 def test_sync_ends_a_killed_run_of_which_all_was_delivered(folder: Path, runs: Any) -> None:
-    code = (
-        "import os; from spo.tracking.delivery import deliver\n"
-        "from spo.tracking.records import Run; from spo.tracking.store import Store, tracking_uri\n"
-        "run = Run.create({'name': 'align', 'experiment': 'e', 'params': {}, 'tags': {}})\n"
-        "assert not deliver(Store(tracking_uri()), [run]) and not run.is_pending()\n"
-        "os._exit(9)"
-    )
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 9
+    def work() -> None:
+        run = new("align")
+        assert not deliver(Store(tracking_uri()), [run]) and not run.is_pending()
+
+    killed(work)
     assert runs()["align"].info.status == "RUNNING"
     assert sync() == (1, 0)
     assert runs()["align"].info.status == "KILLED"

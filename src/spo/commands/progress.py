@@ -14,7 +14,7 @@ from spo.runtime.workspace import SCRATCH
 
 LOGS = SCRATCH / "logs"
 LAST = 8  # lines of a failed stage that are printed
-BAR = re.compile(r"(?:.*:)? *\d+%\|.*\| (\d+/\d+) \[.*?[\d.?](?:s/(\w+)|(\w+)/s)")  # as tqdm draws it
+BAR = re.compile(r"(?:.*:)? *\d+%\|.*\| (\d+/\d+) \[.*?(?:s/([a-z]+)|([a-z]+)/s)")  # as tqdm draws it
 ENDS = {  # a line of DVC, for a stage that it does not run
     "didn't change, skipping": "is unchanged",
     "is cached - skipping run": "is restored from DVC's cache",

@@ -84,7 +84,7 @@ def _all(params: Params, needs: dvc_stages.Needs, jobs: int | None, variables: M
 def plan(name: str, run: Collection[str], current: Collection[str], seconds: float | None) -> list[str]:
     """What `spo repro` will do: stages that run, stages that are up to date, and about how long it takes."""
     if seconds is None:
-        how_long = "no earlier run tells how long it takes (`spo align spo --dry-run` estimates a stage)"
+        how_long = "for how long is not known before a first run"
     else:
         how_long = f"about {forecast.text(seconds)} here"
     lines = [f"{name}: {len(run)} stages to run, {how_long}", f"  run: {_grouped(run)}"]

@@ -61,6 +61,11 @@ class Params(Section):
                 raise ValueError(
                     f"align.{method}.validation.select: {unused[0]} has no section in score; add one"
                 )
+            if self.score.aesthetic is None:
+                raise ValueError(
+                    f"align.{method}.validation: needs score.aesthetic, whose CLIP measures diversity; add "
+                    "that section, or set validation to null"
+                )
         return self
 
     @model_validator(mode="after")

@@ -25,7 +25,7 @@ from spo.data.images import decode_image
 from spo.data.pairs import chunks, read_pairs, shards
 from spo.diffusion import finite
 from spo.diffusion.noise import SampleNoise
-from spo.runtime.files import atomic, locked, read_json, remove_partials, require, write_json, write_text
+from spo.runtime.files import atomic, locked, read_json, remove_partials, require, write_json
 from spo.runtime.fingerprint import fingerprint
 from spo.runtime.transfer import send
 from spo.runtime.workspace import SCRATCH
@@ -35,7 +35,6 @@ from spo.types import Backbone, PreferencePair
 LATENTS = "latents.f16"
 COMPLETE = "pairs.json"  # written last: [caption, label_0, weight] of each pair
 SHARDS = "shards"  # folder of what is encoded, until it is complete
-JOB = "job"  # in that folder: the processes that encode them
 BATCH = 32  # pairs per forward pass of the encoder
 FLOAT16 = np.dtype(np.float16)
 FLOAT16_MAX = float(np.finfo(np.float16).max)
@@ -113,7 +112,7 @@ def encode(
     share = partial(_encode_share, shards, total, encode_files, folder)
     if not distributed.is_main_process():
         what = "process 0 encodes pairs, or waits for another stage that does"
-        distributed.wait_for(lambda: done.exists() or _has_begun(folder, job), folder, what)
+        distributed.wait_for(lambda: done.exists() or (folder / SHARDS / job).exists(), folder, what)
         share()
         distributed.wait_for(done.exists, folder, "the others encode pairs")
     elif not done.exists():
@@ -143,14 +142,7 @@ def _begin(folder: Path, size: int, job: str) -> None:
     if size > shutil.disk_usage(folder).free:
         message = f"{os.strerror(errno.ENOSPC)}: the pairs' latents take {size / 1e6:.1f} MB"
         raise OSError(errno.ENOSPC, message, str(folder / LATENTS))
-    write_text(shards / JOB, job)
-
-
-def _has_begun(folder: Path, job: str) -> bool:
-    try:
-        return (folder / SHARDS / JOB).read_text(encoding="utf-8") == job
-    except FileNotFoundError:
-        return False
+    (shards / job).touch()
 
 
 def _rows(folder: Path, number: int) -> Path:
@@ -179,13 +171,10 @@ def _encode_share(
 
 
 def _join(folder: Path, count: int, length: int) -> None:
-    """Append the latents of all shards to one file, and join their rows.
+    """Append the latents of all shards, of `length` numbers a pair, to one file, and join their rows.
 
     A shard's file is deleted once it is appended, so that the disk holds each shard once. After an
     interruption the deleted ones are in the file already, and a partly appended one is appended again.
-
-    Args:
-        length: numbers of a pair.
     """
     rows: list[list] = []
     with (folder / LATENTS).open("ab") as file:

@@ -30,11 +30,7 @@ def rows(path: Path, with_images: bool = True) -> Iterator[values.Row]:
 
 
 def parse(entry: Any, folder: Path) -> PreferencePair:
-    """Convert an entry to a pair, whose images are not decoded yet.
-
-    Raises:
-        ValueError: what is wrong with the entry; the caller adds its place.
-    """
+    """Convert an entry to a pair; a ValueError says what is wrong with it, and the caller adds its place."""
     if not isinstance(entry, dict):
         raise ValueError(f"is a {type(entry).__name__}, not an object")
     if missing := [key for key in KEYS if key not in entry]:

@@ -23,12 +23,7 @@ Table = Callable[..., Callable[[Sequence[Any]], object]]  # a file's name and co
 
 
 def compared(label_0: float, gap: float) -> float:
-    """The gap that rules compare: the score of the winner less that of the loser; of a tie without sign.
-
-    Args:
-        label_0: 1 if the first image won, 0 if it lost, .5 for a tie.
-        gap: the score of the first image less that of the second.
-    """
+    """The gap that rules compare, winner less loser, from that of the first image; of a tie without sign."""
     if label_0 == TIE:
         return abs(gap)
     return gap if label_0 > TIE else -gap

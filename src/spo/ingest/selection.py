@@ -36,8 +36,7 @@ class Selection:
 def block_list(path: str | Path) -> regex.Pattern[str]:
     """A pattern that finds blocked words in a prompt's key, as complete words or in a script without spaces.
 
-    Args:
-        path: a text file with one word or phrase per line; empty lines and comments (#) are skipped.
+    The file has one word or phrase per line; empty lines and comments (#) are skipped.
     """
     if not Path(path).is_file():
         raise ValueError(f"{path}: no such block list; check prompts.block_list in params.yaml")

@@ -5,7 +5,7 @@ the hub's cache (`hf://datasets/OWNER/NAME@REVISION/data`), or streamed through 
 may have any of its types in `COLUMNS`.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -47,23 +47,20 @@ KINDS: dict[str, tuple[Callable[[pa.DataType], bool], ...]] = {
 
 def find(source: str | Path) -> list[str | Path]:
     """List the parquet files of a folder or of a URL, in order."""
+    paths: list[str | Path]
+    then = "check pairs.source in params.yaml"
     if hub.is_hub_url(source):
-        return _parquet(source, hub.download(str(source)).values())
-    if remote.is_remote(source):
+        paths = [*hub.download(str(source)).values()]
+    elif remote.is_remote(source):
         store, _, entries = remote.find(str(source))
-        return [str(store.unstrip_protocol(path)) for path in _parquet(source, entries)]
-    source = Path(source)
-    paths = sorted(source.rglob("*.parquet")) if source.is_dir() else [source] if source.exists() else []
-    if not paths:
-        raise ValueError(f"{source}: no .parquet shards; run `make repro` or `dvc pull data.dvc`")
-    return list(paths)
-
-
-def _parquet(source: str | Path, paths: Iterable[Any]) -> list[Any]:
-    shards = [path for path in paths if str(path).endswith(".parquet")]
-    if not shards:
-        raise ValueError(f"{source}: no .parquet shards; check pairs.source in params.yaml")
-    return shards
+        paths = [*map(store.unstrip_protocol, entries)]
+    else:
+        paths, then = sorted(Path(source).rglob("*.parquet")), "run `make repro` or `dvc pull data.dvc`"
+        if Path(source).is_file():
+            return [Path(source)]
+    if shards := [path for path in paths if str(path).endswith(".parquet")]:
+        return shards
+    raise ValueError(f"{source}: no .parquet shards; {then}")
 
 
 def count(paths: Sequence[str | Path]) -> int:
@@ -159,13 +156,9 @@ def _value(scalar: Any) -> Any:
 
 
 def parse(record: dict[str, Any], folder: Path | None) -> PreferencePair:
-    """Convert a row in Pick-a-Pic's columns to a pair, whose images are not decoded yet.
+    """Convert a row in Pick-a-Pic's columns to a pair; images by path are in `folder`, if there is one.
 
-    Args:
-        folder: of images that the row stores by path; None: such images are rejected.
-
-    Raises:
-        ValueError: what is wrong with the row; the caller adds shard and row.
+    A ValueError says what is wrong with the row; the caller adds shard and row.
     """
     labelled = record.get("has_label")
     if labelled is not None and not values.read_flag("has_label", labelled):

@@ -65,11 +65,7 @@ def read_caption(name: str, value: Any) -> str:
     """Read a caption from text or UTF-8 bytes, neither empty nor with what cannot be encoded."""
     if value is None:
         raise ValueError(f"{name} is missing")
-    if isinstance(value, bytes):
-        try:
-            value = value.decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{name} is not UTF-8 text at byte {error.start}") from None
+    value = as_text(name, value)
     if not isinstance(value, str):
         raise ValueError(f"{name} is {_shown(value)}; must be text")
     if not clean(value):
@@ -77,6 +73,14 @@ def read_caption(name: str, value: Any) -> str:
     if reason := flaw(value):
         raise ValueError(f"{name} has {reason}")
     return value
+
+
+def as_text(name: str, value: Any) -> Any:
+    """Decode UTF-8 bytes; other values stay."""
+    try:
+        return value.decode("utf-8") if isinstance(value, bytes) else value
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{name} is not UTF-8 text at byte {error.start}") from None
 
 
 def read_number(name: str, value: Any) -> float:
@@ -114,8 +118,7 @@ def read_flag(name: str, value: Any) -> bool:
 def read_image(name: str, value: Any, folder: Path | None) -> bytes:
     """Read an encoded image from bytes, {bytes, path}, a list of bytes, or base64 text (also a data: URL).
 
-    Args:
-        folder: of images that are stored by path; None: such images are refused.
+    Images by path are in `folder`, and refused without one.
     """
     if isinstance(value, dict):  # as Hugging Face's `datasets` stores it: bytes, or null and a file's path
         if value.get("bytes") is None:

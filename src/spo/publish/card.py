@@ -6,9 +6,8 @@ are one template, card.md. The same run gives the same text, because the card is
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
@@ -27,8 +26,7 @@ TIMES = ("seconds", "training_seconds")  # differ between runs, so they are not 
 MARKDOWN = re.compile(r"([\\`*_{}\[\]()#+\-.!|~$<>&])")
 
 
-@dataclass(frozen=True)
-class Sample:
+class Sample(NamedTuple):
     """A prompt and its images, as paths from the card."""
 
     prompt: str
@@ -55,7 +53,7 @@ def of_training(
     origin: Mapping[str, Any] | None = None,
     lora: bool | None = None,
 ) -> str:
-    """The card without scores, without passwords of URLs and paths of this machine.
+    """The card of a training, without passwords of URLs and paths of this machine.
 
     Args:
         trained: counts of the training; its times are omitted.
@@ -137,7 +135,7 @@ def published(
         body=body,
         webui=webui,
         rows=rows,
-        samples=[replace(sample, prompt=_plain(sample.prompt)) for sample in samples],
+        samples=[sample._replace(prompt=_plain(sample.prompt)) for sample in samples],
         columns=[name(rows[0]["baseline"]), name(method)],
     )
     return str(redact(str(text)))

@@ -27,11 +27,7 @@ PREFIXES = {
 
 
 def write(settings: config.Backbone, weights: Weights, file: Path) -> None:
-    """Write a LoRA, LoCon or DoRA of any format that `generate` reads; `settings`: of its base model.
-
-    Raises:
-        ValueError: the adapter is of another kind, or does not fit the base model.
-    """
+    """Write a LoRA, LoCon or DoRA of any format that `generate` reads; `settings` are of its base model."""
     if settings.family not in PREFIXES:
         raise ValueError(f"{file}: kohya's names for family {settings.family!r} are not written")
     description = backbones.describe(settings)

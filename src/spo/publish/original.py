@@ -42,11 +42,7 @@ _OPEN_CLIP = (
 
 
 def write(backbone: StableDiffusion, family: str, file: Path) -> None:
-    """Write UNet, VAE and text encoders of a backbone without an adapter, in their precisions.
-
-    Raises:
-        ValueError: the original names of this build (SD 2) are not known here.
-    """
+    """Write UNet, VAE and text encoders of a backbone without an adapter; a model of SD 2 is refused."""
     if not FAMILIES[family].text_prefixes:
         raise ValueError(f"{file}: single files of family {family!r} are not written; give a folder by --to")
     unet, parts, used = backbone.unet, backbone.pipeline.components, backbone.scheduler_config
