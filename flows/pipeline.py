@@ -117,7 +117,7 @@ def run_stages(processes: int, force: bool, parent: str, done: list[dict[str, An
         StageError: of the stage that failed, when those beside it have ended.
     """
     needs = stages()
-    number, why = parallel.jobs_for(None, processes)
+    number, why = parallel.jobs_for(None, processes, needs)
     get_run_logger().info(f"{len(needs)} stages, up to {number} in parallel ({why})")
 
     def start(stage: str, share: int) -> Future[Any]:

@@ -28,7 +28,7 @@ def load_params(source: str | Path = "params.yaml", changes: Mapping[str, Any] |
     """Read the parameters of an experiment.
 
     Args:
-        source: a params.yaml, or the name of a preset: scenes, smoke, sd15, sdxl.
+        source: a params.yaml, or the name of a preset, such as scenes, sd15 or sdxl.
         changes: values by dotted key, such as {"align.spo.iterations": 100}.
 
     Raises:
@@ -138,7 +138,7 @@ def train(
     from spo.training.alignment import Alignment, make_trainable, save
     from spo.training.checkpoint import CheckpointStore
 
-    section, output = params.align.spo, Path(output)
+    section, output = params.align.section("spo"), Path(output)
     _check_prompts(prompts)
     if params.prompts.vocabulary is not None:
         check_vocabulary(list(prompts), Path(params.prompts.vocabulary))

@@ -122,7 +122,7 @@ def pinned(clone: Path, paths: set[str]) -> set[str]:
 
 
 def test_every_stage_was_recorded(clone: Path, declared: Declared) -> None:
-    assert set(reads(clone)) == set(declared.keys) and len(declared.keys) == 21
+    assert set(reads(clone)) == set(declared.keys) and len(declared.keys) == 23
     for name, read in reads(clone).items():
         assert read["keys"] and read["modules"] and "params.yaml" in read["files"], name
 

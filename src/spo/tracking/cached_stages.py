@@ -92,3 +92,5 @@ def _create_run(parent: Run, params: Mapping[str, Any], entry: dvc_lock.Entry) -
         if (path / "samples").is_dir():
             content["images"] = str((path / "samples").absolute())
     Run.create(content, parent.key)
+    if entry.stage == "report":
+        parent.log_metrics(entry.metrics())

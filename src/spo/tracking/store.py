@@ -193,9 +193,10 @@ class Store:
         """Yield each part to be sent: its name, and the call that sends it."""
         call = partial(partial, client=self.connect(), run_id=sent.run_id)
         ended = {child["name"]: child for child in below if child["status"]}  # the last attempt of each
-        points = [(c["end"], 0, {f"{n}/{k}": v for k, v in c["metrics"].items()}) for n, c in ended.items()]
-        if content["status"]:
-            points.append((content["end"], 0, content["metrics"]))
+        worst = max((child["status"] for child in ended.values()), key=WORSE.index, default=None)
+        status = content["status"] or worst
+        end = content.get("end") or max((child["end"] for child in ended.values()), default=0)
+        points = [(end, 0, content["metrics"])] if status else []
         curve = Path(content.get("curve", ""))
         rows, offset = read_curve(curve, sent.offset)
         yield "metrics", call(logged.metrics, rows=[*rows, *points])
@@ -209,9 +210,7 @@ class Store:
             for model in content["models"]:
                 at = [row for row in read_curve(curve)[0] if row[1] == model["step"]]
                 yield f"model {model['step']}", call(logged.model, item=model, rows=[*at, *points])
-        worst = max((child["status"] for child in ended.values()), key=WORSE.index, default=None)
-        if status := content["status"] or worst:
-            end = content.get("end") or max(child["end"] for child in ended.values())
+        if status:
             yield "status", partial(self.connect().set_terminated, sent.run_id, status, end_time=end)
 
     def _run(self, run: Run, content: Content) -> str:
