@@ -90,7 +90,7 @@ def test_a_check_names_the_first_of_all_that_was_noted() -> None:
 
 
 def test_a_step_of_a_flow_is_named_by_its_timestep(backbone) -> None:
-    """The last sigma is 3 * .001 / 1.002 = .002994, the second before its shift (1 + .002994) / 2 = .501497."""
+    """The last sigma is 3 * .001 / 1.002 = .002994, so the second is (1 + .002994) / 2 before its shift."""
     flow = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}
     spoil(backbone, 2, 0, float("nan"))
     with pytest.raises(ValueError, match=r"UNet output at step 2 of 3 \(t=751.121\), prompt 'a'"):
