@@ -105,6 +105,7 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session) -> None:
+    gc.unfreeze()  # else libraries that look for leaks at the end report all that was imported
     if not hasattr(session.config, "workerinput"):
         left = session.config.stash[LEFT] = surroundings.left(session.config.stash[BEFORE])
         surroundings.forget()

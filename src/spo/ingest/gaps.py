@@ -19,7 +19,7 @@ class CachedGaps:
 
     Each of n processes scores every n-th buffer, and the main one gets all. Gaps are cached as they are
     computed, so that interrupted work resumes after them, with any number of processes. `cache` is a folder
-    named by a fingerprint of everything on which the gaps depend; `batch_size` images are decoded at once.
+    named by a fingerprint of everything on which the gaps depend; `batch_size` pairs are decoded at once.
     """
 
     def __init__(self, scorers: Mapping[str, Scorer], batch_size: int, cache: Path) -> None:
