@@ -33,7 +33,7 @@ def small(preset: str, quick: bool) -> dict[str, Any]:
     params["backbone"]["dtype"] = "fp32"
     test = params["prompts"]
     test |= {
-        "n_test": 3,
+        "n_test": 2,
         "n_train": 4 if test["n_train"] else 0,
         "n_validation": 2 if test["n_validation"] else 0,
     }
@@ -109,7 +109,7 @@ def released(cache: Path, params: dict[str, Any], checkpoint: Path, words: Any) 
         at = hub.place(section["pretrained"])
         if at.pattern.endswith(".bin"):
             state = io.BytesIO()
-            torch.save(model.model.state_dict(), state)
+            torch.save(model.state_dict(), state)
             files = {at.pattern: state.getvalue()}
         elif at.pattern.endswith(".safetensors"):
             files = {at.pattern: lora(params["backbone"]["family"], checkpoint)}
