@@ -121,6 +121,7 @@ def write_run(root: Path) -> None:
     (root / "reports/training").mkdir()
     lines = ["step,validation/hps,loss,score,learning_rate", "0,20,,,", "1,,.7,,1e-3", "2,21,.6,17.5,1e-3"]
     (root / "reports/training/spo.csv").write_text("\n".join(lines) + "\n")
+    (root / "reports/training/diffusion_dpo.csv").write_text("step,loss\n1,.7\n2,.6\n")
     (root / "outputs/align/spo/samples").mkdir(parents=True)
     for update in (0, 58):
         Image.new("RGB", (40, 20), (update, 0, 0)).save(root / f"outputs/align/spo/samples/{update:06d}.png")
