@@ -12,8 +12,8 @@ from torch import Tensor
 from spo import backbones, config
 from spo.backbones.stable_diffusion import StableDiffusion
 from spo.diffusion.noise import generator
-from spo.diffusion.schedule import Schedule
 from spo.preference.model import StepAwarePreferenceModel, load_tokenizer
+from spo.types import NoiseSchedule
 
 SEED = 0
 
@@ -28,9 +28,8 @@ class Models:
     params: config.Params
     prompts: list[str]
 
-    def schedule(self, steps: int) -> Schedule:
-        schedule = Schedule.from_config(self.backbone.scheduler_config, steps)
-        return schedule.to(self.backbone.device)
+    def schedule(self, steps: int) -> NoiseSchedule:
+        return self.backbone.schedule(steps).to(self.backbone.device)
 
     def some_prompts(self, count: int) -> list[str]:
         return [self.prompts[i % len(self.prompts)] for i in range(count)]

@@ -18,6 +18,7 @@ from spo import config
 from spo.data.latents import EncodedPairs
 from spo.diffusion.denoiser import is_guided
 from spo.diffusion.noise import generator, shuffled
+from spo.diffusion.schedule import Schedule
 from spo.methods.diffusion_dpo import DiffusionDpoMethod
 from spo.preference.model import token_ids
 from spo.preference.step_aware import StepAwareTask
@@ -104,7 +105,7 @@ def diffusion_dpo(models: Models, count: int, tolerance: float = 1e-4) -> Iterat
     sides = [images[i] if pairs.label_0[i] > 0.5 else images[i].flip(0) for i in order]
     chosen = torch.stack(sides).transpose(0, 1).flatten(0, 1)  # winners, then losers
     (((batch,),), _) = method.collect(models.backbone, 0)
-    assert schedule.prediction_type == "epsilon"
+    assert isinstance(schedule, Schedule) and schedule.prediction_type == "epsilon"
     noise, timesteps = batch.target_win.repeat(2, 1, 1, 1), batch.timesteps
 
     def usual() -> Tensor:

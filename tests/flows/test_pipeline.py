@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -252,7 +253,7 @@ def test_the_summary_is_a_table_of_both(pipeline: ModuleType) -> None:
 
 @pytest.mark.services
 def test_the_flow_by_a_prefect_server(
-    pipeline: ModuleType, project: Path, monkeypatch: pytest.MonkeyPatch
+    pipeline: ModuleType, project: Path, fresh_store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All stages under one parent in MLflow; a transient failure is tried again."""
     import mlflow
@@ -260,6 +261,7 @@ def test_the_flow_by_a_prefect_server(
     from prefect.testing.utilities import prefect_test_harness
 
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    shutil.copy(fresh_store, project / "mlflow.db")
     quick = pipeline.run_stage.with_options(retry_delay_seconds=0)
     monkeypatch.setattr(pipeline, "run_stage", quick)
     (project / "second.sh").write_text(

@@ -38,7 +38,7 @@ def load(
     if source.kind == "pipeline":
         return backbone
     if source.kind == "lora":
-        summary = _load_lora(backbone, source.weights[0])
+        summary = add_lora(backbone, source.weights[0])
     else:
         changed, total = unet.load(backbone.unet, source.weights)
         summary = f"{source.path}: UNet, {changed} of {total} tensors differ from the base's"
@@ -67,15 +67,8 @@ def adopt(settings: config.Backbone, source: Path, folder: Path, device: torch.d
     return "lora"
 
 
-def load_lora(backbone: StableDiffusion, path: Path) -> str:
-    """Load a LoRA (file or folder) into a base's UNet and text encoders; returns a summary of its changes."""
-    source = files.find(path)
-    if source.kind != "lora":
-        raise ValueError(f"{path}: contains a {source.kind}, not a LoRA")
-    return _load_lora(backbone, source.weights[0])
-
-
-def _load_lora(backbone: StableDiffusion, weights: Weights) -> str:
+def add_lora(backbone: StableDiffusion, weights: Weights) -> str:
+    """Load a LoRA into a base's UNet and text encoders; returns a summary of its changes."""
     parts = backbone.pipeline.components
     models = {name: parts[name] for name in COMPONENTS if parts.get(name) is not None}
     changed = lora.load(models, weights)

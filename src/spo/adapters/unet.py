@@ -17,8 +17,7 @@ _ORIGINAL = ("model.diffusion_model.", "diffusion_model.", "")
 def load(unet: Any, parts: Sequence[Weights]) -> tuple[int, int]:
     """Replace the weights of `unet`, in its own precision, by those of one file or several shards.
 
-    Returns:
-        The number of tensors that differ from the base's, and the number of all tensors.
+    Returns how many tensors differ from the base's, and the number of all.
     """
     file = parts[0].file
     if (file.parent / "config.json").exists():

@@ -17,9 +17,10 @@ from spo.backbones.description import latent_side
 from spo.backbones.features import DownPath
 from spo.backbones.shared_start import shared_start
 from spo.backbones.text import SdText, SdxlText
+from spo.diffusion.announced import schedule_of
 from spo.training import placement
 from spo.training.placement import lower
-from spo.types import Budget, Conditioning
+from spo.types import Budget, Conditioning, NoiseSchedule
 
 
 class StableDiffusion:
@@ -70,6 +71,9 @@ class StableDiffusion:
     @property
     def device(self) -> torch.device:
         return self._resting or self.unet.device
+
+    def schedule(self, num_inference_steps: int) -> NoiseSchedule:
+        return schedule_of(self.scheduler_config, num_inference_steps)
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:

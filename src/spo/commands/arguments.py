@@ -234,9 +234,9 @@ def _run_register(args: argparse.Namespace) -> None:
 
 
 def _run_keep(args: argparse.Namespace) -> None:
-    from spo.commands import keep
+    from spo.evaluation import seeds
 
-    print(keep.run(config.load()))
+    print(seeds.save(config.load()))
 
 
 def _publish(command: argparse.ArgumentParser) -> None:

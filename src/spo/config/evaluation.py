@@ -52,12 +52,12 @@ class Generate(Section):
 
 
 class Score(Scorers):
-    """The scorers of generated images; those of the default experiment are required."""
+    """The scorers of generated images; PickScore and HPS are required."""
 
     batch_size: Positive = 32
     pickscore: PickScoreConfig
     hps: HpsConfig
-    aesthetic: AestheticConfig
+    aesthetic: AestheticConfig | None
     oracle: str | None = None  # folder of the oracle; only the scenes world has ground truth
 
 

@@ -19,7 +19,6 @@ from spo.data.latents import EncodedPairs
 from spo.diffusion.denoiser import is_guided
 from spo.diffusion.noise import SampleNoise
 from spo.diffusion.rollout import sample_latents
-from spo.diffusion.schedule import Schedule
 from spo.estimate import meta, models
 from spo.estimate.count import Base, Count
 from spo.evaluation import candidate_ranking as local
@@ -76,7 +75,7 @@ def _generate(params: Params, variant: str | None, base: Any, found: Count) -> N
 
 
 def _images(found: Count, params: Params, base: Any, images: int, guidance: float, title: str = "") -> None:
-    settings, schedule = params.generate, Schedule.from_config(base.scheduler_config, FEW)
+    settings, schedule = params.generate, base.schedule(FEW)
     size = min(images, settings.batch_size)
     noise = SampleNoise(0, list(range(size)), base.latent_shape, base.device)
 
@@ -103,11 +102,11 @@ def _preference(params: Params, variant: str | None, base: Any, found: Count) ->
     settings: Any = params.latent_preference
     if variant != "latent":
         settings = params.preference.model_copy(update=PREFERENCE_BASELINES.get(variant or "", {}))
-    schedule = Schedule.from_config(base.scheduler_config, settings.num_inference_steps)
+    schedule = base.schedule(settings.num_inference_steps).to(base.device)
     trained: Any
     if variant == "latent":
         model = LatentPreferenceModel(base.feature_model(), settings.feature_guidance).to(base.device)
-        trained = LatentTask(model, base, schedule.to(base.device), settings)
+        trained = LatentTask(model, base, schedule, settings)
     else:
         clip = models.preference_model(settings, base.device)
         trained = StepAwareTask(clip, models.Words(), base, schedule, settings)
@@ -143,7 +142,7 @@ def _local(found: Count, trained: Any, settings: Any) -> None:
 def _align(params: Params, variant: str | None, base: Any, found: Count) -> None:
     name = variant or "spo"
     section, spec, short = params.align.section(name), method_spec(name), _short(params, name)
-    cost, run = (spec.cost(p, base.scheduler_config) for p in (params, short))
+    cost, run = (spec.cost(p, base.schedule) for p in (params, short))
     found.text = cost.text
     method = _method(short, name, base)
     make_trainable(base, section.lora, 0)
@@ -172,7 +171,7 @@ def _short(params: Params, name: str) -> Params:
 
 def _scored(section: Stepwise, base: Any) -> int:
     """Steps of a rollout whose candidates are scored."""
-    schedule = Schedule.from_config(base.scheduler_config, section.num_inference_steps)
+    schedule = base.schedule(section.num_inference_steps)
     return len(step_pairs.blocks(section, schedule))
 
 
@@ -182,7 +181,7 @@ def _method(params: Params, name: str, base: Any) -> Any:
         pairs = _pairs(base, getattr(section, "batch_size", 1))
         with mock.patch("spo.data.latents.latent_pairs", lambda *given: pairs):
             return method_spec(name).build(params, base)
-    schedule = Schedule.from_config(base.scheduler_config, FEW)
+    schedule = base.schedule(FEW)
     prompts = [PROMPT] * section.prompts_per_iteration
     reward_model: Any
     if name == "lpo":

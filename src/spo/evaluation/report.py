@@ -64,7 +64,6 @@ def render(run: RunResults) -> str:
     """Render the page; the same results give the same text."""
     shown = (
         accuracy,
-        cost,
         data_uri,
         efficiency_figure,
         html,
@@ -202,13 +201,3 @@ def times(run: RunResults) -> DataFrame:
     facts = {**run.preference, **{f"align {k}": v for k, v in run.alignment.items()}}
     frame = _frame({name: own for name, own in facts.items() if "pretrained" not in own})
     return frame[[column for column in FACTS if column in frame]]
-
-
-def cost(run: RunResults) -> str:
-    """What each method's training took, with that of the models trained for it; empty if unknown."""
-    taken = []
-    for method, own in run.alignment.items():
-        parts = [own, *(run.preference.get(key, {}) for key in method_spec(method).trained_first)]
-        if all("seconds" in part for part in parts):
-            taken.append(f"{sum(float(p['seconds']) for p in parts):,.0f} s for {name(method)}")
-    return f"Training took {verdict.listed(taken)}, preference models included." if taken else ""

@@ -120,7 +120,7 @@ class LatentPreferenceModel(nn.Module):
         return torch.cat([*(state.chunk(2)[1] for state in down), enhanced], dim=-1)
 
     def score(self, x_t: Tensor, text: Conditioning, timesteps: Tensor) -> Tensor:
-        """exp(logit_scale) * cos [B] of latents [B,C,h,w], noised to `timesteps` int64 [B], and texts."""
+        """exp(logit_scale) * cos [B] of latents [B,C,h,w], noised to `timesteps` [B], and texts."""
         features = F.normalize(self.visual_projection(self.image_features(x_t, text, timesteps)), dim=-1)
         return self.logit_scale.exp() * (features * text.tensors["target"]).sum(-1)
 

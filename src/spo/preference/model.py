@@ -168,7 +168,7 @@ class StepAwarePreferenceModel(nn.Module):
 
 
 class TimestepEmbedder(nn.Module):
-    """Embeds timesteps int64 [B] as [B,width]: sinusoids and a small MLP."""
+    """Embeds timesteps [B] as [B,width]: sinusoids and a small MLP."""
 
     def __init__(self, width: int) -> None:
         super().__init__()

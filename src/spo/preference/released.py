@@ -19,7 +19,6 @@ from spo.backbones.description import config_file
 from spo.backbones.tensors import check_finite
 from spo.config import LatentPreference, Preference
 from spo.data import weights
-from spo.diffusion.schedule import Schedule
 from spo.preference.checkpoint import WEIGHTS
 from spo.preference.latent import LatentPreferenceModel, check_vae, vae_probe
 from spo.preference.latent_training import LatentTask
@@ -39,8 +38,7 @@ ADVICE = "take a latent reward model of this base model"
 
 def task(settings: Preference | LatentPreference, path: Path, backbone: Any) -> StepAwareTask | LatentTask:
     """The released model at a path, to be measured and saved; `settings` are of its section."""
-    schedule = Schedule.from_config(backbone.scheduler_config, settings.num_inference_steps)
-    schedule, device = schedule.to(backbone.device), backbone.device
+    schedule, device = backbone.schedule(settings.num_inference_steps).to(backbone.device), backbone.device
     if isinstance(settings, LatentPreference):
         return LatentTask(_latent(settings, path, backbone), backbone, schedule, settings)
     if path.is_dir():

@@ -1,7 +1,4 @@
-"""`spo publish`: put an adapter with its card, licence and sample images in a folder or on the hub.
-
-Not a stage of the DAG.
-"""
+"""`spo publish`: put an adapter with its card, licence and sample images in a folder or on the hub."""
 
 import re
 import shutil
@@ -136,11 +133,7 @@ def _rows(method: str) -> list[dict[str, Any]]:
 
 
 def _copy_weights(params: Params, adapter: Path, method: str, content: Path) -> str | None:
-    """Copy a LoRA or a complete pipeline in diffusers' format.
-
-    Returns:
-        The name of the LoRA's second file, in kohya's key names; None for a pipeline.
-    """
+    """Copy a pipeline, or a LoRA; returns the name of the LoRA's second file, in kohya's key names."""
     from spo.adapters.files import find
     from spo.backbones.lora import FILE
     from spo.publish import kohya

@@ -6,9 +6,8 @@ are one template, card.md. The same run gives the same text, because the card is
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
@@ -26,8 +25,7 @@ TIMES = ("seconds", "training_seconds")  # differ between runs, so they are not 
 MARKDOWN = re.compile(r"([\\`*_{}\[\]()#+\-.!|~$<>&])")
 
 
-@dataclass(frozen=True)
-class Sample:
+class Sample(NamedTuple):
     """A prompt and its images, as paths from the card."""
 
     prompt: str
@@ -35,16 +33,9 @@ class Sample:
     method: str
 
 
-def write(
-    folder: Path,
-    params: Params,
-    method: str,
-    trained: Mapping[str, Any],
-    origin: Mapping[str, Any] | None = None,
-    lora: bool | None = None,
-) -> None:
-    """Write the card of a training, or of released weights, to `folder`."""
-    write_text(folder / FILE, of_training(params, method, trained, origin, lora))
+def write(folder: Path, params: Params, method: str, trained: Mapping[str, Any], **released: Any) -> None:
+    """Write the card of a training, or of `released` weights, to `folder`."""
+    write_text(folder / FILE, of_training(params, method, trained, **released))
 
 
 def of_training(
@@ -54,18 +45,14 @@ def of_training(
     origin: Mapping[str, Any] | None = None,
     lora: bool | None = None,
 ) -> str:
-    """The card without scores, without passwords of URLs and paths of this machine.
+    """The card of a training with its counts, without passwords of URLs and paths of this machine.
 
     Args:
-        trained: counts of the training; its times are omitted.
         origin: of released weights, as `released.Released` has it.
-        lora: whether the weights are a LoRA; None: as params.yaml says.
+        lora: whether these are a LoRA; None: as params.yaml says.
     """
     section, base = getattr(params.align, method), params.backbone
-    lora, terms = (
-        section.lora is not None if lora is None else lora,
-        stated(Path(base.checkpoint)) or base.license,
-    )
+    lora, terms = section.lora is not None if lora is None else lora, stated(base.checkpoint) or base.license
     kind = "LoRA" if lora else "full fine-tune of the UNet"
     data = ModelCardData(
         base_model=base.checkpoint if hub.is_hub_id(base.checkpoint) else None,
@@ -136,7 +123,7 @@ def published(
         body=body,
         webui=webui,
         rows=rows,
-        samples=[replace(sample, prompt=_plain(sample.prompt)) for sample in samples],
+        samples=[sample._replace(prompt=_plain(sample.prompt)) for sample in samples],
         columns=[name(rows[0]["baseline"]), name(method)],
     )
     return str(redact(str(text)))

@@ -30,11 +30,7 @@ _PREFIXES = {
 
 
 def write(settings: config.Backbone, weights: Weights, file: Path) -> None:
-    """Write a LoRA, LoCon or DoRA of any format that `generate` reads; `settings`: of its base model.
-
-    Raises:
-        ValueError: the adapter is of another kind, or does not fit the base model.
-    """
+    """Write a LoRA, LoCon or DoRA of any format that `generate` reads; `settings` are of its base model."""
     description = backbones.describe(settings)
     files.check_header(weights, settings.family, description.prediction)
     models = _models(description)

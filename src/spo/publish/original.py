@@ -42,11 +42,7 @@ _OPEN_CLIP = (
 
 
 def write(backbone: StableDiffusion, family: str, file: Path) -> None:
-    """Write UNet, VAE and text encoders of a backbone without an adapter, in their precisions.
-
-    Raises:
-        ValueError: the original names of this build (SD 2) are not known here.
-    """
+    """Write UNet, VAE and text encoders of a backbone without an adapter; a model of SD 2 is refused."""
     unet, parts, used = backbone.unet, backbone.pipeline.components, backbone.scheduler_config
     said = header(family, unet.config, used.get("prediction_type"), file.stem)
     if said["modelspec.architecture"] == "stable-diffusion-v2":

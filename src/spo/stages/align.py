@@ -95,7 +95,7 @@ def run(params: Params, method: str) -> None:
         if not distributed.is_main_process():
             return
         curve.write(TRAINING / f"{method}.csv")
-        cost = spec.cost(params, backbone.scheduler_config)
+        cost = spec.cost(params, backbone.schedule)
         facts = result.write(watch, scratch)
         card.write(result.folder, params, method, {**summary, **facts})
         summary |= {"unet_samples": cost.unet_samples, **facts}
@@ -128,7 +128,7 @@ def _take(params: Params, method: str, given: Released, folder: Path, tracked: R
 
     remove(folder)
     kind = adapters.adopt(params.backbone, given.path, folder, device())
-    card.write(folder, params, method, {}, given.origin, lora=kind == "lora")
+    card.write(folder, params, method, {}, origin=given.origin, lora=kind == "lora")
     tracked.set_tags(given.tags())
     if kind == "lora":
         tracked.log_artifact(folder / ADAPTER, "adapter")

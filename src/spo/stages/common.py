@@ -73,6 +73,6 @@ def run_name(variant: str, suite: str | None) -> str:
 
 
 def _written(full: str, began: float) -> dict[str, float]:
-    """Return what the stage wrote to its metrics file for DVC; nothing if it wrote none."""
-    path = METRICS / f"{'comparisons' if full == 'report' else full.replace('-', '_')}.json"
+    """Return what the stage wrote to its file in METRICS; nothing if it wrote none."""
+    path = METRICS / f"{full.replace('-', '_')}.json"
     return read_metrics(path) if path.exists() and path.stat().st_mtime >= began - 1 else {}

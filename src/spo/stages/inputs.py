@@ -60,16 +60,16 @@ def check_before_training(params: Params) -> None:
 
 
 def _check_timesteps(name: str, section: Any, scheduler_config: Mapping[str, Any]) -> None:
-    from spo.diffusion.schedule import Schedule
+    from spo.diffusion.announced import schedule_of
     from spo.methods.stepwise import pairs
 
     try:
-        schedule = Schedule.from_config(scheduler_config, section.num_inference_steps)
+        schedule = schedule_of(scheduler_config, section.num_inference_steps)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
-    last = schedule.num_train_timesteps - 1
+    last = float(schedule.train_timesteps.max())
     if beyond := [t for t in getattr(section, "eval_timesteps", ()) if t > last]:
-        raise ValueError(f"{name}.eval_timesteps: {beyond[0]} is above {last}, the last of the base model")
+        raise ValueError(f"{name}.eval_timesteps: {beyond[0]} is above {last:g}, the last of the base model")
     if isinstance(section, config.Rollout):
         pairs.blocks(section, schedule, name)
 

@@ -126,11 +126,10 @@ def _take(
 def _step_aware(params: Params, settings: Preference, backbone: Backbone) -> StepAwareTask:
     import torch
 
-    from spo.diffusion.schedule import Schedule
     from spo.preference.model import StepAwarePreferenceModel, load_tokenizer
     from spo.preference.step_aware import StepAwareTask
 
-    schedule = Schedule.from_config(backbone.scheduler_config, settings.num_inference_steps)
+    schedule = backbone.schedule(settings.num_inference_steps)
     schedule = schedule.to(backbone.device)
     own = settings.init, settings.revision
     tokenizer = load_tokenizer(*(split_revision(settings.tokenizer) if settings.tokenizer else own))
@@ -145,11 +144,10 @@ def _latent(params: Params, settings: LatentPreference, backbone: Backbone) -> L
     import torch
 
     from spo.data.weights import load_clip
-    from spo.diffusion.schedule import Schedule
     from spo.preference.latent import LatentPreferenceModel
     from spo.preference.latent_training import LatentTask
 
-    schedule = Schedule.from_config(backbone.scheduler_config, settings.num_inference_steps)
+    schedule = backbone.schedule(settings.num_inference_steps)
     torch.manual_seed(params.seed)  # the visual projection is drawn at random
     model = LatentPreferenceModel(backbone.feature_model(), settings.feature_guidance)
     if settings.text_projection is not None:

@@ -11,7 +11,7 @@ from spo import config
 from spo.config import Params
 from spo.data.prompts import clean, key
 from spo.ingest import prompt_files, remote, sources
-from spo.ingest.selection import BlockList, Selection, by_hash, check_vocabulary, select
+from spo.ingest.selection import Selection, block_list, by_hash, check_vocabulary, select
 from spo.runtime import hub
 from spo.runtime.files import remove, write_json, write_text
 from spo.stages.common import stage
@@ -51,7 +51,7 @@ def prepare(
     more = [*chain(*suite_lists.values())]
     if section.vocabulary is not None:
         check_vocabulary(map(clean, evaluation + train + more), section.vocabulary)
-    blocked = BlockList.load(section.block_list) if section.block_list else None
+    blocked = block_list(section.block_list) if section.block_list else None
 
     def selected(prompts: list[str], elsewhere: set[str]) -> Selection:
         return select(prompts, length, section.max_tokens, elsewhere, blocked)

@@ -36,11 +36,10 @@ def draw(
     from spo.diffusion import finite
     from spo.diffusion.noise import SampleNoise
     from spo.diffusion.rollout import sample_latents
-    from spo.diffusion.schedule import Schedule
     from spo.training import distributed
 
     settings = params.generate
-    schedule = Schedule.from_config(backbone.scheduler_config, settings.num_inference_steps)
+    schedule = backbone.schedule(settings.num_inference_steps)
 
     def batch(part: slice) -> list[Image.Image]:
         noise = SampleNoise(0, seeds[part], backbone.latent_shape, backbone.device)
