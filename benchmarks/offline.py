@@ -58,8 +58,8 @@ class Plain:
 
     def predict(self, unet: Any, x_t: Tensor, timesteps: Tensor, prompts: list[str]) -> Tensor:
         with torch.no_grad():
-            text = self.backbone._text.unet_arguments(self.backbone.encode_prompts(prompts))
-        return unet(x_t.to(self.backbone.unet.dtype), timesteps, return_dict=False, **text)[0].float()
+            text = self.backbone.encode_prompts(prompts)
+        return self.backbone._text.run(unet, x_t.to(self.backbone.unet.dtype), timesteps, text).float()
 
 
 def _finish(

@@ -1,15 +1,17 @@
 """For all tests: no network, no state of the person who runs them, few threads."""
 
+import gc
 import logging
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import surroundings
 
+gc.disable()  # until all is imported: the search for garbage would take a third of that time
 surroundings.neutral()
 BEFORE, LEFT = pytest.StashKey[dict[str, tuple[int, int]]](), pytest.StashKey[list[str]]()
 
@@ -54,6 +56,15 @@ def fresh_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 FIRST = "tests/smoke/test_dag.py"  # it makes the DAG's run that all of tests/smoke share
 TOGETHER = {"tests/flows/test_schedules.py", "tests/flows/test_deployments.py"}  # they share a Prefect server
 SHARED = {"clone", "first", "project", "shared"}  # that run, and `experiments.settled`
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, Any, Any]:
+    """Modules that are imported by now are not searched for garbage any more."""
+    result = yield
+    gc.freeze()
+    gc.enable()
+    return result
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

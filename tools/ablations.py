@@ -29,7 +29,11 @@ SETTINGS = {  # name of the experiment: (row, method, changes to params.yaml)
     "diffusion-dpo-long": (
         "Diffusion-DPO, 6,000 updates",
         "diffusion_dpo",
-        ["align.diffusion_dpo.iterations=6000"],
+        [
+            "align.diffusion_dpo.iterations=6000",
+            "align.diffusion_dpo.validation.every=300",
+            "align.diffusion_dpo.validation.stop=false",
+        ],
     ),
 }
 

@@ -28,7 +28,7 @@ def load_params(source: str | Path = "params.yaml", changes: Mapping[str, Any] |
     """Read the parameters of an experiment.
 
     Args:
-        source: a params.yaml, or the name of a preset: scenes, smoke, sd15, sdxl.
+        source: a params.yaml, or the name of a preset, such as scenes, sd15 or sdxl.
         changes: values by dotted key, such as {"align.spo.iterations": 100}.
 
     Raises:

@@ -171,6 +171,18 @@ class Backbone(Protocol):
 
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning: ...
 
+    def remember_prompts(self, prompts: Sequence[str]) -> None:
+        """Encode prompts that a stage will use, before the denoiser needs the device's memory.
+
+        Does nothing where the text encoders are small.
+        """
+        ...
+
+    def guided(self, conditioning: Conditioning, guidance: float) -> tuple[Conditioning, float]:
+        """The text with what the model takes of a guidance scale as an input, and the scale of
+        classifier-free guidance that is left: all of it for most models."""
+        ...
+
     def empty_prompt(self) -> Conditioning:
         """The empty prompt, encoded once."""
         ...

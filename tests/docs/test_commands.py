@@ -82,6 +82,7 @@ DAY = [
     "dvc exp run --queue -S align.spo.beta=5",
     "dvc exp run --run-all --jobs 2",
 ]
+DAILY = ("scenes", "smoke", "sd15-eval", "sdxl-overnight")  # presets; the others only at night
 NODES = [
     "dvc repro preference",
     "dvc commit --force align@spo",
@@ -236,7 +237,13 @@ def test_an_experiment_runs_what_its_key_touches(
 
 
 @pytest.mark.smoke
-@pytest.mark.parametrize("preset", config.preset_names())
+@pytest.mark.parametrize(
+    "preset",
+    [
+        name if name in DAILY else pytest.param(name, marks=pytest.mark.nightly)
+        for name in config.preset_names()
+    ],
+)
 def test_dvc_can_run_every_preset(first: experiments.Experiment, preset: str) -> None:
     params = first.folder / "params.yaml"
     before = params.read_bytes()

@@ -107,7 +107,13 @@ def write_run(root: Path) -> None:
     for name, content in {
         "preference": {"accuracy": accuracy, "n": 90, "n_train": 500, "updates": 40, "seconds": 30.0},
         "preference_unconditioned": {"accuracy": accuracy, "n": 90, "seconds": 29.0},
-        "align_spo": {"updates": 58, "pairs": 1834, "seconds": 90.0},
+        "align_spo": {
+            "updates": 58,
+            "pairs": 1834,
+            "seconds": 90.0,
+            "iterations": 58,
+            "ended": "it gained no more",
+        },
         "align_diffusion_dpo": {"updates": 850, "pairs": 13600, "seconds": 60.0},
         "score_base": {"pickscore": 20.0},
     }.items():
@@ -130,6 +136,11 @@ def write_run(root: Path) -> None:
     out = {"path": "outputs/images/spo", "md5": "0123456789abcdef.dir"}
     stage = {"cmd": "spo generate spo", "outs": [out]}
     (root / "dvc.lock").write_text(yaml.safe_dump({"stages": {"generate@spo": stage}}))
+
+
+def test_the_page_says_when_and_why_a_training_ended(page: str) -> None:
+    assert page.count("Ended at iteration") == 1
+    assert "<p>Ended at iteration 58: it gained no more.</p>" in page
 
 
 def write_images(folder: Path, level: int) -> None:

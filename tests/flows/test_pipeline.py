@@ -24,6 +24,7 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from spo.config import ConfigError, load
 from spo.tracking import dvc_lock, runs
+from spo.tracking.delivery import BY_PARENT
 
 PARAMS: dict[str, Any] = {"name": "tiny", "tracking": None}
 
@@ -266,7 +267,7 @@ def test_the_flow_by_a_prefect_server(
     monkeypatch.setattr(pipeline, "run_stage", quick)
     (project / "second.sh").write_text(
         "[ -e tried ] || { touch tried; echo 75 > $SPO_EXIT_FILE; exit 75; }\n"
-        f"{sys.executable} - <<'END'\n"
+        f"{BY_PARENT}=1 {sys.executable} - <<'END'\n"  # else it imports MLflow too
         "from spo import config\n"
         "from spo.tracking import runs\n"
         "with runs.stage_run('second', config.load().model_dump()) as run:\n"

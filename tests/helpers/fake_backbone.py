@@ -22,5 +22,11 @@ class Whole:
     def empty_prompt(self) -> Conditioning:
         return self.encode_prompts([""])
 
+    def remember_prompts(self, prompts) -> None:
+        """Encoders are small."""
+
+    def guided(self, conditioning, guidance: float) -> tuple[Conditioning, float]:
+        return conditioning, guidance
+
     def rest(self) -> None:
         """The UNet stays where it is."""

@@ -15,7 +15,7 @@ ROW |= {"mean_difference": 1.1, "ci_low": 0.9, "ci_high": 1.3, "win_rate": 0.812
 
 
 def params(**backbone: str) -> config.Params:
-    raw = yaml.safe_load(config.preset("sd15"))
+    raw = yaml.safe_load(config.preset("sd15-scratch"))
     return config.validate({**raw, "backbone": raw["backbone"] | backbone})
 
 
@@ -41,7 +41,7 @@ def test_it_has_base_licence_data_recipe_and_counts_but_no_times() -> None:
 
 
 def test_a_full_fine_tune_is_loaded_otherwise() -> None:
-    raw = yaml.safe_load(config.preset("sd15"))
+    raw = yaml.safe_load(config.preset("sd15-scratch"))
     raw["align"]["spo"]["lora"] = None
     card = cards.of_training(config.validate(raw), "spo", {})
     assert "from_pretrained" in card and "load_lora_weights" not in card

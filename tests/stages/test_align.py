@@ -23,7 +23,11 @@ def test_spo_reads_its_preference_model_and_prompts(tmp_path, monkeypatch) -> No
     calls: list[tuple] = []
     monkeypatch.setattr(model, "load_reward_model", lambda *a: calls.append(a))
     params = config.load("params.yaml")
-    backbone = SimpleNamespace(device=torch.device("cpu"), schedule=partial(Schedule.from_config, SCHEDULER))
+    backbone = SimpleNamespace(
+        device=torch.device("cpu"),
+        schedule=partial(Schedule.from_config, SCHEDULER),
+        remember_prompts=lambda prompts: None,
+    )
     method = method_spec("spo").build(params, backbone)
     assert calls == [(Path("outputs/preference"), backbone.device)]
     assert method.prompts == ["a red circle"]

@@ -182,6 +182,19 @@ def test_a_watch_is_called_at_the_start_and_after_each_iteration_and_can_stop() 
     assert seen == [(0, 0, False), (1, 1, True), (2, 2, True)]
 
 
+def test_training_ends_before_the_iteration_at_which_it_is_said_and_does_not_go_on_if_resumed(
+    tmp_path,
+) -> None:
+    seen = []
+    options = {"checkpoints": CheckpointStore(tmp_path), "checkpoint_every": 2, "ended": lambda: 2 in seen}
+    options["on_metrics"] = lambda metrics, iteration: seen.append(iteration)
+    for _ in range(2):
+        model = Numbers()
+        summary = loop.fit(Alignment("align.squares", model, Squares(5)), settings(), **options)
+        assert (seen, summary["iterations"], summary["updates"]) == ([1, 2], 2, 2)
+    assert model.forwards["policy"] == 0, "the second one computes nothing"
+
+
 def test_nothing_to_train_is_one_line() -> None:
     model = copy.copy(Numbers())
     model.trainable_parameters = lambda: []

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -161,6 +163,88 @@ def test_the_gain_does_not_depend_on_a_scorers_units() -> None:
     assert limits.standardised_gain(start, now, ["hps"]) == pytest.approx(1)
     assert limits.standardised_gain(start, now, ["hps", "aesthetic"]) == pytest.approx((1 - 2) / 2)
     assert limits.standardised_gain({"hps": [1.0, 1.0]}, {"hps": [2.0, 2.0]}, ["hps"]) == 0
+
+
+START = {"hps": [1.0, 2.0], "pickscore": [3.0, 5.0]}  # standard deviations sqrt .5 and sqrt 2
+
+
+@pytest.mark.parametrize(
+    ("later", "why"),
+    [
+        ([{"hps": [2.0, 3.0], "pickscore": [3.0, 5.0]}], None),
+        ([{"hps": [1.0, 2.0], "pickscore": [3.0, 5.0]}], "the gain, 0.000, is not above"),
+        # gains .707 and .636, whatever came between
+        ([{"hps": [2.0, 3.0], "pickscore": [3, 5]}, {"hps": [1.9, 2.9], "pickscore": [3, 5]}], "the gain"),
+        # pickscore's best is the first of these; differences -.2 and -.4: mean -.3, standard error .1
+        ([{"hps": [2.0, 3.0], "pickscore": [4.0, 6.0]}, {"hps": [9.0, 9.0], "pickscore": [3.8, 5.6]}],
+         r"pickscore is 0.3 below its best, more than a standard error of 0.1"),
+        # differences -.2 and .1: mean -.05, standard error .15
+        ([{"hps": [2.0, 3.0], "pickscore": [4.0, 6.0]}, {"hps": [9.0, 9.0], "pickscore": [3.8, 6.1]}], None),
+    ],
+)  # fmt: skip
+def test_a_training_ends_when_the_gain_or_one_scorer_falls_behind_its_best(later, why: str | None) -> None:
+    reason = limits.no_better([START, *later], ["hps", "pickscore"])
+    assert reason is None if why is None else re.match(why, reason)
+
+
+def test_clipscore_may_fall_by_standard_deviations_of_its_start() -> None:
+    start, now = {"clipscore": [1.0, 2.0]}, {"clipscore": [0.5, 1.5]}  # by .5 / sqrt .5 = .707
+    assert limits.clipscore_fell(start, now, 0.71) is None and limits.clipscore_fell(start, now, None) is None
+    assert re.match(
+        r"clipscore fell by 0.71 .*max_clipscore_fall 0.7", limits.clipscore_fell(start, now, 0.7)
+    )
+
+
+def test_an_ended_training_has_the_weights_of_the_validation_before_also_if_resumed(tmp_path: Path) -> None:
+    model = Trained(GOOD, ([2.0, 3.0], 0.4), ([1.5, 2.5], 0.4))
+    callback, curve = watch(tmp_path, model, iterations=9, select=("hps",), stop=True)
+    for iteration in range(4):
+        callback(iteration, {})
+        assert callback.ended is None
+    assert callback(4, {}) and "the gain, 0.707, is not above the best before, 1.414" in callback.ended
+    assert callback.selected()["iteration"] == 2 and [step for step, _ in curve.rows] == [0, 2, 4]
+    again, _ = watch(tmp_path, Trained(), iterations=9, select=("hps",), stop=True)
+    again.resume(4)
+    assert again.ended == callback.ended
+    again.resume(3)
+    assert again.ended is None, "the validation that ended it counts no more"
+
+
+def test_a_gain_for_which_one_scorer_paid_is_not_selected(tmp_path: Path) -> None:
+    model = Trained(GOOD, ([2.0, 3.0], 0.4), ([3.0, 4.0], 0.4))
+    callback, _ = watch(tmp_path, model, select=("hps",), max_clipscore_fall=0.5)
+    clipscores = iter(([0.5, 1.0], [0.5, 1.0], [0.3, 0.8]))  # the last .2 lower, standard deviation .354
+    validate = model.validate
+
+    def validated() -> Validated:
+        now = validate()
+        return replace(now, scores={**now.scores, "clipscore": next(clipscores)})
+
+    callback.validate = validated
+    for iteration in range(5):
+        callback(iteration, {})
+    assert callback.ended and callback.selected()["iteration"] == 2
+
+
+def test_all_processes_end_together(tmp_path: Path) -> None:
+    def body() -> list[str | None]:
+        folder, ended = tmp_path / str(distributed.is_main_process()), []
+        callback, _ = watch(folder, Trained(GOOD, GOOD), select=("hps",), stop=True)
+        for iteration in (0, 2):
+            callback(iteration, {})
+            ended.append(callback.ended)
+        callback.ended = None
+        callback.resume(2)
+        return [*ended, callback.ended]
+
+    first, second = run_in(2, body)
+    assert first == second and first[0] is None and first[1] == first[2] and "not above" in first[1]
+
+
+def test_what_ends_a_training_needs_the_scorers_that_select() -> None:
+    for limit in ({"stop": True}, {"max_clipscore_fall": 0.2}):
+        with pytest.raises(ValueError, match="need `select`"):
+            Validation(every=2, **limit)
 
 
 @pytest.mark.parametrize(

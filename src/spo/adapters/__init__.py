@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 from spo import backbones, config
 from spo.adapters import files, lora, unet
-from spo.adapters.names import COMPONENTS
+from spo.adapters.names import TEXT, TEXT_2, UNET
 from spo.adapters.strength import PEFT_CONFIG
 from spo.backbones import StableDiffusion
 from spo.backbones.lora import FILE
@@ -70,7 +70,8 @@ def adopt(settings: config.Backbone, source: Path, folder: Path, device: torch.d
 def add_lora(backbone: StableDiffusion, weights: Weights) -> str:
     """Load a LoRA into a base's UNet and text encoders; returns a summary of its changes."""
     parts = backbone.pipeline.components
-    models = {name: parts[name] for name in COMPONENTS if parts.get(name) is not None}
+    models = {name: parts[name] for name in (TEXT, TEXT_2) if parts.get(name) is not None}
+    models[UNET] = backbone.unet
     changed = lora.load(models, weights)
     backbone.forget_prompts()
     layers = ", ".join(f"{n} layers of the {name}" for name, n in changed.items())

@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 
-UNET, TEXT, TEXT_2 = "unet", "text_encoder", "text_encoder_2"
+UNET, TEXT, TEXT_2 = "unet", "text_encoder", "text_encoder_2"  # unet: the transformer too
 COMPONENTS = (UNET, TEXT, TEXT_2)
 
 _PREFIXES = {
     "base_model.model.": None,  # peft, for any component
     "unet.": UNET,
+    "transformer.": UNET,
     "text_encoder.": TEXT,
     "text_encoder_2.": TEXT_2,
     "lora_unet_": UNET,

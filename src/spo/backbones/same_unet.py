@@ -10,9 +10,10 @@ from spo.backbones.description import config_file
 def check(unet: Any, file: Path) -> None:
     """Refuse a UNet of another class, or with another value of an argument of its constructor."""
     config = config_file(str(file.parent), None, file.name, str(file.parent))
-    name = config.get("_class_name", "UNet2DConditionModel")
-    if name != "UNet2DConditionModel":
-        raise ValueError(f"{file}: _class_name is {name}, but the backbone has a UNet2DConditionModel")
+    own = type(unet).__name__
+    name = config.get("_class_name", own)
+    if name != own:
+        raise ValueError(f"{file}: _class_name is {name}, but the backbone has a {own}")
     for key, default in inspect.signature(type(unet).__init__).parameters.items():
         announced = config.get(key, default.default)
         if key in unet.config and _plain(announced) != _plain(unet.config[key]):

@@ -57,9 +57,16 @@ class Params(Section):
                 f"report.baselines: unknown variant {unknown[0]!r}; known: {', '.join(VARIANTS)}"
             )
         for method, validation in self._validations().items():
-            if unused := [name for name in validation.select or () if name not in self.score.configured()]:
+            used = dict.fromkeys(validation.select or (), "select")
+            if validation.max_clipscore_fall is not None:
+                used.setdefault("clipscore", "max_clipscore_fall")
+            if unused := [name for name in used if name not in self.score.configured()]:
+                key = f"align.{method}.validation.{used[unused[0]]}"
+                raise ValueError(f"{key}: {unused[0]} has no section in score; add one")
+            if self.score.aesthetic is None:
                 raise ValueError(
-                    f"align.{method}.validation.select: {unused[0]} has no section in score; add one"
+                    f"align.{method}.validation: needs score.aesthetic, whose CLIP measures diversity; add "
+                    "that section, or set validation to null"
                 )
         return self
 

@@ -141,6 +141,19 @@ class Validation(Section):
     min_diversity: Fraction | None = None  # as a fraction of the diversity at the start
     # the best validated weights by the mean standardised gain of these scorers are the result; None: the last
     select: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
+    # end at the first validation at which that gain is not above its best so far, or a scorer of `select` is
+    # more than a standard error below its own best; the weights of the validation before are the result
+    stop: bool = False
+    # end so if CLIPScore fell by more than this since the start, in standard deviations of its scores there
+    max_clipscore_fall: Rate | None = None
+
+    @model_validator(mode="after")
+    def _best_is_kept(self) -> Self:
+        if self.select is None and (self.stop or self.max_clipscore_fall is not None):
+            raise ValueError(
+                "stop and max_clipscore_fall need `select`: the scorers that say which weights are best"
+            )
+        return self
 
     @field_validator("select")
     @classmethod

@@ -41,8 +41,8 @@ def changed(text: str, *changes: str | Mapping[str, Any]) -> str:
     """A YAML document with other values, without the comment at its head; the other comments stay.
 
     Args:
-        changes: nested as the document: a section is changed key by key, unless one of the two is null. A text's
-            comments replace those of the values that they stand beside.
+        changes: nested as the document: a section is changed key by key, unless one of the two is null. The
+            comments of a text replace those of the values that they stand beside.
 
     Raises:
         ValueError: a key that the document does not have.

@@ -146,7 +146,8 @@ def _align(params: Params, variant: str | None, base: Any, found: Count) -> None
     found.text = cost.text
     method = _method(short, name, base)
     make_trainable(base, section.lora, 0)
-    samples = cost.updates / (1 + TRAINED) / (1 + is_guided(method.guidance))
+    _, guidance = base.guided(base.empty_prompt(), method.guidance)
+    samples = cost.updates / (1 + TRAINED) / (1 + is_guided(guidance))
     rollouts = 1.0
     if isinstance(section, Stepwise):  # half of a rollout grows as the UNet's samples, half as what is scored
         scored = [_scored(getattr(p.align, name), base) for p in (params, short)]

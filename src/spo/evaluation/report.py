@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spo.config import yaml_text
-from spo.evaluation import efficiency, plots, seeds, verdict
+from spo.evaluation import efficiency, plots, published, seeds, verdict
 from spo.evaluation.statistics import metrics
 from spo.evaluation.verdict import name, number
 from spo.methods import method_spec
@@ -70,6 +70,7 @@ def render(run: RunResults) -> str:
         candidate_ranking,
         means,
         pairs,
+        scores,
         seed_table,
         times,
     )
@@ -109,6 +110,17 @@ def thumbnail(image: Image.Image) -> bytes:
     buffer = io.BytesIO()
     ImageOps.contain(image.convert("RGB"), (IMAGE_SIDE, IMAGE_SIDE)).save(buffer, format="PNG")
     return buffer.getvalue()
+
+
+def scores(run: RunResults) -> DataFrame:
+    """The means with the guidance of each variant and, for the same prompts, what papers publish."""
+    frame, known = means(run.scores), published.scores(run.params)
+    if known := {variant: known[variant] for variant in run.scores if variant in known}:
+        papers = _frame(known).reindex(frame.index)
+        columns = {f"{name(metric)}, published": papers[metric] for metric in frame if metric in papers}
+        frame = frame.assign(**columns, **{"published in": papers["in"]})
+    guidance = {variant: run.params["generate"][variant]["guidance"] for variant in run.scores}
+    return frame.rename(index=lambda v: f"{name(v.removesuffix(published.MORE))}, guidance {guidance[v]:g}")
 
 
 def means(scores: Mapping[str, DataFrame]) -> DataFrame:

@@ -80,10 +80,16 @@ def _errors(output: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
 class DiffusionDpoMethod:
     """Offline batches: encoded pairs, of which both images have the same noise at the same t."""
 
-    guidance = 1.0
-
-    def __init__(self, config: DiffusionDpo, schedule: NoiseSchedule, pairs: EncodedPairs, seed: int) -> None:
+    def __init__(
+        self,
+        config: DiffusionDpo,
+        schedule: NoiseSchedule,
+        pairs: EncodedPairs,
+        seed: int,
+        guidance: float = 1.0,
+    ) -> None:
         """Ties are left out, as in the official code; `schedule` lies on the backbone's device."""
+        self.guidance = guidance  # where it is an input of the model
         self.config, self.schedule, self.pairs, self.seed = config, schedule, pairs, seed
         self.iterations = config.iterations
         self._decided = (pairs.label_0 != 0.5).nonzero().flatten().tolist()
@@ -147,7 +153,8 @@ def _build(params: Params, backbone: Backbone) -> DiffusionDpoMethod:
     # only the schedule's noise levels matter here, not the timesteps of a sampler
     schedule = backbone.schedule(20).to(backbone.device)
     pairs = latent_pairs(params, backbone, "train")
-    return DiffusionDpoMethod(params.align.section("diffusion_dpo"), schedule, pairs, params.seed)
+    guidance = params.generate.variant("diffusion_dpo").guidance if params.backbone.guidance_is_input else 1.0
+    return DiffusionDpoMethod(params.align.section("diffusion_dpo"), schedule, pairs, params.seed, guidance)
 
 
 def _cost(params: Params, schedule: Callable[[int], NoiseSchedule]) -> Cost:

@@ -44,7 +44,8 @@ def _build(params: Params, backbone: Backbone) -> LpoMethod:
 
 def _cost(params: Params, schedule: Callable[[int], NoiseSchedule]) -> Cost:
     guidance = params.latent_preference.feature_guidance
-    return cost_by_latents("align.lpo", params.align.section("lpo"), schedule, guidance)
+    section = params.backbone.classifier_free(params.align.section("lpo"))
+    return cost_by_latents("align.lpo", section, schedule, guidance)
 
 
 SPEC = MethodSpec(

@@ -36,6 +36,7 @@ def build(params: Params, backbone: Backbone, folder: Path, prompts: Sequence[st
     section = params.align.section("spo")
     reward_model = load_reward_model(folder, backbone.device)
     schedule = sampler_schedule(section, backbone)
+    backbone.remember_prompts(prompts)
     method = SpoMethod if section.gradspo is None else GradSpoMethod
     return method(section, schedule, reward_model, prompts, params.seed)
 
@@ -48,7 +49,7 @@ def _build(params: Params, backbone: Backbone) -> StepwiseMethod:
 
 
 def _cost(params: Params, schedule: Callable[[int], NoiseSchedule]) -> Cost:
-    return cost_by_images("align.spo", params.align.section("spo"), schedule)
+    return cost_by_images("align.spo", params.backbone.classifier_free(params.align.section("spo")), schedule)
 
 
 def _sampler_ema(section: Spo) -> float:

@@ -38,7 +38,8 @@ ADVICE = "take a latent reward model of this base model"
 
 def task(settings: Preference | LatentPreference, path: Path, backbone: Any) -> StepAwareTask | LatentTask:
     """The released model at a path, to be measured and saved; `settings` are of its section."""
-    schedule, device = backbone.schedule(settings.num_inference_steps).to(backbone.device), backbone.device
+    device = backbone.device
+    schedule = backbone.schedule(settings.num_inference_steps).to(device)
     if isinstance(settings, LatentPreference):
         return LatentTask(_latent(settings, path, backbone), backbone, schedule, settings)
     if path.is_dir():

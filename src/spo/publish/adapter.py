@@ -133,7 +133,10 @@ def _rows(method: str) -> list[dict[str, Any]]:
 
 
 def _copy_weights(params: Params, adapter: Path, method: str, content: Path) -> str | None:
-    """Copy a pipeline, or a LoRA; returns the name of the LoRA's second file, in kohya's key names."""
+    """Copy a pipeline, or a LoRA; returns the name of the LoRA's second file, in kohya's key names.
+
+    None for a pipeline, and for families whose LoRAs other programs read in diffusers' format.
+    """
     from spo.adapters.files import find
     from spo.backbones.lora import FILE
     from spo.publish import kohya
@@ -145,6 +148,8 @@ def _copy_weights(params: Params, adapter: Path, method: str, content: Path) -> 
     if source.kind == "lora" and source.path.name == FILE:
         content.mkdir()
         shutil.copy(source.path, content / FILE)
+        if params.backbone.family not in kohya.PREFIXES:
+            return None
         webui = re.sub(r"[^\w.-]+|_", "-", f"{params.name}-{method}") + "_webui.safetensors"
         kohya.write(params.backbone, source.weights[0], content / webui)
         return webui

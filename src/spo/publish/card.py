@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from spo.backbones import FAMILIES
 from spo.config import Params, yaml_text
 from spo.methods import method_spec
 from spo.runtime import hub
@@ -45,7 +46,7 @@ def of_training(
     origin: Mapping[str, Any] | None = None,
     lora: bool | None = None,
 ) -> str:
-    """The card of a training with its counts, without passwords of URLs and paths of this machine.
+    """The card of a training, without passwords of URLs and paths of this machine.
 
     Args:
         origin: of released weights, as `released.Released` has it.
@@ -67,7 +68,7 @@ def of_training(
         title=f"{params.name}: {kind} by {method_spec(method).paper}",
         base=public(base.checkpoint),
         revision=base.revision,
-        family="SDXL" if base.family == "sdxl" else "Stable Diffusion",
+        family=FAMILIES[base.family].title,
         terms=terms,
         origin=origin,
         prompts=public(params.prompts.train),

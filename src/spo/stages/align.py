@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -84,6 +85,7 @@ def run(params: Params, method: str) -> None:
                 on_metrics=curve.log,
                 on_resume=resume,
                 watch=watch,
+                ended=lambda: watch is not None and watch.ended is not None,
                 clock=clock,
                 scale_loss=params.backbone.dtype == "fp16",
                 sampler_ema=spec.sampler_ema(section),
@@ -95,12 +97,16 @@ def run(params: Params, method: str) -> None:
         if not distributed.is_main_process():
             return
         curve.write(TRAINING / f"{method}.csv")
-        cost = spec.cost(params, backbone.schedule)
+        iterations, cost = summary["iterations"], spec.cost(params, backbone.schedule)
         facts = result.write(watch, scratch)
+        if watch and watch.ended:
+            facts["ended"] = watch.ended
+            print(f"{objective.name}: ended at iteration {iterations}: {watch.ended}", file=sys.stderr)
         card.write(result.folder, params, method, {**summary, **facts})
-        summary |= {"unet_samples": cost.unet_samples, **facts}
+        computed = round(cost.unet_samples * iterations / objective.iterations)
+        summary |= {"unet_samples": computed, **facts}
         write_json(METRICS / f"align_{method}.json", {**summary, "seconds": round(clock.seconds, 1)})
-        result.log(result.folder, int(summary.get("selected_iteration", objective.iterations)))
+        result.log(result.folder, int(summary.get("selected_iteration", iterations)))
         if section.lora is not None:  # a whole model is too large to be stored twice: DVC has it
             tracked.log_artifact(OUTPUT / method / ADAPTER, "adapter")
         shutil.rmtree(scratch, ignore_errors=True)

@@ -1,6 +1,6 @@
 """Stage `inputs`: pin every external input by its content, so that DVC reruns only affected stages."""
 
-from collections.abc import Mapping
+from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from spo.ingest.manifest import manifest
 from spo.runtime import hub, licence, released
 from spo.runtime.files import write_json
 from spo.stages.common import stage
+from spo.types import NoiseSchedule
 
 OUTPUT = Path("outputs/inputs")
 DEFAULTS = "defaults.json"  # the defaults of keys that params.yaml omits
@@ -43,28 +44,27 @@ def _with_licence(role: str, pin: dict[str, Any]) -> dict[str, Any]:
 
 def check_before_training(params: Params) -> None:
     """Refuse settings that would fail only after hours: a missing oracle, or timesteps that do not exist."""
-    from spo.backbones.description import read_scheduler
+    from spo.backbones.description import schedules
 
     for name in ("preference", "latent_preference"):
         if params.wants(name) and getattr(params, name).local_prompts and params.score.oracle is None:
             raise ValueError(f"{name}.local_prompts: needs score.oracle, which only scenes has; set it to 0")
     try:
-        _, announced = read_scheduler(params.backbone)
+        schedule = schedules(params.backbone)
     except ValueError:  # the next stage says so: it reads the base's tokenizer
         return
     sections = {name: getattr(params, name) for name in ("generate", "preference", "latent_preference")}
     sections |= {f"align.{method}": getattr(params.align, method) for method in config.METHODS}
     for name, section in sections.items():
         if hasattr(section, "num_inference_steps"):
-            _check_timesteps(name, section, announced)
+            _check_timesteps(name, section, schedule)
 
 
-def _check_timesteps(name: str, section: Any, scheduler_config: Mapping[str, Any]) -> None:
-    from spo.diffusion.announced import schedule_of
+def _check_timesteps(name: str, section: Any, schedule_of: Callable[[int], NoiseSchedule]) -> None:
     from spo.methods.stepwise import pairs
 
     try:
-        schedule = schedule_of(scheduler_config, section.num_inference_steps)
+        schedule = schedule_of(section.num_inference_steps)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
     last = float(schedule.train_timesteps.max())

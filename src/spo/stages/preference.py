@@ -185,7 +185,7 @@ def _train(params: Params, task: PreferenceTask, scratch: Path, curve: Curve, cl
         **_accuracy(params, task, pairs["validation"]),
         "n_train": len(pairs["train"]),
         **{k: summary[k] for k in ("updates", "skipped_updates", "training_seconds") if k in summary},
-        "unet_samples": unet_samples(settings),
+        "unet_samples": unet_samples(params.backbone.classifier_free(settings)),
         **facts,
     }
 

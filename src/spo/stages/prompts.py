@@ -61,7 +61,10 @@ def prepare(
     captions = chain.from_iterable(map(sources.read_captions, named))
     paired = {*map(key, evaluation + more)}.intersection(map(key, captions))
     held_out = selected(evaluation, paired)
-    training = selected(train, {*map(key, held_out.prompts)})
+    evaluated = held_out.prompts
+    if section.train == section.evaluation:  # one list for both: what is not evaluated is trained on
+        evaluated = by_hash(evaluated, section.seed)[: section.n_test + section.n_validation]
+    training = selected(train, {*map(key, evaluated)})
     parts = _split(section, training.prompts, held_out.prompts)
     elsewhere = paired | {key(p) for name in ("train", "validation") for p in parts[name]}
     of_suites = {name: selected(lines, elsewhere) for name, lines in suite_lists.items()}
@@ -134,13 +137,16 @@ def _split(section: config.Prompts, train: list[str], evaluation: list[str]) -> 
 
 def _token_counter(params: Params) -> Callable[[str], int]:
     """A function that counts tokens by the base model's tokenizer, start and end tokens included."""
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, CLIPTextConfig
 
     name = params.backbone.described_by
     try:
         hub.check(name)
         tokenizer = AutoTokenizer.from_pretrained(
-            name, subfolder="tokenizer", revision=params.backbone.revision
+            name,
+            subfolder="tokenizer",
+            revision=params.backbone.revision,
+            config=CLIPTextConfig(),  # else it looks for tokenizer/config.json, which no pipeline has
         )
     except (OSError, ValueError) as error:
         raise ValueError(f"backbone.checkpoint: no tokenizer in {name} ({hub.reason(name, error)})") from None

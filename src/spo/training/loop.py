@@ -36,6 +36,7 @@ def fit(
     on_metrics: Log,
     on_resume: Callable[[int], None] = lambda iteration: None,
     watch: Callable[[int, Mapping[str, float]], bool | None] | None = None,
+    ended: Callable[[], bool] = lambda: False,
     clock: Clock | None = None,
     ema: float = 0.0,
     scale_loss: bool = False,
@@ -50,6 +51,7 @@ def fit(
             iterations were logged by a killed process, and are computed again.
         watch: called before training and after each iteration with the number of iterations and its metrics;
             where it is true, the state is saved at once. An error in it ends training.
+        ended: asked before each iteration whether training ends there, the same in all processes.
         clock, ema, scale_loss, sampler_ema: as of TrainingState.
 
     Returns:
@@ -69,7 +71,9 @@ def fit(
     with stop_on_signal() as stopped, bar:
         if watch and first == 0:
             watch(0, {})
-        for done in range(first + 1, total + 1):
+        done = first
+        while done < total and not ended():
+            done += 1
             with state.clock.training(), fast(parameters[0].device):
                 metrics = _iteration(objective, done - 1, state)
             on_metrics(metrics, done)
@@ -81,7 +85,7 @@ def fit(
                 state.save(checkpoints, done)
             if stop:
                 raise KeyboardInterrupt(f"stopped after iteration {done}; run it again to resume from there")
-    return state.finish(max(first, total))
+    return state.finish(done)
 
 
 def _iteration(objective: Objective, iteration: int, state: TrainingState) -> dict[str, float]:

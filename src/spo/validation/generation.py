@@ -52,6 +52,8 @@ def draw(
     size = settings.batch_size
     parts = [slice(start, start + size) for start in range(0, len(prompts), size)]
     done = distributed.broadcast(sum(1 for _ in cache.states()) if cache else 0)
+    if parts[done:]:
+        backbone.remember_prompts(prompts)
     with tqdm(total=len(prompts), desc="generate", unit="image") as bar:
         for state in islice(cache.states(), done) if cache and done else ():
             yield from unpack(state["pixels"])

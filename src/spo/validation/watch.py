@@ -1,4 +1,7 @@
-"""Validation during training: score images of validation prompts at intervals, stop at limits, save the best.
+"""Validation during training: score images of validation prompts at intervals, save the best, end or stop.
+
+A training that gains no more ends (`validation.stop`, `max_clipscore_fall`): its stage succeeds. One that
+passes a limit has collapsed: its stage fails.
 
 Limits and selection use the scorers of `score`, never the preference model or the oracle. Where there is
 an oracle, its scores of the same images are logged for the report. Validation does not change the training:
@@ -7,12 +10,12 @@ its images have seeds of their own.
 Departure from the published methods:
 1. With `validation.select` the weights of the best validation are the result, by a rule that is fixed
    beforehand and the same for every method; the published recipes take the last weights.
+2. With `validation.stop` it also ends the training; the published recipes have a fixed number of iterations.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -51,17 +54,20 @@ class Watch:
     def __post_init__(self) -> None:
         self.good, self.best = SavedModel(self.scratch / "good"), SavedModel(self.scratch / "best")
         self.samples = self.scratch / "samples"  # the images by iteration
-        self._start = self.scratch / "validation.json"  # the scores at the start
+        self._scores = (
+            self.scratch / "validations"
+        )  # what each validation measured, and why it ended the training
+        self.ended: str | None = None  # the reason, in all processes
 
     def resume(self, iteration: int) -> None:
         """Resume from a checkpoint: what was validated later is removed."""
-        if not is_main_process():
-            return
-        self.good.rewind(iteration)
-        self.best.rewind(iteration)
-        for image in sorted(self.samples.glob("*.png")):
-            if int(image.stem) > iteration:
-                image.unlink()
+        if is_main_process():
+            self.good.rewind(iteration)
+            self.best.rewind(iteration)
+            for file in [*self.samples.glob("*.png"), *self._scores.glob("*.json")]:
+                if int(file.stem) > iteration:
+                    file.unlink()
+        self._share(self._validated()[-1]["ended"] if iteration and is_main_process() else None)
 
     def __call__(self, iteration: int, metrics: Mapping[str, float]) -> bool:
         """Validate after some iterations; returns whether it did, as `training.loop.fit` expects.
@@ -81,6 +87,7 @@ class Watch:
             return False
         now = self.validate()
         self._stop(iteration, self._record(iteration, now) if is_main_process() else None)
+        self._share(self._validated()[-1]["ended"] if is_main_process() else None)
         return True
 
     def selected(self) -> Any:
@@ -91,9 +98,9 @@ class Watch:
         """Log and save what was validated; returns the reason to stop if a limit was passed."""
         settings = self.settings
         self._save_image(now.row, iteration)
-        if iteration == 0:
-            write_json(self._start, {"scores": now.scores, "diversity": now.diversity})
-        start = read_json(self._start, "scores at the start")
+        measured = {"scores": now.scores, "diversity": now.diversity}
+        validations = [*(self._validated() if iteration else []), measured]
+        start = validations[0]
         row = {name: fmean(values) for name, values in now.scores.items()} | now.oracle
         gain = None
         if settings.select is not None:
@@ -103,18 +110,37 @@ class Watch:
         reason = limits.scores_passed(
             start["scores"], now.scores, settings.max_fall
         ) or limits.diversity_passed(start["diversity"], now.diversity, settings.min_diversity)
+        ended = self._end([validation["scores"] for validation in validations]) if iteration else None
+        write_json(self._scores / f"{iteration:06d}.json", {**measured, "ended": ended})
         if reason is not None or iteration == 0:
             return reason
         if iteration != self.iterations:
             self.good.save(self.save, iteration)
-        if gain is not None and gain > (self.best.facts() or {"gain": -math.inf})["gain"]:
+        best = self.best.facts()
+        if gain is not None and (best is None or (ended is None and gain > best["gain"])):
             self.best.save(self.save, iteration, gain=gain)
         return None
+
+    def _end(self, scores: Sequence[limits.Scores]) -> str | None:
+        """The reason to end the training after its last validation, else None."""
+        fell = limits.clipscore_fell(scores[0], scores[-1], self.settings.max_clipscore_fall)
+        if fell is not None or not self.settings.stop or self.settings.select is None:
+            return fell
+        return limits.no_better(scores, self.settings.select)
+
+    def _validated(self) -> list[Any]:
+        """What the validations so far measured, in their order."""
+        return [read_json(path, "scores") for path in sorted(self._scores.glob("*.json"))]
 
     def _save_image(self, row: Image.Image, iteration: int) -> None:
         self.samples.mkdir(parents=True, exist_ok=True)
         with atomic(self.samples / f"{iteration:06d}.png") as partial:
             row.save(partial, "PNG")
+
+    def _share(self, ended: str | None) -> None:
+        from spo.training import distributed
+
+        self.ended = distributed.broadcast(ended)
 
     def _stop(self, iteration: int, reason: str | None) -> None:
         """Stop in all processes if the main one has a reason."""

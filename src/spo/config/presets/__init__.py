@@ -4,7 +4,9 @@ A file is complete, or has only what differs from the preset that its key `based
 what `quick` changes.
 """
 
+import re
 from collections.abc import Mapping
+from functools import cache
 from importlib import resources
 from typing import Any
 
@@ -39,9 +41,21 @@ def preset(
     text = _complete(name)
     changes = ([_read("_quick")] if quick else []) + ([own] if own else [])
     changes += [{"device": {"memory": card}}] if card else []
-    return _head(text) + yaml_text.changed(text, *changes) if changes else text
+    if not changes:
+        return text
+    head = text[: text.index("\nname: ") + 1]
+    if quick:
+        head = head.replace(counted(head), counted(_read("_quick"), name))
+    return head + yaml_text.changed(text, *changes)
 
 
+def counted(text: str, name: str = "") -> str:
+    """The line of a preset's head that says what it downloads, its disk space and hours; empty: none."""
+    found = re.search(rf"(?m)^# {name and name + ': '}(downloads .*)", text)
+    return found[1] if found else ""
+
+
+@cache
 def _complete(name: str) -> str:
     """The file of a preset, complete, with the comment at its own head."""
     text = _read(name)
@@ -54,7 +68,3 @@ def _complete(name: str) -> str:
 
 def _read(name: str) -> str:
     return resources.files("spo.config.presets").joinpath(f"{name}.yaml").read_text(encoding="utf-8")
-
-
-def _head(text: str) -> str:
-    return text[: text.index("\nname: ") + 1]
