@@ -119,8 +119,8 @@ def _preference(params: Params, variant: str | None, base: Any, found: Count) ->
     if settings.local_prompts:
         _local(found, trained, settings)
     pairs, seen = _pairs(base, max(2, base.budget.samples // 2)), 0
-    if PAIRS.exists():
-        seen = int(read_json(PAIRS, "summary of the pairs")["labels"]["validation"]["decided"])
+    if PAIRS.exists() and (summary := read_json(PAIRS, "summary of the pairs")):  # empty: there were none
+        seen = int(summary["labels"]["validation"]["decided"])
         found.text += f", {seen} validation pairs at {len(settings.eval_timesteps)} timesteps"
     times = seen * len(settings.eval_timesteps) / len(pairs)
     found.run("evaluation", lambda: trainer.evaluate(trained, pairs, [501], seed=0), times)

@@ -34,16 +34,9 @@ class Sample(NamedTuple):
     method: str
 
 
-def write(
-    folder: Path,
-    params: Params,
-    method: str,
-    trained: Mapping[str, Any],
-    origin: Mapping[str, Any] | None = None,
-    lora: bool | None = None,
-) -> None:
-    """Write the card of a training, or of released weights, to `folder`."""
-    write_text(folder / FILE, of_training(params, method, trained, origin, lora))
+def write(folder: Path, params: Params, method: str, trained: Mapping[str, Any], **released: Any) -> None:
+    """Write the card of a training, or of `released` weights, to `folder`."""
+    write_text(folder / FILE, of_training(params, method, trained, **released))
 
 
 def of_training(
@@ -56,15 +49,11 @@ def of_training(
     """The card of a training, without passwords of URLs and paths of this machine.
 
     Args:
-        trained: counts of the training; its times are omitted.
         origin: of released weights, as `released.Released` has it.
-        lora: whether the weights are a LoRA; None: as params.yaml says.
+        lora: whether these are a LoRA; None: as params.yaml says.
     """
     section, base = getattr(params.align, method), params.backbone
-    lora, terms = (
-        section.lora is not None if lora is None else lora,
-        stated(Path(base.checkpoint)) or base.license,
-    )
+    lora, terms = section.lora is not None if lora is None else lora, stated(base.checkpoint) or base.license
     kind = "LoRA" if lora else "full fine-tune of the UNet"
     data = ModelCardData(
         base_model=base.checkpoint if hub.is_hub_id(base.checkpoint) else None,

@@ -8,9 +8,9 @@ from huggingface_hub import ModelCard
 README = "README.md"
 
 
-def stated(folder: Path) -> str | None:
+def stated(folder: str | Path) -> str | None:
     """The licence in the README of a model's folder, or None."""
-    path = folder / README
+    path = Path(folder) / README
     text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
     if not text.startswith("---\n"):
         return None

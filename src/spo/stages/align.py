@@ -134,7 +134,7 @@ def _take(params: Params, method: str, given: Released, folder: Path, tracked: R
 
     remove(folder)
     kind = adapters.adopt(params.backbone, given.path, folder, device())
-    card.write(folder, params, method, {}, given.origin, lora=kind == "lora")
+    card.write(folder, params, method, {}, origin=given.origin, lora=kind == "lora")
     tracked.set_tags(given.tags())
     if kind == "lora":
         tracked.log_artifact(folder / ADAPTER, "adapter")
