@@ -2,7 +2,6 @@
 
 import copy
 import itertools
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 
 from spo import config
-from spo.backbones import lora
+from spo.backbones import lora, saving
 from spo.backbones.family import Family
 from spo.backbones.features import DownPath
 from spo.runtime.transfer import send
@@ -259,10 +258,12 @@ class StableDiffusion:
     def save_pipeline(self, folder: Path) -> None:
         """Save the complete pipeline for `from_pretrained`, in the precision in which it was loaded."""
         same = self.unet.dtype == self._dtype  # else a copy: training may continue in fp32
-        setattr(self.pipeline, self._text.denoiser, self.unet if same else _on_cpu(self.unet, self._dtype))
+        setattr(
+            self.pipeline, self._text.denoiser, self.unet if same else saving.on_cpu(self.unet, self._dtype)
+        )
         self.pipeline.save_pretrained(folder)
-        _forget_source(folder)
-        _announce(folder / "scheduler/scheduler_config.json", self.scheduler_config)
+        saving.forget_source(folder)
+        saving.announce(folder / "scheduler/scheduler_config.json", self.scheduler_config)
         setattr(self.pipeline, self._text.denoiser, self.unet)
 
     def add_lora(self, settings: config.Lora, seed: int) -> None:
@@ -279,32 +280,3 @@ class StableDiffusion:
 
     def _has_adapter(self) -> bool:
         return bool(getattr(self.unet, "peft_config", None))
-
-
-def _forget_source(folder: Path) -> None:
-    """Remove from the configs of a saved pipeline where it was loaded from, which may be a path."""
-    for file in folder.rglob("*.json"):
-        content = json.loads(file.read_text(encoding="utf-8"))
-        if isinstance(content, dict) and content.keys() & {"_name_or_path", "name_or_path"}:
-            rest = {k: v for k, v in content.items() if k not in ("_name_or_path", "name_or_path")}
-            file.write_text(json.dumps(rest, indent=2) + "\n", encoding="utf-8")
-
-
-def _on_cpu(module: Any, dtype: torch.dtype) -> Any:
-    """A copy of a module with its weights in another precision, for which its device needs no memory."""
-    memo: dict[int, Any] = {}
-    for weight in module.parameters():
-        memo[id(weight)] = torch.nn.Parameter(weight.detach().to(dtype).cpu(), requires_grad=False)
-    for value in module.buffers():
-        memo[id(value)] = value.to(dtype if value.is_floating_point() else value.dtype).cpu()
-    return copy.deepcopy(module, memo)
-
-
-def _announce(file: Path, known: Mapping[str, Any]) -> None:
-    """Announce of the noise schedule what the base did: diffusers writes its class's defaults too.
-
-    For SDXL without `timestep_spacing`, say, these are other timesteps than a reader takes for a missing key.
-    """
-    saved = json.loads(file.read_text(encoding="utf-8"))
-    announced = {key: saved[key] for key in saved if key.startswith("_") or key in known}
-    file.write_text(json.dumps(announced, indent=2) + "\n", encoding="utf-8")
