@@ -21,12 +21,6 @@ CODE = (
 
 def run(params: Params, name: str, suite: str | None = None) -> None:
     """Write outputs/images/NAME, or outputs/images/suites/SUITE/NAME, for the variant `name`."""
-    from spo import adapters
-    from spo.training import budget, distributed
-    from spo.training.checkpoint import CheckpointStore
-    from spo.training.distributed import device
-    from spo.validation.generation import draw, each_image, save
-
     variant: Variant | None = getattr(params.generate, name)
     title = run_name(name, suite)
     if variant is None:
@@ -34,6 +28,12 @@ def run(params: Params, name: str, suite: str | None = None) -> None:
             folder = of_suite(OUTPUT, suite) / name
             write_nothing(f"generate {title}", f"generate.{name} is null", [folder], {})
         return
+    from spo import adapters
+    from spo.training import budget, distributed
+    from spo.training.checkpoint import CheckpointStore
+    from spo.training.distributed import device
+    from spo.validation.generation import draw, each_image, save
+
     file = _prompts_file(params, suite)
     lines = read_text(file, f"{suite or params.generate.split} prompts").splitlines()
     if not lines:
