@@ -55,7 +55,7 @@ def run(rounds: int, page: Path) -> None:
 def _sizes(params: Params) -> str:
     from benchmarks.spo import SHORT
 
-    steps, first, how = SHORT["num_inference_steps"], SHORT["divert_start_step"], params.align.spo
+    steps, first, how = SHORT["num_inference_steps"], SHORT["divert_start_step"], params.align.section("spo")
     return (
         f"Models of the default experiment. SPO: {steps} denoising steps, candidates after the first "
         f"{first}, K = {how.candidates}, {PROMPTS} prompts, all pairs valid, {how.batch_size} per update. "

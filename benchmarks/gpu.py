@@ -69,7 +69,7 @@ def cases(name: str, words: Any, tiny: bool, device: str, dtype: torch.dtype) ->
 def kinds(loaded: models.Models, device: str) -> tuple[dict[str, float], dict[str, int]]:
     """Seconds and FLOPs of one sample of each kind of work, with an adapter on the UNet."""
     backbone, spm = loaded.backbone, loaded.spm
-    lora = loaded.params.align.spo.lora
+    lora = loaded.params.align.section("spo").lora
     assert lora is not None
     down = backbone.feature_model()
     backbone.add_lora(lora, models.SEED)

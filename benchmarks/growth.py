@@ -114,7 +114,7 @@ def peak_of(run: Run) -> float:
 
 
 def _stored_pairs(models: Models, sizes: Sequence[int]) -> Curve:
-    settings = models.params.align.diffusion_dpo
+    settings = models.params.align.section("diffusion_dpo")
     assert settings.lora is not None
     backbone = models.backbone
     backbone.add_lora(settings.lora, SEED)

@@ -42,7 +42,7 @@ def cases(models: Models, prompts: int, steps: int, tolerance: float = 1e-4) -> 
     """A rollout with a latent reward model of random heads."""
     changes = {"threshold": 0.0, "threshold_end": None, "iterations": 1}
     changes |= {"prompts_per_iteration": prompts, "num_inference_steps": steps}
-    settings = models.params.align.lpo.model_copy(update=changes)
+    settings = models.params.align.section("lpo").model_copy(update=changes)
     assert settings.lora is not None and prompts * settings.candidates <= 64
     backbone, guidance = models.backbone, models.params.latent_preference.feature_guidance
     torch.manual_seed(SEED)

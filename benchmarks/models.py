@@ -12,8 +12,8 @@ from torch import Tensor
 from spo import backbones, config
 from spo.backbones.stable_diffusion import StableDiffusion
 from spo.diffusion.noise import generator
-from spo.diffusion.schedule import Schedule
 from spo.preference.model import StepAwarePreferenceModel, load_tokenizer
+from spo.types import NoiseSchedule
 
 SEED = 0
 
@@ -28,9 +28,8 @@ class Models:
     params: config.Params
     prompts: list[str]
 
-    def schedule(self, steps: int) -> Schedule:
-        schedule = Schedule.from_config(self.backbone.scheduler_config, steps)
-        return schedule.to(self.backbone.device)
+    def schedule(self, steps: int) -> NoiseSchedule:
+        return self.backbone.schedule(steps).to(self.backbone.device)
 
     def some_prompts(self, count: int) -> list[str]:
         return [self.prompts[i % len(self.prompts)] for i in range(count)]
@@ -41,7 +40,7 @@ def load(params: config.Params) -> Models:
     backbone = backbones.load(params.backbone, "cpu")
     name = params.preference.init
     spm = StepAwarePreferenceModel.from_clip(name).eval().requires_grad_(False)
-    prompts = Path(params.prompts.train).read_text(encoding="utf-8").splitlines()
+    prompts = Path(str(params.prompts.train)).read_text(encoding="utf-8").splitlines()
     return Models(backbone, spm, load_tokenizer(name), params, prompts)
 
 

@@ -73,9 +73,9 @@ class Official:
     def predict(self, unet: Any, x_t: Tensor, timesteps: Tensor, text: Conditioning) -> Tensor:
         """The guided prediction [B,C,h,w]."""
         both = Conditioning.cat([self.empty.repeat(len(x_t)), text])
-        arguments = self.models.backbone._text.unet_arguments(both)
         x_t = torch.cat([x_t, x_t]).to(unet.dtype)
-        noise = unet(x_t, torch.cat([timesteps, timesteps]), return_dict=False, **arguments)[0].float()
+        run = self.models.backbone._text.run
+        noise = run(unet, x_t, torch.cat([timesteps, timesteps]), both).float()
         unconditional, conditional = noise.chunk(2)
         return unconditional + self.settings.guidance * (conditional - unconditional)
 

@@ -18,6 +18,7 @@ from spo import config
 from spo.data.latents import EncodedPairs
 from spo.diffusion.denoiser import is_guided
 from spo.diffusion.noise import generator, shuffled
+from spo.diffusion.schedule import Schedule
 from spo.methods.diffusion_dpo import DiffusionDpoMethod
 from spo.preference.model import token_ids
 from spo.preference.step_aware import StepAwareTask
@@ -57,8 +58,8 @@ class Plain:
 
     def predict(self, unet: Any, x_t: Tensor, timesteps: Tensor, prompts: list[str]) -> Tensor:
         with torch.no_grad():
-            text = self.backbone._text.unet_arguments(self.backbone.encode_prompts(prompts))
-        return unet(x_t.to(self.backbone.unet.dtype), timesteps, return_dict=False, **text)[0].float()
+            text = self.backbone.encode_prompts(prompts)
+        return self.backbone._text.run(unet, x_t.to(self.backbone.unet.dtype), timesteps, text).float()
 
 
 def _finish(
@@ -83,7 +84,9 @@ def diffusion_dpo(models: Models, count: int, tolerance: float = 1e-4) -> Iterat
     """An update, against the order of work of Diffusion-DPO's train.py: images are encoded at every visit,
     the reference is a second UNet. This package encodes each image once, before training, which is not in
     its time."""
-    settings = models.params.align.diffusion_dpo.model_copy(update={"batch_size": count, "iterations": 1})
+    settings = models.params.align.section("diffusion_dpo").model_copy(
+        update={"batch_size": count, "iterations": 1}
+    )
     assert settings.lora is not None
     schedule, plain = models.schedule(20), Plain(models)
     reference = copy.deepcopy(plain.unet).requires_grad_(False)
@@ -102,7 +105,7 @@ def diffusion_dpo(models: Models, count: int, tolerance: float = 1e-4) -> Iterat
     sides = [images[i] if pairs.label_0[i] > 0.5 else images[i].flip(0) for i in order]
     chosen = torch.stack(sides).transpose(0, 1).flatten(0, 1)  # winners, then losers
     (((batch,),), _) = method.collect(models.backbone, 0)
-    assert schedule.prediction_type == "epsilon"
+    assert isinstance(schedule, Schedule) and schedule.prediction_type == "epsilon"
     noise, timesteps = batch.target_win.repeat(2, 1, 1, 1), batch.timesteps
 
     def usual() -> Tensor:

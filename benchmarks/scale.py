@@ -126,7 +126,7 @@ def weights() -> list[list[str]]:
     """Parameters at the real sizes, counted on the meta device; bytes in fp32."""
     rows = []
     for preset in PARAMETERS:
-        lora = load_params(preset).align.spo.lora
+        lora = load_params(preset).align.section("spo").lora
         unet = _unet(preset)
         adapter = sum(
             lora.rank * (layer.in_features + layer.out_features)
@@ -195,7 +195,7 @@ def _update(rank: int, port: int, size: int, queue: Any) -> None:
     from spo.training.state import TrainingState
 
     objective: Any = Squares(size)
-    settings = load_params("smoke").align.spo.optimizer
+    settings = load_params("smoke").align.section("spo").optimizer
     state = TrainingState(objective.parameters(), settings, 0.0, False)
     PartialState._reset_state()  # the parent's, of one process
     distributed.state()

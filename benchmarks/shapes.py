@@ -20,9 +20,9 @@ from transformers import (
 )
 
 from benchmarks.models import SEED, Models
+from spo import backbones
 from spo.api import load_params
 from spo.backbones.stable_diffusion import StableDiffusion
-from spo.backbones.text import text_of
 from spo.preference.model import StepAwarePreferenceModel
 
 DDIM = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False}
@@ -117,7 +117,7 @@ def load(
         pipeline = _pipeline(shape, words)
         spm = StepAwarePreferenceModel(_clip(words, *(TINY_CLIP if tiny or small_model else VIT_H)))
     pipeline.to(device=device, dtype=dtype)
-    text = text_of(pipeline, FAMILIES[name] == "sdxl")
+    text = backbones.FAMILIES[FAMILIES[name]](pipeline)
     backbone = StableDiffusion(pipeline, text, False, dict(pipeline.scheduler.config))
     spm = spm.to(device).eval().requires_grad_(False)
     return Models(backbone, spm, words, params, PROMPTS)

@@ -30,7 +30,7 @@ def settings(models: Models, prompts: int, **changes: Any) -> config.Spo:
     """The experiment's SPO with all pairs valid, one iteration, and one step between scorings."""
     always = {"threshold": 0.0, "threshold_end": None, "iterations": 1, "inner_steps": 1}
     always |= {"prompts_per_iteration": prompts}
-    return models.params.align.spo.model_copy(update={**always, **changes})
+    return models.params.align.section("spo").model_copy(update={**always, **changes})
 
 
 class Ours:

@@ -91,7 +91,7 @@ def pipeline(
             finally:
                 parent.set_tags({f"dvc.{row['stage']}": row["result"] for row in done})
                 runs.close_parent(parent, params.model_dump(), status, [row["stage"] for row in done])
-                delivery.sync(params.tracking)
+                delivery.sync(params.tracking, stopped=status == "KILLED")
             publish(done, params.tracking)
             if push:
                 push_to(push)
@@ -117,7 +117,7 @@ def run_stages(processes: int, force: bool, parent: str, done: list[dict[str, An
         StageError: of the stage that failed, when those beside it have ended.
     """
     needs = stages()
-    number, why = parallel.jobs_for(None, processes)
+    number, why = parallel.jobs_for(None, processes, needs)
     get_run_logger().info(f"{len(needs)} stages, up to {number} in parallel ({why})")
 
     def start(stage: str, share: int) -> Future[Any]:

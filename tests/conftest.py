@@ -1,14 +1,17 @@
 """For all tests: no network, no state of the person who runs them, few threads."""
 
+import gc
 import logging
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import surroundings
 
+gc.disable()  # until all is imported: the search for garbage would take a third of that time
 surroundings.neutral()
 BEFORE, LEFT = pytest.StashKey[dict[str, tuple[int, int]]](), pytest.StashKey[list[str]]()
 
@@ -40,9 +43,28 @@ def log_handlers() -> Iterator[None]:
             root.removeHandler(handler)
 
 
+@pytest.fixture(scope="session")
+def fresh_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An MLflow store without runs, to be copied: its tables take MLflow seconds."""
+    from spo.tracking.store import Store
+
+    path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
+    Store(f"sqlite:///{path}").connect()
+    return path
+
+
 FIRST = "tests/smoke/test_dag.py"  # it makes the DAG's run that all of tests/smoke share
 TOGETHER = {"tests/flows/test_schedules.py", "tests/flows/test_deployments.py"}  # they share a Prefect server
 SHARED = {"clone", "first", "project", "shared"}  # that run, and `experiments.settled`
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, Any, Any]:
+    """Modules that are imported by now are not searched for garbage any more."""
+    result = yield
+    gc.freeze()
+    gc.enable()
+    return result
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -83,6 +105,7 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session) -> None:
+    gc.unfreeze()  # else libraries that look for leaks at the end report all that was imported
     if not hasattr(session.config, "workerinput"):
         left = session.config.stash[LEFT] = surroundings.left(session.config.stash[BEFORE])
         surroundings.forget()

@@ -28,7 +28,7 @@ def load_params(source: str | Path = "params.yaml", changes: Mapping[str, Any] |
     """Read the parameters of an experiment.
 
     Args:
-        source: a params.yaml, or the name of a preset: scenes, smoke, sd15, sdxl.
+        source: a params.yaml, or the name of a preset, such as scenes, sd15 or sdxl.
         changes: values by dotted key, such as {"align.spo.iterations": 100}.
 
     Raises:
@@ -133,11 +133,12 @@ def train(
     from spo import backbones
     from spo.ingest.selection import check_vocabulary
     from spo.methods import spo as method
+    from spo.runtime.fingerprint import resume_folder
     from spo.training import budget, distributed, loop, optimizer
     from spo.training.alignment import Alignment, make_trainable, save
     from spo.training.checkpoint import CheckpointStore
 
-    section, output = params.align.spo, Path(output)
+    section, output = params.align.section("spo"), Path(output)
     _check_prompts(prompts)
     if params.prompts.vocabulary is not None:
         check_vocabulary(list(prompts), Path(params.prompts.vocabulary))
@@ -147,7 +148,9 @@ def train(
     backbone = backbones.load(params.backbone, distributed.device(), budget.of(params, "spo"))
     built = method.build(params, backbone, Path(preference_model), prompts)
     make_trainable(backbone, section.lora, params.seed)
-    checkpoints = CheckpointStore(_resume_folder(params, prompts, Path(preference_model)))
+    made_from = [Path(preference_model), Path(params.backbone.checkpoint)]
+    scratch = resume_folder("train", [params.seed, params.backbone, section, *prompts], made_from, CODE)
+    checkpoints = CheckpointStore(scratch)
     loop.fit(
         Alignment("align.spo", backbone, built),
         section.optimizer,
@@ -170,14 +173,6 @@ def _check_prompts(prompts: Sequence[str]) -> None:
     for number, prompt in enumerate(prompts, start=1):
         if reason := flaw(prompt) if clean(prompt) else "no text":
             raise ValueError(f"prompt {number} has {reason}; it cannot be encoded")
-
-
-def _resume_folder(params: Params, prompts: Sequence[str], preference_model: Path) -> Path:
-    from spo.runtime.fingerprint import resume_folder
-
-    inputs = [preference_model, Path(params.backbone.checkpoint)]
-    sections: list[Any] = [params.seed, params.backbone, params.align.spo, *prompts]
-    return resume_folder("train", sections, inputs, CODE)
 
 
 def judge(

@@ -1,6 +1,6 @@
 """The types that stages, methods and models share. Imports nothing of the package.
 
-Shapes: images [B,3,H,W] in [-1,1]; latents [B,C,h,w]; timesteps int64 [B].
+Shapes: images [B,3,H,W] in [-1,1]; latents [B,C,h,w]; timesteps [B], int64 for DDPM and float32 for flows.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -56,7 +56,7 @@ class Batch:
     """P weighted pairs: one optimizer update, or a part of one whose gradients are accumulated."""
 
     weight: Tensor  # [P], 0 for padding
-    timesteps: Tensor  # int64 [B], B >= P; the first P are the pairs'
+    timesteps: Tensor  # [B], B >= P; the first P are the pairs'
     prompts: Sequence[str] = ()  # of the P pairs, for messages
 
 
@@ -69,10 +69,17 @@ class UNetBatch(Batch):
 
     x_t: Tensor  # [B,C,h,w]
     conditioning: Conditioning  # B samples
+    first: bool = False  # of the first update, where a method measures the gauges FIRST_UPDATE too
+
+
+FIRST_UPDATE = "first_update/"  # how names of metrics begin whose largest value counts, logged once
 
 
 class Mean(NamedTuple):
-    """A metric as values [P] and the weights [P] of their mean over parts of a batch and processes."""
+    """A metric as values [P] and the weights [P] of their mean over parts of a batch and processes.
+
+    Of a metric of FIRST_UPDATE it is the largest value with weight.
+    """
 
     values: Tensor
     weights: Tensor
@@ -90,10 +97,67 @@ class PreferencePair:
     weight: float = 1.0  # 1 / num_example_per_prompt
 
 
+class Step(NamedTuple):
+    """What a sampler step from x_t to x_t' needs of a noise schedule; all [B,1,1,1], fp32.
+
+    In the form in which each schedule loses no digits.
+    """
+
+    signal: Tensor  # at the end of the step
+    noise_variance: Tensor  # at the end of the step, noise'^2; 0 after the last step
+    noise_variance_before: Tensor  # at its start, noise^2
+    added_variance: Tensor  # of q(x_t | x_t'): noise^2 - (signal / signal')^2 noise'^2
+
+
+class NoiseSchedule(Protocol):
+    """A Gaussian path x_t = signal x_0 + noise eps, and the timesteps of one sampler run on it.
+
+    Timesteps are opaque outside: int64 for discrete DDPM, float32 for flows.
+    """
+
+    timesteps: Tensor  # [N], descending
+
+    @property
+    def train_timesteps(self) -> Tensor:
+        """[T], those that the model was trained with; a uniform draw of them is a draw for training."""
+        ...
+
+    def to(self, device: torch.device | str) -> Self:
+        """The same schedule with its tensors on `device`."""
+        ...
+
+    def signal(self, timesteps: Tensor) -> Tensor:
+        """The factor of x_0 at timesteps [B], as [B,1,1,1]."""
+        ...
+
+    def noise(self, timesteps: Tensor) -> Tensor:
+        """The factor of eps at timesteps [B], as [B,1,1,1]."""
+        ...
+
+    def step(self, timesteps: Tensor) -> Step:
+        """The sampler step that starts at timesteps [B], which may differ in the batch."""
+        ...
+
+    def training_target(self, x0: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """What the model's output at add_noise(x0, noise, timesteps) should be [B,C,h,w]."""
+        ...
+
+    def predict(self, model_output: Tensor, timesteps: Tensor, x_t: Tensor) -> tuple[Tensor, Tensor]:
+        """The x_0 and eps [B,C,h,w] that a model output at x_t stands for."""
+        ...
+
+    def predict_x0(self, model_output: Tensor, timesteps: Tensor, x_t: Tensor) -> Tensor:
+        """The x_0 [B,C,h,w] that a model output at x_t stands for."""
+        return self.predict(model_output, timesteps, x_t)[0]
+
+    def add_noise(self, x0: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """x_t = signal x_0 + noise eps; all [B,C,h,w]."""
+        return self.signal(timesteps) * x0 + self.noise(timesteps) * noise
+
+
 class Backbone(Protocol):
     """A text-to-image latent diffusion model. Nothing outside `backbones/` knows its family."""
 
-    scheduler_config: Mapping[str, Any]
     latent_shape: tuple[int, int, int]
     image_size: tuple[int, int]  # H, W
     budget: Budget
@@ -101,7 +165,23 @@ class Backbone(Protocol):
     @property
     def device(self) -> torch.device: ...
 
+    def schedule(self, num_inference_steps: int) -> NoiseSchedule:
+        """The model's noise schedule for a sampler of so many steps, on the CPU."""
+        ...
+
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning: ...
+
+    def remember_prompts(self, prompts: Sequence[str]) -> None:
+        """Encode prompts that a stage will use, before the denoiser needs the device's memory.
+
+        Does nothing where the text encoders are small.
+        """
+        ...
+
+    def guided(self, conditioning: Conditioning, guidance: float) -> tuple[Conditioning, float]:
+        """The text with what the model takes of a guidance scale as an input, and the scale of
+        classifier-free guidance that is left: all of it for most models."""
+        ...
 
     def empty_prompt(self) -> Conditioning:
         """The empty prompt, encoded once."""
@@ -150,8 +230,8 @@ class Candidates:
     """N candidates for the next latent, or some of them."""
 
     latents: Tensor  # [N,C,h,w], with the noise of `timesteps`
-    timesteps: Tensor  # int64 [N], of the noise that is left in the latents; 0 after the last step
-    step_timesteps: Tensor  # int64 [N], of the denoising step that drew them: one noisier than `timesteps`
+    timesteps: Tensor  # [N], of the noise that is left in the latents; 0 after the last step
+    step_timesteps: Tensor  # [N], of the denoising step that drew them: one noisier than `timesteps`
     # [N,3,H,W] around [-1,1], decoded from the x_0 that the UNet predicts from each; None: not needed
     images: Tensor | None
 
@@ -212,7 +292,11 @@ class Method(Protocol):
         ...
 
     def loss(self, policy: Tensor, reference: Tensor, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        """Losses [P] and metrics [P] of the UNet outputs [B,C,h,w] of policy and reference at batch.x_t."""
+        """Losses [P] and metrics [P] of the UNet outputs [B,C,h,w] of policy and reference at batch.x_t.
+
+        In the first update policy and reference are the same; with batch.first there are metrics of
+        FIRST_UPDATE, by how much they differ.
+        """
         ...
 
 

@@ -1,5 +1,7 @@
 """Adapters of every trainer against the same changes merged into the weights by hand."""
 
+import copy
+import functools
 import json
 import math
 
@@ -8,8 +10,6 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 from rounding import assert_same
-
-from spo.adapters import load_lora
 
 PROMPTS = ["a red circle", ""]
 
@@ -24,6 +24,21 @@ def predict(backbone, **how) -> torch.Tensor:
     x_t = torch.randn(2, *backbone.latent_shape, generator=generator)
     with torch.no_grad():
         return backbone.predict(x_t, torch.tensor([21, 801]), backbone.encode_prompts(PROMPTS), **how)
+
+
+@pytest.fixture(scope="module")
+def merged_by_hand(loaded):
+    """By family: changes of all layers of the UNet, and what the base predicts without and with them."""
+
+    @functools.cache
+    def merged_by_hand(family: str):
+        backbone = copy.deepcopy(loaded[family])
+        adapter = adapters.changes(backbone.unet, adapters.layers(backbone.unet))
+        base = predict(backbone)
+        adapters.merge(backbone.unet, adapter)
+        return adapter, base, predict(backbone)
+
+    return merged_by_hand
 
 
 def kohya(folder, adapter):
@@ -84,15 +99,10 @@ FORMATS = [
 
 
 @pytest.mark.parametrize("write", FORMATS)
-def test_every_layer_has_its_own_strength(load, family, tmp_path, write) -> None:
+def test_every_layer_has_its_own_strength(load, merged_by_hand, family, tmp_path, write) -> None:
     """All linear and convolution layers of the UNet, ranks 1 to 3, alpha / rank from 1/4 to 4."""
-    merged, backbone = load(family), load(family)
-    adapter = adapters.changes(merged.unet, adapters.layers(merged.unet))
-    base = predict(merged)
-    adapters.merge(merged.unet, adapter)
-    expected = predict(merged)
-
-    said = load_lora(backbone, write(tmp_path, adapter))
+    backbone, (adapter, base, expected) = load(family), merged_by_hand(family)
+    said = adapters.load_lora(backbone, write(tmp_path, adapter))
     assert f"changes {len(adapter)} layers of the unet" in said
     assert_same(predict(backbone), expected, backbone.unet)
     assert (expected - base).abs().max() > 0.1
@@ -110,7 +120,7 @@ def test_the_old_attention_processor_format_has_strength_one(load, family, tmp_p
         attention, _, layer = name.removesuffix(".0").rpartition(".")
         key = f"{attention}.processor.{layer}_lora"
         state |= {f"{key}.down.weight": change.down, f"{key}.up.weight": change.up}
-    load_lora(backbone, adapters.write(tmp_path / "pytorch_lora_weights.safetensors", state))
+    adapters.load_lora(backbone, adapters.write(tmp_path / "pytorch_lora_weights.safetensors", state))
     assert_same(predict(backbone), predict(merged), backbone.unet)
 
 
@@ -123,12 +133,12 @@ def test_rank_stabilised_lora_is_divided_by_the_root_of_its_rank(
     adapters.merge(merged.unet, adapter, lambda change: change.alpha / math.sqrt(change.rank))
     plain = adapters.settings
     monkeypatch.setattr(adapters, "settings", lambda adapter: plain(adapter, use_rslora=True))
-    load_lora(backbone, write(tmp_path, adapter))
+    adapters.load_lora(backbone, write(tmp_path, adapter))
     assert_same(predict(backbone), predict(merged), backbone.unet)
 
 
 @pytest.mark.parametrize("more", [{}, {"use_rslora": True}, {"use_dora": True}])
-def test_what_peft_saves_is_what_peft_computes(load, family, tmp_path, more) -> None:
+def test_what_peft_saves_is_what_peft_computes(load, merged_by_hand, family, tmp_path, more) -> None:
     from peft import LoraConfig, get_peft_model
 
     theirs, backbone = load(family), load(family)
@@ -150,9 +160,10 @@ def test_what_peft_saves_is_what_peft_computes(load, family, tmp_path, more) -> 
             elif "lora_" in name:
                 parameter.mul_(0.3)
     model.save_pretrained(tmp_path)
-    load_lora(backbone, tmp_path)
-    assert_same(predict(backbone), predict(theirs), backbone.unet)
-    assert (predict(theirs) - predict(load(family))).abs().max() > 0.01
+    adapters.load_lora(backbone, tmp_path)
+    expected, (_, base, _) = predict(theirs), merged_by_hand(family)
+    assert_same(predict(backbone), expected, backbone.unet)
+    assert (expected - base).abs().max() > 0.01
 
 
 def test_kohyas_dora_has_the_rows_norms(load, family, tmp_path) -> None:
@@ -169,7 +180,7 @@ def test_kohyas_dora_has_the_rows_norms(load, family, tmp_path) -> None:
             magnitude = norm * (0.7 + 0.6 * torch.rand(norm.shape, generator=generator))
             weight *= magnitude / norm
             state[f"lora_unet_{name.replace('.', '_')}.dora_scale"] = magnitude
-    load_lora(backbone, adapters.write(tmp_path / "dora.safetensors", state))
+    adapters.load_lora(backbone, adapters.write(tmp_path / "dora.safetensors", state))
     assert_same(predict(backbone), predict(merged), backbone.unet)
 
 
@@ -190,7 +201,7 @@ def test_locon_in_tuckers_form(load, family, tmp_path) -> None:
         key = "lora_unet_" + layer.replace(".", "_")
         state |= {f"{key}.lora_down.weight": down, f"{key}.lora_mid.weight": middle}
         state |= {f"{key}.lora_up.weight": up, f"{key}.alpha": torch.tensor(1.5)}
-    load_lora(backbone, adapters.write(tmp_path / "tucker.safetensors", state))
+    adapters.load_lora(backbone, adapters.write(tmp_path / "tucker.safetensors", state))
     assert torch.allclose(predict(backbone), predict(merged), atol=1e-4)
 
 
@@ -203,7 +214,7 @@ def test_matrices_and_kernels_of_one_are_the_same(load, family, tmp_path) -> Non
     for key, value in state.items():
         if value.ndim:
             state[key] = value[:, :, 0, 0] if value.ndim == 4 else value[:, :, None, None]
-    load_lora(backbone, adapters.write(tmp_path / "shapes.safetensors", state))
+    adapters.load_lora(backbone, adapters.write(tmp_path / "shapes.safetensors", state))
     assert_same(predict(backbone), predict(merged), backbone.unet)
 
 
@@ -241,7 +252,7 @@ def test_text_encoders_are_adapted_each_layer_at_its_strength(load, family, tmp_
                 state |= {f"{key}.lora_linear_layer.up.weight": change.up}
                 state |= {f"{key}.alpha": torch.tensor(change.alpha)}
     before = encoded(backbone)
-    said = load_lora(backbone, adapters.write(tmp_path / "text.safetensors", state))
+    said = adapters.load_lora(backbone, adapters.write(tmp_path / "text.safetensors", state))
     assert "layers of the text_encoder" in said and "unet" not in said
     after, expected = encoded(backbone), encoded(merged)
     for name, value in expected.items():
@@ -264,7 +275,7 @@ def test_a_uniform_adapter_is_that_of_diffusers_pipeline(load, family, checkpoin
 
     pipe = DiffusionPipeline.from_pretrained(checkpoints[family])
     pipe.load_lora_weights(file)
-    load_lora(backbone, file)
+    adapters.load_lora(backbone, file)
     with torch.no_grad():
         embeddings = pipe.encode_prompt(
             PROMPTS, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=False
@@ -287,12 +298,12 @@ def test_the_original_names_at_the_real_sizes(words) -> None:
     """As kohya's files of SD 1.5 and SDXL have them; the first block up of SD 1.5 has no attention."""
     import real_sizes
 
-    from spo.adapters.names import LayerNames, original_names
+    from spo.adapters.names import layer_names, original_names, spelling
 
     with torch.device("meta"):
         small, large = real_sizes.sd15(words).unet, real_sizes.sdxl(words).unet
     assert original_names(small)["output_blocks.2.1.conv"] == "up_blocks.0.upsamplers.0.conv"
-    names = LayerNames(large)
+    names = layer_names(large)
     expected = {
         "input_blocks_4_1_transformer_blocks_0_attn1_to_q": (
             "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
@@ -309,5 +320,7 @@ def test_the_original_names_at_the_real_sizes(words) -> None:
         ),
         "label_emb_0_2": "add_embedding.linear_2",
     }
-    assert {alias: names.find(alias) for alias in expected} == expected
-    assert len(set(original_names(large).values()) & set(names.modules)) == len(names.modules) == 794
+    assert {alias: names.get(spelling(alias)) for alias in expected} == expected
+    layers = set(adapters.layers(large))
+    assert set(names.values()) == layers and layers <= set(original_names(large).values())
+    assert len(layers) == 794

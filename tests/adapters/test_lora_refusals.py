@@ -9,7 +9,6 @@ from safetensors.torch import save_file
 
 from spo import backbones, config
 from spo.adapters import load as load_adapted
-from spo.adapters import load_lora
 
 Q = "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
 KEY = "lora_unet_" + Q.replace(".", "_")
@@ -28,7 +27,7 @@ def good(backbone) -> dict[str, torch.Tensor]:
 
 def refused(backbone, path, message: str) -> None:
     with pytest.raises(ValueError, match=message) as error:
-        load_lora(backbone, path)
+        adapters.load_lora(backbone, path)
     assert str(path.name) in str(error.value) and "\n" not in str(error.value)
     assert not getattr(backbone.unet, "peft_config", None)
 
@@ -192,13 +191,13 @@ def test_unsupported_settings_of_peft_are_refused(backbone, tmp_path, key) -> No
     file = adapters.write(tmp_path / "adapter_model.safetensors", state)
     path = tmp_path / "adapter_config.json"
     with pytest.raises(ValueError, match="put that file beside this one"):
-        load_lora(backbone, file)
+        adapters.load_lora(backbone, file)
     path.write_text(json.dumps(adapters.settings(adapter, **{key: value})))
     with pytest.raises(ValueError, match=f"adapter_(config.json|model.safetensors): .*{message}"):
-        load_lora(backbone, file)
+        adapters.load_lora(backbone, file)
     path.write_text("{")
     with pytest.raises(ValueError, match="adapter_config.json: not valid JSON"):
-        load_lora(backbone, file)
+        adapters.load_lora(backbone, file)
 
 
 def test_two_announced_strengths_that_differ_are_refused(backbone, good, tmp_path) -> None:

@@ -12,6 +12,7 @@ from rounding import assert_same
 from safetensors.torch import load_file, save_file
 
 from spo import backbones, cli, config
+from spo.adapters import files, unet
 from spo.adapters import load as load_adapted
 from spo.data.images import load_images
 
@@ -98,8 +99,12 @@ def refused(attempt, path, message: str) -> None:
     assert "\n" not in str(error.value)
 
 
-def test_a_unet_of_another_architecture_is_refused(aligned, tuned, tmp_path) -> None:
-    folder, *_ = tuned
+def test_a_unet_of_another_architecture_is_refused(load, family, tuned, tmp_path) -> None:
+    (folder, *_), base = tuned, load(family).unet
+
+    def aligned(path) -> None:
+        unet.load(base, files.find(path).weights)
+
     settings = json.loads((folder / "config.json").read_text())
     for key, value in (("sample_size", 96), ("cross_attention_dim", 2048), ("time_cond_proj_dim", 256)):
         (folder / "config.json").write_text(json.dumps({**settings, key: value}))

@@ -1,5 +1,6 @@
 """Adapters that spo saved load here and in diffusers; those that do not fit the base are refused."""
 
+import adapters
 import pytest
 import torch
 from checkpoints import inputs, predict, pretend_training
@@ -8,7 +9,6 @@ from rounding import assert_same
 from safetensors.torch import load_file, save_file
 
 from spo import config
-from spo.adapters import load_lora
 from spo.backbones import lora
 
 LORA = config.Lora(rank=2, alpha=6)  # alpha is not the rank, so a lost scale shows
@@ -31,7 +31,7 @@ def test_saved_adapter_loads_here_and_in_diffusers(load, family, checkpoints, tm
 
     for path in (tmp_path, tmp_path / lora.FILE):
         again = load(family)
-        load_lora(again, path)
+        adapters.load_lora(again, path)
         assert_same(predict(again), expected, backbone.unet)
         assert again.trainable_parameters() == []
 
@@ -55,7 +55,6 @@ def test_an_adapter_that_does_not_fit_is_refused(load, family, tmp_path) -> None
         "wide": {k: torch.cat([v, v], dim=1) if k == first else v for k, v in good.items()},
         "more": {**good, unknown: good[first].clone()},
         "text": {**good, "text_encoder.layers.0.lora_A.weight": good[first].clone()},
-        "base": {"conv_in.weight": torch.zeros(2, 2)},
     }
     for name, state in bad.items():
         save_file(state, tmp_path / f"{name}.safetensors")
@@ -63,24 +62,23 @@ def test_an_adapter_that_does_not_fit_is_refused(load, family, tmp_path) -> None
 
     refused(
         "wide.safetensors: does not fit the unet: ",
-        lambda: load_lora(load(family), tmp_path / "wide.safetensors"),
+        lambda: adapters.load_lora(load(family), tmp_path / "wide.safetensors"),
     )
     refused(
         "more.safetensors: does not fit the unet, which has no layer for unet.down_blocks.7",
-        lambda: load_lora(load(family), tmp_path / "more.safetensors"),
+        lambda: adapters.load_lora(load(family), tmp_path / "more.safetensors"),
     )
     messages = {
         "text.safetensors": "does not fit the text_encoder, which has no layer for text_encoder.layers.0",
-        "base.safetensors": "contains a unet, not a LoRA",
         "truncated.safetensors": "cannot be read as weights",
         "nowhere": "no such file or folder; give a LoRA",
     }
     for name, message in messages.items():
-        refused(f"{name}: {message}", lambda name=name: load_lora(load(family), tmp_path / name))
+        refused(f"{name}: {message}", lambda name=name: adapters.load_lora(load(family), tmp_path / name))
 
 
 def test_the_adapter_of_the_other_family_is_refused(load, family, tmp_path) -> None:
     other = load({"sd": "sdxl", "sdxl": "sd"}[family])
     other.add_lora(LORA, seed=0)
     other.save_lora(tmp_path)
-    refused("does not fit the unet", lambda: load_lora(load(family), tmp_path))
+    refused("does not fit the unet", lambda: adapters.load_lora(load(family), tmp_path))

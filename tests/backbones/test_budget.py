@@ -211,6 +211,7 @@ def test_an_empty_prompt_is_encoded_once(load) -> None:
     encode, backbone._text = backbone._text, None
     backbone._text = lambda prompts: (next(calls), encode(prompts))[1]
     backbone._text.encoders = encode.encoders
+    backbone._text.encodes_once = False
     first, again = backbone.empty_prompt(), backbone.empty_prompt()
     assert next(calls) == 1 and first is again
     assert torch.equal(first.tensors["text"], encode([""]).tensors["text"])

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import shutil
+from functools import partial
 
 import blip
 import group
@@ -20,6 +21,7 @@ from small_experiment import pixels, run, write
 
 from spo import cli, config
 from spo.backbones.description import describe
+from spo.diffusion.announced import schedule_of
 from spo.methods import method_spec
 from spo.rewards.pickscore import PickScore
 from spo.runtime.messages import OURS
@@ -220,7 +222,7 @@ def test_a_dry_run_shows_what_a_stage_does_and_writes_nothing(experiment, tmp_pa
     for method in ("spo", "lpo"):
         assert f"4 rollouts in 2 iterations; at most {pairs} pairs, 4 updates" in plans[f"align {method}"]
     params = config.validate(experiment)
-    cost = method_spec("spo").cost(params, describe(params.backbone).scheduler_config)
+    cost = method_spec("spo").cost(params, partial(schedule_of, describe(params.backbone).scheduler_config))
     assert (cost.rollouts, cost.updates) == (unet - trained, 4 * trained)  # the reference is in updates
     assert "2 updates of 4 pairs" in plans["preference latent"]
     assert "2 images of 4 steps, guidance 2" in plans["generate spo"]

@@ -67,7 +67,9 @@ class Replayed:
         mine = distributed.shard(torch.arange(3))
         for j in self.recorded.pop(0):
             lose = None if j.x_t_lose is None else j.x_t_lose[mine]
-            parts = {name: getattr(j, name)[mine] for name in ("x_t", "x_win", "x_lose", "valid")}
+            parts = {
+                name: getattr(j, name)[mine] for name in ("x_t", "x_win", "x_lose", "valid", "log_probs")
+            }
             conditioning, scores = j.conditioning.select(mine), j.scores[:, mine]
             yield replace(j, **parts, x_t_lose=lose, conditioning=conditioning, scores=scores)
 

@@ -39,7 +39,7 @@ def test_prompts_and_the_dry_run_read_its_description(one, checkpoints) -> None:
     found = backbones.describe(one)
     folder = one.model_copy(update={"checkpoint": str(checkpoints[one.family]), "config": None})
     same = backbones.describe(folder)
-    assert (found.unet, found.vae) == (same.unet, same.vae)
+    assert (found.denoiser, found.vae) == (same.denoiser, same.vae)
     assert found.scheduler_config == same.scheduler_config
     plans = [lines(params.model_copy(update={"backbone": b}), "generate", "base") for b in (one, folder)]
     (ours,), (theirs,) = ([line for line in plan if line.startswith("UNet ")] for plan in plans)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,12 +14,15 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import in_fork
 import pytest
 import yaml
 
 from spo import config
-from spo.commands import parallel
+from spo.commands import forecast, parallel
 
 DAG = """\
 stages:
@@ -31,8 +36,9 @@ MAKE = WAIT + "echo threads $OMP_NUM_THREADS; echo {me} > {me}.txt\n"
 
 
 @pytest.fixture
-def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def project(tmp_path: Path, fresh_store: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """`left` and `right` each wait for the other to begin: one after the other neither would end."""
+    shutil.copy(fresh_store, tmp_path / "mlflow.db")
     (tmp_path / ".dvc").mkdir()
     (tmp_path / ".dvc/config").write_text("[core]\n    no_scm = True\n")
     (tmp_path / "params.yaml").write_text(config.preset("smoke"))
@@ -67,15 +73,20 @@ def test_independent_stages_run_in_parallel_and_after_a_failure_a_second_run_com
     (project / "left.sh").write_text(both + "echo 'spo: no such file'; exit 2\n")
     done = repro("--jobs", "2")
     assert done.returncode == 1, done.stdout + done.stderr
-    assert "spo: 4 stages, up to 2 in parallel" in done.stderr
+    plan = done.stdout.splitlines()[:3]
+    assert plan[0].startswith("smoke: 4 stages to run, ") and plan[1] == "  run: first, left, right, last"
+    assert plan[2].startswith("2 at a time (--jobs); what stages print: .spo/logs/")
     (line,) = [line for line in done.stderr.splitlines() if "failed" in line]
     assert line == "spo: failed: left (for the reason in its lines above); not run: last"
-    assert "left  | spo: no such file" in done.stdout and "Traceback" not in done.stdout + done.stderr
+    assert "left | spo: no such file" in done.stdout and "Traceback" not in done.stdout + done.stderr
     assert locked_stages(project) == {"first", "right"}
-    printed = done.stdout.splitlines()
-    assert all(line.split(" | ")[0].strip() in ("first", "left", "right") for line in printed), printed
-    threads = max(1, parallel.cores.count() // 2)
-    assert {f"left  | threads {threads}", f"right | threads {threads}"} <= set(printed)
+    printed = [re.sub("[0-9]+ s", "N s", line.partition(" ")[2]) for line in done.stdout.splitlines()[3:]]
+    assert {"first done (N s; 1 of 4)", "left begins", "right begins"} <= {*printed}
+    assert any(line.startswith("right done (N s; ") for line in printed), printed
+    assert "left failed after N s; .spo/logs/left.log ends with" in printed
+    for stage in ("left", "right"):
+        threads = max(1, parallel.cores.count() // 2)
+        assert f"threads {threads}\n" in (project / f".spo/logs/{stage}.log").read_text()
 
     (project / "left.sh").write_text(MAKE.format(me="left", other="right"))
     assert repro("--jobs", "2").returncode == 0
@@ -85,7 +96,7 @@ def test_independent_stages_run_in_parallel_and_after_a_failure_a_second_run_com
     again = repro()
     assert (again.returncode, again.stdout) == (0, "Data and pipelines are up to date.\n")
     runs = [json.loads(path.read_text()) for path in (project / ".spo/runs").glob("*/run.json")]
-    cached = [run["stage"] for run in runs if "origin" in run]
+    cached = [run["stage"] for run in runs if run["tags"].get("dvc.cached") == "true"]
     skipped = ["first", "last", "left", "right"], ["first", "right"]  # by the third, by the second
     assert sorted(cached) == sorted(skipped[0] + skipped[1])
 
@@ -121,11 +132,12 @@ def test_ctrl_c_waits_until_every_stage_has_saved(project: Path) -> None:
 
 @pytest.mark.parametrize("arguments", [("--jobs", "0"), ("--jobs", "2", "first")])
 def test_jobs_that_mean_nothing_are_refused(project: Path, arguments: tuple[str, ...]) -> None:
-    done = repro(*arguments)
+    done = in_fork.spo(project, "repro", *arguments, variables=os.environ)
     assert done.returncode == 2 and done.stderr.startswith("spo: --jobs ") and done.stderr.count("\n") == 1
     assert not (project / "one.txt").exists()
 
 
+WIDE = {str(number): () for number in range(20)}  # stages that need nothing
 DIAMOND = {
     "first": (),
     "short": ("first",),
@@ -202,7 +214,69 @@ def test_after_a_stop_none_starts() -> None:
 def test_on_a_gpu_one_stage_runs_at_a_time_without_jobs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parallel.cores, "count", lambda: 8)
     monkeypatch.setattr(parallel, "accelerator", lambda: "cuda")
-    assert parallel.jobs_for(None, 1)[0] == 1 and "share the cuda" in parallel.jobs_for(None, 1)[1]
-    assert parallel.jobs_for(3, 1) == (3, "--jobs")
+    number, why = parallel.jobs_for(None, 1, WIDE)
+    assert number == 1 and "share the cuda" in why
+    assert parallel.jobs_for(3, 1, WIDE) == (3, "--jobs")
     monkeypatch.setattr(parallel, "accelerator", lambda: None)
-    assert [parallel.jobs_for(None, processes)[0] for processes in (1, 2, 3, 9)] == [8, 4, 2, 1]
+    assert [parallel.jobs_for(None, processes, WIDE)[0] for processes in (1, 2, 3, 9)] == [8, 4, 2, 1]
+
+
+# seconds in one thread of the default experiment's longest stages (docs/results.md)
+DEFAULT = {
+    "pairs": ((), 20.0),
+    "preference": (("pairs",), 180.0),
+    "preference_latent": (("pairs",), 200.0),
+    "align@diffusion_dpo": (("pairs",), 350.0),
+    "align@spo": (("preference",), 380.0),
+    "align@lpo": (("preference_latent",), 130.0),
+    "generate": (("align@spo", "align@lpo", "align@diffusion_dpo"), 40.0),
+}
+
+
+def makespan(monkeypatch: pytest.MonkeyPatch, cores: int, jobs: int) -> float:
+    """The seconds of DEFAULT by a clock of its own; threads are as fast as `speedup` says."""
+    monkeypatch.setattr(parallel.cores, "count", lambda: cores)
+    now, ends = 0.0, {}
+
+    def start(stage: str, share: int) -> Future[Any]:
+        threads = parallel.threads_for(share, 1)
+        future: Future[Any] = Future()
+        ends[future] = now + DEFAULT[stage][1] / forecast.speedup(threads)
+        return future
+
+    def wait(running: Any, **_: Any) -> Any:
+        nonlocal now
+        first = min(running, key=ends.__getitem__)
+        now = ends[first]
+        return SimpleNamespace(done={first})
+
+    monkeypatch.setattr(parallel, "wait", wait)
+    needs, work = ({stage: own[i] for stage, own in DEFAULT.items()} for i in (0, 1))
+    assert parallel.schedule(needs, jobs, start, lambda future: True, work=work) == ([], [])
+    return now
+
+
+def test_by_seconds_the_chain_that_takes_longest_goes_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On two cores: the pairs alone in two threads; preference model and SPO (560 s) beside Diffusion-DPO,
+    the latent model and LPO (680 s); the images alone."""
+    longest = 20 + 180 + 380 + 40
+    needs, work = ({stage: own[i] for stage, own in DEFAULT.items()} for i in (0, 1))
+    assert parallel.longest(needs, work) == longest and parallel.longest(needs) == 4
+    total = sum(work.values())
+    assert makespan(monkeypatch, 1, 1) == total == 1300
+    assert makespan(monkeypatch, 2, 2) == pytest.approx((20 + 40) / 2**0.5 + 350 + 200 + 130)
+
+
+def test_more_cores_than_the_longest_chain_keeps_busy_become_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    needs, work = ({stage: own[i] for stage, own in DEFAULT.items()} for i in (0, 1))
+    monkeypatch.setattr(parallel, "accelerator", lambda: None)
+    taken = {}
+    for cores in (2, 4, 8):
+        monkeypatch.setattr(parallel.cores, "count", lambda cores=cores: cores)
+        number, _ = parallel.jobs_for(None, 1, needs, work)
+        assert number == 2, "1,300 s of work, 620 of them one after the other"
+        taken[cores] = makespan(monkeypatch, cores, number)
+    assert taken[4] == pytest.approx(taken[2] / 2**0.5) and taken[8] == pytest.approx(taken[2] / 2)
+    assert taken[8] < makespan(monkeypatch, 8, 8), (
+        "a stage for each core leaves the longest chain in one thread"
+    )

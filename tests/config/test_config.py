@@ -43,7 +43,10 @@ def test_every_preset_holds_every_key_in_the_order_of_the_sections(name: str) ->
     assert config.code_defaults(config.validate(written)) == {}
 
 
-@pytest.mark.parametrize("name", config.preset_names())
+# of the files with every key, and two of those that are based on them
+@pytest.mark.parametrize(
+    "name", ["scenes", "smoke", "sd15-scratch", "sdxl-scratch", "sd15-eval", "sdxl-overnight"]
+)
 def test_dvc_can_change_every_key(name: str, tmp_path) -> None:
     """Overrides by DVC's own code give a file that is read as before."""
     from dvc.utils.hydra import apply_overrides
@@ -102,7 +105,7 @@ def test_presets_carry_the_published_recipe() -> None:
         ("align.spo.beta", -1, "align.spo.beta"),
         ("align.spo.candidates", 1, "align.spo.candidates"),
         ("preference.steps", 0, "preference.steps"),
-        ("backbone.family", "sd3", "backbone.family"),
+        ("backbone.family", "sd4", "backbone.family"),
         ("generate.seed", 1.5, "generate.seed"),
         ("align.spo.threshold", 2, "align.spo.threshold"),
         ("align.spo.resampler", "best", "align.spo.resampler"),

@@ -55,7 +55,7 @@ def test_dvc_reads_it() -> None:
     from dvc.repo import Repo
 
     names = {stage.name for stage in Repo(str(ROOT)).index.stages if stage.cmd is not None}
-    assert names == set(stages()) and len(names) == 21
+    assert names == set(stages()) and len(names) == 23
 
 
 def test_a_suite_has_its_stages_of_every_variant(tmp_path, monkeypatch) -> None:
@@ -137,7 +137,7 @@ def test_no_training_and_no_generation_depends_on_code_that_changes_no_result() 
         for name, stage in stages().items()
         if name.startswith(("preference", "align", "generate"))
     }
-    assert len(depended) == 12
+    assert len(depended) == 13
     resumed = {m.__name__: m.CODE for m in (preference, align, generate, latents, api)}
     for name, paths in {**depended, **resumed}.items():
         assert paths and "." not in paths and "" not in paths

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
+from spo.diffusion.announced import schedule_of
 from spo.diffusion.finite import DECODER, FiniteCheck, check_finite
 from spo.diffusion.noise import SampleNoise
 from spo.diffusion.rollout import sample_latents
-from spo.diffusion.schedule import Schedule
 from spo.types import Conditioning
 
 SD = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "clip_sample": False}
@@ -15,7 +15,7 @@ BAD = [float("nan"), float("inf"), -float("inf")]
 
 def sample(backbone, prompts, scheduler=SD, eta=1.0, guidance=2.0, steps=5) -> torch.Tensor:
     noise = SampleNoise(0, prompts, (2, 3, 3))
-    schedule = Schedule.from_config(scheduler, steps)
+    schedule = schedule_of(scheduler, steps)
     return sample_latents(backbone, schedule, prompts, noise, guidance, eta)
 
 
@@ -87,3 +87,11 @@ def test_a_check_names_the_first_of_all_that_was_noted() -> None:
     assert "at t=8, prompt 'd'" in str(check.failure())
     with pytest.raises(ValueError, match="at t=8, prompt 'd'"):
         check.check()
+
+
+def test_a_step_of_a_flow_is_named_by_its_timestep(backbone) -> None:
+    """The last sigma is 3 * .001 / 1.002 = .002994, so the second is (1 + .002994) / 2 before its shift."""
+    flow = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}
+    spoil(backbone, 2, 0, float("nan"))
+    with pytest.raises(ValueError, match=r"UNet output at step 2 of 3 \(t=751.121\), prompt 'a'"):
+        sample(backbone, ["a"], flow, guidance=1.0, steps=3)

@@ -1,7 +1,9 @@
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 
 from spo.diffusion import ddim
+from spo.diffusion.announced import schedule_of
 from spo.diffusion.noise import SampleNoise
 from spo.diffusion.rollout import sample_latents
 from spo.diffusion.schedule import Schedule
@@ -22,6 +24,20 @@ def test_a_perfect_model_of_one_image_samples_it(backbone, eta: float) -> None:
     backbone.predict = predict
     latents = sample_latents(backbone, schedule, ["a", "b"], SampleNoise(0, [1, 2], (2, 3, 3)), 3.0, eta)
     assert torch.allclose(latents, image.expand(2, -1, -1, -1), atol=1e-3)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 4.5])
+def test_without_eta_a_flow_is_sampled_as_by_the_scheduler_of_diffusers(backbone, guidance) -> None:
+    config = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}
+    latents = sample_latents(
+        backbone, schedule_of(config, 6), ["a", "bb"], SampleNoise(0, [1, 2], (2, 3, 3)), guidance, 0.0
+    )
+    theirs = FlowMatchEulerDiscreteScheduler.from_config(config)
+    theirs.set_timesteps(6)
+    x, length = SampleNoise(0, [1, 2], (2, 3, 3)).draw(), torch.tensor([1.0, 2.0]).view(2, 1, 1, 1)
+    for t in theirs.timesteps:
+        x = theirs.step(0.5 * x + guidance * 0.1 * length + t / 1000, t, x)[0]
+    torch.testing.assert_close(latents, x, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("eta", [0.0, 1.0])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import re
+import shutil
 import subprocess
 import time
 from pathlib import Path
@@ -37,12 +38,12 @@ def test_a_grid_runs_every_combination_and_nothing_that_no_value_touches(
         time.sleep(4)  # each look is a process of DVC, 1.5 s of the processor that the work needs
     assert shown.count("Success") == 4
     assert set(ran) == set(SPO), "data, preference model and Diffusion-DPO stay"
-    by_figure = show.replace("spo.base.pickscore.difference", "figure")
+    by_figure = show.replace("spo.gain", "figure")
     table = list(csv.DictReader(project(f"{by_figure} --csv --no-pager 2>/dev/null").splitlines()))
     rows = [row for row in table if row["Experiment"]]
     tried = {(row["align.spo.beta"], row["align.spo.threshold"]) for row in rows}
     assert tried == {(b, t) for b in ("5", "10") for t in ("0.2", "0.4")}
-    figures = [float(row["reports/metrics/comparisons.json:figure"]) for row in rows]
+    figures = [float(row["reports/metrics/report.json:figure"]) for row in rows]
     assert figures == sorted(figures) and len(set(figures)) == 4
     apply, branch = KEEP
     name = rows[0]["Experiment"]
@@ -84,9 +85,14 @@ def test_another_repository_gets_an_artifact_without_a_clone(
 
 
 def test_the_page_finds_the_best_step_over_runs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    fresh_store: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     from spo.tracking.runs import stage_run
+
+    shutil.copy(fresh_store, tmp_path / "mlflow.db")
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("spo.runtime.processes.dvc_above", lambda: None)

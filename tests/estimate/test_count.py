@@ -1,7 +1,7 @@
 """What a stage computes, counted by its own code, against numbers by hand; what the dry run says of it."""
 
 import json
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
@@ -10,6 +10,7 @@ import yaml
 
 from spo import config, estimate
 from spo.commands import dry_run
+from spo.diffusion.schedule import Schedule
 from spo.estimate import meta, models
 from spo.estimate.count import Count, Phase
 from spo.methods import method_spec
@@ -17,7 +18,8 @@ from spo.preference.compute import unet_samples
 from spo.training import budget
 from spo.types import Budget
 
-DDIM = {"beta_schedule": "scaled_linear", "set_alpha_to_one": False, "steps_offset": 1}
+CONFIG = {"beta_schedule": "scaled_linear", "set_alpha_to_one": False, "steps_offset": 1}
+DDIM = partial(Schedule.from_config, CONFIG)
 ROOT = Path(__file__).parents[2]
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from spo.config import Generate, Variant
+from spo.config import VARIANTS, Generate, Variant
 from spo.evaluation import statistics
 from spo.validation.generation import each_image
 
@@ -53,9 +53,7 @@ def test_intervals_are_of_prompts_not_of_images() -> None:
 
 
 def test_images_of_a_prompt_follow_each_other_with_seeds_of_their_own() -> None:
-    guided = {
-        name: Variant(guidance=1) for name, f in Generate.model_fields.items() if f.annotation is Variant
-    }
+    guided = {name: Variant(guidance=1) for name in VARIANTS}
     settings = Generate(seed=100, images_per_prompt=2, **guided)
     assert each_image(["a", "b"], settings) == (["a", "a", "b", "b"], [100, 101, 102, 103])
     assert each_image(["a", "b"], settings.model_copy(update={"images_per_prompt": 1})) == (

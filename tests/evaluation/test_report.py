@@ -12,6 +12,7 @@ import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -41,6 +42,8 @@ class Tracked:
     def __init__(self) -> None:
         self.metrics: dict[str, float] = {}
         self.artifacts: list[str] = []
+        self.compared: dict[str, float] = {}
+        self.parent = SimpleNamespace(exists=lambda: True, log_metrics=self.compared.update)
 
     def log_metrics(self, metrics: dict[str, float]) -> None:
         self.metrics |= metrics
@@ -262,11 +265,14 @@ def test_the_files_beside_the_page(finished: Path, first: tuple[Path, Tracked]) 
     compared = json.loads((finished / "comparisons.json").read_text(encoding="utf-8"))
     assert len(compared) == PAIRS * 3
     assert compared[0]["mean_difference"] == pytest.approx(2)
-    flat = json.loads((finished / "metrics/comparisons.json").read_text(encoding="utf-8"))
-    assert flat["spo"]["base"]["oracle_aesthetic"] == {"difference": 0.25, "win_rate": 1.0}
+    compare = json.loads((finished / "metrics/report.json").read_text(encoding="utf-8"))
+    own = {"gain": 0.25, "low": 0.25, "high": 0.25, "win_rate": 1.0}
+    assert own.items() <= compare["spo"].items() and compare["spo"]["seconds"] == 120
+    assert compare["accuracy"] == 0.7188, "the mean of .8125 and .625"
     assert json.loads((finished / "suites.json").read_text(encoding="utf-8")) == {}
     tracked = first[1]
     assert tracked.metrics["spo_vs_base/oracle_aesthetic/difference"] == 0.25
+    assert tracked.compared["spo/gain"] == 0.25 and "spo/gain" not in tracked.metrics
     assert tracked.artifacts == ["report.html", "comparisons.json", "grid.png", "gallery.html"]
     assert not [p for p in finished.rglob(".*")]  # no half file
 

@@ -103,3 +103,23 @@ def test_an_interval_needs_so_many_prompts(fewest: int, has: bool) -> None:
     (found,) = statistics.comparisons(tables, ["base"], 10, 0, fewest)
     assert (found["mean_difference"], found["win_rate"], found["n"]) == (1.0, 1.0, 3)
     assert (found["ci_low"], found["ci_high"]) == ((1.0, 1.0) if has else (None, None))
+
+
+def test_the_numbers_to_compare_are_those_of_each_method_over_the_first_baseline() -> None:
+    more = {"win_rate": 0.9, "n": 30}
+    rows = [{**row("hps", 1.0, 3.0), **more}, {**row("oracle_aesthetic", 0.1, 0.3), **more}]
+    rows += [
+        {**row("oracle_alignment", -0.2, 0.0), **more},
+        {**row("oracle_aesthetic", 7.0, 9.0, "lpo"), **more},
+    ]
+    rows += [{**rows[1], "method": "base_high_guidance"}]
+    trained = {"spo": {"seconds": 90.0}, "lpo": {"seconds": 20.0}}
+    models = {"preference": {"accuracy": {"0": 0.5, "501": 0.75}, "seconds": 30.0}}
+    assert verdict.numbers(rows, trained, models) == {
+        "spo": {"gain": 0.2, "low": 0.1, "high": 0.3, "win_rate": 0.9, "alignment": -0.1, "seconds": 120.0},
+        "accuracy": 0.625,
+    }, "what LPO's reward model took is not known here"
+    few = [{**r, "ci_low": None, "ci_high": None} for r in rows[:1]]
+    assert verdict.numbers(few, {}, {}) == {"spo": {"gain": 2.0, "win_rate": 0.9}}
+    assert verdict.cost({"spo": 120.0}) == "Training took 120 s for SPO, preference models included."
+    assert verdict.cost({}) == ""

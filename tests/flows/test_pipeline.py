@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -23,6 +24,7 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from spo.config import ConfigError, load
 from spo.tracking import dvc_lock, runs
+from spo.tracking.delivery import BY_PARENT
 
 PARAMS: dict[str, Any] = {"name": "tiny", "tracking": None}
 
@@ -252,7 +254,7 @@ def test_the_summary_is_a_table_of_both(pipeline: ModuleType) -> None:
 
 @pytest.mark.services
 def test_the_flow_by_a_prefect_server(
-    pipeline: ModuleType, project: Path, monkeypatch: pytest.MonkeyPatch
+    pipeline: ModuleType, project: Path, fresh_store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All stages under one parent in MLflow; a transient failure is tried again."""
     import mlflow
@@ -260,11 +262,12 @@ def test_the_flow_by_a_prefect_server(
     from prefect.testing.utilities import prefect_test_harness
 
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    shutil.copy(fresh_store, project / "mlflow.db")
     quick = pipeline.run_stage.with_options(retry_delay_seconds=0)
     monkeypatch.setattr(pipeline, "run_stage", quick)
     (project / "second.sh").write_text(
         "[ -e tried ] || { touch tried; echo 75 > $SPO_EXIT_FILE; exit 75; }\n"
-        f"{sys.executable} - <<'END'\n"
+        f"{BY_PARENT}=1 {sys.executable} - <<'END'\n"  # else it imports MLflow too
         "from spo import config\n"
         "from spo.tracking import runs\n"
         "with runs.stage_run('second', config.load().model_dump()) as run:\n"

@@ -9,6 +9,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from spo.adapters import add_lora, files
+
 
 @dataclass
 class Change:
@@ -98,3 +100,10 @@ def settings(adapter: dict[str, Change], **more) -> dict:
 def diffusers_metadata(adapter: dict[str, Change], **more) -> dict[str, str]:
     said = {f"unet.{key}": value for key, value in settings(adapter, **more).items()}
     return {"lora_adapter_metadata": json.dumps(said)}
+
+
+def load_lora(backbone, path: Path) -> str:
+    """Load a LoRA file or folder into a base."""
+    source = files.find(path)
+    assert source.kind == "lora", source.kind
+    return add_lora(backbone, source.weights[0])

@@ -14,7 +14,6 @@ from safetensors.torch import load_file, save_file
 from spo import backbones, config
 from spo.diffusion.noise import SampleNoise
 from spo.diffusion.rollout import sample_latents
-from spo.diffusion.schedule import Schedule
 
 PROMPTS = ["a red circle", "a large blue square"]
 
@@ -45,7 +44,7 @@ def refused(folder: Path, family: str, *words: str, **changes) -> None:
 
 def ours(backbone, guidance: float, prompts: list[str] = PROMPTS) -> torch.Tensor:
     """Images in [0,1] of two prompts by five deterministic steps."""
-    schedule = Schedule.from_config(backbone.scheduler_config, 5)
+    schedule = backbone.schedule(5)
     noise = SampleNoise(0, [1, 2], backbone.latent_shape)
     images = backbone.decode(sample_latents(backbone, schedule, prompts, noise, guidance, eta=0.0))
     return (images / 2 + 0.5).clamp(0, 1)
@@ -71,7 +70,8 @@ def assert_equal(one: torch.Tensor, other: torch.Tensor) -> None:
 def inputs(backbone, seed: int = 0):
     """x_t, timesteps and conditioning of two samples."""
     x_t = torch.randn(2, *backbone.latent_shape, generator=torch.Generator().manual_seed(seed))
-    return x_t, torch.tensor([10, 700]), backbone.encode_prompts(PROMPTS)
+    conditioning, _ = backbone.guided(backbone.encode_prompts(PROMPTS), 3.5)
+    return x_t, torch.tensor([10, 700]), conditioning
 
 
 def predict(backbone, **how) -> torch.Tensor:

@@ -4,7 +4,7 @@ GRID = [
     "dvc exp run --queue -S 'align.spo.beta=range(5,15,5)' -S 'align.spo.threshold=0.2,0.4'",
     "dvc queue status",
     "dvc exp run --run-all --jobs 1",
-    "dvc exp show --sort-by reports/metrics/comparisons.json:spo.base.pickscore.difference",
+    "dvc exp show --sort-by reports/metrics/report.json:spo.gain",
     "dvc queue stop --kill",
 ]
 KEEP = ["dvc exp apply NAME", "dvc exp branch NAME BRANCH"]

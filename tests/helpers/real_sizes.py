@@ -26,8 +26,8 @@ from transformers import (
 )
 
 from spo import config
+from spo.backbones import FAMILIES
 from spo.backbones.stable_diffusion import StableDiffusion
-from spo.backbones.text import text_of
 from spo.data.latents import EncodedPairs
 from spo.diffusion.schedule import Schedule
 from spo.methods.diffusion_dpo import DiffusionDpoMethod
@@ -144,13 +144,11 @@ def clip_h(words: Any) -> StepAwarePreferenceModel:
 def backbone(pipeline: Any, family: str, device: str, dtype: torch.dtype) -> StableDiffusion:
     pipeline.to(device=device, dtype=dtype)
     used = dict(pipeline.scheduler.config)
-    return StableDiffusion(
-        pipeline, text_of(pipeline, family == "sdxl"), channels_last=False, scheduler_config=used
-    )
+    return StableDiffusion(pipeline, FAMILIES[family](pipeline), channels_last=False, scheduler_config=used)
 
 
 def described(name: str, folder: Path) -> config.Params:
-    """The preset sd15 or sdxl with the config files of its models, without weights, in a local folder."""
+    """The preset NAME-scratch with the config files of its models, without weights, in a local folder."""
     family = {"sd15": "sd"}.get(name, name)
     words = tokenizer.save(world.vocabulary(), folder / "words")
     words.model_max_length = 77
@@ -169,7 +167,7 @@ def described(name: str, folder: Path) -> config.Params:
     pipe.scheduler.save_pretrained(base / "scheduler")
     pipe.save_config(base)  # model_index.json
     step_aware.model.config.save_pretrained(clip)
-    params = yaml.safe_load(config.preset(name))
+    params = yaml.safe_load(config.preset(f"{name}-scratch"))
     vae = None if params["backbone"]["vae"] is None else str(base / "vae")
     params["backbone"] |= {"checkpoint": str(base), "revision": None, "vae": vae}
     params["preference"] |= {"init": str(clip), "revision": None, "tokenizer": str(folder / "words")}

@@ -261,7 +261,7 @@ def test_a_block_list_that_is_missing_or_empty_is_refused(lists) -> None:
 
 def test_a_blocked_word_is_a_complete_word(lists) -> None:
     from spo.data.prompts import key
-    from spo.ingest.selection import BlockList
+    from spo.ingest.selection import block_list
 
-    blocked = BlockList.load(lists / "block.txt")
-    assert key("so GORY!") in blocked and key("allegory") not in blocked
+    blocked = block_list(lists / "block.txt")
+    assert blocked.search(key("so GORY!")) and not blocked.search(key("allegory"))

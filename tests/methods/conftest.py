@@ -2,6 +2,7 @@ import pytest
 import torch
 from fake_backbone import Whole
 
+from spo.diffusion.flow import FlowSchedule
 from spo.diffusion.schedule import Schedule
 from spo.types import Conditioning
 
@@ -13,6 +14,8 @@ SD = {
     "steps_offset": 1,
     "clip_sample": False,
 }
+
+FLOW = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}
 
 
 class FakeBackbone(Whole):
@@ -103,3 +106,14 @@ def latent_reward_model():
 def schedule():
     """Five steps: timesteps 801, 601, 401, 201, 1."""
     return Schedule.from_config(SD, 5)
+
+
+@pytest.fixture
+def flow():
+    """A backbone whose model is a flow; five steps at 1000, 923.1, 818.2, 666.7 and 428.6."""
+
+    class FlowBackbone(FakeBackbone):
+        def schedule(self, num_inference_steps):
+            return FlowSchedule.from_config(FLOW, num_inference_steps, last_sigma=1 / num_inference_steps)
+
+    return FlowBackbone()

@@ -182,3 +182,18 @@ def test_parts_of_an_update_are_the_whole_one_cut(backbone, schedule) -> None:
     assert torch.equal(torch.cat([b.weight for b in parts]), whole.weight)
     for name in ("target_win", "target_lose"):
         assert torch.equal(torch.cat([getattr(b, name) for b in parts]), getattr(whole, name))
+
+
+def test_a_flow_regresses_the_velocity_at_the_timesteps_of_its_training(flow) -> None:
+    """v = eps - x_0; x_t = (1 - sigma) x_0 + sigma eps, with sigma uniform before the shift."""
+    schedule = flow.schedule(20)
+    method = DiffusionDpoMethod(settings(batch_size=2000), schedule, FakePairs([1.0] * 2000), seed=0)
+    ((batch,),), _ = method.collect(flow, 0)
+    index = (batch.conditioning.tensors["length"][:2000] - 1).view(-1, 1, 1, 1)
+    noise, sigma = batch.target_win + index, (batch.timesteps[:2000] / 1000).view(-1, 1, 1, 1)
+    torch.testing.assert_close(batch.target_lose, noise + index + 1)
+    torch.testing.assert_close(batch.x_t[:2000], (1 - sigma) * index + sigma * noise, rtol=1e-4, atol=1e-3)
+    assert abs(float(noise.mean())) < 0.03 and abs(float(noise.std()) - 1) < 0.03
+    before = sigma.flatten() / (3 - 2 * sigma.flatten())  # the shift of 3 undone
+    counts = torch.histc(before, 4, 0, 1)
+    assert float(((counts - 500.0) ** 2 / 500).sum()) < 16.3

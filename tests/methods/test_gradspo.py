@@ -184,3 +184,18 @@ def test_only_gradspo_stores_the_outputs_of_the_rollout(backbone, reward_model, 
             noise = SampleNoise(0, PROMPTS[:2], backbone.latent_shape)
             steps = list(method.rollout.run(backbone, PROMPTS[:2], noise))
         assert steps and {step.output is not None for step in steps} == {stored}
+
+
+def test_the_shift_of_a_flow_is_in_units_of_its_noise(flow, reward_model) -> None:
+    """sigma in place of sqrt(1 - abar); eps = x + (1 - sigma) v."""
+    section = settings(clip=0.9, beta=3.0, divert_start_step=1)
+    method = GradSpoMethod(section, flow.schedule(5), reward_model, PROMPTS, seed=0)
+    ((batch,),), _ = method.collect(flow, 0)
+    policy = batch.output + 0.01 * batch.x_win
+    _, metrics = method.loss(policy, batch.output, batch)
+    sigma = (batch.timesteps / 1000).view(-1, 1, 1, 1)
+    std = ddim.standard_deviation(method.schedule, batch.timesteps, 1.0)
+    shift = 0.5 * sigma * (batch.x_win - batch.x_lose) / (2 * std)
+    change = (1 - sigma) * 0.01 * batch.x_win
+    expected = -((change + shift).square() - shift.square()).mean((1, 2, 3))
+    torch.testing.assert_close(metrics["win_log_ratio"], expected, rtol=1e-3, atol=1e-5)

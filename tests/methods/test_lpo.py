@@ -121,7 +121,7 @@ def test_cost_counts_the_down_path_once_a_candidate_and_twice_with_the_vfe(
     backbone, feature_guidance, passes
 ) -> None:
     """K = 4, five steps, guidance 2, three prompts in four iterations."""
-    cost = cost_by_latents("align.lpo", settings(), backbone.scheduler_config, feature_guidance)
+    cost = cost_by_latents("align.lpo", settings(), backbone.schedule, feature_guidance)
     of_a_prompt = 2 * 5 + 5 * 4 * passes * DOWN_PATH + 5 * (1 + TRAINED) * 2
     assert cost.unet_samples == round(12 * of_a_prompt)
     assert cost.text == "12 rollouts in 4 iterations; at most 60 pairs, 4 updates"

@@ -1,13 +1,19 @@
+import math
+from dataclasses import replace
+
 import pytest
 import torch
 from spo_settings import PROMPTS, settings
 
 from spo.diffusion import ddim
 from spo.diffusion.denoiser import GuidedDenoiser
+from spo.diffusion.finite import FiniteCheck
 from spo.diffusion.schedule import Schedule
 from spo.methods.spo import SpoMethod
+from spo.methods.stepwise.method import sampler_schedule
 from spo.methods.stepwise.rollout import Rollout
-from spo.types import Budget, Conditioning
+from spo.training.alignment import Alignment
+from spo.types import FIRST_UPDATE, Budget, Conditioning
 
 
 def together(batches) -> dict[str, torch.Tensor]:
@@ -267,3 +273,57 @@ def test_a_score_that_is_not_finite_stops(backbone, reward_model, schedule) -> N
     reward_model.scale = float("nan")
     with pytest.raises(ValueError, match=r"preference model's score at step 4 of 5 \(t=201\), prompt '"):
         collect(SpoMethod(settings(), schedule, reward_model, PROMPTS, seed=0), backbone, 0)
+
+
+def test_a_flow_is_rolled_out_and_trained_at_its_own_timesteps(flow, reward_model) -> None:
+    """Candidates lie within five deviations of the transition at x_t; without a change the loss is log 2."""
+    method = SpoMethod(
+        settings(divert_start_step=0), sampler_schedule(settings(), flow), reward_model, PROMPTS, 0
+    )
+    (first, *_), metrics = collect(method, flow)
+    assert {name for name in metrics if name.startswith("score/")} == {
+        "score/t0923",
+        "score/t0818",
+        "score/t0667",
+    }
+    visited = method.schedule.timesteps.tolist()
+    assert first.timesteps.dtype == torch.float32 and set(first.timesteps.tolist()) <= set(visited[1:4])
+    assert {round(float(t), 3) for asked in reward_model.timesteps for t in asked} == {
+        818.182,
+        666.667,
+        428.571,
+    }
+    output = GuidedDenoiser.of(flow, first.conditioning, 2.0)(first.x_t, first.timesteps).detach()
+    step = ddim.transition(method.schedule, output, first.timesteps, first.x_t, eta=1)
+    for candidates in (first.x_win, first.x_lose):
+        assert float(((candidates - step.mean) / step.std).abs().max()) < 5
+    losses, _ = method.loss(output, output, first)
+    torch.testing.assert_close(losses, torch.full_like(losses, math.log(2)))
+
+
+@pytest.mark.parametrize("inner_steps", [1, 2])
+@pytest.mark.parametrize("name", ["backbone", "flow"])
+def test_the_gauges_of_the_first_update(request, reward_model, name, inner_steps) -> None:
+    """Policy and reference are the same, and in fp32 the log-probs of the rollout are those of the update but
+    for the order of sums; a change of either is what the gauge shows."""
+    model = request.getfixturevalue(name)
+    section = settings(inner_steps=inner_steps, divert_start_step=1, batch_size=1000)
+    method = SpoMethod(section, sampler_schedule(section, model), reward_model, PROMPTS, seed=0)
+    objective = Alignment("align.spo", model, method)
+    (((batch,),), _), (((later,),), _) = (objective.collect(iteration) for iteration in (0, 1))
+    assert batch.first and not later.first
+
+    def gauges(batch) -> list[float]:
+        _, metrics = objective.loss(batch, FiniteCheck())
+        names = (f"{FIRST_UPDATE}policy_to_reference", f"{FIRST_UPDATE}rollout_to_policy")
+        return [float(metrics[name].values.max()) for name in names]
+
+    same, drawn = gauges(batch)
+    assert same == 0 and drawn < 1e-5
+    assert gauges(replace(batch, log_probs=batch.log_probs - 0.25))[1] == pytest.approx(0.25, rel=1e-4)
+    with torch.no_grad():
+        model.shift.add_(0.01)
+    changed, moved = gauges(batch)
+    _, metrics = objective.loss(later, FiniteCheck())
+    assert changed > 1e-4 and moved == pytest.approx(changed, rel=0.01)
+    assert not any(name.startswith(FIRST_UPDATE) for name in metrics)

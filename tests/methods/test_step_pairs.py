@@ -149,3 +149,13 @@ def test_no_two_updates_share_a_part(backbone, reward_model, schedule) -> None:
     updates, metrics = SpoMethod(config, schedule, reward_model, PROMPTS, seed=0).collect(backbone, 0)
     assert metrics["pairs"] == 25
     assert [[len(b.weight) for b in parts] for parts in updates] == [[3, 3]] * 4 + [[1]]
+
+
+def test_a_flow_has_no_candidates_at_its_first_and_last_step(flow) -> None:
+    """The first starts from pure noise, the last has no variance."""
+    schedule = flow.schedule(5)
+    assert step_pairs.blocks(settings(), schedule) == [[1], [2], [3]]
+    assert step_pairs.blocks(settings(timestep_range=(0, 900)), schedule) == [[2], [3]]
+    config = settings(threshold=0.6, threshold_end=0.2, threshold_by="timestep")
+    middle = 0.2 + 0.4 * (818.1818 - 666.6667) / (923.0769 - 666.6667)
+    assert step_pairs.thresholds(config, schedule, [[1], [2], [3]]) == pytest.approx([0.6, middle, 0.2])

@@ -3,6 +3,7 @@ import torch
 from fake_backbone import Whole
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
 
+from spo.diffusion.flow import FlowSchedule
 from spo.diffusion.schedule import Schedule
 from spo.types import Conditioning
 
@@ -80,3 +81,9 @@ def backbone():
 @pytest.fixture
 def schedule():
     return Schedule.from_config({"clip_sample": False}, 5)
+
+
+@pytest.fixture
+def flow():
+    """The schedule of a flow."""
+    return FlowSchedule.from_config({"shift": 3.0}, 5)

@@ -89,3 +89,11 @@ def test_from_clip_reads_a_folder_and_names_one_that_is_not_there(clip, tmp_path
         assert torch.equal(model.model.state_dict()[name], value)
     with pytest.raises(ValueError, match="preference.init"):
         StepAwarePreferenceModel.from_clip(str(tmp_path / "nowhere"))
+
+
+def test_timesteps_of_a_flow_are_embedded_as_they_are(clip) -> None:
+    """Between whole numbers, and at whole ones as those of DDPM."""
+    embed = StepAwarePreferenceModel(clip).model.t_embedder
+    with torch.no_grad():
+        whole, same, between = (embed(torch.tensor([t])) for t in (750, 750.0, 750.5))
+    assert torch.equal(whole, same) and not torch.allclose(whole, between)

@@ -38,3 +38,20 @@ def test_guidance_is_between_the_caption_and_the_empty_one(backbone, schedule) -
     alpha = schedule.alphas_cumprod[300]
     expected = -(1 - alpha).sqrt() * (3 * 4 * 0.01) / alpha.sqrt()
     torch.testing.assert_close(image, torch.full_like(image, expected.item()))
+
+
+def test_the_images_of_a_flow_are_predicted_from_its_velocity(backbone, flow) -> None:
+    """With a velocity of 0 the x_0 is x_t = (1 - sigma) x_0 + sigma eps itself."""
+
+    class Still(type(backbone)):
+        def predict(self, x_t, timesteps, conditioning, *, reference=False, copies=1):
+            return torch.zeros_like(x_t)
+
+    sides, noise = (
+        (torch.full((1, 3, 16, 16), 0.8), torch.zeros(1, 3, 16, 16)),
+        torch.full((1, 3, 16, 16), -0.4),
+    )
+    pairs = NoisedPairs(sides, ["a"], torch.tensor([312.5]), noise)
+    first, second = images_of(Still(), flow, pairs, 1.0, FiniteCheck())
+    torch.testing.assert_close(first, torch.full_like(first, 0.6875 * 0.8 - 0.3125 * 0.4))
+    torch.testing.assert_close(second, torch.full_like(second, -0.3125 * 0.4))

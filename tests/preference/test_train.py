@@ -1,6 +1,6 @@
 import copy
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -208,3 +208,18 @@ def test_the_loss_of_a_tie_wants_equal_scores() -> None:
     loss.backward()
     assert scores.grad.item() == pytest.approx(torch.sigmoid(torch.tensor(0.7)).item() - 0.5)
     assert loss.item() > 0
+
+
+def test_on_a_flow_timesteps_are_those_of_its_training_and_no_whole_numbers(clip, setup, pairs, flow) -> None:
+    task = replace(setup(StepAwarePreferenceModel(clip)), schedule=flow)
+    (((batch,),), _) = spm.LabelObjective(task, pairs, seed=0).collect(0)
+    assert batch.timesteps.dtype == torch.float32
+    assert set(batch.timesteps.tolist()) <= set(flow.train_timesteps.tolist())
+    assert any(t % 1 for t in batch.timesteps.tolist())
+    seen = []
+    task.model.model.t_embedder.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    assert spm.evaluate(task, pairs, [0, 251], seed=0)[251]["n"] == 56
+    assert {t.dtype for t in seen} == {torch.float32} and {t for s in seen for t in s.tolist()} == {
+        0.0,
+        251.0,
+    }

@@ -8,13 +8,14 @@ import yaml
 from spo import config
 from spo.evaluation import results
 from spo.publish import card as cards
+from spo.runtime import licence
 
 ROW = {"method": "spo", "baseline": "base", "metric": "hps", "mean_method": 27.1, "mean_baseline": 26.0}
 ROW |= {"mean_difference": 1.1, "ci_low": 0.9, "ci_high": 1.3, "win_rate": 0.8125, "n": 256}
 
 
 def params(**backbone: str) -> config.Params:
-    raw = yaml.safe_load(config.preset("sd15"))
+    raw = yaml.safe_load(config.preset("sd15-scratch"))
     return config.validate({**raw, "backbone": raw["backbone"] | backbone})
 
 
@@ -40,7 +41,7 @@ def test_it_has_base_licence_data_recipe_and_counts_but_no_times() -> None:
 
 
 def test_a_full_fine_tune_is_loaded_otherwise() -> None:
-    raw = yaml.safe_load(config.preset("sd15"))
+    raw = yaml.safe_load(config.preset("sd15-scratch"))
     raw["align"]["spo"]["lora"] = None
     card = cards.of_training(config.validate(raw), "spo", {})
     assert "from_pretrained" in card and "load_lora_weights" not in card
@@ -48,7 +49,7 @@ def test_a_full_fine_tune_is_loaded_otherwise() -> None:
 
 
 def test_the_licence_is_that_of_the_checkpoint_s_own_card(tmp_path: Path) -> None:
-    assert cards.licence(str(tmp_path)) is None
+    assert licence.stated(tmp_path) is None
     readme = tmp_path / "README.md"
     readme.write_text("---\nlicense: mit\ntags: [a]\n---\n# A model\n")
     card = cards.of_training(params(checkpoint=str(tmp_path), license="other"), "spo", {})
@@ -60,7 +61,7 @@ def test_the_licence_is_that_of_the_checkpoint_s_own_card(tmp_path: Path) -> Non
         "---\nlicense: [a]\n---\n",
     ):
         readme.write_text(broken)
-        assert cards.licence(str(tmp_path)) is None
+        assert licence.stated(tmp_path) is None
     raw = yaml.safe_load(config.preset("scenes"))
     assert "not stated; ask its makers" in cards.of_training(config.validate(raw), "spo", {})
 

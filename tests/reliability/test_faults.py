@@ -3,9 +3,9 @@
 import os
 import resource
 import subprocess
-import sys
 from pathlib import Path
 
+import in_fork
 import pytest
 import torch
 
@@ -86,13 +86,12 @@ def test_a_mistake_of_ours_is_not_hidden(monkeypatch) -> None:
 
 
 @pytest.mark.smoke
-def test_memory_really_exhausted_is_one_line(tmp_path: Path) -> None:
-    code = (
-        "import resource, sys, torch; from spo import cli\n"
-        "from spo.commands import arguments; arguments._run_preset = lambda args: torch.zeros(2**36)\n"
-        "resource.setrlimit(resource.RLIMIT_AS, (2**35, 2**35))\n"
-        "sys.exit(cli.main(['preset', 'smoke']))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+def test_memory_really_exhausted_is_one_line(tmp_path: Path, monkeypatch) -> None:
+    def exhaust(args) -> None:
+        resource.setrlimit(resource.RLIMIT_AS, (2**35, 2**35))
+        torch.zeros(2**36)
+
+    monkeypatch.setattr(arguments, "_run_preset", exhaust)
+    done = in_fork.spo(tmp_path, "preset", "smoke", variables=os.environ)
     assert done.returncode == 2 and done.stderr.startswith("spo: out of memory"), done.stderr
     assert done.stderr.count("\n") == 1

@@ -7,6 +7,7 @@ import io
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -14,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import in_fork
 import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -24,6 +26,7 @@ from ports import free_port
 
 from spo import cli, config
 from spo.publish import card as cards
+from spo.tracking.store import load_mlflow
 
 ROOT = Path(__file__).parents[2]
 SECRET = "planted-70ken"
@@ -38,7 +41,8 @@ ENVIRONMENT = {
 
 
 @pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def folder(tmp_path: Path, fresh_store: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    shutil.copy(fresh_store, tmp_path / "mlflow.db")
     for name, value in ENVIRONMENT.items():
         monkeypatch.setenv(name, value)
     pairs = tmp_path / "pairs"
@@ -95,15 +99,17 @@ def test_a_stage_that_works_keeps_none(folder: Path, spo: Command) -> None:
     write(folder, backbone__checkpoint=f"https://me:{SECRET}@example.org/model?token={SECRET}")
     done = spo("pairs")
     assert done.returncode == 0, done.stderr
-    assert (folder / "mlflow.db").exists() and (folder / "outputs/pairs/summary.json").exists()
+    client = load_mlflow().MlflowClient(f"sqlite:///{folder / 'mlflow.db'}")
+    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+    assert [run.info.status for run in client.search_runs(experiments)] == ["FINISHED"]
+    assert (folder / "outputs/pairs/summary.json").exists()
     assert leaks(folder, done) == []
 
 
 def test_a_tracking_server_that_is_away_is_named_without_it(folder: Path) -> None:
     write(folder)
     away = os.environ | {"MLFLOW_TRACKING_URI": f"http://me:{SECRET}@127.0.0.1:9"}
-    words = [sys.executable, "-m", "spo", "pairs"]
-    done = subprocess.run(words, cwd=folder, env=away, capture_output=True, text=True, timeout=600)
+    done = in_fork.spo(folder, "pairs", variables=away)
     assert done.returncode == 0 and "http://***@127.0.0.1:9" in done.stderr
     assert list((folder / ".spo/runs").glob("*/run.json")), "the run waits there"
     assert leaks(folder, done) == []

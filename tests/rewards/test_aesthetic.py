@@ -4,7 +4,8 @@ import torch
 from safetensors.torch import save_file
 from transformers import CLIPModel
 
-from spo.rewards.aesthetic import Aesthetic, AestheticHead, preprocess
+from spo.rewards.aesthetic import Aesthetic, AestheticHead
+from spo.rewards.pixels import preprocess
 
 KEYS = ("layers.0", "layers.2", "layers.4", "layers.6", "layers.7")
 

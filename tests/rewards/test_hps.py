@@ -10,7 +10,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from spo.rewards import clip
-from spo.rewards.hps import Hps, OpenClipTokenizer, preprocess
+from spo.rewards.hps import Hps, preprocess, token_ids
 from spo.rewards.pixels import normalise
 
 
@@ -113,9 +113,7 @@ def test_a_folder_s_tokenizer_reads_text_as_open_clip_s(tmp_path) -> None:
     vocabulary += ["<|startoftext|>", "<|endoftext|>"]
     (tmp_path / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(vocabulary)}))
     (tmp_path / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]), encoding="utf-8")
-    folder = OpenClipTokenizer(
-        clip.load_tokenizer(str(tmp_path), None, len(vocabulary), "score.hps.tokenizer")
-    )
+    folder = clip.load_tokenizer(str(tmp_path), None, len(vocabulary), "score.hps.tokenizer")
     texts = [
         "fish &amp; chips",
         "a cat\u2019s toy",
@@ -125,7 +123,7 @@ def test_a_folder_s_tokenizer_reads_text_as_open_clip_s(tmp_path) -> None:
     ]
     texts += ["a \u2603 r\u00e9sum\u00e9", "don't y'all'd've 3.5", "", "word " * 100]
     expected = open_clip.get_tokenizer("ViT-H-14")(texts)
-    assert torch.equal(folder(texts, 77), expected)
+    assert torch.equal(token_ids(folder, texts, 77), expected)
 
 
 def test_mistakes_are_one_line(hps_settings, tmp_path) -> None:

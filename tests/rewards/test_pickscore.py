@@ -5,7 +5,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import CLIPModel, CLIPTokenizer
 
-from spo.rewards.pickscore import PickScore, preprocess
+from spo.rewards.pickscore import PickScore
+from spo.rewards.pixels import preprocess
 
 
 @pytest.fixture(scope="module")

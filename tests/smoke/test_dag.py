@@ -12,6 +12,8 @@ import pytest
 import yaml
 from clones import ROOT, must, run
 
+from spo.tracking import dvc_lock
+
 pytestmark = [pytest.mark.smoke, pytest.mark.timeout(3600)]  # the first test waits for the DAG
 
 
@@ -53,8 +55,24 @@ def test_what_python_and_editors_leave_beside_the_code_changes_no_stage(clone: P
 
 
 def test_dvc_shows_metrics_and_plots(clone: Path) -> None:
-    assert "oracle_aesthetic" in must(clone, "dvc", "metrics", "show")
+    assert "spo.gain" in must(clone, "dvc", "metrics", "show")
     assert "plots" in must(clone, "dvc", "plots", "show")
+
+
+def test_what_a_person_compares_fits_a_screen(clone: Path) -> None:
+    """The same numbers for DVC and for the parent run of MLflow."""
+    import mlflow
+
+    own = ("gain", "low", "high", "win_rate", "alignment", "seconds")
+    names = {f"{method}/{key}" for method in ("spo", "diffusion_dpo", "lpo") for key in own} | {"accuracy"}
+    (shown,) = json.loads(must(clone, "dvc", "metrics", "show", "--json"))[""]["data"].values()
+    assert {*dvc_lock.read_metrics(clone / "reports/metrics/report.json")} == names and shown["data"]
+    client = mlflow.MlflowClient(f"sqlite:///{clone / 'mlflow.db'}")
+    runs = client.search_runs([e.experiment_id for e in client.search_experiments()], max_results=1000)
+    (parent,) = (r for r in runs if "mlflow.parentRunId" not in r.data.tags)
+    assert {*parent.data.metrics} == names
+    (report,) = (r for r in runs if r.info.run_name == "report")
+    assert "spo_vs_base/hps/difference" in report.data.metrics, "all comparisons stay with the report's run"
 
 
 def test_a_change_of_the_preference_model_does_not_rerun_diffusion_dpo(clone: Path) -> None:
@@ -132,4 +150,4 @@ def test_the_commands_of_the_readme_work_on_a_finished_run(copy: Path) -> None:
     assert "champion" in said and (copy / "drawn.png").exists()
     card = (copy / "published/README.md").read_text()
     assert "| pickscore |" in card and str(copy.parent) not in card
-    assert "scored_by" in must(copy, "dvc", "metrics", "diff", "--all")
+    assert "diffusion_dpo.win_rate" in must(copy, "dvc", "metrics", "diff", "--all")

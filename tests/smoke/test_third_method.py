@@ -29,7 +29,7 @@ for line in sys.argv[1:]:  # in one process, which takes 6 s to import all
         sys.exit(f"spo {line}: {code}")
 """
 FILE = Path(__file__).parents[1] / "helpers/third_method/sft.py"
-SECTION = '''class Sft(Section):
+SECTION = '''class Sft(Method):
     """Supervised fine-tuning."""
 
     lora: Lora | None
@@ -43,9 +43,11 @@ class Align(Section):'''
 EDITS = {  # file: (text, what it becomes)
     "src/spo/config/training.py": [
         ("class Align(Section):", SECTION),
-        ("    spo: Spo\n", "    spo: Spo\n    sft: Sft\n"),
+        ("    spo: Spo | None\n", "    spo: Spo | None\n    sft: Sft | None\n"),
     ],
-    "src/spo/config/evaluation.py": [("    spo: Variant\n", "    spo: Variant\n    sft: Variant\n")],
+    "src/spo/config/evaluation.py": [
+        ("    spo: Variant | None\n", "    spo: Variant | None\n    sft: Variant | None\n")
+    ],
     "params.yaml": [
         (
             "align:\n",

@@ -1,11 +1,13 @@
 """What the methods make of params.yaml."""
 
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 
 from spo import config
+from spo.diffusion.schedule import Schedule
 from spo.methods import method_spec
 from spo.preference import model
 
@@ -21,7 +23,11 @@ def test_spo_reads_its_preference_model_and_prompts(tmp_path, monkeypatch) -> No
     calls: list[tuple] = []
     monkeypatch.setattr(model, "load_reward_model", lambda *a: calls.append(a))
     params = config.load("params.yaml")
-    backbone = SimpleNamespace(device=torch.device("cpu"), scheduler_config=SCHEDULER)
+    backbone = SimpleNamespace(
+        device=torch.device("cpu"),
+        schedule=partial(Schedule.from_config, SCHEDULER),
+        remember_prompts=lambda prompts: None,
+    )
     method = method_spec("spo").build(params, backbone)
     assert calls == [(Path("outputs/preference"), backbone.device)]
     assert method.prompts == ["a red circle"]

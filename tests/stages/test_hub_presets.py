@@ -1,4 +1,4 @@
-"""The presets sd15 and sdxl name all by hub id and commit: found in a folder with the hub cache's layout."""
+"""The presets of SD 1.5 and SDXL name all by hub id and commit: found in a folder like the hub's cache."""
 
 from __future__ import annotations
 
@@ -20,10 +20,11 @@ import yaml
 from PIL import Image
 
 from spo import config
-from spo.runtime import hub
+from spo.runtime import hub, released
 from spo.stages import inputs
 
-PRESETS = ("sd15", "sdxl")
+PRESETS = ("sd15-scratch", "sdxl-scratch")  # train everything
+OTHERS = [n for n in config.preset_names() if n.startswith(("sd15", "sdxl")) and n not in PRESETS]
 WORDS = ("oak", "sea", "owl", "fog", "ice", "bee", "fig", "jar", "kite", "lamp")
 
 
@@ -53,7 +54,9 @@ def files_of(name: str) -> dict[str, bytes]:
     """Small files in the place of those that a preset names."""
     at = hub.place(name)
     if at.kind == "model":
-        return {at.pattern or "config.json": name.encode()}
+        folder = "" if at.pattern == "*" else f"{at.pattern}/"
+        file = f"{folder}config.json" if at.pattern and "." not in Path(at.pattern).name else at.pattern
+        return {file or "config.json": name.encode()}
     shards = {}
     for split, count, start in (("train", 2, 0), ("validation_unique", 1, 60), ("test_unique", 1, 80)):
         for number in range(count):
@@ -80,7 +83,7 @@ def fill(cache: Path, preset: str) -> dict[str, str]:
     return {name: hub_cache.add(cache, name, files_of(name), rev) for name, rev in sources(preset)}
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", [*PRESETS, *OTHERS])
 def test_every_input_is_named_by_hub_id_and_revision(preset: str) -> None:
     for name, revision in sources(preset):
         at = hub.place(name, revision)
@@ -104,6 +107,43 @@ def test_inputs_pins_every_key_from_a_cache_without_a_network(preset: str, cache
     assert len(pinned[params.pairs.source]["files"]) == 2
 
 
+@pytest.mark.parametrize("preset", OTHERS)
+def test_inputs_pins_what_a_preset_adds_to_the_one_that_trains_everything(
+    preset: str, cache: Path, logged: Any
+) -> None:
+    """Released models, by file; and nothing that the preset does not use."""
+    commits, params = fill(cache, preset), config.validate(raw(preset))
+    inputs.run(params)
+    pins = {
+        role: json.loads(Path(f"outputs/inputs/{role}.json").read_text("utf-8")) for role in WITH_PRETRAINED
+    }
+    for role, section in WITH_PRETRAINED.items():
+        named = section(params).pretrained if section(params) is not None else None
+        entries = [entry for entry in pins[role] if "hub" in entry]
+        assert [entry["files"] for entry in entries] == [pinned(named)] * len(entries), role
+        assert all(entry["revision"] == commits[entry["hub"]] for entry in entries)
+        used = role != "pretrained_preference" or params.wants("preference")
+        assert len(entries) == (named is not None and used), role
+    unused = json.loads(Path("outputs/inputs/pairs.json").read_text(encoding="utf-8"))
+    assert unused == [] and params.pairs.source is None
+
+
+WITH_PRETRAINED = {
+    "pretrained_preference": lambda params: params.preference,
+    "pretrained_spo": lambda params: params.align.spo,
+    "pretrained_diffusion_dpo": lambda params: params.align.diffusion_dpo,
+    "pretrained_lpo": lambda params: params.align.lpo,
+}
+
+
+def pinned(name: str | None) -> dict[str, str] | None:
+    """The files of a released model in the cache, with their hashes."""
+    if name is None:
+        return None
+    url = released.address(name)
+    return {path: hashlib.sha256(content).hexdigest() for path, content in files_of(url).items()}
+
+
 @pytest.mark.parametrize("preset", PRESETS)
 def test_what_is_missing_is_said_in_one_line_with_what_to_put_where(
     preset: str, cache: Path, logged: Any
@@ -123,8 +163,8 @@ def test_what_is_missing_is_said_in_one_line_with_what_to_put_where(
 
 
 def test_a_shard_that_is_missing_is_no_smaller_data_set(cache: Path) -> None:
-    fill(cache, "sd15")
-    source = config.validate(raw("sd15")).pairs.source
+    fill(cache, "sd15-scratch")
+    source = config.validate(raw("sd15-scratch")).pairs.source
     (lost,) = hub_cache.folder(cache, source).glob("snapshots/*/data/train-00001-*")
     lost.unlink()
     with pytest.raises(ValueError, match="1 of its shards are not in the cache"):
@@ -168,6 +208,19 @@ def test_prompts_and_pairs_are_read_from_the_cache(preset: str, cache: Path) -> 
     assert test.isdisjoint(Path("outputs/prompts/train.txt").read_text(encoding="utf-8").splitlines())
 
 
+def test_without_pairs_the_published_prompts_are_all_left(cache: Path) -> None:
+    """Here the captions of validation_unique are 20."""
+    from spo.stages import prompts
+
+    for preset in ("sd15-eval", "sdxl"):
+        fill(cache, preset)
+        params = raw(preset)
+        params["prompts"] |= {"n_train": min(params["prompts"]["n_train"], 40), "n_test": 20}
+        settings = config.validate(params)
+        summary = prompts.prepare(settings.prompts, lambda prompt: 4, Path("outputs/prompts"))
+        assert summary["read"]["evaluation"] == summary["test"] == 20
+
+
 DATA = Path(__file__).parents[2] / "data"
 LOADERS = """
 import torch, yaml
@@ -192,7 +245,7 @@ print(len(_step_aware(params, params.preference, backbone).tokenizer))
 @pytest.mark.skipif(not (DATA / "base").exists(), reason="needs the shipped data: dvc pull data.dvc")
 def test_every_loader_reads_its_model_from_the_cache(tmp_path: Path) -> None:
     """With the models of the scenes world under the names of the preset: the same numbers as from folders."""
-    cache, params = tmp_path / "hub", raw("sd15")
+    cache, params = tmp_path / "hub", raw("sd15-scratch")
     named, score = config.validate(params), params["score"]
     for section in (score["pickscore"], score["aesthetic"], score["hps"]):
         section["image_size"] = 48

@@ -176,3 +176,19 @@ def test_suites_have_names_that_paths_can_have() -> None:
     with pytest.raises(ValueError, match="generate.suites: no suite 'hpd'; known: parti"):
         config.validate(raw).generate.check_suite("hpd")
     assert ("file.txt", None) in inputs.sources(config.validate(raw))["prompts"]
+
+
+def test_one_list_is_split_into_prompts_to_train_on_and_to_evaluate(tmp_path) -> None:
+    (tmp_path / "own.txt").write_text("".join(f"prompt number {i}\n" for i in range(20)))
+    (tmp_path / "pairs").mkdir()
+    pd.DataFrame({"caption": ["another"]}).to_parquet(tmp_path / "pairs/0.parquet")
+    own = str(tmp_path / "own.txt")
+    lists = config.Prompts(
+        train=own, evaluation=own, pairs=str(tmp_path / "pairs"), n_train=12, n_validation=3, n_test=5
+    )
+    prompts.prepare(lists, len, tmp_path / "out")
+    parts = [
+        set((tmp_path / f"out/{name}.txt").read_text().splitlines())
+        for name in ("train", "test", "validation")
+    ]
+    assert list(map(len, parts)) == [12, 5, 3] and len(set.union(*parts)) == 20

@@ -1,4 +1,4 @@
-"""A folder with an MLflow store of its own; its tables, which take MLflow seconds, are made once."""
+"""A folder with an MLflow store of its own, a copy of `fresh_store`."""
 
 from __future__ import annotations
 
@@ -9,14 +9,7 @@ from typing import Any
 
 import pytest
 
-from spo.tracking.store import Store, load_mlflow
-
-
-@pytest.fixture(scope="session")
-def fresh_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
-    Store(f"sqlite:///{path}").connect()
-    return path
+from spo.tracking.store import load_mlflow
 
 
 @pytest.fixture

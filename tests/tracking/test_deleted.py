@@ -181,8 +181,9 @@ def test_the_figures_of_a_cached_stage_wait_for_its_deleted_parent(folder: Path,
     assert sync()[1] == 0
     (top,) = client.search_runs([client.get_experiment_by_name("tiny").experiment_id])
     client.delete_run(top.info.run_id)
-    cached = {"status": "FINISHED", "end": 1, "origin": "ab12", "metrics": {"rows": 5.0}}
-    Run.create({"name": "pairs", "experiment": "tiny", "params": {}, "tags": {}} | cached, parent.key)
+    tags = {"dvc.cached": "true", "dvc.lock_hash": "ab12"}
+    cached = {"status": "FINISHED", "end": 1, "metrics": {"rows": 5.0}}
+    Run.create({"name": "pairs", "experiment": "tiny", "params": {}, "tags": tags} | cached, parent.key)
     assert sync()[1] == 1
     client.restore_run(top.info.run_id)
     assert sync()[1] == 0

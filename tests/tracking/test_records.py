@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
+import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from spo.runtime.messages import one_line, redact
 from spo.tracking import records
 from spo.tracking.delivery import deliver, sync
 from spo.tracking.records import Run, read_curve, runs_here
-from spo.tracking.store import Store
+from spo.tracking.store import Store, tracking_uri
 
 
 def new(name: str = "align-spo", parent: str = "", **content: Any) -> Run:
@@ -34,6 +35,14 @@ def new(name: str = "align-spo", parent: str = "", **content: Any) -> Run:
 def test_redact_takes_out_passwords_only(text: str, clean: str) -> None:
     assert redact(text) == clean
     assert redact({"a": [text, 1]}) == {"a": [clean, 1]}
+
+
+def test_redact_reads_a_long_word_once() -> None:
+    """Twice as long took four times as long: this one took minutes."""
+    word = "a" * 500_000
+    assert redact(word) == word and redact(f"{word}://me:pass@host") == f"{word}://***@host"
+    assert redact("?key" * 100_000) == "?key" * 100_000
+    assert one_line(ValueError("<" + word)).endswith("a")
 
 
 def test_an_error_is_one_short_line_without_passwords() -> None:
@@ -64,18 +73,26 @@ def test_what_is_added_joins_what_is_known(folder: Path) -> None:
     assert content["hash"] == "ab" and content["version"] == 4
 
 
+def killed(work: Callable[[], Any]) -> None:
+    """Do what a process does before it is killed."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            work()
+        except BaseException:
+            os._exit(1)
+        os._exit(9)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 9
+
+
 def test_a_run_whose_process_was_killed_is_closed(folder: Path, runs: Any) -> None:
-    code = (
-        "import os; from spo.tracking.records import Run\n"
-        "from pathlib import Path\n"
-        "c = {'name': 'repro', 'experiment': 'e', 'params': {}, 'tags': {}}\n"
-        "p = Run.create(c, is_owned=False)\n"
-        "child = Run.create(c | {'name': 'align'}, p.key)\n"
-        'Path(\'curve.jsonl\').write_text(\'{"time": 1, "step": 0, "loss": 1.0}\\n\')\n'
-        "child.follow(Path('curve.jsonl'), Path('samples'))\n"
-        "os._exit(9)"
-    )
-    subprocess.run([sys.executable, "-c", code], check=False)
+    def work() -> None:
+        parent = Run.create({"name": "repro", "experiment": "e", "params": {}, "tags": {}}, is_owned=False)
+        child = new("align", parent.key)
+        Path("curve.jsonl").write_text('{"time": 1, "step": 0, "loss": 1.0}\n', encoding="utf-8")
+        child.follow(Path("curve.jsonl"), Path("samples"))
+
+    killed(work)
     mine = new("mine")
     assert sync() == (3, 0)
     found = runs()
@@ -85,14 +102,11 @@ def test_a_run_whose_process_was_killed_is_closed(folder: Path, runs: Any) -> No
 
 
 def test_sync_ends_a_killed_run_of_which_all_was_delivered(folder: Path, runs: Any) -> None:
-    code = (
-        "import os; from spo.tracking.delivery import deliver\n"
-        "from spo.tracking.records import Run; from spo.tracking.store import Store, tracking_uri\n"
-        "run = Run.create({'name': 'align', 'experiment': 'e', 'params': {}, 'tags': {}})\n"
-        "assert not deliver(Store(tracking_uri()), [run]) and not run.is_pending()\n"
-        "os._exit(9)"
-    )
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 9
+    def work() -> None:
+        run = new("align")
+        assert not deliver(Store(tracking_uri()), [run]) and not run.is_pending()
+
+    killed(work)
     assert runs()["align"].info.status == "RUNNING"
     assert sync() == (1, 0)
     assert runs()["align"].info.status == "KILLED"
@@ -159,6 +173,37 @@ def test_what_mlflow_refuses_is_said_and_the_rest_arrives(
     assert (run.path / "curve.jsonl").exists(), "what was refused stays"
 
 
+def test_an_artifact_that_changed_is_not_sent_and_a_tag_of_its_run_says_so(folder: Path, runs: Any) -> None:
+    run = new()
+    for name in ("changed.csv", "removed.csv", "same.csv"):
+        (folder / name).write_text("as it was")
+        run.log_artifact(folder / name, "files")
+    (folder / "changed.csv").write_text("another")
+    (folder / "removed.csv").unlink()
+    run.end("FINISHED")
+    assert sync() == (1, 0) and sync() == (0, 0)
+    found = runs()["align-spo"]
+    assert found.info.status == "FINISHED"
+    tagged = {name for name, text in found.data.tags.items() if "before it was sent to MLflow" in text}
+    assert tagged == {"artifact.changed.csv", "artifact.removed.csv"}
+    client = Store(f"sqlite:///{folder / 'mlflow.db'}").connect()
+    assert [file.path for file in client.list_artifacts(found.info.run_id, "files")] == ["files/same.csv"]
+
+
+def test_a_run_that_ends_while_its_process_is_looked_up_keeps_its_status(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = new()
+
+    def has_just_exited(pid: int) -> Any:
+        run.end("FINISHED")
+        raise psutil.NoSuchProcess(pid)
+
+    monkeypatch.setattr(psutil, "Process", has_just_exited)
+    run.close_if_dead()
+    assert run.read()["status"] == "FINISHED"
+
+
 def test_a_run_that_was_delivered_long_ago_leaves_this_machine(folder: Path, runs: Any) -> None:
     old = records.now() - int(1000 * records.STORED) - 1
     new("old", start=old, status="FINISHED", end=old)
@@ -167,7 +212,7 @@ def test_a_run_that_was_delivered_long_ago_leaves_this_machine(folder: Path, run
         start=old,
         status="FINISHED",
         end=old,
-        artifacts=[{"path": "/gone", "folder": "a", "sha256": ""}],
+        metrics={"no*name": 1.0},
     )
     assert (sync(), sync()) == ((1, 1), (0, 1))
     assert [run.read()["name"] for run in runs_here()] == ["waits"]

@@ -72,7 +72,8 @@ def test_stages_share_the_parent_of_the_environment(
     assert generate.data.params == {"seed": "3", "generate.eta": "1.0", "generate.base.guidance": "2.0"}
     assert top.data.params["align.diffusion_dpo.beta"] == "2000" and top.data.params["name"] == "tiny"
     assert history(folder, align, "loss") == [(0, 1.0), (1, 0.5)]
-    assert top.data.metrics == {"align-spo/seconds": 12.0}, "curves stay with the child"
+    assert align.data.metrics["seconds"] == 12.0
+    assert top.data.metrics == {}, "what a stage measured stays with its run"
     stored = Path(align.info.artifact_uri.removeprefix("file://")) / "files/adapter"
     assert stored.read_text() == "weights" and folder / "mlartifacts" in stored.parents
 
@@ -179,6 +180,18 @@ def test_a_silent_server_does_not_hold_a_stage_up(
         assert time.monotonic() - started < 300  # MLflow's own seven attempts of 120 s would take minutes
     assert "no answer yet" in capsys.readouterr().err
     assert [run.is_pending() for run in runs_here()] == [True]
+
+
+def test_after_a_stop_a_silent_server_is_not_waited_for(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(delivery, "STOPPED_DELIVERY", 0.1)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "600")
+    open_parent(PARAMS, "parent")
+    load_mlflow()
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        assert sync(f"http://127.0.0.1:{server.getsockname()[1]}", stopped=True) == (0, 1)
+    assert "no answer yet" in capsys.readouterr().err
 
 
 def test_a_folder_without_a_place_to_write_only_warns(

@@ -56,3 +56,9 @@ def test_what_params_name_goes_first(monkeypatch) -> None:
 )
 def test_kinds(stage: str, variant: str | None, kind: str) -> None:
     assert budget.kind(stage, variant) == kind
+
+
+@pytest.mark.parametrize("family", ["sd3", "flux"])
+def test_a_family_that_was_not_counted_gets_the_smallest_budget(family: str) -> None:
+    assert budget.automatic(family, "spo", 24 * GIB) == budget.LEAST
+    assert budget.automatic(family, "spo", float("inf")) == budget.WHOLE

@@ -10,7 +10,7 @@ from two_numbers import Numbers, Squares, run, settings
 from spo.training import loop, optimizer
 from spo.training.alignment import Alignment
 from spo.training.checkpoint import CheckpointStore
-from spo.types import UNetBatch
+from spo.types import FIRST_UPDATE, UNetBatch
 
 
 class Parts(Squares):
@@ -177,3 +177,20 @@ def test_batches_are_collected_by_the_average_of_the_weights(tmp_path) -> None:
     assert same == weights and plain == [[1.0, -2.0], *weights[:3]] and plain[1:] != seen[1:]
     assert fit(tmp_path, stop_at=3) == (seen[:3], weights[:3])
     assert fit(tmp_path) == (seen[2:], weights[2:])  # resumed after the second iteration
+
+
+class Gauged(Parts):
+    """Of the first update the number of each sample, however the update is cut."""
+
+    def loss(self, policy, reference, batch):
+        losses, _ = super().loss(policy, reference, batch)
+        return losses, {f"{FIRST_UPDATE}number": batch.x_t[:, 0, 0, 0]} if batch.first else {}
+
+
+@pytest.mark.parametrize("sizes", [[4], [1, 3], [1, 1, 1, 1]])
+def test_a_gauge_of_the_first_update_is_the_largest_value_and_logged_once(sizes) -> None:
+    """Samples 0, 2, 4 and 6, of which the third has no weight."""
+    rows: list[dict] = []
+    run(Numbers(), Gauged(sizes), on_metrics=lambda m, s: rows.append(m))
+    assert [row.get(f"{FIRST_UPDATE}number") for row in rows] == [6.0, None]
+    assert "loss" in rows[1]

@@ -17,7 +17,6 @@ from tqdm import tqdm
 from spo import backbones, config
 from spo.diffusion.noise import SampleNoise
 from spo.diffusion.rollout import sample_latents
-from spo.diffusion.schedule import Schedule
 from spo.scenes import world
 from tools.scenes import draws
 
@@ -99,7 +98,7 @@ def _backbone(base: Path) -> Any:
 
 
 def _images(backbone: Any, source: Generator, prompts: list[str], keys: Tensor, seed: int) -> Tensor:
-    schedule = Schedule.from_config(backbone.scheduler_config, source.steps)
+    schedule = backbone.schedule(source.steps)
     noise = SampleNoise(seed, keys.tolist(), backbone.latent_shape)
     with backbone.inference():
         x_0 = sample_latents(backbone, schedule, prompts, noise, source.guidance, 1.0)

@@ -10,7 +10,6 @@ from torch import Tensor
 from spo import backbones, config
 from spo.diffusion import ddim
 from spo.diffusion.denoiser import GuidedDenoiser
-from spo.diffusion.schedule import Schedule
 from spo.scenes.oracle import Perception, fidelity
 from spo.scenes.world import QUALITY
 from tools.scenes import Build, generation
@@ -46,7 +45,7 @@ def validate(build: Build, seed: int) -> dict[str, object]:
 @torch.no_grad()
 def _redraw(base: Path, images: Tensor, captions: list[str], seed: int) -> Tensor:
     backbone = backbones.load(config.Backbone(family="sd", checkpoint=str(base)), "cpu")
-    schedule = Schedule.from_config(backbone.scheduler_config, 20)
+    schedule = backbone.schedule(20)
     generator = torch.Generator().manual_seed(seed)
     parts = []
     for start in range(0, len(images), 100):

@@ -1,14 +1,18 @@
 """Released models on the base: LoRAs of any trainer, UNets and complete pipelines."""
 
+import shutil
 import sys
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 
 from spo import backbones, config
 from spo.adapters import files, lora, unet
-from spo.adapters.names import COMPONENTS
+from spo.adapters.names import TEXT, TEXT_2, UNET
+from spo.adapters.strength import PEFT_CONFIG
 from spo.backbones import StableDiffusion
+from spo.backbones.lora import FILE
 from spo.backbones.weights import Weights
 from spo.training import distributed
 from spo.types import Budget
@@ -34,7 +38,7 @@ def load(
     if source.kind == "pipeline":
         return backbone
     if source.kind == "lora":
-        summary = _load_lora(backbone, source.weights[0])
+        summary = add_lora(backbone, source.weights[0])
     else:
         changed, total = unet.load(backbone.unet, source.weights)
         summary = f"{source.path}: UNet, {changed} of {total} tensors differ from the base's"
@@ -43,17 +47,31 @@ def load(
     return backbone
 
 
-def load_lora(backbone: StableDiffusion, path: Path) -> str:
-    """Load a LoRA (file or folder) into a base's UNet and text encoders; returns a summary of its changes."""
-    source = files.find(path)
-    if source.kind != "lora":
-        raise ValueError(f"{path}: contains a {source.kind}, not a LoRA")
-    return _load_lora(backbone, source.weights[0])
+def adopt(settings: config.Backbone, source: Path, folder: Path, device: torch.device | str) -> str:
+    """Check a released model against the base, and write it to a folder as training does; returns its kind.
+
+    A LoRA's file stays as it is; a UNet or a pipeline becomes a pipeline in the base's precision.
+    """
+    backbone, found = load(settings, source, device), files.find(source)
+    if found.kind != "lora":
+        backbone.save_pipeline(folder)
+        return "pipeline"
+    (weights,) = found.weights
+    folder.mkdir(parents=True)
+    if weights.file.suffix == ".safetensors":
+        shutil.copyfile(weights.file, folder / FILE)
+    else:
+        save_file({key: value.contiguous() for key, value in weights.tensors.items()}, folder / FILE)
+    if (beside := weights.file.parent / PEFT_CONFIG).exists():  # the strength of a LoRA that peft wrote
+        shutil.copyfile(beside, folder / PEFT_CONFIG)
+    return "lora"
 
 
-def _load_lora(backbone: StableDiffusion, weights: Weights) -> str:
+def add_lora(backbone: StableDiffusion, weights: Weights) -> str:
+    """Load a LoRA into a base's UNet and text encoders; returns a summary of its changes."""
     parts = backbone.pipeline.components
-    models = {name: parts[name] for name in COMPONENTS if parts.get(name) is not None}
+    models = {name: parts[name] for name in (TEXT, TEXT_2) if parts.get(name) is not None}
+    models[UNET] = backbone.unet
     changed = lora.load(models, weights)
     backbone.forget_prompts()
     layers = ", ".join(f"{n} layers of the {name}" for name, n in changed.items())

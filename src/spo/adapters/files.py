@@ -21,9 +21,10 @@ _FAMILIES = (
     (r"refiner", "the SDXL refiner"),
     (r"sd[ _-]?xl|stable[ _-]diffusion[ _-]xl", "sdxl"),
     (r"stable[ _-]diffusion[ _-]v?[12]|sd[ _-]?v?[12]([ ._-]|\d?$)", "sd"),
-    (r"stable[ _-]diffusion[ _-]v?3|sd[ _-]?v?3", "Stable Diffusion 3"),
+    (r"stable[ _-]diffusion[ _-]v?3|sd[ _-]?v?3", "sd3"),
+    (r"flux", "flux"),
     (
-        r"flux|cascade|pixart|hunyuan|lumina|auraflow|chroma|kolors|qwen|wan2|ltx",
+        r"cascade|pixart|hunyuan|lumina|auraflow|chroma|kolors|qwen|wan2|ltx",
         "another architecture",
     ),
 )
@@ -47,7 +48,7 @@ def find(path: Path) -> Source:
         raise ValueError(f"{path}: no such file or folder; give {SUPPORTED}")
     if (path / "model_index.json").exists():
         return Source("pipeline", path)
-    for folder in (path, path / "unet"):
+    for folder in (path, path / "unet", path / "transformer"):
         if any(folder.glob(f"{UNET_STEM}*")):
             _check_alone(path, folder)
             return Source("unet", folder, [read(file) for file in _unet_files(folder)])

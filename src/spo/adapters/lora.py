@@ -16,7 +16,7 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor
 
-from spo.adapters.names import LayerNames, split_component
+from spo.adapters.names import layer_names, spelling, split_component
 from spo.adapters.strength import Strengths
 from spo.backbones.lora import ADAPTER
 from spo.backbones.lora_linear import use_merged_layers
@@ -72,14 +72,7 @@ def is_adapter(keys: list[str]) -> bool:
 
 
 def load(models: Mapping[str, Any], weights: Weights) -> Counter[str]:
-    """Load a LoRA file into the UNet and the text encoders, frozen.
-
-    Args:
-        models: modules by component: unet, text_encoder, text_encoder_2.
-
-    Returns:
-        The number of changed layers by component.
-    """
+    """Load a LoRA file into the UNet and text encoders, frozen; returns how many layers change in each."""
     layers = read(models, weights)
     changed = Counter(layer.component for layer in layers if layer.changes())
     if not changed:
@@ -106,17 +99,17 @@ def read(models: Mapping[str, torch.nn.Module], weights: Weights) -> list[_Layer
 
 def _by_layer(models: Mapping[str, torch.nn.Module], weights: Weights) -> list[_Layer]:
     file = weights.file
-    names = {component: LayerNames(model) for component, model in models.items()}
+    names = {component: layer_names(model) for component, model in models.items()}
     layers: dict[tuple[str, str], _Layer] = {}
     for key in weights.tensors:
         part, stem = _part(file, key)
         component, alias = split_component(stem)
         if component not in names:
             raise ValueError(f"{file}: {key} is for {component}, which this backbone lacks")
-        name = names[component].find(alias)
+        name = names[component].get(spelling(alias))
         if name is None:
             raise ValueError(f"{file}: does not fit the {component}, which has no layer for {key}")
-        weight: Any = names[component].modules[name].weight
+        weight: Any = models[component].get_submodule(name).weight
         layer = layers.setdefault((component, name), _Layer(component, name, weight))
         if other := layer.keys.get(part):
             raise ValueError(f"{file}: {key} and {other} are for the same layer; keep one adapter in a file")

@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 
-UNET, TEXT, TEXT_2 = "unet", "text_encoder", "text_encoder_2"
+UNET, TEXT, TEXT_2 = "unet", "text_encoder", "text_encoder_2"  # unet: the transformer too
 COMPONENTS = (UNET, TEXT, TEXT_2)
 
 _PREFIXES = {
     "base_model.model.": None,  # peft, for any component
     "unet.": UNET,
+    "transformer.": UNET,
     "text_encoder.": TEXT,
     "text_encoder_2.": TEXT_2,
     "lora_unet_": UNET,
@@ -61,23 +62,15 @@ def split_component(stem: str) -> tuple[str, str]:
     return component or UNET, stem
 
 
-class LayerNames:
-    """Finds a linear or convolution layer of a model by any of its names."""
-
-    def __init__(self, model: torch.nn.Module) -> None:
-        kinds = torch.nn.Linear | torch.nn.Conv2d
-        self.modules = {name: m for name, m in model.named_modules() if isinstance(m, kinds)}
-        self._by_spelling = {_spelling(name): name for name in self.modules}
-        for original, name in original_names(model).items():
-            if name in self.modules:
-                self._by_spelling[_spelling(original)] = name
-
-    def find(self, layer: str) -> str | None:
-        """The module name of a layer; None if the model has no such layer."""
-        return self._by_spelling.get(_spelling(layer))
+def layer_names(model: torch.nn.Module) -> dict[str, str]:
+    """Map the `spelling` of a linear or convolution layer's names to its name in the model."""
+    kinds = torch.nn.Linear | torch.nn.Conv2d
+    own = {name: name for name, module in model.named_modules() if isinstance(module, kinds)}
+    names = own | {original: name for original, name in original_names(model).items() if name in own}
+    return {spelling(alias): name for alias, name in names.items()}
 
 
-def _spelling(name: str) -> str:
+def spelling(name: str) -> str:
     """The one spelling of all names of a layer."""
     for pattern, replacement in _SPELLINGS:
         name = re.sub(pattern, replacement, name)

@@ -129,6 +129,7 @@ def _by_component(settings: Mapping[str, Any]) -> Mapping[str, Mapping[str, Any]
     """Group diffusers' metadata (`unet.r`) by component; keys without a prefix belong to the UNet."""
     parts: dict[str, dict[str, Any]] = {}
     for key, value in settings.items():
+        key = key.removeprefix("transformer.")
         component, _, name = key.partition(".")
         known = component in COMPONENTS
         parts.setdefault(component if known else UNET, {})[name if known else key] = value

@@ -1,15 +1,13 @@
 """Load a UNet that was released without its pipeline; it must have the base's architecture."""
 
-import inspect
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from spo.adapters.names import original_names
-from spo.backbones.description import config_file
+from spo.backbones import same_unet
 from spo.backbones.weights import Weights
 
 _ORIGINAL = ("model.diffusion_model.", "diffusion_model.", "")
@@ -19,12 +17,11 @@ _ORIGINAL = ("model.diffusion_model.", "diffusion_model.", "")
 def load(unet: Any, parts: Sequence[Weights]) -> tuple[int, int]:
     """Replace the weights of `unet`, in its own precision, by those of one file or several shards.
 
-    Returns:
-        The number of tensors that differ from the base's, and the number of all tensors.
+    Returns how many tensors differ from the base's, and the number of all.
     """
     file = parts[0].file
     if (file.parent / "config.json").exists():
-        _check_config(unet, file.parent / "config.json")
+        same_unet.check(unet, file.parent / "config.json")
     state = {key: part.checked(key) for part in parts for key in part.tensors}
     state, base = _diffusers_names(unet, state), unet.state_dict()
     changed = sum(not torch.equal(state[key].to(base[key]), base[key]) for key in base if key in state)
@@ -48,24 +45,3 @@ def _diffusers_names(unet: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
         return f"{names[module]}.{parameter}" if module in names else key
 
     return {renamed(key): value for key, value in state.items()}
-
-
-def _check_config(unet: Any, file: Path) -> None:
-    config = config_file(str(file.parent), None, file.name, str(file.parent))
-    name = config.get("_class_name", "UNet2DConditionModel")
-    if name != "UNet2DConditionModel":
-        raise ValueError(f"{file}: _class_name is {name}, but the backbone has a UNet2DConditionModel")
-    for key, default in inspect.signature(type(unet).__init__).parameters.items():
-        announced = config.get(key, default.default)
-        if key in unet.config and _plain(announced) != _plain(unet.config[key]):
-            raise ValueError(
-                f"{file}: {key} is {announced!r}, but the backbone's UNet has {unet.config[key]!r}"
-            )
-
-
-def _plain(value: Any) -> Any:
-    """Unify spellings of different versions of diffusers: [8, 8] is 8 for every block, null is false."""
-    if isinstance(value, list | tuple):
-        elements = [_plain(element) for element in value]
-        return elements[0] if elements and all(e == elements[0] for e in elements) else elements
-    return value or None

@@ -2,27 +2,20 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from spo import config
 from spo.backbones import scheduler, single_file
+from spo.backbones.families import FAMILIES
+from spo.backbones.family import Family, Rules, is_unset
 from spo.backbones.weights import read
+from spo.diffusion.announced import schedule_of
 from spo.runtime import hub
-
-PIPELINES = {"sd": "StableDiffusionPipeline", "sdxl": "StableDiffusionXLPipeline"}
-# the supported class of each part
-PARTS = {
-    "sd": {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL", "text_encoder": "CLIPTextModel"},
-    "sdxl": {
-        "unet": "UNet2DConditionModel",
-        "vae": "AutoencoderKL",
-        "text_encoder": "CLIPTextModel",
-        "text_encoder_2": "CLIPTextModelWithProjection",
-    },
-}
+from spo.types import NoiseSchedule
 
 
 def is_number(value: Any) -> bool:
@@ -30,26 +23,8 @@ def is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _is_side(value: Any) -> bool:
-    sides = list(value) if isinstance(value, list | tuple) else [value]
-    return len(set(sides)) == 1 and len(sides) < 3 and type(sides[0]) is int and sides[0] > 0
-
-
-def _is_unset(value: Any) -> bool:
-    return value is None or value is False
-
-
-# (key, whether a value is supported, what another one means)
-INDEX = (("requires_aesthetics_score", _is_unset, "a refiner; give a base model"),)
-UNET = (
-    ("time_cond_proj_dim", _is_unset, "a model distilled to few steps (LCM) is not supported"),
-    ("class_embed_type", _is_unset, "a UNet that takes class labels is not supported"),
-    ("num_class_embeds", _is_unset, "a UNet that takes class labels is not supported"),
-    ("encoder_hid_dim_type", _is_unset, "a UNet that takes image embeddings is not supported"),
-    ("quantization_config", _is_unset, "quantized weights; give those in fp16, bf16 or fp32"),
-    ("sample_size", _is_side, "give the side of square latents (64 for SD 1.5, 128 for SDXL)"),
-)
-VAE = (
+INDEX: Rules = (("requires_aesthetics_score", is_unset, "a refiner; give a base model"),)
+VAE: Rules = (
     ("scaling_factor", lambda v: is_number(v) and v > 0, "give a number above 0 (0.18215 for SD 1.5)"),
     ("shift_factor", lambda v: v is None or is_number(v), "give a number, or null"),
 )
@@ -68,19 +43,35 @@ class Description:
     """A checkpoint by its config files."""
 
     settings: config.Backbone
-    unet: Mapping[str, Any]  # unet/config.json
+    denoiser: Mapping[str, Any]  # unet/config.json or transformer/config.json
     vae: Mapping[str, Any]  # vae/config.json, or that of backbone.vae
     vae_place: Place
+    absent: Sequence[str]  # optional parts that the checkpoint lacks
     scheduler: Any  # of diffusers, of the class that the file names
     scheduler_config: Mapping[str, Any]  # what the files announce, with the overrides of params.yaml
+
+    @property
+    def family(self) -> type[Family]:
+        return FAMILIES[self.settings.family]
+
+    @property
+    def parts(self) -> list[str]:
+        """The parts that the checkpoint has."""
+        return [part for part in self.family.parts if part not in self.absent]
 
     @property
     def where(self) -> str:
         """The name of the checkpoint in messages."""
         return f"backbone.checkpoint: {self.settings.checkpoint}"
 
+    def schedule(self, num_inference_steps: int) -> NoiseSchedule:
+        side = self.family.latent_shape(self.denoiser, self.vae)[-1]
+        return self.family.schedule(self.scheduler_config, num_inference_steps, self.denoiser, side)
+
     @property
     def prediction(self) -> str:
+        if self.family.flow:
+            return "flow"
         return self.scheduler_config.get("prediction_type", "epsilon")
 
 
@@ -90,18 +81,29 @@ def describe(settings: config.Backbone) -> Description:
     Refused is what is not a text-to-image DDPM in discrete time, and parts that do not fit each other.
     """
     name, revision, where = settings.described_by, settings.revision, described_where(settings)
+    family = FAMILIES[settings.family]
     if settings.is_single_file:
         single_file.check(read(Path(settings.checkpoint)), settings)
     else:
         _check_folder(name, where)
-    _check_index(config_file(name, revision, "model_index.json", where), settings.family, where)
-    unet = config_file(name, revision, "unet/config.json", where)
-    _check_unet(unet, settings.family, f"{where}: unet/config.json")
+    index = config_file(name, revision, "model_index.json", where)
+    _check_index(index, settings.family, where)
+    file = f"{family.denoiser}/config.json"
+    denoiser = config_file(name, revision, file, where)
+    _check(family.rules, denoiser, f"{where}: {file}")
     place = _vae_place(settings)
     at = where if settings.vae is None else f"backbone.vae: {settings.vae}"
     vae = config_file(place.name, place.revision, str(Path(place.subfolder, "config.json")), at)
-    _check_vae(vae, unet, at)
-    return Description(settings, unet, vae, place, *read_scheduler(settings))
+    _check_vae(vae, at)
+    family.check(denoiser, vae, f"{where}: {file}")
+    channels, wanted = vae.get("latent_channels", 4), family.latent_shape(denoiser, vae)[0]
+    if channels != wanted:
+        raise ValueError(
+            f"{at}: the VAE has latent_channels {channels}, but the {family.denoiser} takes {wanted} "
+            "(in_channels)"
+        )
+    absent = [part for part in family.optional if (index.get(part) or [None, None]) == [None, None]]
+    return Description(settings, denoiser, vae, place, absent, *read_scheduler(settings))
 
 
 def read_scheduler(settings: config.Backbone) -> tuple[Any, dict[str, Any]]:
@@ -113,8 +115,15 @@ def read_scheduler(settings: config.Backbone) -> tuple[Any, dict[str, Any]]:
     marks: Mapping[str, Any] = {}
     if settings.is_single_file:
         marks = single_file.marks(read(Path(settings.checkpoint)), settings.scheduler)
-    loaded = scheduler.load(announced, where)
+    loaded = scheduler.load(announced, FAMILIES[settings.family].flow, where)
     return loaded, scheduler.effective(loaded, settings, marks, where)
+
+
+def schedules(settings: config.Backbone) -> Callable[[int], NoiseSchedule]:
+    """`types.Backbone.schedule` of a checkpoint, from as few of its config files as it takes."""
+    if FAMILIES[settings.family].flow:
+        return describe(settings).schedule
+    return partial(schedule_of, read_scheduler(settings)[1])
 
 
 def described_where(settings: config.Backbone) -> str:
@@ -145,11 +154,6 @@ def json_object(text: str, place: str) -> dict[str, Any]:
     return content
 
 
-def latent_side(sample_size: Any) -> int:
-    """The side of the square latents: a UNet's `sample_size`, a number or a list of two equal ones."""
-    return sample_size[0] if isinstance(sample_size, list | tuple) else sample_size
-
-
 def _check(rules: Any, announced: Mapping[str, Any], place: str) -> None:
     """Apply a table of rules."""
     for key, supports, meaning in rules:
@@ -176,12 +180,15 @@ def _check_folder(name: str, where: str) -> None:
 def _check_index(index: Mapping[str, Any], family: str, where: str) -> None:
     """Refuse a model_index.json of another pipeline, or with parts of other classes."""
     pipeline = index.get("_class_name")
-    if pipeline != PIPELINES[family]:
-        raise ValueError(f"{where} is a {pipeline}, but backbone.family is {family!r} ({PIPELINES[family]})")
+    facts = FAMILIES[family]
+    if pipeline != facts.pipeline:
+        raise ValueError(f"{where} is a {pipeline}, but backbone.family is {family!r} ({facts.pipeline})")
     place = f"{where}: model_index.json"
     _check(INDEX, index, place)
-    for part, supported in PARTS[family].items():
+    for part, supported in facts.parts.items():
         entry = index.get(part) or [None, None]
+        if entry == [None, None] and part in facts.optional:
+            continue
         if not isinstance(entry, list) or len(entry) != 2:
             raise ValueError(f"{place}: {part} is {entry!r}, not [library, class]")
         _check_class(entry[1], supported, f"{place}: {part}")
@@ -190,22 +197,6 @@ def _check_index(index: Mapping[str, Any], family: str, where: str) -> None:
 def _check_class(announced: Any, supported: str, where: str) -> None:
     if announced != supported:
         raise ValueError(f"{where} is {announced or 'missing'}; only {supported} is supported")
-
-
-def _check_unet(unet: Mapping[str, Any], family: str, place: str) -> None:
-    """Refuse other inputs or outputs than those of a text-to-image UNet of the family."""
-    _check(UNET, unet, place)
-    embeddings, expected = unet.get("addition_embed_type"), {"sd": None, "sdxl": "text_time"}[family]
-    if embeddings != expected:
-        raise ValueError(
-            f"{place}: addition_embed_type is {embeddings!r}, but must be {expected!r} for {family!r}"
-        )
-    inputs, outputs = unet.get("in_channels", 4), unet.get("out_channels", 4)
-    if inputs != outputs:
-        raise ValueError(
-            f"{place}: in_channels {inputs}, out_channels {outputs}: a UNet for inpainting or editing, or "
-            "one that predicts variances; give a text-to-image UNet"
-        )
 
 
 def _vae_place(settings: config.Backbone) -> Place:
@@ -221,14 +212,10 @@ def _vae_place(settings: config.Backbone) -> Place:
     return Place(*hub.split_revision(settings.vae), "vae" if inner else "")
 
 
-def _check_vae(vae: Mapping[str, Any], unet: Mapping[str, Any], where: str) -> None:
-    """Refuse another autoencoder than the UNet's, and statistics of latents that are not numbers."""
+def _check_vae(vae: Mapping[str, Any], where: str) -> None:
+    """Refuse another kind of autoencoder, and statistics of latents that are not numbers."""
     _check_class(vae.get("_class_name", "AutoencoderKL"), "AutoencoderKL", where)
-    channels, wanted = vae.get("latent_channels", 4), unet.get("in_channels", 4)
-    if channels != wanted:
-        raise ValueError(
-            f"{where}: the VAE has latent_channels {channels}, but the UNet has in_channels {wanted}"
-        )
+    channels = vae.get("latent_channels", 4)
     place = f"{where}: vae/config.json"
     _check(VAE, {"scaling_factor": 0.18215, **vae}, place)
     mean, std = vae.get("latents_mean"), vae.get("latents_std")

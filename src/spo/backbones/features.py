@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from spo import config
 from spo.backbones import lora
-from spo.backbones.text import SdText, SdxlText
+from spo.backbones.family import Family
 from spo.types import Conditioning
 
 
@@ -21,7 +21,7 @@ class DownPath(nn.Module):
     """Text encoders, and a UNet without its up blocks; frozen until something is made trainable."""
 
     def __init__(
-        self, unet: Any, text: SdText | SdxlText, dtype: torch.dtype, memory_format: torch.memory_format
+        self, unet: Any, text: Family, dtype: torch.dtype, memory_format: torch.memory_format
     ) -> None:
         """Copies both; `dtype` is the precision of the computation, whatever that of the weights."""
         super().__init__()
@@ -53,6 +53,10 @@ class DownPath(nn.Module):
             self._empty = self.encode_prompts([""])
         return self._empty
 
+    def encode_empty_prompt(self) -> None:
+        """Encode the empty prompt as any other, where the base takes zeros for it."""
+        self._text.zeros = False
+
     def features(
         self, x_t: Tensor, timesteps: Tensor, conditioning: Conditioning
     ) -> tuple[list[Tensor], Tensor]:
@@ -66,8 +70,7 @@ class DownPath(nn.Module):
         try:
             x_t = x_t.to(self.unet.dtype).contiguous(memory_format=self._format)
             with self._autocast(self.unet.dtype):
-                arguments = self._text.unet_arguments(conditioning)
-                middle = self.unet(x_t, timesteps, return_dict=False, **arguments)[0]
+                middle = self._text.run(self.unet, x_t, timesteps, conditioning)
         finally:
             for hook in hooks:
                 hook.remove()

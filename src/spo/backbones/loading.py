@@ -10,10 +10,10 @@ import torch
 
 from spo import config
 from spo.backbones import single_file
-from spo.backbones.description import PARTS, PIPELINES, Description, Place, describe, is_number
+from spo.backbones.description import Description, Place, config_file, describe, is_number
+from spo.backbones.family import Family
 from spo.backbones.stable_diffusion import StableDiffusion
 from spo.backbones.tensors import check_finite
-from spo.backbones.text import text_of
 from spo.backbones.weight_files import by_folder, choose_variants
 from spo.backbones.weights import read
 from spo.data.weights import check_keys
@@ -34,48 +34,81 @@ def load_described(
     description: Description, device: torch.device | str, budget: Budget | None = None
 ) -> StableDiffusion:
     """Load the weights of a checkpoint that `describe` has read."""
-    settings = description.settings
-    dtype, sdxl = DTYPES[settings.dtype], settings.family == "sdxl"
-    given: dict[str, Any] = {"scheduler": description.scheduler}
+    settings, family = description.settings, description.family
+    dtype = DTYPES[settings.dtype]
+    given: dict[str, Any] = {"scheduler": description.scheduler, **family.given}
     if settings.vae is not None:
         given["vae"] = _vae(description, dtype)
-    if not sdxl:
-        given |= {"safety_checker": None, "requires_safety_checker": False}
     pipeline = (_of_file if settings.is_single_file else _of_folder)(description, dtype, given)
-    _check_text(pipeline, sdxl, description.where)
+    _check_text(pipeline, family, description.where)
     for name, part in pipeline.components.items():
         if isinstance(part, torch.nn.Module):
             place = f"{description.where}: {name}"
             check_keys((n for n, parameter in part.named_parameters() if parameter.is_meta), (), place)
             check_finite(part, place)
-    pipeline.to(device)
-    if sdxl and dtype == torch.float16 and (settings.vae is None or pipeline.vae.config.force_upcast):
-        pipeline.vae.to(torch.float32)  # its activations overflow in fp16
-    used = description.scheduler_config
-    return StableDiffusion(pipeline, text_of(pipeline, sdxl), settings.channels_last, used, budget)
+    if (precision := vae_dtype(description, pipeline.vae)) != pipeline.vae.dtype:
+        pipeline.vae.to(precision)
+    return StableDiffusion(
+        pipeline,
+        family(pipeline),
+        settings.channels_last,
+        description.scheduler_config,
+        budget,
+        device,
+        settings.true_guidance,
+    )
 
 
-def empty_models(description: Description) -> tuple[Any, Any]:
-    """UNet and VAE of a checkpoint on the meta device, without weights."""
-    from diffusers import AutoencoderKL, UNet2DConditionModel
+def part_dtype(kind: str, dtype: torch.dtype) -> torch.dtype:
+    """The precision of a part: that of the denoiser, but T5, whose activations overflow in fp16, in bf16."""
+    return torch.bfloat16 if kind == "T5EncoderModel" and dtype == torch.float16 else dtype
 
-    with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(description.unet)
-        return unet, AutoencoderKL.from_config(description.vae)
+
+def vae_dtype(description: Description, vae: Any) -> torch.dtype:
+    """The precision of a VAE: that of the denoiser, or fp32 where its activations overflow in fp16."""
+    settings, dtype = description.settings, DTYPES[description.settings.dtype]
+    fits = description.family.half_vae or (settings.vae is not None and not vae.config.force_upcast)
+    return dtype if fits or dtype != torch.float16 else torch.float32
+
+
+def empty_models(description: Description, device: torch.device | str = "meta") -> dict[str, Any]:
+    """The parts of a checkpoint on a device, without its weights."""
+    settings, family = description.settings, description.family
+    configs = {family.denoiser: description.denoiser, "vae": description.vae}
+    models = {}
+    for part in description.parts:
+        kind = _class(family.parts[part])
+        with torch.device(device):
+            if part in configs:
+                models[part] = kind.from_config(configs[part])
+            else:
+                found = config_file(
+                    settings.described_by, settings.revision, f"{part}/config.json", description.where
+                )
+                models[part] = kind(kind.config_class.from_dict(found))
+    return models
 
 
 def _of_folder(description: Description, dtype: torch.dtype, given: dict[str, Any]) -> Any:
     """The pipeline of a folder or hub id, with the parts that are given."""
     settings, where = description.settings, description.where
-    name, revision, classes = settings.checkpoint, settings.revision, PARTS[settings.family]
-    names = [part for part in classes if part not in given]
+    name, revision, classes = settings.checkpoint, settings.revision, description.family.parts
+    names = [part for part in description.parts if part not in given]
     files = hub.reach(where, name, lambda: by_folder(name, revision))
     variants = choose_variants({part: files.get(part, []) for part in names}, settings.variant, where)
     parts = {
-        part: _part(classes[part], Place(name, revision, part), variants[part], dtype, f"{where}: {part}")
+        part: _part(
+            classes[part],
+            Place(name, revision, part),
+            variants[part],
+            part_dtype(classes[part], dtype),
+            f"{where}: {part}",
+        )
         for part in names
     }
-    kind = _pipeline_class(settings.family)
+    for part in set(classes) - set(description.parts):
+        parts |= {part: None, description.family.tokenizers[part]: None}
+    kind = _class(description.family.pipeline)
     return hub.reach(where, name, lambda: kind.from_pretrained(name, revision=revision, **given, **parts))
 
 
@@ -85,7 +118,7 @@ def _of_file(description: Description, dtype: torch.dtype, given: dict[str, Any]
     described_by = settings.described_by
 
     def load() -> Any:
-        kind = _pipeline_class(settings.family)
+        kind = _class(description.family.pipeline)
         try:
             return kind.from_single_file(settings.checkpoint, config=described_by, torch_dtype=dtype, **given)
         except NotImplementedError:  # a tensor that the file lacks is still on the meta device
@@ -107,10 +140,12 @@ def _of_file(description: Description, dtype: torch.dtype, given: dict[str, Any]
     return pipeline
 
 
-def _pipeline_class(family: str) -> Any:
+def _class(name: str) -> Any:
+    """A class of diffusers or transformers."""
     import diffusers
+    import transformers
 
-    return getattr(diffusers, PIPELINES[family])
+    return getattr(diffusers, name, None) or getattr(transformers, name)
 
 
 def _vae(description: Description, dtype: torch.dtype) -> Any:
@@ -123,14 +158,10 @@ def _vae(description: Description, dtype: torch.dtype) -> Any:
 
 def _part(kind: str, place: Place, variant: str | None, dtype: torch.dtype, where: str) -> Any:
     """Load one model, all of whose tensors must come from its files."""
-    import diffusers
-    import transformers
-
-    cls: Any = getattr(diffusers, kind, None) or getattr(transformers, kind)
     options = {"revision": place.revision, "subfolder": place.subfolder, "variant": variant, "dtype": dtype}
 
     def load() -> Any:
-        return cls.from_pretrained(place.name, output_loading_info=True, **options)
+        return _class(kind).from_pretrained(place.name, output_loading_info=True, **options)
 
     with _quiet():
         model, report = hub.reach(where, place.name, load)
@@ -153,11 +184,12 @@ def _quiet() -> Iterator[None]:
         logging.disable(before)
 
 
-def _check_text(pipeline: Any, sdxl: bool, where: str) -> None:
-    """Check that tokenizers, text encoders and UNet fit each other."""
-    encoders = {"text_encoder": "tokenizer"} | ({"text_encoder_2": "tokenizer_2"} if sdxl else {})
-    width, lengths = 0, []
-    for part, tokens in encoders.items():
+def _check_text(pipeline: Any, family: type[Family], where: str) -> None:
+    """Check that tokenizers, text encoders and denoiser fit each other."""
+    lengths = []
+    for part, tokens in family.tokenizers.items():
+        if getattr(pipeline, part) is None:
+            continue
         encoder, tokenizer = getattr(pipeline, part).config, getattr(pipeline, tokens)
         if tokenizer is None:
             raise ValueError(f"{where}: {tokens} is missing")
@@ -176,21 +208,15 @@ def _check_text(pipeline: Any, sdxl: bool, where: str) -> None:
         for problem, is_there in problems.items():
             if is_there:
                 raise ValueError(f"{where}: {tokens} {problem}")
-        width += encoder.hidden_size
-        lengths.append(min(length, encoder.max_position_embeddings))
+        if hasattr(encoder, "max_position_embeddings"):  # T5 has no such length
+            lengths.append(min(length, encoder.max_position_embeddings))
     if len(set(lengths)) > 1:
         raise ValueError(
             f"{where}: tokenizer and tokenizer_2 pad to different lengths {lengths} (model_max_length)"
         )
-    unet = pipeline.unet.config
-    needs = {"cross_attention_dim": (unet.cross_attention_dim, width)}
-    if sdxl:
-        pooled = unet.projection_class_embeddings_input_dim - 6 * unet.addition_time_embed_dim
-        given = pipeline.text_encoder_2.config.projection_dim
-        needs["projection_class_embeddings_input_dim"] = (pooled, given)
-    for key, (wanted, given) in needs.items():
+    for key, (wanted, given) in family.widths(pipeline).items():
         if isinstance(wanted, int) and wanted != given:
             raise ValueError(
-                f"{where}: unet/config.json: {key} is for {wanted} numbers of text, but the text encoders "
-                f"give {given}"
+                f"{where}: {family.denoiser}/config.json: {key} is for {wanted} numbers of text, but the "
+                f"text encoders give {given}"
             )

@@ -38,19 +38,27 @@ def trainable(unet: Any) -> list[torch.nn.Parameter]:
     return [p for p in unet.parameters() if p.requires_grad]
 
 
-def save(unet: Any, pipeline_class: Any, folder: Path) -> None:
-    """Write the adapter to a folder for diffusers' `pipe.load_lora_weights(folder)`."""
+def save(unet: Any, part: str, pipeline_class: Any, folder: Path) -> None:
+    """Write the adapter to a folder for diffusers' `pipe.load_lora_weights(folder)`.
+
+    Args:
+        part: of the pipeline: unet or transformer.
+    """
     from diffusers.utils import convert_state_dict_to_diffusers
     from peft.utils import get_peft_model_state_dict
 
-    state = convert_state_dict_to_diffusers(get_peft_model_state_dict(unet))
+    state = get_peft_model_state_dict(unet)
+    if part == "unet":  # pipelines of transformers read peft's own names, and not all of the older ones
+        state = convert_state_dict_to_diffusers(state)
     adapter = unet.peft_config[ADAPTER]
     with atomic(folder / FILE) as partial:
         pipeline_class.save_lora_weights(
             save_directory=folder,
-            unet_lora_layers=state,
             weight_name=partial.name,
-            unet_lora_adapter_metadata={k: _plain(v) for k, v in adapter.to_dict().items()},
+            **{
+                f"{part}_lora_layers": state,
+                f"{part}_lora_adapter_metadata": {k: _plain(v) for k, v in adapter.to_dict().items()},
+            },
         )
         _sort_header(partial)
 

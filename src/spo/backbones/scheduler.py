@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from spo import config
+from spo.backbones.families import FAMILIES
+from spo.diffusion.flow import FLOW_SAMPLER, check_flow
 from spo.diffusion.schedule import Schedule, check_process
 from spo.runtime.messages import first_line
 
@@ -12,17 +14,19 @@ TRAINED_WITH = (
     *("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas"),
     *("prediction_type", "rescale_betas_zero_snr", "variance_type", "timestep_type", "use_flow_sigmas"),
 )
-# What diffusers' Stable Diffusion 1.5 pipeline sets, whatever the file says.
-SET_BY_PIPELINE = {"steps_offset": 1, "clip_sample": False}
 
 
-def load(announced: Mapping[str, Any], where: str) -> Any:
-    """Build the scheduler of the class that scheduler_config.json names; refuse other processes than DDPM."""
+def load(announced: Mapping[str, Any], flow: bool, where: str) -> Any:
+    """Build the scheduler of the class that scheduler_config.json names.
+
+    Refused are other processes than discrete-time DDPM, or with `flow` than rectified flow.
+    """
     import diffusers
 
     try:
-        check_process(announced)
-        kind = getattr(diffusers, announced.get("_class_name", "DDIMScheduler"))
+        (check_flow if flow else check_process)(announced)
+        default = FLOW_SAMPLER if flow else "DDIMScheduler"
+        kind = getattr(diffusers, announced.get("_class_name", default))
         if hasattr(kind, "_backends"):  # diffusers' placeholder for a sampler whose library is not installed
             kind = diffusers.DDIMScheduler
         return kind.from_config(announced)
@@ -43,13 +47,19 @@ def effective(
         marks: of a single file, see `single_file.marks`; they take precedence over the scheduler's config,
             and `backbone.scheduler` of params.yaml over both.
     """
-    over = {**marks, **{k: v for k, v in settings.scheduler.model_dump().items() if v is not None}}
+    family, given = FAMILIES[settings.family], settings.scheduler.model_dump(exclude_none=True)
+    if family.flow and given:
+        raise ValueError(
+            f"backbone.scheduler.{min(given)} is for DDPM, but {where} is a flow; set it to null"
+        )
+    over = {**marks, **given}
     used = dict(scheduler.config)
     for key in set(used.pop("_use_default_values", ())) - set(TRAINED_WITH):
         del used[key]
-    if settings.family == "sd":
-        used |= {key: value for key, value in SET_BY_PIPELINE.items() if key in scheduler.config}
+    used |= {key: value for key, value in family.scheduler.items() if key in scheduler.config}
     used |= {"_class_name": type(scheduler).__name__, **over}
+    if family.flow:  # `load` has checked its file
+        return used
     scheduler.register_to_config(**over)
     try:
         Schedule.from_config(used, 1)

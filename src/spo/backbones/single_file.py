@@ -3,13 +3,10 @@
 from typing import Any
 
 from spo import config
+from spo.backbones.families import FAMILIES
 from spo.backbones.weights import Weights
 
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
-TEXT = {
-    "sd": ("cond_stage_model.",),
-    "sdxl": ("conditioner.embedders.0.", "conditioner.embedders.1."),
-}
 # Empty tensors with which trainers and user interfaces mark a file.
 V_PREDICTION, ZERO_SNR = "v_pred", "ztsnr"
 EDM = {
@@ -24,7 +21,6 @@ PREDICTION_TYPES = {
     "v": "v_prediction",
     "v_prediction": "v_prediction",
 }
-ARCHITECTURES = {"sd": ("stable-diffusion-v1", "stable-diffusion-v2"), "sdxl": ("stable-diffusion-xl-v1",)}
 NOT_TEXT_TO_IMAGE = ("inpaint", "edit", "refiner", "depth", "upscal", "lora", "controlnet")
 AS_ADAPTER = (
     "give an adapter or a UNet alone by `spo generate --lora` or `--unet`, or as generate.VARIANT.adapter, "
@@ -41,24 +37,29 @@ def count(weights: Weights, prefix: str) -> int:
 def check(weights: Weights, settings: config.Backbone) -> None:
     """Refuse a file that is not a complete text-to-image checkpoint of the family."""
     where, family = f"backbone.checkpoint: {weights.file}", settings.family
-    architecture = weights.metadata.get("modelspec.architecture", ARCHITECTURES[family][0])
+    known, prefixes = FAMILIES[family].architectures, FAMILIES[family].text_prefixes
+    if not prefixes:
+        raise ValueError(
+            f"{where}: single files of family {family!r} are not read; give a diffusers folder or hub id"
+        )
+    architecture = weights.metadata.get("modelspec.architecture", known[0])
     name = architecture.lower()
-    if any(kind in name for kind in NOT_TEXT_TO_IMAGE) or not name.startswith(ARCHITECTURES[family]):
+    if any(kind in name for kind in NOT_TEXT_TO_IMAGE) or not name.startswith(known):
         raise ValueError(
             f"{where}: metadata modelspec.architecture is {architecture!r}; backbone.family {family!r} takes "
-            f"{' and '.join(ARCHITECTURES[family])}"
+            f"{' and '.join(known)}"
         )
     if not count(weights, UNET):
         raise ValueError(
             f"{where} is not a complete checkpoint (no {UNET}*); {AS_ADAPTER}; a VAE alone goes to "
             "backbone.vae, as a diffusers folder"
         )
-    missing = {name: [p for p in prefixes if not count(weights, p)] for name, prefixes in TEXT.items()}
-    for other in TEXT:
-        if missing[family] == list(TEXT[family]) and missing[other] != list(TEXT[other]):
+    missing = [prefix for prefix in prefixes if not count(weights, prefix)]
+    for other, facts in FAMILIES.items():
+        if missing == list(prefixes) and any(count(weights, p) for p in facts.text_prefixes):
             raise ValueError(f"{where} is of family {other!r}, but backbone.family is {family!r}")
-    if missing[family]:
-        raise ValueError(f"{where} has no text encoder ({missing[family][0]}*); give a diffusers folder")
+    if missing:
+        raise ValueError(f"{where} has no text encoder ({missing[0]}*); give a diffusers folder")
     if settings.vae is None and not count(weights, VAE):
         raise ValueError(f"{where} has no VAE ({VAE}*); name a VAE's folder in backbone.vae")
 

@@ -1,10 +1,9 @@
-"""Stable Diffusion 1.5 and XL checkpoints of diffusers as a `types.Backbone`."""
+"""Checkpoints of diffusers, of any family of `families`, as a `types.Backbone`."""
 
 import copy
 import itertools
-import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,48 +11,60 @@ import torch
 from torch import Tensor
 
 from spo import config
-from spo.backbones import lora
-from spo.backbones.description import latent_side
+from spo.backbones import lora, saving
+from spo.backbones.family import Family
 from spo.backbones.features import DownPath
-from spo.backbones.shared_start import shared_start
-from spo.backbones.text import SdText, SdxlText
+from spo.runtime.transfer import send
 from spo.training import placement
 from spo.training.placement import lower
-from spo.types import Budget, Conditioning
+from spo.types import Budget, Conditioning, NoiseSchedule
 
 
 class StableDiffusion:
-    """UNet, VAE and text encoders of one checkpoint; trainable is an adapter, the full UNet, or nothing.
+    """Denoiser, VAE and text encoders of one checkpoint; trainable is an adapter, the denoiser, or nothing.
+
+    `unet` is the denoiser: a UNet, or the transformer of Stable Diffusion 3 and FLUX.
 
     The caller provides timesteps and latents: this class draws no random number. The VAE may have another
     dtype than the UNet (SDXL's own overflows in fp16), which encode and decode hide.
 
     `budget` says how many samples a call takes. With budget.offload text encoders and VAE rest in host memory
-    between calls, and the UNet from `rest` to its next call.
+    between calls, and the UNet from `rest` to its next call. Text encoders that are too large to stay beside
+    the denoiser (`Family.encodes_once`) do so without offload too, and the denoiser until its first call.
     """
 
     def __init__(
         self,
         pipeline: Any,
-        text: SdText | SdxlText,
+        text: Family,
         channels_last: bool,
         scheduler_config: Mapping[str, Any],
         budget: Budget | None = None,
+        device: torch.device | str | None = None,
+        true_guidance: float | None = None,
     ) -> None:
+        """
+        Args:
+            device: None: where the denoiser is.
+            true_guidance: classifier-free guidance beside a guidance scale that is an input.
+        """
         self.pipeline = pipeline
         self.budget = budget or Budget()
         self._resting: torch.device | None = None  # the UNet's device while it is in host memory
         self._empty: Conditioning | None = None
+        self._texts: dict[str, Conditioning] = {}  # of `remember_prompts`, in host memory
+        self._true_guidance = true_guidance
         self._reference: Any = None  # only for full fine-tuning; an adapter is disabled instead
-        self.unet, self.vae, self._text = pipeline.unet, pipeline.vae, text
+        self.unet, self.vae, self._text = getattr(pipeline, text.denoiser), pipeline.vae, text
         self.scheduler_config = scheduler_config
-        side = latent_side(self.unet.config.sample_size)
-        self.latent_shape = (self.unet.config.in_channels, side, side)
-        self.image_size = (side * pipeline.vae_scale_factor, side * pipeline.vae_scale_factor)
+        self.latent_shape = text.latent_shape(self.unet.config, self.vae.config)
+        side = self.latent_shape[-1] * pipeline.vae_scale_factor
+        self.image_size = (side, side)
+        target = self.unet.device if device is None else torch.device(device)
         announced = self.vae.config
         self._shift = announced.get("shift_factor") or 0.0
         self._statistics = [  # mean and standard deviation of each latent channel [1,C,1,1], where announced
-            torch.tensor(announced[key], device=self.device).view(1, -1, 1, 1)
+            torch.tensor(announced[key], device=target).view(1, -1, 1, 1)
             for key in ("latents_mean", "latents_std")
             if announced.get(key) is not None
         ]
@@ -64,17 +75,45 @@ class StableDiffusion:
         for module in pipeline.components.values():
             if isinstance(module, torch.nn.Module):
                 module.eval().requires_grad_(False)
-                if self.budget.offload and module is not self.unet:
-                    placement.move(module, "cpu")
+                placement.move(module, "cpu" if self._rests(module) else target)
+        if text.encodes_once:
+            self._resting = target
+            placement.move(self.unet, "cpu")
 
     @property
     def device(self) -> torch.device:
         return self._resting or self.unet.device
 
+    def schedule(self, num_inference_steps: int) -> NoiseSchedule:
+        side = self.latent_shape[-1]
+        return self._text.schedule(self.scheduler_config, num_inference_steps, self.unet.config, side)
+
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
-        with self._present(*self._text.encoders):
-            return self._text(prompts)
+        if not self._text.encodes_once:
+            with self._present(*self._text.encoders):
+                return self._text(prompts)
+        texts = self._texts | self._one_by_one(p for p in prompts if p not in self._texts)
+        rows = Conditioning.cat([texts[prompt] for prompt in prompts])
+        return Conditioning({name: send(value, self.device) for name, value in rows.tensors.items()})
+
+    def remember_prompts(self, prompts: Sequence[str]) -> None:
+        if self._text.encodes_once:
+            self._texts |= self._one_by_one(p for p in ("", *prompts) if p not in self._texts)
+
+    @torch.no_grad()
+    def _one_by_one(self, prompts: Iterable[str]) -> dict[str, Conditioning]:
+        """The text of each prompt in host memory. Its numbers do not depend on the prompts beside it."""
+        texts: dict[str, Conditioning] = {}
+        unique = list(dict.fromkeys(prompts))
+        with self._present(*self._text.encoders) if unique else nullcontext():
+            for prompt in unique:
+                found = self._text([prompt]).tensors
+                texts[prompt] = Conditioning({name: value.cpu() for name, value in found.items()})
+        return texts
+
+    def guided(self, conditioning: Conditioning, guidance: float) -> tuple[Conditioning, float]:
+        return self._text.guided(self.unet, conditioning, guidance, self._true_guidance)
 
     def empty_prompt(self) -> Conditioning:
         if self._empty is None:
@@ -83,18 +122,21 @@ class StableDiffusion:
 
     def forget_prompts(self) -> None:
         """Encode the empty prompt again: the text encoders have changed."""
-        self._empty = None
+        self._empty, self._texts = None, {}
+
+    def _rests(self, module: torch.nn.Module) -> bool:
+        """Whether a module is in host memory between calls."""
+        is_large = self._text.encodes_once and module in self._text.encoders
+        return module is not self.unet and (self.budget.offload or is_large)
 
     @contextmanager
     def _present(self, *modules: torch.nn.Module) -> Iterator[None]:
         """Within, modules that rest in host memory are on the device."""
-        if not self.budget.offload:
-            yield
-            return
-        for module in modules:
+        resting = [module for module in modules if self._rests(module)]
+        for module in resting:
             placement.move(module, self.device)
         yield
-        for module in modules:
+        for module in resting:
             placement.move(module, "cpu")
 
     def rest(self) -> None:
@@ -115,9 +157,7 @@ class StableDiffusion:
 
         Without gradients at most budget.samples of each of the `copies` are computed at once.
         """
-        if self._resting is not None:
-            placement.move(self.unet, self._resting)
-            self._resting = None
+        self._wake()
         unet = self._reference if reference and self._reference is not None else self.unet
         adapted = unet is self.unet and reference and self._has_adapter()
         if adapted:
@@ -127,6 +167,11 @@ class StableDiffusion:
         finally:
             if adapted:
                 self.unet.enable_adapters()
+
+    def _wake(self) -> None:
+        if self._resting is not None:
+            placement.move(self.unet, self._resting)
+            self._resting = None
 
     def _in_calls(
         self, unet: Any, x_t: Tensor, timesteps: Tensor, conditioning: Conditioning, copies: int
@@ -151,12 +196,8 @@ class StableDiffusion:
         """Run a UNet in the model's precision; full fine-tuning holds its weights in fp32 (autocast)."""
         x_t = x_t.to(unet.dtype).contiguous(memory_format=self._format)
         mixed = unet.dtype != self._dtype
-        text = self._text.unet_arguments(conditioning)
-        with (
-            torch.autocast(x_t.device.type, self._dtype, enabled=mixed),
-            shared_start(unet, len(x_t), copies),
-        ):
-            return unet(x_t, timesteps, return_dict=False, **text)[0].float()
+        with torch.autocast(x_t.device.type, self._dtype, enabled=mixed):
+            return self._text.run(unet, x_t, timesteps, conditioning, copies).float()
 
     @torch.no_grad()
     def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
@@ -190,6 +231,11 @@ class StableDiffusion:
 
     def feature_model(self) -> DownPath:
         """A frozen copy of the UNet's down path and the text encoders; only before training starts."""
+        if self._text.flow:
+            raise ValueError(
+                "the latent reward model needs a UNet, which the base lacks (backbone.family sd or sdxl); "
+                "use SPO, which judges images"
+            )
         assert not self._has_adapter() and self._reference is None
         return DownPath(self.unet, self._text, self._dtype, self._format)
 
@@ -205,57 +251,32 @@ class StableDiffusion:
 
     def train_fully(self) -> None:
         """Make the full UNet trainable, in fp32; the reference becomes a frozen copy."""
+        self._wake()
         self._reference = copy.deepcopy(self.unet)
         self.unet.to(torch.float32).requires_grad_(True)
 
     def save_pipeline(self, folder: Path) -> None:
         """Save the complete pipeline for `from_pretrained`, in the precision in which it was loaded."""
         same = self.unet.dtype == self._dtype  # else a copy: training may continue in fp32
-        self.pipeline.unet = self.unet if same else _on_cpu(self.unet, self._dtype)
+        setattr(
+            self.pipeline, self._text.denoiser, self.unet if same else saving.on_cpu(self.unet, self._dtype)
+        )
         self.pipeline.save_pretrained(folder)
-        _forget_source(folder)
-        _announce(folder / "scheduler/scheduler_config.json", self.scheduler_config)
-        self.pipeline.unet = self.unet
+        saving.forget_source(folder)
+        saving.announce(folder / "scheduler/scheduler_config.json", self.scheduler_config)
+        setattr(self.pipeline, self._text.denoiser, self.unet)
 
     def add_lora(self, settings: config.Lora, seed: int) -> None:
         """Add a trainable adapter to the UNet."""
+        self._wake()
         lora.add(self.unet, settings, seed)
 
     def save_lora(self, folder: Path) -> None:
         """Save the adapter for diffusers' `pipe.load_lora_weights(folder)`."""
-        lora.save(self.unet, type(self.pipeline), folder)
+        lora.save(self.unet, self._text.denoiser, type(self.pipeline), folder)
 
     def trainable_parameters(self) -> list[torch.nn.Parameter]:
         return lora.trainable(self.unet)
 
     def _has_adapter(self) -> bool:
         return bool(getattr(self.unet, "peft_config", None))
-
-
-def _forget_source(folder: Path) -> None:
-    """Remove from the configs of a saved pipeline where it was loaded from, which may be a path."""
-    for file in folder.rglob("*.json"):
-        content = json.loads(file.read_text(encoding="utf-8"))
-        if isinstance(content, dict) and content.keys() & {"_name_or_path", "name_or_path"}:
-            rest = {k: v for k, v in content.items() if k not in ("_name_or_path", "name_or_path")}
-            file.write_text(json.dumps(rest, indent=2) + "\n", encoding="utf-8")
-
-
-def _on_cpu(module: Any, dtype: torch.dtype) -> Any:
-    """A copy of a module with its weights in another precision, for which its device needs no memory."""
-    memo: dict[int, Any] = {}
-    for weight in module.parameters():
-        memo[id(weight)] = torch.nn.Parameter(weight.detach().to(dtype).cpu(), requires_grad=False)
-    for value in module.buffers():
-        memo[id(value)] = value.to(dtype if value.is_floating_point() else value.dtype).cpu()
-    return copy.deepcopy(module, memo)
-
-
-def _announce(file: Path, known: Mapping[str, Any]) -> None:
-    """Announce of the noise schedule what the base did: diffusers writes its class's defaults too.
-
-    For SDXL without `timestep_spacing`, say, these are other timesteps than a reader takes for a missing key.
-    """
-    saved = json.loads(file.read_text(encoding="utf-8"))
-    announced = {key: saved[key] for key in saved if key.startswith("_") or key in known}
-    file.write_text(json.dumps(announced, indent=2) + "\n", encoding="utf-8")

@@ -195,11 +195,18 @@ def _preset(command: argparse.ArgumentParser) -> None:
     _path(command, "--output", "FILE", default=Path("params.yaml"))
     command.add_argument("--force", action="store_true", help="overwrite an existing file")
     command.add_argument("--card", type=int, metavar="GIB", help="of the GPU to plan for, such as 24 or 80")
+    command.add_argument("--quick", action="store_true", help="a first try of the preset, on few prompts")
+    command.add_argument("--checkpoint", metavar="MODEL", help="your own: a folder, .safetensors or hub id")
+    command.add_argument("--prompts", type=Path, metavar="FILE", help="your own, to train on and to evaluate")
     command.set_defaults(run=_run_preset)
 
 
 def _run_preset(args: argparse.Namespace) -> None:
-    text = config.preset(args.name, args.card)
+    from spo.commands import preset
+
+    text = preset.text(args.name, args.card, args.quick, args.checkpoint, args.prompts)
+    if counted := config.counted(text):
+        print(f"{args.name}: {counted}")
     if not args.output.parent.is_dir():
         raise ValueError(f"{args.output}: no such folder; make it, or correct --output")
     if args.output.exists() and args.output.read_text(encoding="utf-8") != text and not args.force:
@@ -234,9 +241,9 @@ def _run_register(args: argparse.Namespace) -> None:
 
 
 def _run_keep(args: argparse.Namespace) -> None:
-    from spo.commands import keep
+    from spo.evaluation import seeds
 
-    print(keep.run(config.load()))
+    print(seeds.save(config.load()))
 
 
 def _publish(command: argparse.ArgumentParser) -> None:

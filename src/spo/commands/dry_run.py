@@ -16,8 +16,10 @@ if TYPE_CHECKING:
 def lines(params: Params, stage: str, variant: str | None) -> list[str]:
     """The plan of a stage, line by line; refuses an input that is not there and no earlier stage makes."""
     plan = [f"{stage}{f' {variant}' if variant else ''} ({params.name}): dry run, nothing is written"]
+    if why := _nothing(params, stage, variant):
+        return [*plan, f"nothing to do: {why}"]
     plan += [_reach(key, name, revision) for key, name, revision in _inputs(params, stage, variant)]
-    if stage not in ("preference", "align", "generate"):
+    if stage not in ("preference", "align", "generate") or _pretrained(params, stage, variant):
         return plan
     from spo import estimate
     from spo.training import budget
@@ -34,6 +36,28 @@ def lines(params: Params, stage: str, variant: str | None) -> list[str]:
     return [*plan, _time(found, estimate.rate(params.backbone, device()), device())]
 
 
+def _nothing(params: Params, stage: str, variant: str | None) -> str | None:
+    """Why a stage would do nothing; None if it would."""
+    model = "latent_preference" if variant == "latent" else "preference"
+    if stage == "pairs" and params.pairs.source is None:
+        return "pairs.source is null"
+    if stage == "preference" and not params.wants(model):
+        return f"no method is trained with {model}"
+    if stage == "align" and getattr(params.align, variant or "spo") is None:
+        return f"align.{variant} is null"
+    if stage in ("generate", "score") and getattr(params.generate, variant or "base") is None:
+        return f"generate.{variant} is null"
+    return None
+
+
+def _pretrained(params: Params, stage: str, variant: str | None) -> str | None:
+    """The released model that a stage takes in place of training."""
+    if stage == "preference":
+        own = params.latent_preference if variant == "latent" else params.preference
+        return own.pretrained
+    return params.align.section(variant or "spo").pretrained if stage == "align" else None
+
+
 def _inputs(params: Params, stage: str, variant: str | None) -> list[tuple[str, str, str | None]]:
     """The inputs of a stage: (key, path or hub id, revision)."""
     from spo.methods import method_spec
@@ -43,6 +67,7 @@ def _inputs(params: Params, stage: str, variant: str | None) -> list[tuple[str, 
     clip = [("preference.init", p.init, p.revision), ("preference.tokenizer", p.tokenizer, None)]
     projection = [("latent_preference.text_projection", latent.text_projection, latent.revision)]
     start = projection if variant == "latent" else clip
+    released = _pretrained(params, stage, variant)
     lists = [(f"prompts.{name}", getattr(prompts, name), None) for name in ("train", "evaluation")]
     pairs = [("pairs.source", params.pairs.source, None), *_scorers("pairs.filter", params.pairs.filter)]
     scorers = _scorers("score", params.score)
@@ -56,10 +81,12 @@ def _inputs(params: Params, stage: str, variant: str | None) -> list[tuple[str, 
         "score": [*scorers, ("images", f"outputs/images/{variant}", None)],
         "report": [("scores", "outputs/scores", None)],
     }
-    if stage == "align":
+    if released is not None:
+        reads[stage] = [*base, (f"{stage} {variant or ''}".strip() + ".pretrained", released, None)]
+    elif stage == "align":
         reads[stage] += [("trained on", path, None) for path in method_spec(variant or "spo").reads]
     if stage == "generate":
-        reads[stage].append(("adapter", getattr(params.generate, variant or "base").adapter, None))
+        reads[stage].append(("adapter", params.generate.variant(variant or "base").adapter, None))
     return [(key, name, revision) for key, name, revision in reads[stage] if name is not None]
 
 

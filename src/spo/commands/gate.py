@@ -19,29 +19,26 @@ def gate(params: Params, candidate: DataFrame, baseline: DataFrame, against: str
     """Apply the gate to scores paired by prompt and seed; returns the reason of each failure by metric."""
     from spo.evaluation import statistics
 
-    settings = params.registry
-    metrics = (*settings.improves, *settings.holds)
-    unknown = [m for m in metrics if m not in statistics.metrics(candidate)]
-    if unknown:
-        raise ValueError(
-            f"registry: unknown score {unknown[0]!r}; known: {', '.join(statistics.metrics(candidate))}"
-        )
+    settings, known = params.registry, statistics.metrics(candidate)
+    metrics = dict.fromkeys([*settings.improves, *settings.holds])
+    if unknown := [metric for metric in metrics if metric not in known]:
+        raise ValueError(f"registry: unknown score {unknown[0]!r}; known: {', '.join(known)}")
+    scores, drawing = {"the candidate": candidate, against: baseline}, params.report.bootstrap_samples
     try:
-        statistics.check_same_rows("the candidate", candidate, against, baseline)
+        compared = statistics.comparisons(scores, [against], drawing, params.seed)
     except ValueError as error:
         return {"rows": str(error)}
-    candidate, baseline = statistics.prompt_means(candidate), statistics.prompt_means(baseline)
-    if (n := len(candidate)) < settings.min_prompts:
+    rows = {row["metric"]: row for row in compared}
+    if (n := compared[0]["n"]) < settings.min_prompts:
         return {"prompts": f"scores of {n} prompts; registry.min_prompts is {settings.min_prompts}"}
     reasons = {}
-    for metric in dict.fromkeys(metrics):
-        bound = 0.0 if metric in settings.improves else -settings.holds[metric]
-        pair = candidate[metric].to_numpy(), baseline[metric].to_numpy()
-        row = statistics.compare(*pair, params.report.bootstrap_samples, params.seed)
-        enough = row["ci_low"] > bound if metric in settings.improves else row["ci_low"] >= bound
-        if not enough:
+    for metric in metrics:
+        row, improves = rows[metric], metric in settings.improves
+        bound = 0.0 if improves else -settings.holds[metric]
+        passed = row["ci_low"] > bound if improves else row["ci_low"] >= bound
+        if not passed:
             interval = f"{row['mean_difference']:+.4f} [{row['ci_low']:+.4f}, {row['ci_high']:+.4f}]"
-            rule = "must exceed 0" if metric in settings.improves else f"must not be below {bound:g}"
+            rule = "must exceed 0" if improves else f"must not be below {bound:g}"
             reasons[metric] = f"{metric} over {against} is {interval}: its lower bound {rule}"
     return reasons
 

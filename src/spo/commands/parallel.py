@@ -6,39 +6,50 @@ that a stage reads and writes. So several `dvc repro --single-item STAGE` can ru
 """
 
 import os
-import re
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from graphlib import TopologicalSorter
 from typing import Any
 
+from spo.commands.progress import Progress
 from spo.runtime import cores
 from spo.runtime.signals import children
 
 COMMAND = (sys.executable, "-m", "dvc", "--wait-for-lock", "repro", "--single-item")
-OUTPUT = {"TQDM_MININTERVAL": "5", "PYTHONUNBUFFERED": "1"}  # a progress bar is a line every five seconds
-NOISE = re.compile(  # DVC's advice
-    r"\s*(?:|> .*|Use `dvc push` .*|To track the changes with git, run:|git add .*|.*auto staging.*)"
-)
+OUTPUT = {"TQDM_MININTERVAL": "2", "PYTHONUNBUFFERED": "1"}  # a progress bar is a line every two seconds
 TRUE = ("1", "true", "t", "yes", "y", "on")  # as accelerate reads its variables
 Needs = Mapping[str, Collection[str]]
+Work = Mapping[str, float]  # of each stage, in any unit
 
 
-def jobs_for(given: int | None, processes: int) -> tuple[int, str]:
+def jobs_for(given: int | None, processes: int, needs: Needs, work: Work | None = None) -> tuple[int, str]:
     """Return how many stages run in parallel, and why.
 
-    One with a GPU, which they would share; else one for each core, or for each group of `processes` cores.
+    One with a GPU, which they would share. Else one for each core (or for each group of `processes` cores),
+    but no more than keep busy beside the longest chain: threads of the stages use the cores that are left.
     """
     if given is not None:
         return given, "--jobs"
+    if len(needs) == 1:
+        return 1, "there is one"
     if device := accelerator():
         return 1, f"they would share the {device}; --jobs N runs N at a time"
     number = cores.count()
     each = f", {processes} processes a stage" if processes > 1 else ""
-    return max(1, number // processes), f"{number} cores{each}"
+    busy = max(2, round(sum((work or dict.fromkeys(needs, 1.0)).values()) / longest(needs, work)))
+    return max(1, min(number // processes, busy)), f"{number} cores{each}"
+
+
+def longest(needs: Needs, work: Work | None = None) -> float:
+    """Return the work of the longest chain of stages; without `work` the number of its stages."""
+    return max(_behind(needs, work).values(), default=0.0)
+
+
+def threads_for(share: int, processes: int) -> int:
+    """Return the threads of each process of a stage, where `share` stages run at a time."""
+    return max(1, cores.count() // (share * processes))
 
 
 def accelerator() -> str | None:
@@ -56,6 +67,7 @@ def schedule(
     start: Callable[[str, int], Future[Any]],
     is_success: Callable[[Future[Any]], bool],
     is_stopped: Callable[[], bool] = lambda: False,
+    work: Work | None = None,
 ) -> tuple[list[str], list[str]]:
     """Run each stage once the stages it needs are done, at most `jobs` in parallel, the longest chain first.
 
@@ -65,22 +77,19 @@ def schedule(
         needs: {stage: the stages that must be done before}; names that are no stage count as done.
         start: starts a stage, given how many may run in parallel at that time (itself included).
         is_success: whether a stage has ended successfully.
+        work: of each stage; without it all count the same.
 
     Returns:
         The stages that failed, and those that were not started.
     """
-    graph = {stage: [need for need in needs[stage] if need in needs] for stage in needs}
-    behind = dict.fromkeys(graph, 0)  # the length of the longest chain of stages from each on
-    for stage in reversed([*TopologicalSorter(graph).static_order()]):
-        for need in graph[stage]:
-            behind[need] = max(behind[need], behind[stage] + 1)
-    order = sorted(graph, key=behind.__getitem__, reverse=True)
-    sorter = TopologicalSorter(graph)
+    behind = _behind(needs, work)
+    order = sorted(needs, key=behind.__getitem__, reverse=True)
+    sorter = TopologicalSorter(_graph(needs))
     sorter.prepare()
     ready: list[str] = []
     running: dict[Future[Any], str] = {}
     failed: list[str] = []
-    left = list(graph)
+    left = list(needs)
     while True:
         ready = sorted([*ready, *sorter.get_ready()], key=order.index)
         share = min(jobs, len(running) + len(ready))
@@ -97,39 +106,53 @@ def schedule(
                 failed.append(stage)
 
 
-def run(needs: Needs, jobs: int, processes: int, variables: Mapping[str, str]) -> tuple[list[str], list[str]]:
-    """Run stages by DVC, `jobs` in parallel, each line of them after the stage's name; returns as `schedule`.
+def _graph(needs: Needs) -> dict[str, list[str]]:
+    return {stage: [need for need in needs[stage] if need in needs] for stage in needs}
+
+
+def _behind(needs: Needs, work: Work | None) -> dict[str, float]:
+    """The work of the longest chain of stages from each on, itself included."""
+    graph, behind = _graph(needs), dict.fromkeys(needs, 0.0)
+    for stage in reversed([*TopologicalSorter(graph).static_order()]):
+        behind[stage] += work[stage] if work else 1.0
+        for need in graph[stage]:
+            behind[need] = max(behind[need], behind[stage])
+    return behind
+
+
+def run(
+    needs: Needs,
+    jobs: int,
+    processes: int,
+    variables: Mapping[str, str],
+    progress: Progress,
+    work: Work | None = None,
+) -> tuple[list[str], list[str]]:
+    """Run stages by DVC, `jobs` in parallel; returns as `schedule`.
 
     A stage gets the cores divided by the number of stages at that time, unless OMP_NUM_THREADS is set.
 
     Ctrl-C and SIGTERM are raised (see `children`) after all stages have saved and ended.
     """
-    width = max(map(len, needs))
-    printing = threading.Lock()
     with children() as started, ThreadPoolExecutor(jobs) as pool:
 
-        def work(stage: str, share: int) -> int:
-            threads = {cores.THREADS: str(max(1, cores.count() // (share * processes)))}
+        def follow(stage: str, share: int) -> int:
             process = started.start(
                 [*COMMAND, stage],
-                env={**threads, **os.environ, **OUTPUT, **variables},
+                env={cores.THREADS: str(threads_for(share, processes)), **os.environ, **OUTPUT, **variables},
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 encoding="utf-8",
                 errors="replace",
             )
-            assert process.stdout is not None
-            for line in process.stdout:  # each state of a progress bar is one
-                if not NOISE.fullmatch(line.rstrip()):
-                    with printing:
-                        print(f"{stage:{width}} | {line.rstrip()}", flush=True)
-            return process.wait()
+            return progress.follow(stage, process)
 
         return schedule(
             needs,
             jobs,
-            lambda stage, share: pool.submit(work, stage, share),
+            lambda stage, share: pool.submit(follow, stage, share),
             lambda future: future.result() == 0,
             lambda: bool(started.received),
+            work,
         )

@@ -35,7 +35,7 @@ def run(
         raise ValueError(f"the prompt has {reason}; it cannot be encoded")
     if method not in VARIANTS:
         raise ValueError(f"--method {method}: unknown variant; known: {', '.join(VARIANTS)}")
-    variant = getattr(params.generate, method)
+    variant = params.generate.variant(method)
     kind = Image.registered_extensions().get(output.suffix.lower())
     if kind not in Image.SAVE:
         raise ValueError(

@@ -4,8 +4,9 @@ from spo.config.data import PairFilter, Pairs, Prompts
 from spo.config.device import Device
 from spo.config.evaluation import VARIANTS, Generate, Registry, Report, Score, Variant
 from spo.config.models import SINGLE_FILE_CONFIG, Backbone, Scheduler
-from spo.config.params import Params
-from spo.config.reading import ConfigError, code_defaults, load, preset, preset_names, validate
+from spo.config.params import PREFERENCE_MODELS, Params
+from spo.config.presets import QUICK, counted, preset, preset_names
+from spo.config.reading import ConfigError, code_defaults, load, validate
 from spo.config.scorers import (
     SCORERS,
     AestheticConfig,

@@ -16,13 +16,15 @@ class Prompts(Section):
     """Prompt lists, and how they are cleaned and split."""
 
     seed: Seed = 0  # of the split, not of training, so that runs of several training seeds are comparable
-    train: str  # a file of captions: .json, .jsonl, .csv, .tsv, .txt or .parquet
+    # a file of captions: .json, .jsonl, .csv, .tsv, .txt or .parquet; None: nothing is trained on prompts
+    train: str | None
     evaluation: str  # the same, for the test and validation prompts
-    pairs: str  # preference shards; like pairs.source's, their captions are no evaluation prompts
+    # preference shards; like pairs.source's, their captions are no evaluation prompts
+    pairs: str | None
     vocabulary: str | None = None  # a file of allowed words, one per line
     block_list: str | None = None  # a file of forbidden words and phrases, one per line
     max_tokens: Annotated[int, Field(ge=3, le=77)] = 77  # of a CLIP text encoder; start and end count too
-    n_train: Positive
+    n_train: Count
     n_validation: Count
     n_test: Positive
 
@@ -51,7 +53,7 @@ class PairFilter(Scorers):
 class Pairs(Section):
     """Preference pairs in Pick-a-Pic's schema."""
 
-    source: str  # folder of parquet shards
+    source: str | None  # folder of parquet shards; None: nothing is trained on pairs
     validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
     rows_per_shard: Positive = 1000
     max_bad_fraction: Fraction = 0.01

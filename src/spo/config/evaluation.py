@@ -27,10 +27,23 @@ class Generate(Section):
     # more lists of prompts by name, as `prompts.evaluation`; each has its own images, scores and comparisons
     suites: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_]+$")], str] = {}
     base: Variant
-    base_high_guidance: Variant
-    spo: Variant
-    diffusion_dpo: Variant
-    lpo: Variant
+    # None: not in the experiment
+    base_high_guidance: Variant | None
+    spo: Variant | None
+    diffusion_dpo: Variant | None
+    diffusion_dpo_high_guidance: Variant | None
+    lpo: Variant | None
+
+    def variants(self) -> dict[str, Variant]:
+        """The variants of the experiment by name."""
+        return {name: own for name in VARIANTS if (own := getattr(self, name)) is not None}
+
+    def variant(self, name: str) -> Variant:
+        """A variant that must be there."""
+        own: Variant | None = getattr(self, name)
+        if own is None:
+            raise ValueError(f"generate.{name}: is null, so there is no such variant; give it a section")
+        return own
 
     def check_suite(self, name: str) -> None:
         if name not in self.suites:
@@ -39,12 +52,12 @@ class Generate(Section):
 
 
 class Score(Scorers):
-    """The scorers of generated images; those of the default experiment are required."""
+    """The scorers of generated images; PickScore and HPS are required."""
 
     batch_size: Positive = 32
     pickscore: PickScoreConfig
     hps: HpsConfig
-    aesthetic: AestheticConfig
+    aesthetic: AestheticConfig | None
     oracle: str | None = None  # folder of the oracle; only the scenes world has ground truth
 
 
@@ -79,4 +92,4 @@ class Registry(Section):
     }
 
 
-VARIANTS = tuple(n for n, f in Generate.model_fields.items() if f.annotation is Variant)
+VARIANTS = tuple(n for n, f in Generate.model_fields.items() if f.annotation in (Variant, Variant | None))

@@ -2,7 +2,6 @@
 
 import difflib
 from collections.abc import Iterable
-from importlib import resources
 from pathlib import Path
 from typing import Any, get_args
 
@@ -74,29 +73,6 @@ def _unset(
         elif name not in section.model_fields_set:
             defaults[key] = dumped[name]
     return defaults
-
-
-def preset_names() -> list[str]:
-    """The names that `preset` takes."""
-    return sorted(
-        p.name.removesuffix(".yaml")
-        for p in resources.files("spo.config.presets").iterdir()
-        if p.name.endswith(".yaml")
-    )
-
-
-def preset(name: str, card: int | None = None) -> str:
-    """The text of a ready-made params.yaml.
-
-    Args:
-        card: GiB of memory to plan for, in `device.memory`; None: those of this machine's GPU.
-    """
-    if name not in preset_names():
-        raise ConfigError(f"unknown preset {name!r}; known: {', '.join(preset_names())}")
-    if card is not None and card < 1:
-        raise ConfigError(f"--card {card}: give the GiB of a GPU, such as 24 or 80")
-    text = resources.files("spo.config.presets").joinpath(f"{name}.yaml").read_text(encoding="utf-8")
-    return text if card is None else text.replace("device: {memory: auto", f"device: {{memory: {card}", 1)
 
 
 def _line(error: Any, source: str) -> str:

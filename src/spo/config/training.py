@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -68,6 +68,7 @@ class Lora(Section):
 class Preference(Section):
     """The step-aware preference model (SPM) and its training."""
 
+    pretrained: str | None = None  # in place of training: an official file, or a folder of this stage
     init: str  # a CLIP-format model folder or hub id
     revision: str | None = None
     tokenizer: str | None = None  # folder or hub id; None: that of `init`
@@ -99,6 +100,8 @@ PREFERENCE_BASELINES: dict[str, dict[str, bool]] = {
 class LatentPreference(Section):
     """The latent reward model (arXiv 2502.01051) and its training."""
 
+    # in place of training: an official folder or file, or a folder of this stage
+    pretrained: str | None = None
     trained: Literal["all", "lora", "heads"] = "all"  # UNet and text encoders, or an adapter, and the heads
     lora: Lora | None = None  # of `trained: lora`, merged into the weights after training
     # folder or hub id of a CLIP, with whose text projection training starts; null: the identity
@@ -160,10 +163,17 @@ class Validation(Section):
         return value
 
 
+class Method(Section):
+    """What all alignment methods have."""
+
+    pretrained: str | None = None  # in place of training: a LoRA, a UNet or a complete pipeline
+    learns_from: ClassVar[str] = "pairs"  # the section whose output trains it
+
+
 Threshold = Annotated[float, Field(ge=0, lt=1)]  # no two softmax values differ by 1: no pair would be valid
 
 
-class Rollout(Section):
+class Rollout(Method):
     """A stepwise method's rollout: where candidates are drawn and how two of them form a pair."""
 
     candidates: Annotated[Positive, Field(ge=2)] = 4  # K
@@ -223,6 +233,7 @@ class Spo(Stepwise):
     """Step-aware Preference Optimization (arXiv 2406.04314)."""
 
     gradspo: GradSpo | None = None  # None: SPO's own loss
+    learns_from = "preference"
 
     @model_validator(mode="after")
     def _one_step(self) -> Spo:
@@ -235,9 +246,10 @@ class Lpo(Stepwise):
     """Latent Preference Optimization (arXiv 2502.01051)."""
 
     judged_at: Literal["candidate", "step"] = "candidate"  # the timestep at which candidates are scored
+    learns_from = "latent_preference"
 
 
-class DiffusionDpo(Section):
+class DiffusionDpo(Method):
     """Diffusion-DPO (arXiv 2311.12908)."""
 
     lora: Lora | None  # null: full fine-tuning of the UNet
@@ -252,11 +264,22 @@ class DiffusionDpo(Section):
 
 
 class Align(Section):
-    """The alignment methods."""
+    """The alignment methods; None takes one out of the experiment."""
 
-    spo: Spo
-    diffusion_dpo: DiffusionDpo
-    lpo: Lpo
+    spo: Spo | None
+    diffusion_dpo: DiffusionDpo | None
+    lpo: Lpo | None
+
+    def section(self, name: str) -> Any:
+        """The section of a method that must be there."""
+        if (own := getattr(self, name)) is None:
+            raise ValueError(f"align.{name}: is null, so there is no such method; give it a section")
+        return own
+
+    def trained(self) -> dict[str, Any]:
+        """The sections of the methods that are trained, by name."""
+        sections = {name: getattr(self, name) for name in type(self).model_fields}
+        return {name: own for name, own in sections.items() if own is not None and own.pretrained is None}
 
 
 METHODS = tuple(Align.model_fields)

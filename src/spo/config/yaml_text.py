@@ -1,6 +1,7 @@
 """YAML 1.2, as DVC reads it: the one parser of params.yaml, dvc.lock, presets and overrides."""
 
 import io
+from collections.abc import Mapping
 from typing import Any
 
 
@@ -34,3 +35,43 @@ def dump(content: Any) -> str:
     stream = io.StringIO()
     yaml.dump(content, stream)
     return stream.getvalue()
+
+
+def changed(text: str, *changes: str | Mapping[str, Any]) -> str:
+    """A YAML document with other values, without the comment at its head; the other comments stay.
+
+    Args:
+        changes: nested as the document: a section is changed key by key, unless one of the two is null. The
+            comments of a text replace those of the values that they stand beside.
+
+    Raises:
+        ValueError: a key that the document does not have.
+    """
+    from ruamel.yaml import YAML
+
+    yaml, stream = YAML(), io.StringIO()
+    yaml.width = 4096
+    yaml.representer.add_representer(
+        type(None), lambda writer, _: writer.represent_scalar("tag:yaml.org,2002:null", "null")
+    )
+    content = yaml.load(text)
+    content.ca.comment = None
+    for change in changes:
+        _change(content, yaml.load(change) if isinstance(change, str) else change)
+    yaml.dump(content, stream)
+    return stream.getvalue()
+
+
+def _change(content: Any, changes: Any) -> None:
+    comments = changes.ca.items if hasattr(changes, "ca") else {}
+    for key, value in changes.items():
+        if key not in content:
+            raise ValueError(f"unknown key {key!r}")
+        if isinstance(value, dict) and isinstance(content[key], dict):
+            _change(content[key], value)
+            continue
+        if isinstance(content[key], dict):  # its comment is about a section
+            content.ca.items.pop(key, None)
+        content[key] = value
+        if key in comments:
+            content.ca.items[key] = comments[key]

@@ -20,9 +20,8 @@ READ: dict[bytes, Callable[[bytes], bool]] = {
     b"eXIf": lambda content: True,
     b"gAMA": lambda content: len(content) == 4,
     b"sRGB": lambda content: len(content) == 1,
-    b"iCCP": lambda content: (
-        content.partition(b"\0")[2][:1] == b"\0"
-    ),  # zlib, the only method of the standard
+    # zlib, the only method of the standard
+    b"iCCP": lambda content: content.partition(b"\0")[2][:1] == b"\0",
 }
 # chunks that browsers ignore if damaged; another may be a chunk of pixels with a damaged name
 IGNORED = (

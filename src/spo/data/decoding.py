@@ -41,11 +41,7 @@ def image_format(data: bytes) -> str | None:
 
 
 def open_image(data: bytes) -> Image.Image:
-    """Decode a still JPEG, PNG or WebP image to RGB.
-
-    Raises:
-        ValueError: another format, an animation, a truncated or damaged file, or one of more than MAX_PIXELS.
-    """
+    """Decode a still JPEG, PNG or WebP image of at most MAX_PIXELS to RGB; damaged files are refused."""
     try:
         with warnings.catch_warnings(action="ignore"):  # Pillow warns of damaged EXIF blocks and the like
             return _decode(data)
@@ -100,11 +96,7 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def _alpha(image: Image.Image, depth: int) -> Image.Image | None:
-    """The opacity of each pixel as an L image; None if all are opaque.
-
-    Args:
-        depth: bits of a channel in the file.
-    """
+    """The opacity of each pixel as an L image, None if all are opaque; `depth` is that of the file."""
     if image.mode in ("RGBA", "LA", "PA"):
         return image.getchannel("A")
     key = image.info.get("transparency")

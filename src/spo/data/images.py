@@ -105,39 +105,38 @@ class LazyImages(Sequence[Image.Image]):
     """Images that are read when they are indexed, so that no more than a slice is in memory."""
 
     def __init__(self, names: Sequence[Any], read: Callable[[Sequence[Any]], Iterable[Image.Image]]) -> None:
-        """
-        Args:
-            read: opens the images of some of the names, in order.
-        """
-        self._names, self._read = names, read
+        self._names, self._read = names, read  # `read` opens the images of some of the names, in order
 
     def __len__(self) -> int:
         return len(self._names)
 
+    def __iter__(self) -> Iterator[Image.Image]:
+        return iter(self._read(self._names))
+
     def __getitem__(self, index: Any) -> Any:
-        """The image at a number, or the list of those in a slice; raises as `read`."""
+        """The image at a number, or the list of those in a slice."""
         if isinstance(index, slice):
             return list(self._read(self._names[index]))
         return next(iter(self._read([self._names[index]])))
 
 
 def archived(folder: Path) -> tuple[LazyImages, list[str], list[int]]:
-    """The images of `folder`/images.zip, which is opened when they are indexed, their prompts and seeds."""
+    """The images of `folder`/images.zip, which is opened when they are read, their prompts and seeds."""
 
-    def read(files: Sequence[str]) -> list[Image.Image]:
+    def read(files: Sequence[str]) -> Iterator[Image.Image]:
         with _archive(folder) as archive:
-            return [open_image(_entry(archive, file)) for file in files]
+            for file in files:
+                yield open_image(_entry(archive, file))
 
     with _archive(folder) as archive:
-        rows = list(_index(archive))
-    return LazyImages([row[0] for row in rows], read), [row[1] for row in rows], [row[2] for row in rows]
+        rows = list(csv.DictReader(io.StringIO(_entry(archive, INDEX).decode(), newline="")))
+        files, prompts, seeds = ([row[name] for row in rows] for name in ("file", "prompt", "seed"))
+        return LazyImages(files, read), prompts, list(map(int, seeds))
 
 
 def load_images(folder: Path) -> Iterator[tuple[Image.Image, str, int]]:
     """Iterate over (image, prompt, seed) in order, with one image in memory at a time."""
-    with _archive(folder) as archive:
-        for file, prompt, seed in _index(archive):
-            yield open_image(_entry(archive, file)), prompt, seed
+    return zip(*archived(folder), strict=True)
 
 
 @contextmanager
@@ -154,12 +153,6 @@ def _archive(folder: Path) -> Iterator[zipfile.ZipFile]:
         raise ValueError(
             f"{path}: damaged ({first_line(error, 200)}); delete it and run `dvc repro`"
         ) from None
-
-
-def _index(archive: zipfile.ZipFile) -> Iterator[tuple[str, str, int]]:
-    """File, prompt and seed of each image."""
-    for row in csv.DictReader(io.StringIO(_entry(archive, INDEX).decode(), newline="")):
-        yield row["file"], row["prompt"], int(row["seed"])
 
 
 def _entry(archive: zipfile.ZipFile, name: str) -> bytes:

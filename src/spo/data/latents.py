@@ -25,7 +25,7 @@ from spo.data.images import decode_image
 from spo.data.pairs import chunks, read_pairs, shards
 from spo.diffusion import finite
 from spo.diffusion.noise import SampleNoise
-from spo.runtime.files import atomic, locked, read_json, remove_partials, require, write_json, write_text
+from spo.runtime.files import atomic, locked, read_json, remove_partials, require, write_json
 from spo.runtime.fingerprint import fingerprint
 from spo.runtime.transfer import send
 from spo.runtime.workspace import SCRATCH
@@ -33,10 +33,8 @@ from spo.training import distributed
 from spo.types import Backbone, PreferencePair
 
 LATENTS = "latents.f16"
-COMPLETE = "pairs.json"  # written last: captions and labels
+COMPLETE = "pairs.json"  # written last: [caption, label_0, weight] of each pair
 SHARDS = "shards"  # folder of what is encoded, until it is complete
-KEYS = ("captions", "label_0", "weight")  # of that file
-JOB = "job"  # in that folder: the processes that encode them
 BATCH = 32  # pairs per forward pass of the encoder
 FLOAT16 = np.dtype(np.float16)
 FLOAT16_MAX = float(np.finfo(np.float16).max)
@@ -107,9 +105,6 @@ def encode(
         decode_image: decodes bytes to an image [3,H,W] in [-1,1].
         folder: the cache, named by a fingerprint of the pairs, the VAE and the seed.
         seed: of samples of the VAE's posterior, whose noise belongs to the image; None: the posterior's mean.
-
-    Raises:
-        TransientError: as `distributed.wait_for`, of the other processes.
     """
     done, shape = folder / COMPLETE, (2, *backbone.latent_shape)
     job = distributed.broadcast(secrets.token_hex(8))
@@ -117,7 +112,7 @@ def encode(
     share = partial(_encode_share, shards, total, encode_files, folder)
     if not distributed.is_main_process():
         what = "process 0 encodes pairs, or waits for another stage that does"
-        distributed.wait_for(lambda: done.exists() or _has_begun(folder, job), folder, what)
+        distributed.wait_for(lambda: done.exists() or (folder / SHARDS / job).exists(), folder, what)
         share()
         distributed.wait_for(done.exists, folder, "the others encode pairs")
     elif not done.exists():
@@ -130,15 +125,12 @@ def encode(
                 for number in range(len(shards)):
                     distributed.wait_for(_rows(folder, number).exists, folder, "the others encode pairs")
                 _join(folder, len(shards), math.prod(shape))
-    rows = read_json(done, "encoded pairs", keys=KEYS, then=f"delete {folder}")
-    if len(rows["captions"]) != total:
-        raise ValueError(
-            f"{folder}: {len(rows['captions'])} pairs, but the summary says {total}; delete this folder"
-        )
+    rows = read_json(done, "encoded pairs", list, then=f"delete {folder}")
+    if len(rows) != total:
+        raise ValueError(f"{folder}: {len(rows)} pairs, but the summary says {total}; delete this folder")
     latents = np.memmap(folder / LATENTS, FLOAT16, "r", shape=(total, *shape))
-    return EncodedPairs(
-        latents, rows["captions"], torch.tensor(rows["label_0"]), torch.tensor(rows["weight"])
-    )
+    captions, label_0, weight = zip(*rows, strict=True)
+    return EncodedPairs(latents, list(captions), torch.tensor(label_0), torch.tensor(weight))
 
 
 def _begin(folder: Path, size: int, job: str) -> None:
@@ -150,14 +142,7 @@ def _begin(folder: Path, size: int, job: str) -> None:
     if size > shutil.disk_usage(folder).free:
         message = f"{os.strerror(errno.ENOSPC)}: the pairs' latents take {size / 1e6:.1f} MB"
         raise OSError(errno.ENOSPC, message, str(folder / LATENTS))
-    write_text(shards / JOB, job)
-
-
-def _has_begun(folder: Path, job: str) -> bool:
-    try:
-        return (folder / SHARDS / JOB).read_text(encoding="utf-8") == job
-    except FileNotFoundError:
-        return False
+    (shards / job).touch()
 
 
 def _rows(folder: Path, number: int) -> Path:
@@ -186,27 +171,23 @@ def _encode_share(
 
 
 def _join(folder: Path, count: int, length: int) -> None:
-    """Append the latents of all shards to one file, and join their rows.
+    """Append the latents of all shards, of `length` numbers a pair, to one file, and join their rows.
 
     A shard's file is deleted once it is appended, so that the disk holds each shard once. After an
     interruption the deleted ones are in the file already, and a partly appended one is appended again.
-
-    Args:
-        length: numbers of a pair.
     """
-    rows: dict[str, list] = {key: [] for key in KEYS}
+    rows: list[list] = []
     with (folder / LATENTS).open("ab") as file:
         for number in range(count):
             shard = _rows(folder, number).with_suffix(".f16")
             if shard.exists():
-                file.truncate(len(rows["captions"]) * length * FLOAT16.itemsize)
+                file.truncate(len(rows) * length * FLOAT16.itemsize)
                 with shard.open("rb") as part:
                     shutil.copyfileobj(part, file)
                 file.flush()
                 os.fsync(file.fileno())
                 shard.unlink()
-            for key, values in read_json(_rows(folder, number), "encoded pairs", keys=KEYS).items():
-                rows[key] += values
+            rows += read_json(_rows(folder, number), "encoded pairs", list)
     write_json(folder / COMPLETE, rows)
     shutil.rmtree(folder / SHARDS)
 
@@ -226,16 +207,14 @@ def _encoded(
 
 def _write(
     pairs: Iterable[PreferencePair], encode_files: Callable[[list[bytes]], Tensor], file: IO[bytes], bar: tqdm
-) -> dict[str, list]:
+) -> list[tuple[str, float, float]]:
     """Write the latents of a shard; returns its captions, labels and weights."""
-    rows: dict[str, list] = {key: [] for key in KEYS}
+    rows = []
     for chunk in chunks(pairs, BATCH):
         encoded = encode_files([image for pair in chunk for image in (pair.image_0, pair.image_1)])
         _check(encoded, [p.caption for p in chunk for _ in range(2)])
         file.write(encoded.numpy().astype(FLOAT16).tobytes())
-        rows["captions"] += [p.caption for p in chunk]
-        rows["label_0"] += [p.label_0 for p in chunk]
-        rows["weight"] += [p.weight for p in chunk]
+        rows += [(pair.caption, pair.label_0, pair.weight) for pair in chunk]
         bar.update(len(chunk))
     return rows
 

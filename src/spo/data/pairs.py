@@ -68,11 +68,7 @@ def read_pairs(path: str | Path) -> Iterator[PreferencePair]:
 
 
 def open_parquet(source: Any, name: object) -> pq.ParquetFile:
-    """Open a path or a binary file so that memory does not grow with its rows.
-
-    Args:
-        name: of the file, for messages.
-    """
+    """Open a path or a binary file so that memory does not grow with its rows; `name` is for messages."""
     try:
         return pq.ParquetFile(source, buffer_size=BUFFER, pre_buffer=False)
     except Exception as error:  # pyarrow's types, and those of each store

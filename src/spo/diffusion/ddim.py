@@ -1,4 +1,9 @@
-"""DDIM (arXiv 2010.02502) as a Gaussian transition p(x_{t-1} | x_t): its mean and std, draw and density."""
+"""DDIM (arXiv 2010.02502) as a Gaussian transition p(x_{t-1} | x_t): its mean and std, draw and density.
+
+Written for any Gaussian path x_t = a x_0 + b eps that steps to (a', b'): with std = eta (b' / b)
+sqrt(b^2 - (a / a')^2 b'^2) the mean is a' x_0 + sqrt(b'^2 - std^2) eps. For DDPM (a^2 + b^2 = 1) these are
+DDIM's Eq. 12 and 16; for rectified flow (a = 1 - b) eta 0 is Euler's step.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +12,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from spo.diffusion.schedule import Schedule
+from spo.types import NoiseSchedule
 
 
 @dataclass(frozen=True)
@@ -24,9 +29,9 @@ class Transition:
 
 
 def transition(
-    schedule: Schedule, model_output: Tensor, timesteps: Tensor, x_t: Tensor, eta: float
+    schedule: NoiseSchedule, model_output: Tensor, timesteps: Tensor, x_t: Tensor, eta: float
 ) -> Transition:
-    """One sampler step from x_t [B,C,h,w] at timesteps int64 [B], which may differ in the batch (Eq. 12, 16).
+    """One sampler step from x_t [B,C,h,w] at timesteps [B], which may differ in the batch.
 
     Args:
         eta: in [0,1]; 0 is deterministic, 1 has the variance of DDPM's posterior.
@@ -35,16 +40,16 @@ def transition(
     if not 0 <= eta <= 1:
         raise ValueError(f"eta is {eta}; DDIM needs a value in [0, 1]")
     x0, eps = schedule.predict(model_output, timesteps, x_t)
-    previous, std = schedule.alpha_previous(timesteps), standard_deviation(schedule, timesteps, eta)
+    step, std = schedule.step(timesteps), standard_deviation(schedule, timesteps, eta)
     # never below 0 in exact arithmetic; rounding could make it so
-    direction = (1 - previous - std**2).clamp(min=0).sqrt()
-    return Transition(x0=x0, mean=previous.sqrt() * x0 + direction * eps, std=std)
+    direction = (step.noise_variance - std**2).clamp(min=0).sqrt()
+    return Transition(x0=x0, mean=step.signal * x0 + direction * eps, std=std)
 
 
-def standard_deviation(schedule: Schedule, timesteps: Tensor, eta: float) -> Tensor:
+def standard_deviation(schedule: NoiseSchedule, timesteps: Tensor, eta: float) -> Tensor:
     """sigma_t(eta) [B,1,1,1] of the step that starts at `timesteps` [B] (Eq. 16)."""
-    alpha, previous = schedule.alpha(timesteps), schedule.alpha_previous(timesteps)
-    return eta * ((1 - previous) / (1 - alpha) * (1 - alpha / previous)).sqrt()
+    step = schedule.step(timesteps)
+    return eta * (step.noise_variance / step.noise_variance_before * step.added_variance).sqrt()
 
 
 def sample(transition: Transition, noise: Tensor) -> Tensor:

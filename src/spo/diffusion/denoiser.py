@@ -48,13 +48,15 @@ class GuidedDenoiser:
         check: finite.FiniteCheck | None = None,
     ) -> Self:
         """As `encode`, for text that is encoded already."""
+        conditioning, scale = backbone.guided(conditioning, guidance)
         unconditional = None
-        if is_guided(guidance):
-            unconditional = backbone.empty_prompt().repeat(len(conditioning))
+        if is_guided(scale):
+            empty = backbone.empty_prompt().repeat(len(conditioning))
+            unconditional, _ = backbone.guided(empty, guidance)
         if check is not None:
             check.note_text(conditioning, prompts)
             check.note_text(unconditional, [""] * len(conditioning))
-        return cls(backbone, conditioning, unconditional, guidance, prompts, check)
+        return cls(backbone, conditioning, unconditional, scale, prompts, check)
 
     def __call__(self, x_t: Tensor, timesteps: Tensor, *, reference: bool = False) -> Tensor:
         """u + guidance * (c - u) [B,C,h,w] at x_t [B,C,h,w], in one UNet call on the doubled batch.

@@ -38,7 +38,7 @@ class _Note:
     part: str
     finite: Tensor  # bool [B]
     prompts: Sequence[str]  # of the first samples; none: unknown
-    timesteps: Tensor | None  # int64 [B]
+    timesteps: Tensor | None  # [B]
 
 
 class FiniteCheck:
@@ -89,15 +89,15 @@ class FiniteCheck:
 
     def _message(self, note: _Note) -> str:
         row = int((~note.finite).nonzero()[0])
-        where = "" if note.timesteps is None else f" at {self._step(int(note.timesteps[row]))}"
+        where = "" if note.timesteps is None else f" at {self._step(note.timesteps[row].item())}"
         prompt = f", prompt {note.prompts[row][:100]!r}" if row < len(note.prompts) else ""
         return f"NaN or infinity in the {note.part}{where}{prompt}: {ADVICE[note.part]}"
 
-    def _step(self, timestep: int) -> str:
+    def _step(self, timestep: float) -> str:
         known = [] if self._timesteps is None else self._timesteps.tolist()
         if timestep not in known:
-            return f"t={timestep}"
-        return f"step {known.index(timestep) + 1} of {len(known)} (t={timestep})"
+            return f"t={timestep:g}"
+        return f"step {known.index(timestep) + 1} of {len(known)} (t={timestep:g})"
 
 
 def check_finite(part: str, values: Tensor, prompts: Sequence[str] = ()) -> None:

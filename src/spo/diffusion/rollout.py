@@ -7,13 +7,12 @@ from torch import Tensor
 from spo.diffusion import ddim, finite
 from spo.diffusion.denoiser import GuidedDenoiser
 from spo.diffusion.noise import SampleNoise
-from spo.diffusion.schedule import Schedule
-from spo.types import Backbone
+from spo.types import Backbone, NoiseSchedule
 
 
 def sample_latents(
     backbone: Backbone,
-    schedule: Schedule,
+    schedule: NoiseSchedule,
     prompts: Sequence[str],
     noise: SampleNoise,
     guidance: float,

@@ -22,6 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spo.types import NoiseSchedule, Step
+
 # Schedulers of diffusers for models that were trained as a discrete-time DDPM (arXiv 2006.11239).
 _NAMES = """
     DDIM DDIMInverse DDIMParallel DDPM DDPMParallel PNDM LMSDiscrete HeunDiscrete EulerDiscrete
@@ -34,7 +36,7 @@ FLAGS = ("clip_sample", "rescale_betas_zero_snr", "set_alpha_to_one", "threshold
 
 
 @dataclass(frozen=True)
-class Schedule:
+class Schedule(NoiseSchedule):
     """alpha-bar of the forward process q(x_t | x_0) and the descending timesteps of one sampler run."""
 
     alphas_cumprod: Tensor  # fp32 [T]
@@ -50,13 +52,13 @@ class Schedule:
         check_process(config)
         prediction_type = config.get("prediction_type", "epsilon")
         if prediction_type not in ("epsilon", "v_prediction"):
-            raise _unsupported("prediction_type", prediction_type, "epsilon, v_prediction")
+            raise unsupported("prediction_type", prediction_type, "epsilon, v_prediction")
         if config.get("thresholding", False):
-            raise _unsupported("thresholding", True, "false (it is meant for pixels, not for latents)")
+            raise unsupported("thresholding", True, "false (it is meant for pixels, not for latents)")
         betas = _betas(config)
         if config.get("rescale_betas_zero_snr", False):
             if prediction_type == "epsilon":  # x_T holds nothing of x_0: eps alone cannot give it back
-                raise _unsupported("prediction_type", prediction_type, "v_prediction with zero terminal SNR")
+                raise unsupported("prediction_type", prediction_type, "v_prediction with zero terminal SNR")
             betas = _rescale_zero_terminal_snr(betas)
         alphas_cumprod = torch.cumprod(1 - betas, dim=0)
         to_one = config.get("set_alpha_to_one", True)
@@ -71,6 +73,11 @@ class Schedule:
     @property
     def num_train_timesteps(self) -> int:
         return len(self.alphas_cumprod)
+
+    @property
+    def train_timesteps(self) -> Tensor:
+        """int64 [T]."""
+        return torch.arange(self.num_train_timesteps, device=self.timesteps.device)
 
     def to(self, device: torch.device | str) -> Schedule:
         """The same schedule with its tensors on `device`."""
@@ -97,22 +104,27 @@ class Schedule:
         known = self.alphas_cumprod[previous.clamp(min=0)]
         return torch.where(previous >= 0, known, self.final_alpha_cumprod).view(-1, 1, 1, 1)
 
-    def add_noise(self, x0: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) eps (DDPM, arXiv 2006.11239, Eq. 4); all [B,C,h,w]."""
-        alpha = self.alpha(timesteps)
-        return alpha.sqrt() * x0 + (1 - alpha).sqrt() * noise
+    def signal(self, timesteps: Tensor) -> Tensor:
+        """sqrt(alpha-bar) [B,1,1,1] (DDPM, arXiv 2006.11239, Eq. 4)."""
+        return self.alpha(timesteps).sqrt()
+
+    def noise(self, timesteps: Tensor) -> Tensor:
+        """sqrt(1 - alpha-bar) [B,1,1,1] (DDPM, Eq. 4)."""
+        return (1 - self.alpha(timesteps)).sqrt()
+
+    def step(self, timesteps: Tensor) -> Step:
+        alpha, previous = self.alpha(timesteps), self.alpha_previous(timesteps)
+        return Step(previous.sqrt(), 1 - previous, 1 - alpha, 1 - alpha / previous)
 
     def training_target(self, x0: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """What the model's output at add_noise(x0, noise, t) should be: eps, or v (arXiv 2202.00512)."""
         if self.prediction_type == "epsilon":
             return noise
-        alpha = self.alpha(timesteps)
-        return alpha.sqrt() * noise - (1 - alpha).sqrt() * x0
+        return self.signal(timesteps) * noise - self.noise(timesteps) * x0
 
     def predict(self, model_output: Tensor, timesteps: Tensor, x_t: Tensor) -> tuple[Tensor, Tensor]:
         """The x_0 (clamped where the config says so) and eps that a model output at x_t stands for."""
-        alpha = self.alpha(timesteps)
-        signal, sigma = alpha.sqrt(), (1 - alpha).sqrt()
+        signal, sigma = self.signal(timesteps), self.noise(timesteps)
         if self.prediction_type == "epsilon":
             x0, eps = (x_t - sigma * model_output) / signal, model_output
         else:
@@ -121,25 +133,21 @@ class Schedule:
             x0 = x0.clamp(-self.clip_range, self.clip_range)
         return x0, eps
 
-    def predict_x0(self, model_output: Tensor, timesteps: Tensor, x_t: Tensor) -> Tensor:
-        """The x_0 [B,C,h,w] that a model output at x_t stands for; any timesteps in [0, T)."""
-        return self.predict(model_output, timesteps, x_t)[0]
-
 
 def check_process(config: Mapping[str, Any]) -> None:
     """Refuse all but discrete-time DDPMs: EDM, flow matching, continuous time, consistency models."""
     name = config.get("_class_name", "DDIMScheduler")
     if str(name) not in DISCRETE_SAMPLERS:
-        raise _unsupported("_class_name", name, "a model trained as discrete-time DDPM (DDIMScheduler, ...)")
+        raise unsupported("_class_name", name, "a model trained as discrete-time DDPM (DDIMScheduler, ...)")
     for key in FLAGS:
         if not isinstance(config.get(key), bool | None):
-            raise _unsupported(key, config[key], "true or false")
+            raise unsupported(key, config[key], "true or false")
     if config.get("use_flow_sigmas", False):
-        raise _unsupported("use_flow_sigmas", True, "a model that was not trained by flow matching")
+        raise unsupported("use_flow_sigmas", True, "a model that was not trained by flow matching")
     if config.get("timestep_type", "discrete") != "discrete":
-        raise _unsupported("timestep_type", config["timestep_type"], "discrete")
+        raise unsupported("timestep_type", config["timestep_type"], "discrete")
     if "learned" in str(config.get("variance_type") or ""):
-        raise _unsupported("variance_type", config["variance_type"], "a model that predicts no variance")
+        raise unsupported("variance_type", config["variance_type"], "a model that predicts no variance")
 
 
 def _betas(config: Mapping[str, Any]) -> Tensor:
@@ -155,7 +163,7 @@ def _betas(config: Mapping[str, Any]) -> Tensor:
     if kind == "squaredcos_cap_v2":  # arXiv 2102.09672, Eq. 17
         bar = [math.cos((i / steps + 0.008) / 1.008 * math.pi / 2) ** 2 for i in range(steps + 1)]
         return torch.tensor([min(1 - bar[i + 1] / bar[i], 0.999) for i in range(steps)])
-    raise _unsupported("beta_schedule", kind, "linear, scaled_linear, squaredcos_cap_v2")
+    raise unsupported("beta_schedule", kind, "linear, scaled_linear, squaredcos_cap_v2")
 
 
 def _rescale_zero_terminal_snr(betas: Tensor) -> Tensor:
@@ -174,7 +182,7 @@ def _timesteps(config: Mapping[str, Any], total: int, count: int) -> Tensor:
         )
     spacing, offset = config.get("timestep_spacing", "leading"), config.get("steps_offset", 0)
     if not isinstance(offset, int) or offset < 0:
-        raise _unsupported("steps_offset", offset, "a whole number from 0 on")
+        raise unsupported("steps_offset", offset, "a whole number from 0 on")
     if spacing == "leading":
         steps = [i * (total // count) + offset for i in reversed(range(count))]
     elif spacing == "trailing":
@@ -183,7 +191,7 @@ def _timesteps(config: Mapping[str, Any], total: int, count: int) -> Tensor:
         gap = (total - 1) / max(count - 1, 1)
         steps = [round(i * gap) for i in reversed(range(count))]
     else:
-        raise _unsupported("timestep_spacing", spacing, "leading, trailing, linspace")
+        raise unsupported("timestep_spacing", spacing, "leading, trailing, linspace")
     if steps[0] >= total:
         raise ValueError(
             f"scheduler_config: {count} steps with steps_offset {offset} reach timestep "
@@ -192,5 +200,5 @@ def _timesteps(config: Mapping[str, Any], total: int, count: int) -> Tensor:
     return torch.tensor(steps, dtype=torch.int64)
 
 
-def _unsupported(key: str, value: object, known: str) -> ValueError:
+def unsupported(key: str, value: object, known: str) -> ValueError:
     return ValueError(f"scheduler_config: {key} {value!r} is not supported; use {known}")

@@ -19,7 +19,6 @@ from spo.data.latents import EncodedPairs
 from spo.diffusion.denoiser import is_guided
 from spo.diffusion.noise import SampleNoise
 from spo.diffusion.rollout import sample_latents
-from spo.diffusion.schedule import Schedule
 from spo.estimate import meta, models
 from spo.estimate.count import Base, Count
 from spo.evaluation import candidate_ranking as local
@@ -76,7 +75,7 @@ def _generate(params: Params, variant: str | None, base: Any, found: Count) -> N
 
 
 def _images(found: Count, params: Params, base: Any, images: int, guidance: float, title: str = "") -> None:
-    settings, schedule = params.generate, Schedule.from_config(base.scheduler_config, FEW)
+    settings, schedule = params.generate, base.schedule(FEW)
     size = min(images, settings.batch_size)
     noise = SampleNoise(0, list(range(size)), base.latent_shape, base.device)
 
@@ -103,11 +102,11 @@ def _preference(params: Params, variant: str | None, base: Any, found: Count) ->
     settings: Any = params.latent_preference
     if variant != "latent":
         settings = params.preference.model_copy(update=PREFERENCE_BASELINES.get(variant or "", {}))
-    schedule = Schedule.from_config(base.scheduler_config, settings.num_inference_steps)
+    schedule = base.schedule(settings.num_inference_steps).to(base.device)
     trained: Any
     if variant == "latent":
         model = LatentPreferenceModel(base.feature_model(), settings.feature_guidance).to(base.device)
-        trained = LatentTask(model, base, schedule.to(base.device), settings)
+        trained = LatentTask(model, base, schedule, settings)
     else:
         clip = models.preference_model(settings, base.device)
         trained = StepAwareTask(clip, models.Words(), base, schedule, settings)
@@ -120,8 +119,8 @@ def _preference(params: Params, variant: str | None, base: Any, found: Count) ->
     if settings.local_prompts:
         _local(found, trained, settings)
     pairs, seen = _pairs(base, max(2, base.budget.samples // 2)), 0
-    if PAIRS.exists():
-        seen = int(read_json(PAIRS, "summary of the pairs")["labels"]["validation"]["decided"])
+    if PAIRS.exists() and (summary := read_json(PAIRS, "summary of the pairs")):  # empty: there were none
+        seen = int(summary["labels"]["validation"]["decided"])
         found.text += f", {seen} validation pairs at {len(settings.eval_timesteps)} timesteps"
     times = seen * len(settings.eval_timesteps) / len(pairs)
     found.run("evaluation", lambda: trainer.evaluate(trained, pairs, [501], seed=0), times)
@@ -142,12 +141,13 @@ def _local(found: Count, trained: Any, settings: Any) -> None:
 
 def _align(params: Params, variant: str | None, base: Any, found: Count) -> None:
     name = variant or "spo"
-    section, spec, short = getattr(params.align, name), method_spec(name), _short(params, name)
-    cost, run = (spec.cost(p, base.scheduler_config) for p in (params, short))
+    section, spec, short = params.align.section(name), method_spec(name), _short(params, name)
+    cost, run = (spec.cost(p, base.schedule) for p in (params, short))
     found.text = cost.text
     method = _method(short, name, base)
     make_trainable(base, section.lora, 0)
-    samples = cost.updates / (1 + TRAINED) / (1 + is_guided(method.guidance))
+    _, guidance = base.guided(base.empty_prompt(), method.guidance)
+    samples = cost.updates / (1 + TRAINED) / (1 + is_guided(guidance))
     rollouts = 1.0
     if isinstance(section, Stepwise):  # half of a rollout grows as the UNet's samples, half as what is scored
         scored = [_scored(getattr(p.align, name), base) for p in (params, short)]
@@ -162,7 +162,7 @@ def _align(params: Params, variant: str | None, base: Any, found: Count) -> None
 
 def _short(params: Params, name: str) -> Params:
     """With rollouts of FEW steps, the last three with candidates."""
-    section = getattr(params.align, name)
+    section = params.align.section(name)
     if not isinstance(section, Stepwise):
         return params
     few: dict[str, Any] = {"num_inference_steps": FEW, "divert_start_step": 2, "timestep_range": None}
@@ -172,22 +172,23 @@ def _short(params: Params, name: str) -> Params:
 
 def _scored(section: Stepwise, base: Any) -> int:
     """Steps of a rollout whose candidates are scored."""
-    schedule = Schedule.from_config(base.scheduler_config, section.num_inference_steps)
+    schedule = base.schedule(section.num_inference_steps)
     return len(step_pairs.blocks(section, schedule))
 
 
 def _method(params: Params, name: str, base: Any) -> Any:
-    section = getattr(params.align, name)
+    section = params.align.section(name)
     if not isinstance(section, Stepwise):
         pairs = _pairs(base, getattr(section, "batch_size", 1))
         with mock.patch("spo.data.latents.latent_pairs", lambda *given: pairs):
             return method_spec(name).build(params, base)
-    schedule = Schedule.from_config(base.scheduler_config, FEW)
+    schedule = base.schedule(FEW)
     prompts = [PROMPT] * section.prompts_per_iteration
     reward_model: Any
     if name == "lpo":
         latent = LatentPreferenceModel(base.feature_model(), params.latent_preference.feature_guidance)
-        reward_model = LatentRewardModel(latent.to(base.device), params.align.lpo.judged_at)
+        judged_at = params.align.section(name).judged_at
+        reward_model = LatentRewardModel(latent.to(base.device), judged_at)
         method: Any = LpoMethod(section, schedule, reward_model, prompts, 0)
     else:
         model = models.preference_model(params.preference, base.device)

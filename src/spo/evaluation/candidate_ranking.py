@@ -12,7 +12,6 @@ from tqdm import tqdm
 
 from spo import config
 from spo.diffusion.noise import SampleNoise
-from spo.diffusion.schedule import Schedule
 from spo.methods.stepwise.rollout import Rollout
 from spo.scenes.oracle import Oracle
 from spo.types import Backbone, Candidates, Conditioning, RewardModel
@@ -61,7 +60,7 @@ def candidate_ranking(
     It covers all steps of rollouts of the base model over `steps` timesteps. The oracle scores the image
     predicted from each candidate, even if the reward model needs no images. Keys are x_t's timesteps.
     """
-    schedule = Schedule.from_config(backbone.scheduler_config, steps).to(backbone.device)
+    schedule = backbone.schedule(steps).to(backbone.device)
     settings = config.Rollout(
         candidates=CANDIDATES, num_inference_steps=steps, guidance=guidance, divert_start_step=0
     )
@@ -75,7 +74,7 @@ def candidate_ranking(
         with backbone.inference():
             noise = SampleNoise(seed, keys, backbone.latent_shape, backbone.device)
             for ranked in rollout.run(backbone, part, noise):
-                t = int(schedule.timesteps[ranked.step])
+                t = round(float(schedule.timesteps[ranked.step]))
                 scores.setdefault(t, []).append(ranked.scores.float().cpu())
                 truth.setdefault(t, []).append(beside.taken().view(CANDIDATES, len(part)))
     return {t: within_correlation(torch.cat(scores[t], 1), torch.cat(truth[t], 1)) for t in scores}

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spo.config import yaml_text
-from spo.evaluation import efficiency, plots, seeds, verdict
+from spo.evaluation import efficiency, plots, published, seeds, verdict
 from spo.evaluation.statistics import metrics
 from spo.evaluation.verdict import name, number
 from spo.methods import method_spec
@@ -64,13 +64,13 @@ def render(run: RunResults) -> str:
     """Render the page; the same results give the same text."""
     shown = (
         accuracy,
-        cost,
         data_uri,
         efficiency_figure,
         html,
         candidate_ranking,
         means,
         pairs,
+        scores,
         seed_table,
         times,
     )
@@ -110,6 +110,17 @@ def thumbnail(image: Image.Image) -> bytes:
     buffer = io.BytesIO()
     ImageOps.contain(image.convert("RGB"), (IMAGE_SIDE, IMAGE_SIDE)).save(buffer, format="PNG")
     return buffer.getvalue()
+
+
+def scores(run: RunResults) -> DataFrame:
+    """The means with the guidance of each variant and, for the same prompts, what papers publish."""
+    frame, known = means(run.scores), published.scores(run.params)
+    if known := {variant: known[variant] for variant in run.scores if variant in known}:
+        papers = _frame(known).reindex(frame.index)
+        columns = {f"{name(metric)}, published": papers[metric] for metric in frame if metric in papers}
+        frame = frame.assign(**columns, **{"published in": papers["in"]})
+    guidance = {variant: run.params["generate"][variant]["guidance"] for variant in run.scores}
+    return frame.rename(index=lambda v: f"{name(v.removesuffix(published.MORE))}, guidance {guidance[v]:g}")
 
 
 def means(scores: Mapping[str, DataFrame]) -> DataFrame:
@@ -154,10 +165,11 @@ def seed_table(run: RunResults) -> DataFrame | None:
 
 def accuracy(run: RunResults) -> tuple[DataFrame, bytes] | None:
     """The accuracy of the preference models by timestep in percent: a table and a figure."""
-    if not run.preference:
+    measured = {k: m for k, m in run.preference.items() if m["accuracy"]}
+    if not measured:
         return None
-    values = 100 * _by_timestep({k: m["accuracy"] for k, m in run.preference.items()})
-    n = min(int(m["n"]) for m in run.preference.values())
+    values = 100 * _by_timestep({k: m["accuracy"] for k, m in measured.items()})
+    n = min(int(m["n"]) for m in measured.values())
     figure = plots.by_timestep(values, "accuracy, %", 50, 1.96 * (values * (100 - values) / n) ** 0.5)
     titled = values.rename(columns=lambda t: f"t = {t}")
     return _fixed(titled.assign(mean=values.mean(axis=1)), 1), figure
@@ -198,15 +210,6 @@ def efficiency_figure(run: RunResults) -> bytes | None:
 
 def times(run: RunResults) -> DataFrame:
     """Training times and counts, from the metrics files that exist."""
-    frame = _frame({**run.preference, **{f"align {k}": v for k, v in run.alignment.items()}})
+    facts = {**run.preference, **{f"align {k}": v for k, v in run.alignment.items()}}
+    frame = _frame({name: own for name, own in facts.items() if "pretrained" not in own})
     return frame[[column for column in FACTS if column in frame]]
-
-
-def cost(run: RunResults) -> str:
-    """What each method's training took, with that of the models trained for it; empty if unknown."""
-    taken = []
-    for method, own in run.alignment.items():
-        parts = [own, *(run.preference.get(key, {}) for key in method_spec(method).trained_first)]
-        if all("seconds" in part for part in parts):
-            taken.append(f"{sum(float(p['seconds']) for p in parts):,.0f} s for {name(method)}")
-    return f"Training took {verdict.listed(taken)}, preference models included." if taken else ""

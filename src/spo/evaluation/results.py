@@ -48,7 +48,8 @@ def all_scores(baselines: tuple[str, ...], folder: Path = SCORES) -> dict[str, D
     if not files:
         raise ValueError(f"{folder}: no scores in this folder; run `make repro`")
     names = dict.fromkeys(n for n in (*baselines, *VARIANTS, *files) if n in files)
-    return {name: read_scores(files[name]) for name in names}
+    tables = {name: read_scores(files[name]) for name in names}
+    return {name: table for name, table in tables.items() if len(table)}  # without variants set to null
 
 
 def first_images(scores: dict[str, DataFrame], n: int) -> tuple[list[str], dict[str, list[Image.Image]]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from spo.config import Params
 from spo.config.reading import WITHOUT_EFFECT_ON_OUTPUTS
-from spo.evaluation.results import COLUMNS, check_comparisons
-from spo.runtime.files import read_json
+from spo.evaluation.results import COLUMNS, check_comparisons, read_comparisons
+from spo.runtime.files import read_json, write_json
 from spo.runtime.messages import public
+from spo.tracking import dvc_lock
 from spo.tracking.provenance import flatten
 
 if TYPE_CHECKING:
@@ -52,6 +54,25 @@ def read(params: Params, folder: Path = FOLDER) -> Seeds:
         elif content["seed"] != params.seed:
             comparisons[content["seed"]] = content["comparisons"]
     return Seeds(comparisons, others)
+
+
+def save(params: Params) -> Path:
+    """Write FOLDER/SEED.json from the report of these parameters; one of other parameters is refused."""
+    entry = dvc_lock.read().get("report")
+    if entry is None:
+        raise ValueError("keep: dvc.lock has no report; run `spo repro` first")
+    shown = params.model_dump(mode="json", exclude=set(NOT_COMPARED) - {"seed"})
+    made, now = flatten(entry.params.get("params.yaml", {})), flatten(shown)
+    for key in now:
+        if key in made and made[key] != now[key]:
+            raise ValueError(
+                f"keep: the report is of a run with {key} = {json.dumps(made[key])}, params.yaml has "
+                f"{json.dumps(now[key])}; run `spo repro` first"
+            )
+    path = FOLDER / f"{params.seed}.json"
+    rows = [{key: row[key] for key in COLUMNS} for row in read_comparisons()]
+    write_json(path, {"seed": params.seed, "settings": settings(params), "comparisons": rows})
+    return path
 
 
 def _first_difference(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> str | None:

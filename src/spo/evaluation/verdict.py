@@ -15,6 +15,7 @@ NAMES = {
     "base": "Base",
     "base_high_guidance": "Base, more guidance",
     **{method: method_spec(method).title for method in METHODS},
+    "diffusion_dpo_high_guidance": "Diffusion-DPO, more guidance",
     "pickscore": "PickScore",
     "hps": "HPS ×100",
     "aesthetic": "Aesthetic score",
@@ -90,7 +91,7 @@ def headline(rows: Sequence[Mapping[str, Any]]) -> str:
     method, first = _in_text(own[0]["method"]), own[0]["baseline"]
     if not all(map(has_interval, own)):
         return f"{own[0]['n']} prompts are too few to tell {method} from {_in_text(first)}."
-    metric = next((r["metric"] for r in own if r["metric"] == "oracle_aesthetic"), own[0]["metric"])
+    metric = _first(own, "oracle_aesthetic") or own[0]["metric"]
     rivals: dict[str, list[str]] = {}
     for row in own:
         if row["metric"] == metric and (row["baseline"] == first or row["baseline"] in METHODS):
@@ -101,6 +102,64 @@ def headline(rows: Sequence[Mapping[str, Any]]) -> str:
     others = [f"{CHANGES[kind]} {listed(names)}" for kind, names in found.items()]
     sentence = f"By {_in_text(metric)}, {method} {listed(clauses)}."
     return f"{sentence} Against {_in_text(first)}, it {listed(others)}." if others else sentence
+
+
+def _first(rows: Sequence[Mapping[str, Any]], *metrics: str) -> str | None:
+    """The first of some metrics that was measured."""
+    return next((metric for metric in metrics if any(r["metric"] == metric for r in rows)), None)
+
+
+def numbers(
+    rows: Sequence[Mapping[str, Any]],
+    alignment: Mapping[str, Mapping[str, Any]],
+    preference: Mapping[str, Mapping[str, Any]],
+) -> dict[str, Any]:
+    """The numbers to compare between experiments, with four decimals.
+
+    By method: `gain` over the first baseline by the headline's score, `low` and `high` of its interval,
+    `win_rate`, the difference in `alignment` (by the oracle, else by CLIPScore) and `seconds` of training.
+    Beside them `accuracy`, the mean of the step-aware preference model over timesteps.
+
+    Args:
+        rows: of reports/comparisons.json.
+        alignment: metrics files by method.
+        preference: metrics files by model.
+    """
+    by_gain = _first(rows, "oracle_aesthetic") or rows[0]["metric"]
+    by_alignment = _first(rows, "oracle_alignment", "clipscore")
+    found: dict[str, Any] = {}
+    for row in rows:
+        if row["baseline"] != rows[0]["baseline"] or row["method"].startswith("base"):
+            continue
+        own = found.setdefault(row["method"], {})
+        if row["metric"] == by_gain:
+            keys = {"gain": "mean_difference", "low": "ci_low", "high": "ci_high", "win_rate": "win_rate"}
+            own |= {name: round(row[key], 4) for name, key in keys.items() if row[key] is not None}
+        if row["metric"] == by_alignment:
+            own["alignment"] = round(row["mean_difference"], 4)
+    for method, taken in seconds(alignment, preference).items():
+        found.setdefault(method, {})["seconds"] = round(taken, 1)
+    if accuracy := preference.get("preference", {}).get("accuracy"):
+        found["accuracy"] = round(sum(accuracy.values()) / len(accuracy), 4)
+    return found
+
+
+def seconds(
+    alignment: Mapping[str, Mapping[str, Any]], preference: Mapping[str, Mapping[str, Any]]
+) -> dict[str, float]:
+    """The seconds of each method's training and of the models trained for it, where all are known."""
+    found = {}
+    for method, own in alignment.items():
+        parts = [own, *(preference.get(key, {}) for key in method_spec(method).trained_first)]
+        if all("seconds" in part for part in parts):
+            found[method] = sum(float(part["seconds"]) for part in parts)
+    return found
+
+
+def cost(taken: Mapping[str, float]) -> str:
+    """What the trainings took, from the seconds by method; empty without any."""
+    each = [f"{value:,.0f} s for {name(method)}" for method, value in taken.items()]
+    return f"Training took {listed(each)}, preference models included." if each else ""
 
 
 def _by_outcome(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:

@@ -22,7 +22,7 @@ class Duplicates:
         self._labels: dict[bytes, float] = {}
         self._contradicted: set[bytes] = set()
 
-    def add(self, pair: PreferencePair) -> PreferencePair:
+    def add(self, pair: PreferencePair) -> None:
         digest, label = _preference(pair)
         earlier = self._labels.get(digest)
         self.repeated += earlier is not None
@@ -30,16 +30,14 @@ class Duplicates:
             self._labels[digest] = label
         elif label not in (0.5, earlier):
             self._contradicted.add(digest)
-        return pair
 
-    def check(self, pair: PreferencePair) -> PreferencePair:
+    def check(self, pair: PreferencePair) -> None:
         """Refuse a contradicted pair, one of an image with itself, and an image that is not readable."""
         if self._contradicted and _preference(pair)[0] in self._contradicted:
             raise ValueError(CONTRADICTED)
         left, right = decoded(pair)
         if left.size == right.size and left.tobytes() == right.tobytes():
             raise ValueError(SAME_IMAGE)
-        return pair
 
 
 def _preference(pair: PreferencePair) -> tuple[bytes, float]:

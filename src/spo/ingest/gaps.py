@@ -18,24 +18,16 @@ class CachedGaps:
     """Computes gaps buffer by buffer; all processes ask for the same buffers of pairs.
 
     Each of n processes scores every n-th buffer, and the main one gets all. Gaps are cached as they are
-    computed, so that interrupted work resumes after them, with any number of processes.
+    computed, so that interrupted work resumes after them, with any number of processes. `cache` is a folder
+    named by a fingerprint of everything on which the gaps depend; `batch_size` pairs are decoded at once.
     """
 
     def __init__(self, scorers: Mapping[str, Scorer], batch_size: int, cache: Path) -> None:
-        """
-        Args:
-            batch_size: pairs whose images are decoded at once.
-            cache: a folder, named by a fingerprint of everything on which the gaps depend.
-        """
         self.scorers, self.batch_size, self.cache = scorers, batch_size, cache
         self._rank, self._next = distributed.state().process_index, 0
 
     def of(self, pairs: Sequence[PreferencePair]) -> Gaps | None:
-        """The gaps of the next buffer; None in all processes but the main one.
-
-        Raises:
-            TransientError: as `distributed.wait_for`, of the other processes.
-        """
+        """The gaps of the next buffer; None in all processes but the main one."""
         number, read = self._next, _digest(pairs)
         path = self.cache / f"{number:08d}.json"
         self._next += 1

@@ -22,17 +22,19 @@ from spo.types import PreferencePair
 Table = Callable[..., Callable[[Sequence[Any]], object]]  # a file's name and columns to a writer of its rows
 
 
-def failed_rules(label_0: float, gaps: Mapping[str, float], rules: config.PairFilter) -> list[str]:
-    """The scorers whose rule a pair fails.
-
-    Args:
-        label_0: 1 if the first image won, 0 if it lost, .5 for a tie.
-        gaps: by scorer, the score of the first image less that of the second.
-    """
+def compared(label_0: float, gap: float) -> float:
+    """The gap that rules compare, winner less loser, from that of the first image; of a tie without sign."""
     if label_0 == TIE:
-        return [name for name, bound in rules.tie_below.items() if not abs(gaps[name]) < bound]
-    sign = 1 if label_0 > TIE else -1
-    return [name for name, bound in rules.win_lose_above.items() if not sign * gaps[name] > bound]
+        return abs(gap)
+    return gap if label_0 > TIE else -gap
+
+
+def failed_rules(label_0: float, gaps: Mapping[str, float], rules: config.PairFilter) -> list[str]:
+    """The scorers whose rule a pair fails, by the `gaps` of all scorers."""
+    own = {name: compared(label_0, gap) for name, gap in gaps.items()}
+    if label_0 == TIE:
+        return [name for name, bound in rules.tie_below.items() if not own[name] < bound]
+    return [name for name, bound in rules.win_lose_above.items() if not own[name] > bound]
 
 
 def labelling_scorer(rules: config.PairFilter | None, labels: config.PseudoLabels) -> str:
@@ -58,11 +60,6 @@ class ScoredWriter:
         labels: config.PseudoLabels | None,
         table: Table,
     ) -> None:
-        """
-        Args:
-            gaps: by all scorers that the rules and `labels` name.
-            rules: None: all pairs pass.
-        """
         self.writer, self.gaps, self.rules, self.labels = writer, gaps, rules, labels
         self.read = 0
         self.failed = {n: Counter[str](win_lose=0, ties=0) for n in (rules.configured() if rules else ())}
@@ -121,9 +118,8 @@ class ScoredWriter:
 
     def _passes(self, pair: PreferencePair, gaps: Mapping[str, float], rules: config.PairFilter) -> bool:
         failed = failed_rules(pair.label_0, gaps, rules)
-        tie, sign = pair.label_0 == TIE, 1 if pair.label_0 > TIE else -1
-        kind = "ties" if tie else "win_lose"
-        shown = [f"{abs(gaps[name]) if tie else sign * gaps[name]:.6f}" for name in self.failed]
+        kind = "ties" if pair.label_0 == TIE else "win_lose"
+        shown = [f"{compared(pair.label_0, gaps[name]):.6f}" for name in self.failed]
         self._on_pair([self.read, kind, *shown, " ".join(failed)])
         for name in failed:
             self.failed[name][kind] += 1

@@ -8,8 +8,8 @@ from typing import Any
 
 from spo.data.pairs import open_parquet
 from spo.ingest import shards
-from spo.ingest.prompt_columns import agreed, caption_columns
 from spo.ingest.prompt_tables import read_table
+from spo.ingest.values import agreed, as_text, caption_columns
 
 
 def read_prompts(path: str | Path) -> list[str]:
@@ -43,14 +43,7 @@ def _parquet(path: Path) -> Iterator[str]:
         raise ValueError(f"{path}: column {name} is {str(kind)[:80]}; it must hold text")
     for row, record in enumerate(shards.records(file, path, names)):
         where = f"{path}: row {row}"
-        yield agreed({name: _decoded(record[name], where) for name in names}, where)
-
-
-def _decoded(value: str | bytes | None, where: str) -> str:
-    try:
-        return value.decode("utf-8") if isinstance(value, bytes) else value or ""
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{where} is not UTF-8 text at byte {error.start}") from None
+        yield agreed({name: as_text(where, record[name]) or "" for name in names}, where)
 
 
 def read_text(path: Path) -> str:

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from spo.ingest.prompt_columns import COLUMNS, agreed, caption_columns, is_caption
+from spo.ingest.values import COLUMNS, agreed, caption_columns, is_caption
 
 DELIMITERS = {".csv": ",;\t", ".tsv": "\t"}  # spreadsheets write semicolons where the decimal sign is a comma
 

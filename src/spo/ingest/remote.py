@@ -9,12 +9,9 @@ def is_remote(source: object) -> bool:
 
 
 def find(url: str) -> tuple[Any, str, dict[str, dict[str, Any]]]:
-    """List the files below a URL.
+    """A URL's fsspec file system, its root there, and the details of its files, sorted by path.
 
     A `*` in the last part of the URL selects files: `s3://BUCKET/data/validation_unique-*.parquet`.
-
-    Returns:
-        The fsspec file system, the root of `url` in it, and its details of each file, sorted by path.
     """
     from fsspec.core import url_to_fs
 

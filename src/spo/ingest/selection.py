@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Self
 
 import regex
 
@@ -22,34 +21,29 @@ WORD = rf"[[\p{{L}}\p{{M}}\p{{N}}]--{UNSPACED}]"
 class Selection:
     """Cleaned prompts, and the rejected ones by reason; every prompt read is in one of the two."""
 
-    prompts: list[str]
-    rejected: Counter[str] = field(default_factory=Counter)
+    prompts: list[str] = field(default_factory=list)
     reasons: list[tuple[int, str]] = field(default_factory=list)  # (number in the list, reason)
+
+    @property
+    def rejected(self) -> Counter[str]:
+        return Counter(reason for _, reason in self.reasons)
 
     @property
     def read(self) -> int:
         return len(self.prompts) + len(self.reasons)
 
 
-@dataclass(frozen=True)
-class BlockList:
-    """Words and phrases that no prompt may contain."""
+def block_list(path: str | Path) -> regex.Pattern[str]:
+    """A pattern that finds blocked words in a prompt's key, as complete words or in a script without spaces.
 
-    pattern: regex.Pattern[str]
-
-    @classmethod
-    def load(cls, path: str | Path) -> Self:
-        """Read a text file with one word or phrase per line; empty lines and comments (#) are skipped."""
-        if not Path(path).is_file():
-            raise ValueError(f"{path}: no such block list; check prompts.block_list in params.yaml")
-        phrases = {key(line) for line in read_prompts(path) if not line.startswith("#")} - {""}
-        if not phrases:
-            raise ValueError(f"{path}: the block list is empty; set prompts.block_list to null instead")
-        return cls(regex.compile("|".join(map(_complete, sorted(phrases))), regex.VERSION1))
-
-    def __contains__(self, name: str) -> bool:
-        """Whether a prompt's key contains a phrase, as complete words or in a script without spaces."""
-        return self.pattern.search(name) is not None
+    The file has one word or phrase per line; empty lines and comments (#) are skipped.
+    """
+    if not Path(path).is_file():
+        raise ValueError(f"{path}: no such block list; check prompts.block_list in params.yaml")
+    phrases = {key(line) for line in read_prompts(path) if not line.startswith("#")} - {""}
+    if not phrases:
+        raise ValueError(f"{path}: the block list is empty; set prompts.block_list to null instead")
+    return regex.compile("|".join(map(_complete, sorted(phrases))), regex.VERSION1)
 
 
 def _complete(phrase: str) -> str:
@@ -67,7 +61,7 @@ def select(
     length: Callable[[str], int],
     max_tokens: int,
     forbidden: Iterable[str] = (),
-    blocked: BlockList | None = None,
+    blocked: regex.Pattern[str] | None = None,
 ) -> Selection:
     """Clean prompts and reject empty, broken, blocked, too long, duplicate and forbidden ones.
 
@@ -75,7 +69,7 @@ def select(
         length: counts the tokens of a prompt, start and end tokens included.
         forbidden: keys (see `key`) of prompts that must not be selected.
     """
-    selection, excluded = Selection([]), set(forbidden)
+    selection, excluded = Selection(), set(forbidden)
     texts, names = set[str](), set[str]()
     for number, raw in enumerate(prompts):
         prompt, name = clean(raw), key(raw)
@@ -90,7 +84,7 @@ def select(
             reason = "duplicate"
         elif name in names:
             reason = "near_duplicate"
-        elif blocked is not None and name in blocked:
+        elif blocked is not None and blocked.search(name):
             reason = "blocked"
         elif length(prompt) > max_tokens:
             reason = "too_long"
@@ -99,7 +93,6 @@ def select(
             names.add(name)
             selection.prompts.append(prompt)
         else:
-            selection.rejected[reason] += 1
             selection.reasons.append((number, reason))
     return selection
 

@@ -5,7 +5,7 @@ the hub's cache (`hf://datasets/OWNER/NAME@REVISION/data`), or streamed through 
 may have any of its types in `COLUMNS`.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,6 @@ from pyarrow import types
 
 from spo.data.pairs import batches, open_parquet
 from spo.ingest import remote, values
-from spo.ingest.prompt_columns import agreed, is_caption
 from spo.runtime import hub
 from spo.types import PreferencePair
 
@@ -48,23 +47,20 @@ KINDS: dict[str, tuple[Callable[[pa.DataType], bool], ...]] = {
 
 def find(source: str | Path) -> list[str | Path]:
     """List the parquet files of a folder or of a URL, in order."""
+    paths: list[str | Path]
+    then = "check pairs.source in params.yaml"
     if hub.is_hub_url(source):
-        return _parquet(source, hub.download(str(source)).values())
-    if remote.is_remote(source):
+        paths = [*hub.download(str(source)).values()]
+    elif remote.is_remote(source):
         store, _, entries = remote.find(str(source))
-        return [str(store.unstrip_protocol(path)) for path in _parquet(source, entries)]
-    source = Path(source)
-    paths = sorted(source.rglob("*.parquet")) if source.is_dir() else [source] if source.exists() else []
-    if not paths:
-        raise ValueError(f"{source}: no .parquet shards; run `make repro` or `dvc pull data.dvc`")
-    return list(paths)
-
-
-def _parquet(source: str | Path, paths: Iterable[Any]) -> list[Any]:
-    shards = [path for path in paths if str(path).endswith(".parquet")]
-    if not shards:
-        raise ValueError(f"{source}: no .parquet shards; check pairs.source in params.yaml")
-    return shards
+        paths = [*map(store.unstrip_protocol, entries)]
+    else:
+        paths, then = sorted(Path(source).rglob("*.parquet")), "run `make repro` or `dvc pull data.dvc`"
+        if Path(source).is_file():
+            return [Path(source)]
+    if shards := [path for path in paths if str(path).endswith(".parquet")]:
+        return shards
+    raise ValueError(f"{source}: no .parquet shards; {then}")
 
 
 def count(paths: Sequence[str | Path]) -> int:
@@ -72,20 +68,13 @@ def count(paths: Sequence[str | Path]) -> int:
     return sum(_open(path).metadata.num_rows for path in paths)
 
 
-def rows(paths: Sequence[str | Path]) -> Iterator[tuple[str, int, Callable[[], PreferencePair]]]:
-    """Iterate over the name of the shard, the row in it, and a function that reads the row as a pair."""
+def rows(paths: Sequence[str | Path], with_images: bool = True) -> Iterator[values.Row]:
+    """Iterate over the rows of the shards, whose images are not decoded yet."""
+    needed, more = (REQUIRED, OPTIONAL) if with_images else (("caption",), ())
     for path in paths:
         folder = None if remote.is_remote(path) else Path(path).parent
-        shard = str(path).rsplit("/", 1)[-1]
-        for row, record in enumerate(_records(path, REQUIRED, OPTIONAL)):
-            yield shard, row, partial(parse, record, folder)
-
-
-def captions(paths: Sequence[str | Path]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Iterate over the place of each row and the columns in which it may have its caption."""
-    for path in paths:
-        for row, record in enumerate(_records(path, ("caption",), ())):
-            yield f"{path}: row {row}", record
+        for number, record in enumerate(_records(path, needed, more)):
+            yield values.Row(path, "row", number, record, partial(parse, record, folder))
 
 
 def _records(path: str | Path, needed: Sequence[str], more: Sequence[str]) -> Iterator[dict[str, Any]]:
@@ -93,7 +82,7 @@ def _records(path: str | Path, needed: Sequence[str], more: Sequence[str]) -> It
     file = _open(path)
     schema = file.schema_arrow
     _check_columns(file, needed, str(path))
-    prompts = [n for n in schema.names if is_caption(n) and holds_text(schema.field(n).type)]
+    prompts = [n for n in schema.names if values.is_caption(n) and holds_text(schema.field(n).type)]
     named = dict.fromkeys([*needed, *(name for name in more if name in schema.names), *prompts])
     return records(file, path, list(named))
 
@@ -148,58 +137,33 @@ def _plain(column: pa.DataType) -> pa.DataType:
 
 
 def records(file: pq.ParquetFile, path: str | Path, names: list[str]) -> Iterator[dict[str, Any]]:
-    """Iterate over some columns of the rows. Text that is not UTF-8 stays bytes; lists become arrays."""
+    """Iterate over some columns of the rows. Text that is not UTF-8 stays bytes."""
     for batch in batches(file, path, names):
-        for row in zip(*map(_values, batch.columns), strict=True):
-            yield dict(zip(batch.schema.names, row, strict=True))
+        for row in zip(*batch.columns, strict=True):
+            yield dict(zip(batch.schema.names, map(_value, row), strict=True))
 
 
-def _values(column: pa.Array) -> Iterator[Any]:
-    if types.is_dictionary(column.type):
-        column = column.dictionary_decode()
-    kind = _kind(column.type)
-    if kind == "text":  # otherwise one text that is not UTF-8 would fail the whole batch
-        return map(_text, column.cast(pa.large_binary()).to_pylist())
-    if types.is_struct(column.type):
-        return _structs(column)
-    if kind in ("list", "bytes by number"):
-        return (_numbers(element) for element in column)
-    return iter(column.to_pylist())
-
-
-def _text(value: bytes | None) -> str | bytes | None:
+def _value(scalar: Any) -> Any:
+    """A value in Python's types; one text that is not UTF-8 would otherwise fail the whole batch."""
+    if isinstance(scalar, pa.DictionaryScalar):
+        return _value(scalar.value)
+    if isinstance(scalar, pa.StructScalar) and scalar.is_valid:
+        return {name: _value(field) for name, field in scalar.items()}
     try:
-        return None if value is None else value.decode("utf-8")
+        return scalar.as_py()
     except UnicodeDecodeError:
-        return value
-
-
-def _structs(column: pa.StructArray) -> Iterator[dict[str, Any] | None]:
-    names = [field.name for field in column.type]
-    fields = zip(*(_values(child) for child in column.flatten()), strict=True)
-    valid = column.is_valid().to_pylist()
-    return (dict(zip(names, row, strict=True)) if v else None for v, row in zip(valid, fields, strict=True))
-
-
-def _numbers(element: Any) -> Any:
-    """Convert a list to an array; a null in it gives floats, which are later refused as an image."""
-    return None if not element.is_valid else element.values.to_numpy(zero_copy_only=False)
+        return scalar.as_buffer().to_pybytes()
 
 
 def parse(record: dict[str, Any], folder: Path | None) -> PreferencePair:
-    """Convert a row in Pick-a-Pic's columns to a pair, whose images are not decoded yet.
+    """Convert a row in Pick-a-Pic's columns to a pair; images by path are in `folder`, if there is one.
 
-    Args:
-        folder: of images that the row stores by path; None: such images are rejected.
-
-    Raises:
-        ValueError: what is wrong with the row; the caller adds shard and row.
+    A ValueError says what is wrong with the row; the caller adds shard and row.
     """
     labelled = record.get("has_label")
     if labelled is not None and not values.read_flag("has_label", labelled):
         raise ValueError("has_label is false")
-    given = {name: record[name] for name in record if is_caption(name)}
-    caption = values.read_caption("caption", agreed(given, "the row"))
+    caption = values.read_caption("caption", values.agreed(record, "the row"))
     labels = values.read_labels(record["label_0"], record["label_1"])
     left, right = (values.read_image(name, record[name], folder) for name in ("jpg_0", "jpg_1"))
     examples = record.get("num_example_per_prompt")

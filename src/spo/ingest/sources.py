@@ -1,22 +1,19 @@
 """Preference data from any source: parquet shards in Pick-a-Pic's schema, or HPDv2's JSON."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from PIL import Image
 
 from spo.data.decoding import open_image
 from spo.ingest import hpd, remote, shards, values
-from spo.ingest.prompt_columns import agreed
 from spo.types import PreferencePair
 
 HPD = "train.json"
 
 
-@dataclass(frozen=True)
-class Rejected:
+class Rejected(NamedTuple):
     """A rejected row of a shard or entry of a list, and the reason."""
 
     shard: str
@@ -24,7 +21,6 @@ class Rejected:
     reason: str
 
 
-Check = Callable[[PreferencePair], PreferencePair]
 Rows = Iterator[tuple[PreferencePair, None] | tuple[None, Rejected]]
 
 
@@ -39,26 +35,23 @@ def decoded(pair: PreferencePair) -> tuple[Image.Image, Image.Image]:
     return images[0], images[1]
 
 
-def check(pair: PreferencePair) -> PreferencePair:
-    """Check that the images of a pair can be decoded."""
-    decoded(pair)
-    return pair
-
-
 def count_rows(source: str | Path) -> int:
     """Count the rows of a source."""
     schema, files = _opened(source)
     return int(schema.count(files))
 
 
-def read_rows(source: str | Path, check: Check = check) -> Rows:
-    """Iterate over all rows, each as a pair or as its rejection by `check`."""
+def read_rows(source: str | Path, check: Callable[[PreferencePair], object] = decoded) -> Rows:
+    """Iterate over all rows, each as a pair or as its rejection, which `check` raises."""
     schema, files = _opened(source)
-    for shard, row, read in schema.rows(files):
+    for row in schema.rows(files):
         try:
-            yield check(read()), None
+            pair = row.read()
+            check(pair)
         except ValueError as error:
-            yield None, Rejected(shard, row, str(error))
+            yield None, Rejected(str(row.file).rsplit("/", 1)[-1], row.number, str(error))
+        else:
+            yield pair, None
 
 
 def read_captions(source: str | Path) -> Iterator[str]:
@@ -67,8 +60,8 @@ def read_captions(source: str | Path) -> Iterator[str]:
     A row whose caption another column contradicts is an error.
     """
     schema, files = _opened(source)
-    for where, given in schema.captions(files):
-        caption = agreed(given, where)
+    for row in schema.rows(files, with_images=False):
+        caption = values.agreed(row.given, f"{row.file}: {row.kind} {row.number}")
         try:
             yield values.read_caption("caption", caption)
         except ValueError:

@@ -1,35 +1,71 @@
-"""Read captions, labels and images from the types in which preference data sets store them.
+"""Read captions, labels and images from the columns and types in which data sets store them.
 
-Each function takes the name of the column or key for its error messages, which are ValueErrors.
+Names of columns or keys, and `where`, are for messages, which are ValueErrors.
 """
 
 import base64
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from decimal import Decimal
 from pathlib import Path
-from typing import Any
-
-import numpy as np
+from typing import Any, NamedTuple
 
 from spo.data.prompts import clean, flaw
 from spo.runtime.messages import first_line
+from spo.types import PreferencePair
 
+COLUMNS = ("caption", "prompt", "text")  # case and surrounding spaces do not matter
 MAX_FILE = 1 << 28  # bytes of an image file
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 _FLAGS = {"true": True, "false": False, "1": True, "0": False, "1.0": True, "0.0": False}
+
+
+class Row(NamedTuple):
+    """A row of a shard or an entry of a list."""
+
+    file: str | Path
+    kind: str  # what a row is called in this file
+    number: int
+    given: Mapping[str, Any]  # its columns, of which several may hold the caption
+    read: Callable[[], PreferencePair]
+
+
+def is_caption(name: str) -> bool:
+    """Whether a column of this name holds prompts."""
+    return _plain(name) in COLUMNS
+
+
+def caption_columns(names: Sequence[str], where: str) -> list[str]:
+    """The columns that hold prompts, at least one and each once."""
+    found = [name for name in names if is_caption(name)]
+    for column in COLUMNS:
+        if (count := [*map(_plain, found)].count(column)) > 1:
+            raise ValueError(f"{where} has {count} columns {column}; keep one")
+    if not found:
+        listed = ascii(", ".join(map(str, names)))[1:-1][:300] or "nothing"
+        raise ValueError(f"{where} has no {', '.join(COLUMNS)}; it has {listed}")
+    return found
+
+
+def agreed(row: Mapping[str, Any], where: str) -> Any:
+    """The prompt of a row by the columns that hold it, which must agree; "" and null are ignored."""
+    given = {name: text for name, text in row.items() if is_caption(name)}
+    stated = [text for text in given.values() if text not in (None, "")]
+    if any(text != stated[0] for text in stated):
+        raise ValueError(f"{where}: {' and '.join(given)} differ; keep the one that is the prompt")
+    return stated[0] if stated else next(iter(given.values()), None)
+
+
+def _plain(name: str) -> str:
+    return name.strip().casefold().lstrip("\ufeff")
 
 
 def read_caption(name: str, value: Any) -> str:
     """Read a caption from text or UTF-8 bytes, neither empty nor with what cannot be encoded."""
     if value is None:
         raise ValueError(f"{name} is missing")
-    if isinstance(value, bytes):
-        try:
-            value = value.decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{name} is not UTF-8 text at byte {error.start}") from None
+    value = as_text(name, value)
     if not isinstance(value, str):
         raise ValueError(f"{name} is {_shown(value)}; must be text")
     if not clean(value):
@@ -37,6 +73,14 @@ def read_caption(name: str, value: Any) -> str:
     if reason := flaw(value):
         raise ValueError(f"{name} has {reason}")
     return value
+
+
+def as_text(name: str, value: Any) -> Any:
+    """Decode UTF-8 bytes; other values stay."""
+    try:
+        return value.decode("utf-8") if isinstance(value, bytes) else value
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{name} is not UTF-8 text at byte {error.start}") from None
 
 
 def read_number(name: str, value: Any) -> float:
@@ -74,8 +118,7 @@ def read_flag(name: str, value: Any) -> bool:
 def read_image(name: str, value: Any, folder: Path | None) -> bytes:
     """Read an encoded image from bytes, {bytes, path}, a list of bytes, or base64 text (also a data: URL).
 
-    Args:
-        folder: of images that are stored by path; None: such images are refused.
+    Images by path are in `folder`, and refused without one.
     """
     if isinstance(value, dict):  # as Hugging Face's `datasets` stores it: bytes, or null and a file's path
         if value.get("bytes") is None:
@@ -83,7 +126,7 @@ def read_image(name: str, value: Any, folder: Path | None) -> bytes:
         value = value["bytes"]
     elif isinstance(value, str):
         return _of_text(name, value)
-    if isinstance(value, np.ndarray):
+    if isinstance(value, list):
         return _of_numbers(name, value)
     if value is None:
         raise ValueError(f"{name} is missing")
@@ -124,10 +167,11 @@ def _by_path(name: str, path: Any, folder: Path | None) -> bytes:
         raise ValueError(f"{name} has no bytes, and path {error}") from None
 
 
-def _of_numbers(name: str, values: np.ndarray) -> bytes:
-    if values.size and (values.dtype.kind not in "iu" or values.min() < 0 or values.max() > 255):
-        raise ValueError(f"{name} is a list whose values are not integers from 0 to 255")
-    return values.astype(np.uint8).tobytes()
+def _of_numbers(name: str, values: list[Any]) -> bytes:
+    try:
+        return bytes(values)
+    except (TypeError, ValueError):
+        raise ValueError(f"{name} is a list whose values are not integers from 0 to 255") from None
 
 
 def _of_text(name: str, text: str) -> bytes:

@@ -6,15 +6,15 @@ Departures from the paper (P) or the official code (C):
 3. C draws from the VAE's posterior anew each time it sees an image, and flips some. Here images are encoded
    once: by the posterior's mean, or with `pairs.latents: sample` by one draw. No flips.
 4. C replaces a share of the captions by the empty one; here none is replaced.
-5. v_prediction models regress v; C knows epsilon only.
+5. v_prediction models and flows regress their v; C knows epsilon only. Timesteps, of flows
+   too, are uniform over those that the model was trained with.
 6. P and C fine-tune the whole UNet on batches of 2,048 pairs. The presets sd15 and sdxl have 64 (batch_size)
    and a LoRA like SPO's (null: the whole UNet).
 7. C raises the learning rate over 500 updates; the presets have it constant (optimizer.warmup_steps).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,19 +23,18 @@ from torch import Tensor
 from spo.config import DiffusionDpo, Params
 from spo.data.latents import EncodedPairs
 from spo.diffusion.noise import SampleNoise, shuffled
-from spo.diffusion.schedule import Schedule
 from spo.methods.spec import Cost, MethodSpec
 from spo.runtime.transfer import send
 from spo.training import distributed
 from spo.training.compute import TRAINED
-from spo.types import Backbone, Conditioning, UNetBatch
+from spo.types import FIRST_UPDATE, Backbone, Conditioning, NoiseSchedule, UNetBatch
 
 
 @dataclass(frozen=True, kw_only=True)
 class DiffusionDpoBatch(UNetBatch):
     """P pairs as 2P samples: winners, then losers."""
 
-    target_win: Tensor  # [P,C,h,w], what the outputs should be: the noise, or v
+    target_win: Tensor  # [P,C,h,w], what the outputs should be: the noise, or the velocity
     target_lose: Tensor  # [P,C,h,w]
 
 
@@ -60,7 +59,11 @@ def batch_loss(
     losses = diffusion_dpo_loss(policy_win, policy_lose, reference_win, reference_lose, beta=beta)
     win, lose = (policy_win - reference_win).detach(), (policy_lose - reference_lose).detach()
     distance = _errors(policy_output, reference_output.float())
+    gauges = {}
+    if batch.first:
+        gauges[f"{FIRST_UPDATE}policy_to_reference"] = torch.stack([win, lose]).abs().amax(0)
     return losses, {
+        **gauges,
         "win_error_change": win,
         "lose_error_change": lose,
         "output_distance": torch.stack(distance).mean(0).detach(),
@@ -77,10 +80,16 @@ def _errors(output: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
 class DiffusionDpoMethod:
     """Offline batches: encoded pairs, of which both images have the same noise at the same t."""
 
-    guidance = 1.0
-
-    def __init__(self, config: DiffusionDpo, schedule: Schedule, pairs: EncodedPairs, seed: int) -> None:
+    def __init__(
+        self,
+        config: DiffusionDpo,
+        schedule: NoiseSchedule,
+        pairs: EncodedPairs,
+        seed: int,
+        guidance: float = 1.0,
+    ) -> None:
         """Ties are left out, as in the official code; `schedule` lies on the backbone's device."""
+        self.guidance = guidance  # where it is an input of the model
         self.config, self.schedule, self.pairs, self.seed = config, schedule, pairs, seed
         self.iterations = config.iterations
         self._decided = (pairs.label_0 != 0.5).nonzero().flatten().tolist()
@@ -116,7 +125,8 @@ class DiffusionDpoMethod:
         keys = [f"pair {i} epoch {epoch}" for epoch, i in chosen]
         win, lose = (send(x, backbone.device) for x in self._sides(indices))
         randomness, schedule = SampleNoise(self.seed, keys, win.shape[1:], backbone.device), self.schedule
-        timesteps = randomness.integers(schedule.num_train_timesteps)
+        trained = schedule.train_timesteps
+        timesteps = trained[randomness.integers(len(trained))]
         noise = randomness.draw()
         both = torch.arange(len(chosen), device=backbone.device).repeat(2)
         return DiffusionDpoBatch(
@@ -141,13 +151,14 @@ def _build(params: Params, backbone: Backbone) -> DiffusionDpoMethod:
     from spo.data.latents import latent_pairs
 
     # only the schedule's noise levels matter here, not the timesteps of a sampler
-    schedule = Schedule.from_config(backbone.scheduler_config, 20).to(backbone.device)
+    schedule = backbone.schedule(20).to(backbone.device)
     pairs = latent_pairs(params, backbone, "train")
-    return DiffusionDpoMethod(params.align.diffusion_dpo, schedule, pairs, params.seed)
+    guidance = params.generate.variant("diffusion_dpo").guidance if params.backbone.guidance_is_input else 1.0
+    return DiffusionDpoMethod(params.align.section("diffusion_dpo"), schedule, pairs, params.seed, guidance)
 
 
-def _cost(params: Params, scheduler_config: Mapping[str, Any]) -> Cost:
-    config = params.align.diffusion_dpo
+def _cost(params: Params, schedule: Callable[[int], NoiseSchedule]) -> Cost:
+    config = params.align.section("diffusion_dpo")
     samples = config.iterations * 2 * config.batch_size  # by the reference, and by the policy
     return Cost(f"{config.iterations} updates of {config.batch_size} pairs", samples * (1 + TRAINED))
 

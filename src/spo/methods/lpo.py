@@ -14,14 +14,13 @@ Departures from the paper (P) or the official code (C), beside those of the file
 3. P gives a learning rate of 5e-5 for SD 1.5, C has 6e-5; the preset has P's.
 """
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable
 
 from spo.config import Params
 from spo.methods.spec import Cost, MethodSpec
 from spo.methods.stepwise.cost import cost_by_latents
 from spo.methods.stepwise.method import PROMPTS, StepwiseMethod, sampler_schedule, training_prompts
-from spo.types import Backbone
+from spo.types import Backbone, NoiseSchedule
 
 REWARD_MODEL = "outputs/preference_latent"
 
@@ -36,16 +35,17 @@ def _build(params: Params, backbone: Backbone) -> LpoMethod:
     from spo.preference.latent import LatentPreferenceModel, LatentRewardModel
     from spo.runtime.files import require
 
-    section = params.align.lpo
+    section = params.align.section("lpo")
     model = LatentPreferenceModel.from_pretrained(require(REWARD_MODEL, "latent reward model"), backbone)
     schedule = sampler_schedule(section, backbone)
     reward_model = LatentRewardModel(model, section.judged_at)
     return LpoMethod(section, schedule, reward_model, training_prompts(), params.seed)
 
 
-def _cost(params: Params, scheduler_config: Mapping[str, Any]) -> Cost:
+def _cost(params: Params, schedule: Callable[[int], NoiseSchedule]) -> Cost:
     guidance = params.latent_preference.feature_guidance
-    return cost_by_latents("align.lpo", params.align.lpo, scheduler_config, guidance)
+    section = params.backbone.classifier_free(params.align.section("lpo"))
+    return cost_by_latents("align.lpo", section, schedule, guidance)
 
 
 SPEC = MethodSpec(

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from spo.config import Params
-from spo.types import Backbone, Method
+from spo.types import Backbone, Method, NoiseSchedule
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class MethodSpec:
     trained_first: tuple[str, ...]  # stages whose training counts in its cost, as `preference`
     divergence: str  # the metric of its loss that measures the distance to the reference model
     build: Callable[[Params, Backbone], Method]
-    cost: Callable[[Params, Mapping[str, Any]], Cost]  # of params.yaml and the scheduler's config
+    cost: Callable[[Params, Callable[[int], NoiseSchedule]], Cost]  # by the backbone's `schedule`
     # from its section: decay in [0,1) of the weight average that collects batches; 0: no average
     sampler_ema: Callable[[Any], float] = lambda section: 0.0
 

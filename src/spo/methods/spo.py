@@ -10,15 +10,14 @@ in stepwise/rollout.py, of the preference model in preference/model.py and prefe
 3. C resumes at whole epochs, with the random state of one process; here at any iteration.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from spo.config import Params, Spo
 from spo.methods.spec import Cost, MethodSpec
 from spo.methods.stepwise.cost import cost_by_images
 from spo.methods.stepwise.method import PROMPTS, StepwiseMethod, sampler_schedule, training_prompts
-from spo.types import Backbone
+from spo.types import Backbone, NoiseSchedule
 
 PREFERENCE_MODEL = "outputs/preference"
 
@@ -34,9 +33,10 @@ def build(params: Params, backbone: Backbone, folder: Path, prompts: Sequence[st
     from spo.methods.stepwise.gradspo import GradSpoMethod
     from spo.preference.model import load_reward_model
 
-    section = params.align.spo
+    section = params.align.section("spo")
     reward_model = load_reward_model(folder, backbone.device)
     schedule = sampler_schedule(section, backbone)
+    backbone.remember_prompts(prompts)
     method = SpoMethod if section.gradspo is None else GradSpoMethod
     return method(section, schedule, reward_model, prompts, params.seed)
 
@@ -48,8 +48,8 @@ def _build(params: Params, backbone: Backbone) -> StepwiseMethod:
     return build(params, backbone, folder, training_prompts())
 
 
-def _cost(params: Params, scheduler_config: Mapping[str, Any]) -> Cost:
-    return cost_by_images("align.spo", params.align.spo, scheduler_config)
+def _cost(params: Params, schedule: Callable[[int], NoiseSchedule]) -> Cost:
+    return cost_by_images("align.spo", params.backbone.classifier_free(params.align.section("spo")), schedule)
 
 
 def _sampler_ema(section: Spo) -> float:

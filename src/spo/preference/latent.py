@@ -14,8 +14,7 @@ Departures from the paper (P) or the official code (C):
    them).
 5. P saves the checkpoint with the best validation accuracy; here it is the last weights, which `ema` may
    average. P's linear decay of the learning rate is `optimizer.decay: linear`.
-6. Official LRM checkpoints are not loaded: the paper does not give the names of their tensors, and guessed
-   names could give a model that is silently wrong.
+6. Official checkpoints (released.py) encode the empty prompt of SDXL too: `encodes_empty_prompt`.
 """
 
 import math
@@ -43,14 +42,20 @@ PROBE_TOLERANCE = 0.03  # of the probe's norm; fp16 and bf16 change a VAE's late
 class LatentPreferenceModel(nn.Module):
     """A base's down path with a head on its pooled features."""
 
-    def __init__(self, encoder: DownPath, feature_guidance: float) -> None:
+    def __init__(
+        self, encoder: DownPath, feature_guidance: float, encodes_empty_prompt: bool = False
+    ) -> None:
         """
         Args:
             encoder: its weights become part of the model.
             feature_guidance: of the VFE, above 1; else the features of the prompt alone.
+            encodes_empty_prompt: whether the empty prompt is text as any other, not the base's zeros.
         """
         super().__init__()
         self.encoder: Any = encoder
+        self.encodes_empty_prompt = encodes_empty_prompt
+        if encodes_empty_prompt:
+            encoder.encode_empty_prompt()
         self.feature_guidance = feature_guidance
         width = sum(encoder.down_widths) + encoder.mid_width
         self.visual_projection = nn.Linear(width, encoder.text_width, bias=False)
@@ -115,7 +120,7 @@ class LatentPreferenceModel(nn.Module):
         return torch.cat([*(state.chunk(2)[1] for state in down), enhanced], dim=-1)
 
     def score(self, x_t: Tensor, text: Conditioning, timesteps: Tensor) -> Tensor:
-        """exp(logit_scale) * cos [B] of latents [B,C,h,w], noised to `timesteps` int64 [B], and texts."""
+        """exp(logit_scale) * cos [B] of latents [B,C,h,w], noised to `timesteps` [B], and texts."""
         features = F.normalize(self.visual_projection(self.image_features(x_t, text, timesteps)), dim=-1)
         return self.logit_scale.exp() * (features * text.tensors["target"]).sum(-1)
 
@@ -131,6 +136,8 @@ class LatentPreferenceModel(nn.Module):
             "base": _base(self.encoder, backbone),
             "vae_probe": [round(float(v), 4) for v in vae_probe(backbone)],
         }
+        if self.encodes_empty_prompt:
+            settings["encodes_empty_prompt"] = True
         checkpoint.save(Path(folder), self.state_dict(), settings)
 
     @classmethod
@@ -141,7 +148,7 @@ class LatentPreferenceModel(nn.Module):
         settings = _read_config(folder / CONFIG)
         encoder = backbone.feature_model()
         _check_base(folder, settings, encoder, backbone)
-        model = cls(encoder, settings["feature_guidance"])
+        model = cls(encoder, settings["feature_guidance"], settings.get("encodes_empty_prompt") is True)
         where = str(folder / WEIGHTS)
         weights.fill(model, weights.load_state(folder / WEIGHTS, where), where)
         return model.to(backbone.device).eval()
@@ -210,9 +217,13 @@ def _check_base(folder: Path, settings: dict[str, Any], encoder: DownPath, backb
                 f"{folder}: a latent reward model of another base: {what}: {found}, but the base model has "
                 f"{expected}; {advice}"
             )
-    probe, own = torch.tensor(settings["vae_probe"]), vae_probe(backbone)
+    check_vae(torch.tensor(settings["vae_probe"]), vae_probe(backbone), str(folder), advice)
+
+
+def check_vae(probe: Tensor, own: Tensor, where: str, advice: str) -> None:
+    """Refuse a model whose VAE gives a test image other latents than the base's, by `vae_probe`."""
     if probe.shape != own.shape or float((probe - own).norm()) > PROBE_TOLERANCE * float(own.norm()):
         raise ValueError(
-            f"{folder}: a latent reward model of another VAE: its latents of a test image differ from "
+            f"{where}: a latent reward model of another VAE: its latents of a test image differ from "
             f"those of the base model's VAE; {advice}, or name the VAE it was trained with in backbone.vae"
         )

@@ -14,11 +14,10 @@ from torch import Tensor
 from spo.config import LatentPreference
 from spo.diffusion import finite
 from spo.diffusion.noise import SampleNoise
-from spo.diffusion.schedule import Schedule
 from spo.preference.latent import LatentPreferenceModel, LatentRewardModel
 from spo.preference.trainer import NoisedPairs
 from spo.runtime.transfer import send
-from spo.types import Backbone
+from spo.types import Backbone, NoiseSchedule
 
 
 @dataclass(frozen=True)
@@ -27,7 +26,7 @@ class LatentTask:
 
     model: LatentPreferenceModel
     backbone: Backbone
-    schedule: Schedule  # with the sampler's timesteps, on the backbone's device
+    schedule: NoiseSchedule  # with the sampler's timesteps, on the backbone's device
     settings: LatentPreference
     seed: int = 0  # of the adapter
     name = "latent_preference"

@@ -168,7 +168,7 @@ class StepAwarePreferenceModel(nn.Module):
 
 
 class TimestepEmbedder(nn.Module):
-    """Embeds timesteps int64 [B] as [B,width]: sinusoids and a small MLP."""
+    """Embeds timesteps [B] as [B,width]: sinusoids and a small MLP."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -208,6 +208,12 @@ def load_reward_model(folder: str | Path, device: torch.device | str) -> ClipRew
     """The output of the stage `preference`."""
     model = StepAwarePreferenceModel.from_pretrained(folder).to(device)
     return ClipRewardModel(model, load_tokenizer(str(folder)))
+
+
+def clip_config(name: str, revision: str | None) -> Any:
+    """Read the config of a CLIP's folder or hub id, without its weights."""
+    how: dict[str, Any] = {"revision": revision}
+    return hub.reach(f"preference.init: {name}", name, lambda: CLIPConfig.from_pretrained(name, **how))
 
 
 def load_tokenizer(name: str, revision: str | None = None) -> Any:

@@ -26,15 +26,18 @@ from spo.config import Preference
 from spo.diffusion import finite
 from spo.diffusion.denoiser import GuidedDenoiser
 from spo.diffusion.noise import SampleNoise
-from spo.diffusion.schedule import Schedule
 from spo.preference.model import ClipRewardModel, StepAwarePreferenceModel, token_ids
 from spo.preference.trainer import NoisedPairs
 from spo.runtime.transfer import send
-from spo.types import Backbone
+from spo.types import Backbone, NoiseSchedule
 
 
 def images_of(
-    backbone: Backbone, schedule: Schedule, pairs: NoisedPairs, guidance: float, check: finite.FiniteCheck
+    backbone: Backbone,
+    schedule: NoiseSchedule,
+    pairs: NoisedPairs,
+    guidance: float,
+    check: finite.FiniteCheck,
 ) -> tuple[Tensor, Tensor]:
     """Both images [P,3,H,W] in [-1,1] of P pairs of latents, with the same noise at the same t (Sec. 4.2).
 
@@ -66,7 +69,7 @@ class StepAwareTask:
     model: StepAwarePreferenceModel
     tokenizer: Any
     backbone: Backbone
-    schedule: Schedule
+    schedule: NoiseSchedule  # on the backbone's device
     settings: Preference
     name = "preference"
 
@@ -79,7 +82,8 @@ class StepAwareTask:
     def draw(self, keys: list[str], seed: int) -> tuple[Tensor, Tensor]:
         """Uniform timesteps, and one noise [P,C,h,w] for both images of a pair."""
         noise = SampleNoise(seed, keys, self.backbone.latent_shape, self.backbone.device)
-        return noise.integers(self.schedule.num_train_timesteps), noise.draw()
+        trained = self.schedule.train_timesteps
+        return trained[noise.integers(len(trained))], noise.draw()
 
     @torch.no_grad()
     def inputs(self, pairs: NoisedPairs, check: finite.FiniteCheck) -> Tensor:

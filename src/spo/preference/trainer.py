@@ -41,7 +41,7 @@ class NoisedPairs:
 
     latents: tuple[Tensor, Tensor]  # x_0 [P,C,h,w] of the first and of the second image, as stored
     captions: Sequence[str]
-    timesteps: Tensor  # int64 [P]
+    timesteps: Tensor  # [P]
     noise: Tensor | None  # [P,...] of `PreferenceTask.draw`; None: the images as they are, at t = 0
 
 
@@ -66,7 +66,7 @@ class PreferenceTask(Protocol):
         ...
 
     def draw(self, keys: list[str], seed: int) -> tuple[Tensor, Tensor]:
-        """Timesteps int64 [P] and noise [P,...] that belong to the keys of P pairs."""
+        """Timesteps [P] and noise [P,...] that belong to the keys of P pairs."""
         ...
 
     def inputs(self, pairs: NoisedPairs, check: FiniteCheck) -> Tensor:
@@ -224,8 +224,8 @@ def evaluate(
             right = torch.zeros((), dtype=torch.int64, device=device)
             for indices in parts[rank::n]:
                 captions = [pairs.captions[i] for i in indices.tolist()]
-                _, noise = task.draw([f"evaluation {i}" for i in indices.tolist()], seed)
-                at = torch.full((len(indices),), t, device=device)
+                drawn, noise = task.draw([f"evaluation {i}" for i in indices.tolist()], seed)
+                at = torch.full_like(drawn, t)
                 check = FiniteCheck()
                 inputs = _inputs(task, pairs, indices, at, noise if t else None, check)
                 check.check()

@@ -1,7 +1,4 @@
-"""`spo publish`: put an adapter with its card, licence and sample images in a folder or on the hub.
-
-Not a stage of the DAG.
-"""
+"""`spo publish`: put an adapter with its card, licence and sample images in a folder or on the hub."""
 
 import re
 import shutil
@@ -15,6 +12,7 @@ from spo.config import METHODS, Params
 from spo.publish import card
 from spo.runtime.files import read_text, require, write_text
 from spo.runtime.hub import is_hub_id
+from spo.runtime.licence import metadata
 from spo.runtime.messages import one_line
 
 SAMPLES, SAMPLE_PROMPTS = "samples", 4
@@ -58,14 +56,14 @@ def run(
     with tempfile.TemporaryDirectory() as folder:
         content = Path(folder) / "content"
         _write(params, adapter, method, content, target, known_base, licence)
-        if card.metadata(read_text(content / card.FILE, "model card")).license is None:
+        if metadata(read_text(content / card.FILE, "model card")).license is None:
             raise ValueError("publish: the base model's licence is not stated: give --license NAME")
         return _upload(content, target, token, private)
 
 
 def _method(params: Params, adapter: Path) -> str:
     """The method whose variant has this adapter."""
-    own = {m: getattr(params.generate, m).adapter for m in METHODS}
+    own = {m: own.adapter for m, own in params.generate.variants().items() if m in METHODS}
     for method, path in own.items():
         if path is not None and Path(path).resolve() == adapter.resolve():
             return method
@@ -135,10 +133,9 @@ def _rows(method: str) -> list[dict[str, Any]]:
 
 
 def _copy_weights(params: Params, adapter: Path, method: str, content: Path) -> str | None:
-    """Copy a LoRA or a complete pipeline in diffusers' format.
+    """Copy a pipeline, or a LoRA; returns the name of the LoRA's second file, in kohya's key names.
 
-    Returns:
-        The name of the LoRA's second file, in kohya's key names; None for a pipeline.
+    None for a pipeline, and for families whose LoRAs other programs read in diffusers' format.
     """
     from spo.adapters.files import find
     from spo.backbones.lora import FILE
@@ -151,6 +148,8 @@ def _copy_weights(params: Params, adapter: Path, method: str, content: Path) -> 
     if source.kind == "lora" and source.path.name == FILE:
         content.mkdir()
         shutil.copy(source.path, content / FILE)
+        if params.backbone.family not in kohya.PREFIXES:
+            return None
         webui = re.sub(r"[^\w.-]+|_", "-", f"{params.name}-{method}") + "_webui.safetensors"
         kohya.write(params.backbone, source.weights[0], content / webui)
         return webui

@@ -6,27 +6,27 @@ are one template, card.md. The same run gives the same text, because the card is
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from spo.backbones import FAMILIES
 from spo.config import Params, yaml_text
 from spo.methods import method_spec
 from spo.runtime import hub
 from spo.runtime.files import write_text
+from spo.runtime.licence import README, metadata, stated
 from spo.runtime.messages import public, redact
 
-FILE = "README.md"
+FILE = README
 TEMPLATE = Path(__file__).with_name("card.md")
 LICENCE = "- licence of the base model:"  # a line of the template
 TIMES = ("seconds", "training_seconds")  # differ between runs, so they are not on the card
 MARKDOWN = re.compile(r"([\\`*_{}\[\]()#+\-.!|~$<>&])")
 
 
-@dataclass(frozen=True)
-class Sample:
+class Sample(NamedTuple):
     """A prompt and its images, as paths from the card."""
 
     prompt: str
@@ -34,23 +34,30 @@ class Sample:
     method: str
 
 
-def write(folder: Path, params: Params, method: str, trained: Mapping[str, Any]) -> None:
-    """Write the card of a training to `folder`."""
-    write_text(folder / FILE, of_training(params, method, trained))
+def write(folder: Path, params: Params, method: str, trained: Mapping[str, Any], **released: Any) -> None:
+    """Write the card of a training, or of `released` weights, to `folder`."""
+    write_text(folder / FILE, of_training(params, method, trained, **released))
 
 
-def of_training(params: Params, method: str, trained: Mapping[str, Any]) -> str:
-    """The card without scores, without passwords of URLs and paths of this machine.
+def of_training(
+    params: Params,
+    method: str,
+    trained: Mapping[str, Any],
+    origin: Mapping[str, Any] | None = None,
+    lora: bool | None = None,
+) -> str:
+    """The card of a training, without passwords of URLs and paths of this machine.
 
     Args:
-        trained: counts of the training; its times are omitted.
+        origin: of released weights, as `released.Released` has it.
+        lora: whether these are a LoRA; None: as params.yaml says.
     """
     section, base = getattr(params.align, method), params.backbone
-    lora, terms = section.lora is not None, licence(base.checkpoint) or base.license
+    lora, terms = section.lora is not None if lora is None else lora, stated(base.checkpoint) or base.license
     kind = "LoRA" if lora else "full fine-tune of the UNet"
     data = ModelCardData(
         base_model=base.checkpoint if hub.is_hub_id(base.checkpoint) else None,
-        license=terms,
+        license=(origin and origin["licence"]) or terms,
         library_name="diffusers",
         pipeline_tag="text-to-image",
         tags=["text-to-image", *(["lora"] if lora else []), method.replace("_", "-")],
@@ -61,8 +68,9 @@ def of_training(params: Params, method: str, trained: Mapping[str, Any]) -> str:
         title=f"{params.name}: {kind} by {method_spec(method).paper}",
         base=public(base.checkpoint),
         revision=base.revision,
-        family="SDXL" if base.family == "sdxl" else "Stable Diffusion",
+        family=FAMILIES[base.family].title,
         terms=terms,
+        origin=origin,
         prompts=public(params.prompts.train),
         pairs=public(params.pairs.source),
         counts={name: value for name, value in trained.items() if name not in TIMES},
@@ -70,24 +78,6 @@ def of_training(params: Params, method: str, trained: Mapping[str, Any]) -> str:
         recipe=yaml_text.dump(public(section.model_dump(mode="json", exclude_none=True))).strip(),
     )
     return str(public(str(card)))
-
-
-def licence(checkpoint: str) -> str | None:
-    """The licence in the front matter of the README of a local checkpoint, or None."""
-    path = Path(checkpoint) / FILE
-    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
-    if not text.startswith("---\n"):
-        return None
-    try:
-        name = metadata(text).license
-    except Exception:  # neither YAML nor a mapping: the parser raises several types
-        return None
-    return name if isinstance(name, str) else None
-
-
-def metadata(card: str) -> Any:
-    """The front matter of a card, a ModelCardData; the hub's own type says less than it has."""
-    return ModelCard(card, ignore_metadata_errors=True).data
 
 
 def with_scores(card: str, rows: Sequence[Mapping[str, Any]]) -> str:
@@ -134,7 +124,7 @@ def published(
         body=body,
         webui=webui,
         rows=rows,
-        samples=[replace(sample, prompt=_plain(sample.prompt)) for sample in samples],
+        samples=[sample._replace(prompt=_plain(sample.prompt)) for sample in samples],
         columns=[name(rows[0]["baseline"]), name(method)],
     )
     return str(redact(str(text)))

@@ -7,7 +7,6 @@ names for the text encoder of SD 1.5, and leaves DoRA's magnitudes in peft's nam
 
 import sys
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -16,35 +15,31 @@ from torch import Tensor
 from spo import backbones, config
 from spo.adapters import files, lora
 from spo.adapters.names import COMPONENTS, TEXT, TEXT_2, UNET
-from spo.backbones import Description
-from spo.backbones.description import PARTS, config_file, described_where
 from spo.backbones.loading import empty_models
 from spo.backbones.weights import Weights
 from spo.publish import original
 from spo.runtime.files import atomic
 
-_PREFIXES = {
+PREFIXES = {
     "sd": {UNET: "lora_unet_", TEXT: "lora_te_"},
     "sdxl": {UNET: "lora_unet_", TEXT: "lora_te1_", TEXT_2: "lora_te2_"},
 }
 
 
 def write(settings: config.Backbone, weights: Weights, file: Path) -> None:
-    """Write a LoRA, LoCon or DoRA of any format that `generate` reads; `settings`: of its base model.
-
-    Raises:
-        ValueError: the adapter is of another kind, or does not fit the base model.
-    """
+    """Write a LoRA, LoCon or DoRA of any format that `generate` reads; `settings` are of its base model."""
+    if settings.family not in PREFIXES:
+        raise ValueError(f"{file}: kohya's names for family {settings.family!r} are not written")
     description = backbones.describe(settings)
     files.check_header(weights, settings.family, description.prediction)
-    models = _models(description)
+    models = {part: model for part, model in empty_models(description).items() if part in COMPONENTS}
     names = original.unet_names(models[UNET]) if settings.family == "sdxl" else {}
     state: dict[str, Tensor] = {}
     ranks, alphas = set(), set()
     for layer in lora.read(models, weights):
         is_unet = layer.component == UNET
         name = names.get(layer.name, layer.name) if is_unet else original.text_name(layer.name)
-        key = _PREFIXES[settings.family][layer.component] + name.replace(".", "_")
+        key = PREFIXES[settings.family][layer.component] + name.replace(".", "_")
         values, rank = layer.values, len(layer.values["down"])
         alpha = torch.tensor(layer.scale * rank, dtype=torch.float32)
         state[f"{key}.lora_down.weight"], state[f"{key}.lora_up.weight"] = values["down"], values["up"]
@@ -58,7 +53,7 @@ def write(settings: config.Backbone, weights: Weights, file: Path) -> None:
             f"spo: {file}: DoRA, which A1111 and ComfyUI divide by other norms: merge it for the same images",
             file=sys.stderr,
         )
-    said = original.header(settings.family, description.unet, description.prediction, file.stem)
+    said = original.header(settings.family, description.denoiser, description.prediction, file.stem)
     said |= _kohyas(said["modelspec.architecture"], ranks, alphas)
     with atomic(file) as partial:
         save_file({key: value.contiguous() for key, value in state.items()}, partial, metadata=said)
@@ -76,17 +71,3 @@ def _kohyas(architecture: str, ranks: set[int], alphas: set[float]) -> dict[str,
         "ss_network_dim": rank,
         "ss_network_alpha": alpha,
     }
-
-
-def _models(description: Description) -> dict[str, Any]:
-    """UNet and text encoders on the meta device: layers and shapes without weights."""
-    import transformers
-
-    settings = description.settings
-    where, models = described_where(settings), {UNET: empty_models(description)[0]}
-    for part in COMPONENTS[1:]:
-        if kind := PARTS[settings.family].get(part):
-            said = config_file(settings.described_by, settings.revision, f"{part}/config.json", where)
-            with torch.device("meta"):
-                models[part] = getattr(transformers, kind)(transformers.CLIPTextConfig.from_dict(said))
-    return models

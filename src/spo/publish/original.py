@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from spo.adapters.names import TEXT, TEXT_2, original_names
-from spo.backbones import StableDiffusion, single_file
+from spo.backbones import FAMILIES, StableDiffusion, single_file
 from spo.runtime.files import atomic
 
 # what is written in another way, in the order of replacement
@@ -42,16 +42,14 @@ _OPEN_CLIP = (
 
 
 def write(backbone: StableDiffusion, family: str, file: Path) -> None:
-    """Write UNet, VAE and text encoders of a backbone without an adapter, in their precisions.
-
-    Raises:
-        ValueError: the original names of this build (SD 2) are not known here.
-    """
+    """Write UNet, VAE and text encoders of a backbone without an adapter; a model of SD 2 is refused."""
+    if not FAMILIES[family].text_prefixes:
+        raise ValueError(f"{file}: single files of family {family!r} are not written; give a folder by --to")
     unet, parts, used = backbone.unet, backbone.pipeline.components, backbone.scheduler_config
     said = header(family, unet.config, used.get("prediction_type"), file.stem)
     if said["modelspec.architecture"] == "stable-diffusion-v2":
         raise ValueError(f"{file}: single files of SD 2 are not written; give a folder by --to")
-    first, *second = single_file.TEXT[family]
+    first, *second = FAMILIES[family].text_prefixes
     state = _prefixed(single_file.UNET, _unet(unet)) | _prefixed(single_file.VAE, _vae(backbone.vae))
     text = {text_name(key): value for key, value in parts[TEXT].state_dict().items()}
     state |= _prefixed(f"{first}transformer.", text)

@@ -1,15 +1,13 @@
 """Human Preference Score v2 and v2.1 (arXiv 2306.09341): 100 * cos of an open_clip model."""
 
-import json
 import sys
-from collections import defaultdict
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import open_clip
-from open_clip.tokenizer import SimpleTokenizer
+from open_clip.tokenizer import get_clean_fn
 from PIL import Image
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, interpolate, pad
@@ -18,6 +16,7 @@ from transformers import CLIPTokenizer
 from spo import config
 from spo.data import weights
 from spo.data.preprocessing import OPENAI, Normalisation, read_normalisation
+from spo.data.tokens import tokenize
 from spo.rewards import clip
 from spo.rewards.pixels import normalise, to_unit
 from spo.rewards.scorer import BatchedScorer
@@ -63,24 +62,14 @@ class Hps(BatchedScorer):
         return 100 * cosine_similarity(self.model.encode_image(self.pixels(images)), text)
 
 
-class OpenClipTokenizer(SimpleTokenizer):
-    """open_clip's tokenizer, which replaces HTML entities and full-width letters, with another vocabulary."""
+def token_ids(tokenizer: CLIPTokenizer, texts: Sequence[str], length: int) -> Tensor:
+    """Token ids [B,length] by another vocabulary, of texts as open_clip reads them, padded with 0 as there.
 
-    def __init__(self, tokenizer: CLIPTokenizer) -> None:
-        """
-        Args:
-            tokenizer: its vocabulary, merges and special tokens are used.
-        """
-        super().__init__()
-        names = {tokenizer.bos_token: "<start_of_text>", tokenizer.eos_token: "<end_of_text>"}
-        ids = {names.get(token, token): i for token, i in tokenizer.get_vocab().items()}
-        unknown = tokenizer.unk_token_id
-        self.encoder = defaultdict(lambda: unknown, ids)
-        self.decoder = {i: token for token, i in ids.items()}
-        merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
-        self.bpe_ranks = {tuple(m.split() if isinstance(m, str) else m): i for i, m in enumerate(merges)}
-        self.vocab_size, self.all_special_ids = len(ids), [tokenizer.bos_token_id, tokenizer.eos_token_id]
-        self.sot_token_id, self.eot_token_id = self.all_special_ids
+    It replaces HTML entities and full-width letters.
+    """
+    clean = get_clean_fn("lower")
+    tokens = tokenize(tokenizer, [clean(text) for text in texts], length)
+    return tokens.input_ids * tokens.attention_mask
 
 
 def _model_config(architecture: str) -> tuple[dict[str, Any], Normalisation]:
@@ -132,9 +121,8 @@ def _model(model_config: dict[str, Any], architecture: str) -> open_clip.CLIP:
 def _tokenizer(settings: config.HpsConfig, vocabulary: int) -> Any:
     """The tokenizer of the folder that the section names, else that of the architecture's name."""
     if settings.tokenizer is not None:
-        return OpenClipTokenizer(
-            clip.load_tokenizer(settings.tokenizer, None, vocabulary, "score.hps.tokenizer")
-        )
+        own = clip.load_tokenizer(settings.tokenizer, None, vocabulary, "score.hps.tokenizer")
+        return partial(token_ids, own)
     if settings.architecture.endswith(".json"):
         raise ValueError("score.hps.tokenizer: must name a folder if score.hps.architecture is a file")
     return open_clip.get_tokenizer(settings.architecture)

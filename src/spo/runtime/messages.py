@@ -20,15 +20,15 @@ EXIT_FILE = "SPO_EXIT_FILE"  # environment: where `spo` leaves its exit code
 BUSY = (429, 502, 503, 504)  # HTTP: too many requests, or a proxy that cannot reach its server
 
 SECRETS = (  # user:password@ of a URI, and secrets in its query
-    (re.compile(r"(\w[\w+.-]*://)[^/\s]*@"), r"\1***@"),
-    (re.compile(r"(?i)([?&][^=&\s]*(?:password|secret|token|signature|credential|key)=)[^&\s]+"), r"\1***"),
+    (re.compile(r"([\w+.-]://)[^/\s]*@"), r"\1***@"),
+    (re.compile(r"(?i)([?&][^=?&\s]*(?:password|secret|token|signature|credential|key)=)[^&\s]+"), r"\1***"),
 )
 NAME = r"[^\s/'\"`,;:()\[\]{}<>|]+"  # of a file in a text
 OUTSIDE = re.compile(  # the folders of an absolute path or one below ~ or ..; not the host of a URI
     r"(?:(?<=:///)|(?<=://)(?=/)|(?<=file:)(?=/(?!/))|(?<![\w:/.~-])~?(?=/)|(?<![\w/.])(?=\.\./))"
     rf"(?:\.\.)?/(?:{NAME}/)+(?={NAME})"
 )
-OBJECT = re.compile(r"<[\w.]+(?: object)?[^<>]* at 0x[0-9a-fA-F]+>")
+OBJECT = re.compile(r"<[\w.][^<>]* at 0x[0-9a-fA-F]+>")
 ADDRESS = re.compile(r"\b0x[0-9a-fA-F]{8,}\b")
 
 

@@ -1,4 +1,4 @@
-"""Stage `align`: fine-tune the base model by one method."""
+"""Stage `align`: fine-tune the base model by one method, or take released weights in place of it."""
 
 from __future__ import annotations
 
@@ -9,10 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spo.config import Lora, Params
-from spo.runtime.files import remove, write_json
+from spo.runtime import released
+from spo.runtime.files import remove, write_json, write_text
 from spo.runtime.fingerprint import resume_folder
+from spo.runtime.processes import is_main_process
+from spo.runtime.released import Released
 from spo.runtime.workspace import METRICS, TRAINING
-from spo.stages.common import stage
+from spo.stages.common import NO_CURVE, NO_METRICS, stage, write_nothing
 from spo.tracking.curve import Curve
 from spo.tracking.records import Run
 from spo.validation import images
@@ -52,6 +55,9 @@ def run(params: Params, method: str) -> None:
     from spo.training.distributed import device
 
     section = getattr(params.align, method)
+    if section is None or section.pretrained is not None:
+        _without_training(params, method)
+        return
     optimizer.check(section.optimizer)
     with stage("align", params, method) as tracked:
         clock = Clock()
@@ -91,7 +97,7 @@ def run(params: Params, method: str) -> None:
         if not distributed.is_main_process():
             return
         curve.write(TRAINING / f"{method}.csv")
-        iterations, cost = summary["iterations"], spec.cost(params, backbone.scheduler_config)
+        iterations, cost = summary["iterations"], spec.cost(params, backbone.schedule)
         facts = result.write(watch, scratch)
         if watch and watch.ended:
             facts["ended"] = watch.ended
@@ -104,6 +110,35 @@ def run(params: Params, method: str) -> None:
         if section.lora is not None:  # a whole model is too large to be stored twice: DVC has it
             tracked.log_artifact(OUTPUT / method / ADAPTER, "adapter")
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _without_training(params: Params, method: str) -> None:
+    """Write released weights, or that the method is not in the experiment."""
+    folder, key = OUTPUT / method, f"align.{method}"
+    files = {METRICS / f"align_{method}.json": NO_METRICS, TRAINING / f"{method}.csv": NO_CURVE}
+    with stage("align", params, method) as tracked:
+        if getattr(params.align, method) is None:
+            write_nothing(f"align {method}", f"{key} is null", [folder], files)
+        elif is_main_process():
+            given = released.fetch(key)
+            _take(params, method, given, folder, tracked)
+            for path, text in files.items():
+                write_text(path, text)
+
+
+def _take(params: Params, method: str, given: Released, folder: Path, tracked: Run) -> None:
+    """Check released weights against the base, and write them with their card."""
+    from spo import adapters
+    from spo.publish import card
+    from spo.training.distributed import device
+
+    remove(folder)
+    kind = adapters.adopt(params.backbone, given.path, folder, device())
+    card.write(folder, params, method, {}, origin=given.origin, lora=kind == "lora")
+    tracked.set_tags(given.tags())
+    if kind == "lora":
+        tracked.log_artifact(folder / ADAPTER, "adapter")
+    tracked.log_model(*((folder / ADAPTER, "adapter") if kind == "lora" else (folder, "pipeline")), 0, "")
 
 
 @dataclass(frozen=True)

@@ -1,18 +1,24 @@
 """The frame of every stage: lock, MLflow run, watchdog, time and metrics."""
 
 import fcntl
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 from spo.config import Params
 from spo.runtime import processes
+from spo.runtime.files import remove, write_json, write_text
 from spo.runtime.messages import TransientError
 from spo.runtime.workspace import METRICS, SCRATCH
 from spo.tracking import runs
 from spo.tracking.dvc_lock import read_metrics
 from spo.tracking.records import Run
+
+NOTHING = "nothing.json"  # in an output folder of a stage that had nothing to do
+NO_CURVE, NO_METRICS, NO_SCORES = "step\n", "{}\n", "index,prompt,seed\n"
+NO_ACCURACY = '{"accuracy": {}, "n": 0}\n'
 
 
 @contextmanager
@@ -40,6 +46,22 @@ def stage(name: str, params: Params, variant: str | None = None) -> Iterator[Run
             run.log_metrics({"seconds": time.monotonic() - started, **_written(full, began)})
 
 
+def write_nothing(title: str, why: str, folders: Iterable[Path], files: Mapping[Path, str]) -> None:
+    """Say that a stage has nothing to do, and write the outputs that DVC expects.
+
+    Args:
+        folders: outputs, then with NOTHING alone.
+        files: outputs with a text that their readers take for no result, as NO_METRICS.
+    """
+    if processes.is_main_process():
+        print(f"spo: {title}: nothing to do: {why}", file=sys.stderr)
+        for folder in folders:
+            remove(folder)
+            write_json(folder / NOTHING, {"nothing to do": why})
+        for path, text in files.items():
+            write_text(path, text)
+
+
 def of_suite(folder: Path, suite: str | None) -> Path:
     """The folder of a suite of prompts in a folder of results; without a suite, the folder itself."""
     return folder if suite is None else folder / "suites" / suite
@@ -51,6 +73,6 @@ def run_name(variant: str, suite: str | None) -> str:
 
 
 def _written(full: str, began: float) -> dict[str, float]:
-    """Return what the stage wrote to its metrics file for DVC; nothing if it wrote none."""
-    path = METRICS / f"{'comparisons' if full == 'report' else full.replace('-', '_')}.json"
+    """Return what the stage wrote to its file in METRICS; nothing if it wrote none."""
+    path = METRICS / f"{full.replace('-', '_')}.json"
     return read_metrics(path) if path.exists() and path.stat().st_mtime >= began - 1 else {}

@@ -9,7 +9,7 @@ from pathlib import Path
 from spo.config import VARIANTS, Params, Variant
 from spo.runtime.files import read_text, require
 from spo.runtime.fingerprint import resume_folder
-from spo.stages.common import of_suite, run_name, stage
+from spo.stages.common import of_suite, run_name, stage, write_nothing
 
 OUTPUT, PROMPTS = Path("outputs/images"), Path("outputs/prompts")
 # what generates the images
@@ -21,18 +21,23 @@ CODE = (
 
 def run(params: Params, name: str, suite: str | None = None) -> None:
     """Write outputs/images/NAME, or outputs/images/suites/SUITE/NAME, for the variant `name`."""
+    variant: Variant | None = getattr(params.generate, name)
+    title = run_name(name, suite)
+    if variant is None:
+        with stage("generate", params, title):
+            folder = of_suite(OUTPUT, suite) / name
+            write_nothing(f"generate {title}", f"generate.{name} is null", [folder], {})
+        return
     from spo import adapters
     from spo.training import budget, distributed
     from spo.training.checkpoint import CheckpointStore
     from spo.training.distributed import device
     from spo.validation.generation import draw, each_image, save
 
-    variant: Variant = getattr(params.generate, name)
     file = _prompts_file(params, suite)
     lines = read_text(file, f"{suite or params.generate.split} prompts").splitlines()
     if not lines:
         raise ValueError(f"{file}: is empty; run `dvc repro prompts`")
-    title = run_name(name, suite)
     with stage("generate", params, title):
         if variant.adapter is not None:
             require(variant.adapter, f"adapter of {name}")

@@ -21,7 +21,7 @@ from spo.ingest.selection import is_validation
 from spo.runtime import processes
 from spo.runtime.files import remove, write_json
 from spo.runtime.fingerprint import resume_folder
-from spo.stages.common import stage
+from spo.stages.common import NO_METRICS, stage, write_nothing
 from spo.training.distributed import device
 
 OUTPUT = Path("outputs/pairs")
@@ -35,6 +35,10 @@ Row = tuple[str | None, Any, Any]  # part, None for a tie that is dropped; pair;
 def run(params: Params, variant: str | None = None) -> None:
     """Write outputs/pairs; processes besides the main one score their share of the pairs."""
     with stage("pairs", params) as tracked:
+        if params.pairs.source is None:
+            folders = [OUTPUT, *map(OUTPUT.joinpath, PARTS)]
+            write_nothing("pairs", "pairs.source is null", folders, {OUTPUT / "summary.json": NO_METRICS})
+            return
         labels = params.preference.labels
         if not processes.is_main_process():
             share(params.pairs, labels)
@@ -51,8 +55,8 @@ def prepare(section: config.Pairs, output: Path, labels: config.PseudoLabels | N
     first for contradictions; memory grows by a hash of 16 bytes a row.
     """
     # what can fail comes before the last outputs are deleted
-    total, scored = sources.count_rows(section.source), _gaps(section, labels)
-    found = _duplicates(section.source, total)
+    total, scored = sources.count_rows(_source(section)), _gaps(section, labels)
+    found = _duplicates(_source(section), total)
     remove(output)
     writers = {name: ShardWriter(output / name, section.rows_per_shard) for name in PARTS}
     train: ShardWriter | ScoredWriter = writers["train"]
@@ -86,14 +90,19 @@ def share(section: config.Pairs, labels: config.PseudoLabels | None) -> None:
     """Score every n-th buffer of the training pairs for the main process of n; raises as `prepare`."""
     scored = _gaps(section, labels)
     if scored is not None:
-        total = sources.count_rows(section.source)
-        rows = _rows(section, _duplicates(section.source, total), total)
+        total = sources.count_rows(_source(section))
+        rows = _rows(section, _duplicates(_source(section), total), total)
         for part in chunks((pair for name, pair, _ in rows if pair and name == "train"), gaps.BUFFER):
             scored.of(part)
 
 
+def _source(section: config.Pairs) -> str:
+    assert section.source is not None
+    return section.source
+
+
 def _rows(section: config.Pairs, found: Duplicates, total: int) -> Iterator[Row]:
-    rows = sources.read_rows(section.source, found.check)
+    rows = sources.read_rows(_source(section), found.check)
     for pair, bad in tqdm(rows, "check pairs", total, unit="pair"):
         if pair is None or (section.drop_ties and pair.label_0 == TIE):
             yield None, pair, bad

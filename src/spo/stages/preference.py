@@ -1,4 +1,4 @@
-"""Stage `preference`: train a preference model and measure it by timestep.
+"""Stage `preference`: train a preference model, or take a released one, and measure it by timestep.
 
 Without an item it is the step-aware preference model (SPM), SPO's reward model; `latent` is the latent reward
 model, LPO's. The SPM's two baselines (the same CLIP without the step condition; the same CLIP
@@ -9,17 +9,20 @@ only when their inputs or code change.
 from __future__ import annotations
 
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spo.config import PREFERENCE_BASELINES, LatentPreference, Params, Preference
-from spo.runtime.files import read_text, remove, write_json
+from spo.runtime import released
+from spo.runtime.files import read_text, remove, write_json, write_text
 from spo.runtime.fingerprint import resume_folder
 from spo.runtime.hub import split_revision
 from spo.runtime.workspace import METRICS, TRAINING
-from spo.stages.common import stage
+from spo.stages.common import NO_ACCURACY, NO_CURVE, NOTHING, stage, write_nothing
 from spo.tracking.curve import Curve
+from spo.tracking.records import Run
 
 if TYPE_CHECKING:
     from spo.data.latents import EncodedPairs
@@ -45,12 +48,20 @@ def run(params: Params, item: str | None = None) -> None:
     from spo.training.distributed import device
 
     name = f"preference_{item}" if item else "preference"
+    kind = "latent_preference" if item == "latent" else "preference"
     with stage("preference", params, item) as tracked:
+        if why := released.unused(kind) or _nothing(params, item):
+            files = {METRICS / f"{name}.json": NO_ACCURACY}
+            files |= {TRAINING / f"{name}.csv": NO_CURVE} if item in OUTPUTS else {}
+            write_nothing(name, why, [OUTPUTS[item]] if item in OUTPUTS else [], files)
+            return
         clock = Clock()
-        kind = "latent_preference" if item == "latent" else "preference"
         update = PREFERENCE_BASELINES.get(item or "", {})
         settings: Preference | LatentPreference = getattr(params, kind).model_copy(update=update)
         backbone = backbones.load(params.backbone, device(), budget.of(params, kind))
+        if settings.pretrained is not None:
+            _take(params, settings, backbone, tracked, OUTPUTS[item])
+            return
         scratch = _scratch(params, settings, name)
         curve = Curve(tracked, scratch)
         task: PreferenceTask
@@ -71,14 +82,54 @@ def run(params: Params, item: str | None = None) -> None:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
+def _nothing(params: Params, item: str | None) -> str | None:
+    """Why a baseline is not trained; None if it is, or `item` is none."""
+    if item in PREFERENCE_BASELINES and params.preference.pretrained:
+        return "it compares with a model that is trained, but preference.pretrained is set"
+    return None
+
+
+def _take(
+    params: Params, settings: Preference | LatentPreference, backbone: Backbone, tracked: Run, output: Path
+) -> None:
+    """Check a released model, measure it, and write it as if it were trained here."""
+    from spo.data.latents import latent_pairs
+    from spo.preference import released as models
+    from spo.training import distributed
+
+    kind = "latent_preference" if isinstance(settings, LatentPreference) else "preference"
+    given = released.fetch(kind)
+    task = models.task(settings, given.path, backbone)
+    measured: dict[str, Any] = {"accuracy": {}, "n": 0}
+    if not (PAIRS / NOTHING).exists():
+        measured = _accuracy(params, task, latent_pairs(params, backbone, "validation"))
+    elif distributed.is_main_process():
+        print(f"spo: {kind}: no pairs to measure it on: pairs.source is null", file=sys.stderr)
+    measured |= _ranked(params, task)
+    if not distributed.is_main_process():
+        return
+    remove(output)
+    task.save(output)
+    write_text(TRAINING / f"{output.name}.csv", NO_CURVE)
+    # what its training cost here
+    measured |= {
+        "seconds": 0,
+        "training_seconds": 0,
+        "unet_samples": 0,
+        "pretrained": given.origin["reference"],
+    }
+    write_json(METRICS / f"{output.name}.json", measured)
+    tracked.set_tags(given.tags())
+    tracked.log_model(output, "preference model", 0, "accuracy/")
+
+
 def _step_aware(params: Params, settings: Preference, backbone: Backbone) -> StepAwareTask:
     import torch
 
-    from spo.diffusion.schedule import Schedule
     from spo.preference.model import StepAwarePreferenceModel, load_tokenizer
     from spo.preference.step_aware import StepAwareTask
 
-    schedule = Schedule.from_config(backbone.scheduler_config, settings.num_inference_steps)
+    schedule = backbone.schedule(settings.num_inference_steps)
     schedule = schedule.to(backbone.device)
     own = settings.init, settings.revision
     tokenizer = load_tokenizer(*(split_revision(settings.tokenizer) if settings.tokenizer else own))
@@ -93,11 +144,10 @@ def _latent(params: Params, settings: LatentPreference, backbone: Backbone) -> L
     import torch
 
     from spo.data.weights import load_clip
-    from spo.diffusion.schedule import Schedule
     from spo.preference.latent import LatentPreferenceModel
     from spo.preference.latent_training import LatentTask
 
-    schedule = Schedule.from_config(backbone.scheduler_config, settings.num_inference_steps)
+    schedule = backbone.schedule(settings.num_inference_steps)
     torch.manual_seed(params.seed)  # the visual projection is drawn at random
     model = LatentPreferenceModel(backbone.feature_model(), settings.feature_guidance)
     if settings.text_projection is not None:
@@ -130,17 +180,26 @@ def _train(params: Params, task: PreferenceTask, scratch: Path, curve: Curve, cl
         scale_loss=isinstance(settings, LatentPreference) and params.backbone.dtype == "fp16",
     )
     task.finish()
-    if settings.local_prompts:
-        facts["local"] = _candidate_ranking(params, task)
-    measured = trainer.evaluate(task, pairs["validation"], settings.eval_timesteps, seed=params.seed)
+    facts |= _ranked(params, task)
     return {
-        "accuracy": {str(t): round(m["accuracy"], 4) for t, m in measured.items()},
-        "n": int((pairs["validation"].label_0 != 0.5).sum()),
+        **_accuracy(params, task, pairs["validation"]),
         "n_train": len(pairs["train"]),
         **{k: summary[k] for k in ("updates", "skipped_updates", "training_seconds") if k in summary},
-        "unet_samples": unet_samples(settings),
+        "unet_samples": unet_samples(params.backbone.classifier_free(settings)),
         **facts,
     }
+
+
+def _accuracy(params: Params, task: PreferenceTask, pairs: EncodedPairs) -> dict[str, Any]:
+    from spo.preference import trainer
+
+    measured = trainer.evaluate(task, pairs, task.settings.eval_timesteps, seed=params.seed)
+    accuracy = {str(t): round(m["accuracy"], 4) for t, m in measured.items()}
+    return {"accuracy": accuracy, "n": int((pairs.label_0 != 0.5).sum())}
+
+
+def _ranked(params: Params, task: PreferenceTask) -> dict[str, Any]:
+    return {"local": _candidate_ranking(params, task)} if task.settings.local_prompts else {}
 
 
 def _labelled(

@@ -11,7 +11,7 @@ from spo import config
 from spo.config import Params
 from spo.data.prompts import clean, key
 from spo.ingest import prompt_files, remote, sources
-from spo.ingest.selection import BlockList, Selection, by_hash, check_vocabulary, select
+from spo.ingest.selection import Selection, block_list, by_hash, check_vocabulary, select
 from spo.runtime import hub
 from spo.runtime.files import remove, write_json, write_text
 from spo.stages.common import stage
@@ -33,7 +33,7 @@ def prepare(
     length: Callable[[str], int],
     output: Path,
     suites: Mapping[str, str] = MappingProxyType({}),
-    trained: Sequence[str] = (),
+    trained: Sequence[str | None] = (),
 ) -> dict[str, Any]:
     """Write train.txt, test.txt, validation.txt, rejected.csv and summary.json; returns the summary.
 
@@ -45,21 +45,26 @@ def prepare(
         suites: a list of prompts by name.
         trained: preference data besides `section.pairs`, whose captions are not evaluated either.
     """
-    evaluation, train = _captions(section.evaluation), _captions(section.train)
+    evaluation = _captions(section.evaluation)
+    train = _captions(section.train) if section.train else []
     suite_lists = {name: _suite(name, source) for name, source in suites.items()}
     more = [*chain(*suite_lists.values())]
     if section.vocabulary is not None:
         check_vocabulary(map(clean, evaluation + train + more), section.vocabulary)
-    blocked = BlockList.load(section.block_list) if section.block_list else None
+    blocked = block_list(section.block_list) if section.block_list else None
 
     def selected(prompts: list[str], elsewhere: set[str]) -> Selection:
         return select(prompts, length, section.max_tokens, elsewhere, blocked)
 
     # of the captions in preference data only those that could be evaluated are held in memory
-    captions = chain.from_iterable(map(sources.read_captions, {section.pairs, *trained}))
+    named = {name for name in (section.pairs, *trained) if name is not None}
+    captions = chain.from_iterable(map(sources.read_captions, named))
     paired = {*map(key, evaluation + more)}.intersection(map(key, captions))
     held_out = selected(evaluation, paired)
-    training = selected(train, {*map(key, held_out.prompts)})
+    evaluated = held_out.prompts
+    if section.train == section.evaluation:  # one list for both: what is not evaluated is trained on
+        evaluated = by_hash(evaluated, section.seed)[: section.n_test + section.n_validation]
+    training = selected(train, {*map(key, evaluated)})
     parts = _split(section, training.prompts, held_out.prompts)
     elsewhere = paired | {key(p) for name in ("train", "validation") for p in parts[name]}
     of_suites = {name: selected(lines, elsewhere) for name, lines in suite_lists.items()}
@@ -132,13 +137,16 @@ def _split(section: config.Prompts, train: list[str], evaluation: list[str]) -> 
 
 def _token_counter(params: Params) -> Callable[[str], int]:
     """A function that counts tokens by the base model's tokenizer, start and end tokens included."""
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, CLIPTextConfig
 
     name = params.backbone.described_by
     try:
         hub.check(name)
         tokenizer = AutoTokenizer.from_pretrained(
-            name, subfolder="tokenizer", revision=params.backbone.revision
+            name,
+            subfolder="tokenizer",
+            revision=params.backbone.revision,
+            config=CLIPTextConfig(),  # else it looks for tokenizer/config.json, which no pipeline has
         )
     except (OSError, ValueError) as error:
         raise ValueError(f"backbone.checkpoint: no tokenizer in {name} ({hub.reason(name, error)})") from None

@@ -12,7 +12,7 @@ from spo.runtime.messages import public
 from spo.runtime.workspace import METRICS, TRAINING
 from spo.stages.common import of_suite, stage
 from spo.tracking import dvc_lock
-from spo.tracking.provenance import git, git_refusal, versions
+from spo.tracking.provenance import flatten, git, git_refusal, versions
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -42,6 +42,7 @@ def run(params: Params, variant: str | None = None) -> None:
             )
         suites = read_suites(params)
         prompts, images = results.first_images(scores, max(settings.grid_prompts, GRID_PROMPTS))
+        measured = _measured()
         page = report.render(
             report.RunResults(
                 params=public(params.model_dump(mode="json", exclude={"processes", "tracking", "registry"})),
@@ -51,7 +52,7 @@ def run(params: Params, variant: str | None = None) -> None:
                 suites=suites,
                 prompts=prompts[: settings.grid_prompts],
                 images={v: images[v][: settings.grid_prompts] for v in scores},
-                **_measured(),
+                **measured,
                 versions=versions(),
                 commit=commit(),
             )
@@ -60,13 +61,16 @@ def run(params: Params, variant: str | None = None) -> None:
         columns = {verdict.name(v): images[v][:GRID_PROMPTS] for v in compared}
         write_json(REPORTS / "comparisons.json", rows)
         write_json(REPORTS / "suites.json", {name: suite_rows for name, (_, suite_rows) in suites.items()})
-        write_json(METRICS / "comparisons.json", summary(rows))
+        numbers = verdict.numbers(rows, measured["alignment"], measured["preference"])
+        write_json(METRICS / "report.json", numbers)
         write_text(REPORTS / "report.html", page)
         with atomic(REPORTS / "grid.png") as partial:
             partial.write_bytes(plots.grid(prompts[:GRID_PROMPTS], columns))
         drawn = {v: results.scored_images(v, table) for v, table in scores.items()}
         gallery.write(GALLERY, params.name, scores, drawn, (rows[0]["method"], rows[0]["baseline"]))
         _log(tracked, rows, suites)
+        if tracked.parent.exists():
+            tracked.parent.log_metrics(flatten(numbers, separator="/"))
 
 
 def _log(tracked: Any, rows: list[dict[str, Any]], suites: Suites) -> None:
@@ -110,29 +114,26 @@ def _measured() -> dict[str, Any]:
     summaries = {k: Path(f"outputs/{k}/summary.json") for k in ("prompts", "pairs")}
     world = Path("data/world.json")
     samples = {m: sorted(Path(f"outputs/align/{m}/samples").glob("*.png")) for m in METHODS}
+    models = {p.stem: read_json(p, "metrics", keys=("accuracy", "n")) for p in preference}
     return {
-        "preference": {p.stem: read_json(p, "metrics", keys=("accuracy", "n")) for p in preference},
-        "alignment": {p.stem.removeprefix("align_"): read_json(p, "metrics") for p in align},
-        "curves": {p.stem: read_csv(p, "training curve") for p in curves},
-        "summaries": {k: public(read_json(p, "summary")) for k, p in summaries.items() if p.exists()},
+        "preference": {k: m for k, m in models.items() if m["accuracy"] or "pretrained" in m},
+        "alignment": _done((p.stem.removeprefix("align_"), read_json(p, "metrics")) for p in align),
+        "curves": _done((p.stem, read_csv(p, "training curve")) for p in curves),
+        "summaries": _done((k, public(read_json(p, "summary"))) for k, p in summaries.items() if p.exists()),
         "samples": {m: [(int(p.stem), p.read_bytes()) for p in rows] for m, rows in samples.items()},
         "world": read_json(world, "facts") if world.exists() else None,
         "outs": [(e.stage, path, md5[:12]) for e in dvc_lock.read().values() for path, md5 in e.outs.items()],
     }
 
 
+def _done(results: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    """Leave out what is empty: its stage had nothing to do."""
+    return {name: result for name, result in results if len(result)}
+
+
 def _in_order(files: Iterable[Path], first: Sequence[str]) -> list[Path]:
     """Sort files: those named in `first` in its order, then the others by name."""
     return sorted(files, key=lambda p: (first.index(p.stem) if p.stem in first else len(first), p.stem))
-
-
-def summary(rows: list[dict[str, Any]]) -> dict[str, dict[str, dict[str, dict[str, float]]]]:
-    """Nest differences and win rates as method -> baseline -> metric, for `dvc metrics show`."""
-    nested: dict[str, dict[str, dict[str, dict[str, float]]]] = {}
-    for row in rows:
-        cell = {"difference": round(row["mean_difference"], 4), "win_rate": round(row["win_rate"], 4)}
-        nested.setdefault(row["method"], {}).setdefault(row["baseline"], {})[row["metric"]] = cell
-    return nested
 
 
 def _flat(rows: list[dict[str, Any]]) -> dict[str, float]:

@@ -14,7 +14,7 @@ from spo.runtime.files import atomic, require, write_json
 from spo.runtime.fingerprint import fingerprint, resume_folder
 from spo.runtime.processes import is_main_process
 from spo.runtime.workspace import METRICS
-from spo.stages.common import of_suite, run_name, stage
+from spo.stages.common import NO_METRICS, NO_SCORES, NOTHING, of_suite, run_name, stage, write_nothing
 from spo.tracking.provenance import versions
 
 if TYPE_CHECKING:
@@ -37,6 +37,10 @@ def run(params: Params, name: str, suite: str | None = None) -> None:
     folder = require(of_suite(IMAGES, suite) / name, f"images of {name}")
     output, title = of_suite(OUTPUT, suite), run_name(name, suite)
     with stage("score", params, title):
+        if (folder / NOTHING).exists():
+            files = {output / f"{name}.csv": NO_SCORES, metrics_file(title): NO_METRICS}
+            write_nothing(f"score {title}", f"there is no variant {name}", [], files)
+            return
         scratch = resume_folder("score", (title, scored_by(params)), [folder], ())
         frame = table(params, folder, CheckpointStore(scratch, keep=None))
         if not is_main_process():

@@ -13,7 +13,7 @@ from spo.runtime.files import locked
 from spo.runtime.messages import one_line, public
 from spo.tracking import dvc_lock
 from spo.tracking.provenance import section, texts
-from spo.tracking.records import Content, Run, now, runs_here, warn
+from spo.tracking.records import Content, Run, is_cached, now, runs_here, warn
 
 DATA = {  # of a stage: keys of its section of params.yaml that name data, and MLflow's context of that
     "pairs": {"source": "training"},
@@ -45,8 +45,8 @@ def _settle(parent: Run, params: Mapping[str, Any], reached: Collection[str]) ->
             parent.add(inputs=[data for data in _data(params, entry) if data not in known])
         is_written = before.get(name) != entry.hash
         if name in ran and ran[name]["status"] == "FINISHED":
-            if "hash" not in ran[name] and (is_written or name in reached):
-                Run(ran[name]["key"]).add(hash=entry.hash, tags=entry.tags(), inputs=entry.data())
+            if dvc_lock.HASH not in ran[name]["tags"] and (is_written or name in reached):
+                Run(ran[name]["key"]).add(tags=entry.tags(), inputs=entry.data())
         elif name in reached and (entry.is_tracked or not is_written):  # else it ran, but logs no run
             _create_run(parent, params, entry)
             cached.append(name)
@@ -62,7 +62,7 @@ def last_runs(parent: Run | None = None) -> dict[str, Content]:
 def has_run(parent: str, stage: str) -> bool:
     """Whether a stage ran to its end under the parent of this key."""
     last = last_runs(Run(parent)).get(stage, {})
-    return last.get("status") == "FINISHED" and "origin" not in last
+    return last.get("status") == "FINISHED" and not is_cached(last)
 
 
 def _data(params: Mapping[str, Any], entry: dvc_lock.Entry) -> list[dict[str, str]]:
@@ -74,7 +74,7 @@ def _data(params: Mapping[str, Any], entry: dvc_lock.Entry) -> list[dict[str, st
 
 def _create_run(parent: Run, params: Mapping[str, Any], entry: dvc_lock.Entry) -> None:
     """Record a cached stage, with the numbers of the run that made it, else those of its metrics file."""
-    made = [content for content in (run.read() for run in runs_here()) if content.get("hash") == entry.hash]
+    made = [run for run in map(Run.read, runs_here()) if run["tags"].get(dvc_lock.HASH) == entry.hash]
     content = {
         "name": entry.title,
         "experiment": parent.read()["experiment"],
@@ -85,8 +85,6 @@ def _create_run(parent: Run, params: Mapping[str, Any], entry: dvc_lock.Entry) -
         "metrics": made[-1]["metrics"] if made else entry.metrics(),
         "status": "FINISHED",
         "end": now(),
-        "hash": entry.hash,
-        "origin": entry.hash,
     }
     for path in map(Path, entry.outs):  # for a store that does not have the run that made them
         if path.parts[:2] == ("reports", "training"):
@@ -94,3 +92,5 @@ def _create_run(parent: Run, params: Mapping[str, Any], entry: dvc_lock.Entry) -
         if (path / "samples").is_dir():
             content["images"] = str((path / "samples").absolute())
     Run.create(content, parent.key)
+    if entry.stage == "report":
+        parent.log_metrics(entry.metrics())

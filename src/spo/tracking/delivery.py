@@ -91,14 +91,22 @@ def deliver(
     return errors
 
 
-def sync(uri: str | None = None) -> tuple[int, int]:
-    """Deliver every run to `uri` or the experiment's store: (delivered, left). Print each reason once."""
+def sync(uri: str | None = None, stopped: bool = False) -> tuple[int, int]:
+    """Deliver every run to `uri` or the experiment's store: (delivered, left). Print each reason once.
+
+    Args:
+        stopped: by Ctrl-C or SIGTERM: a server that does not answer is not waited for long.
+    """
     for run in runs_here():
         run.close_if_dead()
     store, before = Store(uri or tracking_uri()), [run for run in runs_here() if run.is_pending()]
-    errors = deliver(store, before)
-    for why in dict.fromkeys(map(reason, errors.values())):
-        warn(f"{store.name}: {why}")
+    errors: dict[str, Exception] = {}
+    work = threading.Thread(target=lambda: errors.update(deliver(store, before)), daemon=True)
+    work.start()
+    work.join(STOPPED_DELIVERY if stopped else None)
+    why = ["no answer yet"] if work.is_alive() else dict.fromkeys(map(reason, errors.values()))
+    for line in why:
+        warn(f"{store.name}: {line}")
     left = sum(run.exists() and run.is_pending() for run in before)
     return len(before) - left, left
 
@@ -110,8 +118,8 @@ def is_recorded(experiment: str, uri: str | None = None) -> bool:
         ended = {name: run for name, run in cached_stages.last_runs().items() if run["status"] == "FINISHED"}
         # the last stage of a plain `dvc repro` has a run, but no hash: any entry of it will do
         return all(
-            (name in ended and "hash" not in ended[name])
-            or store.find(experiment, **{"dvc.lock_hash": entry.hash})
+            (name in ended and dvc_lock.HASH not in ended[name]["tags"])
+            or store.find(experiment, **{dvc_lock.HASH: entry.hash})
             for name, entry in dvc_lock.read().items()
         )
     except Exception as error:

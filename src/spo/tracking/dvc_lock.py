@@ -17,6 +17,7 @@ from spo.runtime.workspace import METRICS
 from spo.tracking.provenance import flatten
 
 RESTORE = "resolve its conflict, or restore it by `git checkout dvc.lock`"
+HASH = "dvc.lock_hash"  # tag of a run: the hash of the stage's entry
 LOCK = Path(".dvc/tmp/lock")  # DVC holds it while it writes dvc.lock, not while a stage runs
 PATIENCE = 60.0  # seconds; a `dvc push` holds the lock for as long as it takes
 
@@ -50,7 +51,7 @@ class Entry:
     def tags(self) -> dict[str, str]:
         """Return tags for MLflow: the hash of the entry and of each path."""
         deps = {f"dvc.dep.{path}": value for path, value in self.deps.items()}
-        return {"dvc.lock_hash": self.hash, **deps, **{f"dvc.out.{path}": v for path, v in self.outs.items()}}
+        return {HASH: self.hash, **deps, **{f"dvc.out.{path}": v for path, v in self.outs.items()}}
 
     def data(self) -> list[dict[str, str]]:
         """Return the data among the deps (not code), for MLflow's dataset inputs."""

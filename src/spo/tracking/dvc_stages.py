@@ -1,5 +1,6 @@
 """Ask DVC for the stages of dvc.yaml: what each needs, and which are out of date."""
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -40,6 +41,7 @@ def _repository(locked: bool = True) -> Iterator[Any]:
     from dvc.lock import LockError
     from dvc.repo import Repo
 
+    logging.getLogger("dvc.progress").setLevel(logging.CRITICAL)  # else a progress bar for each file
     try:
         with Repo(_wait_for_lock=True) as repository, repository.lock if locked else nullcontext():
             yield repository

@@ -60,7 +60,10 @@ def inputs(client: Any, run_id: str, data: Sequence[Mapping[str, str]]) -> None:
 
 
 def artifact(client: Any, run_id: str, file: Mapping[str, str]) -> None:
-    """Log a file, unless the run has it; check the upload, since a login page accepts any."""
+    """Log a file, unless the run has it; check the upload, since a login page accepts any.
+
+    One that has changed or was removed since it was recorded is not sent, and a tag of the run says so.
+    """
     path = Path(file["path"])
 
     def is_there() -> bool:
@@ -69,7 +72,8 @@ def artifact(client: Any, run_id: str, file: Mapping[str, str]) -> None:
     if is_there():
         return
     if digest(path) != file["sha256"]:
-        raise ValueError(f"{path} has changed or was removed since it was logged")
+        client.set_tag(run_id, f"artifact.{path.name}", "changed or removed before it was sent to MLflow")
+        return
     client.log_artifact(run_id, str(path), file["folder"])
     if not is_there():
         raise ValueError(f"{path.name} is not there after its upload")

@@ -94,7 +94,7 @@ class Run:
         self.add(tags={k: str(v) for k, v in tags.items()})
 
     def log_artifact(self, path: Path | str, folder: str | None = None) -> None:
-        """Log a small file by reference: if it changes before it is delivered, it is not sent."""
+        """Log a small file by reference; a tag says so if it changes before it is sent, and so is not."""
         path = Path(path).absolute()
         self.add(artifacts=[{"path": str(path), "folder": folder, "sha256": digest(path)}])
 
@@ -168,7 +168,7 @@ class Run:
             alive = abs(psutil.Process(content["owner"][1]).create_time() - content["owner"][2]) < 5
         except psutil.NoSuchProcess:
             alive = False
-        if not alive:
+        if not alive and not self.read()["status"]:  # it may have ended the run since it was read
             files = [Path(content.get("curve", "")), self.path / "run.json"]
             last = max(file.stat().st_mtime for file in files if file.is_file())
             self.end("KILLED", int(1000 * last))
@@ -184,6 +184,11 @@ class Run:
 
     def _write(self, content: Content) -> None:
         write_json(self.path / "run.json", content)
+
+
+def is_cached(content: Content) -> bool:
+    """Whether a run is of a stage that did not run, since its outputs were in DVC's cache."""
+    return bool(content["tags"].get("dvc.cached") == "true")
 
 
 def cleaned(fields: Content) -> Content:

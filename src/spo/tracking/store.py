@@ -15,8 +15,8 @@ from urllib.parse import quote, unquote
 from spo.runtime.files import locked
 from spo.runtime.messages import one_line, public, redact
 from spo.runtime.workspace import home
-from spo.tracking import logged
-from spo.tracking.records import Content, Run, folder, read_curve, runs_here
+from spo.tracking import dvc_lock, logged
+from spo.tracking.records import Content, Run, folder, is_cached, read_curve, runs_here
 
 WORSE = ("FINISHED", "KILLED", "FAILED")  # each than the one before
 KIND = {"mlflow.experimentKind": "custom_model_development"}  # opens the UI in its model training view
@@ -193,9 +193,10 @@ class Store:
         """Yield each part to be sent: its name, and the call that sends it."""
         call = partial(partial, client=self.connect(), run_id=sent.run_id)
         ended = {child["name"]: child for child in below if child["status"]}  # the last attempt of each
-        points = [(c["end"], 0, {f"{n}/{k}": v for k, v in c["metrics"].items()}) for n, c in ended.items()]
-        if content["status"]:
-            points.append((content["end"], 0, content["metrics"]))
+        worst = max((child["status"] for child in ended.values()), key=WORSE.index, default=None)
+        status = content["status"] or worst
+        end = content.get("end") or max((child["end"] for child in ended.values()), default=0)
+        points = [(end, 0, content["metrics"])] if status else []
         curve = Path(content.get("curve", ""))
         rows, offset = read_curve(curve, sent.offset)
         yield "metrics", call(logged.metrics, rows=[*rows, *points])
@@ -209,9 +210,7 @@ class Store:
             for model in content["models"]:
                 at = [row for row in read_curve(curve)[0] if row[1] == model["step"]]
                 yield f"model {model['step']}", call(logged.model, item=model, rows=[*at, *points])
-        worst = max((child["status"] for child in ended.values()), key=WORSE.index, default=None)
-        if status := content["status"] or worst:
-            end = content.get("end") or max(child["end"] for child in ended.values())
+        if status:
             yield "status", partial(self.connect().set_terminated, sent.run_id, status, end_time=end)
 
     def _run(self, run: Run, content: Content) -> str:
@@ -228,9 +227,9 @@ class Store:
 
     def _linked(self, content: Content) -> Content:
         """Link a cached stage's run to the one that made its outputs, which has its curve and images."""
-        if "origin" not in content:
+        if not is_cached(content):
             return content
-        made = {"dvc.lock_hash": content["origin"], "dvc.cached": "false"}
+        made = {dvc_lock.HASH: content["tags"][dvc_lock.HASH], "dvc.cached": "false"}
         origin = self.find(content["experiment"], **made)
         known = {k: v for k, v in content.items() if not origin or k not in ("curve", "images")}
         return known | {"tags": content["tags"] | {"origin_run_id": origin or "not in this store"}}

@@ -1,5 +1,6 @@
 """Trains a backbone by a method: one policy and one reference forward per batch, then the method's loss."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,10 @@ class Alignment:
         return self.backbone.trainable_parameters()
 
     def collect(self, iteration: int) -> tuple[list[list[UNetBatch]], dict[str, float]]:
-        return self.method.collect(self.backbone, iteration)
+        updates, metrics = self.method.collect(self.backbone, iteration)
+        if iteration == 0:
+            updates[0] = [replace(part, first=True) for part in updates[0]]
+        return updates, metrics
 
     def loss(self, batch: UNetBatch, check: finite.FiniteCheck) -> tuple[Tensor, dict[str, Mean]]:
         """The method's losses [P] and metrics.

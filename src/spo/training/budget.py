@@ -2,7 +2,8 @@
 
 What the models and one image, latent or pair take was counted at the real sizes of SD 1.5 and SDXL in fp16 by
 `spo.estimate`, with a LoRA (docs/gpu.md). Smaller models take less, so that these budgets fit them too; for
-larger ones, or fp32, name smaller numbers in the section `device`.
+larger ones, or fp32, name smaller numbers in the section `device`. Families that were not counted (sd3, flux)
+get the smallest budget; name larger numbers there.
 """
 
 from typing import NamedTuple
@@ -92,6 +93,8 @@ def automatic(family: str, kind: str, memory: float) -> Budget:
     """
     if memory == float("inf"):
         return WHOLE
+    if family not in COSTS:
+        return LEAST
     room, cost = usable(memory) / 1e9, COSTS[family].get(kind, COSTS[family]["generate"])
     trained, choice = _training(cost, room)
     left = room - cost.sampled + (RESTING[family] if choice.offload else 0)

@@ -6,7 +6,7 @@ number of the iteration are the whole state: a resumed run equals an uninterrupt
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -22,7 +22,7 @@ from spo.training.checkpoint import CheckpointStore
 from spo.training.clock import Clock
 from spo.training.speed import fast
 from spo.training.state import TrainingState
-from spo.types import Batch, Mean, Objective
+from spo.types import FIRST_UPDATE, Batch, Mean, Objective
 
 Log = Callable[[Mapping[str, float], int], None]
 
@@ -150,14 +150,23 @@ def _read(parts: Sequence[Batch], metrics: Sequence[Mapping[str, Mean]], numbers
     sums = torch.stack([torch.stack([_sums(mean) for mean in row.values()]) for row in metrics]).sum(0)
     # all processes have the same metrics in the same order
     shared = distributed.all_reduce_sum(torch.cat([pairs.view(1), sums.flatten()]))
-    read = torch.cat([shared, torch.stack([number.float() for number in numbers])]).tolist()
-    count, local = int(read[0]), read[len(shared) :]
+    first = [name for name in metrics[0] if name.startswith(FIRST_UPDATE)]
+    largest = _largest([row[name] for name in first] for row in metrics) if first else shared[:0]
+    read = torch.cat([shared, largest, torch.stack([number.float() for number in numbers])]).tolist()
+    count, local = int(read[0]), read[len(shared) + len(first) :]
     pairwise = zip(metrics[0], read[1 : len(shared) : 2], read[2 : len(shared) : 2], strict=True)
-    return _Read(count, {name: total / weight for name, total, weight in pairwise if weight}, local)
+    means = {name: total / weight for name, total, weight in pairwise if weight}
+    return _Read(count, means | dict(zip(first, read[len(shared) :], strict=False)), local)
 
 
 def _sums(mean: Mean) -> Tensor:
     return torch.stack([(mean.values * mean.weights).sum(), mean.weights.sum()]).float()
+
+
+def _largest(parts: Iterable[Sequence[Mean]]) -> Tensor:
+    """The largest value with weight of each metric [n], over parts and processes."""
+    values = [torch.stack([mean.values.where(mean.weights > 0, 0).amax() for mean in row]) for row in parts]
+    return distributed.gather(torch.stack(values)).amax(0).float()
 
 
 def _in_step(updates: list[list[Batch]]) -> Iterator[list[Batch]]:
@@ -185,13 +194,13 @@ def _stop(
         bad = (~values.isfinite()).nonzero().flatten().tolist()
         if bad:
             prompt = f", prompt {batch.prompts[bad[0]][:80]!r}" if batch.prompts else ""
-            where = f"timestep {int(batch.timesteps[bad[0]])}{prompt}"
+            where = f"timestep {batch.timesteps[bad[0]].item():g}{prompt}"
             raise _diverged(name, f"loss {values[bad[0]].item()}", where, updates)
 
 
 def _where(parts: Sequence[Batch]) -> str:
     """The first timesteps and prompts of an update."""
-    timesteps = sorted({t for batch in parts for t in batch.timesteps.tolist()})
+    timesteps = sorted({round(t, 1) for batch in parts for t in batch.timesteps.tolist()})
     prompts = dict.fromkeys(prompt[:80] for batch in parts for prompt in batch.prompts)
     return f"timesteps {timesteps[:8]}, prompts {[*prompts][:4]}"
 

@@ -36,11 +36,10 @@ def draw(
     from spo.diffusion import finite
     from spo.diffusion.noise import SampleNoise
     from spo.diffusion.rollout import sample_latents
-    from spo.diffusion.schedule import Schedule
     from spo.training import distributed
 
     settings = params.generate
-    schedule = Schedule.from_config(backbone.scheduler_config, settings.num_inference_steps)
+    schedule = backbone.schedule(settings.num_inference_steps)
 
     def batch(part: slice) -> list[Image.Image]:
         noise = SampleNoise(0, seeds[part], backbone.latent_shape, backbone.device)
@@ -53,6 +52,8 @@ def draw(
     size = settings.batch_size
     parts = [slice(start, start + size) for start in range(0, len(prompts), size)]
     done = distributed.broadcast(sum(1 for _ in cache.states()) if cache else 0)
+    if parts[done:]:
+        backbone.remember_prompts(prompts)
     with tqdm(total=len(prompts), desc="generate", unit="image") as bar:
         for state in islice(cache.states(), done) if cache and done else ():
             yield from unpack(state["pixels"])

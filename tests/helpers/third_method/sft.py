@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import torch
 
 from spo.diffusion.noise import SampleNoise, shuffled
-from spo.diffusion.schedule import Schedule
 from spo.methods.spec import Cost, MethodSpec
 from spo.training.compute import TRAINED
 from spo.types import UNetBatch
@@ -33,7 +32,8 @@ class Sft:
         win = win.to(backbone.device)
         keys = [f"sft {e} {i}" for e, i in order]
         noise = SampleNoise(self.seed, keys, win.shape[1:], backbone.device)
-        timesteps, eps = noise.integers(self.schedule.num_train_timesteps), noise.draw()
+        timesteps = self.schedule.train_timesteps
+        timesteps, eps = timesteps[noise.integers(len(timesteps))], noise.draw()
         prompts = [self.pairs.captions[i] for i in indices.tolist()]
         with torch.no_grad():
             conditioning = backbone.encode_prompts(prompts)
@@ -55,11 +55,11 @@ class Sft:
 def _build(params, backbone):
     from spo.data.latents import latent_pairs
 
-    schedule = Schedule.from_config(backbone.scheduler_config, 20).to(backbone.device)
+    schedule = backbone.schedule(20).to(backbone.device)
     return Sft(params.align.sft, schedule, latent_pairs(params, backbone, "train"), params.seed)
 
 
-def _cost(params, scheduler_config) -> Cost:
+def _cost(params, schedule) -> Cost:
     iterations = params.align.sft.iterations
     samples = 4 * iterations
     return Cost(f"{iterations} updates of 4 images", samples * (1 + TRAINED))

@@ -27,13 +27,21 @@ class StepPairs:
     valid: Tensor  # bool [B]
     scores: Tensor  # [K,B], of all candidates
     conditioning: Conditioning  # B samples, the same at every step
+    log_probs: Tensor  # [B,2], of winner and loser by the rollout
     x_t_lose: Tensor | None = None  # [B,C,h,w]; None: x_t
     output: Tensor | None = None  # [B,C,h,w], guided, of the UNet at x_t; None: not stored
 
-    def following(self, step: int, x_win: Tensor, x_lose: Tensor) -> Self:
+    def following(self, step: int, x_win: Tensor, x_lose: Tensor, log_probs: Tensor) -> Self:
         """The pairs of the next inner step, which has candidates and branches of its own."""
         return replace(
-            self, step=step, x_t=self.x_win, x_t_lose=self.x_lose, x_win=x_win, x_lose=x_lose, output=None
+            self,
+            step=step,
+            x_t=self.x_win,
+            x_t_lose=self.x_lose,
+            x_win=x_win,
+            x_lose=x_lose,
+            log_probs=log_probs,
+            output=None,
         )
 
 
@@ -49,6 +57,7 @@ class StepBatch(UNetBatch):
     x_lose: Tensor  # [P,C,h,w]
     lose_row: Tensor | None = None  # int64 [P]; None: p for every pair
     output: Tensor | None = None  # [P,C,h,w], guided, of the rollout's UNet at x_t; None: not stored
+    log_probs: Tensor | None = None  # [P,2], of winner and loser by the rollout; needed in the first update
 
 
 def gathered(steps: list[StepPairs]) -> list[StepPairs]:
@@ -63,7 +72,7 @@ def gathered(steps: list[StepPairs]) -> list[StepPairs]:
 
 
 def _gathered(step: StepPairs, conditioning: Conditioning) -> StepPairs:
-    names = ("x_t", "x_win", "x_lose", "valid", "x_t_lose", "output")
+    names = ("x_t", "x_win", "x_lose", "valid", "log_probs", "x_t_lose", "output")
     present = [name for name in names if getattr(step, name) is not None]
     tensors: dict[str, Any] = {name: distributed.gather(getattr(step, name)) for name in present}
     scores = distributed.gather(step.scores.T).T
@@ -83,7 +92,7 @@ def batch_of(
 
     Args:
         prompts: of the B samples.
-        timesteps: int64 [N], of the sampler's steps.
+        timesteps: [N], of the sampler's steps.
     """
     pairs = [(steps[row // len(prompts)], row % len(prompts)) for row in rows]
     diverged = [(step, b) for step, b in pairs if step.x_t_lose is not None]
@@ -103,6 +112,7 @@ def batch_of(
         x_lose=torch.stack([step.x_lose[b] for step, b in pairs]),
         lose_row=send(_lose_rows(pairs), device) if diverged else None,
         output=torch.stack(outputs) if outputs else None,
+        log_probs=torch.stack([step.log_probs[b] for step, b in pairs]),
     )
 
 

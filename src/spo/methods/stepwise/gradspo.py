@@ -1,10 +1,10 @@
 """GradSPO (NeurIPS 2025): the pairs of SPO, with a distance of predicted noises instead of the log-prob.
 
 The noises that drew winner and loser differ by 2 n. The value of the winner is the negative mean square of
-eps_policy - (eps_sampler - g sqrt(1 - abar_t) n), that of the loser the same with -n. Their differences to
-the reference's enter SPO's loss as its log-ratios do. SPO's log-prob gives the late steps a small weight,
-this value does not. Rollouts are those of an average of the policy's weights (`sampler_ema`), and at the
-sampler's last step every pair is valid, whatever its gap.
+eps_policy - (eps_sampler - g b_t n), where b_t is the factor of eps in x_t (DDPM: sqrt(1 - abar_t)), that of
+the loser the same with -n. Their differences to the reference's enter SPO's loss as its log-ratios do.
+SPO's log-prob gives the late steps a small weight, this value does not. Rollouts are those of an average of
+the policy's weights (`sampler_ema`), and at the sampler's last step every pair is valid, whatever its gap.
 
 Departures from the official code (C; the paper was not compared):
 1. C stores the noises of the candidates; here n = (x_win - x_lose) / (2 sigma_t). The same up to rounding.
@@ -18,10 +18,10 @@ from torch import Tensor
 
 from spo.config import Spo
 from spo.diffusion import ddim
-from spo.diffusion.schedule import Schedule
 from spo.methods.stepwise.batch import StepBatch
-from spo.methods.stepwise.loss import pair_loss
+from spo.methods.stepwise.loss import gauges, log_probs_of, pair_loss
 from spo.methods.stepwise.method import StepwiseMethod
+from spo.types import NoiseSchedule
 
 
 class GradSpoMethod(StepwiseMethod):
@@ -37,7 +37,7 @@ class GradSpoMethod(StepwiseMethod):
 
 
 def batch_loss(
-    policy_output: Tensor, reference_output: Tensor, batch: StepBatch, schedule: Schedule, config: Spo
+    policy_output: Tensor, reference_output: Tensor, batch: StepBatch, schedule: NoiseSchedule, config: Spo
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The losses [P] of two UNet outputs [P,C,h,w] at batch.x_t, and metrics [P]."""
     assert config.gradspo is not None and batch.output is not None and batch.lose_row is None
@@ -47,13 +47,15 @@ def batch_loss(
         for output in (policy_output, reference_output, batch.output)
     )
     n = (batch.x_win - batch.x_lose) / (2 * ddim.standard_deviation(schedule, timesteps, config.eta))
-    shift = config.gradspo.scale * (1 - schedule.alpha(timesteps)).sqrt() * n
+    shift = config.gradspo.scale * schedule.noise(timesteps) * n
     values = values_of_pair(eps, eps_sampler, shift)
     losses, metrics = pair_loss(values, values_of_pair(eps_reference, eps_sampler, shift), config)
     policy, reference = (
         ddim.transition(schedule, output.detach(), timesteps, x_t, config.eta)
         for output in (policy_output, reference_output)
     )
+    if batch.first:
+        metrics |= gauges(metrics, log_probs_of(policy, batch), batch)
     return losses, {"kl": ddim.divergence(policy, reference), **metrics}
 
 

@@ -9,6 +9,7 @@ Departures from the paper (P) or the official code (C):
 """
 
 import math
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
@@ -16,8 +17,8 @@ from torch import Tensor
 
 from spo.config import Stepwise
 from spo.diffusion import ddim
-from spo.diffusion.schedule import Schedule
 from spo.methods.stepwise.batch import StepBatch
+from spo.types import FIRST_UPDATE, NoiseSchedule
 
 
 def spo_loss(
@@ -41,15 +42,37 @@ def spo_loss(
 
 
 def batch_loss(
-    policy_output: Tensor, reference_output: Tensor, batch: StepBatch, schedule: Schedule, config: Stepwise
+    policy_output: Tensor,
+    reference_output: Tensor,
+    batch: StepBatch,
+    schedule: NoiseSchedule,
+    config: Stepwise,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The losses [P] of two UNet outputs [B,C,h,w] at batch.x_t, and metrics [P]."""
     policy = ddim.transition(schedule, policy_output, batch.timesteps, batch.x_t, config.eta)
     reference = ddim.transition(schedule, reference_output, batch.timesteps, batch.x_t, config.eta)
-    losses, metrics = pair_loss(_log_probs(policy, batch), _log_probs(reference, batch), config)
+    log_probs = log_probs_of(policy, batch)
+    losses, metrics = pair_loss(log_probs, log_probs_of(reference, batch), config)
     with torch.no_grad():
         divergence = ddim.divergence(policy, reference)[: len(losses)]
+    if batch.first:
+        metrics |= gauges(metrics, log_probs, batch)
     return losses, {"kl": divergence, **metrics}
+
+
+def gauges(
+    metrics: Mapping[str, Tensor], log_probs: tuple[Tensor, Tensor], batch: StepBatch
+) -> dict[str, Tensor]:
+    """How far apart [P] log-probs are that would be the same without rounding: those of policy and reference
+    before any update, and those that the candidates had in the rollout, whose batches are others.
+    """
+    assert batch.log_probs is not None
+    ratios = torch.stack([metrics["win_log_ratio"], metrics["lose_log_ratio"]])
+    changes = torch.stack(log_probs, 1).detach() - batch.log_probs
+    return {
+        f"{FIRST_UPDATE}policy_to_reference": ratios.abs().amax(0),
+        f"{FIRST_UPDATE}rollout_to_policy": changes.abs().amax(1),
+    }
 
 
 def pair_loss(
@@ -67,7 +90,7 @@ def pair_loss(
     }
 
 
-def _log_probs(step: ddim.Transition, batch: StepBatch) -> tuple[Tensor, Tensor]:
+def log_probs_of(step: ddim.Transition, batch: StepBatch) -> tuple[Tensor, Tensor]:
     """log p [P] of the winners and of the losers."""
     if batch.lose_row is None:
         return ddim.log_prob(step, batch.x_win), ddim.log_prob(step, batch.x_lose)

@@ -9,13 +9,12 @@ from torch import Tensor
 
 from spo.config import Stepwise
 from spo.diffusion.noise import SampleNoise, generator, shuffled
-from spo.diffusion.schedule import Schedule
 from spo.methods.stepwise.batch import StepBatch, StepPairs, batch_of, gathered
 from spo.methods.stepwise.loss import batch_loss
 from spo.methods.stepwise.rollout import Rollout
 from spo.training import distributed
 from spo.training.placement import on_device
-from spo.types import Backbone, RewardModel
+from spo.types import Backbone, NoiseSchedule, RewardModel
 
 PROMPTS = "outputs/prompts/train.txt"
 
@@ -29,7 +28,7 @@ class StepwiseMethod:
     def __init__(
         self,
         config: Stepwise,
-        schedule: Schedule,
+        schedule: NoiseSchedule,
         reward_model: RewardModel,
         prompts: Sequence[str],
         seed: int,
@@ -103,7 +102,7 @@ class StepwiseMethod:
         }
         timesteps = self.schedule.timesteps.tolist()
         for row, s in enumerate(steps):
-            name = f"t{timesteps[s.step]:04d}"
+            name = f"t{timesteps[s.step]:04.0f}"
             metrics[f"valid_fraction/{name}"] = float(valid[row].mean())
             metrics[f"score/{name}"] = float(scores[row])
         return metrics
@@ -115,7 +114,6 @@ def training_prompts() -> list[str]:
     return require(PROMPTS, "training prompts").read_text(encoding="utf-8").splitlines()
 
 
-def sampler_schedule(section: Stepwise, backbone: Backbone) -> Schedule:
+def sampler_schedule(section: Stepwise, backbone: Backbone) -> NoiseSchedule:
     """The schedule of a section's sampler, on the backbone's device."""
-    schedule = Schedule.from_config(backbone.scheduler_config, section.num_inference_steps)
-    return schedule.to(backbone.device)
+    return backbone.schedule(section.num_inference_steps).to(backbone.device)

@@ -1,15 +1,17 @@
 """Choices along a rollout: where to draw candidates, which two make a pair, which one is continued."""
 
+import math
+
 import torch
 from torch import Tensor
 
 from spo.config import Rollout
 from spo.diffusion import ddim
 from spo.diffusion.noise import SampleNoise
-from spo.diffusion.schedule import Schedule
+from spo.types import NoiseSchedule
 
 
-def blocks(config: Rollout, schedule: Schedule, name: str = "align") -> list[list[int]]:
+def blocks(config: Rollout, schedule: NoiseSchedule, name: str = "align") -> list[list[int]]:
     """Runs of `inner_steps` steps (indices into schedule.timesteps), each scored once at its end.
 
     The branches diverge at the first step of a block. As in the official SDXL code, where a block has
@@ -18,13 +20,14 @@ def blocks(config: Rollout, schedule: Schedule, name: str = "align") -> list[lis
     Args:
         name: of the section of params.yaml, for messages.
     """
-    low, high = config.timestep_range or (0, schedule.num_train_timesteps)
+    low, high = config.timestep_range or (0, math.inf)
     deviations = ddim.standard_deviation(schedule, schedule.timesteps, config.eta).flatten()
+    signals = schedule.signal(schedule.timesteps).flatten()  # 0: x_t is noise alone
     count, inner = len(schedule.timesteps), config.inner_steps
     steps = [
         i
         for i in range(config.divert_start_step, count)
-        if deviations[i] > 0 and low <= schedule.timesteps[i] <= high
+        if deviations[i] > 0 and signals[i] > 0 and low <= schedule.timesteps[i] <= high
     ]
     if not steps:
         where = "" if config.timestep_range is None else f" within timestep_range {[low, high]}"
@@ -38,7 +41,7 @@ def blocks(config: Rollout, schedule: Schedule, name: str = "align") -> list[lis
     return runs
 
 
-def thresholds(config: Rollout, schedule: Schedule, blocks: list[list[int]]) -> list[float]:
+def thresholds(config: Rollout, schedule: NoiseSchedule, blocks: list[list[int]]) -> list[float]:
     """The gap above which a pair is valid in each block: from `threshold` to `threshold_end`, by the block's
     first step."""
     start = config.threshold

@@ -7,7 +7,8 @@ Departures from the paper (P) or the official code (C):
 2. C decodes and scores in one batch; here in calls of the device's budget. Same numbers.
 3. The threshold may change over the diverted steps (`threshold_end`); C has one for all.
 4. With inner steps the branches diverge after the first: then winner and loser have an x_t each, as in C.
-5. A step without variance (the last one where set_alpha_to_one) has no density and gives no pair.
+5. A step without variance (the last one of a flow, and where set_alpha_to_one) has no density and gives no
+   pair. Nor does one from pure noise (the first one of a flow): its candidates would be fresh noise.
 """
 
 from collections.abc import Iterator
@@ -19,10 +20,9 @@ from spo import config
 from spo.diffusion import ddim, finite
 from spo.diffusion.denoiser import GuidedDenoiser
 from spo.diffusion.noise import SampleNoise
-from spo.diffusion.schedule import Schedule
 from spo.methods.stepwise import pairs as step_pairs
 from spo.methods.stepwise.batch import StepPairs
-from spo.types import Backbone, Candidates, Conditioning, RewardModel
+from spo.types import Backbone, Candidates, Conditioning, NoiseSchedule, RewardModel
 
 EVERY_PAIR = -1.0  # a threshold: no gap is below 0
 
@@ -33,7 +33,7 @@ class Rollout:
     def __init__(
         self,
         settings: config.Rollout,
-        schedule: Schedule,
+        schedule: NoiseSchedule,
         reward_model: RewardModel,
         name: str = "align",
         *,
@@ -72,9 +72,10 @@ class Rollout:
                 step, _ = self._step(denoiser, i, x_t, output)
                 x_t, output, i = ddim.sample(step, noise.draw()), None, i + 1
             step, output = self._step(denoiser, i, x_t, output)
-            branches = self._branch(branched, block, step, noise)
+            branches, log_probs = self._branch(branched, block, step, noise)
             scores, outputs = self._score(branched, text, check, block[-1], branches[-1])
             win, lose, valid = step_pairs.choose(self.settings, scores, threshold, noise)
+            chosen = torch.stack([win, lose], 1), every[:, None]
             pairs = StepPairs(
                 step=i,
                 x_t=x_t,
@@ -83,11 +84,12 @@ class Rollout:
                 valid=valid,
                 scores=scores,
                 conditioning=denoiser.conditioning,
+                log_probs=log_probs[0][chosen],
                 output=output if self.store_outputs else None,
             )
             yield pairs
-            for i, after in zip(block[1:], branches[1:], strict=True):
-                pairs = pairs.following(i, after[win, every], after[lose, every])
+            for i, after, known in zip(block[1:], branches[1:], log_probs[1:], strict=True):
+                pairs = pairs.following(i, after[win, every], after[lose, every], known[chosen])
                 yield pairs
             following = step_pairs.resample(self.settings, win, lose, noise), every
             x_t, i = branches[-1][following], block[-1] + 1
@@ -105,14 +107,19 @@ class Rollout:
 
     def _branch(
         self, denoiser: GuidedDenoiser, block: list[int], step: ddim.Transition, noise: SampleNoise
-    ) -> list[Tensor]:
-        """The latents [K,B,C,h,w] of the branches after each step of the block; `step` is its first."""
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """The latents [K,B,C,h,w] of the branches after each step of the block, whose first is `step`, and
+        their log-probs [K,B].
+        """
         k = self.settings.candidates
         branches = [ddim.sample(step, noise.draw_many(k))]
+        log_probs = [torch.stack([ddim.log_prob(step, latents) for latents in branches[0]])]
         for i in block[1:]:
             step, _ = self._step(denoiser, i, branches[-1].flatten(0, 1))
-            branches.append(ddim.sample(step, noise.draw_many(k).flatten(0, 1)).view_as(branches[-1]))
-        return branches
+            latents = ddim.sample(step, noise.draw_many(k).flatten(0, 1))
+            branches.append(latents.view_as(branches[-1]))
+            log_probs.append(ddim.log_prob(step, latents).view_as(log_probs[0]))
+        return branches, log_probs
 
     def _score(
         self,

@@ -7,7 +7,6 @@ import pytest
 import yaml
 
 from spo import config
-from spo.commands import keep
 from spo.evaluation import seeds
 
 ROW = {"method": "spo", "baseline": "base", "metric": "hps", "mean_method": 2.0, "mean_baseline": 1.0}
@@ -27,7 +26,7 @@ def params(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> config.Params:
 
 
 def test_what_is_saved_is_read_by_the_report_of_another_seed(params: config.Params) -> None:
-    assert keep.run(params) == Path("reports/seeds/0.json")
+    assert seeds.save(params) == Path("reports/seeds/0.json")
     found = seeds.read(params.model_copy(update={"seed": 5}))
     (row,) = found.comparisons[0]
     assert row["mean_difference"] == 1.0 and row["n"] == 4 and not found.others
@@ -35,7 +34,7 @@ def test_what_is_saved_is_read_by_the_report_of_another_seed(params: config.Para
 
 def test_a_report_of_other_parameters_is_refused(params: config.Params) -> None:
     with pytest.raises(ValueError, match="keep: the report is of a run with seed = 0, params.yaml has 7"):
-        keep.run(params.model_copy(update={"seed": 7}))
+        seeds.save(params.model_copy(update={"seed": 7}))
     Path("dvc.lock").unlink()
     with pytest.raises(ValueError, match="dvc.lock has no report"):
-        keep.run(params)
+        seeds.save(params)
