@@ -65,8 +65,9 @@ def of_scorers() -> Iterator[dict[str, Any]]:
                 for part in ("changes", "stops")
             }
             yield {"stage": stage, "with": alone, **parts}
-    for name in ("imagereward", "clipscore"):  # the others are not optional
+    for name in ("imagereward", "clipscore"):  # which the experiment leaves out
         yield {"stage": "score base", "changes": {f"score.{name}": TABLE["scorers"][name]["files"]}}
+    yield {"stage": "score base", "changes": {"score.aesthetic": None}}
 
 
 GROUPS = [*TABLE["groups"], *of_scorers()]

@@ -78,54 +78,54 @@ def _in_the_repository(monkeypatch) -> None:
 
 
 def test_spo() -> None:
-    """48 iterations of 8 prompts: 2 plain steps, then 4 candidates at each of 18, guidance 2. The last step's
-    candidates need no prediction: 3 + 4 * 17 forwards a prompt. Validated before, every 8, 24 * 2 images.
+    """16 iterations of 8 prompts: 2 plain steps, then 4 candidates at each of 12 (to t = 301), guidance 2:
+    2 + 1 + 4 * 12 forwards a prompt. Validated before, every 2, 24 * 2 images.
     """
     found = estimate.count(scenes(), "align", "spo", Budget())
-    validation = work(unet=7 * 48 * 20 * 2, decoded=7 * 48)
-    rollouts = work(unet=384 * 2 * (3 + 4 * 17), decoded=384 * 72, scored=384 * 72)
-    trained = work(unet=384 * 18 * 2, unet_trained=384 * 18 * 2)  # the reference, and the policy
+    validation = work(unet=9 * 48 * 20 * 2, decoded=9 * 48)
+    rollouts = work(unet=128 * 2 * (3 + 4 * 12), decoded=128 * 48, scored=128 * 48)
+    trained = work(unet=128 * 12 * 2, unet_trained=128 * 12 * 2)  # the reference, and the policy
     assert found.flops(valid=False) == pytest.approx(validation + rollouts, rel=0.06)
     assert found.flops() == pytest.approx(validation + rollouts + trained, rel=0.06)
     cost = method_spec("spo").cost(scenes(), DDIM)
-    assert (cost.rollouts, cost.updates) == (384 * 2 * (3 + 4 * 17), 384 * 18 * 2 * 4)
+    assert (cost.rollouts, cost.updates) == (128 * 2 * (3 + 4 * 12), 128 * 12 * 2 * 4)
     assert cost.unet_samples == cost.rollouts + cost.updates
 
 
 @pytest.mark.nightly
 def test_lpo_without_feature_enhancement() -> None:
-    """28 iterations of 8 prompts, 20 steps of 4 candidates: one forward a step and one down path each."""
+    """20 iterations of 8 prompts, 20 steps of 4 candidates: one forward a step and one down path each."""
     found = estimate.count(scenes(), "align", "lpo", Budget())
-    validation = work(unet=8 * 48 * 20 * 2, decoded=8 * 48)
+    validation = work(unet=11 * 48 * 20 * 2, decoded=11 * 48)
     assert found.flops(valid=False) == pytest.approx(
-        work(unet=224 * 20 * 2, down=224 * 80) + validation, rel=0.06
+        work(unet=160 * 20 * 2, down=160 * 80) + validation, rel=0.06
     )
     trained = found.flops() - found.flops(valid=False)
-    assert trained == pytest.approx(work(unet=224 * 20 * 2, unet_trained=224 * 20 * 2), rel=0.06)
+    assert trained == pytest.approx(work(unet=160 * 20 * 2, unet_trained=160 * 20 * 2), rel=0.06)
 
 
 def test_diffusion_dpo() -> None:
-    """1200 updates of 16 pairs of images, by policy and reference; 5 validations."""
+    """800 updates of 16 pairs of images, by policy and reference; 11 validations."""
     found = estimate.count(scenes(), "align", "diffusion_dpo", Budget())
-    validation = work(unet=5 * 48 * 20 * 2, decoded=5 * 48)
-    assert found.flops() == pytest.approx(work(unet=38400, unet_trained=38400) + validation, rel=0.06)
+    validation = work(unet=11 * 48 * 20 * 2, decoded=11 * 48)
+    assert found.flops() == pytest.approx(work(unet=25600, unet_trained=25600) + validation, rel=0.06)
     assert found.flops(valid=False) == found.flops()
-    assert method_spec("diffusion_dpo").cost(scenes(), DDIM).unet_samples == 1200 * 32 * 4
+    assert method_spec("diffusion_dpo").cost(scenes(), DDIM).unet_samples == 800 * 32 * 4
 
 
 def test_preference_models(tmp_path, monkeypatch) -> None:
-    """Updates of 32 pairs; rollouts of 32 prompts, 20 steps of 4 candidates; 100 pairs at three timesteps."""
+    """Updates of 32 pairs; rollouts of 32 prompts, 20 steps of 4 candidates; 100 pairs at one timestep."""
     counted = {"labels": {"validation": {"decided": 100, "ties": 7}}}
     (tmp_path / "summary.json").write_text(json.dumps(counted))
     monkeypatch.setattr("spo.estimate.stages.PAIRS", tmp_path / "summary.json")
     found, samples, local = estimate.count(scenes(), "preference", None, Budget()), 2 * 60 * 32, 32 * 80
     updates = work(unet=2 * samples, decoded=samples, scored=samples)  # the heads alone are trained
     rollouts = work(unet=32 * 2 * (1 + 4 * 19), decoded=local, scored=local)
-    evaluation = work(unet=1200, decoded=600, scored=600)
+    evaluation = work(unet=400, decoded=200, scored=200)
     assert found.flops() == pytest.approx(updates + rollouts + evaluation, rel=0.1)
     phase = found.phases["evaluation"]
     assert phase.flops * phase.times == pytest.approx(evaluation, rel=0.06)
-    assert "100 validation pairs at 3 timesteps" in found.text
+    assert "100 validation pairs at 1 timestep" in found.text
     assert unet_samples(scenes().preference) == 2 * samples
 
 

@@ -192,7 +192,7 @@ def test_a_drop_on_the_evaluation_prompts_starts_no_training(
     monitor: ModuleType, dropped: list[dict[str, Any]]
 ) -> None:
     with pytest.raises(
-        monitor.QualityDropped, match="no new training: .*prompts.n_train is 1200, but only 0"
+        monitor.QualityDropped, match="no new training: .*prompts.n_train is 1200, but only 68"
     ):
         monitor.monitor.fn("data/prompts/evaluation.txt")
     assert not starts_retrain(dropped[0])

@@ -20,7 +20,7 @@ from spo.tracking.store import Store, load_mlflow
 
 PARAMS: dict[str, Any] = {"name": "tiny", "seed": 3, "tracking": None, "align": {"spo": {"beta": 10}}}
 CONNECT = Store.connect
-FIGURES = {"prompts/rows": 5.0, "prompts/loss": 0.5, "pairs/rows": 5.0, "pairs/loss": 0.5}  # of a parent
+FIGURES = {"spo.gain": 0.25, "accuracy": 0.5}  # of a parent, by the stage `report`
 
 
 @pytest.fixture
@@ -136,6 +136,7 @@ def test_a_store_that_was_replaced_by_a_new_one_gets_all(
 ) -> None:
     """The first stage's run went to the store before."""
     parent = open_parent(PARAMS, "nightly")
+    parent.log_metrics(FIGURES)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SPO_PARENT_RUN", parent.key)
         run_stage("prompts")
@@ -168,6 +169,7 @@ def test_a_deleted_parent_holds_up_no_child(
     experiment = client.get_experiment_by_name("tiny").experiment_id
     top = next(r for r in client.search_runs([experiment]) if r.info.run_name == "nightly").info.run_id
     client.delete_run(top)
+    parent.log_metrics(FIGURES)
     run_stage()
     assert f"`mlflow runs restore --run-id {top}`" in printed(capsys)
     delivered(folder, client)
@@ -183,11 +185,12 @@ def test_the_figures_of_a_cached_stage_wait_for_its_deleted_parent(folder: Path,
     client.delete_run(top.info.run_id)
     tags = {"dvc.cached": "true", "dvc.lock_hash": "ab12"}
     cached = {"status": "FINISHED", "end": 1, "metrics": {"rows": 5.0}}
-    Run.create({"name": "pairs", "experiment": "tiny", "params": {}, "tags": tags} | cached, parent.key)
-    assert sync()[1] == 1
+    Run.create({"name": "report", "experiment": "tiny", "params": {}, "tags": tags} | cached, parent.key)
+    parent.log_metrics(FIGURES)
+    assert sync()[1] == 2
     client.restore_run(top.info.run_id)
     assert sync()[1] == 0
-    assert client.get_run(top.info.run_id).data.metrics == {"pairs/rows": 5.0}
+    assert client.get_run(top.info.run_id).data.metrics == FIGURES
 
 
 def test_what_waits_does_not_hold_up_other_experiments(

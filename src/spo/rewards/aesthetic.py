@@ -13,8 +13,11 @@ from spo import config
 from spo.data import weights
 from spo.data.preprocessing import announced
 from spo.rewards import clip
+from spo.rewards.pixels import preprocess
 from spo.rewards.scorer import BatchedScorer
 from spo.runtime import hub
+
+__all__ = ["Aesthetic", "AestheticHead", "linear_head", "preprocess"]
 
 
 def linear_head(dimension: int) -> nn.Sequential:

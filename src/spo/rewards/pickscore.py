@@ -6,6 +6,9 @@ from PIL import Image
 from torch import Tensor
 
 from spo.rewards.clip import ClipScorer
+from spo.rewards.pixels import preprocess
+
+__all__ = ["PickScore", "preprocess"]
 
 
 class PickScore(ClipScorer):
