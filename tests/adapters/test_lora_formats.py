@@ -11,6 +11,8 @@ import torch
 from diffusers import DiffusionPipeline
 from rounding import assert_same
 
+pytestmark = pytest.mark.smoke
+
 PROMPTS = ["a red circle", ""]
 
 

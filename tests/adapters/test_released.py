@@ -16,6 +16,8 @@ from spo.adapters import files, unet
 from spo.adapters import load as load_adapted
 from spo.data.images import load_images
 
+pytestmark = pytest.mark.smoke
+
 FILE = "diffusion_pytorch_model.safetensors"
 
 

@@ -15,6 +15,8 @@ from safetensors.torch import load_file
 from spo import config
 from spo.backbones.weight_files import choose_variants, variants_of
 
+pytestmark = pytest.mark.smoke
+
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 ANY = pytest.mark.parametrize("family", ["sd", "sdxl"])
 

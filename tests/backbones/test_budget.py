@@ -25,6 +25,8 @@ from spo.training.alignment import Alignment
 from spo.training.checkpoint import CheckpointStore
 from spo.types import Budget
 
+pytestmark = pytest.mark.smoke
+
 ONE, ALL = Budget(1, 1, 1), Budget(4096, 4096, 4096)
 LORA = config.Lora(rank=2, alpha=2)
 OPTIMIZER = config.Optimizer(learning_rate=1e-4)

@@ -20,6 +20,8 @@ from spo.training.alignment import Alignment
 from spo.training.checkpoint import CheckpointStore
 from spo.types import Budget
 
+pytestmark = pytest.mark.smoke
+
 PROMPTS = ["a circle", "a blue star on sand", "a large red square", "a small star"]
 FAMILIES = pytest.mark.parametrize("family", ["sd", "sdxl"])
 

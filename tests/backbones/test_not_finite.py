@@ -26,6 +26,8 @@ from spo.training import loop
 from spo.training.alignment import Alignment
 from spo.types import PreferencePair
 
+pytestmark = pytest.mark.smoke
+
 PROMPTS = ["a circle", "a blue star on sand"]
 UNET = ("unet", "conv_out.bias")
 DECODER = ("vae", "decoder.conv_out.bias")

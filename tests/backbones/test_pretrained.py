@@ -17,6 +17,8 @@ from spo import cli
 from spo.preference.model import StepAwarePreferenceModel
 from tools.scenes import clips
 
+pytestmark = pytest.mark.smoke
+
 COMMIT = "a" * 40
 README = b"---\nlicense: openrail++\n---\n# Released\n"
 of_family = pytest.mark.parametrize("experiment", ["sd"], indirect=True)

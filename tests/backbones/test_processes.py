@@ -23,6 +23,8 @@ from spo.training.alignment import Alignment
 from spo.training.checkpoint import CheckpointStore
 from spo.types import Budget, Conditioning, UNetBatch
 
+pytestmark = pytest.mark.smoke
+
 PROMPTS = ["a circle", "a blue star on sand", "a large red square", "a small star"]
 LORA = {"rank": 2, "alpha": 2}
 BATCH = UNetBatch(

@@ -1,5 +1,6 @@
 """Two processes train the preference model as one does, before the labels and by them."""
 
+import pytest
 import torch
 from group import check_alike, run_in
 
@@ -8,6 +9,8 @@ from spo.diffusion.schedule import Schedule
 from spo.preference import trainer as spm
 from spo.preference.step_aware import StepAwareTask
 from spo.types import Budget
+
+pytestmark = pytest.mark.smoke
 
 OPTIMIZER = {"learning_rate": 1e-3}
 

@@ -10,6 +10,8 @@ from spo import backbones, config
 from spo.commands.dry_run import lines
 from spo.stages import prompts
 
+pytestmark = pytest.mark.smoke
+
 
 @pytest.fixture(scope="module", params=["sd", "sdxl"])
 def one(request, checkpoints, tmp_path_factory) -> config.Backbone:

@@ -32,6 +32,8 @@ from spo.training.state import TrainingState
 from spo.types import Budget
 from spo.validation import generation
 
+pytestmark = pytest.mark.smoke
+
 PROMPTS = ["a circle", "a blue star on sand"]
 OPTIMIZER = config.Optimizer(learning_rate=1e-4)
 LORA = config.Lora(rank=2, alpha=2)

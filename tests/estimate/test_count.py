@@ -18,6 +18,8 @@ from spo.preference.compute import unet_samples
 from spo.training import budget
 from spo.types import Budget
 
+pytestmark = pytest.mark.smoke
+
 CONFIG = {"beta_schedule": "scaled_linear", "set_alpha_to_one": False, "steps_offset": 1}
 DDIM = partial(Schedule.from_config, CONFIG)
 ROOT = Path(__file__).parents[2]

@@ -26,6 +26,8 @@ from spo.config import ConfigError, load
 from spo.tracking import dvc_lock, runs
 from spo.tracking.delivery import BY_PARENT
 
+pytestmark = pytest.mark.smoke
+
 PARAMS: dict[str, Any] = {"name": "tiny", "tracking": None}
 
 
