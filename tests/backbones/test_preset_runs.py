@@ -48,7 +48,19 @@ def small(preset: str, quick: bool) -> dict[str, Any]:
     if score["imagereward"]:
         score["imagereward"] = blip.save(Path("reward")).model_dump()
     params["report"]["bootstrap_samples"] = 50
+    for section in filter(None, params["align"].values()):
+        shorten(section)
     return params
+
+
+def shorten(section: dict[str, Any]) -> None:
+    """One iteration of two prompts; any two candidates are a pair, or a random model would find none."""
+    section |= {"iterations": 1, "batch_size": 4, "checkpoint_every": 1}
+    if "candidates" in section:
+        section |= {"prompts_per_iteration": 2, "num_inference_steps": 4, "divert_start_step": 1}
+        section |= {"threshold": 0.0, "threshold_end": None}
+    if section["validation"]:
+        section["validation"] |= {"every": 1, "prompts": 2, "max_fall": None}
 
 
 def fill(cache: Path, params: dict[str, Any], checkpoint: Path, words: Any) -> None:
@@ -169,3 +181,17 @@ def test_the_table_of_sdxl_has_one_guidance(through_all_stages) -> None:
     rows = through_all_stages("sdxl-eval")
     assert {row["method"] for row in rows} == {"diffusion_dpo", "spo", "lpo"}
     assert not any(json.loads(p.read_text()).get("updates") for p in Path("reports/metrics").glob("align_*"))
+
+
+@pytest.mark.smoke
+@pytest.mark.nightly
+@pytest.mark.parametrize(
+    ("preset", "quick"),
+    [("sd15-overnight", False), ("sdxl-overnight", False), ("sd15", True), ("sd15", False)],
+)
+def test_spo_is_trained_from_the_released_preference_model(through_all_stages, preset, quick) -> None:
+    rows = through_all_stages(preset, quick)
+    assert {row["metric"] for row in rows} <= set(config.SCORERS)
+    trained = json.loads(Path("reports/metrics/align_spo.json").read_text(encoding="utf-8"))
+    assert trained["iterations"] == 1 and trained["updates"] > 0
+    assert "spo" in {row["method"] for row in rows}
