@@ -33,7 +33,7 @@ def small(preset: str, quick: bool) -> dict[str, Any]:
     params["backbone"]["dtype"] = "fp32"
     test = params["prompts"]
     test |= {
-        "n_test": 3,
+        "n_test": 2,
         "n_train": 4 if test["n_train"] else 0,
         "n_validation": 2 if test["n_validation"] else 0,
     }
@@ -48,6 +48,7 @@ def small(preset: str, quick: bool) -> dict[str, Any]:
     if score["imagereward"]:
         score["imagereward"] = blip.save(Path("reward")).model_dump()
     params["report"]["bootstrap_samples"] = 50
+    params["pairs"]["validation_fraction"] = 0.3  # of 12 pairs
     for section in filter(None, params["align"].values()):
         shorten(section)
     return params

@@ -46,7 +46,9 @@ OUTPUTS = {
 
 
 class Untracked:
-    """An MLflow run that logs nothing."""
+    """An MLflow run that logs nothing, without a parent."""
+
+    parent = SimpleNamespace(exists=lambda: False)
 
     def __getattr__(self, name: str) -> Callable[..., dict[str, float]]:
         return lambda *args, **kwargs: {}

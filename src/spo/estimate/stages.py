@@ -59,7 +59,7 @@ def run(params: Params, stage: str, variant: str | None, base: Any, counter: Any
 def _sizes(base: Any, counter: Any) -> Base:
     one = torch.zeros(1, *base.latent_shape, device=base.device)
     with base.inference():
-        text = base.encode_prompts([PROMPT])
+        text, _ = base.guided(base.encode_prompts([PROMPT]), 1.0)
         counter.restart()
         base.predict(one, one.new_ones(1), text)
     unet, vae = (sum(p.numel() for p in module.parameters()) for module in (base.unet, base.vae))
