@@ -58,8 +58,9 @@ HERE = Path(__file__).parent
 SLOW = {
     *"adapters backbones benchmarks flows notebooks publish reliability rewards scenes smoke stages".split(),
     *"tracking cli/test_imports.py commands/test_external.py docs/test_slurm.py".split(),
-    *"evaluation/test_report.py parity/test_scorers.py validation/test_scorers.py".split(),
+    *"evaluation/test_report.py parity/test_official.py parity/test_scorers.py".split(),
     *"runtime/test_cores.py runtime/test_processes.py runtime/test_signals.py".split(),
+    "validation/test_scorers.py",
 }
 FIRST = "tests/smoke/test_dag.py"  # it makes the DAG's run that all of tests/smoke share
 TOGETHER = {"tests/flows/test_schedules.py", "tests/flows/test_deployments.py"}  # they share a Prefect server

@@ -17,8 +17,8 @@ def test_real_shapes_have_the_parameters_of_the_released_models() -> None:
     assert count(pipelines["sd15"].vae) == count(pipelines["sdxl"].vae) == 83_653_863
 
 
-@pytest.mark.smoke
-@pytest.mark.parametrize("name", ["sd15", pytest.param("sdxl", marks=pytest.mark.nightly)])
+@pytest.mark.nightly  # tests/parity/test_official.py has the equality
+@pytest.mark.parametrize("name", ["sd15", "sdxl"])
 def test_both_sides_compute_the_same(name: str) -> None:
     found = gpu.measure(name, True, "cpu", 1, torch.float32)
     names = [result.name.split(" of ")[0] for result in found.results]

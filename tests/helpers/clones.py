@@ -48,8 +48,12 @@ def spo(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return in_fork.spo(folder, *arguments, variables=environment(folder))
 
 
+def dvc(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return in_fork.dvc(folder, *arguments, variables=environment(folder))
+
+
 def must(folder: Path, *command: str) -> str:
-    done = spo(folder, *command[1:]) if command[0] == "spo" else run(folder, *command)
+    done = {"spo": spo, "dvc": dvc}[command[0]](folder, *command[1:])
     assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
     return done.stdout + done.stderr
 

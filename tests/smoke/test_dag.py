@@ -10,7 +10,7 @@ from pathlib import Path
 import clones
 import pytest
 import yaml
-from clones import ROOT, must, run
+from clones import ROOT, dvc, must
 
 from spo import config
 from spo.tracking import dvc_lock
@@ -51,7 +51,7 @@ def test_what_python_and_editors_leave_beside_the_code_changes_no_stage(clone: P
         file.parent.mkdir(exist_ok=True)
         file.write_text("left")
     assert list((clone / "src/spo/config/__pycache__").glob("*.pyc"))
-    assert json.loads(run(clone, "dvc", "status", "--json").stdout) == {}
+    assert json.loads(dvc(clone, "status", "--json").stdout) == {}
     for name in left:
         (clone / "src/spo" / name).unlink()
 
@@ -82,7 +82,7 @@ def test_a_change_of_the_preference_model_does_not_rerun_diffusion_dpo(clone: Pa
     params = yaml.safe_load(text)
     params["preference"]["optimizer"]["weight_decay"] += 0.1
     (clone / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
-    status = json.loads(run(clone, "dvc", "status", "--json").stdout)
+    status = json.loads(dvc(clone, "status", "--json").stdout)
     (clone / "params.yaml").write_text(text)
     assert "preference" in status
     assert "align@diffusion_dpo" not in status and "generate@diffusion_dpo" not in status
@@ -94,7 +94,7 @@ def test_a_changed_key_reaches_its_stage_and_those_after_it_alone(clone: Path) -
     params = yaml.safe_load(text)
     params["align"]["spo"]["beta"] += 10
     (clone / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
-    status = json.loads(run(clone, "dvc", "status", "--json").stdout)
+    status = json.loads(dvc(clone, "status", "--json").stdout)
     (clone / "params.yaml").write_text(text)
     assert {*status} == {"inputs", "align@spo", "report"}, "the page shows all settings"
     reached = {*status} - {"inputs"}  # whose files hold no beta
@@ -161,7 +161,7 @@ def test_a_damaged_seed_remote_is_refused(clone: Path, tmp_path: Path) -> None:
     content[len(content) // 2] ^= 1
     blob.chmod(0o644)
     blob.write_bytes(content)
-    assert run(other, "dvc", "pull", "--quiet", "data.dvc").returncode != 0
+    assert dvc(other, "pull", "--quiet", "data.dvc").returncode != 0
 
 
 def test_the_commands_of_the_readme_work_on_a_finished_run(copy: Path) -> None:
