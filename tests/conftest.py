@@ -86,6 +86,7 @@ def pytest_collection() -> Generator[None, Any, Any]:
     return result
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m looks at the markers
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Nightly tests only where -m names them. Files with long tests first, so that no process has one left
     when the others are done.
