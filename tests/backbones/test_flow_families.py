@@ -69,6 +69,26 @@ def family(name: str) -> str:
     return "sd3" if name.startswith("sd3") else "flux"
 
 
+def test_the_tokens_of_t5_are_those_of_the_settings(checkpoints) -> None:
+    for name, length in (("sd3", 7), ("sd3 without T5", 0), ("flux", 9)):
+        folder, kind = checkpoints[name], family(name)
+        text = load(folder, kind, max_sequence_length=length).encode_prompts(PROMPTS).tensors
+        clip = (
+            0 if kind == "flux" else load(folder, kind).encode_prompts(PROMPTS).tensors["text"].shape[1] - 256
+        )
+        assert text["text"].shape[1] == clip + length
+    with pytest.raises(ValueError, match="0 is for a checkpoint without T5"):
+        load(checkpoints["sd3"], "sd3", max_sequence_length=0)
+    with pytest.raises(ValueError, match="max_sequence_length is of T5"):
+        config.Backbone(family="sdxl", checkpoint="x", max_sequence_length=77)
+
+
+def test_without_tokens_of_t5_images_are_those_of_diffusers(checkpoints) -> None:
+    folder = checkpoints["sd3 without T5"]
+    mine = ours(load(folder, "sd3", max_sequence_length=0), 4.5)
+    assert_equal(mine, theirs(folder, 4.5, max_sequence_length=0))
+
+
 def test_guidance_of_flux_is_an_input_and_true_guidance_is_classifier_free(checkpoints) -> None:
     folder = checkpoints["flux"]
     base = load(folder, "flux")
