@@ -35,7 +35,7 @@ from tools.scenes.base_model import (
 from tools.scenes.fit import fit
 from tools.scenes.render import SIZE
 
-STEPS, BATCH = 6500, 48
+STEPS, BATCH = 1600, 48
 HEADS, HEAD_WIDTH, LAYERS = 6, 24, 6  # 4.5 million parameters: 12 MB in half precision with the CLIPs
 TIME_MEAN = 0.2  # of the logit of the noise level: a little towards noise, where the layout is decided
 APART = 0.02  # relative noise that tells the second CLIP's first weights from the first CLIP's
