@@ -217,7 +217,7 @@ class Backbone(Protocol):
     def trainable_parameters(self) -> list[torch.nn.Parameter]: ...
 
     def feature_model(self) -> Any:
-        """A copy of the text encoders and of the UNet without its up blocks, as they are now (`DownPath`)."""
+        """A copy of the denoiser's first part as it is now, and of small text encoders (`FirstPart`)."""
         ...
 
     def inference(self) -> AbstractContextManager[None]:

@@ -64,6 +64,12 @@ class Description:
         """The name of the checkpoint in messages."""
         return f"backbone.checkpoint: {self.settings.checkpoint}"
 
+    def text(self, pipeline: Any) -> Family:
+        """The text encoders of a pipeline, with as many tokens of T5 as the settings say."""
+        text, length = self.family(pipeline), self.settings.max_sequence_length
+        text.max_sequence_length = text.max_sequence_length if length is None else length
+        return text
+
     def schedule(self, num_inference_steps: int) -> NoiseSchedule:
         side = self.family.latent_shape(self.denoiser, self.vae)[-1]
         return self.family.schedule(self.scheduler_config, num_inference_steps, self.denoiser, side)
@@ -103,6 +109,10 @@ def describe(settings: config.Backbone) -> Description:
             "(in_channels)"
         )
     absent = [part for part in family.optional if (index.get(part) or [None, None]) == [None, None]]
+    if settings.max_sequence_length == 0 and "T5EncoderModel" in [
+        kind for part, kind in family.parts.items() if part not in absent
+    ]:
+        raise ValueError("backbone.max_sequence_length: 0 is for a checkpoint without T5; this has it")
     return Description(settings, denoiser, vae, place, absent, *read_scheduler(settings))
 
 

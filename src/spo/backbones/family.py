@@ -39,6 +39,7 @@ class Family:
     half_vae: ClassVar[bool] = True  # whether the VAE's activations fit in fp16
     scheduler: ClassVar[Mapping[str, Any]] = {}  # what diffusers' pipeline sets, whatever the file says
     flow: ClassVar[bool] = False  # trained by flow matching, not as a discrete-time DDPM
+    max_sequence_length: int = 0  # tokens of T5: the default of diffusers' pipeline, or the settings'
     encodes_once: ClassVar[bool] = False  # text encoders too large to stay beside the denoiser
     # of single files; none: they are not read
     text_prefixes: ClassVar[tuple[str, ...]] = ()

@@ -15,7 +15,6 @@ from spo.backbones.family import QUANTIZED, Family, Rules, is_count, t5_states, 
 from spo.diffusion.announced import schedule_of
 from spo.types import Conditioning, NoiseSchedule
 
-T5_TOKENS = 512  # `max_sequence_length` of diffusers' pipeline
 PATCH = 2  # side of a token in latents
 
 
@@ -44,6 +43,7 @@ class Flux(Family):
     given: ClassVar[Mapping[str, Any]] = {"image_encoder": None, "feature_extractor": None}
     half_vae = False
     flow = True
+    max_sequence_length = 512
     encodes_once = True
     is_projected = False
 
@@ -92,7 +92,7 @@ class Flux(Family):
 
     def __call__(self, prompts: Sequence[str]) -> Conditioning:
         pooled = self.clip(tokenized(self.tokenizer, prompts, self.clip).input_ids).pooler_output
-        text = t5_states(self.t5_tokenizer, self.t5, prompts, T5_TOKENS).to(pooled.dtype)
+        text = t5_states(self.t5_tokenizer, self.t5, prompts, self.max_sequence_length).to(pooled.dtype)
         return Conditioning({"text": text, "pooled": pooled})
 
     def guided(

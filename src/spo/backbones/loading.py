@@ -50,7 +50,7 @@ def load_described(
         pipeline.vae.to(precision)
     return StableDiffusion(
         pipeline,
-        family(pipeline),
+        description.text(pipeline),
         settings.channels_last,
         description.scheduler_config,
         budget,
