@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from spo.config import LatentPreference, Preference
 from spo.data.latents import EncodedPairs
+from spo.diffusion import finite
 from spo.diffusion.finite import FiniteCheck
 from spo.diffusion.noise import shuffled
 from spo.runtime.transfer import send
@@ -239,23 +240,12 @@ def evaluate(
                 at = torch.full_like(drawn, t)
                 check = FiniteCheck()
                 inputs = _inputs(task, pairs, indices, at, noise if t else None, check)
-                check.check()
                 scores = task.scores(inputs, captions, at)
-                _check_scores(torch.stack(scores), t, captions)
+                check.note(finite.SCORE, torch.stack(scores, 1), captions, at)
+                check.check()
                 first_wins = send(pairs.label_0[indices], device) > 0.5
                 right += ((scores[0] > scores[1]) == first_wins).sum()
                 bar.update(n)
             accuracy = int(distributed.all_reduce_sum(right)) / max(len(decided), 1)
             report[t] = {"accuracy": accuracy, "n": len(decided)}
     return report
-
-
-def _check_scores(scores: Tensor, timestep: int, captions: Sequence[str]) -> None:
-    """Refuse scores [2,B] that are not finite; the first such pair is named."""
-    if bool(scores.isfinite().all()):
-        return
-    bad = (~scores.isfinite()).any(0).nonzero().flatten().tolist()
-    raise ValueError(
-        f"preference model: a score is not finite, timestep {timestep}, "
-        f"prompt {captions[bad[0]][:100]!r}; train it again"
-    )

@@ -83,7 +83,7 @@ def run(params: Params, item: str | None = None) -> None:
 
 
 def _nothing(params: Params, item: str | None) -> str | None:
-    """Why a baseline is not trained; None if it is, or `item` is none."""
+    """Why a baseline is not trained; None if it is, and for the other models."""
     if item in PREFERENCE_BASELINES and params.preference.pretrained:
         return "it compares with a model that is trained, but preference.pretrained is set"
     return None
