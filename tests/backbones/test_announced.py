@@ -332,3 +332,12 @@ def test_an_offset_that_is_not_a_number_is_refused(copy) -> None:
     for value in ("1", None, -1):
         edit(folder / "scheduler/scheduler_config.json", steps_offset=value)
         refused(folder, "sdxl", "steps_offset")
+
+
+@pytest.mark.parametrize("family", ["sd", "sdxl"])
+def test_another_image_size_is_that_of_diffusers(checkpoints, family: str) -> None:
+    """SDXL's time ids say it too."""
+    backbone = load(checkpoints[family], family, image_size=24)
+    assert backbone.image_size == (24, 24) and backbone.latent_shape == (4, 12, 12)
+    assert_equal(ours(backbone, 3.0), theirs(checkpoints[family], 3.0, side=12))
+    refused(checkpoints[family], family, "backbone.image_size: 25 is not a multiple of 2", image_size=25)
