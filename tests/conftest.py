@@ -56,8 +56,8 @@ def fresh_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 HERE = Path(__file__).parent
 # these load pipelines and scorers, call DVC, MLflow or Prefect, or start processes: smoke tests, all of them
 SLOW = {
-    *"adapters backbones benchmarks flows notebooks publish reliability rewards scenes smoke stages".split(),
-    *"tracking cli/test_imports.py commands/test_external.py docs/test_slurm.py".split(),
+    *"adapters backbones benchmarks flows notebooks publish reliability rewards scenes smoke".split(),
+    *"stages tools tracking cli/test_imports.py commands/test_external.py docs/test_slurm.py".split(),
     *"evaluation/test_report.py parity/test_official.py parity/test_scorers.py".split(),
     *"runtime/test_cores.py runtime/test_processes.py runtime/test_signals.py".split(),
     "validation/test_scorers.py",
