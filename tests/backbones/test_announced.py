@@ -177,3 +177,12 @@ def test_another_autoencoder_as_vae_is_refused(checkpoints, tmp_path) -> None:
     with_one = load(checkpoints["sd"], "sd", vae=str(checkpoints["sdxl"]))  # a pipeline's folder has one
     own = load(checkpoints["sdxl"], "sdxl")
     assert torch.equal(with_one.decode(torch.ones(1, 4, 8, 8)), own.decode(torch.ones(1, 4, 8, 8)))
+
+
+@pytest.mark.parametrize("family", ["sd", "sdxl"])
+def test_another_image_size_is_that_of_diffusers(checkpoints, family: str) -> None:
+    """SDXL's time ids say it too."""
+    backbone = load(checkpoints[family], family, image_size=24)
+    assert backbone.image_size == (24, 24) and backbone.latent_shape == (4, 12, 12)
+    assert_equal(ours(backbone, 3.0), theirs(checkpoints[family], 3.0, side=12))
+    refused(checkpoints[family], family, "backbone.image_size: 25 is not a multiple of 2", image_size=25)

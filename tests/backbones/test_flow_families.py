@@ -43,7 +43,7 @@ def copy(checkpoints, tmp_path):
     return lambda name: shutil.copytree(checkpoints[name], tmp_path / name)
 
 
-def theirs(folder, guidance: float, lora=None, **options) -> torch.Tensor:
+def theirs(folder, guidance: float, lora=None, pixels: int = flow_models.SIDE, **options) -> torch.Tensor:
     """Images of diffusers' pipeline from the latents of `ours`."""
     index = json.loads((folder / "model_index.json").read_text())
     absent = {name: None for name, entry in index.items() if entry == [None, None]}  # T5
@@ -51,11 +51,11 @@ def theirs(folder, guidance: float, lora=None, **options) -> torch.Tensor:
     if lora is not None:
         pipe.load_lora_weights(lora)
     pipe.set_progress_bar_config(disable=True)
-    latents = SampleNoise(0, [1, 2], (16, 8, 8)).draw()
+    latents = SampleNoise(0, [1, 2], (16, pixels // 2, pixels // 2)).draw()
     if "Flux" in type(pipe).__name__:
         latents = pipe._pack_latents(latents, *latents.shape)
     how = {"num_inference_steps": 5, "guidance_scale": guidance, "output_type": "pt", **options}
-    return pipe(PROMPTS, latents=latents, height=flow_models.SIDE, width=flow_models.SIDE, **how).images
+    return pipe(PROMPTS, latents=latents, height=pixels, width=pixels, **how).images
 
 
 @pytest.mark.parametrize(
@@ -258,6 +258,26 @@ def test_a_dynamic_shift_is_that_of_the_image_tokens(copy, family: str) -> None:
     edit(folder / "scheduler/scheduler_config.json", use_dynamic_shifting=True, max_shift=2.0, base_shift=1.0)
     edit(folder / "scheduler/scheduler_config.json", base_image_seq_len=4, max_image_seq_len=64)
     assert_equal(ours(load(folder, family), 3.5), theirs(folder, 3.5))
+
+
+@ANY
+@pytest.mark.parametrize("pixels", [8, 24])
+def test_another_image_size_is_that_of_diffusers(checkpoints, family: str, pixels: int) -> None:
+    """Its positions, and FLUX's dynamic shift by the number of its tokens."""
+    backbone = load(checkpoints[family], family, image_size=pixels)
+    assert backbone.image_size == (pixels, pixels) and backbone.latent_shape == (16, pixels // 2, pixels // 2)
+    images = ours(backbone, 3.5)
+    assert images.shape[-1] == pixels
+    assert_equal(images, theirs(checkpoints[family], 3.5, pixels=pixels))
+    other = load(checkpoints[family], family).schedule(5).timesteps
+    assert torch.equal(backbone.schedule(5).timesteps, other) == (family == "sd3")
+
+
+@ANY
+def test_an_image_size_without_whole_tokens_or_positions_is_refused(checkpoints, family: str) -> None:
+    refused(checkpoints[family], family, "backbone.image_size: 18 is not a multiple of 4", image_size=18)
+    if family == "sd3":
+        refused(checkpoints[family], family, "backbone.image_size: 36 is more than 32 pixels", image_size=36)
 
 
 @ANY

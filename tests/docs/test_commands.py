@@ -103,6 +103,7 @@ def test_spo_understands_its_commands(command: documents.Command) -> None:
     assert isinstance(arguments, argparse.Namespace) and callable(arguments.run)
 
 
+@pytest.mark.smoke  # they import more than torch
 @pytest.mark.parametrize(
     "command", [c for c in COMMANDS if c.words[0] in ("torchrun", "accelerate")], ids=str
 )

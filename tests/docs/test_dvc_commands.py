@@ -1,4 +1,7 @@
-"""DVC's commands of README.md and docs/ work on the real dvc.yaml and params.yaml; stages are stand-ins."""
+"""DVC's commands of README.md and docs/ work on the real dvc.yaml and params.yaml; stages are stand-ins.
+
+Their effect on the stages is seen in tests/smoke/test_dag.py too, by DVC's status.
+"""
 
 from __future__ import annotations
 
@@ -9,17 +12,16 @@ import subprocess
 import time
 from pathlib import Path
 
-import clones
 import experiments
 import pytest
-import yaml
 from dvc_commands import CLEAN_UP, DAY, EXPERIMENT, NODES
 
 from spo import config
 
+pytestmark = [pytest.mark.nightly, pytest.mark.smoke]
+
 ROOT = Path(__file__).parents[2]
 SPO = ["align@spo", "generate@spo", "score@spo"]
-DAILY = ("scenes", "smoke", "sd15-eval", "sdxl-overnight")  # presets; the others only at night
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +29,6 @@ def first(tmp_path_factory: pytest.TempPathFactory) -> experiments.Experiment:
     return experiments.settled(tmp_path_factory)
 
 
-@pytest.mark.smoke
 def test_readme_varies_an_experiment(first: experiments.Experiment) -> None:
     run, show, metrics, plots = EXPERIMENT
     with experiments.restored(first):
@@ -40,8 +41,6 @@ def test_readme_varies_an_experiment(first: experiments.Experiment) -> None:
         assert first.stages() == [], "all is up to date after an experiment"
 
 
-@pytest.mark.nightly
-@pytest.mark.smoke
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
@@ -59,26 +58,6 @@ def test_an_experiment_runs_what_its_key_touches(
         assert first.stages(f"dvc exp run -S {change}") == expected
 
 
-@pytest.mark.smoke
-@pytest.mark.parametrize(
-    "preset",
-    [
-        name if name in DAILY else pytest.param(name, marks=pytest.mark.nightly)
-        for name in config.preset_names()
-    ],
-)
-def test_dvc_can_run_every_preset(first: experiments.Experiment, preset: str) -> None:
-    params = first.folder / "params.yaml"
-    before = params.read_bytes()
-    clones.must(first.folder, "spo", "preset", preset, "--force")
-    assert yaml.safe_load(params.read_text())["name"] == preset
-    planned = first("dvc repro --dry --force")
-    assert planned.count("Running stage") == len(first.names) == 23
-    params.write_bytes(before)
-
-
-@pytest.mark.nightly
-@pytest.mark.smoke
 @pytest.mark.timeout(3600)
 def test_a_team_s_day(first: experiments.Experiment, tmp_path: Path) -> None:
     """Two clones, a remote for both, an experiment handed over, a queue, and the clean-up."""
@@ -121,8 +100,6 @@ def test_a_team_s_day(first: experiments.Experiment, tmp_path: Path) -> None:
     assert "Removed" in first(forget)
 
 
-@pytest.mark.nightly
-@pytest.mark.smoke
 def test_a_stage_that_several_nodes_ran_is_recorded(first: experiments.Experiment, tmp_path: Path) -> None:
     before, commit, cache, *settings = NODES
     local = first.folder / ".dvc/config.local"

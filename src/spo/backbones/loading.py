@@ -56,6 +56,7 @@ def load_described(
         budget,
         device,
         settings.true_guidance,
+        settings.image_size,
     )
 
 

@@ -56,8 +56,12 @@ class Sd3(Family):
         self.width: int = pipeline.transformer.config.joint_attention_dim
 
     @classmethod
-    def latent_shape(cls, denoiser: Mapping[str, Any], vae: Mapping[str, Any]) -> tuple[int, int, int]:
+    def announced_shape(cls, denoiser: Mapping[str, Any], vae: Mapping[str, Any]) -> tuple[int, int, int]:
         return denoiser.get("in_channels", 16), denoiser["sample_size"], denoiser["sample_size"]
+
+    @classmethod
+    def grid(cls, denoiser: Mapping[str, Any]) -> tuple[int, int | None]:
+        return denoiser["patch_size"], denoiser["pos_embed_max_size"]
 
     @classmethod
     def schedule(

@@ -42,10 +42,12 @@ class StableDiffusion:
         budget: Budget | None = None,
         device: torch.device | str | None = None,
         true_guidance: float | None = None,
+        image_size: int | None = None,
     ) -> None:
         """
         Args:
             device: None: where the denoiser is.
+            image_size: the side of square images in pixels; None: that of the files.
             true_guidance: classifier-free guidance beside a guidance scale that is an input.
         """
         self.pipeline = pipeline
@@ -57,8 +59,8 @@ class StableDiffusion:
         self._reference: Any = None  # only for full fine-tuning; an adapter is disabled instead
         self.unet, self.vae, self._text = getattr(pipeline, text.denoiser), pipeline.vae, text
         self.scheduler_config = scheduler_config
-        self.latent_shape = text.latent_shape(self.unet.config, self.vae.config)
-        side = self.latent_shape[-1] * pipeline.vae_scale_factor
+        self.latent_shape = text.latent_shape(self.unet.config, self.vae.config, image_size)
+        text.image_side = side = self.latent_shape[-1] * pipeline.vae_scale_factor
         self.image_size = (side, side)
         target = self.unet.device if device is None else torch.device(device)
         announced = self.vae.config

@@ -4,7 +4,7 @@ from typing import Literal, Self, TypeVar
 
 from pydantic import Field, model_validator
 
-from spo.config.base import Guidance, Section
+from spo.config.base import Guidance, Positive, Section
 
 # default of backbone.config, by family: the repository whose configs describe a single-file checkpoint
 SINGLE_FILE_CONFIG = {
@@ -35,6 +35,7 @@ class Backbone(Section):
     vae: str | None = None  # folder or hub id of a replacement VAE (SDXL: the fp16-safe one)
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
     channels_last: bool = False
+    image_size: Positive | None = None  # the side of square images in pixels; null: the file's
     true_guidance: Guidance | None = None  # flux: classifier-free guidance beside `guidance`; null: none
     max_sequence_length: int | None = Field(
         default=None, ge=0, le=512
