@@ -114,10 +114,11 @@ def fit(
                 state.save(checkpoints, done)
             if stop:
                 raise KeyboardInterrupt(f"stopped after iteration {done}; run it again to resume from there")
-    if not state.updates:
-        overflow = "every gradient overflowed in fp16; set backbone.dtype bf16 or fp32"
-        why = overflow if state.skipped else f"no pair was valid; lower {objective.name}.threshold"
-        raise ValueError(f"{objective.name}: {done} iterations without an update, since {why}")
+    if not state.updates and not state.skipped:
+        raise ValueError(
+            f"{objective.name}: no pair was valid in {done} iterations, so that nothing was trained; "
+            f"lower {objective.name}.threshold"
+        )
     return state.finish(done)
 
 
