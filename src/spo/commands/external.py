@@ -105,9 +105,8 @@ def tables(
     from spo.training.distributed import device
     from spo.validation.scoring import score_images
 
-    read = {
-        name: _read(folder, prompts) for name, folder in folders.items()
-    }  # all before the first is scored
+    # all before the first is scored
+    read = {name: _read(folder, prompts) for name, folder in folders.items()}
     scored = {}
     for name, (images, own) in read.items():
         rows = range(len(own))

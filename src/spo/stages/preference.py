@@ -110,12 +110,8 @@ def _take(
     task.save(output)
     write_text(TRAINING / f"{output.name}.csv", NO_CURVE)
     # what its training cost here
-    measured |= {
-        "seconds": 0,
-        "training_seconds": 0,
-        "unet_samples": 0,
-        "pretrained": given.origin["reference"],
-    }
+    measured |= dict.fromkeys(("seconds", "training_seconds", "unet_samples"), 0)
+    measured["pretrained"] = given.origin["reference"]
     write_json(METRICS / f"{output.name}.json", measured)
     tracked.set_tags(given.tags())
     tracked.log_model(output, "preference model", 0, "accuracy/")

@@ -54,9 +54,7 @@ class Watch:
     def __post_init__(self) -> None:
         self.good, self.best = SavedModel(self.scratch / "good"), SavedModel(self.scratch / "best")
         self.samples = self.scratch / "samples"  # the images by iteration
-        self._scores = (
-            self.scratch / "validations"
-        )  # what each validation measured, and why it ended the training
+        self._scores = self.scratch / "validations"  # measured by each, and why it ended the training
         self.ended: str | None = None  # the reason, in all processes
 
     def resume(self, iteration: int) -> None:
