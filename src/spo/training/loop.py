@@ -36,14 +36,12 @@ class Objective(Protocol[BatchT]):
 
     def parameters(self) -> list[torch.nn.Parameter]:
         """The trained parameters, all on one device."""
-        ...
 
     def collect(self, iteration: int) -> tuple[list[list[BatchT]], dict[str, float]]:
         """The updates of one iteration, each in parts whose gradients are accumulated, and metrics.
 
         A function of the weights, the seed and `iteration` alone. Every process collects its own share.
         """
-        ...
 
     def loss(self, batch: BatchT, check: finite.FiniteCheck) -> tuple[Tensor, dict[str, Mean]]:
         """The losses [P] of a batch, and metrics without gradients.
@@ -52,7 +50,6 @@ class Objective(Protocol[BatchT]):
             check: notes what must be finite and the losses do not show. It is read
                 once an update, with all else.
         """
-        ...
 
 
 def fit(
