@@ -96,12 +96,13 @@ class PreferenceModel:
         import torch
 
         from spo.data.images import to_tensor
+        from spo.data.prompts import check
 
         if len(images) != len(prompts):
             raise ValueError(f"{len(images)} images, but {len(prompts)} prompts; give one prompt per image")
         if not 0 <= timestep <= 999:
             raise ValueError(f"timestep {timestep}: must be from 0 to 999")
-        _check_prompts(prompts)
+        check(prompts, "prompts")
         clip, scores = self._model.model, list[float]()
         for start in range(0, len(images), BATCH):
             part = slice(start, start + BATCH)
@@ -131,6 +132,7 @@ def train(
         FloatingPointError: training diverged.
     """
     from spo import backbones
+    from spo.data.prompts import check
     from spo.ingest.selection import check_vocabulary
     from spo.methods import spo as method
     from spo.runtime.fingerprint import resume_folder
@@ -139,7 +141,7 @@ def train(
     from spo.training.checkpoint import CheckpointStore
 
     section, output = params.align.section("spo"), Path(output)
-    _check_prompts(prompts)
+    check(prompts, "prompts")
     if params.prompts.vocabulary is not None:
         check_vocabulary(list(prompts), Path(params.prompts.vocabulary))
     if output.exists():
@@ -164,15 +166,6 @@ def train(
         save(backbone, section.lora, output)
         checkpoints.clear()
     return output
-
-
-def _check_prompts(prompts: Sequence[str]) -> None:
-    """Refuse prompts that are empty or cannot be encoded."""
-    from spo.data.prompts import clean, flaw
-
-    for number, prompt in enumerate(prompts, start=1):
-        if reason := flaw(prompt) if clean(prompt) else "no text":
-            raise ValueError(f"prompt {number} has {reason}; it cannot be encoded")
 
 
 def judge(

@@ -120,31 +120,24 @@ class NoiseSchedule(Protocol):
     @property
     def train_timesteps(self) -> Tensor:
         """[T], those that the model was trained with; a uniform draw of them is a draw for training."""
-        ...
 
     def to(self, device: torch.device | str) -> Self:
         """The same schedule with its tensors on `device`."""
-        ...
 
     def signal(self, timesteps: Tensor) -> Tensor:
         """The factor of x_0 at timesteps [B], as [B,1,1,1]."""
-        ...
 
     def noise(self, timesteps: Tensor) -> Tensor:
         """The factor of eps at timesteps [B], as [B,1,1,1]."""
-        ...
 
     def step(self, timesteps: Tensor) -> Step:
         """The sampler step that starts at timesteps [B], which may differ in the batch."""
-        ...
 
     def training_target(self, x0: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """What the model's output at add_noise(x0, noise, timesteps) should be [B,C,h,w]."""
-        ...
 
     def predict(self, model_output: Tensor, timesteps: Tensor, x_t: Tensor) -> tuple[Tensor, Tensor]:
         """The x_0 and eps [B,C,h,w] that a model output at x_t stands for."""
-        ...
 
     def predict_x0(self, model_output: Tensor, timesteps: Tensor, x_t: Tensor) -> Tensor:
         """The x_0 [B,C,h,w] that a model output at x_t stands for."""
@@ -167,7 +160,6 @@ class Backbone(Protocol):
 
     def schedule(self, num_inference_steps: int) -> NoiseSchedule:
         """The model's noise schedule for a sampler of so many steps, on the CPU."""
-        ...
 
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning: ...
 
@@ -176,20 +168,16 @@ class Backbone(Protocol):
 
         Does nothing where the text encoders are small.
         """
-        ...
 
     def guided(self, conditioning: Conditioning, guidance: float) -> tuple[Conditioning, float]:
         """The text with what the model takes of a guidance scale as an input, and the scale of
         classifier-free guidance that is left: all of it for most models."""
-        ...
 
     def empty_prompt(self) -> Conditioning:
         """The empty prompt, encoded once."""
-        ...
 
     def rest(self) -> None:
         """Move the UNet to host memory until the next prediction, with budget.offload."""
-        ...
 
     def predict(
         self,
@@ -204,25 +192,20 @@ class Backbone(Protocol):
 
         copies: the number of equal parts of which x_t and timesteps consist, each with a text of its own.
         """
-        ...
 
     def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
         """Images in [-1,1] to scaled latents: the posterior's mean, or with `noise` [B,C,h,w] a sample."""
-        ...
 
     def decode(self, latents: Tensor) -> Tensor:
         """Scaled latents to images around [-1,1], not clamped: the preference model resizes first."""
-        ...
 
     def trainable_parameters(self) -> list[torch.nn.Parameter]: ...
 
     def feature_model(self) -> Any:
         """A copy of the denoiser's first part as it is now, and of small text encoders (`FirstPart`)."""
-        ...
 
     def inference(self) -> AbstractContextManager[None]:
         """Evaluation mode without gradients."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -244,11 +227,9 @@ class RewardModel(Protocol):
 
     def encode_text(self, prompts: Sequence[str]) -> Conditioning:
         """The model's inputs for B prompts."""
-        ...
 
     def score(self, candidates: Candidates, text: Conditioning) -> Tensor:
         """Scores [N] of N candidates and their own prompts."""
-        ...
 
 
 class Method(Protocol):
@@ -259,7 +240,6 @@ class Method(Protocol):
 
     def collect(self, backbone: Backbone, iteration: int) -> tuple[list[list[Any]], dict[str, float]]:
         """As `training.loop.Objective.collect`; the batches are UNetBatches of the method's own class."""
-        ...
 
     def loss(self, policy: Tensor, reference: Tensor, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
         """Losses [P] and metrics [P] of the UNet outputs [B,C,h,w] of policy and reference at batch.x_t.
@@ -267,7 +247,6 @@ class Method(Protocol):
         In the first update policy and reference are the same; with batch.first there are metrics of
         FIRST_UPDATE, by how much they differ.
         """
-        ...
 
 
 class Scorer(Protocol):
@@ -277,4 +256,3 @@ class Scorer(Protocol):
 
     def score(self, images: Sequence[Any], prompts: Sequence[str]) -> list[float]:
         """One number for each image and its own prompt; lengths must agree."""
-        ...

@@ -134,7 +134,7 @@ def test_mistakes_are_one_line(capsys, tmp_path, experiment, images) -> None:
     (tmp_path / "empty").mkdir()
     cases = [
         (["--images", mine, "--prompts", tmp_path / "two.txt"], "3 images, but .*two.txt has 2 prompts"),
-        (["--images", mine, "--prompts", tmp_path / "gap.txt"], "gap.txt: prompt 2 is empty"),
+        (["--images", mine, "--prompts", tmp_path / "gap.txt"], "gap.txt: prompt 2 has no text"),
         (["--images", mine, "--prompts", tmp_path / "none.txt"], "none.txt: is empty"),
         (["--images", mine], "give --prompts FILE"),
         (["--images", truncated, "--prompts", tmp_path / "three.txt"], "image11.png: not a readable image"),
@@ -192,7 +192,7 @@ def test_an_archive_beside_other_images_is_refused(capsys, tmp_path, experiment)
         ("p.json", r'["a\u0000b"]', "p.json: prompt 1 has a NUL character"),
         ("p.txt", "a\0b\n", "p.txt: line 1 has a NUL character"),
         ("p.txt", "a cat\na <|endoftext|> dog\n", "p.txt: prompt 2 has the special token <|endoftext|>"),
-        ("p.csv", "prompt,id\na,1\n,2\n", "p.csv: prompt 2 is empty"),
+        ("p.csv", "prompt,id\na,1\n,2\n", "p.csv: prompt 2 has no text"),
         ("p.csv", "prompt,id\n", "p.csv: is empty"),
         ("p.md", "a", "not .md"),
         ("folder", None, "not a folder"),

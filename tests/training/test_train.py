@@ -98,9 +98,7 @@ def test_a_resumed_decay_is_the_uninterrupted_one(tmp_path) -> None:
 
 def test_a_batch_without_a_pair_changes_nothing_and_a_training_of_such_batches_fails() -> None:
     model = Numbers()
-    with pytest.raises(
-        ValueError, match="3 iterations without an update, since no pair was valid; lower align"
-    ):
+    with pytest.raises(ValueError, match="no pair was valid in 3 iterations.*; lower align"):
         run(model, Squares(3, weight=0.0), weight_decay=0.5)
     assert model.values.tolist() == [1.0, -2.0]
     assert model.forwards["policy"] == 3  # that there is no pair is read with all else, after the forward

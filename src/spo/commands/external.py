@@ -105,9 +105,8 @@ def tables(
     from spo.training.distributed import device
     from spo.validation.scoring import score_images
 
-    read = {
-        name: _read(folder, prompts) for name, folder in folders.items()
-    }  # all before the first is scored
+    # all before the first is scored
+    read = {name: _read(folder, prompts) for name, folder in folders.items()}
     scored = {}
     for name, (images, own) in read.items():
         rows = range(len(own))
@@ -173,15 +172,11 @@ def _read(folder: Path, given: Path | Sequence[str] | None) -> tuple[Sequence[Im
 
 def _cleaned(prompts: Sequence[str], source: str) -> list[str]:
     """Clean prompts as the stage `prompts` does; one that is empty or cannot be encoded is refused."""
-    from spo.data.prompts import clean, flaw
+    from spo.data.prompts import check, clean
 
     if not prompts:
         raise ValueError(f"{source}: is empty; it must have at least one prompt")
-    for row, prompt in enumerate(prompts, start=1):
-        if not clean(prompt):
-            raise ValueError(f"{source}: prompt {row} is empty; every image needs a prompt")
-        if reason := flaw(prompt):
-            raise ValueError(f"{source}: prompt {row} has {reason}; it cannot be encoded")
+    check(prompts, source)
     return [*map(clean, prompts)]
 
 

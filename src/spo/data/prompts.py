@@ -3,6 +3,7 @@
 import html
 import re
 import unicodedata
+from collections.abc import Sequence
 
 import regex
 
@@ -80,3 +81,10 @@ def flaw(prompt: str) -> str | None:
         text = plain
     token = SPECIAL.search(unicodedata.normalize("NFKC", clean(text)))
     return f"the special token {token[0]} of a tokenizer" if token else None
+
+
+def check(prompts: Sequence[str], source: str) -> None:
+    """Refuse prompts that are empty or cannot be encoded; `source` is where they are from."""
+    for number, prompt in enumerate(prompts, start=1):
+        if reason := flaw(prompt) if clean(prompt) else "no text":
+            raise ValueError(f"{source}: prompt {number} has {reason}; it cannot be encoded")

@@ -22,9 +22,8 @@ if TYPE_CHECKING:
     from pandas import DataFrame
     from PIL import Image
 
-THUMBNAIL = (
-    160  # longer side at most, in pixels: 500 prompts x 4 variants of photographs give a page of 13 MB
-)
+# longer side at most, in pixels: 500 prompts x 4 variants of photographs give a page of 13 MB
+THUMBNAIL = 160
 QUALITY, THUMBNAIL_QUALITY = 90, 70  # of WebP
 LOSSLESS = 192  # longer side in pixels up to which images are stored as they are
 

@@ -62,19 +62,8 @@ def environment() -> Environment:
 
 def render(run: RunResults) -> str:
     """Render the page; the same results give the same text."""
-    shown = (
-        accuracy,
-        data_uri,
-        efficiency_figure,
-        html,
-        candidate_ranking,
-        means,
-        pairs,
-        scores,
-        seed_table,
-        times,
-    )
-    functions = {function.__name__: function for function in (*shown, thumbnail, verdicts)}
+    tables = (accuracy, candidate_ranking, html, means, pairs, scores, seed_table, times, verdicts)
+    functions = {f.__name__: f for f in (*tables, data_uri, efficiency_figure, thumbnail)}
     measured = {r["metric"] for r in run.comparisons}
     page = environment().get_template("report.html.j2")
     return page.render(

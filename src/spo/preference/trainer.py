@@ -60,35 +60,27 @@ class PreferenceTask(Protocol):
     @property
     def backbone(self) -> Backbone:
         """The base whose latents the pairs are."""
-        ...
 
     def prepare(self) -> None:
         """Make trainable what settings.trained names."""
-        ...
 
     def draw(self, keys: list[str], seed: int) -> tuple[Tensor, Tensor]:
         """Timesteps [P] and noise [P,...] that belong to the keys of P pairs."""
-        ...
 
     def inputs(self, pairs: NoisedPairs, check: FiniteCheck) -> Tensor:
         """The model's inputs for P pairs [P,2,...], without gradients; `check` notes what must be finite."""
-        ...
 
     def scores(self, inputs: Tensor, captions: Sequence[str], timesteps: Tensor) -> tuple[Tensor, Tensor]:
         """Scores [P] of the first and of the second image."""
-        ...
 
     def reward_model(self) -> RewardModel:
         """The model as it is, for rollouts."""
-        ...
 
     def finish(self) -> None:
         """Bring the trained model into the form that is measured and saved."""
-        ...
 
     def save(self, folder: Path) -> None:
         """Write the trained model."""
-        ...
 
 
 def train(

@@ -222,9 +222,8 @@ def _cached(name: str, at: Place, error: Exception) -> Path:
         folder = Path(incomplete.snapshot_path)
     except Exception:
         raise _missing(name, at, f"the hub {hub_answers.state(error)}") from error
-    if not isinstance(
-        error, OfflineModeIsEnabled | LocalEntryNotFoundError
-    ):  # from `download`: `commit` has printed it
+    # those come from `download`, and `commit` has printed the line
+    if not isinstance(error, OfflineModeIsEnabled | LocalEntryNotFoundError):
         say(f"{name}: the hub {hub_answers.state(error)}; commit {folder.name[:12]} of its cache is used")
     return folder
 

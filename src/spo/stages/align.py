@@ -30,16 +30,8 @@ ADAPTER = "pytorch_lora_weights.safetensors"
 LATENTS_OF = Path("outputs/pairs/train")  # read by methods that train on pairs.latents
 # what trains, and what validates meanwhile
 CODE = (
-    "backbones",
-    "data",
-    "diffusion",
-    "methods",
-    "preference",
-    "rewards",
-    "scenes",
-    "training",
-    "types.py",
-    "validation",
+    *("backbones", "data", "diffusion", "methods", "preference", "rewards", "scenes"),
+    *("training", "types.py", "validation"),
 )
 
 

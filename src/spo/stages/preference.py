@@ -50,7 +50,10 @@ def run(params: Params, item: str | None = None) -> None:
     name = f"preference_{item}" if item else "preference"
     kind = "latent_preference" if item == "latent" else "preference"
     with stage("preference", params, item) as tracked:
-        if why := released.unused(kind) or _nothing(params, item):
+        why = released.unused(kind)
+        if item in PREFERENCE_BASELINES and params.preference.pretrained:
+            why = why or "it compares with a model that is trained, but preference.pretrained is set"
+        if why:
             files = {METRICS / f"{name}.json": NO_ACCURACY}
             files |= {TRAINING / f"{name}.csv": NO_CURVE} if item in OUTPUTS else {}
             write_nothing(name, why, [OUTPUTS[item]] if item in OUTPUTS else [], files)
@@ -82,13 +85,6 @@ def run(params: Params, item: str | None = None) -> None:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _nothing(params: Params, item: str | None) -> str | None:
-    """Why a baseline is not trained; None if it is, and for the other models."""
-    if item in PREFERENCE_BASELINES and params.preference.pretrained:
-        return "it compares with a model that is trained, but preference.pretrained is set"
-    return None
-
-
 def _take(
     params: Params, settings: Preference | LatentPreference, backbone: Backbone, tracked: Run, output: Path
 ) -> None:
@@ -114,12 +110,8 @@ def _take(
     task.save(output)
     write_text(TRAINING / f"{output.name}.csv", NO_CURVE)
     # what its training cost here
-    measured |= {
-        "seconds": 0,
-        "training_seconds": 0,
-        "unet_samples": 0,
-        "pretrained": given.origin["reference"],
-    }
+    measured |= dict.fromkeys(("seconds", "training_seconds", "unet_samples"), 0)
+    measured["pretrained"] = given.origin["reference"]
     write_json(METRICS / f"{output.name}.json", measured)
     tracked.set_tags(given.tags())
     tracked.log_model(output, "preference model", 0, "accuracy/")
@@ -200,10 +192,6 @@ def _accuracy(params: Params, task: PreferenceTask, pairs: EncodedPairs) -> dict
     return {"accuracy": accuracy, "n": int((pairs.label_0 != 0.5).sum())}
 
 
-def _ranked(params: Params, task: PreferenceTask) -> dict[str, Any]:
-    return {"local": _candidate_ranking(params, task)} if task.settings.local_prompts else {}
-
-
 def _labelled(
     pairs: EncodedPairs, settings: Preference | LatentPreference
 ) -> tuple[EncodedPairs, dict[str, Any]]:
@@ -216,12 +204,14 @@ def _labelled(
     return replace(pairs, label_0=labels), {FACTS: facts}
 
 
-def _candidate_ranking(params: Params, task: PreferenceTask) -> dict[str, float]:
-    """Correlation with the oracle within the candidates of a step, by timestep."""
+def _ranked(params: Params, task: PreferenceTask) -> dict[str, Any]:
+    """`local`: correlation with the oracle within the candidates of a step, by timestep; empty without."""
     from spo.evaluation.candidate_ranking import candidate_ranking
     from spo.scenes.oracle import Oracle
 
     settings, section = task.settings, task.name
+    if not settings.local_prompts:
+        return {}
     if params.score.oracle is None:
         raise ValueError(f"{section}.local_prompts: needs score.oracle, which only scenes has; set it to 0")
     prompts = read_text(VALIDATION_PROMPTS, "validation prompts").splitlines()
@@ -239,7 +229,7 @@ def _candidate_ranking(params: Params, task: PreferenceTask) -> dict[str, float]
         guidance=settings.guidance,
         seed=params.seed,
     )
-    return {str(t): round(value, 4) for t, value in by_timestep.items()}
+    return {"local": {str(t): round(value, 4) for t, value in by_timestep.items()}}
 
 
 def _scratch(params: Params, settings: Preference | LatentPreference, name: str) -> Path:

@@ -88,9 +88,8 @@ def images(client: Any, run_id: str, folder: Path, sent: set[str]) -> None:
     for path in paths:
         step, time = int(path.stem), int(1000 * path.stat().st_mtime)
         name = f"validation+step+{step}+timestamp+{time}+"
-        if not any(
-            f.startswith(name) and f.endswith("+compressed.webp") for f in listed
-        ):  # a call's last file
+        # the last file of a call
+        if not any(f.startswith(name) and f.endswith("+compressed.webp") for f in listed):
             with Image.open(path) as image:
                 image.load()
                 client.log_image(run_id, image, key="validation", step=step, timestamp=time, synchronous=True)

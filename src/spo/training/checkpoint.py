@@ -35,7 +35,6 @@ class CheckpointStore:
         Raises:
             OSError: it cannot be written (disk full, no permission); the older ones are as they were.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
         try:
             with atomic(self._path(step)) as partial, partial.open("wb") as file:
                 _write(file, step, state)

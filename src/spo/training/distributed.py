@@ -21,7 +21,6 @@ from torch import Tensor
 from spo.runtime import processes
 from spo.runtime.messages import LostProcessError, TransientError, first_line
 from spo.runtime.signals import COLLECTIVE
-from spo.types import Conditioning
 
 if TYPE_CHECKING:
     from accelerate import PartialState
@@ -190,12 +189,6 @@ def gather(rows: Tensor) -> Tensor:
     with _collective():
         torch.distributed.all_gather(parts, padded)
     return torch.cat([p[: int(s)] for p, s in zip(parts, sizes, strict=True)]).to(rows.dtype)
-
-
-def gather_conditioning(conditioning: Conditioning) -> Conditioning:
-    if count() == 1:
-        return conditioning
-    return Conditioning({name: gather(value) for name, value in sorted(conditioning.tensors.items())})
 
 
 def sum_gradients(parameters: Sequence[torch.nn.Parameter]) -> list[Tensor]:

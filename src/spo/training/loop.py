@@ -36,14 +36,12 @@ class Objective(Protocol[BatchT]):
 
     def parameters(self) -> list[torch.nn.Parameter]:
         """The trained parameters, all on one device."""
-        ...
 
     def collect(self, iteration: int) -> tuple[list[list[BatchT]], dict[str, float]]:
         """The updates of one iteration, each in parts whose gradients are accumulated, and metrics.
 
         A function of the weights, the seed and `iteration` alone. Every process collects its own share.
         """
-        ...
 
     def loss(self, batch: BatchT, check: finite.FiniteCheck) -> tuple[Tensor, dict[str, Mean]]:
         """The losses [P] of a batch, and metrics without gradients.
@@ -52,7 +50,6 @@ class Objective(Protocol[BatchT]):
             check: notes what must be finite and the losses do not show. It is read
                 once an update, with all else.
         """
-        ...
 
 
 def fit(
@@ -114,10 +111,11 @@ def fit(
                 state.save(checkpoints, done)
             if stop:
                 raise KeyboardInterrupt(f"stopped after iteration {done}; run it again to resume from there")
-    if not state.updates:
-        overflow = "every gradient overflowed in fp16; set backbone.dtype bf16 or fp32"
-        why = overflow if state.skipped else f"no pair was valid; lower {objective.name}.threshold"
-        raise ValueError(f"{objective.name}: {done} iterations without an update, since {why}")
+    if not state.updates and not state.skipped:
+        raise ValueError(
+            f"{objective.name}: no pair was valid in {done} iterations, so that nothing was trained; "
+            f"lower {objective.name}.threshold"
+        )
     return state.finish(done)
 
 

@@ -28,8 +28,6 @@ from spo.validation import limits
 from spo.validation.saved_model import SavedModel
 
 if TYPE_CHECKING:
-    from PIL import Image
-
     from spo.tracking.curve import Curve
     from spo.validation.images import Validated
 
@@ -54,9 +52,7 @@ class Watch:
     def __post_init__(self) -> None:
         self.good, self.best = SavedModel(self.scratch / "good"), SavedModel(self.scratch / "best")
         self.samples = self.scratch / "samples"  # the images by iteration
-        self._scores = (
-            self.scratch / "validations"
-        )  # what each validation measured, and why it ended the training
+        self._scores = self.scratch / "validations"  # measured by each, and why it ended the training
         self.ended: str | None = None  # the reason, in all processes
 
     def resume(self, iteration: int) -> None:
@@ -97,7 +93,8 @@ class Watch:
     def _record(self, iteration: int, now: Validated) -> str | None:
         """Log and save what was validated; returns the reason to stop if a limit was passed."""
         settings = self.settings
-        self._save_image(now.row, iteration)
+        with atomic(self.samples / f"{iteration:06d}.png") as partial:
+            now.row.save(partial, "PNG")
         measured = {"scores": now.scores, "diversity": now.diversity}
         validations = [*(self._validated() if iteration else []), measured]
         start = validations[0]
@@ -131,11 +128,6 @@ class Watch:
     def _validated(self) -> list[Any]:
         """What the validations so far measured, in their order."""
         return [read_json(path, "scores") for path in sorted(self._scores.glob("*.json"))]
-
-    def _save_image(self, row: Image.Image, iteration: int) -> None:
-        self.samples.mkdir(parents=True, exist_ok=True)
-        with atomic(self.samples / f"{iteration:06d}.png") as partial:
-            row.save(partial, "PNG")
 
     def _share(self, ended: str | None) -> None:
         from spo.training import distributed

@@ -67,7 +67,8 @@ def gathered(steps: list[StepPairs]) -> list[StepPairs]:
     """
     if distributed.count() == 1:
         return steps
-    conditioning = distributed.gather_conditioning(steps[0].conditioning)
+    tensors = sorted(steps[0].conditioning.tensors.items())  # in the same order in all processes
+    conditioning = Conditioning({name: distributed.gather(value) for name, value in tensors})
     return [_gathered(step, conditioning) for step in steps]
 
 

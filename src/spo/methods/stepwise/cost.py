@@ -17,7 +17,7 @@ def cost_by_images(name: str, config: Stepwise, schedule: Callable[[int], NoiseS
         name: its section of params.yaml, for messages.
         schedule: as `types.Backbone.schedule`.
     """
-    blocks = _blocks(name, config, schedule)
+    blocks = step_pairs.blocks(config, schedule(config.num_inference_steps), name)
     final = blocks[-1][-1] + 1 == config.num_inference_steps  # final latents are scored without a prediction
     candidates = config.candidates * (sum(map(len, blocks)) - final)
     return _cost(config, blocks, (blocks[0][0] + 1 + candidates) * (1 + is_guided(config.guidance)))
@@ -32,15 +32,11 @@ def cost_by_latents(
         name: as of `cost_by_images`.
         feature_guidance: of the VFE; 1: none.
     """
-    blocks = _blocks(name, config, schedule)
+    blocks = step_pairs.blocks(config, schedule(config.num_inference_steps), name)
     inner = sum(len(block) - 1 for block in blocks)
     sampled = (blocks[0][0] + len(blocks) + config.candidates * inner) * (1 + is_guided(config.guidance))
     down = (1 + is_guided(feature_guidance)) * config.candidates * len(blocks)
     return _cost(config, blocks, sampled + DOWN_PATH * down)
-
-
-def _blocks(name: str, config: Stepwise, schedule: Callable[[int], NoiseSchedule]) -> list[list[int]]:
-    return step_pairs.blocks(config, schedule(config.num_inference_steps), name)
 
 
 def _cost(config: Stepwise, blocks: list[list[int]], rollout: float) -> Cost:
