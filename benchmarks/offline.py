@@ -27,7 +27,6 @@ from spo.training import loop
 from spo.training.alignment import Alignment
 from spo.training.optimizer import adamw
 from spo.training.state import TrainingState
-from spo.types import Objective
 
 
 def pairs_of(models: Models, count: int) -> tuple[EncodedPairs, Tensor]:
@@ -72,7 +71,7 @@ def _finish(
     optimizer.zero_grad(set_to_none=True)
 
 
-def _update(objective: Objective, start: list[Tensor], settings: config.Optimizer) -> Tensor:
+def _update(objective: loop.Objective, start: list[Tensor], settings: config.Optimizer) -> Tensor:
     """The mean loss [1] of this package's first update."""
     restore(objective.parameters(), start)
     state = TrainingState(objective.parameters(), settings, 0.0, False)

@@ -53,9 +53,27 @@ def fresh_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+HERE = Path(__file__).parent
+# these load pipelines and scorers, call DVC, MLflow or Prefect, or start processes: smoke tests, all of them
+SLOW = {
+    *"adapters backbones flows notebooks publish reliability rewards scenes smoke stages tracking".split(),
+    *"cli/test_imports.py commands/test_external.py docs/test_slurm.py evaluation/test_report.py".split(),
+    *"runtime/test_cores.py runtime/test_processes.py runtime/test_signals.py".split(),
+    "validation/test_scorers.py",
+}
 FIRST = "tests/smoke/test_dag.py"  # it makes the DAG's run that all of tests/smoke share
 TOGETHER = {"tests/flows/test_schedules.py", "tests/flows/test_deployments.py"}  # they share a Prefect server
 SHARED = {"clone", "first", "project", "shared"}  # that run, and `experiments.settled`
+
+
+def is_slow(path: Path) -> bool:
+    own = path.relative_to(HERE) if path.is_relative_to(HERE) else Path()
+    return str(own) in SLOW or not SLOW.isdisjoint(own.parts[:1])
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Without smoke tests their files are not even imported: what they need takes 7 s in each process."""
+    return True if "not smoke" in config.option.markexpr and is_slow(collection_path) else None
 
 
 @pytest.hookimpl(wrapper=True)
@@ -76,6 +94,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if "nightly" not in config.option.markexpr:
         items[:] = [item for item in items if not item.get_closest_marker("nightly")]
     for item in items:
+        if is_slow(item.path):
+            item.add_marker(pytest.mark.smoke)
         shared = item.get_closest_marker("smoke") and SHARED & {*getattr(item, "fixturenames", ())}
         if shared and not item.get_closest_marker("timeout"):
             item.add_marker(pytest.mark.timeout(3600))

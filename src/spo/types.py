@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol, Self, TypeVar
+from typing import Any, NamedTuple, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -217,7 +217,7 @@ class Backbone(Protocol):
     def trainable_parameters(self) -> list[torch.nn.Parameter]: ...
 
     def feature_model(self) -> Any:
-        """A copy of the text encoders and of the UNet without its up blocks, as they are now (`DownPath`)."""
+        """A copy of the denoiser's first part as it is now, and of small text encoders (`FirstPart`)."""
         ...
 
     def inference(self) -> AbstractContextManager[None]:
@@ -251,36 +251,6 @@ class RewardModel(Protocol):
         ...
 
 
-BatchT = TypeVar("BatchT", bound=Batch)
-
-
-class Objective(Protocol[BatchT]):
-    """What `training.loop.fit` trains: some parameters, their batches and a loss."""
-
-    name: str  # its section of params.yaml, for messages
-    iterations: int
-
-    def parameters(self) -> list[torch.nn.Parameter]:
-        """The trained parameters, all on one device."""
-        ...
-
-    def collect(self, iteration: int) -> tuple[list[list[BatchT]], dict[str, float]]:
-        """The updates of one iteration, each in parts whose gradients are accumulated, and metrics.
-
-        A function of the weights, the seed and `iteration` alone. Every process collects its own share.
-        """
-        ...
-
-    def loss(self, batch: BatchT, check: Any) -> tuple[Tensor, dict[str, Mean]]:
-        """The losses [P] of a batch, and metrics without gradients.
-
-        Args:
-            check: a `FiniteCheck`, which notes what must be finite and the losses do not show. It is read
-                once an update, with all else.
-        """
-        ...
-
-
 class Method(Protocol):
     """An alignment method: how its batches are collected, and a pure loss of two UNet outputs."""
 
@@ -288,7 +258,7 @@ class Method(Protocol):
     guidance: float  # of the training forward; 1: the conditional prediction alone
 
     def collect(self, backbone: Backbone, iteration: int) -> tuple[list[list[Any]], dict[str, float]]:
-        """As `Objective.collect`; the batches are UNetBatches of the method's own class."""
+        """As `training.loop.Objective.collect`; the batches are UNetBatches of the method's own class."""
         ...
 
     def loss(self, policy: Tensor, reference: Tensor, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:

@@ -152,6 +152,12 @@ def load(checkpoints, loaded):
     return load
 
 
+@pytest.fixture(autouse=True)
+def known_rate(monkeypatch) -> None:
+    """A dry run measures this machine's speed for seconds: tests/estimate and the DAG's dry run do that."""
+    monkeypatch.setattr("spo.estimate.rate", lambda *_: 1e11)
+
+
 def settings(family: str, folder: Path, **changes) -> config.Backbone:
     return config.Backbone(**{"family": family, "checkpoint": str(folder), **changes})
 

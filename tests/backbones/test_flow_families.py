@@ -11,8 +11,9 @@ from checkpoints import PROMPTS, assert_equal, edit, inputs, load, ours, predict
 from diffusers import DiffusionPipeline
 from small_experiment import pixels, run, write
 
-from spo import cli, config
+from spo import backbones, config
 from spo.diffusion.noise import SampleNoise
+from spo.training import placement
 
 JOINT_LORA = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 LORA = config.Lora(rank=2, alpha=4, target_modules=JOINT_LORA)
@@ -22,6 +23,7 @@ MAKERS = {
     "flux": flow_models.flux,
     "schnell": lambda words: flow_models.flux(words, dev=False),
 }
+VALIDATION = {"every": 1, "prompts": 2, "images": 2, "select": None}
 ANY = pytest.mark.parametrize("family", ["sd3", "flux"])
 
 
@@ -41,7 +43,7 @@ def copy(checkpoints, tmp_path):
     return lambda name: shutil.copytree(checkpoints[name], tmp_path / name)
 
 
-def theirs(folder, guidance: float, lora=None, **options) -> torch.Tensor:
+def theirs(folder, guidance: float, lora=None, pixels: int = flow_models.SIDE, **options) -> torch.Tensor:
     """Images of diffusers' pipeline from the latents of `ours`."""
     index = json.loads((folder / "model_index.json").read_text())
     absent = {name: None for name, entry in index.items() if entry == [None, None]}  # T5
@@ -49,11 +51,11 @@ def theirs(folder, guidance: float, lora=None, **options) -> torch.Tensor:
     if lora is not None:
         pipe.load_lora_weights(lora)
     pipe.set_progress_bar_config(disable=True)
-    latents = SampleNoise(0, [1, 2], (16, 8, 8)).draw()
+    latents = SampleNoise(0, [1, 2], (16, pixels // 2, pixels // 2)).draw()
     if "Flux" in type(pipe).__name__:
         latents = pipe._pack_latents(latents, *latents.shape)
     how = {"num_inference_steps": 5, "guidance_scale": guidance, "output_type": "pt", **options}
-    return pipe(PROMPTS, latents=latents, height=flow_models.SIDE, width=flow_models.SIDE, **how).images
+    return pipe(PROMPTS, latents=latents, height=pixels, width=pixels, **how).images
 
 
 @pytest.mark.parametrize(
@@ -67,6 +69,26 @@ def test_images_at_eta_0_are_those_of_diffusers(checkpoints, name: str, guidance
 
 def family(name: str) -> str:
     return "sd3" if name.startswith("sd3") else "flux"
+
+
+def test_the_tokens_of_t5_are_those_of_the_settings(checkpoints) -> None:
+    for name, length in (("sd3", 7), ("sd3 without T5", 0), ("flux", 9)):
+        folder, kind = checkpoints[name], family(name)
+        text = load(folder, kind, max_sequence_length=length).encode_prompts(PROMPTS).tensors
+        clip = (
+            0 if kind == "flux" else load(folder, kind).encode_prompts(PROMPTS).tensors["text"].shape[1] - 256
+        )
+        assert text["text"].shape[1] == clip + length
+    with pytest.raises(ValueError, match="0 is for a checkpoint without T5"):
+        load(checkpoints["sd3"], "sd3", max_sequence_length=0)
+    with pytest.raises(ValueError, match="max_sequence_length is of T5"):
+        config.Backbone(family="sdxl", checkpoint="x", max_sequence_length=77)
+
+
+def test_without_tokens_of_t5_images_are_those_of_diffusers(checkpoints) -> None:
+    folder = checkpoints["sd3 without T5"]
+    mine = ours(load(folder, "sd3", max_sequence_length=0), 4.5)
+    assert_equal(mine, theirs(folder, 4.5, max_sequence_length=0))
 
 
 def test_guidance_of_flux_is_an_input_and_true_guidance_is_classifier_free(checkpoints) -> None:
@@ -153,6 +175,26 @@ def test_text_is_encoded_once_and_the_encoders_leave(checkpoints, family: str) -
 
 
 @ANY
+def test_the_transformer_leaves_while_text_is_encoded(checkpoints, family: str, monkeypatch) -> None:
+    """Also in training, when a prompt that was not remembered comes."""
+    backbone, moved = load(checkpoints[family], family), []
+    backbone.train_fully()
+    backbone.predict(*inputs(backbone))
+    names = {backbone.unet: "policy", backbone._reference: "reference", backbone._text.t5: "t5"}
+    monkeypatch.setattr(
+        placement, "move", lambda module, place: moved.append((names.get(module), str(place)))
+    )
+    monkeypatch.setattr(backbone, "_wake", lambda: moved.append("woken"))
+    backbone.encode_prompts(["a small star"])
+    assert moved[:2] == [("policy", "cpu"), ("reference", "cpu")] and moved.index(("t5", "cpu")) > 1
+    assert backbone._resting is not None
+    x_t, timesteps, text = inputs(backbone)
+    moved.clear()
+    backbone.predict(x_t, timesteps, text)
+    assert moved == ["woken"]
+
+
+@ANY
 def test_t5_is_in_bf16_where_the_base_is_in_fp16(checkpoints, family: str) -> None:
     backbone = load(checkpoints[family], family, dtype="fp16")
     text = backbone.encode_prompts(PROMPTS).tensors["text"]
@@ -219,6 +261,26 @@ def test_a_dynamic_shift_is_that_of_the_image_tokens(copy, family: str) -> None:
 
 
 @ANY
+@pytest.mark.parametrize("pixels", [8, 24])
+def test_another_image_size_is_that_of_diffusers(checkpoints, family: str, pixels: int) -> None:
+    """Its positions, and FLUX's dynamic shift by the number of its tokens."""
+    backbone = load(checkpoints[family], family, image_size=pixels)
+    assert backbone.image_size == (pixels, pixels) and backbone.latent_shape == (16, pixels // 2, pixels // 2)
+    images = ours(backbone, 3.5)
+    assert images.shape[-1] == pixels
+    assert_equal(images, theirs(checkpoints[family], 3.5, pixels=pixels))
+    other = load(checkpoints[family], family).schedule(5).timesteps
+    assert torch.equal(backbone.schedule(5).timesteps, other) == (family == "sd3")
+
+
+@ANY
+def test_an_image_size_without_whole_tokens_or_positions_is_refused(checkpoints, family: str) -> None:
+    refused(checkpoints[family], family, "backbone.image_size: 18 is not a multiple of 4", image_size=18)
+    if family == "sd3":
+        refused(checkpoints[family], family, "backbone.image_size: 36 is more than 32 pixels", image_size=36)
+
+
+@ANY
 def test_a_full_fine_tune_loads_in_diffusers(checkpoints, family: str, tmp_path) -> None:
     backbone = load(checkpoints[family], family)
     base = predict(backbone)
@@ -258,27 +320,70 @@ def test_other_names_of_a_lora_and_another_family_are_refused_in_a_line(
         load_adapted(settings, file, "cpu")
 
 
-@pytest.mark.smoke
-@pytest.mark.parametrize("experiment", ["sd3", "flux"], indirect=True)
-def test_spo_trains_and_its_images_are_those_of_its_lora(experiment, tmp_path, capsys) -> None:
-    section = experiment["align"]["spo"]
-    section |= {"inner_steps": 1, "divert_start_step": 1, "iterations": 1, "validation": None}
-    section["lora"] |= {"target_modules": list(JOINT_LORA)}
+@pytest.fixture
+def prepared(experiment, monkeypatch):
+    """An experiment of one iteration, with its pairs, and adapters on both streams of a joint block.
+
+    Within, a stage may encode no prompt that it has not remembered beforehand: T5 would have to return.
+    """
+    encode = backbones.StableDiffusion.encode_prompts
+
+    def known(self, prompts):
+        assert set(prompts) <= set(self._texts)
+        return encode(self, prompts)
+
+    for method in ("spo", "lpo", "diffusion_dpo"):
+        section = experiment["align"][method]
+        section |= {"iterations": 1, "validation": None if method == "lpo" else VALIDATION}
+        section["lora"] |= {"target_modules": list(JOINT_LORA)}
+    for method in ("spo", "lpo"):
+        experiment["align"][method] |= {"inner_steps": 1, "divert_start_step": 1}
+    experiment["latent_preference"] |= {"trained": "lora", "lora": {"rank": 2, "alpha": 2}}
     write(experiment)
-    for stage in (("inputs",), ("prompts",), ("pairs",), ("preference",), ("align", "spo")):
-        run(*stage)
-    trained = json.loads((tmp_path / "reports/metrics/align_spo.json").read_text())
-    assert trained["pairs"] > 0 and trained["updates"] > 0
+    for stage in ("inputs", "prompts", "pairs"):
+        run(stage)
+    with monkeypatch.context() as within:
+        within.setattr(backbones.StableDiffusion, "encode_prompts", known)
+        yield experiment
+
+
+TINY = pytest.mark.parametrize("experiment", ["sd3", "flux"], indirect=True)
+
+
+def trained(tmp_path, experiment, method: str) -> dict:
+    """The metrics of a method; its adapter must load in diffusers."""
+    run("align", method)
+    pipe = DiffusionPipeline.from_pretrained(experiment["backbone"]["checkpoint"])
+    pipe.load_lora_weights(tmp_path / "outputs/align" / method)
+    return json.loads((tmp_path / f"reports/metrics/align_{method}.json").read_text())
+
+
+@pytest.mark.smoke
+@TINY
+def test_spo_trains_and_its_images_are_those_of_its_lora(prepared, tmp_path, capsys) -> None:
+    run("preference")
+    metrics = trained(tmp_path, prepared, "spo")
+    assert metrics["pairs"] > 0 and metrics["updates"] > 0
     for variant in ("base", "spo"):
         run("generate", variant)
     base, spo = (pixels(tmp_path / f"outputs/images/{name}/images.zip") for name in ("base", "spo"))
     assert any(not torch.equal(one, other) for one, other in zip(base, spo, strict=True))
-    DiffusionPipeline.from_pretrained(experiment["backbone"]["checkpoint"]).load_lora_weights(
-        tmp_path / "outputs/align/spo"
-    )
-    capsys.readouterr()
+
+
+@pytest.mark.smoke
+@TINY
+def test_what_training_takes_is_counted(experiment, capsys) -> None:
     for stage in ("align", "generate"):
         run(stage, "spo", "--dry-run")
         assert "memory: " in capsys.readouterr().out
-    assert cli.main(["preference", "latent"]) == 2
-    assert "the latent reward model needs a UNet" in capsys.readouterr().err
+
+
+@pytest.mark.smoke
+@TINY
+def test_lpo_and_diffusion_dpo_train(prepared, tmp_path) -> None:
+    run("preference", "latent")
+    measured = json.loads((tmp_path / "reports/metrics/preference_latent.json").read_text())
+    assert measured["updates"] == 2 and measured["accuracy"]
+    for method in ("lpo", "diffusion_dpo"):
+        metrics = trained(tmp_path, prepared, method)
+        assert metrics["pairs"] > 0 and metrics["updates"] > 0

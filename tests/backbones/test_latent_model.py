@@ -126,7 +126,7 @@ def test_the_features_of_the_released_sizes(words, family, down, monkeypatch) ->
             torch.zeros(1, 4, side, side), Conditioning(text), torch.zeros(1, dtype=torch.int64)
         )
     total, out = {"sd": (4800, 768), "sdxl": (3520, 1280)}[family]
-    assert model.encoder.down_widths == down and model.encoder.mid_width == 1280
+    assert [*model.encoder.facts.values()] == [[*down], 1280]
     assert features.shape == (1, total) and model.visual_projection.weight.shape == (out, total)
     assert (model.text_projection is None) == (family == "sdxl")
 
@@ -225,7 +225,7 @@ def test_the_text_projection_is_taken_over_where_it_fits(load) -> None:
     assert torch.equal(model.text_projection.weight, weight)
     with pytest.raises(ValueError, match=r"a CLIP has a projection of \[24, 32\].* needs \[32, 32\]"):
         model.start_text_projection(torch.zeros(24, 32), "a CLIP")
-    with pytest.raises(ValueError, match="SDXL's pooled text is projected already; set it to null"):
+    with pytest.raises(ValueError, match="text of SDXL and SD 3 is projected already; set it to null"):
         LatentPreferenceModel(load("sdxl").feature_model(), 7.5).start_text_projection(weight, "a CLIP")
 
 

@@ -236,7 +236,7 @@ def test_preference_training_and_its_evaluation_stop(load, model, words, pairs) 
         spm.train(replace(setup, settings=settings), pairs, seed=0)
     backbone.vae.decoder.conv_out.bias.data[0] = 0
     model.model.visual_projection.weight.data[0] = NAN
-    with pytest.raises(ValueError, match="a score is not finite, timestep 0, prompt 'a circle'"):
+    with pytest.raises(ValueError, match="preference model's score at t=0, prompt 'a circle'"):
         spm.evaluate(*evaluate, seed=0)
 
 

@@ -96,17 +96,22 @@ def test_a_rollout_waits_as_often_whatever_its_steps(
 
 # whether there is a pair, whether all is finite, the norm of the gradients and the metrics, in one copy
 ONCE_AN_UPDATE = {"training/loop.py _read": 1}
-SCALED = pytest.mark.parametrize("scale_loss", [False, True])
 
 
-@SCALED
-def test_updates_of_spo(base, words, model, monkeypatch, scale_loss: bool) -> None:
+def test_updates_of_spo(base, words, model, monkeypatch) -> None:
     """An update in two parts, forward and backward through every layer, and AdamW."""
     base.add_lora(LORA, 0)
     method = stepwise(base, words, model, "step-aware", 4)
     ((parts, *_), _), _ = waited(monkeypatch, lambda: method.collect(base, 0))
-    _, found = waited(monkeypatch, lambda: update(Alignment("align.spo", base, method), parts, scale_loss))
-    assert len(parts) == 2 and found == ONCE_AN_UPDATE
+    assert len(parts) == 2
+    assert_one_wait(monkeypatch, Alignment("align.spo", base, method), parts)
+
+
+def assert_one_wait(monkeypatch, objective: Any, parts: Any) -> None:
+    """An update waits once, with a scaled loss too."""
+    for scale_loss in (False, True):
+        _, found = waited(monkeypatch, lambda scale_loss=scale_loss: update(objective, parts, scale_loss))
+        assert found == ONCE_AN_UPDATE
 
 
 def update(objective: Any, parts: Any, scale_loss: bool) -> None:
@@ -114,23 +119,18 @@ def update(objective: Any, parts: Any, scale_loss: bool) -> None:
     assert loop.update(objective, parts, state)["gradient_norm"] == 1 and state.updates == 1
 
 
-@SCALED
-def test_updates_of_diffusion_dpo(base, pairs, monkeypatch, scale_loss: bool) -> None:
+def test_updates_of_diffusion_dpo(base, pairs, monkeypatch) -> None:
     base.add_lora(LORA, 0)
     settings = config.DiffusionDpo(lora=LORA, iterations=1, **UPDATE)
     schedule = Schedule.from_config(base.scheduler_config, 20).to(DEVICE)
     objective = Alignment("align.diffusion_dpo", base, DiffusionDpoMethod(settings, schedule, pairs, 0))
     ((parts,), _), found = waited(monkeypatch, lambda: objective.collect(0))
-    assert not found
-    _, found = waited(monkeypatch, lambda: update(objective, parts, scale_loss))
-    assert len(parts) == 2 and found == ONCE_AN_UPDATE
+    assert not found and len(parts) == 2
+    assert_one_wait(monkeypatch, objective, parts)
 
 
-@SCALED
 @pytest.mark.parametrize("kind", ["step-aware", "latent"])
-def test_updates_of_the_preference_models(
-    base, words, model, pairs, monkeypatch, kind: str, scale_loss: bool
-) -> None:
+def test_updates_of_the_preference_models(base, words, model, pairs, monkeypatch, kind: str) -> None:
     """What they are shown is computed while their batch is collected, and read in the update."""
     schedule = Schedule.from_config(base.scheduler_config, 20).to(DEVICE)
     trained: Any
@@ -144,9 +144,8 @@ def test_updates_of_the_preference_models(
     trained.prepare()
     objective = LabelObjective(trained, pairs, 0)
     ((parts,), _), found = waited(monkeypatch, lambda: objective.collect(0))
-    assert not found
-    _, found = waited(monkeypatch, lambda: update(objective, parts, scale_loss))
-    assert len(parts) == 2 and found == ONCE_AN_UPDATE
+    assert not found and len(parts) == 2
+    assert_one_wait(monkeypatch, objective, parts)
 
 
 @pytest.mark.parametrize("base", ["sdxl"], indirect=True)

@@ -1,13 +1,11 @@
-"""The Prefect flow: overrides, one stage as a task, cancelling, and the whole on a small project."""
+"""The Prefect flow: overrides, one stage as a task, cancelling; the whole flow is in test_flow.py."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
 import os
-import shutil
 import signal
-import sys
 import threading
 import time
 from pathlib import Path
@@ -24,7 +22,6 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from spo.config import ConfigError, load
 from spo.tracking import dvc_lock, runs
-from spo.tracking.delivery import BY_PARENT
 
 pytestmark = pytest.mark.smoke
 
@@ -252,45 +249,3 @@ def test_the_summary_is_a_table_of_both(pipeline: ModuleType) -> None:
     page = pipeline.summary([{"stage": "align@spo", "result": "ran", "seconds": 12.34}], [row])
     assert "| spo | base | hps | +0.500 | [+0.250, +0.750] | 75% | 8 |" in page
     assert "| align@spo | ran | 12.3 |" in page
-
-
-@pytest.mark.services
-def test_the_flow_by_a_prefect_server(
-    pipeline: ModuleType, project: Path, fresh_store: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """All stages under one parent in MLflow; a transient failure is tried again."""
-    import mlflow
-    from prefect.client.orchestration import get_client
-    from prefect.testing.utilities import prefect_test_harness
-
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    shutil.copy(fresh_store, project / "mlflow.db")
-    quick = pipeline.run_stage.with_options(retry_delay_seconds=0)
-    monkeypatch.setattr(pipeline, "run_stage", quick)
-    (project / "second.sh").write_text(
-        "[ -e tried ] || { touch tried; echo 75 > $SPO_EXIT_FILE; exit 75; }\n"
-        f"{BY_PARENT}=1 {sys.executable} - <<'END'\n"  # else it imports MLflow too
-        "from spo import config\n"
-        "from spo.tracking import runs\n"
-        "with runs.stage_run('second', config.load().model_dump()) as run:\n"
-        "    run.log_metrics({'seconds': 1})\n"
-        "END\n"
-        "cp one.txt two.txt\n"
-    )
-    with prefect_test_harness(server_startup_timeout=600):
-        done = pipeline.pipeline({"seed": 5})
-        with get_client(sync_client=True) as client:
-            tasks = {run.name.rsplit("-", 1)[0]: run for run in client.read_task_runs()}
-            artifacts = client.read_artifacts()
-    assert [row["result"] for row in done] == ["ran", "ran"]
-    assert yaml.safe_load((project / "one.txt").read_text())["seed"] == 5
-    assert set(tasks) == {"first", "second"}
-    assert (tasks["first"].run_count, tasks["second"].run_count) == (1, 2)
-    assert "| second | ran |" in str(artifacts[0].data)
-    client = mlflow.MlflowClient(f"sqlite:///{project / 'mlflow.db'}")
-    runs = client.search_runs([client.get_experiment_by_name("scenes").experiment_id])
-    (parent,) = [r for r in runs if "mlflow.parentRunId" not in r.data.tags]
-    (child,) = [r for r in runs if r is not parent]
-    assert child.data.tags["mlflow.parentRunId"] == parent.info.run_id
-    assert parent.info.status == child.info.status == "FINISHED"
-    assert parent.data.tags["dvc.first"] == "ran" and parent.data.params["seed"] == "5"

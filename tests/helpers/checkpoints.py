@@ -50,15 +50,17 @@ def ours(backbone, guidance: float, prompts: list[str] = PROMPTS) -> torch.Tenso
     return (images / 2 + 0.5).clamp(0, 1)
 
 
-def theirs(folder: Path, guidance: float, **scheduler) -> torch.Tensor:
-    """The same by diffusers' pipeline with its DDIM."""
+def theirs(folder: Path, guidance: float, side: int | None = None, **scheduler) -> torch.Tensor:
+    """The same by diffusers' pipeline with its DDIM; `side`: of the latents."""
     pipe = DiffusionPipeline.from_pretrained(folder)
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, **scheduler)
     pipe.set_progress_bar_config(disable=True)
     size = pipe.unet.config.sample_size
-    side = size if isinstance(size, int) else size[0]
+    side = side or (size if isinstance(size, int) else size[0])
     latents = SampleNoise(0, [1, 2], (pipe.unet.config.in_channels, side, side)).draw()
+    pixels = side * pipe.vae_scale_factor
     options = {"num_inference_steps": 5, "guidance_scale": guidance, "eta": 0.0, "output_type": "pt"}
+    options |= {"height": pixels, "width": pixels}
     return pipe(PROMPTS, latents=latents, **options).images
 
 

@@ -10,6 +10,7 @@ import locale
 import os
 import shutil
 import signal
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -42,6 +43,7 @@ def neutral() -> None:
     """Make signals, variables, permissions and home those of a fresh account, here and in all children."""
     _default_signals()
     os.umask(0o022)
+    sys.dont_write_bytecode = False  # else every run compiles all tests anew: 3 s for each process
     locale.setlocale(locale.LC_ALL, "C.UTF-8")
     for name in [n for n in os.environ if n.startswith(FOREIGN) or n in SINGLE]:
         del os.environ[name]

@@ -26,6 +26,7 @@ def assert_equal(cases: Iterator[Case], names: list[str]) -> None:
         case.check()
 
 
+@pytest.mark.smoke
 def test_spo_is_the_official_algorithm(smoke) -> None:
     cases = spo.cases(smoke, spo.settings(smoke, 3))
     parts = [

@@ -12,9 +12,11 @@ import pytest
 import yaml
 from clones import ROOT, must, run
 
+from spo import config
 from spo.tracking import dvc_lock
 
 pytestmark = [pytest.mark.smoke, pytest.mark.timeout(3600)]  # the first test waits for the DAG
+DAILY = ("scenes", "smoke", "sd15-eval", "sdxl-overnight")  # presets; the others only at night
 
 
 def test_every_variant_is_compared_on_every_metric(clone: Path) -> None:
@@ -84,6 +86,41 @@ def test_a_change_of_the_preference_model_does_not_rerun_diffusion_dpo(clone: Pa
     (clone / "params.yaml").write_text(text)
     assert "preference" in status
     assert "align@diffusion_dpo" not in status and "generate@diffusion_dpo" not in status
+
+
+def test_a_changed_key_reaches_its_stage_and_those_after_it_alone(clone: Path) -> None:
+    """What `dvc exp run -S align.spo.beta=20` would run: tests/docs/test_dvc_commands.py does, by night."""
+    text = (clone / "params.yaml").read_text()
+    params = yaml.safe_load(text)
+    params["align"]["spo"]["beta"] += 10
+    (clone / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
+    status = json.loads(run(clone, "dvc", "status", "--json").stdout)
+    (clone / "params.yaml").write_text(text)
+    assert {*status} == {"inputs", "align@spo", "report"}, "the page shows all settings"
+    reached = {*status} - {"inputs"}  # whose files hold no beta
+    stages = yaml.safe_load((clone / "dvc.lock").read_text())["stages"]
+    for _ in stages:
+        made = tuple(out["path"] for name in reached for out in stages[name]["outs"])
+        reached |= {n for n, s in stages.items() if any(dep["path"].startswith(made) for dep in s["deps"])}
+    assert reached == {"align@spo", "generate@spo", "score@spo", "report"}
+
+
+@pytest.mark.parametrize(
+    "preset",
+    [
+        name if name in DAILY else pytest.param(name, marks=pytest.mark.nightly)
+        for name in config.preset_names()
+    ],
+)
+def test_dvc_can_run_every_preset(clone: Path, preset: str) -> None:
+    params = clone / "params.yaml"
+    before = params.read_bytes()
+    must(clone, "spo", "preset", preset, "--force")
+    assert yaml.safe_load(params.read_text())["name"] == preset
+    planned = must(clone, "dvc", "repro", "--dry", "--force")
+    stages = yaml.safe_load((clone / "dvc.lock").read_text())["stages"]
+    assert planned.count("Running stage") == len(stages) == 23
+    params.write_bytes(before)
 
 
 def test_every_stage_is_a_run_under_one_parent(clone: Path) -> None:

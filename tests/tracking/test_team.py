@@ -17,7 +17,7 @@ import pytest
 from ports import free_port
 
 SECRET = "planted-aws-secret"
-# some thirty commands of a second or two; tests/docs/test_commands.py has the main ones in the default suite
+# thirty commands of a second or two; the default suite has the main ones in tests/docs/test_dvc_commands.py
 pytestmark = [pytest.mark.smoke, pytest.mark.nightly]
 ROOT = Path(__file__).parents[2]
 DAG = """\

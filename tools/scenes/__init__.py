@@ -91,6 +91,12 @@ def _base(build: Build) -> None:
     base_model.build(build.output, build.work, build.seed + SEED_BASE)
 
 
+def _flow_base(build: Build) -> None:
+    from tools.scenes import flow_base
+
+    flow_base.build(build.output, build.work, build.seed + SEED_BASE)
+
+
 def _prompts(build: Build) -> None:
     from spo.scenes import world
     from tools.scenes.generation import different_captions
@@ -184,6 +190,7 @@ def _validation(build: Build) -> None:
 
 STEPS: dict[str, Callable[[Build], None]] = {
     "base": _base,
+    "flow_base": _flow_base,
     "prompts": _prompts,
     "oracle": _perception("oracle", ORACLE_WIDTH, SEED_ORACLE),
     "eyes": _perception("eyes", EYES_WIDTH, SEED_EYES),

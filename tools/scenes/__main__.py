@@ -13,7 +13,8 @@ from tools.scenes import STEPS, Build, run
 
 def main() -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m tools.scenes", description="About two hours on 2 cores; resumes where it was stopped."
+        prog="python -m tools.scenes",
+        description="About three hours on 2 cores; resumes where it was stopped.",
     )
     parser.add_argument("--output", type=Path, default=Path("data"), metavar="FOLDER")
     parser.add_argument("--work", type=Path, default=Path(".spo/scenes"), metavar="FOLDER")

@@ -86,7 +86,7 @@ def train_vae(pixels: Tensor, work: Path, seed: int) -> Any:
         return reconstruction + 0.5 * tie + 1e-6 * posterior.kl().mean()
 
     fit("vae", vae, loss, steps=VAE_STEPS, lr=2e-3, work=work, seed=seed, ema=0.995)
-    _whiten(vae, torch.cat([_encode(vae, pixels[i : i + 100]) for i in range(0, 2000, 100)]))
+    _whiten(vae, torch.cat([encode(vae, pixels[i : i + 100]) for i in range(0, 2000, 100)]))
     return vae.requires_grad_(False)
 
 
@@ -104,7 +104,7 @@ def _whiten(vae: Any, latents: Tensor) -> None:
 
 
 @torch.no_grad()
-def _encode(vae: Any, pixels: Tensor) -> Tensor:
+def encode(vae: Any, pixels: Tensor) -> Tensor:
     images = to_float(pixels).contiguous(memory_format=torch.channels_last)
     return vae.encode(images).latent_dist.mean
 
@@ -157,7 +157,7 @@ def train_denoiser(
     scheduler = ddim_scheduler()
     ids, empty = tokens(tokenizer, captions), tokens(tokenizer, [""])
     batches = tqdm(range(0, len(pixels), 100), desc="encode", mininterval=5)
-    latents = torch.cat([_encode(vae, pixels[i : i + 100]) for i in batches])
+    latents = torch.cat([encode(vae, pixels[i : i + 100]) for i in batches])
     snr = scheduler.alphas_cumprod / (1 - scheduler.alphas_cumprod)
 
     def loss(generator: torch.Generator) -> Tensor:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from spo import config
 from spo.backbones import scheduler, single_file
 from spo.backbones.families import FAMILIES
-from spo.backbones.family import Family, Rules, is_unset
+from spo.backbones.family import Family, Rules, is_unset, pixels_of_a_latent
 from spo.backbones.weights import read
 from spo.diffusion.announced import schedule_of
 from spo.runtime import hub
@@ -64,8 +64,14 @@ class Description:
         """The name of the checkpoint in messages."""
         return f"backbone.checkpoint: {self.settings.checkpoint}"
 
+    def text(self, pipeline: Any) -> Family:
+        """The text encoders of a pipeline, with as many tokens of T5 as the settings say."""
+        text, length = self.family(pipeline), self.settings.max_sequence_length
+        text.max_sequence_length = text.max_sequence_length if length is None else length
+        return text
+
     def schedule(self, num_inference_steps: int) -> NoiseSchedule:
-        side = self.family.latent_shape(self.denoiser, self.vae)[-1]
+        side = self.family.latent_shape(self.denoiser, self.vae, self.settings.image_size)[-1]
         return self.family.schedule(self.scheduler_config, num_inference_steps, self.denoiser, side)
 
     @property
@@ -96,13 +102,18 @@ def describe(settings: config.Backbone) -> Description:
     vae = config_file(place.name, place.revision, str(Path(place.subfolder, "config.json")), at)
     _check_vae(vae, at)
     family.check(denoiser, vae, f"{where}: {file}")
-    channels, wanted = vae.get("latent_channels", 4), family.latent_shape(denoiser, vae)[0]
+    _check_size(settings.image_size, family, denoiser, vae)
+    channels, wanted = vae.get("latent_channels", 4), family.announced_shape(denoiser, vae)[0]
     if channels != wanted:
         raise ValueError(
             f"{at}: the VAE has latent_channels {channels}, but the {family.denoiser} takes {wanted} "
             "(in_channels)"
         )
     absent = [part for part in family.optional if (index.get(part) or [None, None]) == [None, None]]
+    if settings.max_sequence_length == 0 and "T5EncoderModel" in [
+        kind for part, kind in family.parts.items() if part not in absent
+    ]:
+        raise ValueError("backbone.max_sequence_length: 0 is for a checkpoint without T5; this has it")
     return Description(settings, denoiser, vae, place, absent, *read_scheduler(settings))
 
 
@@ -192,6 +203,23 @@ def _check_index(index: Mapping[str, Any], family: str, where: str) -> None:
         if not isinstance(entry, list) or len(entry) != 2:
             raise ValueError(f"{place}: {part} is {entry!r}, not [library, class]")
         _check_class(entry[1], supported, f"{place}: {part}")
+
+
+def _check_size(
+    pixels: int | None, family: type[Family], denoiser: Mapping[str, Any], vae: Mapping[str, Any]
+) -> None:
+    """Refuse images that are no whole number of tokens, or more than the denoiser has positions for."""
+    if pixels is None:
+        return
+    side, most = family.grid(denoiser)
+    token = side * pixels_of_a_latent(vae)
+    if pixels % token:
+        raise ValueError(f"backbone.image_size: {pixels} is not a multiple of {token} pixels, a token's side")
+    if most is not None and pixels // token > most:
+        raise ValueError(
+            f"backbone.image_size: {pixels} is more than {most * token} pixels, the side of {most} tokens "
+            "for which the base has positions (pos_embed_max_size)"
+        )
 
 
 def _check_class(announced: Any, supported: str, where: str) -> None:

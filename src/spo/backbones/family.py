@@ -1,5 +1,6 @@
 """What the other modules need of a family of models: one class in a module of its own (families.py)."""
 
+import abc
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -25,7 +26,7 @@ def is_count(value: Any) -> bool:
 QUANTIZED: Rules = (("quantization_config", is_unset, "quantized weights; give those in fp16, bf16 or fp32"),)
 
 
-class Family:
+class Family(abc.ABC):
     """Facts of the family as class attributes; an instance has the text encoders of one checkpoint."""
 
     title: ClassVar[str]  # in model cards
@@ -39,6 +40,7 @@ class Family:
     half_vae: ClassVar[bool] = True  # whether the VAE's activations fit in fp16
     scheduler: ClassVar[Mapping[str, Any]] = {}  # what diffusers' pipeline sets, whatever the file says
     flow: ClassVar[bool] = False  # trained by flow matching, not as a discrete-time DDPM
+    max_sequence_length: int = 0  # tokens of T5: the default of diffusers' pipeline, or the settings'
     encodes_once: ClassVar[bool] = False  # text encoders too large to stay beside the denoiser
     # of single files; none: they are not read
     text_prefixes: ClassVar[tuple[str, ...]] = ()
@@ -46,17 +48,33 @@ class Family:
 
     encoders: list[Any]
     pooled_width: int  # of the text that the latent reward model compares with
+    image_side: int  # in pixels; set by the backbone
     zeros: bool = False  # whether the empty prompt is encoded as zeros
     is_projected: bool  # whether that text went through a projection
 
+    @abc.abstractmethod
     def __init__(self, pipeline: Any) -> None:
         """`pipeline` has the parts, tokenizers, `vae_scale_factor`, and model_index.json as `config`."""
-        raise NotImplementedError
 
     @classmethod
-    def latent_shape(cls, denoiser: Mapping[str, Any], vae: Mapping[str, Any]) -> tuple[int, int, int]:
+    @abc.abstractmethod
+    def announced_shape(cls, denoiser: Mapping[str, Any], vae: Mapping[str, Any]) -> tuple[int, int, int]:
         """The shape of square latents by the two config files."""
-        raise NotImplementedError
+
+    @classmethod
+    def latent_shape(
+        cls, denoiser: Mapping[str, Any], vae: Mapping[str, Any], image_size: int | None
+    ) -> tuple[int, int, int]:
+        """The shape of latents of square images of so many pixels a side; None: by the files."""
+        channels, side, _ = cls.announced_shape(denoiser, vae)
+        if image_size is not None:
+            side = image_size // pixels_of_a_latent(vae)
+        return channels, side, side
+
+    @classmethod
+    def grid(cls, denoiser: Mapping[str, Any]) -> tuple[int, int | None]:
+        """The side of a token in latents, and the most tokens of a side; None: any."""
+        return 1, None
 
     @classmethod
     def schedule(
@@ -66,18 +84,18 @@ class Family:
         return schedule_of(scheduler_config, steps)
 
     @classmethod
+    @abc.abstractmethod
     def check(cls, denoiser: Mapping[str, Any], vae: Mapping[str, Any], place: str) -> None:
         """Refuse a denoiser's config file at `place` that no rule for one key refuses."""
-        raise NotImplementedError
 
     @staticmethod
+    @abc.abstractmethod
     def widths(pipeline: Any) -> dict[str, tuple[Any, int]]:
         """Keys of the denoiser's config with the width of text that they announce, and the encoders'."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def __call__(self, prompts: Sequence[str]) -> Conditioning:
         """The text of B prompts, with gradients where an encoder is trained."""
-        raise NotImplementedError
 
     def guided(
         self, denoiser: Any, conditioning: Conditioning, guidance: float, true_guidance: float | None
@@ -85,11 +103,16 @@ class Family:
         """As `types.Backbone.guided`."""
         return conditioning, guidance
 
+    @abc.abstractmethod
     def run(
         self, denoiser: Any, x_t: Tensor, timesteps: Tensor, conditioning: Conditioning, copies: int = 1
     ) -> Tensor:
         """The denoiser's output [B,C,h,w]; `copies` as in `types.Backbone.predict`."""
-        raise NotImplementedError
+
+
+def pixels_of_a_latent(vae: Mapping[str, Any]) -> int:
+    """The side in pixels of what one latent stands for, by a VAE's config file."""
+    return 2 ** (len(vae.get("block_out_channels", (64,))) - 1)
 
 
 def tokenized(tokenizer: Any, prompts: Sequence[str], encoder: Any) -> Any:

@@ -11,11 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from spo.backbones.family import QUANTIZED, Family, Rules, is_count, t5_states, tokenized
+from spo.backbones.family import QUANTIZED, Family, Rules, is_count, pixels_of_a_latent, t5_states, tokenized
 from spo.diffusion.announced import schedule_of
 from spo.types import Conditioning, NoiseSchedule
 
-T5_TOKENS = 512  # `max_sequence_length` of diffusers' pipeline
 PATCH = 2  # side of a token in latents
 
 
@@ -44,6 +43,7 @@ class Flux(Family):
     given: ClassVar[Mapping[str, Any]] = {"image_encoder": None, "feature_extractor": None}
     half_vae = False
     flow = True
+    max_sequence_length = 512
     encodes_once = True
     is_projected = False
 
@@ -54,9 +54,13 @@ class Flux(Family):
         self.pooled_width = self.clip.config.hidden_size
 
     @classmethod
-    def latent_shape(cls, denoiser: Mapping[str, Any], vae: Mapping[str, Any]) -> tuple[int, int, int]:
-        side = vae["sample_size"] // 2 ** (len(vae["block_out_channels"]) - 1)
+    def announced_shape(cls, denoiser: Mapping[str, Any], vae: Mapping[str, Any]) -> tuple[int, int, int]:
+        side = vae["sample_size"] // pixels_of_a_latent(vae)
         return denoiser.get("in_channels", 64) // PATCH**2, side, side
+
+    @classmethod
+    def grid(cls, denoiser: Mapping[str, Any]) -> tuple[int, int | None]:
+        return PATCH, None
 
     @classmethod
     def schedule(
@@ -73,7 +77,7 @@ class Flux(Family):
                 f"{place}: in_channels {inputs}, out_channels {denoiser['out_channels']}: a transformer for "
                 "inpainting or control; give a text-to-image model"
             )
-        if not is_count(vae.get("sample_size")) or cls.latent_shape(denoiser, vae)[1] % PATCH:
+        if not is_count(vae.get("sample_size")) or cls.announced_shape(denoiser, vae)[1] % PATCH:
             raise ValueError(
                 f"{place}: sample_size of the VAE is {vae.get('sample_size')!r}; give the side of square "
                 "images, a multiple of 16 (1024 for FLUX.1)"
@@ -92,7 +96,7 @@ class Flux(Family):
 
     def __call__(self, prompts: Sequence[str]) -> Conditioning:
         pooled = self.clip(tokenized(self.tokenizer, prompts, self.clip).input_ids).pooler_output
-        text = t5_states(self.t5_tokenizer, self.t5, prompts, T5_TOKENS).to(pooled.dtype)
+        text = t5_states(self.t5_tokenizer, self.t5, prompts, self.max_sequence_length).to(pooled.dtype)
         return Conditioning({"text": text, "pooled": pooled})
 
     def guided(

@@ -50,12 +50,13 @@ def load_described(
         pipeline.vae.to(precision)
     return StableDiffusion(
         pipeline,
-        family(pipeline),
+        description.text(pipeline),
         settings.channels_last,
         description.scheduler_config,
         budget,
         device,
         settings.true_guidance,
+        settings.image_size,
     )
 
 

@@ -46,7 +46,7 @@ class Sd(Family):
         self.pooled_width: int = self.text_encoder.config.hidden_size
 
     @classmethod
-    def latent_shape(cls, denoiser: Mapping[str, Any], vae: Mapping[str, Any]) -> tuple[int, int, int]:
+    def announced_shape(cls, denoiser: Mapping[str, Any], vae: Mapping[str, Any]) -> tuple[int, int, int]:
         size = denoiser["sample_size"]
         side = size[0] if isinstance(size, list | tuple) else size
         return denoiser.get("in_channels", 4), side, side

@@ -11,12 +11,11 @@ from spo.backbones.family import QUANTIZED, Family, Rules, is_count, t5_states, 
 from spo.diffusion.announced import schedule_of
 from spo.types import Conditioning, NoiseSchedule
 
-T5_TOKENS = 256  # `max_sequence_length` of diffusers' pipeline
-
 
 class Sd3(Family):
     """The text is the penultimate states of both CLIPs side by side, padded to T5's width, then T5's states;
-    pooled are both CLIPs' projections. Without T5 its states are zeros, as in diffusers."""
+    pooled are both CLIPs' projections. Without T5 its states are zeros, as in diffusers; so many as
+    `max_sequence_length`, and none if that is 0."""
 
     title = "Stable Diffusion 3"
     pipeline = "StableDiffusion3Pipeline"
@@ -42,6 +41,7 @@ class Sd3(Family):
     }
     given: ClassVar[Mapping[str, Any]] = {"image_encoder": None, "feature_extractor": None}
     flow = True
+    max_sequence_length = 256
     encodes_once = True
     is_projected = True
 
@@ -56,8 +56,12 @@ class Sd3(Family):
         self.width: int = pipeline.transformer.config.joint_attention_dim
 
     @classmethod
-    def latent_shape(cls, denoiser: Mapping[str, Any], vae: Mapping[str, Any]) -> tuple[int, int, int]:
+    def announced_shape(cls, denoiser: Mapping[str, Any], vae: Mapping[str, Any]) -> tuple[int, int, int]:
         return denoiser.get("in_channels", 16), denoiser["sample_size"], denoiser["sample_size"]
+
+    @classmethod
+    def grid(cls, denoiser: Mapping[str, Any]) -> tuple[int, int | None]:
+        return denoiser["patch_size"], denoiser["pos_embed_max_size"]
 
     @classmethod
     def schedule(
@@ -104,9 +108,9 @@ class Sd3(Family):
         clip = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1)
         clip = F.pad(clip, (0, self.width - clip.shape[-1]))
         if self.t5 is None:
-            t5 = clip.new_zeros(len(prompts), T5_TOKENS, self.width)
+            t5 = clip.new_zeros(len(prompts), self.max_sequence_length, self.width)
         else:
-            t5 = t5_states(self.t5_tokenizer, self.t5, prompts, T5_TOKENS).to(clip.dtype)
+            t5 = t5_states(self.t5_tokenizer, self.t5, prompts, self.max_sequence_length).to(clip.dtype)
         pooled = torch.cat([output.text_embeds for output in outputs], dim=-1)
         return Conditioning({"text": torch.cat([clip, t5], dim=1), "pooled": pooled})
 

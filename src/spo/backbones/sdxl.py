@@ -33,9 +33,6 @@ class Sdxl(Sd):
         self.zeros = pipeline.config.force_zeros_for_empty_prompt
         self.is_projected = True  # the pooled text, by the second encoder
         self.pooled_width = pipeline.text_encoder_2.config.projection_dim
-        latent_side = self.latent_shape(pipeline.unet.config, pipeline.vae.config)[1]
-        side = latent_side * pipeline.vae_scale_factor
-        self.time_ids = [side, side, 0, 0, side, side]
 
     @staticmethod
     def widths(pipeline: Any) -> dict[str, tuple[Any, int]]:
@@ -57,7 +54,8 @@ class Sdxl(Sd):
         assert pooled is not None
         text = torch.cat(states, dim=-1)
         mask = torch.tensor([float(p != "" or not self.zeros) for p in prompts], dtype=text.dtype)
-        time_ids = torch.tensor([self.time_ids] * len(prompts), dtype=text.dtype)
+        side = self.image_side
+        time_ids = torch.tensor([[side, side, 0, 0, side, side]] * len(prompts), dtype=text.dtype)
         mask, time_ids = send(mask, text.device), send(time_ids, text.device)
         return Conditioning(
             {"text": text * mask.view(-1, 1, 1), "pooled": pooled * mask.view(-1, 1), "time_ids": time_ids}

@@ -13,7 +13,7 @@ from torch import Tensor
 from spo import config
 from spo.backbones import lora, saving
 from spo.backbones.family import Family
-from spo.backbones.features import DownPath
+from spo.backbones.features import DownPath, FirstBlocks, FirstPart
 from spo.runtime.transfer import send
 from spo.training import placement
 from spo.training.placement import lower
@@ -30,7 +30,7 @@ class StableDiffusion:
 
     `budget` says how many samples a call takes. With budget.offload text encoders and VAE rest in host memory
     between calls, and the UNet from `rest` to its next call. Text encoders that are too large to stay beside
-    the denoiser (`Family.encodes_once`) do so without offload too, and the denoiser until its first call.
+    the denoiser (`Family.encodes_once`) do so without offload too, and the denoiser rests while they work.
     """
 
     def __init__(
@@ -42,10 +42,12 @@ class StableDiffusion:
         budget: Budget | None = None,
         device: torch.device | str | None = None,
         true_guidance: float | None = None,
+        image_size: int | None = None,
     ) -> None:
         """
         Args:
             device: None: where the denoiser is.
+            image_size: the side of square images in pixels; None: that of the files.
             true_guidance: classifier-free guidance beside a guidance scale that is an input.
         """
         self.pipeline = pipeline
@@ -57,8 +59,8 @@ class StableDiffusion:
         self._reference: Any = None  # only for full fine-tuning; an adapter is disabled instead
         self.unet, self.vae, self._text = getattr(pipeline, text.denoiser), pipeline.vae, text
         self.scheduler_config = scheduler_config
-        self.latent_shape = text.latent_shape(self.unet.config, self.vae.config)
-        side = self.latent_shape[-1] * pipeline.vae_scale_factor
+        self.latent_shape = text.latent_shape(self.unet.config, self.vae.config, image_size)
+        text.image_side = side = self.latent_shape[-1] * pipeline.vae_scale_factor
         self.image_size = (side, side)
         target = self.unet.device if device is None else torch.device(device)
         announced = self.vae.config
@@ -77,8 +79,7 @@ class StableDiffusion:
                 module.eval().requires_grad_(False)
                 placement.move(module, "cpu" if self._rests(module) else target)
         if text.encodes_once:
-            self._resting = target
-            placement.move(self.unet, "cpu")
+            self._sleep()
 
     @property
     def device(self) -> torch.device:
@@ -106,6 +107,8 @@ class StableDiffusion:
         """The text of each prompt in host memory. Its numbers do not depend on the prompts beside it."""
         texts: dict[str, Conditioning] = {}
         unique = list(dict.fromkeys(prompts))
+        if unique:
+            self._sleep()
         with self._present(*self._text.encoders) if unique else nullcontext():
             for prompt in unique:
                 found = self._text([prompt]).tensors
@@ -140,9 +143,8 @@ class StableDiffusion:
             placement.move(module, "cpu")
 
     def rest(self) -> None:
-        if self.budget.offload and self._resting is None and not self.trainable_parameters():
-            self._resting = self.unet.device
-            placement.move(self.unet, "cpu")
+        if self.budget.offload and not self.trainable_parameters():
+            self._sleep()
 
     def predict(
         self,
@@ -168,10 +170,21 @@ class StableDiffusion:
             if adapted:
                 self.unet.enable_adapters()
 
+    def _sleep(self) -> None:
+        """Move the denoiser, and its reference, to host memory until its next call."""
+        if self._resting is None:
+            self._resting = self.unet.device
+            self._move("cpu")
+
     def _wake(self) -> None:
         if self._resting is not None:
-            placement.move(self.unet, self._resting)
+            self._move(self._resting)
             self._resting = None
+
+    def _move(self, place: torch.device | str) -> None:
+        for module in (self.unet, self._reference):
+            if module is not None:
+                placement.move(module, place)
 
     def _in_calls(
         self, unet: Any, x_t: Tensor, timesteps: Tensor, conditioning: Conditioning, copies: int
@@ -229,14 +242,11 @@ class StableDiffusion:
             ]
         return torch.cat(parts).float()
 
-    def feature_model(self) -> DownPath:
-        """A frozen copy of the UNet's down path and the text encoders; only before training starts."""
-        if self._text.flow:
-            raise ValueError(
-                "the latent reward model needs a UNet, which the base lacks (backbone.family sd or sdxl); "
-                "use SPO, which judges images"
-            )
+    def feature_model(self) -> FirstPart:
+        """A frozen copy of the denoiser's first part; only before training starts."""
         assert not self._has_adapter() and self._reference is None
+        if self._text.encodes_once:
+            return FirstBlocks(self, self.unet, self._text, self._dtype)
         return DownPath(self.unet, self._text, self._dtype, self._format)
 
     @contextmanager

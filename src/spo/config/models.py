@@ -2,9 +2,9 @@
 
 from typing import Literal, Self, TypeVar
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
-from spo.config.base import Guidance, Section
+from spo.config.base import Guidance, Positive, Section
 
 # default of backbone.config, by family: the repository whose configs describe a single-file checkpoint
 SINGLE_FILE_CONFIG = {
@@ -35,7 +35,11 @@ class Backbone(Section):
     vae: str | None = None  # folder or hub id of a replacement VAE (SDXL: the fp16-safe one)
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
     channels_last: bool = False
+    image_size: Positive | None = None  # the side of square images in pixels; null: the file's
     true_guidance: Guidance | None = None  # flux: classifier-free guidance beside `guidance`; null: none
+    max_sequence_length: int | None = Field(
+        default=None, ge=0, le=512
+    )  # sd3, flux: T5's tokens; null: as diffusers
     scheduler: Scheduler = Scheduler()
 
     @model_validator(mode="after")
@@ -44,6 +48,10 @@ class Backbone(Section):
             raise ValueError(
                 f"true_guidance is for flux; guidance of family {self.family!r} is classifier-free guidance "
                 "already: set it to null"
+            )
+        if self.max_sequence_length is not None and self.family not in ("sd3", "flux"):
+            raise ValueError(
+                f"max_sequence_length is of T5, which family {self.family!r} lacks: set it to null"
             )
         if self.is_single_file and self.config is None and self.family not in SINGLE_FILE_CONFIG:
             raise ValueError(

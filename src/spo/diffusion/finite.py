@@ -15,6 +15,7 @@ WEIGHTS = "check the weights of the checkpoint and of the adapter"
 TEXT, UNET, REFERENCE = "text encoder output", "UNet output", "reference UNet output"
 LATENTS, STORED, X_T = "latents", "stored latents of a pair", "noised latents"
 DECODER, ENCODER, SCORE = "VAE decoder output", "VAE encoder output", "preference model's score"
+LOSS = "loss"
 VAE = f"{PRECISION}, or name a VAE that is safe in fp16 in backbone.vae (SDXL); else check the VAE's weights"
 ADVICE = {
     TEXT: f"{PRECISION}; else check the text encoder's weights",
@@ -24,6 +25,7 @@ ADVICE = {
     STORED: "delete .spo/latents and run the stage again",
     X_T: f"{WEIGHTS}, or try a lower learning rate",
     SCORE: "train it again",
+    LOSS: "try a lower optimizer.learning_rate",
     DECODER: VAE,
     ENCODER: VAE,
 }

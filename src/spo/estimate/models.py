@@ -41,7 +41,13 @@ def backbone(settings: config.Backbone, budget: Budget, device: Place = DEVICE) 
         config=SimpleNamespace(force_zeros_for_empty_prompt=True),
     )
     return StableDiffusion(
-        pipeline, found.family(pipeline), settings.channels_last, found.scheduler_config, budget
+        pipeline,
+        found.text(pipeline),
+        settings.channels_last,
+        found.scheduler_config,
+        budget,
+        true_guidance=settings.true_guidance,
+        image_size=settings.image_size,
     )
 
 

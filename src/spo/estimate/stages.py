@@ -36,7 +36,7 @@ from spo.training import loop, optimizer, placement
 from spo.training.alignment import Alignment, make_trainable
 from spo.training.compute import TRAINED
 from spo.training.state import TrainingState
-from spo.types import Budget, Objective
+from spo.types import Budget
 
 PAIRS = Path("outputs/pairs/summary.json")
 FEW = 5  # steps of a rollout
@@ -202,7 +202,7 @@ def _method(params: Params, name: str, base: Any) -> Any:
 
 def _updates(
     found: Count,
-    objective: Objective,
+    objective: loop.Objective,
     settings: Any,
     ema: float,
     samples: float,

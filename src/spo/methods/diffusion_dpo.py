@@ -96,6 +96,12 @@ class DiffusionDpoMethod:
         if not self._decided:
             raise ValueError(f"align.diffusion_dpo: none of {len(pairs.label_0)} pairs has a winner")
 
+    def captions(self) -> list[str]:
+        """Those of all pairs that the training draws."""
+        count = self.iterations * self.config.batch_size
+        drawn = {i for _, i in shuffled(len(self._decided), 0, count, self.seed)}
+        return [self.pairs.captions[self._decided[i]] for i in sorted(drawn)]
+
     def loss(
         self, policy: Tensor, reference: Tensor, batch: DiffusionDpoBatch
     ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -154,7 +160,10 @@ def _build(params: Params, backbone: Backbone) -> DiffusionDpoMethod:
     schedule = backbone.schedule(20).to(backbone.device)
     pairs = latent_pairs(params, backbone, "train")
     guidance = params.generate.variant("diffusion_dpo").guidance if params.backbone.guidance_is_input else 1.0
-    return DiffusionDpoMethod(params.align.section("diffusion_dpo"), schedule, pairs, params.seed, guidance)
+    section = params.align.section("diffusion_dpo")
+    method = DiffusionDpoMethod(section, schedule, pairs, params.seed, guidance)
+    backbone.remember_prompts(method.captions())
+    return method
 
 
 def _cost(params: Params, schedule: Callable[[int], NoiseSchedule]) -> Cost:

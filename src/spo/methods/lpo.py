@@ -1,7 +1,8 @@
 """Latent Preference Optimization (arXiv 2502.01051): SPO's rollout and loss, with scores of noisy latents.
 
-They come from a latent reward model (preference/latent.py): the base's own UNet on the candidates.
-Nothing is predicted or decoded, so all steps are diverted, and a step costs K passes of the UNet's down path.
+They come from a latent reward model (preference/latent.py): the base's own denoiser on the candidates.
+Nothing is predicted or decoded, so all steps are diverted, and a step costs K passes of the denoiser's first
+part.
 
 Departures from the paper (P) or the official code (C), beside those of the files in stepwise/:
 1. C scores a candidate x_{t-1} with the timestep t of the step that drew it, one step noisier than it is,
@@ -35,11 +36,12 @@ def _build(params: Params, backbone: Backbone) -> LpoMethod:
     from spo.preference.latent import LatentPreferenceModel, LatentRewardModel
     from spo.runtime.files import require
 
-    section = params.align.section("lpo")
+    section, prompts = params.align.section("lpo"), training_prompts()
+    backbone.remember_prompts(prompts)  # before the model is on the device
     model = LatentPreferenceModel.from_pretrained(require(REWARD_MODEL, "latent reward model"), backbone)
     schedule = sampler_schedule(section, backbone)
     reward_model = LatentRewardModel(model, section.judged_at)
-    return LpoMethod(section, schedule, reward_model, training_prompts(), params.seed)
+    return LpoMethod(section, schedule, reward_model, prompts, params.seed)
 
 
 def _cost(params: Params, schedule: Callable[[int], NoiseSchedule]) -> Cost:

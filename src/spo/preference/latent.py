@@ -1,6 +1,7 @@
-"""The latent reward model (LRM; arXiv 2502.01051, Sec. 3): the base's own UNet scores noisy latents.
+"""The latent reward model (LRM; arXiv 2502.01051, Sec. 3): the base's own denoiser scores noisy latents.
 
-Down and mid blocks run on x_t at t; their states are averaged over h and w, concatenated and projected.
+A UNet's down and mid blocks run on x_t at t; their states are averaged over h and w, concatenated and
+projected. Of a transformer the first three quarters of the blocks run, and the image tokens are averaged.
 Nothing is predicted or decoded, so that early steps can be scored too.
 
 Departures from the paper (P) or the official code (C):
@@ -15,6 +16,12 @@ Departures from the paper (P) or the official code (C):
 5. P saves the checkpoint with the best validation accuracy; here it is the last weights, which `ema` may
    average. P's linear decay of the learning rate is `optimizer.decay: linear`.
 6. Official checkpoints (released.py) encode the empty prompt of SDXL too: `encodes_empty_prompt`.
+
+Of transformers P says only "layer 18 of the MMDiT" (of 24) for SD 3, and that all text encoders are used; no
+code is public. Ours is: for every transformer three quarters of its blocks, rounded up, FLUX's joint and
+single ones counted together; VFE on that one feature; as text the base's pooled one (both projections of
+SD 3, CLIP's pooled state of FLUX); the guidance scale that FLUX takes as an input is 1. `trained: all`
+leaves the text encoders as they are.
 """
 
 import math
@@ -26,7 +33,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from spo.backbones.features import DownPath
+from spo.backbones.features import FirstPart
 from spo.config import LatentPreference
 from spo.data import weights
 from spo.diffusion.denoiser import is_guided
@@ -40,10 +47,10 @@ PROBE_TOLERANCE = 0.03  # of the probe's norm; fp16 and bf16 change a VAE's late
 
 
 class LatentPreferenceModel(nn.Module):
-    """A base's down path with a head on its pooled features."""
+    """The first part of a base's denoiser with a head on its pooled features."""
 
     def __init__(
-        self, encoder: DownPath, feature_guidance: float, encodes_empty_prompt: bool = False
+        self, encoder: FirstPart, feature_guidance: float, encodes_empty_prompt: bool = False
     ) -> None:
         """
         Args:
@@ -57,8 +64,7 @@ class LatentPreferenceModel(nn.Module):
         if encodes_empty_prompt:
             encoder.encode_empty_prompt()
         self.feature_guidance = feature_guidance
-        width = sum(encoder.down_widths) + encoder.mid_width
-        self.visual_projection = nn.Linear(width, encoder.text_width, bias=False)
+        self.visual_projection = nn.Linear(encoder.width, encoder.text_width, bias=False)
         nn.init.normal_(self.visual_projection.weight, std=0.02)
         self.text_projection: nn.Linear | None = None
         if not encoder.text_is_projected:
@@ -75,7 +81,8 @@ class LatentPreferenceModel(nn.Module):
         """Copy CLIP's text projection [out,in]."""
         if self.text_projection is None:
             raise ValueError(
-                "latent_preference.text_projection: SDXL's pooled text is projected already; set it to null"
+                "latent_preference.text_projection: the pooled text of SDXL and SD 3 is projected already; "
+                "set it to null"
             )
         if weight.shape != self.text_projection.weight.shape:
             expected = list(self.text_projection.weight.shape)
@@ -93,8 +100,8 @@ class LatentPreferenceModel(nn.Module):
             self.encoder.add_lora(settings.lora, seed)
 
     def encode_text(self, prompts: Sequence[str]) -> Conditioning:
-        """The UNet's inputs for B prompts and, with VFE, for as many empty ones; and `target`, the normalised
-        text features [B,D]."""
+        """The denoiser's inputs for B prompts and, with VFE, for as many empty ones; and `target`, the
+        normalised text features [B,D]."""
         conditioning = self.encoder.encode_prompts(prompts)
         pooled = conditioning.tensors["pooled"].float()
         projected = pooled if self.text_projection is None else self.text_projection(pooled)
@@ -105,7 +112,8 @@ class LatentPreferenceModel(nn.Module):
         return Conditioning(tensors)
 
     def image_features(self, x_t: Tensor, text: Conditioning, timesteps: Tensor) -> Tensor:
-        """Pooled states [B,width] of the down blocks, then of the mid block with VFE (Sec. 3.1).
+        """Pooled states [B,width] of the down blocks, then of the mid block with VFE (Sec. 3.1); of a
+        transformer its last block's with VFE.
 
         v_mid = v_empty + guidance * (v_text - v_empty); the down blocks' are those of the prompt.
         """
@@ -197,17 +205,16 @@ def _read_config(path: Path) -> dict[str, Any]:
     return settings
 
 
-def _base(encoder: DownPath, backbone: Backbone) -> dict[str, Any]:
+def _base(encoder: FirstPart, backbone: Backbone) -> dict[str, Any]:
     """What the base of a model and that of the policy must have in common."""
     return {
         "channels of the latents": backbone.latent_shape[0],
-        "channels of the UNet's down blocks": list(encoder.down_widths),
-        "channels of the UNet's mid block": encoder.mid_width,
+        **encoder.facts,
         "width of the pooled text": encoder.text_width,
     }
 
 
-def _check_base(folder: Path, settings: dict[str, Any], encoder: DownPath, backbone: Backbone) -> None:
+def _check_base(folder: Path, settings: dict[str, Any], encoder: FirstPart, backbone: Backbone) -> None:
     """Refuse a model that scores latents of another base or VAE."""
     advice = "train it again by `spo preference latent`"
     for what, expected in _base(encoder, backbone).items():

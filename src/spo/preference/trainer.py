@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from spo.config import LatentPreference, Preference
 from spo.data.latents import EncodedPairs
+from spo.diffusion import finite
 from spo.diffusion.finite import FiniteCheck
 from spo.diffusion.noise import shuffled
 from spo.runtime.transfer import send
@@ -101,14 +102,19 @@ def train(
     clock: Clock | None = None,
     scale_loss: bool = False,
 ) -> dict[str, Any]:
-    """Train `task.model` in place for settings.steps updates; returns as `training.loop.fit`."""
+    """Train `task.model` in place for settings.steps updates; returns as `training.loop.fit`.
+
+    The captions are encoded before the model is on the device.
+    """
     if not len(pairs.captions):
         raise ValueError(f"{task.name}: there are no training pairs; see outputs/pairs/summary.json")
-    settings = task.settings
+    settings, objective = task.settings, LabelObjective(task, pairs, seed)
+    task.backbone.remember_prompts(objective.captions())
+    task.model.to(task.backbone.device)
     task.prepare()
     task.model.train()
     summary = loop.fit(
-        LabelObjective(task, pairs, seed),
+        objective,
         settings.optimizer,
         checkpoints=checkpoint,
         checkpoint_every=settings.checkpoint_every,
@@ -138,6 +144,12 @@ class LabelObjective:
     def __init__(self, task: PreferenceTask, pairs: EncodedPairs, seed: int) -> None:
         self.task, self.pairs, self.settings, self.seed = task, pairs, task.settings, seed
         self.name, self.iterations = task.name, task.settings.steps
+        self.count = min(self.settings.batch_size, len(pairs.captions))  # of an update
+
+    def captions(self) -> list[str]:
+        """Those of all pairs that the training draws."""
+        drawn = shuffled(len(self.pairs.captions), 0, self.iterations * self.count, self.seed)
+        return [self.pairs.captions[i] for i in sorted({i for _, i in drawn})]
 
     def parameters(self) -> list[torch.nn.Parameter]:
         return [p for p in self.task.model.parameters() if p.requires_grad]
@@ -147,7 +159,7 @@ class LabelObjective:
 
         The inputs of all parts are computed first, so that the base can leave the device.
         """
-        count = min(self.settings.batch_size, len(self.pairs.captions))
+        count = self.count
         distributed.check_shards(count, f"{self.name}.batch_size")
         chosen = distributed.shard(shuffled(len(self.pairs.captions), iteration * count, count, self.seed))
         indices = torch.tensor([i for _, i in chosen])
@@ -228,23 +240,12 @@ def evaluate(
                 at = torch.full_like(drawn, t)
                 check = FiniteCheck()
                 inputs = _inputs(task, pairs, indices, at, noise if t else None, check)
-                check.check()
                 scores = task.scores(inputs, captions, at)
-                _check_scores(torch.stack(scores), t, captions)
+                check.note(finite.SCORE, torch.stack(scores, 1), captions, at)
+                check.check()
                 first_wins = send(pairs.label_0[indices], device) > 0.5
                 right += ((scores[0] > scores[1]) == first_wins).sum()
                 bar.update(n)
             accuracy = int(distributed.all_reduce_sum(right)) / max(len(decided), 1)
             report[t] = {"accuracy": accuracy, "n": len(decided)}
     return report
-
-
-def _check_scores(scores: Tensor, timestep: int, captions: Sequence[str]) -> None:
-    """Refuse scores [2,B] that are not finite; the first such pair is named."""
-    if bool(scores.isfinite().all()):
-        return
-    bad = (~scores.isfinite()).any(0).nonzero().flatten().tolist()
-    raise ValueError(
-        f"preference model: a score is not finite, timestep {timestep}, "
-        f"prompt {captions[bad[0]][:100]!r}; train it again"
-    )

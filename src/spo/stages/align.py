@@ -107,7 +107,7 @@ def run(params: Params, method: str) -> None:
         summary |= {"unet_samples": computed, **facts}
         write_json(METRICS / f"align_{method}.json", {**summary, "seconds": round(clock.seconds, 1)})
         result.log(result.folder, int(summary.get("selected_iteration", iterations)))
-        if section.lora is not None:  # a whole model is too large to be stored twice: DVC has it
+        if section.lora is not None:  # of a pipeline DVC has the only copy, since it is large
             tracked.log_artifact(OUTPUT / method / ADAPTER, "adapter")
         shutil.rmtree(scratch, ignore_errors=True)
 

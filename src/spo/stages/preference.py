@@ -83,7 +83,7 @@ def run(params: Params, item: str | None = None) -> None:
 
 
 def _nothing(params: Params, item: str | None) -> str | None:
-    """Why a baseline is not trained; None if it is, or `item` is none."""
+    """Why a baseline is not trained; None if it is, and for the other models."""
     if item in PREFERENCE_BASELINES and params.preference.pretrained:
         return "it compares with a model that is trained, but preference.pretrained is set"
     return None
@@ -99,10 +99,12 @@ def _take(
 
     kind = "latent_preference" if isinstance(settings, LatentPreference) else "preference"
     given = released.fetch(kind)
+    pairs = None if (PAIRS / NOTHING).exists() else latent_pairs(params, backbone, "validation")
+    backbone.remember_prompts(pairs.captions if pairs is not None else [])
     task = models.task(settings, given.path, backbone)
     measured: dict[str, Any] = {"accuracy": {}, "n": 0}
-    if not (PAIRS / NOTHING).exists():
-        measured = _accuracy(params, task, latent_pairs(params, backbone, "validation"))
+    if pairs is not None:
+        measured = _accuracy(params, task, pairs)
     elif distributed.is_main_process():
         print(f"spo: {kind}: no pairs to measure it on: pairs.source is null", file=sys.stderr)
     measured |= _ranked(params, task)
@@ -154,8 +156,7 @@ def _latent(params: Params, settings: LatentPreference, backbone: Backbone) -> L
         key = "latent_preference.text_projection"
         clip = load_clip(settings.text_projection, settings.revision, key)
         model.start_text_projection(clip.text_projection.weight, settings.text_projection)
-    place = backbone.device
-    return LatentTask(model.to(place), backbone, schedule.to(place), settings, params.seed)
+    return LatentTask(model, backbone, schedule.to(backbone.device), settings, params.seed)
 
 
 def _train(params: Params, task: PreferenceTask, scratch: Path, curve: Curve, clock: Clock) -> dict[str, Any]:
@@ -168,6 +169,7 @@ def _train(params: Params, task: PreferenceTask, scratch: Path, curve: Curve, cl
     settings = task.settings
     pairs = {part: latent_pairs(params, task.backbone, part) for part in ("train", "validation")}
     pairs["train"], facts = _labelled(pairs["train"], settings)
+    task.backbone.remember_prompts(pairs["validation"].captions)
     summary = trainer.train(
         task,
         pairs["train"],

@@ -8,23 +8,51 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from spo import config
-from spo.diffusion.finite import FiniteCheck
+from spo.diffusion import finite
 from spo.runtime.signals import stop_on_signal
 from spo.training import distributed
 from spo.training.checkpoint import CheckpointStore
 from spo.training.clock import Clock
 from spo.training.speed import fast
 from spo.training.state import TrainingState
-from spo.types import FIRST_UPDATE, Batch, Mean, Objective
+from spo.types import FIRST_UPDATE, Batch, Mean
 
 Log = Callable[[Mapping[str, float], int], None]
+BatchT = TypeVar("BatchT", bound=Batch)
+
+
+class Objective(Protocol[BatchT]):
+    """What `fit` trains: some parameters, their batches and a loss."""
+
+    name: str  # its section of params.yaml, for messages
+    iterations: int
+
+    def parameters(self) -> list[torch.nn.Parameter]:
+        """The trained parameters, all on one device."""
+        ...
+
+    def collect(self, iteration: int) -> tuple[list[list[BatchT]], dict[str, float]]:
+        """The updates of one iteration, each in parts whose gradients are accumulated, and metrics.
+
+        A function of the weights, the seed and `iteration` alone. Every process collects its own share.
+        """
+        ...
+
+    def loss(self, batch: BatchT, check: finite.FiniteCheck) -> tuple[Tensor, dict[str, Mean]]:
+        """The losses [P] of a batch, and metrics without gradients.
+
+        Args:
+            check: notes what must be finite and the losses do not show. It is read
+                once an update, with all else.
+        """
+        ...
 
 
 def fit(
@@ -58,6 +86,7 @@ def fit(
         As `TrainingState.finish`.
 
     Raises:
+        ValueError: there is nothing to train, or no iteration had a valid pair.
         FloatingPointError: a loss or gradient is not finite; the weights are those before the update.
         KeyboardInterrupt: SIGTERM or Ctrl-C, after the state was saved.
     """
@@ -85,6 +114,10 @@ def fit(
                 state.save(checkpoints, done)
             if stop:
                 raise KeyboardInterrupt(f"stopped after iteration {done}; run it again to resume from there")
+    if not state.updates:
+        overflow = "every gradient overflowed in fp16; set backbone.dtype bf16 or fp32"
+        why = overflow if state.skipped else f"no pair was valid; lower {objective.name}.threshold"
+        raise ValueError(f"{objective.name}: {done} iterations without an update, since {why}")
     return state.finish(done)
 
 
@@ -110,28 +143,32 @@ def update(objective: Objective, parts: Sequence[Batch], state: TrainingState) -
     Without a pair in any process, or if the gradients overflow in fp16, nothing is updated or measured. All
     that Python must know is read from the device at once, so that it waits once.
     """
-    check, losses_of, metrics = FiniteCheck(), [], []
+    check, metrics = finite.FiniteCheck(), []
     total = distributed.all_reduce_sum(torch.stack([batch.weight.sum() for batch in parts]).sum().float())
     state.optimizer.zero_grad(set_to_none=True)
     for batch in parts:
         losses, measured = objective.loss(batch, check)
         weighted = losses * batch.weight
         state.scaler.scale(weighted.sum() / total.where(total != 0, 1.0)).backward()
-        losses_of.append(weighted.detach())
+        check.note(finite.LOSS, weighted.detach(), batch.prompts, batch.timesteps)
         metrics.append({"loss": Mean(losses.detach(), batch.weight), **measured})
     norm = state.gradient_norm()
-    read = _read(parts, metrics, [total, norm, *check.flags(), *(x.isfinite().all() for x in losses_of)])
-    weight, gradient_norm, *finite = read.local
+    read = _read(parts, metrics, [total, norm, *check.flags()])
+    weight, gradient_norm, *good = read.local
     if weight == 0:  # no valid pair anywhere: AdamW would still decay the weights
         state.skip()
         return {}
-    if not all(finite):
-        _stop(objective.name, check, losses_of, parts, state.updates)
+    if not all(good):
+        reason = f"update {state.updates + 1}: {check.failure()}; nothing was updated"
+        raise FloatingPointError(f"{objective.name}: {reason}")
     if not math.isfinite(gradient_norm):
         if state.overflow():
             return {}
-        what = f"gradient norm {gradient_norm}"
-        raise _diverged(objective.name, what, _where(parts), state.updates)
+        at = f"update {state.updates + 1}, {_where(parts)}"
+        raise FloatingPointError(
+            f"{objective.name}: gradient norm {gradient_norm} at {at}: "
+            f"stopped before the update; try a lower {objective.name}.optimizer.learning_rate"
+        )
     rate = state.step(norm)
     state.pairs += read.pairs
     return {**read.means, "gradient_norm": gradient_norm, "learning_rate": rate}
@@ -183,30 +220,8 @@ def _in_step(updates: list[list[Batch]]) -> Iterator[list[Batch]]:
             yield [replace(last, weight=torch.zeros_like(last.weight))]
 
 
-def _stop(
-    name: str, check: FiniteCheck, losses: Sequence[Tensor], parts: Sequence[Batch], updates: int
-) -> None:
-    """Raise with the first thing of the update that is not finite: a note of `check`, or a loss."""
-    reason = check.failure()
-    if reason is not None:
-        raise FloatingPointError(f"{name}: update {updates + 1}: {reason}; nothing was updated")
-    for batch, values in zip(parts, losses, strict=True):
-        bad = (~values.isfinite()).nonzero().flatten().tolist()
-        if bad:
-            prompt = f", prompt {batch.prompts[bad[0]][:80]!r}" if batch.prompts else ""
-            where = f"timestep {batch.timesteps[bad[0]].item():g}{prompt}"
-            raise _diverged(name, f"loss {values[bad[0]].item()}", where, updates)
-
-
 def _where(parts: Sequence[Batch]) -> str:
     """The first timesteps and prompts of an update."""
     timesteps = sorted({round(t, 1) for batch in parts for t in batch.timesteps.tolist()})
     prompts = dict.fromkeys(prompt[:80] for batch in parts for prompt in batch.prompts)
     return f"timesteps {timesteps[:8]}, prompts {[*prompts][:4]}"
-
-
-def _diverged(name: str, what: str, where: str, updates: int) -> FloatingPointError:
-    return FloatingPointError(
-        f"{name}: {what} at update {updates + 1}, {where}: "
-        f"stopped before the update; try a lower {name}.optimizer.learning_rate"
-    )
