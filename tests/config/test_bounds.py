@@ -119,7 +119,7 @@ def flat(section: dict[str, Any], prefix: str = "") -> dict[str, Any]:
             {"preference.local_prompts": 97},
             "preference.local_prompts: 97 is more than the 96 of prompts.n_val",
         ),
-        ({"prompts.n_validation": 20}, "local_prompts: 32 is more than the 20 of prompts.n_validation"),
+        ({"prompts.n_validation": 15}, "local_prompts: 16 is more than the 15 of prompts.n_validation"),
         (
             {"align.lpo.validation.prompts": 97},
             "align.lpo.validation.prompts: 97 is more than the 96 of prompts.n_validation",

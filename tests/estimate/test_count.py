@@ -80,17 +80,17 @@ def _in_the_repository(monkeypatch) -> None:
 
 
 def test_spo() -> None:
-    """16 iterations of 8 prompts: 2 plain steps, then 4 candidates at each of 12 (to t = 301), guidance 2:
-    2 + 1 + 4 * 12 forwards a prompt. Validated before, every 2, 24 * 2 images.
+    """22 iterations of 8 prompts: 2 plain steps, then 4 candidates at each of 12 (to t = 301), guidance 2:
+    2 + 1 + 4 * 12 forwards a prompt. Validated before, every 2, 16 * 2 images.
     """
     found = estimate.count(scenes(), "align", "spo", Budget())
-    validation = work(unet=9 * 48 * 20 * 2, decoded=9 * 48)
-    rollouts = work(unet=128 * 2 * (3 + 4 * 12), decoded=128 * 48, scored=128 * 48)
-    trained = work(unet=128 * 12 * 2, unet_trained=128 * 12 * 2)  # the reference, and the policy
+    validation = work(unet=12 * 32 * 20 * 2, decoded=12 * 32)
+    rollouts = work(unet=176 * 2 * (3 + 4 * 12), decoded=176 * 48, scored=176 * 48)
+    trained = work(unet=176 * 12 * 2, unet_trained=176 * 12 * 2)  # the reference, and the policy
     assert found.flops(valid=False) == pytest.approx(validation + rollouts, rel=0.06)
     assert found.flops() == pytest.approx(validation + rollouts + trained, rel=0.06)
     cost = method_spec("spo").cost(scenes(), DDIM)
-    assert (cost.rollouts, cost.updates) == (128 * 2 * (3 + 4 * 12), 128 * 12 * 2 * 4)
+    assert (cost.rollouts, cost.updates) == (176 * 2 * (3 + 4 * 12), 176 * 12 * 2 * 4)
     assert cost.unet_samples == cost.rollouts + cost.updates
 
 
@@ -98,7 +98,7 @@ def test_spo() -> None:
 def test_lpo_without_feature_enhancement() -> None:
     """20 iterations of 8 prompts, 20 steps of 4 candidates: one forward a step and one down path each."""
     found = estimate.count(scenes(), "align", "lpo", Budget())
-    validation = work(unet=11 * 48 * 20 * 2, decoded=11 * 48)
+    validation = work(unet=11 * 32 * 20 * 2, decoded=11 * 32)
     assert found.flops(valid=False) == pytest.approx(
         work(unet=160 * 20 * 2, down=160 * 80) + validation, rel=0.06
     )
@@ -109,20 +109,20 @@ def test_lpo_without_feature_enhancement() -> None:
 def test_diffusion_dpo() -> None:
     """800 updates of 16 pairs of images, by policy and reference; 11 validations."""
     found = estimate.count(scenes(), "align", "diffusion_dpo", Budget())
-    validation = work(unet=11 * 48 * 20 * 2, decoded=11 * 48)
+    validation = work(unet=11 * 32 * 20 * 2, decoded=11 * 32)
     assert found.flops() == pytest.approx(work(unet=25600, unet_trained=25600) + validation, rel=0.06)
     assert found.flops(valid=False) == found.flops()
     assert method_spec("diffusion_dpo").cost(scenes(), DDIM).unet_samples == 800 * 32 * 4
 
 
 def test_preference_models(tmp_path, monkeypatch) -> None:
-    """Updates of 32 pairs; rollouts of 32 prompts, 20 steps of 4 candidates; 100 pairs at one timestep."""
+    """Updates of 32 pairs; rollouts of 16 prompts, 20 steps of 4 candidates; 100 pairs at one timestep."""
     counted = {"labels": {"validation": {"decided": 100, "ties": 7}}}
     (tmp_path / "summary.json").write_text(json.dumps(counted))
     monkeypatch.setattr("spo.estimate.stages.PAIRS", tmp_path / "summary.json")
-    found, samples, local = estimate.count(scenes(), "preference", None, Budget()), 2 * 60 * 32, 32 * 80
+    found, samples, local = estimate.count(scenes(), "preference", None, Budget()), 2 * 60 * 32, 16 * 80
     updates = work(unet=2 * samples, decoded=samples, scored=samples)  # the heads alone are trained
-    rollouts = work(unet=32 * 2 * (1 + 4 * 19), decoded=local, scored=local)
+    rollouts = work(unet=16 * 2 * (1 + 4 * 19), decoded=local, scored=local)
     evaluation = work(unet=400, decoded=200, scored=200)
     assert found.flops() == pytest.approx(updates + rollouts + evaluation, rel=0.1)
     phase = found.phases["evaluation"]
@@ -135,7 +135,7 @@ def test_preference_models(tmp_path, monkeypatch) -> None:
 def test_the_latent_reward_model() -> None:
     """450 updates of 32 pairs, all weights trained; the rollouts are those of the step-aware model."""
     found, samples = estimate.count(scenes(), "preference", "latent", Budget()), 2 * 450 * 32
-    rollouts = work(unet=32 * 2 * (1 + 4 * 19), decoded=32 * 80, down=32 * 80)
+    rollouts = work(unet=16 * 2 * (1 + 4 * 19), decoded=16 * 80, down=16 * 80)
     assert found.flops() == pytest.approx(work(down_trained=samples) + rollouts, rel=0.1)
 
 

@@ -212,7 +212,7 @@ def test_an_ended_training_has_the_weights_of_the_validation_before_also_if_resu
 
 def test_a_gain_for_which_one_scorer_paid_is_not_selected(tmp_path: Path) -> None:
     model = Trained(GOOD, ([2.0, 3.0], 0.4), ([3.0, 4.0], 0.4))
-    callback, _ = watch(tmp_path, model, select=("hps",), max_clipscore_fall=0.5)
+    callback, _ = watch(tmp_path, model, select=("hps",), max_clipscore_fall=0.5, max_fall=6.0)
     clipscores = iter(([0.5, 1.0], [0.5, 1.0], [0.3, 0.8]))  # the last .2 lower, standard deviation .354
     validate = model.validate
 

@@ -153,6 +153,8 @@ def _clip(build: Build) -> None:
     from tools.scenes import contrastive, scorers
 
     scorers.start_clip(build, "clip", SEED_CLIP, contrastive.Size())
+    # a guard of alignment needs a CLIP that has seen no labels
+    shutil.copytree(build.work / "clip", build.output / "scorers" / "start_clip", dirs_exist_ok=True)
 
 
 def _pairs(build: Build) -> None:

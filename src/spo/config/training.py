@@ -144,7 +144,8 @@ class Validation(Section):
     # end at the first validation at which that gain is not above its best so far, or a scorer of `select` is
     # more than a standard error below its own best; the weights of the validation before are the result
     stop: bool = False
-    # end so if CLIPScore fell by more than this since the start, in standard deviations of its scores there
+    # end so if CLIPScore fell by more than this since the start, in standard deviations of its scores there;
+    # max_fall then leaves CLIPScore to this limit
     max_clipscore_fall: Rate | None = None
 
     @model_validator(mode="after")

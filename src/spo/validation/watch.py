@@ -104,9 +104,14 @@ class Watch:
             gain = row["gain"] = limits.standardised_gain(start["scores"], now.scores, settings.select)
         row["diversity"] = now.diversity
         self.curve.log({f"validation/{name}": value for name, value in row.items()}, iteration)
-        reason = limits.scores_passed(
-            start["scores"], now.scores, settings.max_fall
-        ) or limits.diversity_passed(start["diversity"], now.diversity, settings.min_diversity)
+        limited = dict(start["scores"])
+        if (
+            settings.max_clipscore_fall is not None
+        ):  # its own limit, which ends a training and does not fail it
+            limited.pop("clipscore")
+        reason = limits.scores_passed(limited, now.scores, settings.max_fall) or limits.diversity_passed(
+            start["diversity"], now.diversity, settings.min_diversity
+        )
         ended = self._end([validation["scores"] for validation in validations]) if iteration else None
         write_json(self._scores / f"{iteration:06d}.json", {**measured, "ended": ended})
         if reason is not None or iteration == 0:
