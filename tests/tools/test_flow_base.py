@@ -21,6 +21,9 @@ def test_the_flow_base_is_a_pipeline_with_the_vae_of_the_first_and_no_t5(tmp_pat
     flow_base.build(tmp_path, tmp_path / "work", seed=0, steps=2, scenes=8)
     weights = "vae/diffusion_pytorch_model.safetensors"
     assert (tmp_path / "base_flow" / weights).read_bytes() == (BASE / weights).read_bytes()
+    for name in ("tokenizer", "tokenizer_2"):
+        for file in (BASE / "tokenizer").iterdir():
+            assert (tmp_path / "base_flow" / name / file.name).read_bytes() == file.read_bytes()
     settings = config.Backbone(family="sd3", checkpoint=str(tmp_path / "base_flow"), max_sequence_length=0)
     flow = backbones.load(settings, "cpu")
     first = backbones.load(config.Backbone(family="sd", checkpoint=str(BASE)), "cpu")

@@ -27,12 +27,14 @@ def fit(
     ema: float = 0.0,
     weight_decay: float = 1e-2,
     warm: float = 0.04,
+    until: int | None = None,
 ) -> None:
     """Train `module` in place on `loss(generator)`; the generator depends on (seed, step) alone.
 
     With `ema` the module ends with the exponential average of its weights. `warm` is the share of the steps
-    over which the learning rate rises.
+    over which the learning rate rises. `until`: the training ends after so many of the steps; None: all.
     """
+    end = steps if until is None else until
     averaged = {k: v.detach().clone() for k, v in module.state_dict().items()}
     optimizer = torch.optim.AdamW(module.parameters(), lr=lr, weight_decay=weight_decay, betas=(0.9, 0.99))
     store, start = CheckpointStore(work / "checkpoints" / name), 0
@@ -42,7 +44,7 @@ def fit(
         optimizer.load_state_dict(state["optimizer"])
         averaged = state["averaged"]
     module.train()
-    bar = tqdm(range(start, steps), initial=start, total=steps, desc=name, mininterval=5)
+    bar = tqdm(range(start, end), initial=start, total=end, desc=name, mininterval=5)
     for step in bar:
         value = loss(torch.Generator().manual_seed(seed * 1_000_003 + step))
         if not torch.isfinite(value):
@@ -54,7 +56,7 @@ def fit(
             group["lr"] = lr * _warm_cosine(step, steps, warm)
         optimizer.step()
         _average(averaged, module, min(ema, step / (step + 10)))
-        if (step + 1) % EVERY == 0 or step + 1 == steps:
+        if (step + 1) % EVERY == 0 or step + 1 == end:
             state = {"module": module.state_dict(), "optimizer": optimizer.state_dict()}
             store.save(step + 1, {**state, "averaged": averaged})
         if step % 25 == 0:
