@@ -63,7 +63,7 @@ def test_what_is_written_is_read_again() -> None:
         ("holds: {hps: 0.5}", "holds: {hps: '0.5'}"),
         ("holds: {hps: 0.5}", "holds: {hps: true}"),
         ("learning_rate: 2.0e-4", "learning_rate: '2e-4'"),
-        ("eval_timesteps: [0,", "eval_timesteps: ['0',"),
+        ("eval_timesteps: [501]", "eval_timesteps: ['501']"),
     ],
 )
 def test_text_is_not_taken_for_a_number_or_a_boolean(old: str, new: str, tmp_path: Path) -> None:
