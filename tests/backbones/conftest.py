@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -193,9 +194,10 @@ def model(words) -> StepAwarePreferenceModel:
 
 
 @pytest.fixture(params=["sd", "sdxl"])
-def experiment(request, checkpoints, words, tmp_path, monkeypatch):
+def experiment(request, checkpoints, words, fresh_store, tmp_path, monkeypatch):
     """A folder with params.yaml and data, as a user has it; the working directory."""
     monkeypatch.chdir(tmp_path)
+    shutil.copy(fresh_store, tmp_path / "mlflow.db")
     small_experiment.inputs(tmp_path / "data", words)
     params = yaml.safe_load(config.preset("smoke"))
     params["backbone"] = {"family": request.param, "checkpoint": str(checkpoints[request.param])}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -138,11 +139,12 @@ def lora(family: str, checkpoint: Path) -> bytes:
 
 
 @pytest.fixture
-def through_all_stages(checkpoints, words, tmp_path, monkeypatch):
+def through_all_stages(checkpoints, words, fresh_store, tmp_path, monkeypatch):
     """run(preset, quick): every stage; returns the comparisons."""
 
     def through(preset: str, quick: bool = False) -> list[dict[str, Any]]:
         monkeypatch.chdir(tmp_path)
+        shutil.copy(fresh_store, tmp_path / "mlflow.db")
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
         small_experiment.inputs(tmp_path / "data", words)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import runpy
 import subprocess
 import sys
 import tempfile
@@ -24,6 +25,11 @@ def dvc(folder: Path, *arguments: str, variables: Mapping[str, str]) -> subproce
     """The same with `dvc`."""
     importlib.import_module("dvc.repo")
     return _run("dvc", folder, arguments, variables)
+
+
+def python(folder: Path, file: str, variables: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
+    """The same with `python FILE`."""
+    return _run("python", folder, (file,), variables)
 
 
 def _run(
@@ -51,6 +57,9 @@ def _command(
     os.environ.clear()
     os.environ.update(variables)
     try:
+        if program == "python":
+            runpy.run_path(arguments[0], run_name="__main__")
+            return 0
         return importlib.import_module(f"{program}.cli").main(list(arguments))
     except SystemExit as end:  # of argparse
         return end.code if isinstance(end.code, int) else 1

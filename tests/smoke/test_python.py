@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-import sys
 from pathlib import Path
 
+import in_fork
 import pytest
-from clones import ROOT, run
+from clones import ROOT, environment
 
 CODE = "\n".join(re.findall(r"```python\n(.*?)```", (ROOT / "docs/python.md").read_text(), re.DOTALL))
 
@@ -16,7 +16,7 @@ CODE = "\n".join(re.findall(r"```python\n(.*?)```", (ROOT / "docs/python.md").re
 @pytest.mark.timeout(3600)  # it may be the first that waits for the DAG
 def test_it_scores_trains_and_compares(copy: Path) -> None:
     (copy / "page.py").write_text(CODE)
-    done = run(copy, sys.executable, "page.py")
+    done = in_fork.python(copy, "page.py", variables=environment(copy))
     assert done.returncode == 0, done.stderr[-3000:]
     lines = done.stdout.splitlines()
     assert re.fullmatch(r"\[-?\d+\.\d+\]", lines[0]) and lines[1] == "my_adapter"

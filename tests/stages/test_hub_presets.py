@@ -8,12 +8,11 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import hub_cache
+import in_fork
 import pandas as pd
 import pytest
 import yaml
@@ -243,7 +242,7 @@ print(len(_step_aware(params, params.preference, backbone).tokenizer))
 
 @pytest.mark.smoke
 @pytest.mark.skipif(not (DATA / "base").exists(), reason="needs the shipped data: dvc pull data.dvc")
-def test_every_loader_reads_its_model_from_the_cache(tmp_path: Path) -> None:
+def test_every_loader_reads_its_model_from_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the models of the scenes world under the names of the preset: the same numbers as from folders."""
     cache, params = tmp_path / "hub", raw("sd15-scratch")
     named, score = config.validate(params), params["score"]
@@ -271,16 +270,17 @@ def test_every_loader_reads_its_model_from_the_cache(tmp_path: Path) -> None:
     weights = (scorers / "hps/HPS_scenes_compressed.pt").read_bytes()
     hub_cache.add(cache, s.hps.checkpoint, {"HPS_v2.1_compressed.pt": weights})
 
-    def loaded(settings: dict[str, Any], **environment: str) -> list[float]:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    (tmp_path / "loaders.py").write_text(LOADERS)
+
+    def loaded(settings: dict[str, Any]) -> list[float]:
         (tmp_path / "params.yaml").write_text(yaml.safe_dump(settings))
-        variables = {**os.environ, "HF_HUB_OFFLINE": "1", **environment}
-        done = subprocess.run(
-            [sys.executable, "-c", LOADERS], cwd=tmp_path, env=variables, capture_output=True, text=True
-        )
+        done = in_fork.python(tmp_path, "loaders.py", variables=os.environ)
         assert done.returncode == 0, done.stderr[-2000:]
         return [float(line) for line in done.stdout.split()]
 
-    from_hub = loaded(params, HF_HUB_CACHE=str(cache))
+    from_hub = loaded(params)
     local = json.loads(json.dumps(params))
     local["backbone"] |= {"checkpoint": str(DATA / "base"), "revision": None, "vae": str(DATA / "base/vae")}
     local["preference"] |= {"init": str(scorers / "pickscore"), "revision": None, "tokenizer": None}
