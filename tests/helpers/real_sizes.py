@@ -1,4 +1,5 @@
-"""Stable Diffusion 1.5, SDXL and the preference model at their real sizes, with random weights.
+"""Four bases (SD 1.5, SDXL, SD 3.5 medium, FLUX.1 dev) and the preference model at their real sizes, with
+random weights.
 
 Nothing is downloaded: the configs are those of the released checkpoints, written by hand; the words are the
 small world's. For memory and time, not for pictures.
@@ -14,7 +15,17 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+)
 from diffusers import UNet2DConditionModel as UNet
 from transformers import (
     CLIPConfig,
@@ -23,6 +34,8 @@ from transformers import (
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPVisionConfig,
+    T5Config,
+    T5EncoderModel,
 )
 
 from spo import config
@@ -113,6 +126,66 @@ def sdxl(words: Any) -> StableDiffusionXLPipeline:
     )
 
 
+def t5_xxl() -> T5EncoderModel:
+    settings = T5Config(
+        vocab_size=32128,
+        d_model=4096,
+        d_kv=64,
+        d_ff=10240,
+        num_layers=24,
+        num_heads=64,
+        feed_forward_proj="gated-gelu",
+    )
+    return T5EncoderModel(settings)
+
+
+def vae16(scaling_factor: float, shift_factor: float) -> AutoencoderKL:
+    """That of both families of transformers."""
+    settings = {**vae(scaling_factor, 1024).config, "latent_channels": 16, "shift_factor": shift_factor}
+    return AutoencoderKL.from_config(settings | {"use_quant_conv": False, "use_post_quant_conv": False})
+
+
+def sd35(words: Any) -> StableDiffusion3Pipeline:
+    transformer = SD3Transformer2DModel(
+        sample_size=128,
+        num_layers=24,
+        attention_head_dim=64,
+        num_attention_heads=24,
+        joint_attention_dim=4096,
+        caption_projection_dim=1536,
+        pooled_projection_dim=2048,
+        pos_embed_max_size=384,
+        dual_attention_layers=tuple(range(13)),
+        qk_norm="rms_norm",
+    )
+    return StableDiffusion3Pipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=vae16(1.5305, 0.0609),
+        text_encoder=text(words, 768, 12, 12, 768, CLIPTextModelWithProjection, "quick_gelu"),
+        text_encoder_2=text(words, 1280, 32, 20, 1280, CLIPTextModelWithProjection, "gelu"),
+        text_encoder_3=t5_xxl(),
+        **dict.fromkeys(("tokenizer", "tokenizer_2", "tokenizer_3"), words),
+    )
+
+
+def flux(words: Any) -> FluxPipeline:
+    """FLUX.1 dev: the defaults of diffusers are its sizes."""
+    return FluxPipeline(
+        transformer=FluxTransformer2DModel(guidance_embeds=True),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+        vae=vae16(0.3611, 0.1159),
+        text_encoder=text(words, 768, 12, 12, 768, CLIPTextModel, "quick_gelu"),
+        text_encoder_2=t5_xxl(),
+        **dict.fromkeys(("tokenizer", "tokenizer_2"), words),
+    )
+
+
+BASES = {"sd15": sd15, "sdxl": sdxl, "sd35": sd35, "flux": flux}
+# presets that train everything; those of the other bases do so themselves
+EVERYTHING = {"sd15": "sd15-scratch", "sdxl": "sdxl-scratch"}
+
+
 def clip_h(words: Any) -> StepAwarePreferenceModel:
     """PickScore_v1's architecture."""
     vision = CLIPVisionConfig(
@@ -148,17 +221,18 @@ def backbone(pipeline: Any, family: str, device: str, dtype: torch.dtype) -> Sta
 
 
 def described(name: str, folder: Path) -> config.Params:
-    """The preset NAME-scratch with the config files of its models, without weights, in a local folder."""
-    family = {"sd15": "sd"}.get(name, name)
+    """The preset that trains all on a base, with the config files of its models in a folder, no weights."""
+    params = yaml.safe_load(config.preset(EVERYTHING.get(name, name)))
+    family = params["backbone"]["family"]
     words = tokenizer.save(world.vocabulary(), folder / "words")
     words.model_max_length = 77
     base, clip = folder / family, folder / "clip-h"
     with torch.device("meta"):
-        pipe, step_aware = (sd15 if family == "sd" else sdxl)(words), clip_h(words)
+        pipe, step_aware = BASES[name](words), clip_h(words)
     for part, model in pipe.components.items():
         if isinstance(model, torch.nn.Module):
             (base / part).mkdir(parents=True, exist_ok=True)
-            found = dict(model.config) if part in ("unet", "vae") else model.config.to_dict()
+            found = dict(model.config) if part in ("unet", "transformer", "vae") else model.config.to_dict()
             if part == "vae":
                 found.pop("_use_default_values", None)
                 found["force_upcast"] = False  # as SDXL's fp16-safe one, which the preset names
@@ -167,7 +241,6 @@ def described(name: str, folder: Path) -> config.Params:
     pipe.scheduler.save_pretrained(base / "scheduler")
     pipe.save_config(base)  # model_index.json
     step_aware.model.config.save_pretrained(clip)
-    params = yaml.safe_load(config.preset(f"{name}-scratch"))
     vae = None if params["backbone"]["vae"] is None else str(base / "vae")
     params["backbone"] |= {"checkpoint": str(base), "revision": None, "vae": vae}
     params["preference"] |= {"init": str(clip), "revision": None, "tokenizer": str(folder / "words")}

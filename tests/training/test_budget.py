@@ -9,7 +9,7 @@ from spo.types import Budget
 GIB = 2**30
 
 
-@pytest.mark.parametrize("family", ["sd", "sdxl"])
+@pytest.mark.parametrize("family", ["sd", "sdxl", "sd3", "flux"])
 @pytest.mark.parametrize("kind", list(budget.COSTS["sd"]))
 def test_more_memory_never_makes_a_call_smaller(family: str, kind: str) -> None:
     cuts = [budget.automatic(family, kind, gib * GIB) for gib in (8, 16, 24, 48, 80, 141)]
@@ -58,7 +58,10 @@ def test_kinds(stage: str, variant: str | None, kind: str) -> None:
     assert budget.kind(stage, variant) == kind
 
 
-@pytest.mark.parametrize("family", ["sd3", "flux"])
-def test_a_family_that_was_not_counted_gets_the_smallest_budget(family: str) -> None:
-    assert budget.automatic(family, "spo", 24 * GIB) == budget.LEAST
-    assert budget.automatic(family, "spo", float("inf")) == budget.WHOLE
+@pytest.mark.parametrize("family", ["sd", "sdxl", "sd3", "flux"])
+def test_larger_images_make_calls_smaller(family: str) -> None:
+    """By their area: at twice the side, a quarter of what the models leave."""
+    usual = budget.ANNOUNCED[family]
+    small, own, large = (budget.automatic(family, "generate", 48 * GIB, s) for s in (None, usual, 4 * usual))
+    assert small == own and large.images < own.images and large.samples < own.samples
+    assert budget.automatic(family, "spo", float("inf"), 4 * usual) == budget.WHOLE

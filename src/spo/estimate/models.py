@@ -1,19 +1,20 @@
 """The models of an experiment on the meta device: built from their config files, without weights."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import BatchEncoding, CLIPConfig, CLIPModel
 
 from spo import config
 from spo.backbones.description import describe
 from spo.backbones.loading import DTYPES, empty_models, vae_dtype
 from spo.backbones.stable_diffusion import StableDiffusion
-from spo.estimate.meta import DEVICE
+from spo.estimate.meta import DEVICE, Counter
 from spo.preference.model import StepAwarePreferenceModel
-from spo.types import Budget
+from spo.types import Budget, Conditioning
 
 Place = torch.device | str
 
@@ -57,3 +58,29 @@ def preference_model(settings: config.Preference, device: Place = DEVICE) -> Ste
     with torch.device(device):
         clip = CLIPModel(CLIPConfig.from_pretrained(settings.init, **how)).eval()
         return StepAwarePreferenceModel(clip, settings.step_condition).to(device)
+
+
+def once_per_shape(base: StableDiffusion, counter: Counter) -> Callable[..., Tensor]:
+    """`base._run`, where of calls without gradient the first of each shape runs, and others add its bytes and
+    FLOPs: a transformer takes seconds on the meta device."""
+    run, known = base._run, dict[Any, tuple[int, int]]()
+
+    def call(unet: Any, x_t: Tensor, timesteps: Tensor, conditioning: Conditioning, copies: int) -> Tensor:
+        if torch.is_grad_enabled():
+            return run(unet, x_t, timesteps, conditioning, copies)
+        adapters = [getattr(module, "disable_adapters", None) for module in unet.modules()]
+        key = (id(unet), tuple(adapters), x_t.shape, copies)
+        if key in known:
+            peak, flops = known[key]
+            output = torch.empty_like(x_t, dtype=torch.float32)
+        else:
+            live, before, done = counter.live, counter.peak, counter.flops
+            counter.restart()
+            output = run(unet, x_t, timesteps, conditioning, copies)
+            peak, flops = counter.peak - live, counter.flops
+            known[key], counter.peak, counter.flops = (peak, flops), before, done
+        counter.peak = max(counter.peak, counter.live - output.untyped_storage().nbytes() + peak)
+        counter.flops += flops
+        return output
+
+    return call

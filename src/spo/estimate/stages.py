@@ -14,6 +14,7 @@ from unittest import mock
 import numpy as np
 import torch
 
+from spo.backbones.families import FAMILIES
 from spo.config import PREFERENCE_BASELINES, Params, Stepwise
 from spo.data.latents import EncodedPairs
 from spo.diffusion.denoiser import is_guided
@@ -46,12 +47,19 @@ PROMPT = "a prompt"
 def count(params: Params, stage: str, variant: str | None, budget: Budget) -> Count:
     """Count `preference` (variant: None or latent), `align` (a method), `generate` or `pairs` (encoding)."""
     with meta.stand_in() as counter:
-        return run(params, stage, variant, models.backbone(params.backbone, budget), counter)
+        base = models.backbone(params.backbone, budget)
+        with mock.patch.object(base, "_run", models.once_per_shape(base, counter)):
+            return run(params, stage, variant, base, counter)
 
 
 def run(params: Params, stage: str, variant: str | None, base: Any, counter: Any) -> Count:
     """As `count`, with a base on the device that `counter` counts."""
     found = Count(_sizes(base, counter), counter)
+    if FAMILIES[
+        params.backbone.family
+    ].encodes_once:  # as every stage does, before its other models are there
+        found.run("text", lambda: base.remember_prompts([PROMPT]))
+        found.weights = 0  # those of the next phase
     STAGES[stage](params, variant, base, found)
     return found
 

@@ -1,9 +1,8 @@
 """Split work so that it fits the memory of a device (`config.Device`).
 
-What the models and one image, latent or pair take was counted at the real sizes of SD 1.5 and SDXL in fp16 by
-`spo.estimate`, with a LoRA (docs/gpu.md). Smaller models take less, so that these budgets fit them too; for
-larger ones, or fp32, name smaller numbers in the section `device`. Families that were not counted (sd3, flux)
-get the smallest budget; name larger numbers there.
+What the models and one image, latent or pair take was counted at the real sizes of SD 1.5, SDXL, SD 3.5
+medium and FLUX.1 in 16 bits by `spo.estimate`, with a LoRA (docs/gpu.md). Smaller models take less, so that
+these budgets fit them too; for larger ones, or fp32, name smaller numbers in the section `device`.
 """
 
 from typing import NamedTuple
@@ -28,9 +27,12 @@ class Cost(NamedTuple):
     recomputed: float  # the same with `checkpointing`
 
 
-IMAGE = {"sd": 0.4, "sdxl": 1.7}  # of a VAE call
-SAMPLE = {"sd": 0.15, "sdxl": 0.35}  # of a denoiser call with guidance
-RESTING = {"sd": 0.25, "sdxl": 1.6}  # text encoders, which rest while the denoiser or the VAE works
+COUNTED = {"sd": 512, "sdxl": 1024, "sd3": 512, "flux": 512}  # side of the images, in pixels
+ANNOUNCED = {"sd": 512, "sdxl": 1024, "sd3": 1024, "flux": 1024}  # by the files
+IMAGE = {"sd": 0.4, "sdxl": 1.7, "sd3": 0.45, "flux": 0.45}  # of a VAE call
+SAMPLE = {"sd": 0.15, "sdxl": 0.35, "sd3": 0.12, "flux": 0.2}  # of a denoiser call with guidance
+# text encoders, which rest while the denoiser or the VAE works; those of transformers do so in any case
+RESTING = {"sd": 0.25, "sdxl": 1.6, "sd3": 0.0, "flux": 0.0}
 COSTS = {
     "sd": {
         "preference": Cost(17.9, 20.9, 2.2, 2.0, 0.4),
@@ -47,6 +49,22 @@ COSTS = {
         "diffusion_dpo": Cost(8.5, 6.6, 1.8, 12.0, 1.3),
         "lpo": Cost(12.7, 6.6, 6.1, 12.0, 1.3),
         "generate": Cost(7.1, 5.3, 1.8, 0, 0),
+    },
+    "sd3": {
+        "preference": Cost(20.9, 20.9, 5.2, 2.0, 0.5),
+        "latent_preference": Cost(28.7, 32.2, 0.2, 7.1, 0.9),
+        "spo": Cost(9.6, 5.4, 4.2, 4.7, 0.5),
+        "diffusion_dpo": Cost(5.6, 5.4, 0.2, 4.7, 0.5),
+        "lpo": Cost(9.2, 5.4, 3.8, 4.7, 0.5),
+        "generate": Cost(5.2, 5.0, 0.2, 0, 0),
+    },
+    "flux": {  # the latent reward model by LoRA: all of its weights would take 160 GB
+        "preference": Cost(39.9, 20.9, 24.2, 2.0, 0.5),
+        "latent_preference": Cost(20.8, 20.6, 0.2, 24.5, 2.5),
+        "spo": Cost(29.0, 24.8, 4.2, 8.2, 0.8),
+        "diffusion_dpo": Cost(25.0, 24.8, 0.2, 16.4, 1.5),
+        "lpo": Cost(44.8, 24.8, 20.0, 8.2, 0.8),
+        "generate": Cost(24.1, 23.9, 0.2, 0, 0),
     },
 }
 
@@ -73,7 +91,8 @@ def memory(settings: Device) -> float:
 def of(params: Params, kind: str) -> Budget:
     """The budget of a stage, as `kind` names it: what params.device says, the rest from the memory."""
     given = params.device.model_dump(exclude={"memory"})
-    found = automatic(params.backbone.family, kind, memory(params.device))._asdict()
+    base = params.backbone
+    found = automatic(base.family, kind, memory(params.device), base.image_size)._asdict()
     return Budget(**{name: found[name] if value == "auto" else value for name, value in given.items()})
 
 
@@ -85,22 +104,23 @@ def usable(memory: float) -> float:
     return memory - max(0.1 * memory, 0.2 * memory - 2.5e9)
 
 
-def automatic(family: str, kind: str, memory: float) -> Budget:
+def automatic(family: str, kind: str, memory: float, pixels: int | None = None) -> Budget:
     """The fastest budget that fits: without checkpointing and offload if FEW pairs fit so.
 
     Args:
         memory: of the device, in bytes.
+        pixels: the side of the images; None: that of the family's files.
     """
     if memory == float("inf"):
         return WHOLE
-    if family not in COSTS:
-        return LEAST
+    area = ((pixels or ANNOUNCED[family]) / COUNTED[family]) ** 2
     room, cost = usable(memory) / 1e9, COSTS[family].get(kind, COSTS[family]["generate"])
+    cost = cost._replace(pair=cost.pair * area, recomputed=cost.recomputed * area)
     trained, choice = _training(cost, room)
     left = room - cost.sampled + (RESTING[family] if choice.offload else 0)
     return choice._replace(
-        images=_between(left / IMAGE[family], WHOLE.images),
-        samples=_between(left / SAMPLE[family], WHOLE.samples),
+        images=_between(left / area / IMAGE[family], WHOLE.images),
+        samples=_between(left / area / SAMPLE[family], WHOLE.samples),
         pairs=trained,
     )
 
