@@ -140,6 +140,7 @@ def test_the_latent_reward_model() -> None:
 
 
 def test_generation() -> None:
+    """The first layers of a guided sample run once (backbones/shared_start.py)."""
     assert unet_samples(scenes().latent_preference) == round(0.4 * 3 * 2 * 450 * 32)
     found = estimate.count(scenes(), "generate", "base", Budget())
     assert found.flops() == pytest.approx(work(unet=256 * 20 * 2, decoded=256), rel=0.06)

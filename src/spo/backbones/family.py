@@ -85,8 +85,10 @@ class Family:
         """As `types.Backbone.guided`."""
         return conditioning, guidance
 
-    def run(self, denoiser: Any, x_t: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
-        """The denoiser's output [B,C,h,w]."""
+    def run(
+        self, denoiser: Any, x_t: Tensor, timesteps: Tensor, conditioning: Conditioning, copies: int = 1
+    ) -> Tensor:
+        """The denoiser's output [B,C,h,w]; `copies` as in `types.Backbone.predict`."""
         raise NotImplementedError
 
 

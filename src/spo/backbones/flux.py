@@ -110,7 +110,9 @@ class Flux(Family):
             )
         return conditioning, true_guidance or 1.0
 
-    def run(self, denoiser: Any, x_t: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
+    def run(
+        self, denoiser: Any, x_t: Tensor, timesteps: Tensor, conditioning: Conditioning, copies: int = 1
+    ) -> Tensor:
         rows, columns = (side // PATCH for side in x_t.shape[-2:])
         text = conditioning.tensors["text"]
         output = denoiser(

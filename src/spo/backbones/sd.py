@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from spo.backbones.family import QUANTIZED, Family, Rules, is_unset, tokenized
+from spo.backbones.shared_start import shared_start
 from spo.types import Conditioning
 
 
@@ -79,8 +80,11 @@ class Sd(Family):
         output = self.text_encoder(tokens.input_ids, attention_mask=mask)
         return Conditioning({"text": output.last_hidden_state, "pooled": output.pooler_output})
 
-    def run(self, denoiser: Any, x_t: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
-        return denoiser(x_t, timesteps, return_dict=False, **self.unet_arguments(conditioning))[0]
+    def run(
+        self, denoiser: Any, x_t: Tensor, timesteps: Tensor, conditioning: Conditioning, copies: int = 1
+    ) -> Tensor:
+        with shared_start(denoiser, len(x_t), copies):
+            return denoiser(x_t, timesteps, return_dict=False, **self.unet_arguments(conditioning))[0]
 
     @staticmethod
     def unet_arguments(conditioning: Conditioning) -> dict[str, Any]:

@@ -110,7 +110,9 @@ class Sd3(Family):
         pooled = torch.cat([output.text_embeds for output in outputs], dim=-1)
         return Conditioning({"text": torch.cat([clip, t5], dim=1), "pooled": pooled})
 
-    def run(self, denoiser: Any, x_t: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
+    def run(
+        self, denoiser: Any, x_t: Tensor, timesteps: Tensor, conditioning: Conditioning, copies: int = 1
+    ) -> Tensor:
         output: Tensor = denoiser(
             x_t,
             timestep=timesteps,

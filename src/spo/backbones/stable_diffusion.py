@@ -180,22 +180,24 @@ class StableDiffusion:
         count, most = len(x_t) // copies, self.budget.samples
         if torch.is_grad_enabled() or count <= most:
             with lower("pairs" if torch.is_grad_enabled() else "samples"):
-                return self._run(unet, x_t, timesteps, conditioning)
+                return self._run(unet, x_t, timesteps, conditioning, copies)
         outputs = []
         for start in range(0, count, most):
             rows = torch.arange(len(x_t), device=x_t.device).view(copies, count)
             rows = rows[:, start : start + most].flatten()
             with lower("samples"):
-                part = self._run(unet, x_t[rows], timesteps[rows], conditioning.select(rows))
+                part = self._run(unet, x_t[rows], timesteps[rows], conditioning.select(rows), copies)
             outputs.append(part.unflatten(0, (copies, -1)))
         return torch.cat(outputs, dim=1).flatten(0, 1)
 
-    def _run(self, unet: Any, x_t: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
+    def _run(
+        self, unet: Any, x_t: Tensor, timesteps: Tensor, conditioning: Conditioning, copies: int
+    ) -> Tensor:
         """Run a UNet in the model's precision; full fine-tuning holds its weights in fp32 (autocast)."""
         x_t = x_t.to(unet.dtype).contiguous(memory_format=self._format)
         mixed = unet.dtype != self._dtype
         with torch.autocast(x_t.device.type, self._dtype, enabled=mixed):
-            return self._text.run(unet, x_t, timesteps, conditioning).float()
+            return self._text.run(unet, x_t, timesteps, conditioning, copies).float()
 
     @torch.no_grad()
     def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
