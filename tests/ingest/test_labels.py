@@ -157,7 +157,7 @@ def test_a_filter_that_keeps_nothing_is_one_line(tmp_path) -> None:
     [
         ({"win_lose_above": {"hps": 0.0}}, "has a rule for hps, but no section hps; add it"),
         ({"tie_below": {"aesthetic": -0.1}}, "greater than 0"),
-        ({"win_lose_above": {"aesthetic": True}}, "must not be true or false"),
+        ({"win_lose_above": {"aesthetic": True}}, "should be a valid number"),
         ({"hps": {"architecture": "a", "checkpoint": "c"}}, "has a section hps, but no rule for it"),
     ],
 )

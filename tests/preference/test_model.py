@@ -75,7 +75,7 @@ def test_broken_folders_are_refused_in_one_line(clip, tmp_path) -> None:
 def test_an_official_file_that_is_none_is_refused(clip, tmp_path) -> None:
     path = tmp_path / "spm.bin"
     path.write_bytes(b"not a checkpoint")
-    with pytest.raises(ValueError, match="spm.bin cannot be read"):
+    with pytest.raises(ValueError, match="spm.bin: cannot be read as weights"):
         StepAwarePreferenceModel.from_official_checkpoint(path, clip.config)
     torch.save({"model.logit_scale": torch.zeros(())}, path)
     with pytest.raises(ValueError, match="spm.bin lacks weights: .*not a checkpoint of this model"):

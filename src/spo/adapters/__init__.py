@@ -13,7 +13,7 @@ from spo.adapters.names import TEXT, TEXT_2, UNET
 from spo.adapters.strength import PEFT_CONFIG
 from spo.backbones import StableDiffusion
 from spo.backbones.lora import FILE
-from spo.backbones.weights import Weights
+from spo.data.weights import Weights
 from spo.training import distributed
 from spo.types import Budget
 

@@ -8,7 +8,7 @@ from typing import Literal
 
 from spo.adapters import lora
 from spo.backbones.weight_files import variants_of
-from spo.backbones.weights import ENDINGS, Weights, read
+from spo.data.weights import ENDINGS, Weights, read
 
 UNET_STEM = "diffusion_pytorch_model"
 LORA_STEMS = ("pytorch_lora_weights", "adapter_model")

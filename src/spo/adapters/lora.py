@@ -20,7 +20,7 @@ from spo.adapters.names import layer_names, spelling, split_component
 from spo.adapters.strength import Strengths
 from spo.backbones.lora import ADAPTER
 from spo.backbones.lora_linear import use_merged_layers
-from spo.backbones.weights import Weights
+from spo.data.weights import Weights
 
 _PARTS = {
     "down": r"(\.lora_down|\.lora_A(\.\w+)?|\.lora\.down|\.lora_linear_layer\.down|_lora\.down)\.weight",

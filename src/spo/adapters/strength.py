@@ -10,7 +10,7 @@ from torch import Tensor
 
 from spo.adapters.names import COMPONENTS, UNET
 from spo.backbones.description import json_object
-from spo.backbones.weights import Weights
+from spo.data.weights import Weights
 
 PEFT_CONFIG = "adapter_config.json"
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from spo.adapters.names import original_names
 from spo.backbones import same_unet
-from spo.backbones.weights import Weights
+from spo.data.weights import Weights
 
 _ORIGINAL = ("model.diffusion_model.", "diffusion_model.", "")
 

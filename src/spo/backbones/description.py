@@ -12,7 +12,7 @@ from spo import config
 from spo.backbones import scheduler, single_file
 from spo.backbones.families import FAMILIES
 from spo.backbones.family import Family, Rules, is_unset, pixels_of_a_latent
-from spo.backbones.weights import read
+from spo.data.weights import read
 from spo.diffusion.announced import schedule_of
 from spo.runtime import hub
 from spo.types import NoiseSchedule

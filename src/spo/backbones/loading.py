@@ -15,8 +15,7 @@ from spo.backbones.family import Family
 from spo.backbones.stable_diffusion import StableDiffusion
 from spo.backbones.tensors import check_finite
 from spo.backbones.weight_files import by_folder, choose_variants
-from spo.backbones.weights import read
-from spo.data.weights import check_keys
+from spo.data.weights import check_keys, read
 from spo.runtime import hub
 from spo.types import Budget
 

@@ -4,7 +4,7 @@ from typing import Any
 
 from spo import config
 from spo.backbones.families import FAMILIES
-from spo.backbones.weights import Weights
+from spo.data.weights import Weights
 
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
 # Empty tensors with which trainers and user interfaces mark a file.

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from spo.config.base import Count, Fraction, Positive, Section, Seed
 from spo.config.scorers import Scorers
 
-Bound = Annotated[float, Field(strict=True, ge=-1e9, le=1e9)]  # in a scorer's units
+Bound = Annotated[float, Field(ge=-1e9, le=1e9)]  # in a scorer's units
 
 
 class Prompts(Section):

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from spo.config.base import Amount, Eta, Guidance, Positive, Section, Seed
+from spo.config.base import Amount, Eta, Guidance, Positive, Section, Seed, Several
 from spo.config.scorers import AestheticConfig, HpsConfig, PickScoreConfig, Scorers
 
 
@@ -64,7 +64,7 @@ class Score(Scorers):
 class Report(Section):
     """The statistics and the image grid of the report."""
 
-    baselines: Annotated[tuple[str, ...], Field(min_length=1)] = (
+    baselines: Annotated[Several[str], Field(min_length=1)] = (
         "base",
         "base_high_guidance",
         "diffusion_dpo",
@@ -85,7 +85,7 @@ class Registry(Section):
     method: str = "spo"  # one of `align`
     baseline: str = "base"
     min_prompts: Annotated[Positive, Field(ge=2)] = 20  # fewer give no interval, no `better` and no champion
-    improves: tuple[str, ...] = ("pickscore",)  # superiority: the lower bound must exceed 0
+    improves: Several[str] = ("pickscore",)  # superiority: the lower bound must exceed 0
     holds: dict[str, Amount] = {  # non-inferiority: it must not be below -x
         "hps": 0.5,
         "aesthetic": 0.05,

@@ -6,7 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from spo.config.base import Amount, Count, Decay, Eta, Fraction, Guidance, Positive, Rate, Section
+from spo.config.base import Amount, Count, Decay, Eta, Fraction, Guidance, Positive, Rate, Section, Several
 from spo.config.scorers import SCORERS, Scorers
 
 
@@ -62,7 +62,7 @@ class Lora(Section):
 
     rank: Positive
     alpha: Positive
-    target_modules: Annotated[tuple[str, ...], Field(min_length=1)] = ("to_q", "to_k", "to_v", "to_out.0")
+    target_modules: Annotated[Several[str], Field(min_length=1)] = ("to_q", "to_k", "to_v", "to_out.0")
 
 
 class Preference(Section):
@@ -83,7 +83,7 @@ class Preference(Section):
     batch_size: Positive
     guidance: Guidance = 5.0
     num_inference_steps: Positive = 20
-    eval_timesteps: tuple[Count, ...] = (0, 251, 501, 701, 951)
+    eval_timesteps: Several[Count] = (0, 251, 501, 701, 951)
     local_prompts: Count = 0  # validation prompts whose candidates the oracle scores too; only scenes has one
     checkpoint_every: Positive = 100
 
@@ -114,7 +114,7 @@ class LatentPreference(Section):
     batch_size: Positive
     guidance: Guidance = 5.0  # of the rollouts of `local_prompts`
     num_inference_steps: Positive = 20  # pairs are noised to the timesteps of this sampler
-    eval_timesteps: tuple[Count, ...] = (1, 251, 501, 701, 951)
+    eval_timesteps: Several[Count] = (1, 251, 501, 701, 951)
     local_prompts: Count = 0  # validation prompts whose candidates the oracle scores too; only scenes has one
     checkpoint_every: Positive = 100
 
@@ -140,7 +140,7 @@ class Validation(Section):
     max_divergence: Rate | None = None  # `kl` (SPO, LPO; nats per step) or `output_distance` (Diffusion-DPO)
     min_diversity: Fraction | None = None  # as a fraction of the diversity at the start
     # the best validated weights by the mean standardised gain of these scorers are the result; None: the last
-    select: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
+    select: Annotated[Several[str], Field(min_length=1)] | None = None
     # end at the first validation at which that gain is not above its best so far, or a scorer of `select` is
     # more than a standard error below its own best; the weights of the validation before are the result
     stop: bool = False
@@ -182,7 +182,8 @@ class Rollout(Method):
     eta: Annotated[Eta, Field(gt=0)] = 1.0
     guidance: Guidance = 5.0
     divert_start_step: Count = 4
-    timestep_range: tuple[Count, Count] | None = None  # lowest and highest t of an x_t that gives pairs
+    # lowest and highest t of an x_t that gives pairs
+    timestep_range: Annotated[tuple[Count, Count], Field(strict=False)] | None = None
     inner_steps: Positive = 1  # denoising steps of the K branches before they are scored (SDXL: 3)
     pair_choice: Literal["best_worst", "random"] = "best_worst"  # which two of the K candidates form a pair
     resampler: Literal["random", "win", "lose"] = "random"  # the candidate from which the rollout continues

@@ -1,16 +1,40 @@
-"""Read the files of a CLIP or a scorer: what is missing, damaged or does not fit is refused in one line."""
+"""Read weights and configs without executing code from them; what does not fit is refused in one line."""
 
 from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from spo.runtime import hub
 from spo.runtime.files import read_json
 from spo.runtime.messages import first_line
+
+ENDINGS = (".safetensors", ".bin", ".pt", ".pth")
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The tensors of a file by key; those of a .safetensors file are mapped, so only what is used is read."""
+
+    file: Path
+    tensors: Mapping[str, Tensor]
+    metadata: Mapping[str, str]  # of a .safetensors file
+
+    def checked(self, key: str, integers: bool = False) -> Tensor:
+        """Return a tensor; refuse NaN, infinity and, unless allowed, integers (a quantised model)."""
+        value = self.tensors[key]
+        kind = str(value.dtype).removeprefix("torch.")
+        if not value.is_floating_point() and not integers:
+            reason = f"is {kind}, not floating point; save the weights in fp16 or fp32"
+            raise ValueError(f"{self.file}: {key} {reason}")
+        if not torch.isfinite(value.float()).all():
+            reason = "has NaN or infinite values; the file is damaged or its training diverged"
+            raise ValueError(f"{self.file}: {key} {reason}")
+        return value
 
 
 def read_config(file: Path, key: str, keys: Collection[str] = ()) -> dict[str, Any]:
@@ -45,19 +69,35 @@ def load_tokenizer(cls: Any, name: str, revision: str | None, key: str, files: s
 
 
 def load_state(file: Path, where: str) -> Mapping[str, Tensor]:
-    """Read the weights of a .safetensors file, or of a torch file, at its top or under `state_dict`."""
+    """The tensors of a file that must be there."""
     if not file.exists():
         raise ValueError(f"{where}: no such file; run `make repro` or `dvc pull data.dvc`, or download it")
+    return read(file, where).tensors
+
+
+def read(file: Path, where: str | None = None) -> Weights:
+    """Read a file; a pickle may hold nothing but tensors by name, at its top or under `state_dict`."""
+    state: Any
+    metadata: Mapping[str, str] = {}
+    where = where or str(file)
     try:
         if file.suffix == ".safetensors":
-            return load_file(file)
-        state = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch, pickle and safetensors raise several types
-        raise ValueError(f"{where} cannot be read ({first_line(error, 200)})") from None
-    state = state.get("state_dict", state) if isinstance(state, dict) else None
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise ValueError(f"{where} is not a state dict (weights by name)")
-    return state
+            with safe_open(file, framework="pt") as opened:
+                state = {key: opened.get_tensor(key) for key in opened.keys()}
+                metadata = opened.metadata() or {}
+        else:
+            state = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # safetensors, zip and pickle raise several types
+        reason = first_line(error, 200) if file.suffix == ".safetensors" else "not tensors alone"
+        raise ValueError(f"{where}: cannot be read as weights ({reason}); save it as .safetensors") from None
+    state = state.get("state_dict", state) if isinstance(state, dict) else state
+    if not isinstance(state, dict):
+        raise ValueError(f"{where}: must be tensors by name, not a {type(state).__name__}")
+    for key, value in state.items():
+        if not isinstance(value, Tensor):
+            kind = type(value).__name__
+            raise ValueError(f"{where}: {key} is a {kind}, not a tensor; save the tensors as .safetensors")
+    return Weights(file, {str(key): value for key, value in state.items()}, metadata)
 
 
 def fill(model: nn.Module, state: Mapping[str, Tensor], where: str) -> None:

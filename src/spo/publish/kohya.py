@@ -16,7 +16,7 @@ from spo import backbones, config
 from spo.adapters import files, lora
 from spo.adapters.names import COMPONENTS, TEXT, TEXT_2, UNET
 from spo.backbones.loading import empty_models
-from spo.backbones.weights import Weights
+from spo.data.weights import Weights
 from spo.publish import original
 from spo.runtime.files import atomic
 
