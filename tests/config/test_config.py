@@ -117,7 +117,7 @@ def test_presets_carry_the_published_recipe() -> None:
         ),
         ("align.spo.lora.rnak", 2, "unknown key 'align.spo.lora.rnak'; did you mean 'rank'"),
         ("generate.sed", 2, "unknown key 'generate.sed'; did you mean 'seed'"),
-        ("pairs.source", "a\0b", "pairs.source: must not contain a NUL character"),
+        ("pairs.source", "a\0b", "pairs.source: must not contain a NUL or surrogate character"),
     ],
 )
 def test_a_mistake_names_its_key(raw, key, value, message) -> None:
