@@ -21,13 +21,24 @@ from tests.helpers import real_sizes
 
 CARDS = {24: ("RTX 4090", 165e12), 48: ("L40S", 362e12), 80: ("A100", 312e12), 141: ("H200", 989e12)}  # bf16
 USED = 0.4  # of that rate
-PRESETS = ("sd15", "sdxl")
+PRESETS = ("sd15", "sdxl", "sd35", "flux")
+ON = {"sd35": (24,), "flux": (80,)}  # cards; the others on all
 STAGES = (
     *(("pairs", None), ("preference", None), ("preference", "latent")),
     *(("align", "spo"), ("align", "lpo"), ("align", "diffusion_dpo"), ("generate", "base")),
 )
 PEAKS, PAGE = Path("tests/estimate/peaks.csv"), Path("docs/gpu.md")
 BEGIN, END = "<!-- cards: begin -->\n", "<!-- cards: end -->\n"
+
+
+def stages(params: Params) -> list[tuple[str, str | None]]:
+    """Those of STAGES that an experiment has."""
+    return [
+        (stage, variant)
+        for stage, variant in STAGES
+        if not (stage == "align" and getattr(params.align, str(variant)) is None)
+        and not (stage == "preference" and not params.wants(budget.kind(stage, variant)))
+    ]
 
 
 def name(stage: str, variant: str | None) -> str:
@@ -37,16 +48,16 @@ def name(stage: str, variant: str | None) -> str:
 def cut(params: Params, stage: str, variant: str | None, card: int) -> Budget:
     """The budget of a stage on a card; the pairs are encoded by the stage that first trains on them."""
     kind = "preference" if stage == "pairs" else budget.kind(stage, variant)
-    return budget.automatic(params.backbone.family, kind, card * 2**30)
+    return budget.automatic(params.backbone.family, kind, card * 2**30, params.backbone.image_size)
 
 
 def count(preset: str, folder: Path) -> list[dict[str, object]]:
     """A row for each stage and card; a budget that several cards share is counted once."""
     rows: list[dict[str, object]] = []
     params = real_sizes.described(preset, folder)
-    for stage, variant in STAGES:
+    for stage, variant in stages(params):
         known: dict[Budget, estimate.Count] = {}
-        for card in CARDS:
+        for card in ON.get(preset, CARDS):
             own = cut(params, stage, variant, card)
             if own not in known:
                 known[own] = estimate.count(params, stage, variant, own)

@@ -1,4 +1,4 @@
-"""Count what each preset of SD 1.5 and SDXL downloads, its disk space, and its hours on two cards.
+"""Count what each preset of released bases downloads, its disk space, and its hours on two cards.
 
 `python -m benchmarks.presets` writes the line at the head of each preset, and the tables of README.md and
 docs/released.md, in seconds. Work is that of tests/estimate/peaks.csv (benchmarks/cards.py), in proportion
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import fnmatch
 import re
 from collections.abc import Iterator
 from functools import partial
@@ -21,7 +22,8 @@ from spo.diffusion.announced import schedule_of
 from spo.methods import method_spec
 from spo.runtime import hub
 
-NAMES = tuple(n for n in config.preset_names() if n.startswith(("sd15", "sdxl")))
+NAMES = tuple(n for n in config.preset_names() if n.startswith(("sd15", "sdxl", "sd35", "flux")))
+EVERYTHING = {"sd": "sd15-scratch", "sdxl": "sdxl-scratch", "sd3": "sd35", "flux": "flux"}  # by family
 QUICK = Path("src/spo/config/presets/_quick.yaml")
 WAYS = {
     "try": " --quick",
@@ -32,15 +34,20 @@ WAYS = {
 }
 SCHEDULE = partial(schedule_of, {"beta_schedule": "scaled_linear", "steps_offset": 1})
 UNET = {"sd": 3.44, "sdxl": 10.27}  # GB in fp32
-LATENTS = {"sd": 38 / 583_747, "sdxl": 153 / 583_747}  # GB of a pair's, in 16 bits
-ENCODED = {"sd": 2.2e12, "sdxl": 9.8e12}  # FLOPs of encoding a pair
-PICTURE = {"sd": 0.45e-3, "sdxl": 1.6e-3}  # GB of an image, as PNG
+# GB of a pair's, in 16 bits
+LATENTS = {"sd": 38 / 583_747, "sdxl": 153 / 583_747, "sd3": 153 / 583_747, "flux": 153 / 583_747}
+ENCODED = {"sd": 2.2e12, "sdxl": 9.8e12, "sd3": 2.2e12, "flux": 2.2e12}  # FLOPs of encoding a pair
+PICTURE = {"sd": 0.45e-3, "sdxl": 1.6e-3, "sd3": 0.45e-3, "flux": 0.45e-3}  # GB of an image, as PNG
+BLOCKS = {"sd3": 3.5, "flux": 19.8}  # GB of a transformer's blocks in a latent reward model
+LARGE = ("flux",)  # presets that do not fit a card of 24 GB
 PAIRS, SHARDS, PAIRS_GB = 583_747, 387, 190.0  # of Pick-a-Pic v1
 CLIP_H = 3.94  # GB of a CLIP ViT-H/14 in fp32
 # GB of what is read of a repository: parameters in the precision of the files, or what its page says
 FILES = {
     "stable-diffusion-v1-5/stable-diffusion-v1-5": 3.44 + 0.33 + 0.49,  # UNet, VAE, text encoder
     "stabilityai/stable-diffusion-xl-base-1.0": 10.27 + 0.33 + 0.49 + 2.78,
+    "stabilityai/stable-diffusion-3.5-medium": 5.0 + 0.17 + 0.25 + 1.39 + 9.52,  # in bf16, with T5
+    "black-forest-labs/FLUX.1-dev": 23.8 + 0.17 + 0.25 + 9.52,
     "madebyollin/sdxl-vae-fp16-fix": 0.33,
     "yuvalkirstain/PickScore_v1": CLIP_H,
     "SPO-Diffusion-Models/Step-Aware_Preference_Models": CLIP_H,
@@ -66,14 +73,17 @@ class Counted(NamedTuple):
 
     @property
     def line(self) -> str:
-        small, large = (_hours(self.hours[card]) for card in (24, 80))
+        small, large = self.hours[24], _hours(self.hours[80])
+        on = "too large for" if small == float("inf") else f"{_hours(small)} on"
         return (
-            f"downloads {self.downloads:.0f} GB, takes {self.disk:.0f} GB of disk; {small} on an RTX 4090 "
-            f"(24 GB), {large} on an A100 (80 GB): counted, not timed"
+            f"downloads {self.downloads:.0f} GB, takes {self.disk:.0f} GB of disk; {on} an RTX 4090 (24 GB), "
+            f"{large} on an A100 (80 GB): counted, not timed"
         )
 
 
 def _hours(hours: float) -> str:
+    if hours == float("inf"):
+        return "too large"
     return f"{60 * hours:.0f} min" if hours < 1 else f"{hours:.{0 if hours >= 20 else 1}f} h"
 
 
@@ -118,9 +128,12 @@ def _names(params: config.Params) -> Iterator[str]:
 
 
 def pairs(params: config.Params) -> float:
-    """Pairs that are read: all, or those of one shard."""
+    """Pairs that are read: those of all shards, or of some."""
     source = params.pairs.source
-    return 0 if source is None else PAIRS if source.endswith("train-*.parquet") else PAIRS / SHARDS
+    if source is None:
+        return 0
+    names = [f"train-{number:05}-of-{SHARDS:05}.parquet" for number in range(SHARDS)]
+    return PAIRS * len(fnmatch.filter(names, Path(source).name)) / SHARDS
 
 
 def written(params: config.Params) -> Iterator[float]:
@@ -129,7 +142,8 @@ def written(params: config.Params) -> Iterator[float]:
     yield PICTURE[family] * params.prompts.n_test * generate.images_per_prompt * len(generate.variants())
     yield pairs(params) * (PAIRS_GB / PAIRS + LATENTS[family])
     yield CLIP_H * params.wants("preference")
-    yield FILES[params.backbone.checkpoint] * params.wants("latent_preference")
+    judge = BLOCKS.get(family) or FILES[params.backbone.checkpoint]
+    yield judge * params.wants("latent_preference")
     for method in config.METHODS:
         section = getattr(params.align, method)
         whole = section is not None and section.pretrained and "LoRA" not in section.pretrained
@@ -137,6 +151,8 @@ def written(params: config.Params) -> Iterator[float]:
 
 
 def hours(params: config.Params, card: int) -> float:
+    if card == 24 and params.name in LARGE:
+        return float("inf")
     _, rate = cards.CARDS[card]
     return sum(flops(params, card)) / (cards.USED * rate) / 3600
 
@@ -144,10 +160,11 @@ def hours(params: config.Params, card: int) -> float:
 def flops(params: config.Params, card: int) -> Iterator[float]:
     """FLOPs of the stages, all pairs of rollouts valid."""
     family = params.backbone.family
-    of_stage = _counted({"sd": "sd15"}.get(family, family), card)
-    published = config.validate(config.yaml_text.parse(config.preset(f"{_preset(family)}-scratch"), ""))
+    of_stage = _counted(EVERYTHING[family].removesuffix("-scratch"), card)
+    published = config.validate(config.yaml_text.parse(config.preset(EVERYTHING[family]), ""))
     generate = params.generate
-    image = of_stage["generate"] / 500 * generate.num_inference_steps / 20
+    steps = generate.num_inference_steps / published.generate.num_inference_steps
+    image = of_stage["generate"] / 500 * steps
     yield image * params.prompts.n_test * generate.images_per_prompt * len(generate.variants())
     for method, section in params.align.trained().items():
         own, full = (method_spec(method).cost(p, SCHEDULE).unet_samples for p in (params, published))
@@ -162,12 +179,9 @@ def flops(params: config.Params, card: int) -> Iterator[float]:
         yield of_stage["preference latent"]
 
 
-def _preset(family: str) -> str:
-    return {"sd": "sd15"}.get(family, family)
-
-
 def _counted(preset: str, card: int) -> dict[str, float]:
-    """FLOPs by stage of the preset in which everything is trained."""
+    """FLOPs by stage of the preset in which everything is trained; on the only card that was counted."""
+    card = cards.ON.get(preset, (card,))[0]
     with cards.PEAKS.open(encoding="utf-8", newline="") as file:
         rows = [r for r in csv.DictReader(file) if (r["preset"], r["card"]) == (preset, str(card))]
     return {row["stage"]: 1e15 * float(row["pflop"]) for row in rows}

@@ -45,7 +45,7 @@ def test_every_preset_holds_every_key_in_the_order_of_the_sections(name: str) ->
 
 # of the files with every key, and two of those that are based on them
 @pytest.mark.parametrize(
-    "name", ["scenes", "smoke", "sd15-scratch", "sdxl-scratch", "sd15-eval", "sdxl-overnight"]
+    "name", ["scenes", "smoke", "sd15-scratch", "sdxl-scratch", "sd15-eval", "sdxl-overnight", "sd35"]
 )
 def test_dvc_can_change_every_key(name: str, tmp_path) -> None:
     """Overrides by DVC's own code give a file that is read as before."""

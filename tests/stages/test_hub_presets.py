@@ -1,4 +1,4 @@
-"""The presets of SD 1.5 and SDXL name all by hub id and commit: found in a folder like the hub's cache."""
+"""The presets of released bases name all by hub id and commit: found in a folder like the hub's cache."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from spo import config
 from spo.runtime import hub, released
 from spo.stages import inputs
 
-PRESETS = ("sd15-scratch", "sdxl-scratch")  # train everything
+PRESETS = ("sd15-scratch", "sdxl-scratch", "sd35", "flux")  # train what they have
 OTHERS = [n for n in config.preset_names() if n.startswith(("sd15", "sdxl")) and n not in PRESETS]
 WORDS = ("oak", "sea", "owl", "fog", "ice", "bee", "fig", "jar", "kite", "lamp")
 
