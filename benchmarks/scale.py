@@ -163,7 +163,7 @@ class Squares:
     def collect(self, iteration: int) -> Any:
         from types import SimpleNamespace
 
-        return [[SimpleNamespace(weight=torch.ones(2))]], {}
+        return [[SimpleNamespace(weight=torch.ones(2), prompts=["", ""], timesteps=torch.zeros(2))]], {}
 
     def loss(self, batch: Any, check: Any) -> Any:
         return self.weight.square().sum().expand(2), {}
