@@ -143,7 +143,7 @@ def test_what_the_header_announces_must_be_the_backbones(checkpoints, good, tmp_
 )
 def test_the_backbones_own_family_may_be_announced(tmp_path, family, announced) -> None:
     from spo.adapters import files
-    from spo.backbones import weights
+    from spo.data import weights
 
     other = {"sd": "sdxl", "sdxl": "sd"}[family]
     for key in ("ss_base_model_version", "modelspec.architecture"):
@@ -160,7 +160,7 @@ def test_the_backbones_own_family_may_be_announced(tmp_path, family, announced) 
 )
 def test_other_architectures_are_refused_for_both_families(tmp_path, announced) -> None:
     from spo.adapters import files
-    from spo.backbones import weights
+    from spo.data import weights
 
     file = adapters.write(tmp_path / "l.safetensors", {"a": torch.ones(1)}, ss_base_model_version=announced)
     for family in ("sd", "sdxl"):

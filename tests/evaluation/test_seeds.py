@@ -47,7 +47,9 @@ def test_a_method_that_only_one_of_them_has_makes_no_difference(tmp_path) -> Non
     less = {m: s for m, s in saved["align"].items() if m != "lpo"}
     save(tmp_path, params(seed=1), "1", settings={**saved, "align": less})
     save(tmp_path, params(seed=2), "2", settings={**saved, "align": {**saved["align"], "third": {"beta": 1}}})
-    assert {*seeds.read(params(), tmp_path).comparisons} == {1, 2}
+    null = {**saved["align"], "lpo": None}
+    save(tmp_path, params(seed=3), "3", settings={**saved, "align": null})
+    assert {*seeds.read(params(), tmp_path).comparisons} == {1, 2, 3}
 
 
 def test_seeds_have_their_mean_and_standard_deviation() -> None:

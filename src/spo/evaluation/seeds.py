@@ -81,7 +81,7 @@ def _first_difference(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> str
     for section in PER_METHOD:
         parts = [side.get(section, {}) for side in sides]
         for side, part in zip(sides, parts, strict=True):
-            side[section] = {k: v for k, v in part.items() if all(k in p for p in parts)}
+            side[section] = {k: v for k, v in part.items() if all(p.get(k) is not None for p in parts)}
     one, other = map(flatten, sides)
     return next((key for key in {**one, **other} if one.get(key) != other.get(key)), None)
 
