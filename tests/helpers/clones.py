@@ -49,7 +49,7 @@ def spo(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def dvc(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return in_fork.dvc(folder, *arguments, variables=environment(folder))
+    return run(folder, "dvc", *arguments)
 
 
 def must(folder: Path, *command: str) -> str:

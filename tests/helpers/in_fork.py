@@ -1,11 +1,10 @@
-"""Commands of `spo` and `dvc` in a fork of the test process, which has the libraries: .1 s to start, not 7 s.
+"""`spo` and Python files in a fork of the test process, which has the libraries: .1 s to start, not 7 s.
 
 A process of its own otherwise: exit status, output, environment and folder. It runs this repository's code.
 """
 
 from __future__ import annotations
 
-import importlib
 import os
 import runpy
 import subprocess
@@ -19,12 +18,6 @@ from pathlib import Path
 def spo(folder: Path, *arguments: str, variables: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
     """Run `spo ARGUMENTS` in `folder` with `variables` as its whole environment."""
     return _run("spo", folder, arguments, variables)
-
-
-def dvc(folder: Path, *arguments: str, variables: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
-    """The same with `dvc`."""
-    importlib.import_module("dvc.repo")
-    return _run("dvc", folder, arguments, variables)
 
 
 def python(folder: Path, file: str, variables: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
@@ -60,7 +53,9 @@ def _command(
         if program == "python":
             runpy.run_path(arguments[0], run_name="__main__")
             return 0
-        return importlib.import_module(f"{program}.cli").main(list(arguments))
+        from spo import cli
+
+        return cli.main(arguments)
     except SystemExit as end:  # of argparse
         return end.code if isinstance(end.code, int) else 1
     except BaseException:  # what Python would print at the end of a process

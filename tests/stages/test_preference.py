@@ -20,6 +20,7 @@ from spo.training.clock import Clock
 
 class Pairs:
     label_0 = torch.tensor([1.0, 0.5])
+    captions = ("a", "b")
 
     def __len__(self) -> int:
         return 2
@@ -36,7 +37,8 @@ def test_updates_that_were_skipped_are_reported(
     monkeypatch.setattr(trainer, "train", lambda *a, **options: summary)
     monkeypatch.setattr(trainer, "evaluate", lambda *a, **options: {0: {"accuracy": 0.5, "n": 1}})
     settings = params.latent_preference.model_copy(update={"local_prompts": 0})
-    trained = SimpleNamespace(settings=settings, backbone=SimpleNamespace(device="cpu"), finish=lambda: None)
+    backbone = SimpleNamespace(device="cpu", remember_prompts=lambda prompts: None)
+    trained = SimpleNamespace(settings=settings, backbone=backbone, finish=lambda: None)
     report = preference._train(params, trained, tmp_path, Curve(Run(), tmp_path), Clock())
     assert report["updates"] == 5 and report["training_seconds"] == 1.5
     assert report.get("skipped_updates") == counted.get("skipped_updates")
