@@ -38,7 +38,9 @@ def test_updates_that_were_skipped_are_reported(
     monkeypatch.setattr(trainer, "evaluate", lambda *a, **options: {0: {"accuracy": 0.5, "n": 1}})
     settings = params.latent_preference.model_copy(update={"local_prompts": 0})
     backbone = SimpleNamespace(device="cpu", remember_prompts=lambda prompts: None)
-    trained = SimpleNamespace(settings=settings, backbone=backbone, finish=lambda: None)
+    trained = SimpleNamespace(
+        settings=settings, backbone=backbone, name="preference latent", finish=lambda: None
+    )
     report = preference._train(params, trained, tmp_path, Curve(Run(), tmp_path), Clock())
     assert report["updates"] == 5 and report["training_seconds"] == 1.5
     assert report.get("skipped_updates") == counted.get("skipped_updates")
